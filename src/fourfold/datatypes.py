@@ -1,0 +1,165 @@
+"""The values that flow between the rooms, and the letters that name their axes.
+
+Letters, used as suffixes (`weight_ENK` is a stack of E matrices [N, K]):
+
+    E  routed experts          N  output features        K  input features
+    G  groups, K // group_size T  tokens                 R  rows of tokens
+    D  hidden size             I  expert width           V  vocabulary
+    S  (token, expert) pairs, sorted by expert           A  experts per token (top-k)
+
+Plain names are scalars. `_bytes`, `_seconds`, `_tokens` are units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FourfoldError(ValueError):
+    """Something the user can mend: bad input, a changed source, a full disk. Exit code 2.
+
+    The message names the thing, the value found, the value wanted and the way out.
+    """
+
+
+class Method(StrEnum):
+    """How a projection's codes were found."""
+
+    GPTQ = "gptq"
+    DIAGONAL = "diag"  # the factorization failed at every damping: diag(H) in its place
+    RTN = "rtn"  # rounded to nearest, by the recipe's fallback rule only
+
+
+class Action(StrEnum):
+    """What happens to a source tensor."""
+
+    QUANTIZE = "quantize"
+    COPY = "copy"
+    SPLIT = "split"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """One tensor of a safetensors file, as its header states it.
+
+    dtype: safetensors' own name ("BF16", "F32", "I32", ...); shape: sizes, outermost first;
+    start_byte, end_byte: absolute offsets in the file; shard: the file's name inside the checkpoint folder.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start_byte: int
+    end_byte: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end_byte - self.start_byte
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Full rows of tokens on their way through the layers; only the hidden states change from layer to layer.
+
+    token_RT: int64 ids; hidden_RTD: the compute dtype, on the host.
+    """
+
+    token_RT: Tensor
+    hidden_RTD: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the inputs of one input site, for a stack of experts: fp32 sums, never means.
+
+    hessian_EKK: sum of w x x^T; cross_EKK: sum of w (x_source - x) x^T, or None without a second stream;
+    weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2.
+    """
+
+    hessian_EKK: Tensor
+    cross_EKK: Tensor | None
+    weight_E: Tensor
+    count_E: Tensor
+    energy2_E: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        if (self.cross_EKK is None) != (other.cross_EKK is None):
+            raise ValueError("moments with and without a cross moment cannot be merged")
+        cross_EKK = None
+        if self.cross_EKK is not None and other.cross_EKK is not None:
+            cross_EKK = self.cross_EKK + other.cross_EKK
+        return Moments(
+            hessian_EKK=self.hessian_EKK + other.hessian_EKK,
+            cross_EKK=cross_EKK,
+            weight_E=self.weight_E + other.weight_E,
+            count_E=self.count_E + other.count_E,
+            energy2_E=self.energy2_E + other.energy2_E,
+        )
+
+
+@dataclass(frozen=True)
+class QuantizedGroup:
+    """Codes and scales of a stack of expert projections that share one input site. Knows no storage format.
+
+    codes_ENK: int8 in [-8, 7]; scale_ENG: fp32 values that the storage format holds exactly.
+    """
+
+    codes_ENK: Tensor
+    scale_ENG: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionStatistics:
+    """One row of quant_log.csv: one projection of one expert."""
+
+    layer: int
+    expert: int
+    projection: str
+    method: Method
+    weight_error: float  # |W - Wq|_F / |W|_F
+    relative_error: float  # tr(Err H Err^T) / tr(W H W^T), own mean H (the pool when no token came)
+    gptqmodel_loss: float  # what GPTQModel 7.7 logs when tokens are unweighted
+    tokens: int
+    effective_tokens: float
+    damping: float
+    passes: int
+    scale_min: float
+    scale_max: float
+    scale_negative_share: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamDrift:
+    """How far the release stream is from the source stream after one layer, on the held-out rows.
+
+    hidden_error: |release - source|_F / |source|_F of the hidden states after the layer;
+    router_agreement: share of a token's top-k experts that both streams chose (None for a layer without experts).
+    """
+
+    layer: int
+    hidden_error: float
+    router_agreement: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What the journal keeps of a finished layer; written after its shard is durable.
+
+    source_digest: sha256 of the source tensors' bytes as they were read; sha256: of the written shard.
+    """
+
+    layer: int
+    shard: str
+    size_bytes: int
+    sha256: str
+    source_digest: str
+    seconds: dict[str, float]
+    projections: tuple[ProjectionStatistics, ...]
