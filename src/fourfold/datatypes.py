@@ -12,7 +12,8 @@ Plain names are scalars. `_bytes`, `_seconds`, `_tokens` are units.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,29 @@ class Action(StrEnum):
     COPY = "copy"
     SPLIT = "split"
     DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something a long job tells whoever watches it: the terminal, a JSON-lines reader, a test.
+
+    kind: "note" (text to show once), "stage" (a stage of a layer begins or advances), "layer" (a layer is finished),
+    "done" (the job is finished). stage: read, attend, moments, solve, advance, write, record, measure, copy, finish.
+    done, total: progress of the stage in `unit`s (0, 0 when unknown). data: figures for machines (JSON types only).
+    """
+
+    kind: str
+    stage: str = ""
+    layer: int = -1
+    layers: int = 0
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    text: str = ""
+    data: dict[str, object] = field(default_factory=dict)
+
+
+Progress = Callable[[Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)

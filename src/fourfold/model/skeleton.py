@@ -1,0 +1,133 @@
+"""transformers' own classes for one checkpoint: its config, empty decoder layers, the tensors they expect."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.family import Family, find_family
+
+CAPTURE = "fourfold_capture"
+
+
+def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
+    """Keep what a MoE block hands to its experts, and answer with zeros: the layer's output without routed experts."""
+    experts.traffic = (hidden_TD, index_TA, weight_TA)
+    return torch.zeros_like(hidden_TD)
+
+
+ALL_EXPERTS_FUNCTIONS.register(CAPTURE, _capture)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Everything about a checkpoint that its config.json decides, with no weight read.
+
+    raw: config.json as it is; text: transformers' config of the text model; config: of the whole checkpoint.
+    """
+
+    family: Family
+    raw: Mapping[str, Any]
+    config: Any
+    text: Any
+
+    @classmethod
+    def open(cls, folder: Path) -> Skeleton:
+        """Read `config.json`. Raises FourfoldError for a folder that is no checkpoint fourfold can quantize."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FourfoldError(f"{folder}: no config.json; a checkpoint folder as saved by save_pretrained is wanted")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FourfoldError(f"{path}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise FourfoldError(f"{path}: a JSON object is wanted, found {type(raw).__name__}")
+        if raw.get("quantization_config") or raw.get("compression_config"):
+            method = (raw.get("quantization_config") or raw["compression_config"]).get("quant_method", "unnamed")
+            raise FourfoldError(f"{path}: this checkpoint is quantized already ({method}); start from the BF16 original")
+        family = find_family(raw.get("model_type"))
+        try:
+            config = AutoConfig.for_model(**raw)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise FourfoldError(f"{path}: transformers does not accept it as {family.model_type}: {error}") from None
+        text = copy.deepcopy(getattr(config, family.text_key) if family.text_key else config)
+        text._attn_implementation = "sdpa"
+        text._experts_implementation = CAPTURE
+        return cls(family=family, raw=raw, config=config, text=text)
+
+    @property
+    def layers(self) -> int:
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def experts(self) -> int:
+        return int(self.text.num_experts)
+
+    @property
+    def has_mtp(self) -> bool:
+        return bool(self.family.mtp_prefix) and bool(getattr(self.text, "mtp_num_hidden_layers", 0))
+
+    def layer_kind(self, layer: int) -> str:
+        kinds = getattr(self.text, "layer_types", None)
+        return str(kinds[layer]) if kinds else "full_attention"
+
+    def _class(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.family.modeling), name)
+
+    def empty_layer(self, layer: int) -> nn.Module:
+        """transformers' decoder layer on the meta device."""
+        with torch.device("meta"):
+            return self._class(self.family.layer_class)(self.text, layer)
+
+    def empty_norm(self) -> nn.Module:
+        """The norm before the output head, on the meta device."""
+        with torch.device("meta"):
+            return self._class(self.family.norm_class)(self.text.hidden_size, eps=self.text.rms_norm_eps)
+
+    def rotary(self, device: torch.device) -> nn.Module:
+        """Rotary position embedding; it holds no weights of the checkpoint."""
+        return self._class(self.family.rotary_class)(self.text).to(device)
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether this layer has routed experts (dense layers are copied)."""
+        return hasattr(self.empty_layer(layer).mlp, "experts")
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor the checkpoint must hold, experts in the fused layout: (name on disk, shape).
+
+        From transformers' own model on the meta device; the MTP head, which transformers does not build, is one of
+        its full-attention layers and four tensors more (vLLM, models/qwen3_5_mtp.py).
+        """
+        transformers_class: type[PreTrainedModel] = getattr(importlib.import_module(self.family.modeling),
+                                                            self.family.architecture)
+        with torch.device("meta"):
+            model = transformers_class(self.config)
+        tied = set(model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+        for name, value in model.state_dict().items():
+            if name not in tied:
+                yield name, tuple(value.shape)
+        if not self.has_mtp:
+            return
+        prefix, hidden = self.family.mtp_prefix, self.text.hidden_size
+        yield f"{prefix}fc.weight", (hidden, 2 * hidden)
+        for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+            yield f"{prefix}{norm}.weight", (hidden,)
+        text = copy.deepcopy(self.text)
+        text.layer_types = ["full_attention"] * self.layers
+        with torch.device("meta"):
+            layer = self._class(self.family.layer_class)(text, 0)
+        for name, value in layer.state_dict().items():
+            yield f"{prefix}layers.0.{name}", tuple(value.shape)
