@@ -173,17 +173,33 @@ class StreamDrift:
     router_agreement: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord:
-    """What the journal keeps of a finished layer; written after its shard is durable.
+@dataclass(frozen=True)
+class LayerResult:
+    """A solved layer: what goes to disk, and what the release stream multiplies by from here on.
 
-    source_digest: sha256 of the source tensors' bytes as they were read; sha256: of the written shard.
+    tensors: final tensor names -> packed tensors; gate_up_ENK, down_ENK: dequantized from exactly those tensors, in
+    the compute dtype (None of them is written); projections: a row of the log each; seconds: by stage.
     """
 
-    layer: int
+    tensors: dict[str, Tensor]
+    gate_up_ENK: Tensor
+    down_ENK: Tensor
+    projections: tuple[ProjectionStatistics, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What the journal keeps of a written shard; added after the shard is durable.
+
+    layer: the decoder layer in it, -1 for a shard of the rest; sha256: of the file; source_digest: sha256 of the
+    source tensors' bytes as they were read; projections: rows of quant_log.csv; seconds: by stage.
+    """
+
     shard: str
+    layer: int
     size_bytes: int
     sha256: str
     source_digest: str
-    seconds: dict[str, float]
-    projections: tuple[ProjectionStatistics, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    projections: tuple[ProjectionStatistics, ...] = ()

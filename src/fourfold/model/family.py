@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fourfold.datatypes import FourfoldError
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +94,16 @@ def find_family(model_type: object) -> Family:
         raise FourfoldError(f"config.json: model_type is {model_type!r}; fourfold knows {known}. "
                             "docs/how-to say how a family is added: it is one entry in model/family.py.")
     return FAMILIES[model_type]
+
+
+def split_names(fused: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]:
+    """Where the rows of a fused expert stack go: (name of the projection's weight, expert, its rows).
+
+    fused: `...mlp.experts.gate_up_proj` [E, 2I, D], gate rows before up rows, or `...mlp.experts.down_proj` [E, D, I].
+    """
+    prefix, _, name = fused.rpartition(".")
+    experts, rows = shape[0], shape[1]
+    parts = ((GATE, slice(0, rows // 2)), (UP, slice(rows // 2, rows))) if name == "gate_up_proj" else ((DOWN, slice(0, rows)),)
+    for expert in range(experts):
+        for projection, place in parts:
+            yield f"{prefix}.{expert}.{projection}.weight", expert, place

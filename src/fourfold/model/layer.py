@@ -1,0 +1,204 @@
+"""One decoder layer: transformers' own module for everything but the routed experts, which run here as one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
+from transformers.activations import ACT2FN
+
+from fourfold.model.checkpoint import TensorIndex, require_finite
+from fourfold.model.skeleton import Skeleton
+
+PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's choice for T tokens: index_TA int64 expert ids, weight_TA the compute dtype."""
+
+    index_TA: Tensor
+    weight_TA: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The (token, expert) pairs of a routing, sorted by expert; within one expert in token order.
+
+    slot_S: place of the pair in the flattened [T * A] routing; token_S: its token; weight_S: its router weight;
+    offsets: E + 1 ints, expert e owns pairs offsets[e]:offsets[e + 1].
+    """
+
+    slot_S: Tensor
+    token_S: Tensor
+    weight_S: Tensor
+    offsets: tuple[int, ...]
+
+    def of_experts(self, experts: range) -> Pairs:
+        """The pairs of consecutive experts, offsets counted from the first of them."""
+        first, last = self.offsets[experts.start], self.offsets[experts.stop]
+        return Pairs(
+            slot_S=self.slot_S[first:last],
+            token_S=self.token_S[first:last],
+            weight_S=self.weight_S[first:last],
+            offsets=tuple(offset - first for offset in self.offsets[experts.start : experts.stop + 1]),
+        )
+
+
+def sort_pairs(routing: Routing, experts: int) -> Pairs:
+    """Sort a routing's pairs by expert, stably: the order of one expert's tokens never depends on the others."""
+    expert_S, slot_S = torch.sort(routing.index_TA.flatten(), stable=True)
+    counts = torch.bincount(expert_S, minlength=experts)
+    return Pairs(
+        slot_S=slot_S,
+        token_S=slot_S // routing.index_TA.shape[1],
+        weight_S=routing.weight_TA.flatten()[slot_S],
+        offsets=(0, *counts.cumsum(0).tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer on its device. gate_up_ENK [E, 2I, D] (gate rows, then up) and down_ENK [E, D, I], or None.
+
+    A dense layer has no stacks: its module does everything.
+    """
+
+    index: int
+    module: nn.Module
+    rotary: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    gate_up_ENK: Tensor | None
+    down_ENK: Tensor | None
+
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        assert self.gate_up_ENK is not None and self.down_ENK is not None, f"layer {self.index} has no routed experts"
+        return self.gate_up_ENK, self.down_ENK
+
+    @property
+    def is_routed(self) -> bool:
+        return self.gate_up_ENK is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.module.parameters() if not p.is_meta)
+
+    def with_experts(self, gate_up_ENK: Tensor, down_ENK: Tensor) -> DecoderLayer:
+        """The same layer with other routed experts: what the release stream goes through."""
+        return dataclasses.replace(self, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """One decoder layer's weights as they lie on disk, on the host.
+
+    kept: by name inside the layer, everything but routed experts; gate_up_ENK, down_ENK: routed experts stacked, or
+    None for a dense layer; digest: sha256 of all bytes in the order of reading.
+    """
+
+    kept: dict[str, Tensor]
+    gate_up_ENK: Tensor | None
+    down_ENK: Tensor | None
+    digest: str
+
+
+def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int) -> LayerTensors:
+    """Read one layer, once, experts straight into their stacks from either layout on disk.
+
+    Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
+    """
+    prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
+    names = sorted(name for name in index.headers if name.startswith(prefix))
+    sha = hashlib.sha256()
+    kept = {name.removeprefix(prefix): index.read(name, sha=sha) for name in names if not name.startswith(experts_prefix)}
+    for name, value in kept.items():
+        require_finite(value, prefix + name)
+    gate_up_ENK = down_ENK = None
+    if f"{experts_prefix}gate_up_proj" in index.headers:
+        gate_up_ENK = index.read(f"{experts_prefix}gate_up_proj", sha=sha)
+        down_ENK = index.read(f"{experts_prefix}down_proj", sha=sha)
+    elif skeleton.is_routed(layer):
+        width, hidden = skeleton.text.moe_intermediate_size, skeleton.text.hidden_size
+        gate_up_ENK = torch.empty(skeleton.experts, 2 * width, hidden, dtype=torch.bfloat16)
+        down_ENK = torch.empty(skeleton.experts, hidden, width, dtype=torch.bfloat16)
+        for expert in range(skeleton.experts):
+            expert_prefix = f"{experts_prefix}{expert}."
+            index.read(f"{expert_prefix}gate_proj.weight", out=gate_up_ENK[expert, :width], sha=sha)
+            index.read(f"{expert_prefix}up_proj.weight", out=gate_up_ENK[expert, width:], sha=sha)
+            index.read(f"{expert_prefix}down_proj.weight", out=down_ENK[expert], sha=sha)
+    for name, stack in (("gate_up_proj", gate_up_ENK), ("down_proj", down_ENK)):
+        if stack is not None:
+            require_finite(stack, experts_prefix + name)
+    return LayerTensors(kept=kept, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK, digest=sha.hexdigest())
+
+
+def build_layer(
+    skeleton: Skeleton, index: int, tensors: LayerTensors, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> DecoderLayer:
+    """transformers' layer with these weights on a device; every parameter is cast to `dtype`, as transformers does."""
+    module = skeleton.empty_layer(index)
+    own = {name: value.to(device, dtype) for name, value in tensors.kept.items()}
+    left = module.load_state_dict(own, strict=False, assign=True)
+    missing = [key for key in left.missing_keys if not key.startswith("mlp.experts.")]
+    assert not missing and not left.unexpected_keys, f"the plan let through layer {index}: {left}"
+    return DecoderLayer(
+        index=index,
+        module=module.eval().requires_grad_(False),
+        rotary=skeleton.rotary(device),
+        activation=ACT2FN[skeleton.text.hidden_act],
+        gate_up_ENK=None if tensors.gate_up_ENK is None else tensors.gate_up_ENK.to(device, dtype),
+        down_ENK=None if tensors.down_ENK is None else tensors.down_ENK.to(device, dtype),
+    )
+
+
+def attend(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Tensor | None, Routing | None]:
+    """Everything of a layer but its routed experts, once.
+
+    hidden_RTD: full rows on the layer's device, no padding.
+    Returns the layer's output without routed experts [R, T, D] (residual, attention, shared experts), and for a
+    layer with routed experts their input [R * T, D] and the routing, else None.
+    """
+    position_1T = torch.arange(hidden_RTD.shape[1], device=hidden_RTD.device)[None]
+    # No mask: rows are full, and scaled_dot_product_attention without one is causal.
+    output_RTD = layer.module(
+        hidden_RTD, position_embeddings=layer.rotary(hidden_RTD, position_1T), attention_mask=None, position_ids=position_1T
+    )
+    if not layer.is_routed:
+        return output_RTD, None, None
+    experts = layer.module.mlp.experts
+    input_TD, index_TA, weight_TA = experts.traffic
+    del experts.traffic
+    return output_RTD, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA)
+
+
+def expert_hidden(
+    input_TD: Tensor, pairs: Pairs, gate_up_ENK: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """silu(gate) * up of each pair, [S, I] in the compute dtype. gate_up_ENK: of exactly the experts of `pairs`."""
+    width = gate_up_ENK.shape[1] // 2
+    ends_E = torch.tensor(pairs.offsets[1:], dtype=torch.int32, device=input_TD.device)
+    hidden_SI = torch.empty(len(pairs.token_S), width, dtype=input_TD.dtype, device=input_TD.device)
+    for first in range(0, len(pairs.token_S), PAIRS_PER_BATCH):
+        token_S = pairs.token_S[first : first + PAIRS_PER_BATCH]
+        batch_ends_E = (ends_E - first).clamp_(0, len(token_S))
+        gate_up_SN = grouped_mm(input_TD[token_S], gate_up_ENK.transpose(1, 2), offs=batch_ends_E)
+        hidden_SI[first : first + len(token_S)] = activation(gate_up_SN[:, :width]) * gate_up_SN[:, width:]
+    return hidden_SI
+
+
+def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tensor:
+    """The routed experts' output [T, D] of one batch of tokens, summed over each token's experts as transformers does."""
+    gate_up_ENK, down_ENK = layer.stacks
+    pairs = sort_pairs(routing, gate_up_ENK.shape[0])
+    hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)
+    ends_E = torch.tensor(pairs.offsets[1:], dtype=torch.int32, device=input_TD.device)
+    output_SD = grouped_mm(hidden_SI, down_ENK.transpose(1, 2), offs=ends_E).mul_(pairs.weight_S[:, None])
+    unsorted_SD = torch.empty_like(output_SD)
+    unsorted_SD[pairs.slot_S] = output_SD
+    return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1)

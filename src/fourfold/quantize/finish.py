@@ -1,0 +1,174 @@
+"""The last step of a run: sidecars, log, metrics, index and config.json, and fourfold.json, which says it is whole."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fourfold
+from fourfold.core import metrics, pack
+from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.shards import SIDECARS, copy_file, write_index, write_text
+from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
+from fourfold.quantize.journal import FINISHED, Journal
+from fourfold.quantize.plan import Plan
+from fourfold.recipe import dump_recipe
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run came to. methods: projections by method; metrics: empty for a partial output; seconds: by stage."""
+
+    out: str
+    partial: bool
+    projections: int
+    methods: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer."""
+
+    statistics: metrics.Statistics | None
+    drifts: tuple[StreamDrift, ...]
+
+
+def finish(
+    journal: Journal,
+    plan: Plan,
+    texts: tuple[CalibrationRows, HeldoutRows],
+    measured: Measured,
+    seconds: dict[str, float],
+) -> Summary:
+    """Write everything but the shards, fourfold.json last, and close the journal. Safe to repeat after a kill."""
+    out = journal.out
+    records = journal.records
+    for name in SIDECARS:
+        if (plan.index.folder / name).is_file():
+            copy_file(plan.index.folder / name, out / name)
+    projections = [row for record in records for row in record.projections]
+    write_text(out / "quant_log.csv", quant_log(projections))
+    write_text(out / "recipe.toml", dump_recipe(plan.recipe))
+    write_text(out / "metrics.json", dump(metrics_json(texts[1], measured)))
+    index = TensorIndex.open_shards(out, [record.shard for record in records])
+    write_index(out, index)
+    config = dict(plan.skeleton.raw) | {"quantization_config": pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)}
+    write_text(out / "config.json", dump(config))
+    state = fourfold_json(journal, plan, texts, measured, index)
+    state["projections"] = len(projections)
+    state["methods"] = dict(sorted(Counter(str(row.method) for row in projections).items()))
+    state["seconds"] = seconds
+    state["peak_memory_bytes"] = peak_memory()
+    state["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_text(out / FINISHED, dump(state))
+    journal.close()
+    return read_summary(out)
+
+
+def quant_log(projections: list[ProjectionStatistics]) -> str:
+    """quant_log.csv: a row per expert projection, in order of layer, expert, projection."""
+    names = [field.name for field in dataclasses.fields(ProjectionStatistics)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(names)
+    for row in sorted(projections, key=lambda row: (row.layer, row.expert, row.projection)):
+        values = [getattr(row, name) for name in names]
+        table.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+    return text.getvalue()
+
+
+def metrics_json(heldout: HeldoutRows, measured: Measured) -> dict[str, Any]:
+    """metrics.json: how it was measured, the figures over all positions, drift by layer."""
+    return {
+        "measured_by": "quantize",
+        "protocol": heldout.protocol,
+        "summary": None if measured.statistics is None else metrics.summarize(measured.statistics),
+        "layers": [dataclasses.asdict(drift) for drift in measured.drifts],
+    }
+
+
+def fourfold_json(
+    journal: Journal, plan: Plan, texts: tuple[CalibrationRows, HeldoutRows], measured: Measured, index: TensorIndex
+) -> dict[str, Any]:
+    """Everything about the run that is the same whenever it is run again."""
+    calibration, heldout = texts
+    records = journal.records
+    return {
+        "fourfold": fourfold.__version__,
+        "partial": plan.partial,
+        "layers": f"{plan.solve.start}-{plan.solve.stop - 1}",
+        "identity": dataclasses.asdict(journal.identity),
+        "recipe": plan.recipe.name,
+        "format": plan.recipe.format,
+        "model_type": plan.skeleton.family.model_type,
+        "source": {"headers": plan.index.digest, "content": _digest(records, "source_digest")},
+        "calibration": calibration.to_json(),
+        "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
+        "output": {
+            "content": _digest(records, "sha256"),
+            "shards": {record.shard: {"bytes": record.size_bytes, "sha256": record.sha256} for record in records},
+            "tensor_bytes": sum(header.size_bytes for header in index.headers.values()),
+        },
+        "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
+        "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
+        "settings": dataclasses.asdict(journal.settings),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
+    lines = "".join(f"{record.shard} {getattr(record, field)}\n" for record in records)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process so far: resident on the host, allocated on each CUDA device."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_initialized():
+        peak |= {f"cuda:{n}": torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())}
+    return peak
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_summary(out: Path) -> Summary:
+    """The summary of a finished output, from its fourfold.json."""
+    state = json.loads((out / FINISHED).read_text(encoding="utf-8"))
+    return Summary(
+        out=str(out),
+        partial=state["partial"],
+        projections=state["projections"],
+        methods=state["methods"],
+        bytes_before=state["source_tensor_bytes"],
+        bytes_after=state["output"]["tensor_bytes"],
+        metrics=state["metrics"],
+        seconds=state["seconds"],
+        peak_memory_bytes=state["peak_memory_bytes"],
+        notes=tuple(state["calibration"]["notes"]),
+    )

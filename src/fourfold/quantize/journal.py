@@ -1,0 +1,179 @@
+"""One durable record per finished shard; what is left to do; whose folder OUT is."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
+from fourfold.model.checkpoint import write_text
+from fourfold.quantize.observe import Batches
+
+STATE = ".fourfold"
+FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a run is: the same on a resume, or the run is refused. Digests are sha256 in hex."""
+
+    recipe: str
+    source: str
+    calibration: str
+    heldout: str
+    layers: str
+
+    def differences(self, before: Identity) -> list[str]:
+        fields = dataclasses.fields(self)
+        return [field.name for field in fields if getattr(self, field.name) != getattr(before, field.name)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has."""
+
+    batches: Batches
+    threads: int
+
+
+def check_out(out: Path, model: Path) -> None:
+    """Raise FourfoldError unless OUT is absent, empty, or a folder of fourfold's."""
+    if out.resolve() == model.resolve():
+        raise FourfoldError(f"{out}: OUT is the MODEL folder itself; name another folder for the release")
+    if out.exists() and not out.is_dir():
+        raise FourfoldError(f"{out}: OUT is a file; a folder is wanted")
+    ours = (out / FINISHED).exists() or (out / STATE).is_dir()
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise FourfoldError(f"{out}: OUT is not empty and not an output of fourfold; name a new or empty folder")
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Hold OUT's lock. The kernel drops it with its owner, so a dead owner's lock is free. Raises FourfoldError."""
+    state = out / STATE
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise FourfoldError(f"{out}: OUT cannot be written ({error.strerror}); name a folder you may write to") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise FourfoldError(f"{out}: {owner} works on this OUT right now; wait for it, or name another OUT") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+class Journal:
+    """The records under OUT/.fourfold of one run. Every write is durable before it counts."""
+
+    def __init__(self, out: Path, identity: Identity, settings: Settings, records: dict[str, ShardRecord]) -> None:
+        self.out, self.identity, self.settings = out, identity, settings
+        self._records = records
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self._records
+
+    def __getitem__(self, shard: str) -> ShardRecord:
+        return self._records[shard]
+
+    @property
+    def records(self) -> tuple[ShardRecord, ...]:
+        return tuple(self._records[shard] for shard in sorted(self._records))
+
+    def add(self, record: ShardRecord) -> None:
+        """Record a shard that is durable already."""
+        write_text(_records_folder(self.out) / f"{record.shard}.json", json.dumps(dataclasses.asdict(record)))
+        self._records[record.shard] = record
+
+    def close(self) -> None:
+        """The run is finished and its records are folded into fourfold.json: remove them. The log stays."""
+        for path in sorted(_records_folder(self.out).iterdir()):
+            path.unlink()
+        _records_folder(self.out).rmdir()
+        (self.out / STATE / "run.json").unlink()
+
+
+def _records_folder(out: Path) -> Path:
+    return out / STATE / "shards"
+
+
+def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
+    """The journal of a new run, or of the one that was interrupted here, with the settings of its first start.
+
+    Raises FourfoldError if recipe, source, calibration, held-out text or layers are not those of the first start.
+    """
+    path = out / STATE / "run.json"
+    _records_folder(out).mkdir(exist_ok=True)
+    if not path.exists():
+        state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
+        write_text(path, json.dumps(state, indent=1))
+        return Journal(out, identity, settings, {})
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        batches = Batches(**state["settings"]["batches"])
+        before, settings = Identity(**state["identity"]), Settings(batches=batches, threads=state["settings"]["threads"])
+        read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FourfoldError(f"{path}: the journal cannot be read ({error}); start over with --restart") from None
+    refuse_changes(out, identity, before)
+    return Journal(out, identity, settings, {record.shard: record for record in read})
+
+
+def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:
+    """Raise FourfoldError naming what is not as it was when OUT was begun."""
+    changed = identity.differences(before)
+    if changed:
+        raise FourfoldError(
+            f"{out}: begun with another {' and '.join(changed)} than this command gives; go on with the first one, "
+            "name another OUT, or start over with --restart"
+        )
+
+
+def _read_record(path: Path) -> ShardRecord:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(ProjectionStatistics(**{**row, "method": Method(row["method"])}) for row in raw.pop("projections"))
+    return ShardRecord(**raw, projections=rows)
+
+
+def finished_identity(out: Path) -> Identity | None:
+    """The identity of the finished release in OUT, or None if OUT holds none."""
+    path = out / FINISHED
+    if not path.exists():
+        return None
+    try:
+        raw: Mapping[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        return Identity(**raw["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FourfoldError(f"{path}: cannot be read ({error}); start over with --restart") from None
+
+
+def log(out: Path, text: str) -> None:
+    """Append a dated line to OUT/.fourfold/run.log."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    with (out / STATE / "run.log").open("a", encoding="utf-8") as handle:
+        handle.write(f"{stamp} {text}\n")
+
+
+def clear(out: Path) -> None:
+    """Remove what fourfold wrote into OUT, and nothing else: the state folder, shards, sidecars and reports."""
+    from_us = ("*.safetensors", ".*.tmp", "*.json", "*.jinja", "*.txt", "*.csv", "recipe.toml", "README.md", "LICENSE")
+    state = out / STATE
+    for path in [*_files(_records_folder(out), ("*",)), *_files(state, ("run.json", "run.log", ".*.tmp")), *_files(out, from_us)]:
+        path.unlink()
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}) if folder.is_dir() else []

@@ -1,0 +1,229 @@
+"""Run one layer over the streams: attention, MoE inputs, routing; moments of a chunk of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.core import metrics, moments
+from fourfold.datatypes import Moments, Rows, StreamDrift
+from fourfold.model.layer import (
+    DecoderLayer,
+    Pairs,
+    Routing,
+    attend,
+    expert_hidden,
+    run_experts,
+    sort_pairs,
+)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sizes fixed at a run's first start, so that a resumed run repeats them.
+
+    rows: rows per attention batch; tokens: tokens per expert batch; experts: experts whose moments exist at one time.
+    """
+
+    rows: int
+    tokens: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one stream's calibration rows bring to the experts of one layer; kept on the host until the layer is solved.
+
+    rows: hidden states hold the layer's output without its routed experts; input_TD: the experts' input;
+    routing, pairs: who gets which token. The last three are None for a layer without routed experts.
+    """
+
+    rows: Rows
+    input_TD: Tensor | None
+    routing: Routing | None
+    pairs: Pairs | None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The traffic that a layer's moments come from, and the source stream's where the target is asymmetric.
+
+    moments: release stream (asymmetric) or source stream; target_TD: the source stream's inputs, None if the same.
+    """
+
+    traffic: Traffic
+    target_TD: Tensor | None
+
+
+def attend_(layer: DecoderLayer, rows: Rows, batches: Batches) -> Traffic:
+    """Attention, shared experts and router over all rows. In place: `rows` then holds the output without experts."""
+    hidden_RTD = rows.hidden_RTD
+    inputs: list[Tensor] = []
+    choices: list[Routing] = []
+    for batch in _batches(len(hidden_RTD), batches.rows):
+        output_RTD, input_TD, routing = attend(layer, hidden_RTD[batch].to(layer.device))
+        hidden_RTD[batch] = output_RTD.to(hidden_RTD.device)
+        if input_TD is not None and routing is not None:
+            inputs.append(input_TD.to(hidden_RTD.device))
+            choices.append(routing)
+    if not choices:
+        return Traffic(rows=rows, input_TD=None, routing=None, pairs=None)
+    input_TD = _joined(inputs)
+    routing = Routing(
+        index_TA=torch.cat([choice.index_TA for choice in choices]),
+        weight_TA=torch.cat([choice.weight_TA for choice in choices]),
+    )
+    return Traffic(rows=rows, input_TD=input_TD, routing=routing, pairs=sort_pairs(routing, layer.stacks[0].shape[0]))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate and let each part go as soon as it is copied: peak is one part above the whole."""
+    joined = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
+    start = 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[start : start + len(part)] = part
+        start += len(part)
+    return joined
+
+
+def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches) -> Rows:
+    """Add the routed experts' output to a stream's rows, in place, and hand the rows on."""
+    if traffic.input_TD is None or traffic.routing is None:
+        return traffic.rows
+    hidden_TD = traffic.rows.hidden_RTD.flatten(0, 1)
+    for batch in _batches(len(hidden_TD), batches.tokens):
+        routing = Routing(index_TA=traffic.routing.index_TA[batch], weight_TA=traffic.routing.weight_TA[batch])
+        output_TD = run_experts(layer, traffic.input_TD[batch].to(layer.device), routing)
+        hidden_TD[batch] += output_TD.to(hidden_TD.device)
+    return traffic.rows
+
+
+def pass_heldout_(
+    source_layer: DecoderLayer, release_layer: DecoderLayer, source: Rows, release: Rows, batches: Batches
+) -> StreamDrift:
+    """Take the held-out rows of both streams through a layer, in place, one batch of rows at a time, nothing kept."""
+    error = norm = 0.0
+    agreement: list[float] = []
+    for batch in _batches(len(source.hidden_RTD), batches.rows):
+        source_RTD, source_routing = _pass(source_layer, source.hidden_RTD[batch], batches)
+        release_RTD, release_routing = _pass(release_layer, release.hidden_RTD[batch], batches)
+        source.hidden_RTD[batch] = source_RTD
+        release.hidden_RTD[batch] = release_RTD
+        error += (release_RTD.float() - source_RTD.float()).square().sum(dtype=torch.float64).item()
+        norm += source_RTD.float().square().sum(dtype=torch.float64).item()
+        if source_routing is not None and release_routing is not None:
+            share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
+            agreement += [share] * len(source_RTD)
+    return StreamDrift(
+        layer=source_layer.index,
+        hidden_error=(error / norm) ** 0.5,
+        router_agreement=sum(agreement) / len(agreement) if agreement else None,
+    )
+
+
+def _pass(layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches) -> tuple[Tensor, Routing | None]:
+    output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
+    if input_TD is not None and routing is not None:
+        output_TD = output_RTD.flatten(0, 1)
+        for batch in _batches(len(input_TD), batches.tokens):
+            part = Routing(index_TA=routing.index_TA[batch], weight_TA=routing.weight_TA[batch])
+            output_TD[batch] += run_experts(layer, input_TD[batch], part)
+    return output_RTD.to(hidden_RTD.device), routing
+
+
+def _batches(count: int, size: int) -> Iterator[slice]:
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
+
+
+def chunks(experts: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of experts, `size` at a time."""
+    for first in range(0, experts, size):
+        yield range(first, min(first + size, experts))
+
+
+def pair_weights(pairs: Pairs, router_weighted: bool) -> Tensor:
+    """w of NUMERICS: the router weight of each pair, or ones. fp32 [S]."""
+    weight_S = pairs.weight_S.float()
+    return weight_S if router_weighted else torch.ones_like(weight_S)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of experts with its (token, expert) pairs: what its moments are made of.
+
+    input_TD: MoE inputs that the moments use; target_TD: the source stream's inputs of the same tokens, or None;
+    weight_S: w of each pair (router weight, or one).
+    """
+
+    experts: range
+    pairs: Pairs
+    weight_S: Tensor
+    input_TD: Tensor
+    target_TD: Tensor | None
+
+
+def make_chunk(observed: Observed, experts: range, router_weighted: bool) -> Chunk:
+    traffic = observed.traffic
+    assert traffic.input_TD is not None and traffic.pairs is not None
+    pairs = traffic.pairs.of_experts(experts)
+    weight_S = pairs.weight_S.float()
+    return Chunk(
+        experts=experts,
+        pairs=pairs,
+        weight_S=weight_S if router_weighted else torch.ones_like(weight_S),
+        input_TD=traffic.input_TD,
+        target_TD=observed.target_TD,
+    )
+
+
+def gate_up_pool(observed: Observed, router_weighted: bool) -> Tensor:
+    """Mean of x x^T over the layer's tokens, each weighted by the sum of its router weights. fp32 [K, K], K = D."""
+    traffic = observed.traffic
+    assert traffic.input_TD is not None and traffic.routing is not None
+    weight_T = traffic.routing.weight_TA.float().sum(dim=1)
+    return moments.pool(traffic.input_TD, weight_T if router_weighted else torch.ones_like(weight_T))
+
+
+def gate_up_moments(chunk: Chunk) -> Moments:
+    """Moments of the experts' inputs, K = D."""
+    return moments.accumulate(
+        chunk.input_TD, chunk.target_TD, chunk.pairs.token_S, chunk.weight_S, list(chunk.pairs.offsets)
+    )
+
+
+def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Moments:
+    """Moments of the activations silu(gate) * up, K = I.
+
+    gate_up_ENK: of the chunk's experts, the weights that the moments use (dequantized for the release stream).
+    With a target, its activations come from the source stream's inputs and the source weights, same pairs.
+    """
+    hidden_SI = expert_hidden(chunk.input_TD, chunk.pairs, gate_up_ENK, layer.activation)
+    target_SI = None
+    if chunk.target_TD is not None:
+        source_ENK = layer.stacks[0][chunk.experts.start : chunk.experts.stop]
+        target_SI = expert_hidden(chunk.target_TD, chunk.pairs, source_ENK, layer.activation)
+    every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
+    return moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, list(chunk.pairs.offsets))
+
+
+def down_pool(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor, token_P: Tensor) -> Tensor:
+    """Mean of a a^T over the same random tokens for every expert of the chunk: fp32 [E, K, K], K = I.
+
+    Neurons of different experts do not correspond, so each expert has a pool of its own.
+    """
+    width = gate_up_ENK.shape[1] // 2
+    gate_up_EPN = torch.matmul(chunk.input_TD[token_P], gate_up_ENK.transpose(1, 2))
+    hidden_EPI = (layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]).float()
+    return torch.bmm(hidden_EPI.transpose(1, 2), hidden_EPI).div_(len(token_P))
+
+
+def random_tokens(count: int, wanted: int, seed: int) -> Tensor:
+    """`wanted` of `count` tokens without replacement, ascending, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
