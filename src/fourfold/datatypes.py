@@ -148,13 +148,13 @@ class ProjectionStatistics:
     projection: str
     method: Method
     weight_error: float  # |W - Wq|_F / |W|_F
-    relative_error: float  # tr(Err H Err^T) / tr(W H W^T), own mean H (the pool when no token came)
-    gptqmodel_loss: float  # what GPTQModel 7.7 logs when tokens are unweighted
+    relative_error: float  # of the output: tr(Err H Err^T) / tr(W H W^T), own mean H (the pool when no token came)
+    gptqmodel_loss: float | None  # what GPTQModel 7.7 logs when tokens are unweighted; None without tokens
     tokens: int
     effective_tokens: float
     damping: float
     passes: int
-    scale_min: float
+    scale_min: float  # of the magnitudes
     scale_max: float
     scale_negative_share: float
     seconds: float
@@ -182,8 +182,8 @@ class LayerResult:
     """
 
     tensors: dict[str, Tensor]
-    gate_up_ENK: Tensor
-    down_ENK: Tensor
+    gate_up_ENK: Tensor | None
+    down_ENK: Tensor | None
     projections: tuple[ProjectionStatistics, ...]
     seconds: dict[str, float]
 

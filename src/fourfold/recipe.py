@@ -1,8 +1,26 @@
-"""What to do: frozen dataclasses read from TOML. An unknown key is an error with the nearest name."""
+"""What to do: frozen dataclasses read from TOML. An unknown key is an error with the nearest name.
+
+Keys that a recipe file leaves out are those of the preset `best`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fourfold.datatypes import FourfoldError
+from fourfold.schema import Schema, apply_override, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+TEXT = Path(__file__).parent / "text"
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +123,232 @@ class Recipe:
     solver: Solver = field(default_factory=Solver)
     calibration: Calibration = field(default_factory=Calibration)
     heldout: Heldout = field(default_factory=Heldout)
+
+    def digest(self) -> str:
+        """sha256 that names the run: of everything but the recipe's own name and description."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("name", "description")}
+        return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledText:
+    """A text that ships with fourfold (text/README.md): how to read its file, which lies in `TEXT`."""
+
+    file: str
+    title: str
+    licence: str
+    kind: str = "text"
+    fields: tuple[str, ...] = ("text",)
+
+
+CALIBRATION_TEXTS = {
+    "general": BundledText(file="calibration/general.jsonl", title="wikitext-2 validation split, tokenized form",
+                           licence="CC BY-SA 3.0"),
+    "chat": BundledText(file="calibration/chat.jsonl", title="GSM8K training problems as conversations",
+                        licence="MIT", kind="chat", fields=("messages",)),
+    "code": BundledText(file="calibration/code.jsonl", title="modules of CPython's standard library",
+                        licence="PSF-2.0", fields=("content",)),
+    "math": BundledText(file="calibration/math.jsonl", title="GSM8K training problems",
+                        licence="MIT", fields=("problem", "solution")),
+}
+HELDOUT_TEXTS = {
+    "wikitext-2-test": BundledText(file="heldout/wikitext-2-test.txt", licence="CC BY-SA 3.0",
+                                   title="wikitext-2 test split, tokenized form (not wikitext-2-raw)"),
+    "chat": BundledText(file="heldout/chat.jsonl", title="GSM8K test problems as conversations",
+                        licence="MIT", kind="chat", fields=("messages",)),
+}
+
+ORIGINS = ("builtin", "path", "dataset")
+FILE_KINDS = (".jsonl", ".txt", ".parquet")
+CHOICES: dict[str, tuple[object, ...]] = {
+    "format": ("compressed-tensors", "gptq", "gptq_v2"),
+    "scheme.group_size": (32, 64, 128),
+    "scheme.scale_dtype": ("bf16", "fp16"),
+    "solver.damp_kind": ("diagonal", "mean"),
+    "solver.order": ("activation", "group-aware", "natural"),
+    "solver.scale": ("search", "absmax"),
+    "solver.scale_weights": ("conditional", "diagonal"),
+    "calibration.sources.kind": ("text", "chat"),
+}
+RANGES: dict[str, tuple[float, float]] = {
+    "solver.alpha": (0, 1),
+    "solver.pool": (0, 1024),
+    "solver.pool_rows": (1, 2**20),
+    "solver.damp": (0, 1),
+    "solver.damp_floor": (0, 1),
+    "solver.scale_low": (0.01, 4),
+    "solver.scale_high": (0.01, 4),
+    "solver.scale_steps": (1, 4096),
+    "solver.passes": (0, 64),
+    "solver.fallback_share": (0, 1),
+    "calibration.length": (2, 2**20),
+    "calibration.seed": (0, 2**32 - 1),
+    "calibration.sources.rows": (1, 2**24),
+    "heldout.windows": (1, 2**24),
+    "heldout.length": (2, 2**20),
+}
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The presets that ship with fourfold."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The TOML file behind a preset's name or a path. Raises FourfoldError with the nearest preset."""
+    if name_or_path in recipe_names():
+        return RECIPES / f"{name_or_path}.toml"
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    raise FourfoldError(f"recipe {name_or_path!r}: neither a preset nor a file{nearest(name_or_path, recipe_names())}; "
+                        f"presets are {', '.join(recipe_names())}, any other recipe is the path of a .toml file")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a preset or a .toml file and check every value.
+
+    overrides: "solver.damp=0.02" or "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
+    A relative `path` is taken from the recipe file's folder, in an override from the working folder.
+    Raises FourfoldError naming the file, the key, what was found and what is wanted.
+    """
+    path = recipe_path(name_or_path)
+    table = _read_toml(path)
+    table.setdefault("name", path.stem)
+    calibration = table.setdefault("calibration", {})
+    if isinstance(calibration, dict) and "sources" not in calibration:
+        calibration["sources"] = _read_toml(RECIPES / "best.toml")["calibration"]["sources"]
+    _anchor_paths(table, path.parent.resolve())
+    for override in overrides:
+        apply_override(table, override, rivals=ORIGINS)
+    _anchor_paths(table, Path.cwd())
+    _complete(table)
+    where = f"recipe {path}" + (f" with {', '.join(overrides)}" if overrides else "")
+    schema = Schema(where=where, choices=CHOICES, ranges=RANGES)
+    recipe: Recipe = schema.read(Recipe, table)
+    _check_together(recipe, schema)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """TOML that `load_recipe` reads back as an equal recipe; complete, so it reproduces the run.
+
+    Left out are empty strings, which mean "not given", and what a bundled text decides by itself.
+    """
+    table = asdict(recipe)
+    sources = table["calibration"].pop("sources")
+    text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
+    for source in sources:
+        facts = ("kind", "fields") if source["builtin"] else ()
+        kept = {key: value for key, value in _given(source).items() if key not in facts}
+        text += "\n[[calibration.sources]]\n" + tomli_w.dumps(kept)
+    return text
+
+
+def _given(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value != ""}
+
+
+def _canonical(value: Any) -> Any:
+    """Numbers as floats, so that 1 and 1.0 give one digest."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return value if isinstance(value, bool | str) else float(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FourfoldError(f"recipe {path}: not TOML: {error}") from None
+    except OSError as error:
+        raise FourfoldError(f"recipe {path}: cannot be read: {error.strerror}") from None
+
+
+def _raw_sources(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The raw tables of calibration sources, as far as they are tables: `Schema.read` comes later."""
+    calibration = table.get("calibration")
+    sources = calibration.get("sources") if isinstance(calibration, dict) else None
+    yield from (source for source in sources if isinstance(source, dict)) if isinstance(sources, list) else ()
+
+
+def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
+    for raw in (*_raw_sources(table), table.get("heldout")):
+        path = raw.get("path") if isinstance(raw, dict) else None
+        if isinstance(path, str) and path:
+            raw["path"] = str(folder / Path(path).expanduser())
+
+
+def _complete(table: dict[str, Any]) -> None:
+    """Fill in what the origin of a text decides."""
+    heldout = table.get("heldout")
+    if isinstance(heldout, dict) and heldout.get("path"):
+        heldout.setdefault("builtin", "")
+    for source in _raw_sources(table):
+        text = CALIBRATION_TEXTS.get(str(source.get("builtin")))
+        if text:
+            for fact in ("kind", "fields", "licence"):
+                source.setdefault(fact, getattr(text, fact))
+        elif source.get("kind") == "chat":
+            source.setdefault("fields", ("messages",))
+
+
+def _check_together(recipe: Recipe, schema: Schema) -> None:
+    """Values that must fit each other. Raises FourfoldError."""
+    sources, heldout, solver = recipe.calibration.sources, recipe.heldout, recipe.solver
+    if not sources:
+        raise FourfoldError(f"{schema.where}: calibration.sources is empty; at least one source is wanted")
+    for index, source in enumerate(sources):
+        problem = _problem_of(source, sources[:index])
+        if problem:
+            raise FourfoldError(f"{schema.where}: calibration.sources[{index}] {problem}")
+    if bool(heldout.builtin) == bool(heldout.path):
+        raise FourfoldError(f"{schema.where}: heldout has builtin {heldout.builtin!r} and path {heldout.path!r}; "
+                            "exactly one of them is wanted")
+    if heldout.builtin and heldout.builtin not in HELDOUT_TEXTS:
+        raise schema.mismatch("heldout.builtin", heldout.builtin, f"one of {', '.join(HELDOUT_TEXTS)}",
+                              nearest(heldout.builtin, HELDOUT_TEXTS))
+    if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
+        raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
+    if solver.scale_low > solver.scale_high:
+        raise schema.mismatch("solver.scale_low", solver.scale_low, f"at most scale_high = {solver.scale_high}")
+
+
+def _problem_of(source: Source, earlier: Sequence[Source]) -> str:
+    """What is wrong with a source, as the rest of a sentence; empty if nothing is."""
+    given = [origin for origin in ORIGINS if getattr(source, origin)]
+    if len(given) != 1:
+        return f"has {' and '.join(given) or 'no origin'}; exactly one of {', '.join(ORIGINS)} is wanted"
+    if any(_text_of(source) == _text_of(other) for other in earlier):
+        return "reads the same text as a source before it; give that one more rows instead"
+    if not source.fields or not all(source.fields):
+        return f"has fields {list(source.fields)}; the name of at least one field is wanted"
+    if source.kind == "chat" and len(source.fields) != 1:
+        return f"has kind 'chat' and fields {list(source.fields)}; the one field with the messages is wanted"
+    if source.builtin:
+        return _problem_of_builtin(source)
+    if source.dataset:
+        return "" if source.split else "has an empty split; the name of a split is wanted, as in 'train'"
+    if Path(source.path).suffix not in FILE_KINDS:
+        return f"has path {source.path!r}; a file of kind {', '.join(FILE_KINDS)} is wanted"
+    if source.path.endswith(".txt") and source.kind == "chat":
+        return f"has kind 'chat' and path {source.path!r}; conversations are read from .jsonl or .parquet"
+    return f"has config {source.config!r} and a path; only a dataset has configs" if source.config else ""
+
+
+def _text_of(source: Source) -> tuple[object, ...]:
+    return source.builtin, source.path, source.dataset, source.config, source.split, source.fields
+
+
+def _problem_of_builtin(source: Source) -> str:
+    text = CALIBRATION_TEXTS.get(source.builtin)
+    if text is None:
+        held = "; that text is held out and never calibrated on" if source.builtin in HELDOUT_TEXTS else ""
+        return (f"has builtin {source.builtin!r}{held}; one of {', '.join(CALIBRATION_TEXTS)} is wanted"
+                f"{nearest(source.builtin, CALIBRATION_TEXTS)}")
+    if (source.kind, source.fields) != (text.kind, text.fields):
+        return (f"has kind {source.kind!r} and fields {list(source.fields)}; the text {source.builtin!r} has kind "
+                f"{text.kind!r} and fields {list(text.fields)}: leave both out")
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ class DecoderLayer:
     def device(self) -> torch.device:
         return next(p.device for p in self.module.parameters() if not p.is_meta)
 
-    def with_experts(self, gate_up_ENK: Tensor, down_ENK: Tensor) -> DecoderLayer:
+    def with_experts(self, gate_up_ENK: Tensor | None, down_ENK: Tensor | None) -> DecoderLayer:
         """The same layer with other routed experts: what the release stream goes through."""
         return dataclasses.replace(self, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
 
@@ -108,15 +108,15 @@ class LayerTensors:
     digest: str
 
 
-def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int) -> LayerTensors:
+def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str]) -> LayerTensors:
     """Read one layer, once, experts straight into their stacks from either layout on disk.
 
+    kept_names: the layer's tensors that are no routed experts.
     Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
     """
     prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
-    names = sorted(name for name in index.headers if name.startswith(prefix))
     sha = hashlib.sha256()
-    kept = {name.removeprefix(prefix): index.read(name, sha=sha) for name in names if not name.startswith(experts_prefix)}
+    kept = {name.removeprefix(prefix): index.read(name, sha=sha) for name in sorted(kept_names)}
     for name, value in kept.items():
         require_finite(value, prefix + name)
     gate_up_ENK = down_ENK = None

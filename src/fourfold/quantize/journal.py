@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
-from fourfold.model.checkpoint import write_text
+from fourfold.model.shards import SIDECARS, write_text
 from fourfold.quantize.observe import Batches
 
 STATE = ".fourfold"
@@ -168,12 +168,10 @@ def log(out: Path, text: str) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove what fourfold wrote into OUT, and nothing else: the state folder, shards, sidecars and reports."""
-    from_us = ("*.safetensors", ".*.tmp", "*.json", "*.jinja", "*.txt", "*.csv", "recipe.toml", "README.md", "LICENSE")
-    state = out / STATE
-    for path in [*_files(_records_folder(out), ("*",)), *_files(state, ("run.json", "run.log", ".*.tmp")), *_files(out, from_us)]:
-        path.unlink()
-
-
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}) if folder.is_dir() else []
+    """Remove what fourfold wrote into OUT, and nothing else."""
+    names = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
+             *SIDECARS)  # fmt: skip
+    written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in names), *out.glob(".*.tmp")]
+    written += [*_records_folder(out).glob("*"), *(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
+    for path in written:
+        path.unlink(missing_ok=True)

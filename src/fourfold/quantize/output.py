@@ -1,19 +1,12 @@
-"""What lands in OUT: shards behind the loop on a thread of their own, then config, index, log and fourfold.json."""
+"""Shards of OUT, written behind the loop on a thread of their own, and layers of MODEL, read ahead of it."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import io
-import json
-import platform
-import resource
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core import pack
-from fourfold.datatypes import Action, ProjectionStatistics, ShardRecord, TensorHeader
+from fourfold.core import grid, pack
+from fourfold.datatypes import Action, FourfoldError, ShardRecord, TensorHeader
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
-from fourfold.model.family import split_names
+from fourfold.model.family import DOWN, GATE, UP, split_names
 from fourfold.model.layer import LayerTensors, read_layer
-from fourfold.model.shards import SIDECARS, OutputTensor, copy_file, write_index, write_shard, write_text
-from fourfold.quantize.plan import LayerPlan, Plan, RestShard
+from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, write_shard
+from fourfold.quantize.plan import Plan, RestShard
 
 
 class Writer:
@@ -54,27 +47,47 @@ class Writer:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
 
-def write_layer(
-    out: Path, layer: LayerPlan, kept: Mapping[str, Tensor], packed: Mapping[str, Tensor], prefix: str
-) -> tuple[int, str]:
-    """Write one layer's shard durably: kept tensors as they were read, packed ones as they were solved.
+def write_tensors(out: Path, shard: str, tensors: Mapping[str, Tensor]) -> WrittenShard:
+    """Write tensors by their final names, durably."""
+    return write_shard(out, shard, [OutputTensor.of(name, value) for name, value in tensors.items()])
 
-    kept: by name inside the layer; packed: by final name. Returns (size in bytes, sha256).
+
+def read_experts(plan: Plan, out: Path, record: ShardRecord, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """A finished layer's dequantized experts, gate_up and down, from its shard; None for a dense layer.
+
+    Raises FourfoldError if the shard is not the one that was recorded.
     """
-    tensors = [OutputTensor.of(prefix + name, value) for name, value in kept.items()]
-    tensors += [OutputTensor.of(name, value) for name, value in packed.items()]
-    written = write_shard(out, layer.shard, tensors)
-    return written.size_bytes, written.sha256
+    found = sha256_file(out / record.shard)
+    if found != record.sha256:
+        raise FourfoldError(f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
+                            "the file was changed or damaged. Start over with --restart")
+    if not plan.layers[record.layer].routed:
+        return None
+    index = TensorIndex.open_shards(out, [record.shard])
+    prefix, experts = plan.skeleton.family.experts_prefix(record.layer), plan.skeleton.experts
+    format = plan.recipe.format
+
+    def stack(projection: str) -> Tensor:
+        stacks: dict[str, Tensor] = {}
+        for suffix in pack.CODES_AND_SCALES[format]:
+            names = [f"{prefix}{expert}.{projection}.{suffix}" for expert in range(experts)]
+            header = index.header(names[0])
+            stacks[suffix] = torch.empty(experts, *header.shape, dtype=DTYPES[header.dtype])
+            for expert, name in enumerate(names):
+                index.read(name, out=stacks[suffix][expert])
+        group = pack.unpack(stacks, format)
+        return torch.stack([grid.dequantize(codes_NK, scale_NG).to(dtype)
+                            for codes_NK, scale_NG in zip(group.codes_ENK, group.scale_ENG, strict=True)])  # fmt: skip
+
+    return torch.cat([stack(GATE), stack(UP)], dim=1), stack(DOWN)
 
 
-def stack_names(prefix: str, projections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Final tensor names of stacked, packed projections: {"gate_proj": {"qweight": [E, ...]}} -> one entry each."""
-    return {
-        f"{prefix}{expert}.{projection}.{suffix}": stacked[expert]
-        for projection, suffixes in projections.items()
-        for suffix, stacked in suffixes.items()
-        for expert in range(len(stacked))
-    }
+def sha256_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FourfoldError(f"{path}: a finished shard cannot be read: {error.strerror}; start over with --restart") from None
 
 
 def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
@@ -85,12 +98,16 @@ def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
         header = claim.header
         if claim.action is Action.SPLIT:
             tensors += _split(index, header, sha)
-        else:
-            tensors.append(OutputTensor(header.name, header.dtype, header.shape, _copied(index, header, sha)))
+        elif claim.action is Action.COPY:
+            tensors.append(_tensor(header, header.name, header.shape, partial(_copied, index, header, sha)))
     written = write_shard(out, shard.shard, tensors)
     return ShardRecord(
         shard=shard.shard, layer=-1, size_bytes=written.size_bytes, sha256=written.sha256, source_digest=sha.hexdigest()
     )
+
+
+def _tensor(header: TensorHeader, name: str, shape: tuple[int, ...], data: Callable[[], Iterator[memoryview]]) -> OutputTensor:
+    return OutputTensor(name=name, dtype=header.dtype, shape=shape, data=data)
 
 
 def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memoryview]:
@@ -113,7 +130,7 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
         yield raw_bytes(stack()[expert, place])
 
     return [
-        OutputTensor(name, header.dtype, (place.stop - place.start, header.shape[2]), rows(expert, place))
+        _tensor(header, name, (place.stop - place.start, header.shape[2]), partial(rows, expert, place))
         for name, expert, place in split_names(header.name, header.shape)
     ]
 
@@ -127,7 +144,8 @@ class ReadAhead:
         self._next: Future[LayerTensors] = self._read(0)
 
     def _read(self, layer: int) -> Future[LayerTensors]:
-        return self._pool.submit(read_layer, self._plan.index, self._plan.skeleton, layer)
+        kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.action is Action.COPY]
+        return self._pool.submit(read_layer, self._plan.index, self._plan.skeleton, layer, kept)
 
     def take(self, layer: int) -> LayerTensors:
         tensors = self._next.result()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from fourfold.core.metrics import Statistics
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
-from fourfold.quantize import calibrate, output, streams
+from fourfold.quantize import calibrate, finish, output, streams
+from fourfold.quantize.finish import Measured, Summary
 from fourfold.quantize.journal import (
     Identity,
     Journal,
@@ -28,8 +28,8 @@ from fourfold.quantize.journal import (
     open_journal,
     refuse_changes,
 )
-from fourfold.quantize.observe import Batches
-from fourfold.quantize.output import ReadAhead, Summary, Writer
+from fourfold.quantize.observe import Batches, Traffic
+from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.solve import solve_layer
 from fourfold.recipe import Recipe
@@ -47,12 +47,19 @@ class Watch:
     layers: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def tell(self, stage: str, layer: int = -1) -> None:
+        self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers))
+
     @contextmanager
     def stage(self, stage: str, layer: int = -1) -> Iterator[None]:
-        self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers))
+        self.tell(stage, layer)
         start = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - start
+
+    def finished(self, layer_plan: LayerPlan, drift: StreamDrift) -> None:
+        data: dict[str, object] = {"hidden_error": drift.hidden_error, "router_agreement": drift.router_agreement}
+        self.progress(Event(kind="layer", layer=layer_plan.index, layers=self.layers, data=data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,7 @@ def _run(plan: Plan, out: Path, recipe: Recipe, device: torch.device, watch: Wat
     if finished is not None:
         refuse_changes(out, identity, finished)
         watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
-        return output.read_summary(out)
+        return finish.read_summary(out)
     settings = Settings(
         batches=Batches(plan.memory.row_batch, plan.memory.token_batch, plan.memory.chunk_experts),
         threads=torch.get_num_threads(),
@@ -135,42 +142,96 @@ def _run(plan: Plan, out: Path, recipe: Recipe, device: torch.device, watch: Wat
     journal = open_journal(out, identity, settings)
     torch.set_num_threads(journal.settings.threads)
     job = Job(plan=plan, out=out, device=device, calibration=calibration, heldout=heldout, journal=journal, watch=watch)
-    statistics, drifts = run_layers(job)
-    with watch.stage("finish"):
-        return output.finish(job.plan, out, journal, calibration, heldout, statistics, drifts, dict(watch.seconds))
+    measured = run_layers(job)
+    watch.progress(Event(kind="stage", stage="finish", layers=watch.layers))
+    summary = finish.finish(journal, plan, (calibration, heldout), measured, watch.seconds)
+    watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
+    return summary
 
 
 @torch.no_grad()
-def run_layers(job: Job) -> tuple[Statistics | None, list[StreamDrift]]:
+def run_layers(job: Job) -> Measured:
     """Both streams through all layers; every layer solved once, in this run or an earlier one."""
     plan, watch, batches = job.plan, job.watch, job.journal.settings.batches
     drifts: list[StreamDrift] = []
     with watch.stage("embed"):
-        source, release = streams.embed(
-            plan.index, plan.skeleton, job.calibration.token_RT, job.heldout.token_RT, plan.recipe.solver.asymmetric
-        )
+        texts = job.calibration.token_RT, job.heldout.token_RT
+        source, release = streams.embed(plan.index, plan.skeleton, *texts, plan.recipe.solver.asymmetric)
     with ReadAhead(plan) as ahead, Writer() as writer:
         writer.submit(partial(copy_rest, job))
         for layer_plan in plan.layers[: plan.solve.stop]:
-            layer_index = layer_plan.index
-            with watch.stage("read", layer_index):
-                tensors = ahead.take(layer_index)
-                layer = build_layer(plan.skeleton, layer_index, tensors, job.device)
-            with watch.stage("attend", layer_index):
+            with watch.stage("read", layer_plan.index):
+                tensors = ahead.take(layer_plan.index)  # was read while the layer before was worked on
+                layer = build_layer(plan.skeleton, layer_plan.index, tensors, job.device)
+            with watch.stage("attend", layer_plan.index):
                 traffic = streams.attend(layer, source, release, batches)
-            release_layer = layer
             if layer_plan.shard in job.journal:
-                release_layer = restore(job, layer_plan, layer, tensors)
-            elif layer_index in plan.solve:
+                release_layer = restore_layer(job, layer_plan, layer, tensors)
+            elif layer_plan.index in plan.solve:
                 result = solve(job, layer_plan, layer, traffic)
-                release_layer = with_result(layer, result)
+                release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
                 writer.submit(partial(write_layer, job, layer_plan, tensors, result))
-            with watch.stage("advance", layer_index):
+            else:
+                release_layer = layer
+            with watch.stage("advance", layer_plan.index):
                 source, release, drift = streams.advance((layer, release_layer), traffic, (source, release), batches)
             drifts.append(drift)
-            watch.progress(layer_event(layer_plan, drift, len(plan.layers)))
+            watch.finished(layer_plan, drift)
         writer.join()
     if plan.partial:
-        return None, drifts
+        return Measured(None, tuple(drifts))
     with watch.stage("measure"):
-        return streams.measure(plan.index, plan.skeleton, source.heldout, release.heldout, job.device), drifts
+        statistics = streams.measure(plan.index, plan.skeleton, source.heldout, release.heldout, job.device)
+    return Measured(statistics, tuple(drifts))
+
+
+def solve(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> LayerResult:
+    """Moments, codes and scales of a layer; a dense layer has none and is copied."""
+    if not layer.is_routed:
+        return LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={})
+    prefix = job.plan.skeleton.family.experts_prefix(layer_plan.index)
+    with job.watch.stage("solve", layer_plan.index):
+        return solve_layer(layer, streams.observed(*traffic), job.plan.recipe, job.journal.settings.batches, prefix)
+
+
+def restore_layer(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors) -> DecoderLayer:
+    """A layer that an earlier run finished, its codes read back."""
+    record = job.journal[layer_plan.shard]
+    with job.watch.stage("restore", layer_plan.index):
+        if record.source_digest != tensors.digest:
+            raise FourfoldError(
+                f"layer {layer_plan.index}: the source holds not the bytes that {layer_plan.shard} was made from; "
+                "bring the first source back, or start over with --restart"
+            )
+        stacks = output.read_experts(job.plan, job.out, record, torch.bfloat16)
+        return layer if stacks is None else layer.with_experts(*(stack.to(job.device) for stack in stacks))
+
+
+def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: LayerResult) -> None:
+    """On the writer's thread: the layer's shard, then its record."""
+    start = time.perf_counter()
+    prefix = job.plan.skeleton.family.layer_prefix(layer_plan.index)
+    kept = {prefix + name: value for name, value in tensors.kept.items()}
+    job.watch.tell("write", layer_plan.index)
+    written = output.write_tensors(job.out, layer_plan.shard, kept | result.tensors)
+    job.watch.tell("record", layer_plan.index)
+    job.journal.add(
+        ShardRecord(
+            shard=layer_plan.shard,
+            layer=layer_plan.index,
+            size_bytes=written.size_bytes,
+            sha256=written.sha256,
+            source_digest=tensors.digest,
+            seconds=result.seconds | {"write": time.perf_counter() - start},
+            projections=result.projections,
+        )
+    )
+    job.watch.tell("recorded", layer_plan.index)
+
+
+def copy_rest(job: Job) -> None:
+    """On the writer's thread: everything outside the decoder layers. Not in a trial."""
+    for shard in () if job.plan.partial else job.plan.rest:
+        if shard.shard not in job.journal:
+            job.watch.tell("copy")
+            job.journal.add(output.write_rest(job.out, shard, job.plan.index))

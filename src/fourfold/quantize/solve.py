@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fourfold.core import gptq, grid, metrics, moments
-from fourfold.datatypes import FourfoldError, Method, Moments, ProjectionStatistics, QuantizedGroup
+from fourfold.core import gptq, grid, metrics, moments, pack
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, QuantizedGroup
+from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.observe import (
     Batches,
-    Chunk,
     Observed,
     chunks,
     down_moments,
@@ -26,4 +27,240 @@ from fourfold.quantize.observe import (
     make_chunk,
     random_tokens,
 )
-from fourfold.recipe import Recipe
+from fourfold.recipe import Recipe, Solver
+
+RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One input site of a chunk of experts: the stack of projections that share it, and what is known of its inputs.
+
+    weight_ENK: fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run.
+    """
+
+    projections: tuple[str, ...]
+    weight_ENK: Tensor
+    moments: Moments
+    pool_EKK: Tensor
+    calibration_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A site's codes and scales, and for the log what is known per expert, and per row of the stack."""
+
+    group: QuantizedGroup
+    error_EN: Tensor  # |W - Wq|^2 of each row
+    weight_EN: Tensor  # |W|^2
+    proxy_EN: Tensor  # its share of tr(Err H Err^T), H the expert's own mean, undamped
+    energy_EN: Tensor  # its share of tr(W H W^T)
+    level_E: Tensor  # mean of diag H
+    tokens_E: Tensor
+    effective_E: Tensor
+    damping_E: Tensor
+    methods: tuple[Method, ...]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def solve_layer(
+    layer: DecoderLayer, observed: Observed, recipe: Recipe, batches: Batches, prefix: str
+) -> LayerResult:
+    """Quantize all routed experts of a layer, the chunks' results put together.
+
+    prefix: of the experts' final tensor names.
+    Raises FourfoldError naming the layer and the expert whose moments are not finite.
+    """
+    solver, clock = recipe.solver, _Clock()
+    stacks = layer.stacks
+    released = tuple(torch.empty_like(stack) for stack in stacks)
+    tensors: dict[str, Tensor] = {}
+    rows: list[ProjectionStatistics] = []
+    assert observed.traffic.input_TD is not None
+    tokens = len(observed.traffic.input_TD)
+    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index)
+    with clock("moments"):
+        pool_KK = gate_up_pool(observed, solver.router_weighted)
+    for experts in chunks(len(stacks[0]), batches.experts):
+        place = slice(experts.start, experts.stop)
+        chunk = make_chunk(observed, experts, solver.router_weighted)
+        for which, projections in enumerate(((GATE, UP), (DOWN,))):
+            with clock("moments"):
+                if which == 0:
+                    site_moments, pool_EKK = gate_up_moments(chunk), pool_KK
+                else:
+                    used_ENK = (released if solver.asymmetric else stacks)[0][place]
+                    site_moments = down_moments(chunk, layer, used_ENK)
+                    pool_EKK = down_pool(chunk, layer, used_ENK, token_P)
+            with clock("solve"):
+                site = Site(
+                    projections=projections,
+                    weight_ENK=stacks[which][place].float(),
+                    moments=site_moments,
+                    pool_EKK=pool_EKK,
+                    calibration_tokens=tokens,
+                )
+                solved = _solve_named(site, recipe, layer.index, experts)
+                packed = _pack(solved.group, projections, recipe.format)
+                released[which][place] = _unpack(packed, recipe.format).to(released[which].dtype)
+                tensors |= _named(prefix, experts, packed)
+                rows += _statistics(layer.index, experts, projections, solved, solver)
+    each = sum(clock.seconds.values()) / len(rows)
+    rows = [dataclasses.replace(row, seconds=each) for row in rows]
+    return LayerResult(tensors, *released, tuple(rows), dict(clock.seconds))
+
+
+def _solve_named(site: Site, recipe: Recipe, layer: int, experts: range) -> Solved:
+    try:
+        return solve_site(site, recipe)
+    except FourfoldError as error:
+        raise FourfoldError(f"layer {layer}, experts {experts.start}-{experts.stop - 1}: {error}") from None
+
+
+def solve_site(site: Site, recipe: Recipe) -> Solved:
+    """Codes and scales of one site's stack, by the recipe. docs/numerics.md."""
+    solver, scheme = recipe.solver, recipe.scheme
+    weight_ENK, size = site.weight_ENK, scheme.group_size
+    n0 = solver.pool * weight_ENK.shape[-1]
+    hessian_EKK, effective_E = moments.shrink(
+        site.moments, site.pool_EKK, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
+    )
+    damping = gptq.Damping(
+        delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
+    )
+    factor = gptq.factorize_(hessian_EKK, damping, solver.order, size)
+    target_ENK = weight_ENK
+    if site.moments.cross_EKK is not None and solver.alpha:
+        cross_EKK = moments.shrink_cross(site.moments, effective_E, n0)
+        target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha)
+        del cross_EKK
+    if solver.scale == "search":
+        conditional = solver.scale_weights == "conditional"
+        importance_EK = factor.natural_pivot() if conditional else hessian_EKK.diagonal(dim1=-2, dim2=-1)
+        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
+                                  signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
+        scale_ENG = grid.search_scales(target_ENK, importance_EK, size, search)
+    else:
+        scale_ENG = grid.absmax_scales(target_ENK, size, scheme.scale_dtype)
+    codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, factor)
+    if solver.passes:
+        refit = scheme.scale_dtype if solver.refine_scales else ""
+        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, solver.passes, refit)
+    methods = [Method.DIAGONAL if failed else Method.GPTQ for failed in factor.diagonal_E.tolist()]
+    group = QuantizedGroup(codes_ENK, scale_ENG)
+    del hessian_EKK
+    if solver.fallback_share:
+        rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
+        group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme.scale_dtype)
+    return _judge(site, group, factor.delta_E, effective_E, tuple(methods))
+
+
+def _round_few(
+    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], scale_dtype: str
+) -> tuple[QuantizedGroup, list[Method]]:
+    """Round to nearest the experts that the recipe's fallback rule names."""
+    size = weight_ENK.shape[-1] // group.scale_ENG.shape[-1]
+    scale_ENG = grid.absmax_scales(weight_ENK, size, scale_dtype)
+    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
+    where_E11 = rounded_E[:, None, None]
+    rounded = QuantizedGroup(
+        torch.where(where_E11, codes_ENK, group.codes_ENK), torch.where(where_E11, scale_ENG, group.scale_ENG)
+    )
+    return rounded, [Method.RTN if few else method for few, method in zip(rounded_E.tolist(), methods, strict=True)]
+
+
+def _judge(
+    site: Site, group: QuantizedGroup, damping_E: Tensor, effective_E: Tensor, methods: tuple[Method, ...]
+) -> Solved:
+    """Errors against the source weights, with each expert's own mean moments (the pool where no token came)."""
+    weight_ENK, own = site.weight_ENK, site.moments
+    error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
+    unseen = (own.weight_E == 0).nonzero().flatten().tolist()
+    hessian_EKK, share_E = own.hessian_EKK, 1 / own.weight_E.where(own.weight_E > 0, 1.0)
+    if unseen:
+        hessian_EKK = hessian_EKK.clone()
+        hessian_EKK[unseen] = site.pool_EKK.expand_as(hessian_EKK)[unseen]
+    return Solved(
+        group=group,
+        error_EN=error_ENK.square().sum(dim=-1),
+        weight_EN=weight_ENK.square().sum(dim=-1),
+        proxy_EN=metrics.proxy_rows(error_ENK, hessian_EKK) * share_E[:, None],
+        energy_EN=metrics.proxy_rows(weight_ENK, hessian_EKK) * share_E[:, None],
+        level_E=hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
+        tokens_E=own.count_E,
+        effective_E=effective_E,
+        damping_E=damping_E,
+        methods=methods,
+    )
+
+
+def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: str) -> dict[str, dict[str, Tensor]]:
+    """A site's stack as the release stores it, on the host: projection -> tensor suffix -> [E, ...]."""
+    count = len(projections)
+    codes, scales = group.codes_ENK.cpu().chunk(count, dim=1), group.scale_ENG.cpu().chunk(count, dim=1)
+    return {
+        projection: pack.pack(QuantizedGroup(*part), format)
+        for projection, *part in zip(projections, codes, scales, strict=True)
+    }
+
+
+def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
+    """The weights [E, N, K] that an engine multiplies by, from the packed tensors themselves; fp32."""
+    groups = [pack.unpack(tensors, format) for tensors in packed.values()]
+    return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
+
+
+def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
+    return {
+        f"{prefix}{expert}.{projection}.{suffix}": stacked[place]
+        for projection, tensors in packed.items()
+        for suffix, stacked in tensors.items()
+        for place, expert in enumerate(experts)
+    }
+
+
+def _statistics(
+    layer: int, experts: range, projections: tuple[str, ...], solved: Solved, solver: Solver
+) -> Iterator[ProjectionStatistics]:
+    """Rows of the log; the stack's output rows are shared out among its projections."""
+    width = solved.error_EN.shape[1] // len(projections)
+    sums = [values_EN.unflatten(1, (-1, width)).sum(dim=2).tolist()
+            for values_EN in (solved.error_EN, solved.weight_EN, solved.proxy_EN, solved.energy_EN)]  # fmt: skip
+    scale_EPS = solved.group.scale_ENG.unflatten(1, (-1, width)).flatten(2)
+    least, most = scale_EPS.abs().amin(dim=2).tolist(), scale_EPS.abs().amax(dim=2).tolist()
+    negative = (scale_EPS < 0).float().mean(dim=2).tolist()
+    level, tokens = solved.level_E.tolist(), solved.tokens_E.tolist()
+    effective, damping = solved.effective_E.tolist(), solved.damping_E.tolist()
+    for place, expert in enumerate(experts):
+        method = solved.methods[place]
+        for part, projection in enumerate(projections):
+            error, weight, proxy, energy = (values[place][part] for values in sums)
+            loss = (proxy + 0.05 * level[place] * error) / tokens[place] if tokens[place] else None
+            yield ProjectionStatistics(
+                layer=layer,
+                expert=expert,
+                projection=projection,
+                method=method,
+                weight_error=(error / weight) ** 0.5 if weight else 0.0,
+                relative_error=max(proxy, 0.0) / energy if energy > 0 else 0.0,
+                gptqmodel_loss=loss,
+                tokens=tokens[place],
+                effective_tokens=effective[place],
+                damping=damping[place],
+                passes=0 if method is Method.RTN else solver.passes,
+                scale_min=least[place][part],
+                scale_max=most[place][part],
+                scale_negative_share=negative[place][part],
+                seconds=0.0,
+            )

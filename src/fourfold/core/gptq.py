@@ -1,0 +1,219 @@
+"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6, 7 and 8.
+
+Everything is fp32; callers leave TF32 off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.core import grid
+from fourfold.core.moments import damping
+
+BLOCK = 128  # columns between two GEMMs over all earlier errors
+SUB_BLOCK = 16  # columns solved one by one before a GEMM inside the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """delta, kind, floor: see moments.damping; retries: deltas tried in turn for an expert whose factor fails."""
+
+    delta: float
+    kind: str
+    floor: float
+    retries: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = M diag(D) M^T of a stack of damped Hessians, columns in processing order.
+
+    unit_EKK: M, unit upper triangular; pivot_EK: D; order_EK: natural index of each processed column;
+    delta_E: damping that was needed; diagonal_E: experts whose H was replaced by its diagonal, as no damping helped.
+    """
+
+    unit_EKK: Tensor
+    pivot_EK: Tensor
+    order_EK: Tensor
+    delta_E: Tensor
+    diagonal_E: Tensor
+
+    def natural_pivot(self) -> Tensor:
+        """D in natural column order, [E, K]."""
+        return torch.empty_like(self.pivot_EK).scatter_(1, self.order_EK, self.pivot_EK)
+
+
+def order_columns(diagonal_EK: Tensor, kind: str, group_size: int) -> Tensor:
+    """Processing order of the columns, int64 [E, K]; stable, so equal columns keep their order.
+
+    kind "activation": descending diagonal; "group-aware": whole groups by their largest, columns of a group by their
+    own (GPTQModel's GAR); "natural".
+    """
+    if kind == "natural":
+        return torch.arange(diagonal_EK.shape[1], device=diagonal_EK.device).expand_as(diagonal_EK)
+    if kind == "activation":
+        return diagonal_EK.argsort(dim=1, descending=True, stable=True)
+    grouped_EGK = diagonal_EK.unflatten(1, (-1, group_size))
+    inner_EGK = grouped_EGK.argsort(dim=2, descending=True, stable=True)
+    outer_EG = grouped_EGK.amax(dim=2).argsort(dim=1, descending=True, stable=True)
+    start_EG1 = (outer_EG * group_size)[..., None]
+    return (inner_EGK.gather(1, outer_EG[..., None].expand_as(inner_EGK)) + start_EG1).flatten(1)
+
+
+def factorize_(hessian_EKK: Tensor, settings: Damping, order: str, group_size: int) -> Factor:
+    """Damp a stack of Hessians, in place, and factorize it: one Cholesky, no inverse.
+
+    R = flip(cholesky(flip(H))) is upper with H = R R^T; M = R / diag(R). An expert whose Cholesky fails is tried again
+    alone with the larger dampings, and in the end with diag(H): a value in the result, never an exception.
+    Peak: three stacks [E, K, K] above the input.
+    """
+    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1).clone()
+    order_EK = order_columns(diagonal_EK, order, group_size)
+    delta_E = torch.full_like(diagonal_EK[:, 0], settings.delta)
+    factor_EKK, pivot_EK, failed_E = _attempt_(hessian_EKK, diagonal_EK, delta_E, settings, order_EK)
+    for delta in settings.retries:
+        again = failed_E.nonzero().flatten()
+        if not len(again):
+            break
+        delta_E[again] = delta
+        stack = hessian_EKK[again]
+        factor_EKK[again], pivot_EK[again], failed_E[again] = _attempt_(
+            stack, diagonal_EK[again], delta_E[again], settings, order_EK[again]
+        )
+        hessian_EKK[again] = stack
+    for expert in failed_E.nonzero().flatten().tolist():
+        hessian_EKK[expert] = torch.diag(hessian_EKK[expert].diagonal())
+        factor_EKK[expert] = torch.eye(hessian_EKK.shape[-1], device=hessian_EKK.device)
+        pivot_EK[expert] = hessian_EKK[expert].diagonal()[order_EK[expert]]
+    return Factor(factor_EKK, pivot_EK, order_EK, delta_E, failed_E)
+
+
+def _attempt_(
+    hessian_EKK: Tensor, diagonal_EK: Tensor, delta_E: Tensor, settings: Damping, order_EK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set the damped diagonal, in place, and factorize: (M, D, failed)."""
+    hessian_EKK.diagonal(dim1=-2, dim2=-1).copy_(diagonal_EK)
+    added_EK = damping(hessian_EKK, delta_E, settings.kind, settings.floor)
+    hessian_EKK.diagonal(dim1=-2, dim2=-1).add_(added_EK)
+    backward_EK = order_EK.flip(1)
+    flipped_EKK = torch.stack([h_KK[p_K][:, p_K] for h_KK, p_K in zip(hessian_EKK, backward_EK, strict=True)])
+    lower_EKK, info_E = torch.linalg.cholesky_ex(flipped_EKK)
+    del flipped_EKK
+    root_EKK = lower_EKK.flip(-2, -1)
+    root_EK = root_EKK.diagonal(dim1=-2, dim2=-1).clone()
+    failed_E = (info_E > 0) | ~root_EK.isfinite().all(dim=1) | (root_EK <= 0).any(dim=1)
+    root_EKK.div_(root_EK[:, None, :])
+    return root_EKK, root_EK.square(), failed_E
+
+
+def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """W + alpha W C H^-1: the weights whose output on the release stream comes closest to the source's. [E, N, K].
+
+    cross_EKK: mean of w (x_source - x) x^T. GPTAQ (arXiv 2504.02692) as one change of target.
+    """
+    index_ENK = factor.order_EK[:, None, :].expand_as(weight_ENK)
+    moved_ENK = torch.bmm(weight_ENK, cross_EKK).gather(2, index_ENK)
+    lower_EKK = factor.unit_EKK.mT
+    moved_ENK = torch.linalg.solve_triangular(lower_EKK, moved_ENK, upper=False, left=False, unitriangular=True)
+    moved_ENK /= factor.pivot_EK[:, None, :]
+    moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
+    natural_ENK = torch.empty_like(moved_ENK).scatter_(2, index_ENK, moved_ENK)
+    return natural_ENK.mul_(alpha).add_(weight_ENK)
+
+
+def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor:
+    """Codes int8 [E, N, K] that minimise tr(Err H Err^T) one column after the other, each step exactly.
+
+    GPTQ (arXiv 2210.17323) without an inverse: t_j = w_j + sum_{i<j} Err_i M_ij is its updated weight at column j.
+    Left-looking: one GEMM over all earlier errors per block of columns.
+    """
+    inputs = target_ENK.shape[-1]
+    group_size = inputs // scale_ENG.shape[-1]
+    index_ENK = factor.order_EK[:, None, :].expand_as(target_ENK)
+    ordered_ENK = target_ENK.gather(2, index_ENK)
+    error_ENK, codes_ENK = torch.empty_like(ordered_ENK), torch.empty_like(ordered_ENK, dtype=torch.int8)
+    for start in range(0, inputs, BLOCK):
+        block = slice(start, min(start + BLOCK, inputs))
+        weight_ENB = ordered_ENK[:, :, block]
+        scale_ENB = scale_ENG.gather(2, index_ENK[:, :, block] // group_size)
+        target_ENB = torch.baddbmm(weight_ENB, error_ENK[:, :, :start], factor.unit_EKK[:, :start, block])
+        unit_EBB = factor.unit_EKK[:, block, block]
+        codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(target_ENB, weight_ENB, unit_EBB, scale_ENB)
+    return torch.empty_like(codes_ENK).scatter_(2, index_ENK, codes_ENK)
+
+
+def inblock(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The serial kernel: B columns, each rounded and its error fed to the later ones. Returns (codes int8, error).
+
+    For j = 0..B-1: q = clamp(rint(T_j / S_j)); err_j = W_j - S_j q; T_k += err_j feedback_jk for k > j.
+    No input is changed; feedback's diagonal and lower triangle are not read.
+    """
+    # Columns first: each step then reads and writes contiguous rows.
+    target_EBN, scale_EBN = target_ENB.mT.contiguous(), scale_ENB.mT.contiguous()
+    weight_EBN = weight_ENB.mT.contiguous()
+    codes_EBN, error_EBN = torch.empty_like(target_EBN, dtype=torch.int8), torch.empty_like(target_EBN)
+    columns = target_EBN.shape[1]
+    for first in range(0, columns, SUB_BLOCK):
+        last = min(first + SUB_BLOCK, columns)
+        for j in range(first, last):
+            code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(-8, 7)
+            codes_EBN[:, j] = code_EN
+            error_EBN[:, j] = weight_EBN[:, j] - code_EN.mul_(scale_EBN[:, j])
+            if j + 1 < last:
+                ahead_EB1 = feedback_EBB[:, j, j + 1 : last, None]
+                target_EBN[:, j + 1 : last].addcmul_(ahead_EB1, error_EBN[:, j, None, :])
+        if last < columns:
+            ahead_EBB = feedback_EBB[:, first:last, last:].mT
+            target_EBN[:, last:].baddbmm_(ahead_EBB, error_EBN[:, first:last])
+    return codes_EBN.mT, error_EBN.mT
+
+
+def refine(
+    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, scale_dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on scales and codes, group after group: the proxy tr(Err H Err^T) never rises.
+
+    hessian_EKK: damped. scale_dtype: what `grid.stored` rounds to, or "" to leave scales alone.
+    Returns new (codes_ENK int8, scale_ENG).
+    """
+    group_size = target_ENK.shape[-1] // scale_ENG.shape[-1]
+    codes_ENK, scale_ENG = codes_ENK.clone(), scale_ENG.clone()
+    error_ENK = target_ENK - grid.dequantize(codes_ENK, scale_ENG)
+    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+    for _ in range(passes):
+        for group in range(scale_ENG.shape[-1]):
+            block = slice(group * group_size, (group + 1) * group_size)
+            gradient_ENB = torch.bmm(error_ENK, hessian_EKK[:, :, block])
+            hessian_EBB = hessian_EKK[:, block, block]
+            error_ENB, scale_EN = error_ENK[:, :, block], scale_ENG[:, :, group]
+            if scale_dtype:
+                code_ENB = codes_ENK[:, :, block].float()
+                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, hessian_EBB, scale_dtype)
+                error_ENB = error_ENB - moved_EN[..., None] * code_ENB
+                gradient_ENB -= moved_EN[..., None] * torch.bmm(code_ENB, hessian_EBB)
+                scale_EN = scale_EN + moved_EN
+            feedback_EBB = (hessian_EBB / diagonal_EK[:, None, block]).triu(1)
+            target_ENB = target_ENK[:, :, block] + gradient_ENB / diagonal_EK[:, None, block] - error_ENB
+            target_ENB.baddbmm_(error_ENB, feedback_EBB, alpha=-1)
+            scale_ENB = scale_EN[..., None].expand_as(target_ENB)
+            codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(
+                target_ENB, target_ENK[:, :, block], feedback_EBB, scale_ENB
+            )
+            scale_ENG[:, :, group] = scale_EN
+    return codes_ENK, scale_ENG
+
+
+def _refit(
+    code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, scale_dtype: str
+) -> Tensor:
+    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
+    curvature_EN = (torch.bmm(code_ENB, hessian_EBB) * code_ENB).sum(dim=-1)
+    wanted_EN = scale_EN + (gradient_ENB * code_ENB).sum(dim=-1) / curvature_EN.where(curvature_EN > 0, torch.inf)
+    rounded_EN = grid.stored(wanted_EN, scale_dtype)
+    nearer_EN = (rounded_EN - wanted_EN).abs() < (scale_EN - wanted_EN).abs()
+    return (rounded_EN - scale_EN).where(nearer_EN, 0.0)

@@ -1,0 +1,117 @@
+"""Second moments per expert: accumulate, pool, shrink, damp. docs/numerics.md sections 1-3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourfold.datatypes import FourfoldError, Moments
+
+PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
+
+
+def accumulate(
+    input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor, offsets: list[int]
+) -> Moments:
+    """Second moments of the inputs of E experts, fp32 sums.
+
+    input_TK: what the experts are given; target_TK: what the source stream gives for the same tokens, or None;
+    token_S: row of each (token, expert) pair, sorted by expert; weight_S: w of the pair, fp32, >= 0;
+    offsets: E + 1 ints, expert e owns pairs offsets[e]:offsets[e + 1].
+    Hessian sum w x x^T from xs = bf16(sqrt(w) x); cross sum w (target - x) x^T from bf16(sqrt(w) (target - x)).
+    """
+    experts, inputs = len(offsets) - 1, input_TK.shape[1]
+    device = input_TK.device
+    hessian_EKK = torch.zeros(experts, inputs, inputs, device=device)
+    cross_EKK = None if target_TK is None else torch.zeros_like(hessian_EKK)
+    weight_E, energy2_E = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
+    # A loop over experts, but each step is a GEMM of K x tokens x K; grouped_mm of the same took a quarter longer on a
+    # CPU, and one GEMM per expert gives the same bits however experts are chunked.
+    for expert in range(experts):
+        for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
+            piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
+            root_S1 = weight_S[piece, None].sqrt()
+            input_SK = input_TK[token_S[piece]].float()
+            scaled_SK = (input_SK * root_S1).bfloat16().float()
+            hessian_EKK[expert].addmm_(scaled_SK.T, scaled_SK)
+            if cross_EKK is not None and target_TK is not None:
+                difference_SK = (target_TK[token_S[piece]].float() - input_SK).mul_(root_S1).bfloat16().float()
+                cross_EKK[expert].addmm_(difference_SK.T, scaled_SK)
+            weight_E[expert] += weight_S[piece].sum()
+            energy2_E[expert] += scaled_SK.square_().sum(dim=1).square_().sum()
+    count_E = torch.tensor(offsets, device=device).diff()
+    return Moments(hessian_EKK, cross_EKK, weight_E, count_E, energy2_E)
+
+
+def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
+    """Weighted mean of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
+    total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
+    for first in range(0, len(input_TK), PAIRS_PER_PIECE):
+        piece = slice(first, first + PAIRS_PER_PIECE)
+        scaled_TK = (input_TK[piece].float() * weight_T[piece, None].sqrt()).bfloat16().float()
+        total_KK.addmm_(scaled_TK.T, scaled_TK)
+    return total_KK.div_(weight_T.sum())
+
+
+def trace(matrix_EKK: Tensor) -> Tensor:
+    return matrix_EKK.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def effective_tokens(moments: Moments) -> Tensor:
+    """tr(H)^2 / energy2 per expert, at most its tokens: a few loud tokens count as few. fp32 [E], 0 without tokens."""
+    effective_E = trace(moments.hessian_EKK).square() / moments.energy2_E
+    return torch.minimum(effective_E.nan_to_num(0.0, 0.0, 0.0), moments.count_E.float())
+
+
+def shrink(
+    moments: Moments, pool_EKK: Tensor, n0: float, *, effective: bool, trace_matched: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean moments, shrunk towards a pool: (m H_e + n0 tau pool) / (m + n0). Returns (hessian_EKK, m_E), new tensors.
+
+    pool_EKK: [K, K] for all experts or [E, K, K]; n0: the pool's weight in tokens; effective: m are effective tokens,
+    else the plain count; trace_matched: tau scales the pool to the expert's own trace. An expert without tokens gets
+    the pool itself, by the same arithmetic. Raises FourfoldError naming the expert whose moment is not finite.
+    """
+    own_trace_E = trace(moments.hessian_EKK)
+    bad_E = ~own_trace_E.isfinite()
+    if bad_E.any():
+        raise FourfoldError(f"expert {int(bad_E.nonzero()[0])}: its moments are not finite; a hidden state overflowed")
+    m_E = effective_tokens(moments) if effective else moments.count_E.float()
+    seen_E = moments.weight_E > 0
+    weight_E = moments.weight_E.where(seen_E, 1.0)
+    tau_E = torch.ones_like(m_E)
+    if trace_matched:
+        ratio_E = own_trace_E / weight_E / trace(pool_EKK).clamp(min=torch.finfo(torch.float32).tiny)
+        tau_E = ratio_E.where(seen_E, 1.0)
+    total_E = m_E + n0
+    alone_E = total_E <= 0  # no tokens and no pool asked for: the pool is all there is
+    own_E = (m_E / total_E.where(~alone_E, 1.0) / weight_E)[:, None, None]
+    pooled_E = (n0 * tau_E / total_E.where(~alone_E, 1.0)).where(~alone_E, 1.0)[:, None, None]
+    hessian_EKK = moments.hessian_EKK * own_E
+    for hessian_KK, pool_KK, share in zip(hessian_EKK, pool_EKK.expand_as(hessian_EKK), pooled_E, strict=True):
+        hessian_KK.addcmul_(pool_KK, share)  # one K x K at a time: a temporary as large as the stack is not needed
+    return hessian_EKK, m_E
+
+
+def shrink_cross(moments: Moments, m_E: Tensor, n0: float) -> Tensor:
+    """The mean cross moment, shrunk to zero: C_e / weight_e * m / (m + n0), [E, K, K]."""
+    assert moments.cross_EKK is not None
+    share_E = m_E / (m_E + n0).clamp(min=1e-30) / moments.weight_E.where(moments.weight_E > 0, 1.0)
+    return moments.cross_EKK * share_E[:, None, None]
+
+
+def damping(hessian_EKK: Tensor, delta_E: Tensor, kind: str, floor: float) -> Tensor:
+    """What is added to the diagonal, fp32 [E, K].
+
+    kind "diagonal": delta * H_jj + floor * median_j(H_jj), relative per channel, so that a loud one does not drown the
+    others (if the median is 0 the mean, if that is 0, 1); "mean": delta * mean(diag H), as GPTQ.
+    """
+    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+    mean_E = diagonal_EK.mean(dim=1)
+    if kind == "mean":
+        mean_E = mean_E.where(mean_E > 0, 1.0)
+        return (delta_E * mean_E)[:, None].expand_as(diagonal_EK)
+    level_E = diagonal_EK.median(dim=1).values
+    level_E = level_E.where(level_E > 0, mean_E)
+    level_E = level_E.where(level_E > 0, 1.0 / floor if floor else 1.0)
+    return delta_E[:, None] * diagonal_EK + floor * level_E[:, None]

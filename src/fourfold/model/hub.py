@@ -1,0 +1,124 @@
+"""A model as the user names it: a folder, or a Hub id, downloaded into the Hub's own cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DryRunFileInfo, constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the HTTP client that this version of huggingface_hub uses: httpx or httpx2
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm, validate_repo_id
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.checkpoint import INDEX_NAME
+from fourfold.model.shards import SIDECARS
+
+WANTED = ["config.json", INDEX_NAME, "*.safetensors", *SIDECARS]
+UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats in subfolders, Mistral's second copy
+SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)  # "?": signed addresses
+
+
+class _Silent(tqdm):
+    """No progress bar: huggingface_hub shows one of its bars also where nobody looks."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": True})
+
+
+def resolve_model(model: str, *, progress: bool = True) -> Path:
+    """The folder of a model: an existing folder as it is, or `org/name` or `org/name@revision` of the Hub.
+
+    Files that the cache has are not downloaded again, and a complete model in the cache needs no network.
+    progress: show download bars on stderr. Raises FourfoldError, without any token in it, if there is no such
+    folder or repository, it may not be read, the Hub cannot be reached or the disk is too small.
+    """
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.exists(folder):
+        raise FourfoldError(f"{model}: a file; wanted the folder of the checkpoint")
+    repo, at, revision = model.partition("@")
+    if not _is_hub_id(repo) or (at and not revision):
+        raise FourfoldError(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@revision "
+                            "of the Hub")
+    return _download(repo, revision or None, progress)
+
+
+def _is_hub_id(repo: str) -> bool:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return "/" in repo  # the Hub's few names without an owner are taken for mistyped folders
+
+
+def _download(repo: str, revision: str | None, progress: bool) -> Path:
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    try:
+        try:
+            planned = snapshot_download(repo, dry_run=True, tqdm_class=_Silent, **options)
+        except DryRunError:
+            planned = None  # the Hub cannot be asked; the cache may do, or else the next call says why
+        if planned is not None:
+            _check_planned(repo, planned)
+        return Path(snapshot_download(repo, tqdm_class=None if progress else _Silent, **options))
+    except (OSError, RuntimeError, HTTPError) as error:  # RuntimeError: hf_xet's
+        asked = f"{repo}@{revision}" if revision else repo
+        raise FourfoldError(f"{asked}: {SECRET.sub('…', _explain(error, repo, revision))}") from None
+
+
+def _check_planned(repo: str, planned: list[DryRunFileInfo]) -> None:
+    """Whether there are weights that can be read, and room for what is not in the cache yet."""
+    if not any(file.filename.endswith(".safetensors") for file in planned):
+        raise FourfoldError(f"{repo}: this repository has no *.safetensors; pickles and GGUF are not read")
+    wanted = sum(file.file_size or 0 for file in planned if file.will_download)
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if wanted > free:
+        raise FourfoldError(f"{repo}: {wanted:,} bytes are to be downloaded to {cache}, where {free:,} are "
+                            "free; make room, or set HF_HUB_CACHE to a folder on a larger disk")
+
+
+def _explain(error: Exception, repo: str, revision: str | None) -> str:
+    """What went wrong and the way out. Order matters: GatedRepoError is a RepositoryNotFoundError too."""
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub did answer, and the cache was only the way out
+    if isinstance(error, GatedRepoError):
+        return f"a gated model. Ask for access at {page}, then log in with `hf auth login` and run this again"
+    if isinstance(error, RepositoryNotFoundError):
+        return (f"no such folder, and no model at {page} for this account. If it is private, log in with "
+                "`hf auth login` under an account that may read it")
+    if isinstance(error, RevisionNotFoundError):
+        return f"the model has no branch, tag or commit {revision!r}; see {page}/commits"
+    if isinstance(error, LocalEntryNotFoundError):
+        offline = isinstance(error.__cause__, OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else type(error.__cause__ or error).__name__
+        return (f"no such folder, not all of it in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be "
+                f"asked ({reason}). Give a local folder with the model, or go online")
+    if isinstance(error, HfHubHTTPError):
+        if error.response.status_code == 401:
+            return ("the Hub does not accept the token: it is wrong or has expired. Log in with "
+                    "`hf auth login`, or mend HF_TOKEN where that is set")
+        reason = error.server_message or "no reason given"
+        return (f"the Hub answered {error.response.status_code} ({reason}). If that is about access, see "
+                f"{page} and `hf auth login`; if not, run this again later")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"the disk of the cache {constants.HF_HUB_CACHE} is full; make room, or set HF_HUB_CACHE to "
+                "a folder on a larger disk. Complete files are kept, the same command goes on")
+    return (f"the download broke off ({type(error).__name__}: {error}). Complete files are kept, the same "
+            "command goes on")

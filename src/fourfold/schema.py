@@ -1,0 +1,119 @@
+"""Raw TOML tables to frozen dataclasses: overrides, types, allowed values, and errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fourfold.datatypes import FourfoldError
+
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What a file may hold. choices, ranges (both ends included): by dotted key without indices.
+
+    where: names the file in errors ("recipe best.toml").
+    """
+
+    where: str
+    choices: Mapping[str, tuple[object, ...]]
+    ranges: Mapping[str, tuple[float, float]]
+
+    def read(self, cls: type[Any], table: object, key: str = "") -> Any:
+        """A `cls` from a raw table; `key` is the table's dotted name. Left-out keys take the dataclass defaults.
+
+        Raises FourfoldError for an unknown key, with the nearest known one, and for a wrong type or value.
+        """
+        if not isinstance(table, dict):
+            raise self.mismatch(key, table, "a table")
+        hints = get_type_hints(cls)
+        for name in table:
+            if name not in hints:
+                raise FourfoldError(f"{self.where}: unknown key {_join(key, name)!r}{self._nearest_key(cls, key, name)}")
+        return cls(**{name: self._value(hints[name], value, _join(key, name)) for name, value in table.items()})
+
+    def mismatch(self, key: str, found: object, wanted: str, hint: str = "") -> FourfoldError:
+        shown = str(found).lower() if isinstance(found, bool) else repr(found)
+        return FourfoldError(f"{self.where}: {key} is {shown}; {wanted} is wanted{hint}")
+
+    def _value(self, hint: Any, value: object, key: str) -> Any:
+        if is_dataclass(hint):
+            return self.read(hint, value, key)  # type: ignore[arg-type]
+        if get_origin(hint) is tuple:
+            if not isinstance(value, list | tuple):
+                raise self.mismatch(key, value, "an array")
+            item = get_args(hint)[0]
+            return tuple(self._value(item, entry, f"{key}[{index}]") for index, entry in enumerate(value))
+        return self._scalar(hint, value, key)
+
+    def _scalar(self, hint: Any, value: Any, key: str) -> Any:
+        if hint is float and type(value) is int:
+            value = float(value)
+        if type(value) is not hint:  # not isinstance: true is no whole number
+            raise self.mismatch(key, value, _WANTED[hint])
+        rule = re.sub(r"\[\d+\]", "", key)
+        choices = self.choices.get(rule)
+        if choices and value not in choices:
+            raise self.mismatch(key, value, f"one of {', '.join(map(repr, choices))}", nearest(value, choices))
+        low, high = self.ranges.get(rule, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
+            raise self.mismatch(key, value, f"a number from {low:.12g} to {high:.12g}")
+        return value
+
+    def _nearest_key(self, cls: type[Any], key: str, name: str) -> str:
+        """The key that was probably meant: the same name in another table first, then a similar one in this."""
+        known = {rule.rpartition(".")[2]: rule for rule in (*self.choices, *self.ranges)}
+        if name in known:
+            return f"; did you mean {known[name]!r}?"
+        return nearest(_join(key, name), [_join(key, item.name) for item in fields(cls)])
+
+
+def nearest(word: object, known: Collection[object]) -> str:
+    """The end of an error's sentence: the known word that `word` looks like, or nothing."""
+    match = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
+
+
+def apply_override(table: dict[str, Any], override: str, rivals: Sequence[str]) -> None:
+    """Set one "a.b.0.c=value" in a raw table; the right side is TOML, or else plain text.
+
+    rivals: keys of which a table holds one at most; setting one takes the others away.
+    Raises FourfoldError for text that is no assignment, or that goes through something that is no table.
+    """
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise FourfoldError(f"override {override!r}: key=value is wanted, as in solver.damp=0.02")
+    target: Any = table
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(target, dict):
+            target = target.setdefault(part, {})
+        elif isinstance(target, list) and part.isdecimal() and int(part) < len(target):
+            target = target[int(part)]
+        else:
+            raise FourfoldError(f"override {override!r}: the recipe has no {'.'.join(parts[: depth + 1])}")
+    if not isinstance(target, dict):
+        raise FourfoldError(f"override {override!r}: {'.'.join(parts[:-1])} is no table in the recipe")
+    if parts[-1] in rivals:
+        for rival in rivals:
+            target.pop(rival, None)
+    target[parts[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
