@@ -22,14 +22,14 @@ RECIPES = Path(__file__).parent / "recipes"
 TEXT = Path(__file__).parent / "text"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One source of calibration text: exactly one of `builtin`, `path` and `dataset`.
 
-    builtin: name of a text that ships with fourfold; path: a .jsonl, .txt or .parquet file; dataset: a Hub dataset id
-    with `split` and `config`. kind "text" takes `fields` (joined by a blank line) as plain text, "chat" renders the
-    messages of the one field with the model's own chat template. rows: rows of `calibration.length` tokens.
+    builtin: name of a text that ships with fourfold; path: a .jsonl, .txt or .parquet file; dataset: an id
+    on the Hub ("id@revision" pins it) with `split` and `config`. kind "text" takes `fields` (joined by a blank
+    line) as plain text, "chat" renders the messages of the one field with the model's own chat template.
+    rows: rows of `calibration.length` tokens.
     """
 
     rows: int
@@ -83,7 +83,7 @@ class Solver:
     asymmetric: solve on the release stream's inputs towards the source stream's outputs;
     router_weighted: tokens weigh by their router weight; pool: n0 = pool * K effective tokens of the layer's
     statistics are mixed into each expert's (0 = none); effective_tokens: count loud tokens as few;
-    trace_matched: the pool is scaled to each expert's loudness; pool_rows: random rows for the pool of `down`;
+    trace_matched: the pool is scaled to each expert's loudness; pool_rows: random rows for `down`'s pool;
     damp_kind: "diagonal" (relative per channel) or "mean" (of the mean of the diagonal);
     order: "activation" or "group-aware" or "natural"; scale: "search" or "absmax";
     scale_weights: "conditional" (the factor's D) or "diagonal" (diag H);
@@ -142,20 +142,44 @@ class BundledText:
 
 
 CALIBRATION_TEXTS = {
-    "general": BundledText(file="calibration/general.jsonl", title="wikitext-2 validation split, tokenized form",
-                           licence="CC BY-SA 3.0"),
-    "chat": BundledText(file="calibration/chat.jsonl", title="GSM8K training problems as conversations",
-                        licence="MIT", kind="chat", fields=("messages",)),
-    "code": BundledText(file="calibration/code.jsonl", title="modules of CPython's standard library",
-                        licence="PSF-2.0", fields=("content",)),
-    "math": BundledText(file="calibration/math.jsonl", title="GSM8K training problems",
-                        licence="MIT", fields=("problem", "solution")),
+    "general": BundledText(
+        file="calibration/general.jsonl",
+        title="wikitext-2 validation split, tokenized form",
+        licence="CC BY-SA 3.0",
+    ),
+    "chat": BundledText(
+        file="calibration/chat.jsonl",
+        title="GSM8K training problems as conversations",
+        licence="MIT",
+        kind="chat",
+        fields=("messages",),
+    ),
+    "code": BundledText(
+        file="calibration/code.jsonl",
+        title="modules of CPython's standard library",
+        licence="PSF-2.0",
+        fields=("content",),
+    ),
+    "math": BundledText(
+        file="calibration/math.jsonl",
+        title="GSM8K training problems",
+        licence="MIT",
+        fields=("problem", "solution"),
+    ),
 }
 HELDOUT_TEXTS = {
-    "wikitext-2-test": BundledText(file="heldout/wikitext-2-test.txt", licence="CC BY-SA 3.0",
-                                   title="wikitext-2 test split, tokenized form (not wikitext-2-raw)"),
-    "chat": BundledText(file="heldout/chat.jsonl", title="GSM8K test problems as conversations",
-                        licence="MIT", kind="chat", fields=("messages",)),
+    "wikitext-2-test": BundledText(
+        file="heldout/wikitext-2-test.txt",
+        licence="CC BY-SA 3.0",
+        title="wikitext-2 test split, tokenized form (not wikitext-2-raw)",
+    ),
+    "chat": BundledText(
+        file="heldout/chat.jsonl",
+        title="GSM8K test problems as conversations",
+        licence="MIT",
+        kind="chat",
+        fields=("messages",),
+    ),
 }
 
 ORIGINS = ("builtin", "path", "dataset")
@@ -201,14 +225,17 @@ def recipe_path(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    raise FourfoldError(f"recipe {name_or_path!r}: neither a preset nor a file{nearest(name_or_path, recipe_names())}; "
-                        f"presets are {', '.join(recipe_names())}, any other recipe is the path of a .toml file")
+    names = recipe_names()
+    raise FourfoldError(
+        f"recipe {name_or_path!r}: neither a preset nor a file{nearest(name_or_path, names)}; "
+        f"presets are {', '.join(names)}, any other recipe is the path of a .toml file"
+    )
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a preset or a .toml file and check every value.
 
-    overrides: "solver.damp=0.02" or "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
+    overrides: "solver.damp=0.02", "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
     A relative `path` is taken from the recipe file's folder, in an override from the working folder.
     Raises FourfoldError naming the file, the key, what was found and what is wanted.
     """
@@ -275,7 +302,8 @@ def _raw_sources(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
-    for raw in (*_raw_sources(table), table.get("heldout")):
+    tables: list[Any] = [*_raw_sources(table), table.get("heldout")]
+    for raw in tables:
         path = raw.get("path") if isinstance(raw, dict) else None
         if isinstance(path, str) and path:
             raw["path"] = str(folder / Path(path).expanduser())
@@ -305,15 +333,20 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
         if problem:
             raise FourfoldError(f"{schema.where}: calibration.sources[{index}] {problem}")
     if bool(heldout.builtin) == bool(heldout.path):
-        raise FourfoldError(f"{schema.where}: heldout has builtin {heldout.builtin!r} and path {heldout.path!r}; "
-                            "exactly one of them is wanted")
+        found = f"builtin {heldout.builtin!r} and path {heldout.path!r}"
+        raise FourfoldError(f"{schema.where}: heldout has {found}; exactly one of them is wanted")
     if heldout.builtin and heldout.builtin not in HELDOUT_TEXTS:
-        raise schema.mismatch("heldout.builtin", heldout.builtin, f"one of {', '.join(HELDOUT_TEXTS)}",
-                              nearest(heldout.builtin, HELDOUT_TEXTS))
+        raise schema.mismatch(
+            "heldout.builtin",
+            heldout.builtin,
+            f"one of {', '.join(HELDOUT_TEXTS)}",
+            nearest(heldout.builtin, HELDOUT_TEXTS),
+        )
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
     if solver.scale_low > solver.scale_high:
-        raise schema.mismatch("solver.scale_low", solver.scale_low, f"at most scale_high = {solver.scale_high}")
+        wanted = f"at most scale_high = {solver.scale_high}"
+        raise schema.mismatch("solver.scale_low", solver.scale_low, wanted)
 
 
 def _problem_of(source: Source, earlier: Sequence[Source]) -> str:
@@ -346,9 +379,13 @@ def _problem_of_builtin(source: Source) -> str:
     text = CALIBRATION_TEXTS.get(source.builtin)
     if text is None:
         held = "; that text is held out and never calibrated on" if source.builtin in HELDOUT_TEXTS else ""
-        return (f"has builtin {source.builtin!r}{held}; one of {', '.join(CALIBRATION_TEXTS)} is wanted"
-                f"{nearest(source.builtin, CALIBRATION_TEXTS)}")
+        return (
+            f"has builtin {source.builtin!r}{held}; one of {', '.join(CALIBRATION_TEXTS)} is wanted"
+            f"{nearest(source.builtin, CALIBRATION_TEXTS)}"
+        )
     if (source.kind, source.fields) != (text.kind, text.fields):
-        return (f"has kind {source.kind!r} and fields {list(source.fields)}; the text {source.builtin!r} has kind "
-                f"{text.kind!r} and fields {list(text.fields)}: leave both out")
+        return (
+            f"has kind {source.kind!r} and fields {list(source.fields)}; the text {source.builtin!r} "
+            f"has kind {text.kind!r} and fields {list(text.fields)}: leave both out"
+        )
     return ""

@@ -27,7 +27,7 @@ class Schema:
     ranges: Mapping[str, tuple[float, float]]
 
     def read(self, cls: type[Any], table: object, key: str = "") -> Any:
-        """A `cls` from a raw table; `key` is the table's dotted name. Left-out keys take the dataclass defaults.
+        """A `cls` from a raw table of dotted name `key`. Left-out keys take the dataclass defaults.
 
         Raises FourfoldError for an unknown key, with the nearest known one, and for a wrong type or value.
         """
@@ -36,8 +36,10 @@ class Schema:
         hints = get_type_hints(cls)
         for name in table:
             if name not in hints:
-                raise FourfoldError(f"{self.where}: unknown key {_join(key, name)!r}{self._nearest_key(cls, key, name)}")
-        return cls(**{name: self._value(hints[name], value, _join(key, name)) for name, value in table.items()})
+                meant = self._nearest_key(cls, key, name)
+                raise FourfoldError(f"{self.where}: unknown key {_join(key, name)!r}{meant}")
+        values = {name: self._value(hints[name], value, _join(key, name)) for name, value in table.items()}
+        return cls(**values)
 
     def mismatch(self, key: str, found: object, wanted: str, hint: str = "") -> FourfoldError:
         shown = str(found).lower() if isinstance(found, bool) else repr(found)
@@ -61,14 +63,15 @@ class Schema:
         rule = re.sub(r"\[\d+\]", "", key)
         choices = self.choices.get(rule)
         if choices and value not in choices:
-            raise self.mismatch(key, value, f"one of {', '.join(map(repr, choices))}", nearest(value, choices))
+            wanted = f"one of {', '.join(map(repr, choices))}"
+            raise self.mismatch(key, value, wanted, nearest(value, choices))
         low, high = self.ranges.get(rule, (-math.inf, math.inf))
         if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
             raise self.mismatch(key, value, f"a number from {low:.12g} to {high:.12g}")
         return value
 
     def _nearest_key(self, cls: type[Any], key: str, name: str) -> str:
-        """The key that was probably meant: the same name in another table first, then a similar one in this."""
+        """The key that was probably meant: the same name in another table, else a similar one in this."""
         known = {rule.rpartition(".")[2]: rule for rule in (*self.choices, *self.ranges)}
         if name in known:
             return f"; did you mean {known[name]!r}?"

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
+from fourfold.model import checkpoint
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -155,7 +156,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "strides over 2^63": (raw({"a": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}), r"2\^63"),
     "size and offsets": (raw({"a": entry(shape=[3])}, bytes(8)), "8 bytes; wanted 12"),
     "offsets negative": (raw({"a": entry(offsets=[-8, 0])}, bytes(8)), "data_offsets"),
-    "offsets swapped": (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "data_offsets"),
+    "offsets swapped": (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "wanted a start and an end"),
     "three offsets": (raw({"a": entry(offsets=[0, 8, 8])}, bytes(8)), "data_offsets"),
     "offsets of 2^64": (raw({"a": entry(offsets=[0, 2**64])}, bytes(8)), "data_offsets"),
     "truncated": (raw({"a": entry()}, bytes(7)), "is the download complete"),
@@ -342,6 +343,14 @@ def test_read_into_a_slice_of_a_stack_and_hash(tmp_path: Path) -> None:
     assert returned.data_ptr() == stack[1].data_ptr()
     assert torch.equal(stack[1].view(4, 2), wanted["b.weight"])
     assert not stack[0].any() and not stack[2].any()
+    assert sha.hexdigest() == hashlib.sha256(raw_bytes(wanted["b.weight"])).hexdigest()
+
+
+def test_tensor_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = write_two_shards(tmp_path)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 12)
+    sha = hashlib.sha256()
+    assert same_bytes(TensorIndex.open(tmp_path).read("b.weight", sha=sha), wanted["b.weight"])
     assert sha.hexdigest() == hashlib.sha256(raw_bytes(wanted["b.weight"])).hexdigest()
 
 

@@ -84,7 +84,7 @@ class FakeHub(ThreadingHTTPServer):
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
     def downloaded(self) -> set[str]:
-        return {path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/resolve/" in path}
+        return {path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/resolve" in path}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -277,7 +277,7 @@ def test_offline_mode(tmp_path: Path) -> None:
               "try:\n    resolve_model('org/model')\nexcept FourfoldError as error:\n    print(error)\n")
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                           env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)})
-    assert said.stdout.startswith(f"org/model: no such folder, not all of it in the cache {tmp_path}, and the ")
+    assert said.stdout.startswith(f"org/model: no such folder, not all of it in the cache {tmp_path}, and ")
     assert said.stdout.endswith("(HF_HUB_OFFLINE is set). Give a local folder with the model, or go online\n")
     assert not said.stderr
 

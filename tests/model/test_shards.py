@@ -103,8 +103,8 @@ def test_write_that_takes_little_is_asked_again(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("wrong", [
-    OutputTensor(name="x", dtype="F32", shape=(3,), data=torch.zeros(2)),
-    OutputTensor(name="x", dtype="BF16", shape=(2,), data=torch.zeros(2)),
+    OutputTensor(name="x", dtype="F32", shape=(2, 1), data=torch.zeros(2)),
+    OutputTensor(name="x", dtype="I32", shape=(2,), data=torch.zeros(2)),
     OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12"]),
     OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12", b"34"]),
 ], ids=["shape", "dtype", "too few bytes", "too many bytes"])

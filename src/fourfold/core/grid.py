@@ -9,7 +9,7 @@ from torch import Tensor
 
 LARGEST = 65280.0  # the largest BF16 value that FP16 holds
 SMALLEST = 2.0**-17  # exact in BF16 and, as a subnormal, in FP16
-SLAB_BYTES = {"cpu": 2**19, "cuda": 2**28}  # of one fp32 temporary of the search; a CPU core's cache, a GPU's memory
+SLAB_BYTES = {"cpu": 2**18, "cuda": 2**28}  # of one fp32 temporary of the search; a CPU core's cache, a GPU's memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def token_statistics(source_TD: Tensor, release_TD: Tensor, head_VD: Tensor, nex
     """Compare two models' next-token distributions, position by position, the head in chunks of the vocabulary.
 
     source_TD, release_TD: hidden states after the last norm; head_VD: the output head both share;
-    next_T: the true next tokens. Logits are fp32, sums over the vocabulary float64; T x V logits never exist.
+    next_T: the true next tokens. Logits are fp32, sums of chunks added up in float64; T x V logits never exist.
     KL = E_p[a - b] - lse(a) + lse(b) for logits a (source), b (release), all from one pass with running maxima.
     """
     source_TD, release_TD = source_TD.float(), release_TD.float()
@@ -81,10 +81,10 @@ class _Running:
                 self.sums_4T[row] *= shrink_T
             self.most_2T[model] = updated_T
         weight_TC = (source_TC - self.most_2T[0][:, None]).exp_()
-        self.sums_4T[0] += weight_TC.sum(dim=1, dtype=torch.float64)
-        self.sums_4T[1] += (release_TC - self.most_2T[1][:, None]).exp_().sum(dim=1, dtype=torch.float64)
-        self.sums_4T[2] += ((source_TC - release_TC) * weight_TC).sum(dim=1, dtype=torch.float64)
-        self.sums_4T[3] += (source_TC * weight_TC).sum(dim=1, dtype=torch.float64)
+        self.sums_4T[0] += weight_TC.sum(dim=1).double()
+        self.sums_4T[1] += (release_TC - self.most_2T[1][:, None]).exp_().sum(dim=1).double()
+        self.sums_4T[2] += ((source_TC - release_TC) * weight_TC).sum(dim=1).double()
+        self.sums_4T[3] += (source_TC * weight_TC).sum(dim=1).double()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-sum-exp of source and release, E_p[a - b], E_p[a]."""

@@ -289,7 +289,7 @@ def _read_shard(path: Path) -> tuple[int, list[TensorHeader]]:
 def _read_json(path: Path, prefixed: bool = False) -> tuple[bytes, int]:
     """(JSON, bytes of the file): all of an index, or a shard's header, which has its length in front."""
     try:
-        if False:  # opening a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise FourfoldError(f"{path}: not a regular file")
         with path.open("rb") as file:
             length = room = file_bytes = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""What a run will need, from sizes alone: peak memory by stage, disk, time. Predictions, each with its formula."""
+"""What a run takes, from sizes alone: operations and time by step, disk. Predictions, with their formulas."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 
-
-TENSOR_OVERHEAD_BYTES = 300  # header entry, index entry and share of quant_log.csv for each tensor written
+TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
+COLUMNS = 128.0  # of a block in core/gptq
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The sizes that decide what a run costs.
 
-    hidden D, width I, experts E, topk A, vocabulary V. layers: decoder layers that rows go through; routed_layers:
-    those with experts; solved_layers: those whose experts are quantized; full_attention_layers: those whose attention
-    is quadratic, over `attention_width` = heads x head_dim. kept_parameters: matrix elements that every token meets,
-    all layers together. attend_token_bytes: temporaries of one token in attention. candidates: scales tried per group.
-    layer_bytes, expert_bytes, shard_bytes: the largest layer, its routed experts in BF16, its shard of the output.
+    hidden D, width I, experts E, topk A, vocabulary V.
+    routed_layers: layers with experts that rows go through; solved_layers: those whose experts are quantized.
+    full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
+    kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per group.
+    attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer; expert_bytes:
+    of a layer's routed experts in BF16; shard_bytes: of the largest layer's output; writer_bytes: the most that
+    is held while a shard is written; read_bytes, write_bytes: of the whole run.
     """
 
     hidden: int
@@ -33,12 +35,10 @@ class Workload:
     heldout_tokens: int
     heldout_length: int
     asymmetric: bool
-    group_size: int
     candidates: int
     passes: int
     pooled: bool
     pool_rows: int
-    layers: int
     routed_layers: int
     solved_layers: int
     full_attention_layers: int
@@ -48,6 +48,7 @@ class Workload:
     layer_bytes: int
     expert_bytes: int
     shard_bytes: int
+    writer_bytes: int
     read_bytes: int
     write_bytes: int
 
@@ -61,16 +62,23 @@ class Workload:
         return (self.hidden, 2 * self.width), (self.width, self.hidden)
 
     @property
-    def tokens_per_expert(self) -> float:
-        return self.calibration_tokens * self.topk / self.experts
+    def pairs(self) -> int:
+        """(token, expert) pairs of the calibration rows."""
+        return self.calibration_tokens * self.topk
 
+    @property
+    def tokens_per_expert(self) -> float:
+        return self.pairs / self.experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskPlan:
-    """tensor_bytes: what the index calls total_size; output_bytes: with headers and copied files; temp_bytes: the
-    largest shard while it is written under a temporary name; present_bytes: shards of this plan that OUT holds already;
-    free_bytes: where OUT will be, None if OUT is not known."""
+    """Room that OUT takes.
+
+    tensor_bytes: what the index calls total_size; output_bytes: with headers, logs and copied files;
+    temp_bytes: the largest shard, which is written under a temporary name; present_bytes: shards of this plan
+    that OUT holds already; free_bytes: where OUT is or will be, None if OUT is not known.
+    """
 
     tensor_bytes: int
     output_bytes: int
@@ -86,37 +94,113 @@ class DiskPlan:
     def enough(self) -> bool:
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
+    @property
+    def problem(self) -> str:
+        """What to tell the user where it is not enough."""
+        return (
+            f"disk: {gigabytes(self.needed_bytes)} wanted where OUT will be, {gigabytes(self.free_bytes or 0)} "
+            "free; make room, or name an OUT on another disk"
+        )
 
-def plan_disk(shard_bytes: dict[str, int], tensors: int, copied_bytes: int, out: Path | None) -> DiskPlan:
-    """shard_bytes: shards to be written, by name; tensors: in them; copied_bytes: tokenizer and configs."""
+
+def gigabytes(count: int) -> str:
+    """For people to read."""
+    return f"{count / 1e9:,.2f} GB"
+
+
+def plan_disk(shard_bytes: dict[str, int], tensors: int, sidecar_bytes: int, out: Path | None) -> DiskPlan:
+    """shard_bytes: by shard to be written; tensors: in all of them; sidecar_bytes: tokenizer and configs."""
     tensor_bytes = sum(shard_bytes.values())
-    present = 0
-    if out is not None:
-        present = sum((out / shard).stat().st_size for shard in shard_bytes if (out / shard).is_file())
-    output_bytes = tensor_bytes + tensors * TENSOR_OVERHEAD_BYTES + copied_bytes
+    output_bytes = tensor_bytes + tensors * TENSOR_OVERHEAD_BYTES + sidecar_bytes
+    present = [out / shard for shard in shard_bytes if (out / shard).is_file()] if out else []
     return DiskPlan(
         tensor_bytes=tensor_bytes,
         output_bytes=output_bytes,
         temp_bytes=max(shard_bytes.values()),
-        present_bytes=min(present, output_bytes),
+        present_bytes=min(sum(path.stat().st_size for path in present), output_bytes),
         free_bytes=None if out is None else _free_bytes(out),
     )
 
 
 def _free_bytes(out: Path) -> int:
-    folder = out.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(folder).free
 
+
+def forward_flop(work: Workload, tokens: int, length: int) -> float:
+    """One pass of `tokens` tokens, in rows of `length`, through all layers; attention causal."""
+    kept = 2.0 * tokens * work.kept_parameters
+    experts = work.routed_layers * 6.0 * tokens * work.topk * work.width * work.hidden
+    attention = work.full_attention_layers * 2.0 * tokens * length * work.attention_width
+    return kept + experts + attention
+
+
+def head_flop(work: Workload) -> float:
+    """Output head over the held-out rows of both streams."""
+    return 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
+
+
+def activations_flop(work: Workload) -> float:
+    """Gate and up once more for the down site's moments, in one or two streams."""
+    return work.solved_layers * work.calibration_streams * 4.0 * work.pairs * work.width * work.hidden
+
+
+def moments_flop(work: Workload) -> float:
+    """x x^T of every pair at both sites, as full GEMMs. The cross moment takes as much again."""
+    return work.solved_layers * 2.0 * work.pairs * sum(inputs**2 for inputs, _ in work.sites)
+
+
+def pool_flop(work: Workload) -> float:
+    """gate_up: a GEMM over all tokens; down: the pool's rows through all experts' gate and up, then a a^T."""
+    gate_up = 2.0 * work.calibration_tokens * work.hidden**2
+    down = work.experts * work.pool_rows * (4.0 * work.width * work.hidden + 2.0 * work.width**2)
+    return work.solved_layers * (gate_up + down) * work.pooled
+
+
+def factor_flop(work: Workload) -> float:
+    """One Cholesky per expert and site."""
+    return _per_solve(work, sum(inputs**3 / 3 for inputs, _ in work.sites))
+
+
+def target_flop(work: Workload) -> float:
+    """W C H^-1: one GEMM and two triangular solves; nothing where the target is the weight itself."""
+    return (
+        _per_solve(work, sum(4.0 * outputs * inputs**2 for inputs, outputs in work.sites)) * work.asymmetric
+    )
+
+
+def columns_flop(work: Workload) -> float:
+    """GEMMs over all earlier errors, before each block of columns."""
+    return _per_solve(
+        work, sum(outputs * inputs * max(inputs - COLUMNS, 0) for inputs, outputs in work.sites)
+    )
+
+
+def in_block_flop(work: Workload) -> float:
+    """Errors fed to the later columns of the same block."""
+    return _per_solve(work, sum(COLUMNS * outputs * inputs for inputs, outputs in work.sites))
+
+
+def scales_flop(work: Workload) -> float:
+    """Five operations for each weight and candidate."""
+    return _per_solve(work, sum(5.0 * work.candidates * outputs * inputs for inputs, outputs in work.sites))
+
+
+def refinement_flop(work: Workload) -> float:
+    """One GEMM of the errors with H for each pass."""
+    return _per_solve(work, sum(2.0 * work.passes * outputs * inputs**2 for inputs, outputs in work.sites))
+
+
+def _per_solve(work: Workload, flop: float) -> float:
+    return work.solved_layers * work.experts * flop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """FLOP per second of one unit (a CPU core, a GPU) by kind of work; disk: bytes per second.
 
-    forward: BF16 GEMMs; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: GEMMs of the solve (TF32 on a GPU);
-    factor: Cholesky and triangular solves in fp32; elementwise: scale search and the in-block kernel.
+    forward: BF16 GEMMs; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: GEMMs of the solve (TF32 on a
+    GPU); factor: Cholesky and triangular solves, fp32; elementwise: scale search and the in-block kernel.
     """
 
     forward: float
@@ -129,15 +213,31 @@ class Rates:
 
 
 RATES = {
-    "cpu": Rates(forward=190e9, moments=80e9, gemm=80e9, factor=40e9, elementwise=4e9, disk=1e9,
-                 basis="a CPU core at 190 GFLOP/s BF16 and 80 fp32, disk at 1 GB/s"),
-    "cuda": Rates(forward=17e12, moments=17e12, gemm=6.4e12, factor=4.4e12, elementwise=3e12, disk=1e9,
-                  basis="an RTX 3060 at 17 TFLOP/s BF16 and 6.4 TF32, disk at 1 GB/s"),
+    "cpu": Rates(
+        forward=190e9,
+        moments=80e9,
+        gemm=80e9,
+        factor=40e9,
+        elementwise=4e9,
+        disk=1e9,
+        basis="CPU cores at 190 GFLOP/s BF16 and 80 GFLOP/s fp32 each, disk at 1 GB/s",
+    ),
+    "cuda": Rates(
+        forward=17e12,
+        moments=17e12,
+        gemm=6.4e12,
+        factor=4.4e12,
+        elementwise=3e12,
+        disk=1e9,
+        basis="GPU at the 17 TFLOP/s BF16 and 6.4 TF32 of an RTX 3060, disk at 1 GB/s",
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeStep:
+    """One kind of work of the whole run; kind: the rate of `Rates` that it goes at."""
+
     name: str
     kind: str
     pflop: float
@@ -146,7 +246,7 @@ class TimeStep:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """seconds: of the whole run, reading and writing behind the arithmetic; basis: where the figures come from."""
+    """seconds: of the whole run, reading and writing behind the arithmetic; basis: of the figures."""
 
     steps: tuple[TimeStep, ...]
     read_seconds: float
@@ -166,94 +266,33 @@ class TimeEstimate:
         return max(self.compute_seconds, self.read_seconds + self.write_seconds)
 
 
-def forward_flop(work: Workload, tokens: int, length: int) -> float:
-    """One pass of `tokens` tokens in rows of `length` through all layers, attention causal."""
-    kept = 2 * tokens * work.kept_parameters
-    experts = work.routed_layers * 2 * tokens * work.topk * 3 * work.width * work.hidden
-    attention = work.full_attention_layers * 2 * tokens * length * work.attention_width
-    return float(kept + experts + attention)
-
-
-def head_flop(work: Workload) -> float:
-    """Last norm and output head over the held-out rows of both streams."""
-    return 2.0 * 2 * work.heldout_tokens * work.vocabulary * work.hidden
-
-
-def activations_flop(work: Workload) -> float:
-    """Gate and up once more for the down site's moments, in one or two streams."""
-    pairs = work.calibration_tokens * work.topk
-    return work.solved_layers * work.calibration_streams * 2.0 * pairs * 2 * work.width * work.hidden
-
-
-def moments_flop(work: Workload) -> float:
-    """x x^T of every pair at both sites, as full GEMMs. The cross moment takes as much again."""
-    pairs = work.calibration_tokens * work.topk
-    return work.solved_layers * 2.0 * pairs * sum(inputs**2 for inputs, _ in work.sites)
-
-
-def pool_flop(work: Workload) -> float:
-    """gate_up: one GEMM over all tokens; down: the pool's rows through every expert's gate and up, then a a^T."""
-    gate_up = 2.0 * work.calibration_tokens * work.hidden**2
-    down = work.experts * work.pool_rows * (4.0 * work.width * work.hidden + 2 * work.width**2)
-    return work.solved_layers * (gate_up + down) if work.pooled else 0.0
-
-
-def _per_solve(work: Workload, flop_of_site: float) -> float:
-    return work.solved_layers * work.experts * flop_of_site
-
-
-def factor_flop(work: Workload) -> float:
-    return _per_solve(work, sum(inputs**3 / 3 for inputs, _ in work.sites))
-
-
-def target_flop(work: Workload) -> float:
-    """W C H^-1: one GEMM and two triangular solves; nothing where the target is the weight itself."""
-    return _per_solve(work, sum(4.0 * outputs * inputs**2 for inputs, outputs in work.sites)) * work.asymmetric
-
-
-def columns_flop(work: Workload) -> float:
-    """Left-looking GEMMs before each block of 128 columns."""
-    return _per_solve(work, sum(outputs * inputs * max(inputs - 128.0, 0.0) for inputs, outputs in work.sites))
-
-
-def in_block_flop(work: Workload) -> float:
-    return _per_solve(work, sum(128.0 * outputs * inputs for inputs, outputs in work.sites))
-
-
-def scales_flop(work: Workload) -> float:
-    """Five operations for each weight and candidate."""
-    return _per_solve(work, sum(5.0 * work.candidates * outputs * inputs for inputs, outputs in work.sites))
-
-
-def refinement_flop(work: Workload) -> float:
-    return _per_solve(work, sum(2.0 * work.passes * outputs * inputs**2 for inputs, outputs in work.sites))
-
-
 def estimate_time(work: Workload, device: str) -> TimeEstimate:
+    """Operations of each step over the constant rates of the device's kind."""
     kind = device.partition(":")[0]
     rates, units = RATES[kind], torch.get_num_threads() if kind == "cpu" else 1
     calibration = forward_flop(work, work.calibration_tokens, work.calibration_length)
     heldout = forward_flop(work, work.heldout_tokens, work.heldout_length)
-    steps = {
-        "source stream": ("forward", calibration),
-        "release stream": ("forward", calibration * work.asymmetric),
-        "held-out rows, both streams": ("forward", 2 * heldout + head_flop(work)),
-        "activations for down": ("forward", activations_flop(work)),
-        "moments": ("moments", moments_flop(work)),
-        "cross moments": ("moments", moments_flop(work) * work.asymmetric),
-        "pools": ("moments", pool_flop(work)),
-        "factor": ("factor", factor_flop(work)),
-        "asymmetric target": ("factor", target_flop(work)),
-        "scale search": ("elementwise", scales_flop(work)),
-        "columns": ("gemm", columns_flop(work)),
-        "columns, in block": ("elementwise", in_block_flop(work)),
-        "refinement": ("gemm", refinement_flop(work)),
-    }
-    counted = f"{units} x {rates.basis}" if kind == "cpu" else rates.basis
+    flop = (
+        ("source stream", "forward", calibration),
+        ("release stream", "forward", calibration * work.asymmetric),
+        ("held-out rows", "forward", 2 * heldout + head_flop(work)),
+        ("activations for down", "forward", activations_flop(work)),
+        ("moments", "moments", moments_flop(work)),
+        ("cross moments", "moments", moments_flop(work) * work.asymmetric),
+        ("pools", "moments", pool_flop(work)),
+        ("factor", "factor", factor_flop(work)),
+        ("asymmetric target", "factor", target_flop(work)),
+        ("scale search", "elementwise", scales_flop(work)),
+        ("columns", "gemm", columns_flop(work)),
+        ("columns in a block", "elementwise", in_block_flop(work)),
+        ("refinement", "gemm", refinement_flop(work)),
+    )
     return TimeEstimate(
-        steps=tuple(TimeStep(name=name, kind=rate, pflop=flop / 1e15, seconds=flop / (getattr(rates, rate) * units))
-                    for name, (rate, flop) in steps.items()),
+        steps=tuple(
+            TimeStep(name=name, kind=rate, pflop=count / 1e15, seconds=count / (getattr(rates, rate) * units))
+            for name, rate, count in flop
+        ),
         read_seconds=work.read_bytes / rates.disk,
         write_seconds=work.write_bytes / rates.disk,
-        basis=f"from these constants, a prediction: {counted}; operations counted as in docs/numerics.md",
+        basis=f"from these constants, a prediction: {units} {rates.basis}",
     )

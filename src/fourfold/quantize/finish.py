@@ -75,7 +75,8 @@ def finish(
     write_text(out / "recipe.toml", dump_recipe(plan.recipe))
     write_text(out / "metrics.json", dump(metrics_json(texts[1], measured)))
     index = TensorIndex.open_shards(out, [record.shard for record in records])
-    write_index(out, index)
+    tensor_bytes = sum(header.size_bytes for header in index.headers.values())
+    write_index(out, {name: header.shard for name, header in index.headers.items()}, tensor_bytes)
     config = dict(plan.skeleton.raw) | {"quantization_config": pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)}
     write_text(out / "config.json", dump(config))
     state = fourfold_json(journal, plan, texts, measured, index)
@@ -126,7 +127,12 @@ def fourfold_json(
         "format": plan.recipe.format,
         "model_type": plan.skeleton.family.model_type,
         "source": {"headers": plan.index.digest, "content": _digest(records, "source_digest")},
-        "calibration": calibration.to_json(),
+        "calibration": {
+            "digest": calibration.digest,
+            "rows": list(calibration.token_RT.shape),
+            "sources": [dataclasses.asdict(source) for source in calibration.sources],
+            "notes": list(calibration.notes),
+        },
         "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
         "output": {
             "content": _digest(records, "sha256"),

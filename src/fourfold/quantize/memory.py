@@ -6,21 +6,25 @@ Each figure is a function of its own, so that it can be held against a measureme
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 
+from fourfold.core.metrics import VOCABULARY_CHUNK
+from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.datatypes import FourfoldError
+from fourfold.model.layer import PAIRS_PER_BATCH
 from fourfold.quantize.estimate import Workload
 
 BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 600 * 10**6  # interpreter, torch and transformers, imported
 CUDA_CONTEXT_BYTES = 500 * 10**6
 FREE_MARGIN = 0.10  # of free memory, left alone where no budget is given
-STACKS = 7  # fp32 copies of the weights alive in the solve: W, target, T, Err, permuted W, gathered scales, one to spare
-SKEW = 1.5  # pairs of the busiest chunk of experts over an even share
-PAIRS_PER_BATCH = 65_536  # as in model/layer.py: pairs whose gathered inputs exist at one time
-VOCABULARY_CHUNK = 32_768
+SQUARES = 5  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and three in core/gptq.factorize_
+STACKS = 6  # fp32 [N, K] per expert: weight, target, ordered, error, codes, one temporary
+LOGITS = 6  # fp32 [T, vocabulary chunk] in core/metrics: two models' and what their sums take
+SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
 ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any device busy
 EXPERT_TOKENS = 16_384  # likewise of an expert batch
 EXPERT_TOKENS_LEAST = 256
@@ -33,7 +37,7 @@ def rows_bytes(work: Workload) -> int:
 
 
 def traffic_bytes(work: Workload) -> int:
-    """Of the calibration rows of each stream, kept until the layer is solved: MoE inputs, routing, sorted pairs."""
+    """Kept of each stream's calibration rows until the layer is solved: MoE inputs, routing, sorted pairs."""
     routing = work.topk * (8 + BF16)
     pairs = work.topk * (8 + 8 + BF16)
     return work.calibration_streams * work.calibration_tokens * (work.hidden * BF16 + routing + pairs)
@@ -46,55 +50,77 @@ def embedding_bytes(work: Workload) -> int:
 
 def moments_bytes(work: Workload, inputs: int) -> int:
     """Of one expert at a site with K inputs: hessian, and cross where the target is asymmetric. fp32."""
-    return (2 if work.asymmetric else 1) * inputs * inputs * FP32
+    return work.calibration_streams * inputs * inputs * FP32
 
 
 def solve_bytes(work: Workload, inputs: int, outputs: int) -> int:
-    """Of one expert in the solve, its moments included: factor, permuted copy, one panel of the solve, weight stacks."""
-    panel = inputs * min(inputs, 256) * FP32
-    return moments_bytes(work, inputs) + 2 * inputs * inputs * FP32 + panel + STACKS * outputs * inputs * FP32
+    """Of one expert in the solve of a site, its moments included. The cross moment is there besides."""
+    squares = SQUARES + work.calibration_streams - 1
+    return (squares * inputs * inputs + STACKS * outputs * inputs) * FP32
 
 
 def activation_bytes(work: Workload) -> int:
-    """Of one expert, what its down site is learnt from: silu(gate) * up of its pairs, and of the pool's rows."""
+    """Of one expert, what down is learnt from: silu(gate) * up of its pairs and of the pool's rows."""
     pairs = int(work.calibration_streams * work.tokens_per_expert * SKEW) * work.width * BF16
-    pool = work.pool_rows * work.width * (2 * BF16 + BF16 + FP32) if work.pooled else 0
-    return pairs + pool
+    pool = work.pool_rows * work.width * (3 * BF16 + FP32) + work.width**2 * FP32
+    return pairs + (pool if work.pooled else 0)
 
 
-def expert_bytes(work: Workload) -> int:
+def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
-    (gate_up_inputs, gate_up_outputs), (down_inputs, down_outputs) = work.sites
-    gate_up = solve_bytes(work, gate_up_inputs, gate_up_outputs)
-    return max(gate_up, solve_bytes(work, down_inputs, down_outputs) + activation_bytes(work))
+    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
+    return max(gate_up, down + activation_bytes(work))
 
 
 def gather_bytes(work: Workload) -> int:
-    """A batch of gathered expert inputs in BF16 and fp32, with their gate and up."""
-    pairs = min(PAIRS_PER_BATCH, work.calibration_tokens * work.topk)
-    return pairs * (work.hidden * (BF16 + FP32) + 3 * work.width * BF16)
+    """The larger of one expert's inputs in fp32 (core/moments) and a batch of gathered ones, gate and up."""
+    pairs = work.calibration_tokens * work.topk
+    piece = min(pairs, PAIRS_PER_PIECE) * work.hidden * (2 + work.calibration_streams) * FP32
+    batch = min(pairs, PAIRS_PER_BATCH) * (work.hidden + 4 * work.width) * BF16
+    return max(piece, batch)
+
+
+def attend_token_bytes(text: Any) -> int:
+    """Temporaries of one token in attention and shared experts, of the dearer kind of layer.
+
+    text: transformers' config of the text model. Full attention: query, gate and output, key and value, each
+    with a rotated or permuted copy, BF16. Linear attention: its projections in BF16, then transformers' chunked
+    rule in fp32: some ten tensors of the value's size and three of heads x 64.
+    """
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    mlp = max(getattr(text, "shared_expert_intermediate_size", 0), getattr(text, "intermediate_size", 0) or 0)
+    around = (4 * text.hidden_size + 3 * mlp) * BF16
+    attention = 2 * (3 * queries + 2 * keys) * BF16
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        heads = text.linear_num_value_heads
+        values = heads * max(text.linear_value_head_dim, text.linear_key_head_dim)
+        mixed = 2 * text.linear_num_key_heads * text.linear_key_head_dim + heads * text.linear_value_head_dim
+        attention = max(attention, (3 * mixed + 2 * values) * BF16 + (10 * values + 3 * heads * 64) * FP32)
+    return int(around + attention)
 
 
 def attend_batch_bytes(work: Workload, rows: int) -> int:
+    """Attention over a batch of rows."""
     return rows * max(work.calibration_length, work.heldout_length) * work.attend_token_bytes
 
 
 def expert_batch_bytes(work: Workload, tokens: int) -> int:
-    """Routed experts over a batch of tokens: gate and up, their product, outputs sorted and unsorted, fp32 no-where."""
-    pair = 3 * work.width * BF16 + 2 * work.hidden * BF16
-    gathered = min(tokens * work.topk, PAIRS_PER_BATCH) * work.hidden * BF16
-    return tokens * work.topk * pair + gathered + 2 * tokens * work.hidden * BF16
+    """Routed experts over a batch of tokens: gate, up, product, outputs sorted and unsorted, all BF16."""
+    pairs = tokens * work.topk
+    gathered = min(pairs, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
+    return (pairs * (work.width + 2 * work.hidden) + gathered + 2 * tokens * work.hidden) * BF16
 
 
 def solved_bytes(work: Workload) -> int:
-    """A layer's results while it is solved: int8 codes and packed words, and the dequantized experts in BF16."""
-    return work.expert_bytes // BF16 + work.shard_bytes + work.expert_bytes
+    """A layer's results: packed tensors, and the experts dequantized from them in BF16."""
+    return work.shard_bytes + work.expert_bytes
 
 
 def measure_bytes(work: Workload) -> int:
-    """The output head, and fp32 logits of one held-out row of both streams over a chunk of the vocabulary."""
-    logits = 3 * work.heldout_length * min(VOCABULARY_CHUNK, work.vocabulary) * FP32
-    return embedding_bytes(work) + logits
+    """The output head, a chunk of it in fp32, and that chunk's logits of one held-out row in both streams."""
+    columns = min(VOCABULARY_CHUNK, work.vocabulary)
+    return embedding_bytes(work) + columns * (work.hidden + LOGITS * work.heldout_length) * FP32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,74 +162,89 @@ class MemoryPlan:
 
 def check_device(device: str) -> None:
     """Raises FourfoldError for a device that is not "cpu", "cuda" or "cuda:N", or that this machine lacks."""
+    if device == "cpu":
+        return
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+    if kind != "cuda" or (device != "cuda" and not number.isdecimal()):
         raise FourfoldError(f"device {device!r}: cpu, cuda or cuda:N is wanted")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count()):
-        raise FourfoldError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                            "use --devices cpu, or a torch build with CUDA")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise FourfoldError(
+            f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a driver "
+            "and a torch build with CUDA"
+        )
 
 
 def device_budget(device: str) -> int:
     """Bytes that are free now, less a margin. A CUDA device is looked at only when one is asked for."""
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free: int = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
     return int(free * (1 - FREE_MARGIN))
 
 
 def plan_memory(work: Workload, device: str, memory_bytes: int | None) -> MemoryPlan:
-    """Batch sizes that keep the device within its budget where that is possible; chunks of experts are equal.
+    """Batch sizes that keep the device within its budget where that is possible.
 
-    A budget that is too small gives the smallest batches; `MemoryPlan.fits` is then False.
+    memory_bytes: the budget, None for what is free now. Experts are dealt evenly into as few chunks as fit. A
+    budget too small for anything gives the smallest sizes; `MemoryPlan.fits` is then False.
     """
     budget = device_budget(device) if memory_bytes is None else memory_bytes
-    solved = solved_bytes(work)
-    if device == "cpu":
-        fixed = _host_resident_bytes(work) + traffic_bytes(work) + solved
-    else:
-        fixed = CUDA_CONTEXT_BYTES + work.layer_bytes + solved
-    left = max(budget - fixed, 0)
-    row_batch = max(ATTEND_TOKENS // max(work.calibration_length, work.heldout_length, 1), 1)
-    while row_batch > 1 and attend_batch_bytes(work, row_batch) > left // 2:
-        row_batch //= 2
-    token_batch = EXPERT_TOKENS
-    while token_batch > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, token_batch) > left // 2:
-        token_batch //= 2
-    most = min(max((left - gather_bytes(work)) // expert_bytes(work), 1), work.experts)
-    chunks = -(-work.experts // most)
-    chunk_experts = -(-work.experts // chunks)
+    fixed = _resident_bytes(work) + traffic_bytes(work) if device == "cpu" else _on_device_bytes(work)
+    left = max(budget - fixed - solved_bytes(work), 0)
+    rows = max(ATTEND_TOKENS // max(work.calibration_length, work.heldout_length), 1)
+    while rows > 1 and attend_batch_bytes(work, rows) > left:
+        rows //= 2
+    tokens = EXPERT_TOKENS
+    while tokens > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, tokens) > left:
+        tokens //= 2
+    most = min(max((left - gather_bytes(work)) // chunk_bytes(work), 1), work.experts)
+    chunk = _ceil_div(work.experts, _ceil_div(work.experts, most))
     return MemoryPlan(
         device=device,
         budget_bytes=budget,
-        chunk_experts=chunk_experts,
-        token_batch=token_batch,
-        row_batch=row_batch,
-        stages=_stages(work, device, chunk_experts, token_batch, row_batch),
+        chunk_experts=chunk,
+        token_batch=tokens,
+        row_batch=rows,
+        stages=_stages(work, device, chunk, tokens, rows),
     )
 
 
-def _host_resident_bytes(work: Workload) -> int:
-    """On the host in every stage of the loop: rows, the layer in work, the next one read, the last one written."""
-    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.shard_bytes
+def _ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _resident_bytes(work: Workload) -> int:
+    """On the host in every stage of the loop: rows, the layer in work, the next one, what is written."""
+    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.writer_bytes
+
+
+def _on_device_bytes(work: Workload) -> int:
+    """On a GPU in every stage of the loop."""
+    return CUDA_CONTEXT_BYTES + work.layer_bytes
 
 
 def _stages(work: Workload, device: str, chunk: int, tokens: int, rows: int) -> tuple[StageMemory, ...]:
-    resident, traffic, solved = _host_resident_bytes(work), traffic_bytes(work), solved_bytes(work)
     start = HOST_BASELINE_BYTES + rows_bytes(work)
-    (gate_up_inputs, _), (down_inputs, _) = work.sites
-    moments = chunk * max(moments_bytes(work, gate_up_inputs), moments_bytes(work, down_inputs) + activation_bytes(work))
-    held = {  # stage: bytes on the host, bytes wherever the arithmetic is done
+    resident = _resident_bytes(work)
+    looped = resident + traffic_bytes(work)
+    solved = solved_bytes(work)
+    gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
+    moments = chunk * max(gate_up, down + activation_bytes(work))
+    # stage: bytes that lie on the host, bytes that lie where the arithmetic is done
+    sizes = {
         "read": (max(resident, start + embedding_bytes(work)), 0),
-        "attend": (resident + traffic, attend_batch_bytes(work, rows)),
-        "moments": (resident + traffic, solved + moments + gather_bytes(work)),
-        "solve": (resident + traffic, solved + chunk * expert_bytes(work)),
-        "advance": (resident + traffic, solved + expert_batch_bytes(work, tokens)),
-        "write": (resident + work.shard_bytes, 0),
+        "attend": (looped, attend_batch_bytes(work, rows)),
+        "moments": (looped, solved + moments + gather_bytes(work)),
+        "solve": (looped, solved + chunk * chunk_bytes(work)),
+        "advance": (looped, solved + expert_batch_bytes(work, tokens)),
+        "write": (resident, 0),
         "measure": (start, measure_bytes(work)),
     }
-    if device == "cpu":
-        return tuple(StageMemory(stage=stage, host_bytes=host + work_bytes, device_bytes=host + work_bytes)
-                     for stage, (host, work_bytes) in held.items())
-    on_device = {stage: CUDA_CONTEXT_BYTES + (0 if stage == "measure" else work.layer_bytes) for stage in held}
-    head = {"measure": embedding_bytes(work)}
-    return tuple(StageMemory(stage=stage, host_bytes=host + head.get(stage, 0), device_bytes=on_device[stage] + work_bytes)
-                 for stage, (host, work_bytes) in held.items())
+    stages = []
+    for stage, (host, arithmetic) in sizes.items():
+        on_device = host + arithmetic
+        if device != "cpu":
+            on_device = arithmetic + (CUDA_CONTEXT_BYTES if stage == "measure" else _on_device_bytes(work))
+            host += embedding_bytes(work) if stage == "measure" else 0
+        host_bytes = on_device if device == "cpu" else host
+        stages.append(StageMemory(stage=stage, host_bytes=host_bytes, device_bytes=on_device))
+    return tuple(stages)

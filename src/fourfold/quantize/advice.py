@@ -1,0 +1,68 @@
+"""What a user should know before a run: how engines will take the release, what this machine lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.claims import has_draft
+from fourfold.quantize.estimate import DiskPlan, Workload, gigabytes
+from fourfold.quantize.memory import MemoryPlan
+from fourfold.recipe import Recipe
+
+TENSOR_PARALLEL = (2, 4, 8)
+
+
+def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> Iterator[str]:
+    """About the release: what engines will make of it (docs/formats.md)."""
+    text, size = skeleton.text, recipe.scheme.group_size
+    yield from _tensor_parallel(text.moe_intermediate_size, size, recipe.format)
+    if text.hidden_size % 128:
+        yield f"hidden_size = {text.hidden_size} is no multiple of 128, as the engines' Marlin kernels need"
+    draft = has_draft(skeleton, index.headers)
+    if skeleton.family.mtp_prefix and not draft:
+        yield (
+            "no MTP tensors in the source: the release cannot draft its own tokens; vLLM loads it with MTP "
+            "switched on without an error and accepts 0 drafts"
+        )
+    if draft and recipe.format != "compressed-tensors":
+        yield (
+            f"format {recipe.format} with MTP: SGLang drops the draft head's experts without a word; for drafts "
+            "in SGLang take format compressed-tensors (vLLM runs both)"
+        )
+
+
+def _tensor_parallel(width: int, size: int, storage: str) -> Iterator[str]:
+    bad = [devices for devices in TENSOR_PARALLEL if width % (devices * size)]
+    if not bad:
+        return
+    effect = "vLLM refuses to load it, SGLang loads empty scales without an error"
+    if storage != "compressed-tensors":
+        effect = (
+            "vLLM falls back from Marlin to the slower moe_wna16 (on CPUs it refuses), SGLang is right with "
+            "--quantization moe_wna16 only"
+        )
+    smaller = [group for group in (64, 32) if group < size and width % (bad[-1] * group) == 0]
+    way_out = f" or scheme.group_size = {smaller[0]}" if smaller else ""
+    yield (
+        f"tensor parallel {', '.join(map(str, bad))}: an expert's {width} columns over so many devices are no "
+        f"whole groups of {size}; {effect}. Ways out: expert parallel{way_out}, or fewer devices"
+    )
+
+
+def run_advice(work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[str]:
+    """About this run on this machine."""
+    if work.tokens_per_expert < work.hidden / 2:
+        yield (
+            f"small calibration: {work.calibration_tokens:,} tokens, top {work.topk} of {work.experts} experts, "
+            f"are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
+            f"{work.hidden // 2:,}; more rows in calibration.sources help"
+        )
+    if not memory.fits:
+        yield (
+            f"memory: {gigabytes(memory.device_peak_bytes)} predicted on {memory.device}, the budget is "
+            f"{gigabytes(memory.budget_bytes)}; fewer rows or another device help"
+        )
+    if not disk.enough:
+        yield disk.problem

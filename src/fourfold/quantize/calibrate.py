@@ -1,0 +1,357 @@
+"""Sources of text to rows of tokens, the same on every machine: calibration rows and held-out windows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets
+from fourfold.quantize.documents import (
+    Document,
+    as_file,
+    check_file,
+    file_records,
+    read_documents,
+    source_name,
+)
+from fourfold.recipe import HELDOUT_TEXTS, TEXT, Calibration, Heldout, Recipe, Source
+
+OVER_READ = (
+    4  # a file or dataset is read until it gave so many times the tokens wanted; rows are drawn from all
+)
+BATCH = 64  # documents tokenized at once
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRows:
+    """What one source gave. documents, tokens: as read; rows: as taken, of rows_wanted by the recipe."""
+
+    name: str
+    licence: str
+    documents: int
+    tokens: int
+    rows_wanted: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRows:
+    """token_RT: int64, by source in the recipe's order; source_R: each row's source.
+
+    notes: what differs from the recipe, for the caller to print; digest: sha256 of shape and ids.
+    """
+
+    token_RT: Tensor
+    source_R: tuple[str, ...]
+    sources: tuple[SourceRows, ...]
+    notes: tuple[str, ...]
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """For fourfold.json and the model card: everything but the tokens."""
+        rows, length = self.token_RT.shape
+        return {
+            "digest": self.digest,
+            "rows": rows,
+            "length": length,
+            "sources": [asdict(source) for source in self.sources],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutRows:
+    """token_RT: int64, R windows; protocol: how they were made, in JSON types, for metrics.json."""
+
+    token_RT: Tensor
+    digest: str
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """All full rows of one source, of which some will be taken."""
+
+    source: Source
+    token_RT: Tensor
+    documents: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return source_name(self.source)
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """`count` of the rows, in an order that the seed fixes."""
+        return self.token_RT[_shuffled(len(self.token_RT), seed, self.name, "rows")[:count]]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, from its files alone. Raises FourfoldError if there is none."""
+    if not folder.is_dir():
+        raise FourfoldError(f"{folder}: no such folder; a checkpoint folder with a tokenizer is wanted")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FourfoldError(
+            f"{folder}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is wanted. "
+            "Way out: copy the tokenizer's files from the original model"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FourfoldError(f"{folder}: transformers cannot load the tokenizer: {error}") from error
+    return tokenizer
+
+
+def check_sources(recipe: Recipe) -> None:
+    """What can be checked before anything is read: test sets by name, files that are not there.
+
+    Raises FourfoldError.
+    """
+    refuse_test_sets(recipe.calibration)
+    for path in (recipe.heldout.path, *(source.path for source in recipe.calibration.sources)):
+        if path:
+            check_file(path)
+
+
+def collect(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Progress | None = None
+) -> CalibrationRows:
+    """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed.
+
+    The documents of a source are shuffled, put one after another and cut into rows, of which as many as wanted
+    are drawn. A built-in text that is too short hands its rows to the other built-in texts (a note says so).
+    Raises FourfoldError for too little text, for test sets and held-out text, for whatever cannot be read.
+    """
+    calibration = recipe.calibration
+    check_sources(recipe)
+    barred = frozenset() if calibration.allow_test_sets else _heldout_lines(recipe.heldout)
+    pools = [_read_pool(source, calibration, tokenizer, barred, progress) for source in calibration.sources]
+    rows, notes = _share_rows(pools, calibration.length)
+    if calibration.allow_test_sets:
+        notes += ("test sets were allowed as calibration text: figures measured on them are not held out",)
+    taken = list(zip(pools, rows, strict=True))
+    token_RT = torch.cat([pool.draw(count, calibration.seed) for pool, count in taken])
+    return CalibrationRows(
+        token_RT=token_RT,
+        source_R=tuple(chain.from_iterable([pool.name] * count for pool, count in taken)),
+        sources=tuple(
+            SourceRows(
+                name=pool.name,
+                licence=as_file(pool.source).licence,
+                documents=pool.documents,
+                tokens=pool.tokens,
+                rows_wanted=pool.source.rows,
+                rows=count,
+            )
+            for pool, count in taken
+        ),
+        notes=notes,
+        digest=_digest(token_RT),
+    )
+
+
+def heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HeldoutRows:
+    """The first `heldout.windows` windows of the held-out text: one tokenization, no special tokens, no BOS.
+
+    Raises FourfoldError if the text holds fewer.
+    """
+    wanted = recipe.heldout
+    title, joining, documents = _heldout_documents(wanted)
+    text = "".join(_render(document, tokenizer, title) for document in documents)
+    token_T = torch.tensor(_encode([text], tokenizer)[0], dtype=torch.int64)
+    found = len(token_T) // wanted.length
+    if found < wanted.windows:
+        raise FourfoldError(
+            f"held-out text {title}: {len(token_T):,} tokens, {found} windows of {wanted.length}; "
+            f"{wanted.windows} are wanted. Way out: smaller heldout.windows or heldout.length"
+        )
+    token_RT = token_T[: wanted.windows * wanted.length].view(wanted.windows, wanted.length)
+    protocol = {
+        "text": title,
+        "joining": joining,
+        "tokens": len(token_T),
+        "windows": wanted.windows,
+        "windows_available": found,
+        "window": wanted.length,
+        "stride": wanted.length,
+        "predictions_per_window": wanted.length - 1,
+        "bos": False,
+        "special_tokens": False,
+        "tail": "dropped",
+    }
+    return HeldoutRows(token_RT=token_RT, digest=_digest(token_RT), protocol=protocol)
+
+
+# ---- held-out text
+
+
+def _heldout_documents(wanted: Heldout) -> tuple[str, str, list[Document]]:
+    """(title, how its parts are joined, the parts ready to be joined) of the held-out text."""
+    bundled = HELDOUT_TEXTS.get(wanted.builtin)
+    path = str(TEXT / bundled.file) if bundled else wanted.path
+    check_file(path)
+    title = bundled.title if bundled else Path(path).name
+    if bundled and bundled.kind == "chat":
+        source = Source(rows=1, path=path, kind=bundled.kind, fields=bundled.fields)
+        joining = "conversations in the model's chat template, one after another"
+        return title, joining, list(read_documents(source, seed=0))
+    if path.endswith(".txt"):
+        # wikitext-2-test.txt is one row of the data set a line, blank rows among them. Taken like this, it gives
+        # the example model a perplexity of 28.8 (its makers measured about 28); rows joined by "\n\n" give 31.0.
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FourfoldError(f"{path}: not UTF-8 text: {error}") from None
+        return title, "one row a line, blank rows included, as in the file", [Document(path, text)]
+    texts = []
+    for place, record in file_records(path, ["text"]):
+        if not isinstance(record.get("text"), str):  # an empty string is a row: wikitext has blank ones
+            raise FourfoldError(f"{place}: field 'text' is wanted in held-out text, with a string in it")
+        texts.append(record["text"])
+    return title, "rows joined with a blank line", [Document(path, "\n\n".join(texts))]
+
+
+def _heldout_lines(wanted: Heldout) -> frozenset[str]:
+    """The long lines of all bundled held-out texts and of the recipe's own."""
+    texts = [Heldout(builtin=name) for name in HELDOUT_TEXTS] + ([wanted] if wanted.path else [])
+    documents = chain.from_iterable(_heldout_documents(text)[2] for text in texts)
+    return frozenset().union(*(fragments(document.plain_text()) for document in documents))
+
+
+# ---- tokens
+
+
+def _read_pool(
+    source: Source,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    barred: frozenset[str],
+    progress: Progress | None,
+) -> _Pool:
+    """Read and tokenize a source, as far as needed, and cut all of that into rows."""
+    name, length = source_name(source), calibration.length
+    wanted_tokens = source.rows * length
+    documents = read_documents(source, calibration.seed)
+    token_lists: list[list[int]] = []
+    tokens = 0
+    while batch := list(islice(documents, BATCH)):
+        for document in batch:
+            refuse_heldout(document, barred)
+        encoded = _encode([_render(document, tokenizer, name) for document in batch], tokenizer)
+        token_lists += encoded
+        tokens += sum(map(len, encoded))
+        if progress:
+            progress(
+                Event(
+                    kind="stage",
+                    stage="calibrate",
+                    done=min(tokens, wanted_tokens),
+                    total=wanted_tokens,
+                    unit="tokens",
+                    text=name,
+                )
+            )
+        if tokens >= OVER_READ * wanted_tokens and not source.builtin:
+            break
+    end = _document_end(tokenizer) if as_file(source).kind == "text" else []  # templates end turns themselves
+    order = _shuffled(len(token_lists), calibration.seed, name, "documents")
+    stream = chain.from_iterable(token_lists[index] + end for index in order)
+    token_T = torch.tensor(list(stream), dtype=torch.int64)
+    rows = len(token_T) // length
+    if rows < source.rows and not source.builtin:
+        raise FourfoldError(
+            f"calibration source {name}: {tokens:,} tokens in {len(token_lists):,} documents, {rows} rows of "
+            f"{length}; {source.rows} rows, {wanted_tokens:,} tokens, are wanted. "
+            "Way out: fewer rows or more text"
+        )
+    return _Pool(source, token_T[: rows * length].view(rows, length), len(token_lists), tokens)
+
+
+def _render(document: Document, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """A document as the text that is tokenized. Raises FourfoldError if the chat template refuses it."""
+    if isinstance(document.content, str):
+        return document.content
+    if not tokenizer.chat_template:
+        raise FourfoldError(
+            f"{name} holds conversations, and the model has no chat template to write them in. "
+            "Way out: put the model's chat_template.jinja in its folder, or leave this text out"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise FourfoldError(
+            f"{document.place}: the chat template refuses this conversation: {error}"
+        ) from None
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def _document_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What separates documents: <|endoftext|> where the vocabulary has it, else EOS, else nothing.
+
+    EOS comes second: chat models (Qwen) set it to the end of a turn, which no plain document ends with.
+    """
+    added = tokenizer.get_added_vocab()
+    if END_OF_DOCUMENT in added:
+        return [added[END_OF_DOCUMENT]]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+# ---- rows
+
+
+def _shuffled(count: int, seed: int, *salt: str) -> list[int]:
+    """0..count-1 in an order that depends on seed and salt alone: by sha256, not by a library's generator."""
+    prefix = "/".join([str(seed), *salt])
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
+
+
+def _share_rows(pools: Sequence[_Pool], length: int) -> tuple[list[int], tuple[str, ...]]:
+    """How many rows each source gives, and notes on what differs from the recipe.
+
+    What a built-in text lacks, the other built-in texts give, in the recipe's proportions.
+    Raises FourfoldError if all of them are too short.
+    """
+    rows = [min(pool.source.rows, len(pool.token_RT)) for pool in pools]
+    for _ in range(sum(pool.source.rows for pool in pools) - sum(rows)):
+        spare = [i for i, pool in enumerate(pools) if pool.source.builtin and rows[i] < len(pool.token_RT)]
+        if not spare:
+            raise FourfoldError(_too_little([pool for pool in pools if pool.source.builtin], length))
+        fewest = min(spare, key=lambda i: (rows[i] + 1) / pools[i].source.rows)
+        rows[fewest] += 1
+    return rows, tuple(
+        f"built-in text {pool.source.builtin} gives {count} rows of {length} tokens, not {pool.source.rows}: "
+        + (f"it holds {pool.tokens:,} tokens" if count < pool.source.rows else "in place of texts too short")
+        for pool, count in zip(pools, rows, strict=True)
+        if count != pool.source.rows
+    )
+
+
+def _too_little(bundled: Sequence[_Pool], length: int) -> str:
+    wanted, found = sum(pool.source.rows for pool in bundled), sum(len(pool.token_RT) for pool in bundled)
+    return (
+        f"the built-in texts hold {sum(pool.tokens for pool in bundled):,} tokens, {found} rows of {length}; "
+        f"{wanted} rows, {wanted * length:,} tokens, are wanted. "
+        "Way out: fewer or shorter rows, or a source of your own (path or dataset)"
+    )
+
+
+def _digest(token_RT: Tensor) -> str:
+    return hashlib.sha256(
+        str(tuple(token_RT.shape)).encode() + token_RT.numpy().astype("<i8").tobytes()
+    ).hexdigest()

@@ -1,0 +1,82 @@
+"""Keeps test sets and held-out text out of calibration: by name before anything is read, by content after."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fourfold.datatypes import FourfoldError
+from fourfold.quantize.documents import Document, source_name
+from fourfold.recipe import TEXT, Calibration, Source
+
+# Benchmarks whose every split is scored, whatever its name (gpqa, ifeval and aime call theirs "train").
+SCORED_WHOLE = (
+    r"aime|alpaca[-_]?eval|arena[-_]?hard|bbh|big[-_]?bench\w*|gpqa|hle|human[-_]?eval\w*|ifeval"
+    r"|live[-_]?code[-_]?bench|math[-_]?500|mt[-_]?bench|simple[-_]?qa|swe[-_]?bench|truthful[-_]?qa"
+)
+# Benchmarks that are scored on validation as well as on test: only their training split is free.
+SCORED_BUT_TRAIN = (
+    r"arc|boolq|common[-_]?sense[-_]?qa|gsm8k|hellaswag|lambada|mbpp|[cm]?mmlu|openbook[-_]?qa|piqa"
+    r"|social[-_]?i[-_]?qa|winogrande"
+)
+FRAGMENT_CHARACTERS = 80  # lines shorter than this are shared by chance
+_WHY = "What is calibrated on it cannot be measured on it."
+_ALLOW = "set calibration.allow_test_sets = true, which the release will state"
+
+
+def refuse_test_sets(calibration: Calibration) -> None:
+    """Raises FourfoldError for the first source whose name says that it is a test set, unless the recipe allows it."""
+    if calibration.allow_test_sets:
+        return
+    for source in calibration.sources:
+        reason = _reason_to_refuse(source)
+        if reason:
+            raise FourfoldError(
+                f"calibration source {source_name(source)}: {reason}. {_WHY} "
+                f"Way out: take a training split, or {_ALLOW}"
+            )
+
+
+def _reason_to_refuse(source: Source) -> str:
+    if source.path:
+        path = Path(source.path).resolve()
+        if path.is_relative_to((TEXT / "heldout").resolve()):
+            return "the file is held-out text that ships with fourfold"
+        if re.match(r"test-\d+-of-\d+", path.name):  # how the Hub names the file of a split
+            return "the file is the test split of a Hub dataset"
+    if source.dataset:
+        split, name = (
+            source.split.lower(),
+            source.dataset.partition("@")[0].rstrip("/").rpartition("/")[2].lower(),
+        )
+        if re.search(r"(?<![a-z])test", split):
+            return f"split {source.split!r} is a test set"
+        if _is_named(name, SCORED_WHOLE):
+            return "it is a benchmark that is scored on all of its splits"
+        if _is_named(name, SCORED_BUT_TRAIN) and "train" not in split:
+            return f"split {source.split!r} of this benchmark is scored"
+    return ""
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z])", name) is not None
+
+
+def fragments(text: str) -> frozenset[str]:
+    """The lines of a text that are long enough to be its own, with white space evened out."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return frozenset(line for line in lines if len(line) >= FRAGMENT_CHARACTERS)
+
+
+def refuse_heldout(document: Document, heldout: frozenset[str]) -> None:
+    """Raises FourfoldError if half of a document's long lines, by length, are lines of the held-out text.
+
+    Half, not one: licence headers and the like are shared by documents that have nothing else in common.
+    """
+    own = fragments(document.plain_text())
+    shared = own & heldout
+    if shared and 2 * sum(map(len, shared)) >= sum(map(len, own)):
+        raise FourfoldError(
+            f'{document.place}: this document is held-out text ("{min(shared)[:60]}..."). {_WHY} '
+            f"Way out: take it out of the source, or {_ALLOW}"
+        )

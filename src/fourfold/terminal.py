@@ -1,0 +1,334 @@
+"""What the terminal shows: the plan, progress from events, the summary. Text from files is never read as markup."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.datatypes import Event
+from fourfold.datatypes import Progress as Callback
+
+if TYPE_CHECKING:
+    from fourfold.quantize.finish import Summary
+    from fourfold.quantize.plan import Plan
+
+PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
+STAGES = {  # what a stage is called where its own name says too little
+    "calibrate": "reading calibration text",
+    "embed": "embedding rows",
+    "restore": "reading back",
+    "measure": "measuring on held-out text",
+    "copy": "copying other tensors",
+    "finish": "finishing",
+}
+METRICS = {  # key of Summary.metrics: what it is called, how it is written
+    "perplexity_source": ("perplexity, source", "{:.4f}"),
+    "perplexity_release": ("perplexity, release", "{:.4f}"),
+    "kl_mean": ("KL divergence, mean", "{:.5f} nats"),
+    "kl_median": ("KL divergence, median", "{:.5f} nats"),
+    "kl_p99": ("KL divergence, 99th percentile", "{:.5f} nats"),
+    "top1_agreement": ("same most likely token", "{:.2%}"),
+}
+
+
+class Manner(Enum):
+    """How progress is shown: bars that move, a line per layer, JSON lines, or nothing."""
+
+    LIVE = "live"
+    LINES = "lines"
+    JSON = "json"
+    QUIET = "quiet"
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: no markup, no emoji codes, no guessed colours."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def plain(text: object) -> str:
+    """Text of unknown origin on one line, control characters (and with them terminal sequences) replaced."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(text))
+
+
+def paragraphs(text: object) -> str:
+    """The same, line breaks kept."""
+    return "\n".join(plain(line) for line in str(text).splitlines())
+
+
+def clock_text(seconds: float) -> str:
+    """12.3 s, 4 min 05 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# --- plan and summary --------------------------------------------------------------------------------------------
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """The table of tensor groups; memory, disk and time; warnings."""
+    family, recipe = plan.skeleton.family, plan.recipe
+    console.print(Text(f"{plain(plan.index.folder)}: {family.model_type}, {len(plan.layers)} layers", style="bold"))
+    console.print(
+        f"recipe {plain(recipe.name)}: {recipe.format}, groups of {recipe.scheme.group_size}, "
+        f"{plan.projections:,} expert projections" + _trial(plan)
+    )
+    console.print(_groups_table(plan))
+    console.print(_needs_table(plan))
+    console.print(f"time: {plain(plan.time.basis)}", style="dim", soft_wrap=True)
+    show_warnings(console, plan.warnings)
+
+
+def _trial(plan: Plan) -> str:
+    if not plan.partial:
+        return ""
+    return f"; a trial on layers {plan.solve.start}-{plan.solve.stop - 1}, its output is partial"
+
+
+def _groups_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    rows = plan.groups()
+    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+    table.add_column("tensors", footer="all")
+    table.add_column("what happens")
+    table.add_column("before", justify="right", footer=f"{sum(row.tensors_before for row in rows):,}")
+    table.add_column("after", justify="right", footer=f"{sum(row.tensors_after for row in rows):,}")
+    table.add_column("size", justify="right", footer=decimal(before))
+    table.add_column("size after", justify="right", footer=decimal(after))
+    for row in rows:
+        tensors = f"{row.tensors_before:,}", f"{row.tensors_after:,}"
+        sizes = decimal(row.bytes_before), decimal(row.bytes_after)
+        table.add_row(plain(row.group), plain(row.action), *tensors, *sizes)
+    return table
+
+
+def _needs_table(plan: Plan) -> Table:
+    memory, disk = plan.memory, plan.disk
+    table = _facts()
+    table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
+    if memory.device != "cpu":
+        table.add_row(f"memory of {memory.device}", f"{decimal(memory.device_peak_bytes)} at the peak")
+    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {memory.device}")
+    batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
+    table.add_row("batches", batches)
+    free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
+    table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
+    table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction)")
+    return table
+
+
+def _facts() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def show_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Two columns: what, and what is said of it."""
+    table = _facts()
+    for name, said in facts:
+        table.add_row(plain(name), plain(said))
+    console.print(table)
+
+
+def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), paragraphs(warning)), soft_wrap=True)
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    """What a run came to: where it lies, sizes, held-out metrics, time and memory."""
+    table = _facts()
+    table.add_row("output", plain(summary.out) + (" (partial: a trial, no engine loads it)" if summary.partial else ""))
+    methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
+    table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
+    sizes = f"{decimal(summary.bytes_before)} -> {decimal(summary.bytes_after)}"
+    if summary.bytes_before and not summary.partial:
+        sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
+    table.add_row("size of tensors", sizes)
+    for key, (label, form) in METRICS.items():
+        if key in summary.metrics:
+            table.add_row(label, form.format(summary.metrics[key]))
+    table.add_row("time", clock_text(sum(summary.seconds.values())))
+    table.add_row("peak memory", _memory_text(summary.peak_memory_bytes))
+    console.print(table)
+    for note in summary.notes:
+        console.print(f"note: {paragraphs(note)}", soft_wrap=True)
+
+
+def _memory_text(memory_bytes: Mapping[str, int]) -> str:
+    return ", ".join(f"{plain(place)} {decimal(size)}" for place, size in memory_bytes.items())
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """Seconds of the layers that went by, from the events and a clock; what is left, from layers solved in this run."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: dict[tuple[int, str], float] = {}  # by (layer, stage): a writer's stage runs beside a layer's
+        self._layer, self._layer_began = -1, clock()
+        self._solved = False
+        self._recent: deque[float] = deque(maxlen=PACE_LAYERS)
+        self.layer_seconds = 0.0
+        self.left_seconds: float | None = None
+
+    def follow(self, event: Event) -> None:
+        """Take note of one event. After a "layer" event `layer_seconds` is that layer's, `left_seconds` is renewed."""
+        now = self._clock()
+        if event.kind == "stage":
+            self._began.setdefault((event.layer, event.stage), now)
+            if event.layer >= 0 and event.layer != self._layer:
+                self._layer, self._layer_began, self._solved = event.layer, now, False
+            self._solved |= event.stage == "solve"
+        elif event.kind == "layer":
+            self.layer_seconds = now - self._layer_began
+            if self._solved:  # layers that are only read back are quick and say nothing about the rest
+                self._recent.append(self.layer_seconds)
+            if self._recent:
+                self.left_seconds = sum(self._recent) / len(self._recent) * (event.layers - event.layer - 1)
+
+    def per_second(self, event: Event) -> float:
+        """Speed of the event's stage so far, in its own units."""
+        return event.done / max(self._clock() - self._began[event.layer, event.stage], 1e-9)
+
+
+def layer_line(event: Event, pace: Pace) -> str:
+    """One finished layer on one line. data: hidden_error, router_agreement, memory_bytes are shown where given."""
+    data = event.data
+    parts = [f"layer {event.layer + 1}/{event.layers}", clock_text(pace.layer_seconds)]
+    if isinstance(data.get("hidden_error"), float):
+        parts.append(f"hidden error {data['hidden_error']:.4f}")
+    if isinstance(data.get("router_agreement"), float):
+        parts.append(f"routers agree {data['router_agreement']:.1%}")
+    if isinstance(memory := data.get("memory_bytes"), dict) and memory:
+        parts.append(_memory_text(memory))
+    if event.text:
+        parts.append(plain(event.text))
+    if pace.left_seconds:
+        parts.append(f"{clock_text(pace.left_seconds)} left")
+    return "  ".join(parts)
+
+
+def stage_text(event: Event) -> str:
+    return plain(STAGES.get(event.stage, event.stage))
+
+
+class Lines:
+    """One line per layer and per stage outside the layers, for logs and pipes."""
+
+    def __init__(self, console: Console, pace: Pace) -> None:
+        self.console, self.pace = console, pace
+        self._last_stage = ""
+
+    def show(self, event: Event) -> None:
+        if event.kind == "note":
+            self._say(f"note: {paragraphs(event.text)}")
+        elif event.kind == "layer":
+            self._say(layer_line(event, self.pace))
+        elif event.kind == "stage" and event.layer < 0 and event.stage != self._last_stage:
+            self._last_stage = event.stage
+            self._say(stage_text(event))
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+        self.console.file.flush()  # a log file is read while the run is on
+
+
+class Bars:
+    """A bar over the layers and one over the stage in work; finished layers scroll by above them."""
+
+    def __init__(self, console: Console, pace: Pace) -> None:
+        self.pace = pace
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(markup=False),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._layers = self.progress.add_task("layers", total=None, figures="")
+        self._stage = self.progress.add_task("starting", total=None, figures="")
+
+    def show(self, event: Event) -> None:
+        if event.kind == "note":
+            self.progress.console.print(f"note: {paragraphs(event.text)}", soft_wrap=True)
+        elif event.kind == "layer":
+            self.progress.console.print(layer_line(event, self.pace), soft_wrap=True)
+            left = self.pace.left_seconds
+            figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
+            self.progress.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
+        elif event.kind == "stage":
+            self._show_stage(event)
+
+    def _show_stage(self, event: Event) -> None:
+        figures = ""
+        if event.total:
+            unit = plain(event.unit)
+            figures = f"{event.done:,}/{event.total:,} {unit}, {self.pace.per_second(event):,.0f} {unit}/s"
+        where = f"layer {event.layer + 1}: " if event.layer >= 0 else ""
+        self.progress.update(
+            self._stage,
+            description=where + stage_text(event),
+            completed=event.done,
+            total=event.total or None,  # None: the bar pulses
+            figures=figures,
+        )
+
+
+def json_line(console: Console, value: Mapping[str, object]) -> None:
+    """One JSON object on one line, at once."""
+    console.file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    console.file.flush()
+
+
+def choose(console: Console, *, as_json: bool, quiet: bool) -> Manner:
+    """JSON lines before silence, since who asks for both wants to read them; bars only where they can move."""
+    if as_json:
+        return Manner.JSON
+    if quiet:
+        return Manner.QUIET
+    return Manner.LIVE if console.is_terminal else Manner.LINES
+
+
+@contextmanager
+def watch(console: Console, manner: Manner, clock: Callable[[], float] = time.monotonic) -> Iterator[Callback]:
+    """A progress callback that shows events in the given manner. Events may come from several threads."""
+    lock, pace = threading.Lock(), Pace(clock)
+    bars = Bars(console, pace) if manner is Manner.LIVE else None
+    shown = bars or Lines(console, pace)
+
+    def tell(event: Event) -> None:
+        with lock:
+            if manner is Manner.JSON:
+                json_line(console, asdict(event))
+            elif manner is not Manner.QUIET:
+                pace.follow(event)
+                shown.show(event)
+
+    if bars is None:
+        yield tell
+        return
+    with bars.progress:
+        yield tell
