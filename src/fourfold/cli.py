@@ -14,7 +14,7 @@ import typer
 from fourfold import __version__, recipe, terminal
 from fourfold.datatypes import FourfoldError
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 BAD_INPUT, INTERRUPTED = 2, 130
 EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted."
@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size; wanted a number and a unit, as in 8GiB or 512MiB")
     number, prefix, binary = match.groups()
     decimal = text.strip()[-1] in "bB" and not binary
-    size = int(float(number) * (1000 if decimal else 1024) ** POWERS[prefix.lower()])
+    size = int(float(number) * (1000 if decimal else 1024) ** POWERS[(prefix or "").lower()])
     if size <= 0:
         raise typer.BadParameter(f"{text!r} is no memory at all; wanted a size as in 8GiB")
     return size

@@ -183,6 +183,7 @@ HELDOUT_TEXTS = {
 }
 
 ORIGINS = ("builtin", "path", "dataset")
+OF_AN_ORIGIN = ("config", "split", "licence")  # an override that puts another text in a source's place drops these
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
 CHOICES: dict[str, tuple[object, ...]] = {
     "format": ("compressed-tensors", "gptq", "gptq_v2"),
@@ -236,7 +237,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a preset or a .toml file and check every value.
 
     overrides: "solver.damp=0.02", "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
-    A relative `path` is taken from the recipe file's folder, in an override from the working folder.
+    A relative `path` is taken from the recipe file's folder, in an override from the working folder. An override
+    of builtin, path or dataset takes the place of the other two, and of their config, split and licence.
     Raises FourfoldError naming the file, the key, what was found and what is wanted.
     """
     path = recipe_path(name_or_path)
@@ -247,7 +249,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         calibration["sources"] = _read_toml(RECIPES / "best.toml")["calibration"]["sources"]
     _anchor_paths(table, path.parent.resolve())
     for override in overrides:
-        apply_override(table, override, rivals=ORIGINS)
+        apply_override(table, override, displaced=dict.fromkeys(ORIGINS, (*ORIGINS, *OF_AN_ORIGIN)))
     _anchor_paths(table, Path.cwd())
     _complete(table)
     where = f"recipe {path}" + (f" with {', '.join(overrides)}" if overrides else "")

@@ -66,7 +66,7 @@ class Schema:
             wanted = f"one of {', '.join(map(repr, choices))}"
             raise self.mismatch(key, value, wanted, nearest(value, choices))
         low, high = self.ranges.get(rule, (-math.inf, math.inf))
-        if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
+        if isinstance(value, int | float) and not low <= value <= high:  # nan is in no range
             raise self.mismatch(key, value, f"a number from {low:.12g} to {high:.12g}")
         return value
 
@@ -84,10 +84,10 @@ def nearest(word: object, known: Collection[object]) -> str:
     return f"; did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
 
 
-def apply_override(table: dict[str, Any], override: str, rivals: Sequence[str]) -> None:
+def apply_override(table: dict[str, Any], override: str, displaced: Mapping[str, Sequence[str]]) -> None:
     """Set one "a.b.0.c=value" in a raw table; the right side is TOML, or else plain text.
 
-    rivals: keys of which a table holds one at most; setting one takes the others away.
+    displaced: by key, the keys beside it that mean nothing any more once it is set, and are taken away.
     Raises FourfoldError for text that is no assignment, or that goes through something that is no table.
     """
     key, equals, text = override.partition("=")
@@ -104,9 +104,8 @@ def apply_override(table: dict[str, Any], override: str, rivals: Sequence[str]) 
             raise FourfoldError(f"override {override!r}: the recipe has no {'.'.join(parts[: depth + 1])}")
     if not isinstance(target, dict):
         raise FourfoldError(f"override {override!r}: {'.'.join(parts[:-1])} is no table in the recipe")
-    if parts[-1] in rivals:
-        for rival in rivals:
-            target.pop(rival, None)
+    for other in displaced.get(parts[-1], ()):
+        target.pop(other, None)
     target[parts[-1]] = _toml_value(text.strip())
 
 

@@ -275,8 +275,9 @@ def test_cache_does_without_the_hub_when_it_has_all(server: FakeHub) -> None:
 def test_offline_mode(tmp_path: Path) -> None:
     script = ("from fourfold.datatypes import FourfoldError\nfrom fourfold.model.hub import resolve_model\n"
               "try:\n    resolve_model('org/model')\nexcept FourfoldError as error:\n    print(error)\n")
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)})
+                          env=os.environ | settings)
     assert said.stdout.startswith(f"org/model: no such folder, not all of it in the cache {tmp_path}, and ")
     assert said.stdout.endswith("(HF_HUB_OFFLINE is set). Give a local folder with the model, or go online\n")
     assert not said.stderr

@@ -203,7 +203,8 @@ try:
 except FourfoldError as error:
     print(error)
 """
-    return subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_killed_run_leaves_no_shard_and_the_next_one_writes_it(tmp_path: Path) -> None:

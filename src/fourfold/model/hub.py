@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DryRunFileInfo, constants, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
     DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the HTTP client that this version of huggingface_hub uses: httpx or httpx2
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils.tqdm import tqdm
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import INDEX_NAME
@@ -36,7 +36,7 @@ class _Silent(tqdm):
     """No progress bar: huggingface_hub shows one of its bars also where nobody looks."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "disable": True})
+        super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
 
 def resolve_model(model: str, *, progress: bool = True) -> Path:
@@ -52,18 +52,13 @@ def resolve_model(model: str, *, progress: bool = True) -> Path:
     if os.path.exists(folder):
         raise FourfoldError(f"{model}: a file; wanted the folder of the checkpoint")
     repo, at, revision = model.partition("@")
-    if not _is_hub_id(repo) or (at and not revision):
-        raise FourfoldError(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@revision "
-                            "of the Hub")
-    return _download(repo, revision or None, progress)
-
-
-def _is_hub_id(repo: str) -> bool:
+    missing = FourfoldError(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@revision of the Hub")
+    if "/" not in repo or (at and not revision):  # the Hub's few names without an owner are taken for mistyped folders
+        raise missing
     try:
-        validate_repo_id(repo)
+        return _download(repo, revision or None, progress)
     except HFValidationError:
-        return False
-    return "/" in repo  # the Hub's few names without an owner are taken for mistyped folders
+        raise missing from None
 
 
 def _download(repo: str, revision: str | None, progress: bool) -> Path:

@@ -28,8 +28,8 @@ def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> It
         )
     if draft and recipe.format != "compressed-tensors":
         yield (
-            f"format {recipe.format} with MTP: SGLang drops the draft head's experts without a word; for drafts "
-            "in SGLang take format compressed-tensors (vLLM runs both)"
+            f"format {recipe.format} with MTP: SGLang drops the draft head's experts without a word; for "
+            "drafts in SGLang take format compressed-tensors (vLLM runs both)"
         )
 
 
@@ -46,8 +46,8 @@ def _tensor_parallel(width: int, size: int, storage: str) -> Iterator[str]:
     smaller = [group for group in (64, 32) if group < size and width % (bad[-1] * group) == 0]
     way_out = f" or scheme.group_size = {smaller[0]}" if smaller else ""
     yield (
-        f"tensor parallel {', '.join(map(str, bad))}: an expert's {width} columns over so many devices are no "
-        f"whole groups of {size}; {effect}. Ways out: expert parallel{way_out}, or fewer devices"
+        f"tensor parallel {', '.join(map(str, bad))}: an expert's {width} columns over so many devices are "
+        f"no whole groups of {size}; {effect}. Ways out: expert parallel{way_out}, or fewer devices"
     )
 
 
@@ -55,8 +55,8 @@ def run_advice(work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[s
     """About this run on this machine."""
     if work.tokens_per_expert < work.hidden / 2:
         yield (
-            f"small calibration: {work.calibration_tokens:,} tokens, top {work.topk} of {work.experts} experts, "
-            f"are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
+            f"small calibration: {work.calibration_tokens:,} tokens, top {work.topk} of {work.experts} "
+            f"experts, are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
             f"{work.hidden // 2:,}; more rows in calibration.sources help"
         )
     if not memory.fits:

@@ -32,7 +32,8 @@ def source_name(source: Source) -> str:
     """How results and messages call a source; free of folders, since the choice of rows is seeded with it."""
     if source.path:
         return Path(source.path).name
-    return source.builtin or source.dataset + (f":{source.config}" if source.config else "")
+    dataset = Path(source.dataset).name if Path(source.dataset).is_absolute() else source.dataset
+    return source.builtin or dataset + (f":{source.config}" if source.config else "")
 
 
 def as_file(source: Source) -> Source:
@@ -147,7 +148,7 @@ def _hub_records(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any
             yield f"{_described(source)}, document {number}", record
     except FourfoldError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, HTTPError) as error:
         raise FourfoldError(_hub_problem(source, error)) from error
 
 

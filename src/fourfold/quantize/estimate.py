@@ -19,10 +19,10 @@ class Workload:
     hidden D, width I, experts E, topk A, vocabulary V.
     routed_layers: layers with experts that rows go through; solved_layers: those whose experts are quantized.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
-    kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per group.
-    attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer; expert_bytes:
-    of a layer's routed experts in BF16; shard_bytes: of the largest layer's output; writer_bytes: the most that
-    is held while a shard is written; read_bytes, write_bytes: of the whole run.
+    kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
+    group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
+    expert_bytes: of a layer's routed experts in BF16; shard_bytes: of the largest layer's output;
+    writer_bytes: the most that is held while a shard is written; read_bytes, write_bytes: of the whole run.
     """
 
     hidden: int
@@ -98,8 +98,8 @@ class DiskPlan:
     def problem(self) -> str:
         """What to tell the user where it is not enough."""
         return (
-            f"disk: {gigabytes(self.needed_bytes)} wanted where OUT will be, {gigabytes(self.free_bytes or 0)} "
-            "free; make room, or name an OUT on another disk"
+            f"disk: {gigabytes(self.needed_bytes)} wanted where OUT will be, "
+            f"{gigabytes(self.free_bytes or 0)} free; make room, or name an OUT on another disk"
         )
 
 

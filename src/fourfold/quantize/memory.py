@@ -84,8 +84,8 @@ def attend_token_bytes(text: Any) -> int:
     """Temporaries of one token in attention and shared experts, of the dearer kind of layer.
 
     text: transformers' config of the text model. Full attention: query, gate and output, key and value, each
-    with a rotated or permuted copy, BF16. Linear attention: its projections in BF16, then transformers' chunked
-    rule in fp32: some ten tensors of the value's size and three of heads x 64.
+    with a rotated or permuted copy, BF16. Linear attention: its projections in BF16, then transformers'
+    chunked rule in fp32: some ten tensors of the value's size and three of heads x 64.
     """
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
@@ -170,8 +170,8 @@ def check_device(device: str) -> None:
     count = torch.cuda.device_count()
     if int(number or 0) >= count:
         raise FourfoldError(
-            f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a driver "
-            "and a torch build with CUDA"
+            f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a "
+            "driver and a torch build with CUDA"
         )
 
 

@@ -224,8 +224,8 @@ def _layer_range(layers: range | None, count: int) -> range:
         return range(count)
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= count:
         raise FourfoldError(
-            f"layers {layers.start}-{layers.stop - 1}: this model has layers 0-{count - 1}; name a first and a "
-            "last one of them, as in 0-3"
+            f"layers {layers.start}-{layers.stop - 1}: this model has layers 0-{count - 1}; name a first and "
+            "a last one of them, as in 0-3"
         )
     return layers
 
@@ -253,8 +253,8 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return
         raise FourfoldError(
-            f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text cannot "
-            "be tokenized; copy the model's tokenizer files there"
+            f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text "
+            "cannot be tokenized; copy the model's tokenizer files there"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,61 @@
+# What a fresh clone needs: make, git, and Python 3.11 or newer with venv. Everything else goes into .venv.
+#
+#   PYTHON=/path/to/python      the Python to build .venv with (else the first that fits)
+#   TORCH_INDEX=URL             one more package index for torch; https://download.pytorch.org/whl/cpu has the builds
+#                               without CUDA, which are gigabytes smaller than PyPI's
+#   ARGS="-k plan -x"           more arguments for pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow test-all check clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := examples/tiny-qwen3.6-moe
+RELEASE := demo/tiny-qwen3.6-moe-int4
+
+# 3.11 first: constraints.txt was tried with it. A name may be there and still not run (pyenv's shims), so each is run.
+FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+FIND_PYTHON = for python in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+	"$$python" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$python"; break; }; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## plan and quantize the example model into demo/; a second run only shows the result
+	$(BIN)/fourfold plan $(MODEL) --devices cpu
+	$(BIN)/fourfold quantize $(MODEL) $(RELEASE) --devices cpu
+
+test: $(INSTALLED)  ## the tests that take a few minutes without a GPU
+	$(BIN)/python -m pytest -m "not slow and not gpu and not engine" $(ARGS)
+
+test-slow: $(INSTALLED)  ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu and not engine" $(ARGS)
+
+test-all: $(INSTALLED)  ## both, in one run: what CI runs
+	$(BIN)/python -m pytest -m "not gpu and not engine" $(ARGS)
+
+check: $(INSTALLED)  ## lint, types, and which room imports which
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:  ## remove .venv, the demo's output and caches
+	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.11 or newer with venv was found. Install one (Debian, Ubuntu: apt install python3 python3-venv;" >&2; \
+		echo "elsewhere: https://www.python.org/downloads/) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$python" -c '$(FITS)'; then \
+		echo "PYTHON=$$python does not run, is older than 3.11, or has no venv and ensurepip" >&2; exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || { echo "$$python -m venv $(VENV)"; "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@

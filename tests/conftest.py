@@ -1,0 +1,35 @@
+"""What all tests share: the example model, and golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what is found into tests/golden")
+
+
+@pytest.fixture(scope="session")
+def example_model() -> Path:
+    """The small trained MoE checkpoint that ships with the repository."""
+    return ROOT / "examples" / "tiny-qwen3.6-moe"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """compare(name, text): the text must be that of tests/golden/<name>. `pytest --update-golden` writes it anew."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8"), f"{path.name}: if this is meant, pytest --update-golden"
+
+    return compare

@@ -1,0 +1,611 @@
+"""The plan: exact on the full shape of Qwen3.6-35B-A3B, complete on every layout, clear on wrong input."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoints
+from fourfold.datatypes import Action, FourfoldError
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.quantize import memory
+from fourfold.quantize import plan as plan_module
+from fourfold.quantize.estimate import Workload
+from fourfold.quantize.memory import MemoryPlan
+from fourfold.quantize.plan import GroupRow, Plan, make_plan
+from fourfold.recipe import Recipe, Source, load_recipe
+
+RECIPE = load_recipe("best")
+GB = 10**9
+LAYER = "model.language_model.layers."
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.full_shape(tmp_path_factory.mktemp("full"))
+
+
+def rows(plan: Plan) -> dict[str, GroupRow]:
+    return {row.group: row for row in plan.groups()}
+
+
+def grouped(size: int, storage: str = "compressed-tensors") -> Recipe:
+    return replace(RECIPE, format=storage, scheme=replace(RECIPE.scheme, group_size=size))
+
+
+def claimed_once(plan: Plan) -> bool:
+    return Counter(claim.header.name for claim in plan.claims) == Counter(list(plan.index.headers))
+
+
+# --- the full shape: FORMAT.md's arithmetic -------------------------------------------------------
+
+
+def test_counts_of_the_full_shape(full: Path) -> None:
+    plan = make_plan(full, RECIPE)
+    table = rows(plan)
+    assert plan.projections == 30_720
+    assert [row.group for row in plan.groups()] == [
+        "experts", "attention", "linear attention", "router", "shared experts", "MTP", "vision", "embeddings", "norms",
+    ]  # fmt: skip
+    assert (table["experts"].tensors_before, table["experts"].tensors_after) == (40 * 2, 30_720 * 3)
+    assert (table["MTP"].tensors_before, table["MTP"].tensors_after) == (19, 785)
+    assert table["attention"].tensors_before == 10 * 6
+    assert table["linear attention"].tensors_before == 30 * 9
+    assert table["router"].tensors_before == 40
+    assert table["shared experts"].tensors_before == 40 * 4
+    assert table["embeddings"].tensors_before == 2
+    assert table["norms"].tensors_before == 40 * 2 + 1
+    assert claimed_once(plan)
+    assert all(claim.reason for claim in plan.claims)
+
+
+def test_bytes_of_the_full_shape(full: Path) -> None:
+    plan = make_plan(full, RECIPE)
+    table = rows(plan)
+    assert table["experts"].bytes_before == 40 * 256 * 3 * 512 * 2048 * 2
+    assert table["embeddings"].bytes_after == 2 * 248_320 * 2048 * 2
+    assert table["router"].bytes_after == 40 * 256 * 2048 * 2
+    assert table["MTP"].bytes_after == table["MTP"].bytes_before
+    for group, row in table.items():
+        assert group == "experts" or row.bytes_after == row.bytes_before
+    assert sum(part.bytes_after for part in plan.parts) == plan.disk.tensor_bytes
+    assert sum(row.bytes_after for row in table.values()) == plan.disk.tensor_bytes
+
+
+GATE_UP_WORDS, DOWN_WORDS = 512 * 2048 // 8 * 4, 2048 * 512 // 8 * 4
+COMPRESSED = {  # FORMAT.md 3: words, BF16 scales, shape
+    "gate_up": GATE_UP_WORDS + 512 * 16 * 2 + 2 * 8,
+    "down": DOWN_WORDS + 2048 * 4 * 2 + 2 * 8,
+}
+GPTQ = {  # FORMAT.md 2: qweight, scales, qzeros, g_idx
+    "gate_up": GATE_UP_WORDS + 16 * 512 * 2 + 16 * 64 * 4 + 2048 * 4,
+    "down": DOWN_WORDS + 4 * 2048 * 2 + 4 * 256 * 4 + 512 * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("storage", "each", "suffixes"),
+    [("compressed-tensors", COMPRESSED, 3), ("gptq", GPTQ, 4), ("gptq_v2", GPTQ, 4)],
+)
+def test_bytes_of_the_experts_in_each_format(
+    full: Path, storage: str, each: dict[str, int], suffixes: int
+) -> None:
+    experts = rows(make_plan(full, grouped(128, storage)))["experts"]
+    assert experts.action == "quantize"
+    assert experts.tensors_after == 30_720 * suffixes
+    assert experts.bytes_after == 40 * 256 * (2 * each["gate_up"] + each["down"])
+
+
+def test_the_reference_card_size(full: Path) -> None:
+    plan = make_plan(full, grouped(128, "gptq_v2"))
+    assert round(plan.disk.tensor_bytes / GB, 1) == 24.4  # CARD.md C6
+
+
+def test_experts_one_by_one_come_to_the_same(full: Path, tmp_path: Path) -> None:
+    stacked, single = (
+        make_plan(full, RECIPE),
+        make_plan(checkpoints.full_shape(tmp_path, per_expert=True), RECIPE),
+    )
+    assert claimed_once(single)
+    assert rows(single)["experts"] == replace(rows(stacked)["experts"], tensors_before=30_720)
+    assert rows(single)["MTP"] == replace(rows(stacked)["MTP"], tensors_before=785, action="copy")
+    assert [part.bytes_after for part in single.parts] == [part.bytes_after for part in stacked.parts]
+    assert (single.layers[0].fused, stacked.layers[0].fused) == (False, True)
+
+
+def test_a_shard_per_layer_and_then_the_rest(full: Path) -> None:
+    plan = make_plan(full, RECIPE)
+    total = len(plan.parts)
+    assert [part.shard for part in plan.parts] == [
+        f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)
+    ]
+    assert [layer.index for layer in plan.layers] == list(range(40))
+    for layer in plan.layers:
+        assert layer.routed and layer.kind == (
+            "full_attention" if layer.index % 4 == 3 else "linear_attention"
+        )
+        assert all(claim.header.name.startswith(f"{LAYER}{layer.index}.") for claim in layer.claims)
+        assert all(claim.layer == layer.index for claim in layer.claims)
+    assert not any(claim.header.name.startswith(LAYER) for part in plan.rest for claim in part.claims)
+
+
+def test_no_weight_and_no_device_is_touched(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan reads headers only")
+
+    monkeypatch.setattr(TensorIndex, "read", touched)
+    monkeypatch.setattr(TensorIndex, "chunks", touched)
+    for name in ("mem_get_info", "device_count", "is_available", "init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert make_plan(full, RECIPE).projections == 30_720
+
+
+# --- small checkpoints: layouts, families, shards -------------------------------------------------
+
+
+@pytest.mark.parametrize("mtp", ["fused", "split", None])
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_both_layouts(tmp_path: Path, per_expert: bool, mtp: str | None) -> None:
+    plan = make_plan(checkpoints.tiny(tmp_path, per_expert=per_expert, mtp=mtp, layers=3, experts=4), RECIPE)
+    table = rows(plan)
+    assert claimed_once(plan)
+    assert plan.projections == 3 * 4 * 3
+    assert table["experts"].tensors_before == (36 if per_expert else 6)
+    assert table["experts"].tensors_after == 36 * 3
+    assert all(layer.fused is not per_expert for layer in plan.layers)
+    if mtp is None:
+        assert "MTP" not in table
+    else:
+        assert (table["MTP"].tensors_before, table["MTP"].tensors_after) == (19 if mtp == "fused" else 29, 29)
+        assert table["MTP"].action == ("copy + split" if mtp == "fused" else "copy")
+
+
+def test_layouts_may_differ_between_layers(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+
+    def split_layer_1(tensors: Tensors) -> None:
+        prefix = f"{LAYER}1.mlp.experts."
+        stacks = tensors.pop(f"{prefix}gate_up_proj"), tensors.pop(f"{prefix}down_proj")
+        for expert, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
+            gate, up = gate_up.chunk(2)
+            for name, value in (("gate", gate), ("up", up), ("down", down)):
+                tensors[f"{prefix}{expert}.{name}_proj.weight"] = value.clone()
+
+    checkpoints.edit(tmp_path, split_layer_1)
+    plan = make_plan(tmp_path, RECIPE)
+    assert [layer.fused for layer in plan.layers] == [True, False]
+    assert plan.layers[0].bytes_before - plan.layers[1].bytes_before == sum(
+        (1 if claim.layer == 0 else -1) * claim.header.size_bytes
+        for claim in plan.claims
+        if claim.layer is not None and claim.group != "experts"
+    )
+
+
+def test_the_dense_family(tmp_path: Path) -> None:
+    plan = make_plan(checkpoints.tiny(tmp_path, family="qwen3_moe", layers=3, dense_layers=(1,)), RECIPE)
+    table = rows(plan)
+    assert claimed_once(plan)
+    assert [layer.routed for layer in plan.layers] == [True, False, True]
+    assert [layer.fused for layer in plan.layers] == [False, False, False]
+    assert {claim.action for claim in plan.layers[1].claims} == {Action.COPY}
+    assert (table["dense MLP"].tensors_before, table["dense MLP"].action) == (3, "copy")
+    assert plan.projections == 2 * 4 * 3
+    assert not any("MTP" in warning for warning in plan.warnings)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path, tied=True)
+    assert rows(make_plan(tmp_path, RECIPE))["embeddings"].tensors_before == 1
+    head = torch.zeros(2048, 128).bfloat16()
+    checkpoints.edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    plan = make_plan(tmp_path, RECIPE)
+    assert rows(plan)["embeddings"].tensors_after == 2
+    assert claimed_once(plan)
+
+
+def test_rotary_buffers_are_dropped(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+    before = make_plan(tmp_path, RECIPE)
+    names = ("model.language_model.rotary_emb.inv_freq", f"{LAYER}1.self_attn.rotary_emb.inv_freq")
+    checkpoints.edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(8) for name in names}))
+    plan = make_plan(tmp_path, RECIPE)
+    dropped = {claim.header.name: claim.layer for claim in plan.claims if claim.action is Action.DROP}
+    assert dropped == {names[0]: None, names[1]: 1}
+    assert claimed_once(plan)
+    assert rows(plan)["buffers"].tensors_after == rows(plan)["buffers"].bytes_after == 0
+    assert [part.bytes_after for part in plan.parts] == [part.bytes_after for part in before.parts]
+
+
+def test_kept_vectors_may_be_f32(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+    name = f"{LAYER}0.linear_attn.A_log"
+    checkpoints.edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].float()}))
+    claim = next(claim for claim in make_plan(tmp_path, RECIPE).claims if claim.header.name == name)
+    assert (claim.action, claim.bytes_after) == (Action.COPY, 4 * 4)
+
+
+def test_the_rest_is_packed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.tiny(tmp_path)
+    whole = make_plan(tmp_path, RECIPE)
+    assert len(whole.rest) == 1
+    monkeypatch.setattr(plan_module, "SHARD_BYTES", 600_000)
+    plan = make_plan(tmp_path, RECIPE)
+    assert len(plan.rest) > 2
+    assert [claim for shard in plan.rest for claim in shard.claims] == list(whole.rest[0].claims)
+    for shard, following in zip(plan.rest, plan.rest[1:], strict=False):
+        assert shard.bytes_after <= 600_000 or len(shard.claims) == 1
+        assert shard.bytes_after + following.claims[0].bytes_after > 600_000
+    assert [part.shard for part in plan.parts][
+        -1
+    ] == f"model-{len(plan.parts):05d}-of-{len(plan.parts):05d}.safetensors"
+
+
+# --- wrong input ----------------------------------------------------------------------------------
+
+
+def delete(name: str) -> Any:
+    return lambda tensors: tensors.pop(name)
+
+
+def change(name: str, function: Any) -> Any:
+    return lambda tensors: tensors.update({name: function(tensors[name])})
+
+
+NORM, GATE_UP = f"{LAYER}0.input_layernorm.weight", f"{LAYER}0.mlp.experts.gate_up_proj"
+WRONG = {
+    "missing norm": (delete(NORM), rf"missing: {NORM}$"),
+    "missing stack": (
+        delete(f"{LAYER}1.mlp.experts.down_proj"),
+        rf"missing: {LAYER}1\.mlp\.experts\.down_proj",
+    ),
+    "missing part of MTP": (delete("mtp.fc.weight"), r"missing: mtp\.fc\.weight"),
+    "unexpected": (lambda tensors: tensors.update(extra=torch.ones(1)), "unexpected: extra$"),
+    "layer too many": (
+        lambda tensors: tensors.update({f"{LAYER}7.input_layernorm.weight": torch.ones(1)}),
+        rf"unexpected: {LAYER}7\.input_layernorm\.weight",
+    ),
+    "shape": (change(NORM, lambda t: t[:64].clone()), rf"{NORM} is \[64\], wanted \[128\]"),
+    "experts too few": (
+        change(GATE_UP, lambda t: t[:3].clone()),
+        r"gate_up_proj is \[3, 256, 128\], wanted \[4, 256, 128\]",
+    ),
+    "expert dtype": (change(GATE_UP, torch.Tensor.float), r"gate_up_proj is F32, wanted BF16"),
+    "matrix dtype": (
+        change(f"{LAYER}0.mlp.gate.weight", torch.Tensor.half),
+        rf"{LAYER}0\.mlp\.gate\.weight is F16, wanted BF16",
+    ),
+    "kept dtype": (change(NORM, torch.Tensor.double), rf"{NORM} is F64, wanted BF16 or F32 or F16"),
+    "embedding dtype": (change("lm_head.weight", torch.Tensor.float), r"lm_head\.weight is F32, wanted BF16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_headers_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    wrong, message = WRONG[case]
+    checkpoints.edit(checkpoints.tiny(tmp_path), wrong)
+    with pytest.raises(FourfoldError, match=f"(?m){message}"):
+        make_plan(tmp_path, RECIPE)
+
+
+def test_one_message_names_every_kind_of_problem(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path, per_expert=True)
+
+    def spoil(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts.2." in name and name.startswith(LAYER)]:
+            del tensors[name]
+        tensors["extra"] = tensors[NORM]
+        tensors[NORM] = tensors[NORM][:3].clone()
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+
+    checkpoints.edit(tmp_path, spoil)
+    with pytest.raises(FourfoldError) as error:
+        make_plan(tmp_path, RECIPE)
+    text = str(error.value)
+    assert all(f"\n  {kind}: " in text for kind in ("missing", "unexpected", "wrong shape", "wrong dtype"))
+    assert f"{LAYER}0.mlp.experts.2.gate_proj.weight" in text and "and 3 more" in text
+
+
+def test_mtp_that_config_does_not_announce(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+    checkpoints.edit_json(
+        tmp_path / "config.json", lambda config: config["text_config"].pop("mtp_num_hidden_layers")
+    )
+    with pytest.raises(FourfoldError, match=r"unexpected: mtp\..* and 16 more"):
+        make_plan(tmp_path, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 64}, "group_size = 128 does not divide moe_intermediate_size = 64; take 64"),
+        ({"hidden": 160, "width": 128}, "group_size = 128 does not divide hidden_size = 160; take 32"),
+        ({"hidden": 136, "width": 128}, "group_size = 128 does not divide hidden_size = 136; no group fits"),
+    ],
+)
+def test_groups_that_do_not_divide(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(FourfoldError, match=message):
+        make_plan(checkpoints.tiny(tmp_path, **sizes), RECIPE)
+
+
+def test_a_model_without_routed_experts(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match="no layer has routed experts"):
+        make_plan(checkpoints.tiny(tmp_path, family="qwen3_moe", dense_layers=(0, 1)), RECIPE)
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    checkpoints.edit_json(path, lambda content: content["added_tokens"].append({"id": 2048, "content": "x"}))
+    with pytest.raises(FourfoldError, match=r"holds token id 2048, config\.json's vocab_size is 2048"):
+        make_plan(tmp_path, RECIPE)
+    path.write_text("{}")
+    with pytest.raises(FourfoldError, match="no tokenizer that transformers reads"):
+        make_plan(tmp_path, RECIPE)
+    path.unlink()
+    with pytest.raises(FourfoldError, match=r"neither tokenizer\.json nor vocab\.json"):
+        make_plan(tmp_path, RECIPE)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    assert make_plan(tmp_path, RECIPE).projections
+
+
+@pytest.mark.parametrize("layers", [range(0, 3), range(2, 2), range(-1, 1), range(0, 2, 2)])
+def test_layers_that_are_not_there(tmp_path: Path, layers: range) -> None:
+    with pytest.raises(FourfoldError, match="this model has layers 0-1"):
+        make_plan(checkpoints.tiny(tmp_path), RECIPE, layers=layers)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:0", ""])
+def test_devices_that_do_not_exist(tmp_path: Path, device: str) -> None:
+    with pytest.raises(FourfoldError, match="cpu, cuda or cuda:N is wanted"):
+        make_plan(tmp_path, RECIPE, device=device)
+
+
+def test_cuda_devices_that_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(FourfoldError, match="shows torch 1 CUDA devices"):
+        make_plan(tmp_path, RECIPE, device="cuda:1")
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_writes_its_layers_only(full: Path) -> None:
+    plan, whole = make_plan(full, RECIPE, layers=range(1, 3)), make_plan(full, RECIPE)
+    assert (plan.partial, plan.solve, whole.partial, whole.solve) == (True, range(1, 3), False, range(40))
+    assert plan.projections == 2 * 256 * 3
+    assert plan.parts == whole.parts
+    assert plan.groups() == whole.groups()
+    assert plan.disk.tensor_bytes == sum(layer.bytes_after for layer in plan.layers[1:3])
+    assert plan.time.pflop < whole.time.pflop * 4 / 40
+    assert not make_plan(full, RECIPE, layers=range(40)).partial
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def warned(plan: Plan, start: str) -> list[str]:
+    return [warning for warning in plan.warnings if warning.startswith(start)]
+
+
+def test_tensor_parallel_sizes_that_groups_do_not_divide(full: Path, tmp_path: Path) -> None:
+    (packed,) = warned(make_plan(full, grouped(128)), "tensor parallel 8: ")
+    assert "vLLM refuses" in packed and "expert parallel or scheme.group_size = 64" in packed
+    (gptq,) = warned(make_plan(full, grouped(128, "gptq")), "tensor parallel 8: ")
+    assert "moe_wna16" in gptq and "refuses to load" not in gptq
+    assert not warned(make_plan(full, grouped(64)), "tensor parallel")
+    narrow = make_plan(checkpoints.tiny(tmp_path, width=128), grouped(128))
+    assert (
+        warned(narrow, "tensor parallel 2, 4, 8: ")
+        and "group_size" not in warned(narrow, "tensor parallel")[0]
+    )
+
+
+def test_calibration_too_small_for_the_experts(full: Path) -> None:
+    def calibrated(rows: int) -> Recipe:
+        return replace(
+            RECIPE, calibration=replace(RECIPE.calibration, sources=(Source(builtin="general", rows=rows),))
+        )
+
+    # 1,024 tokens per expert, half of hidden_size, are rows * 1,024 * 8 / 256
+    assert not warned(make_plan(full, calibrated(32)), "small calibration")
+    (warning,) = warned(make_plan(full, calibrated(31)), "small calibration")
+    assert "992 tokens per expert" in warning and "1,024" in warning
+
+
+def test_mtp_and_sglang(full: Path, tmp_path: Path) -> None:
+    trap = "SGLang drops the draft head's experts"
+    for storage, trapped in (("gptq", True), ("gptq_v2", True), ("compressed-tensors", False)):
+        warnings = " ".join(make_plan(full, grouped(128, storage)).warnings)
+        assert (trap in warnings) is trapped
+    plan = make_plan(checkpoints.tiny(tmp_path, mtp=None), grouped(128, "gptq"))
+    assert trap not in " ".join(plan.warnings)
+    assert warned(plan, "no MTP tensors")
+
+
+def test_fine_tunes_that_lost_their_mtp(tmp_path: Path) -> None:
+    checkpoints.tiny(tmp_path)
+
+    def lose(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("mtp.")]:
+            del tensors[name]
+
+    checkpoints.edit(tmp_path, lose)
+    plan = make_plan(tmp_path, RECIPE)
+    assert warned(plan, "no MTP tensors") and claimed_once(plan)
+
+
+def test_hidden_size_that_marlin_does_not_take(tmp_path: Path) -> None:
+    plan = make_plan(checkpoints.tiny(tmp_path, hidden=192, width=64), grouped(64))
+    assert warned(plan, "hidden_size = 192")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_everything_at_once_where_it_fits(full: Path) -> None:
+    found = make_plan(full, RECIPE, memory_bytes=100 * GB).memory
+    assert (found.chunk_experts, found.fits, found.budget_bytes) == (256, True, 100 * GB)
+    assert [stage.stage for stage in found.stages] == [
+        "read", "attend", "moments", "solve", "advance", "write", "measure",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_chunks_shrink_with_the_budget(full: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chunks = []
+    for budget in (100, 40, 20, 16, 14):
+        found = make_plan(full, RECIPE, device=device, memory_bytes=budget * GB).memory
+        assert found.fits and found.device_peak_bytes <= budget * GB
+        chunks.append(found.chunk_experts)
+    assert chunks == sorted(chunks, reverse=True)
+    assert len(set(chunks)) > 2 and chunks[-1] > 1
+
+
+def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[Workload] = []
+
+    def spy(work: Workload, device: str, memory_bytes: int | None) -> MemoryPlan:
+        works.append(work)
+        return memory.plan_memory(work, device, memory_bytes)
+
+    monkeypatch.setattr(plan_module, "plan_memory", spy)
+    for budget in (16, 20, 25, 33):
+        found = make_plan(full, RECIPE, memory_bytes=budget * GB).memory
+        work = works[-1]
+        assert memory.chunk_bytes(work) == (6 * 2048**2 + 6 * 1024 * 2048) * 4
+        chunks = -(-256 // found.chunk_experts)
+        assert found.chunk_experts == -(-256 // chunks)
+        solve = next(stage for stage in found.stages if stage.stage == "solve").device_bytes
+        one_less = -(-256 // (chunks - 1))
+        more = (one_less - found.chunk_experts) * memory.chunk_bytes(work) + memory.gather_bytes(work)
+        assert solve + more > budget * GB
+
+
+def test_a_budget_that_is_too_small(full: Path) -> None:
+    plan = make_plan(full, RECIPE, memory_bytes=2 * GB)
+    assert (plan.memory.chunk_experts, plan.memory.row_batch, plan.memory.fits) == (1, 1, False)
+    assert plan.memory.token_batch > 0
+    assert warned(plan, "memory: ")
+    assert not warned(make_plan(full, RECIPE, memory_bytes=100 * GB), "memory: ")
+
+
+def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cpu = make_plan(full, RECIPE, memory_bytes=20 * GB).memory
+    gpu = make_plan(full, RECIPE, memory_bytes=20 * GB, device="cuda").memory
+    assert all(stage.host_bytes == stage.device_bytes for stage in cpu.stages)
+    assert gpu.chunk_experts > cpu.chunk_experts
+    assert gpu.host_peak_bytes < cpu.host_peak_bytes
+
+
+def test_one_stream_takes_less(full: Path) -> None:
+    both, one = (make_plan(full, load_recipe(name), memory_bytes=20 * GB).memory for name in ("best", "fast"))
+    assert one.chunk_experts > both.chunk_experts
+    attend = [
+        next(stage.host_bytes for stage in plan.stages if stage.stage == "attend") for plan in (both, one)
+    ]
+    tokens = 256 * 1024
+    kept = 2 * (2048 * 2) + 8 + 8 * (8 + 2) + 8 * (8 + 8 + 2)  # hidden and MoE input, id, routing, pairs
+    assert attend[0] - attend[1] == tokens * kept
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoints.tiny(tmp_path / "model")
+    asked: list[Path] = []
+    free = 10**12
+
+    def usage(folder: Path) -> Usage:
+        asked.append(folder)
+        return Usage(0, 0, free)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert make_plan(model, RECIPE).disk.free_bytes is None and not asked
+    roomy = make_plan(model, RECIPE, out=tmp_path / "not" / "there")
+    assert asked == [tmp_path]
+    assert roomy.disk.enough and not warned(roomy, "disk")
+    roomy.require_disk()
+    free = roomy.disk.needed_bytes - 1
+    tight = make_plan(model, RECIPE, out=tmp_path / "out")
+    assert warned(tight, "disk: ") and "make room" in warned(tight, "disk: ")[0]
+    with pytest.raises(FourfoldError, match="make room"):
+        tight.require_disk()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / tight.layers[0].shard).write_bytes(bytes(1000))
+    resumed = make_plan(model, RECIPE, out=tmp_path / "out")
+    assert resumed.disk.present_bytes == 1000 and resumed.disk.enough
+
+
+# --- time: NUMERICS.md 11 -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "pflop", "tolerance"),
+    [
+        ("source stream", 1.35, 0.1),
+        ("moments", 0.75, 0.02),
+        ("cross moments", 0.75, 0.02),
+        ("factor", 0.030, 0.02),
+        ("columns", 0.045, 0.02),
+        ("columns in a block", 0.004, 0.05),
+        ("scale search", 0.012, 0.05),
+        ("refinement", 0.20, 0.02),
+        ("asymmetric target", 0.2, 0.02),
+        ("pools", 0.10 + 0.09, 0.05),
+    ],
+)
+def test_operations_are_those_of_the_table(full: Path, step: str, pflop: float, tolerance: float) -> None:
+    found = {step.name: step.pflop for step in make_plan(full, RECIPE).time.steps}
+    assert found[step] == pytest.approx(pflop, rel=tolerance)
+
+
+def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
+    found = {step.name: step.pflop for step in make_plan(full, load_recipe("fast")).time.steps}
+    assert found["release stream"] == found["cross moments"] == found["asymmetric target"] == 0
+    time = make_plan(full, RECIPE).time
+    assert "prediction" in time.basis
+    assert time.seconds == max(time.compute_seconds, time.read_seconds + time.write_seconds)
+    assert time.compute_seconds == pytest.approx(sum(step.seconds for step in time.steps))
+
+
+# --- as data --------------------------------------------------------------------------------------
+
+
+def test_json_says_the_same(tmp_path: Path) -> None:
+    plan = make_plan(checkpoints.tiny(tmp_path), RECIPE, memory_bytes=GB, out=tmp_path / "out")
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["projections"] == plan.projections
+    assert data["warnings"] == list(plan.warnings)
+    assert data["shards"] == {part.shard: part.bytes_after for part in plan.parts}
+    assert [row["group"] for row in data["groups"]] == [row.group for row in plan.groups()]
+    assert data["memory"]["chunk_experts"] == plan.memory.chunk_experts
+    assert data["memory"]["device_peak_bytes"] == max(
+        stage["device_bytes"] for stage in data["memory"]["stages"]
+    )
+    assert data["disk"]["enough"] is plan.disk.enough
+    assert data["time"]["seconds"] == plan.time.seconds
+    assert [(entry["name"], entry["action"]) for entry in data["tensors"]] == [
+        (claim.header.name, claim.action.value) for claim in plan.claims
+    ]
+    assert set(data["tensors"][0]) == {
+        "name", "dtype", "shape", "bytes_before", "action", "reason", "group", "layer", "tensors_after", "bytes_after",
+        "shard",
+    }  # fmt: skip
+
+
+def test_json_of_the_full_shape_names_each_tensor(full: Path) -> None:
+    plan = make_plan(full, RECIPE)
+    assert {entry["name"] for entry in plan.to_json()["tensors"]} == set(plan.index.headers)

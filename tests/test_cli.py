@@ -1,0 +1,370 @@
+"""The command line: its surface, its first mistakes, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fourfold import __version__, cli
+from fourfold.datatypes import Event, FourfoldError
+from fourfold.recipe import Recipe, load_recipe
+
+SOURCE = Path(__file__).parents[1] / "src"
+HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "pyarrow", "psutil")
+SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
+
+
+def environment() -> dict[str, str]:
+    """Of a child: the package on its path, no terminal, a fixed width."""
+    return {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def fourfold(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fourfold", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=300)
+
+
+def inside(*arguments: object) -> Any:
+    """The same in this process, where torch has been imported once: (exit_code, stdout, stderr) of what was shown."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def commands(command: Any, name: str = "fourfold") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for child, inner in sorted(getattr(command, "commands", {}).items()):
+        yield from commands(inner, f"{name} {child}")
+
+
+def surface() -> str:
+    """Every command with the first line of its help, every argument and option with what it is by default."""
+    lines = []
+    for name, command in commands(typer.main.get_command(cli.app)):
+        lines.append(f"{name}: {' '.join(command.help.split()).partition('. ')[0].rstrip('.')}.")
+        for parameter in command.params:
+            names = parameter.metavar if parameter.param_type_name == "argument" else ", ".join(parameter.opts)
+            value = "" if parameter.param_type_name == "argument" or parameter.is_flag else f" {parameter.metavar}"
+            default = "required" if parameter.required else f"default {parameter.default!r}"
+            lines.append(f"    {names}{value} ({default}): {' '.join(parameter.help.split())}")
+    return "\n".join(lines) + "\n"
+
+
+def test_surface(golden: Callable[[str, str], None]) -> None:
+    golden("cli.txt", surface())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands(typer.main.get_command(cli.app))])
+def test_help_has_an_example_that_names_the_command(name: str) -> None:
+    shown = inside(*name.split()[1:], "--help")
+    assert shown.exit_code == 0
+    example = shown.output.partition("Example")[2]
+    assert name in example
+
+
+def test_examples_of_help_use_options_that_exist() -> None:
+    for name, command in commands(typer.main.get_command(cli.app)):
+        known = {option for parameter in command.params for option in parameter.opts}
+        for line in (command.epilog or "").splitlines():
+            if line.strip().startswith(name + " ") and not getattr(command, "commands", None):
+                used = {word for word in line.split() if word.startswith("--")}
+                assert used <= known, f"{name}: {line}"
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    code = (
+        "import contextlib, sys\n"
+        "from fourfold.cli import app\n"
+        "with contextlib.suppress(SystemExit):\n    app(['quantize', '--help'])\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert child.stdout.splitlines()[-1] == "[]"
+
+
+def test_version() -> None:
+    shown = fourfold("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"fourfold {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize"], "Missing argument 'MODEL'"),
+        (["quantize", "model"], "Missing argument 'OUT'"),
+        (["quantise", "model", "out"], "No such command 'quantise'"),
+        (["quantize", "model", "out", "--recipe", "bset"], "did you mean 'best'?"),
+        (["quantize", "model", "out", "--set", "solver.dam=0.1"], "solver.damp"),
+        (["quantize", "model", "out", "--set", "solver.damp"], "key=value is wanted"),
+        (["quantize", "model", "out", "--layers", "some"], "'some' names no layers"),
+        (["quantize", "model", "out", "--layers", "3-1"], "'3-1' ends before it begins"),
+        (["quantize", "model", "out", "--layers", "-1"], "--layers"),
+        (["quantize", "model", "out", "--memory", "lots"], "'lots' is not a size"),
+        (["quantize", "model", "out", "--memory", "0GiB"], "'0GiB' is no memory at all"),
+        (["quantize", "model", "out", "--devices", "cuda:0,cuda:1"], "one device is supported for now"),
+        (["quantize", "model", "out", "--calibration", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+        (["recipe", "show", "fats"], "did you mean 'fast'?"),
+    ],
+)
+def test_first_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answered = fourfold(*arguments)
+    assert answered.returncode == 2
+    assert said in answered.stderr
+    assert answered.stdout == ""
+    assert "Traceback" not in answered.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_is_not_there(tmp_path: Path) -> None:
+    answered = inside("quantize", tmp_path / "[bold]nowhere", tmp_path / "out")
+    assert answered.exit_code == 2
+    assert answered.stderr.startswith("Error: ")
+    assert "[bold]nowhere" in answered.stderr  # no markup is read in a user's text
+    assert "no such folder" in answered.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 << 30),
+        ("8G", 8 << 30),
+        ("8g", 8 << 30),
+        ("8GB", 8 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("512MiB", 512 << 20),
+        ("8000000000", 8 * 10**9),
+        ("7b", 7),
+    ],
+)
+def test_size(text: str, size: int) -> None:
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8QiB", "-1GiB", "8GiBB", "1e9", "8i", "8iB"])
+def test_size_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        cli.parse_size(text)
+
+
+def test_layers() -> None:
+    assert cli.parse_layers("0-3") == range(4)
+    assert cli.parse_layers("7") == range(7, 8)
+    assert cli.parse_layers("7-7") == range(7, 8)
+
+
+# --- a calibration file ------------------------------------------------------------------------------------------
+
+
+def test_calibration_file_takes_the_place_of_all_sources(tmp_path: Path) -> None:
+    file = tmp_path / 'talk "one".jsonl'
+    file.write_text('\n{"messages": [{"role": "user", "content": "hello"}], "text": "unused"}\n')
+    chosen = cli.choose_recipe("best", ["calibration.sources.0.rows=3", "calibration.seed=7"], file)
+    (source,) = chosen.calibration.sources
+    rows = [source.rows for source in load_recipe("best").calibration.sources]
+    assert (source.path, source.kind, source.fields) == (str(file), "chat", ("messages",))
+    assert source.rows == sum(rows[1:]) + 3
+    assert chosen.calibration.seed == 7
+
+
+def test_calibration_file_of_plain_text(tmp_path: Path) -> None:
+    for name in ("plain.txt", "lines.jsonl"):
+        (tmp_path / name).write_text('{"text": "a line"}\n')
+        assert cli.text_kind(tmp_path / name) == ("text", "text")
+
+
+def test_calibration_file_of_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"messages": [[{"role": "user", "content": "hello"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert cli.text_kind(tmp_path / "t.parquet") == ("chat", "messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("other.jsonl", '{"prompt": "a", "answer": "b"}', "prompt, answer"),
+        ("bad.jsonl", "{", "cannot be read as .jsonl"),
+        ("list.jsonl", "[1]", "(none)"),
+        ("empty.jsonl", "", "(none)"),
+        ("bad.parquet", "no", "cannot be read as .parquet"),
+        ("book.pdf", "%PDF", ".jsonl, .txt, .parquet"),
+    ],
+)
+def test_calibration_file_refused(name: str, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FourfoldError) as refused:
+        cli.choose_recipe("best", [], tmp_path / name)
+    assert said in str(refused.value)
+
+
+# --- quantize, with the work itself stubbed ----------------------------------------------------------------------
+
+
+class Work:
+    """Stands for quantize.run: remembers what it was called with and does what a test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.raises: BaseException | None = None
+        self.called: dict[str, Any] = {}
+        run = types.SimpleNamespace(quantize=self)
+        monkeypatch.setitem(sys.modules, "fourfold.quantize.run", run)
+
+    def __call__(self, model: Path, out: Path, recipe: Recipe, *, progress: Any, **options: Any) -> Any:
+        self.called = {"model": model, "out": out, "recipe": recipe, **options}
+        progress(Event(kind="note", text="a [bold]note[/bold]"))
+        progress(Event(kind="stage", stage="read", layer=0, layers=2))
+        progress(Event(kind="layer", layer=0, layers=2, data={"hidden_error": 0.5, "router_agreement": None}))
+        if self.raises is not None:
+            raise self.raises
+        figures = {
+            "out": str(out),
+            "partial": True,
+            "projections": 6,
+            "methods": {"gptq": 6},
+            "bytes_before": 10**9,
+            "bytes_after": 10**8,
+            "metrics": {},
+            "seconds": {"solve": 1.0},
+            "peak_memory_bytes": {"host": 10**6},
+            "notes": (),
+        }
+        return types.SimpleNamespace(**figures, to_json=lambda: figures)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    return Work(monkeypatch)
+
+
+def invoke(tmp_path: Path, *options: str) -> Any:
+    (tmp_path / "model").mkdir()
+    return inside("quantize", tmp_path / "model", tmp_path / "out", "--devices", "cpu", *options)
+
+
+def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
+    options = ["-r", "fast", "--set", "solver.passes=3", "--memory", "1MiB", "--layers", "1-2", "--restart"]
+    done = invoke(tmp_path, *options)
+    assert done.exit_code == 0, done.output
+    assert work.called == {
+        "model": tmp_path / "model",
+        "out": tmp_path / "out",
+        "recipe": load_recipe("fast", ["solver.passes=3"]),
+        "device": "cpu",
+        "memory_bytes": 1 << 20,
+        "layers": range(1, 3),
+        "restart": True,
+    }
+
+
+def test_quantize_prints_a_line_per_layer_and_the_summary(work: Work, tmp_path: Path) -> None:
+    shown = invoke(tmp_path).stdout
+    assert "note: a [bold]note[/bold]\n" in shown
+    assert "layer 1/2" in shown
+    assert "projections      6 (6 gptq)" in shown
+    assert "partial" in shown
+
+
+def test_quantize_json(work: Work, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in invoke(tmp_path, "--json").stdout.splitlines()]
+    assert [line["kind"] for line in lines] == ["note", "stage", "layer", "summary"]
+    assert lines[2]["data"] == {"hidden_error": 0.5, "router_agreement": None}
+    assert lines[3]["data"]["projections"] == 6
+
+
+def test_quantize_quiet(work: Work, tmp_path: Path) -> None:
+    done = invoke(tmp_path, "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_error_of_the_user(work: Work, tmp_path: Path) -> None:
+    work.raises = FourfoldError("the disk [/] is full\nmake room")
+    done = invoke(tmp_path)
+    assert done.exit_code == 2
+    assert "Error: the disk [/] is full\nmake room\n" in done.stderr
+
+
+def test_interrupt(work: Work, tmp_path: Path) -> None:
+    work.raises = KeyboardInterrupt()
+    done = invoke(tmp_path)
+    assert done.exit_code == 130
+    assert "Finished layers are kept: the same command goes on." in done.stderr
+
+
+def test_interrupt_of_a_restart(work: Work, tmp_path: Path) -> None:
+    work.raises = KeyboardInterrupt()
+    assert "the same command without --restart goes on." in invoke(tmp_path, "--restart").stderr
+
+
+def test_bug_of_ours(work: Work, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".fourfold").mkdir(parents=True)
+    (tmp_path / "out" / ".fourfold" / "run.log").touch()
+    work.raises = IndexError("of ours")
+    done = invoke(tmp_path)
+    assert done.exception is work.raises  # Python prints its traceback
+    assert "a bug in fourfold" in done.stderr
+    assert f"{tmp_path / 'out' / '.fourfold' / 'run.log'}" in done.stderr
+
+
+# --- the real thing ----------------------------------------------------------------------------------------------
+
+
+def test_plan(example_model: Path) -> None:
+    shown = inside("plan", example_model, "--devices", "cpu")
+    assert shown.exit_code == 0, shown.output
+    for word in ("experts", "quantize", "MTP", "copy + split", "host memory", "time"):
+        assert word in shown.stdout
+
+
+def test_plan_json(example_model: Path) -> None:
+    shown = inside("plan", example_model, "--devices", "cpu", "--layers", "1-2", "--json")
+    plan = json.loads(shown.stdout)
+    assert (plan["solve"], plan["partial"]) == ([1, 3], True)
+    assert len(plan["tensors"]) == sum(row["tensors_before"] for row in plan["groups"])
+
+
+def test_dry_run_writes_nothing(example_model: Path, tmp_path: Path) -> None:
+    shown = inside("quantize", example_model, tmp_path / "out", "--devices", "cpu", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "disk" in shown.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_trial_is_stopped_and_goes_on(example_model: Path, tmp_path: Path) -> None:
+    """A real run on one layer: Ctrl-C, the same command, and the same command once more."""
+    small = [option for value in SMALL for option in ("--set", value)]
+    options = ["--devices", "cpu", "--layers", "0-0", "--json", *small]
+    arguments = ["quantize", str(example_model), str(tmp_path / "out"), *options]
+    command = [sys.executable, "-m", "fourfold", *arguments]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), **pipes) as child:
+        assert child.stdout is not None and child.stderr is not None
+        for line in child.stdout:
+            if json.loads(line)["stage"] == "attend":
+                child.send_signal(signal.SIGINT)
+                break
+        child.stdout.read()
+        said = child.stderr.read()
+    assert child.returncode == 130, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    went_on = inside(*arguments)
+    assert went_on.exit_code == 0, went_on.output
+    summary = json.loads(went_on.stdout.splitlines()[-1])
+    assert summary["kind"] == "summary"
+    assert summary["data"]["partial"] is True
+    assert summary["data"]["methods"] == {"gptq": 48}
+    again = inside(*arguments)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout.splitlines()[-1]) == summary

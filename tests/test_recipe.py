@@ -1,0 +1,325 @@
+"""Recipes: presets, files, overrides, and the message for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fourfold import recipe as module
+from fourfold.datatypes import FourfoldError
+from fourfold.recipe import (
+    CHOICES,
+    RANGES,
+    Calibration,
+    Heldout,
+    Recipe,
+    Scheme,
+    Solver,
+    Source,
+    dump_recipe,
+    load_recipe,
+    recipe_names,
+    recipe_path,
+)
+
+FOUR_SOURCES = (("general", 102), ("chat", 77), ("code", 51), ("math", 26))
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# ---- presets
+
+
+def test_presets_are_these() -> None:
+    assert recipe_names() == ("best", "card", "fast", "release")
+    for name in recipe_names():
+        assert load_recipe(name).name == recipe_path(name).stem == name
+        assert load_recipe(name).description
+
+
+def test_best_is_what_the_dataclasses_say_and_the_card_calibrates_on() -> None:
+    best = load_recipe("best")
+    assert (best.scheme, best.solver, best.heldout) == (Scheme(), Solver(), Heldout())
+    assert best.format == Recipe().format == "compressed-tensors"
+    assert [(source.builtin, source.rows) for source in best.calibration.sources] == [*FOUR_SOURCES]
+    assert dataclasses.replace(best.calibration, sources=()) == Calibration()
+    # NUMERICS.md, section 12, once more by hand: the defaults above must not drift along with the file
+    assert Solver() == Solver(
+        asymmetric=True, alpha=1.0, router_weighted=True, pool=0.5, effective_tokens=True, trace_matched=True,
+        pool_rows=2048, damp=0.05, damp_kind="diagonal", damp_floor=1e-4, order="activation", scale="search",
+        scale_weights="conditional", scale_low=0.45, scale_high=1.15, scale_steps=36, passes=2, refine_scales=True,
+        fallback_share=0.0,
+    )  # fmt: skip
+    assert Scheme() == Scheme(group_size=128, signed=True, scale_dtype="bf16")
+
+
+def test_fast_differs_from_best_in_one_field() -> None:
+    best, fast = load_recipe("best"), load_recipe("fast")
+    solver = dataclasses.replace(best.solver, asymmetric=False)
+    assert fast == dataclasses.replace(best, solver=solver, name=fast.name, description=fast.description)
+
+
+def test_card_is_the_reference() -> None:
+    card = load_recipe("card")
+    assert (card.format, card.scheme) == ("gptq_v2", Scheme(group_size=128, signed=False, scale_dtype="fp16"))
+    solver = card.solver
+    assert not (solver.asymmetric or solver.router_weighted or solver.effective_tokens or solver.refine_scales)
+    assert (solver.pool, solver.alpha, solver.passes, solver.fallback_share) == (0, 0, 0, 0.005)
+    assert (solver.damp, solver.damp_kind, solver.order, solver.scale) == (0.05, "mean", "group-aware", "absmax")
+    assert card.calibration == load_recipe("best").calibration
+
+
+def test_release_is_best_on_licensed_training_splits_of_many_languages() -> None:
+    best, release = load_recipe("best"), load_recipe("release")
+    same = ("format", "scheme", "solver", "heldout")
+    assert all(getattr(best, name) == getattr(release, name) for name in same)
+    sources = release.calibration.sources
+    assert sum(source.rows for source in sources) == 512 and release.calibration.length >= 1024
+    assert all(source.licence and source.split.startswith("train") for source in sources)
+    assert not release.calibration.allow_test_sets
+    languages = {source.config.removeprefix("20231101.") for source in sources if "wikipedia" in source.dataset}
+    assert len(languages) >= 10
+
+
+def test_presets_write_every_key_out() -> None:
+    for name in recipe_names():
+        table = tomllib.loads(recipe_path(name).read_text(encoding="utf-8"))
+        assert set(table) == {field.name for field in dataclasses.fields(Recipe)}
+        assert set(table["solver"]) == {field.name for field in dataclasses.fields(Solver)}
+        assert set(table["scheme"]) == {field.name for field in dataclasses.fields(Scheme)}
+
+
+def test_reading_recipes_needs_no_torch() -> None:
+    code = (
+        "import sys; from fourfold.recipe import load_recipe; load_recipe('release');"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    source = str(Path(module.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": source})
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+# ---- files
+
+
+def test_what_a_file_leaves_out_is_as_in_best(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, "solver.damp = 0.1"))
+    best = load_recipe("best")
+    changed = dataclasses.replace(best.solver, damp=0.1)
+    assert recipe == dataclasses.replace(best, name="mine", description="", solver=changed)
+
+
+def test_relative_paths_count_from_the_files_folder_and_in_overrides_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = '[heldout]\npath = "held.txt"\n[[calibration.sources]]\npath = "texts/a.jsonl"\nrows = 1\n'
+    path = written(tmp_path, text + '[[calibration.sources]]\npath = "/texts/b.txt"\nrows = 1\n')
+    recipe = load_recipe(path)
+    assert [source.path for source in recipe.calibration.sources] == [f"{tmp_path}/texts/a.jsonl", "/texts/b.txt"]
+    assert (recipe.heldout.path, recipe.heldout.builtin) == (f"{tmp_path}/held.txt", "")
+    moved = load_recipe(path, ["calibration.sources.0.path=c.jsonl"])
+    assert moved.calibration.sources[0].path == f"{tmp_path}/elsewhere/c.jsonl"
+
+
+def test_chat_without_fields_reads_messages(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, '[[calibration.sources]]\npath = "a.jsonl"\nkind = "chat"\nrows = 1'))
+    assert recipe.calibration.sources[0].fields == ("messages",)
+
+
+def test_builtin_sources_take_their_facts_from_the_text() -> None:
+    by_name = {source.builtin: source for source in load_recipe("best").calibration.sources}
+    assert (by_name["chat"].kind, by_name["chat"].fields, by_name["chat"].licence) == ("chat", ("messages",), "MIT")
+    assert by_name["math"].fields == ("problem", "solution")
+
+
+# ---- overrides
+
+
+def test_overrides_are_toml_or_plain_text() -> None:
+    recipe = load_recipe(
+        "best",
+        ["solver.damp=0.02", "solver.order = group-aware", 'format="gptq"', "scheme.signed=false",
+         "calibration.sources.3.rows=2", "calibration.sources.0.builtin=code",
+         "calibration.sources.2.path=/a.jsonl", "heldout.path=/held.txt"],
+    )  # fmt: skip
+    assert (recipe.solver.damp, recipe.solver.order, recipe.format) == (0.02, "group-aware", "gptq")
+    assert not recipe.scheme.signed
+    sources = recipe.calibration.sources
+    assert (sources[3].rows, sources[0].builtin, sources[2].builtin, sources[2].path) == (2, "code", "", "/a.jsonl")
+    assert recipe.heldout == Heldout(builtin="", path="/held.txt")
+
+
+def test_another_text_does_not_keep_the_licence_of_the_one_before() -> None:
+    source = load_recipe("release", ["calibration.sources.1.dataset=a/b"]).calibration.sources[1]
+    assert source == Source(rows=8, dataset="a/b")
+
+
+def test_an_override_can_replace_all_sources() -> None:
+    recipe = load_recipe("best", ["calibration.sources = [{ path = '/a.txt', rows = 3 }]"])
+    assert recipe.calibration.sources == (Source(path="/a.txt", rows=3),)
+
+
+# ---- what can be wrong
+
+SOURCE = "[[calibration.sources]]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("solver.dmap = 0.1", "unknown key 'solver.dmap'; did you mean 'solver.damp'?"),
+        ("dmap = 0.1", "unknown key 'dmap'"),
+        ("damp = 0.1", "unknown key 'damp'; did you mean 'solver.damp'?"),
+        ("solver.group_size = 64", "unknown key 'solver.group_size'; did you mean 'scheme.group_size'?"),
+        ('[sovler]\ndamp = 0.1', "unknown key 'sovler'; did you mean 'solver'?"),
+        (SOURCE + 'builtin = "math"\nrow = 1', "unknown key 'calibration.sources[0].row'; did you mean"),
+        ("solver = 3", "solver is 3; a table is wanted"),
+        ("calibration = 3", "calibration is 3; a table is wanted"),
+        ("calibration.sources = 3", "calibration.sources is 3; an array is wanted"),
+        ("calibration.sources = [3]", "calibration.sources[0] is 3; a table is wanted"),
+        ('solver.damp = "much"', "solver.damp is 'much'; a number is wanted"),
+        ("solver.passes = 1.5", "solver.passes is 1.5; a whole number is wanted"),
+        ("solver.passes = true", "solver.passes is true; a whole number is wanted"),
+        ("solver.asymmetric = 1", "solver.asymmetric is 1; true or false is wanted"),
+        ("format = 4", "format is 4; text in quotes is wanted"),
+        ("solver.damp = nan", "solver.damp is nan; a number from 0 to 1 is wanted"),
+        ("solver.damp = -0.1", "solver.damp is -0.1; a number from 0 to 1 is wanted"),
+        ("calibration.length = 1", "calibration.length is 1; a number from 2 to 1048576 is wanted"),
+        ("scheme.group_size = 48", "scheme.group_size is 48; one of 32, 64, 128 is wanted"),
+        ('format = "gptqv2"', "one of 'compressed-tensors', 'gptq', 'gptq_v2' is wanted; did you mean 'gptq_v2'?"),
+        ("solver.scale_low = 2", "solver.scale_low is 2.0; at most scale_high = 1.15 is wanted"),
+        ("calibration.sources = []", "calibration.sources is empty"),
+        (SOURCE + "rows = 1", "calibration.sources[0] has no origin; exactly one of builtin, path, dataset"),
+        (SOURCE + 'rows = 1\nbuiltin = "math"\npath = "a.txt"', "has builtin and path; exactly one of"),
+        (SOURCE + 'rows = 0\nbuiltin = "math"', "calibration.sources[0].rows is 0; a number from 1 to"),
+        (SOURCE + 'rows = 1\nbuiltin = "maths"', "has builtin 'maths'; one of general, chat, code, math is wanted; "
+         "did you mean 'math'?"),
+        (SOURCE + 'rows = 1\nbuiltin = "wikitext-2-test"', "that text is held out and never calibrated on"),
+        (SOURCE + 'rows = 1\nbuiltin = "code"\nfields = ["text"]', "has kind 'text' and fields ['content']"),
+        (2 * (SOURCE + 'rows = 1\nbuiltin = "code"\n'), "calibration.sources[1] reads the same text as"),
+        (SOURCE + 'rows = 1\npath = "a.csv"', "a file of kind .jsonl, .txt, .parquet is wanted"),
+        (SOURCE + 'rows = 1\npath = "a.txt"\nkind = "chat"', "conversations are read from .jsonl or .parquet"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nconfig = "en"', "only a dataset has configs"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = []', "the name of at least one field is wanted"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = ["a", "b"]\nkind = "chat"', "the one field with the messages"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nkind = "chats"', "kind is 'chats'; one of 'text', 'chat' is wanted"),
+        (SOURCE + 'rows = 1\ndataset = "a/b"\nsplit = ""', "has an empty split"),
+        ('[heldout]\nbuiltin = "wikitext"', "heldout.builtin is 'wikitext'; one of wikitext-2-test, chat is wanted"),
+        ('[heldout]\nbuiltin = ""', "heldout has builtin '' and path ''; exactly one of them is wanted"),
+        ('[heldout]\npath = "a.csv"', "a file of kind .jsonl, .txt, .parquet is wanted"),
+        ("solver.damp =", "not TOML: Invalid value (at end of document)"),
+    ],
+)
+def test_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(FourfoldError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"recipe {path}: ")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("solver.damp", "override 'solver.damp': key=value is wanted"),
+        ("solver..damp=1", "key=value is wanted"),
+        ("=1", "key=value is wanted"),
+        ("solver.dmap=0.1", "best.toml with solver.dmap=0.1: unknown key 'solver.dmap'; did you mean 'solver.damp'?"),
+        ("solver.damp.more=1", "override 'solver.damp.more=1': solver.damp is no table in the recipe"),
+        ("solver.damp.even.more=1", "override 'solver.damp.even.more=1': the recipe has no solver.damp.even"),
+        ("calibration.sources.7.rows=1", "the recipe has no calibration.sources.7"),
+        ("calibration.sources.first.rows=1", "the recipe has no calibration.sources.first"),
+        ("solver.damp=1\nname=2", "solver.damp is '1\\nname=2'; a number is wanted"),
+    ],
+)
+def test_one_clear_error_for_an_override(override: str, said: str) -> None:
+    with pytest.raises(FourfoldError) as caught:
+        load_recipe("best", [override])
+    assert said in str(caught.value)
+
+
+def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match=r"'bset': neither a preset nor a file; did you mean 'best'\?"):
+        load_recipe("bset")
+    with pytest.raises(FourfoldError, match="neither a preset nor a file; presets are best, card, fast, release"):
+        load_recipe(str(tmp_path / "none.toml"))
+    (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
+    with pytest.raises(FourfoldError, match=r"latin\.toml: not TOML"):
+        load_recipe(str(tmp_path / "latin.toml"))
+
+
+def test_every_rule_names_a_field() -> None:
+    homes = {"scheme": Scheme, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
+             "heldout": Heldout, "": Recipe}  # fmt: skip
+    for rule in (*CHOICES, *RANGES):
+        home, _, name = rule.rpartition(".")
+        assert name in {field.name for field in dataclasses.fields(homes[home])}, rule
+    for home in (Scheme, Solver, Calibration, Source, Heldout):
+        for field in dataclasses.fields(home):  # a number without a range would let nonsense through
+            prefix = {known: key for key, known in homes.items()}[home]
+            assert field.type not in ("int", "float") or f"{prefix}.{field.name}" in {**RANGES, **CHOICES}, field.name
+
+
+# ---- writing and naming
+
+
+@pytest.mark.parametrize("name", ["best", "card", "fast", "release"])
+def test_dump_reads_back_equal(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(name, ["heldout.path=held.txt", "calibration.sources.1.path=b.parquet"])
+    text = dump_recipe(recipe)
+    again = load_recipe(written(tmp_path, text))
+    assert again == recipe and again.digest() == recipe.digest() and dump_recipe(again) == text
+    assert text.count("[[calibration.sources]]") == len(recipe.calibration.sources)
+    assert set(tomllib.loads(text)["solver"]) == {field.name for field in dataclasses.fields(Solver)}
+
+
+numbers = {name: st.floats(low, high) for name, (low, high) in RANGES.items()}
+solvers = st.builds(
+    Solver,
+    asymmetric=st.booleans(), alpha=numbers["solver.alpha"], pool=numbers["solver.pool"],
+    damp=numbers["solver.damp"], damp_floor=numbers["solver.damp_floor"], passes=st.integers(0, 64),
+    order=st.sampled_from(CHOICES["solver.order"]), fallback_share=numbers["solver.fallback_share"],
+)  # fmt: skip
+printable = st.text(st.characters(codec="utf-8"), max_size=30)
+sources = st.lists(
+    st.builds(Source, rows=st.integers(1, 9), dataset=printable.filter(bool), config=printable, split=st.just("train"),
+              licence=printable, fields=st.lists(printable.filter(bool), min_size=1, max_size=3).map(tuple)),
+    min_size=1, max_size=4, unique_by=lambda source: (source.dataset, source.config, source.fields),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(solver=solvers, sources=sources, name=printable, description=printable)
+def test_any_recipe_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, solver: Solver, sources: list[Source], name: str, description: str
+) -> None:
+    recipe = Recipe(
+        name=name, description=description, solver=solver, calibration=Calibration(sources=tuple(sources))
+    )
+    path = written(tmp_path_factory.mktemp("any"), dump_recipe(recipe))
+    assert load_recipe(path) == recipe and load_recipe(path).digest() == recipe.digest()
+
+
+def test_digest_names_the_work_not_the_recipe() -> None:
+    best = load_recipe("best")
+    assert best.digest() == dataclasses.replace(best, name="other", description="other").digest()
+    assert best.digest() == dataclasses.replace(best, solver=dataclasses.replace(best.solver, alpha=1)).digest()
+    digests = {load_recipe(name).digest() for name in recipe_names()}
+    for override in ("solver.damp=0.06", "scheme.signed=false", "calibration.seed=1", "heldout.windows=8",
+                     "calibration.sources.0.rows=103", "format=gptq"):  # fmt: skip
+        digests.add(load_recipe("best", [override]).digest())
+    assert len(digests) == 10
+    assert all(len(digest) == 64 for digest in digests)

@@ -1,0 +1,165 @@
+"""What the terminal shows, from events and a clock of our own."""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fourfold import terminal
+from fourfold.datatypes import Event
+from fourfold.terminal import Manner, Pace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def console(*, live: bool = False) -> Console:
+    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    return Console(file=io.StringIO(), force_terminal=live, width=100, **options)
+
+
+def printed(to: Console) -> str:
+    assert isinstance(to.file, io.StringIO)
+    return to.file.getvalue()
+
+
+def run_layer(tell: Any, clock: Clock, layer: int, seconds: float, *, layers: int = 10, solved: bool = True) -> None:
+    tell(Event(kind="stage", stage="read", layer=layer, layers=layers))
+    tell(Event(kind="stage", stage="solve" if solved else "restore", layer=layer, layers=layers))
+    tell(Event(kind="stage", stage="copy"))  # the writer's, beside the layer
+    clock.now += seconds
+    tell(Event(kind="stage", stage="advance", layer=layer, layers=layers))
+    tell(Event(kind="layer", layer=layer, layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (12.34, "12.3 s"), (61, "1 min 01 s"), (3599.7, "1 h 00 min"), (15_600, "4 h 20 min")],
+)
+def test_clock_text(seconds: float, text: str) -> None:
+    assert terminal.clock_text(seconds) == text
+
+
+def test_time_left_is_the_mean_of_the_last_solved_layers() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    for layer in range(3):
+        run_layer(pace.follow, clock, layer, 1, solved=False)
+    assert (pace.layer_seconds, pace.left_seconds) == (1, None)
+    for layer, seconds in ((3, 50), (4, 10), (5, 10), (6, 10), (7, 30)):
+        run_layer(pace.follow, clock, layer, seconds)
+        assert pace.layer_seconds == seconds
+    assert pace.left_seconds == 15 * 2
+    for layer in (8, 9):
+        run_layer(pace.follow, clock, layer, 20)
+    assert pace.left_seconds == 0
+
+
+def test_speed_is_that_of_the_stage() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    for done, seconds in ((0, 0), (50, 2), (100, 2)):
+        clock.now += seconds
+        event = Event(kind="stage", stage="moments", layer=0, layers=2, done=done, total=100, unit="tokens")
+        pace.follow(event)
+        pace.follow(Event(kind="stage", stage="copy", done=done, total=100))
+    assert pace.per_second(event) == 25
+
+
+def test_lines() -> None:
+    clock, to = Clock(), console()
+    with terminal.watch(to, Manner.LINES, clock) as tell:
+        tell(Event(kind="stage", stage="calibrate", layers=2))
+        tell(Event(kind="note", text="one\ntwo \x1b[31mred"))
+        run_layer(tell, clock, 0, 90, layers=2)
+        drift: dict[str, object] = {"hidden_error": 0.01234, "router_agreement": 0.985}
+        data = drift | {"memory_bytes": {"host": 5 * 10**9}}
+        tell(Event(kind="layer", layer=1, layers=2, data=data, text="[b]"))
+    lines = printed(to).splitlines()
+    assert lines == [
+        "reading calibration text",
+        "note: one",
+        "two \N{REPLACEMENT CHARACTER}[31mred",
+        "copying other tensors",
+        "layer 1/2  1 min 30 s  1 min 30 s left",
+        "layer 2/2  1 min 30 s  hidden error 0.0123  routers agree 98.5%  host 5.0 GB  [b]",
+    ]
+
+
+def test_bars_move_and_layers_scroll_by() -> None:
+    clock, to = Clock(), console(live=True)
+    with terminal.watch(to, Manner.LIVE, clock) as tell:
+        run_layer(tell, clock, 0, 30, layers=2)
+        tell(Event(kind="stage", stage="moments", layer=1, layers=2, done=0, total=4_000, unit="tokens"))
+        clock.now += 2
+        tell(Event(kind="stage", stage="moments", layer=1, layers=2, done=3_000, total=4_000, unit="tokens"))
+        tell(Event(kind="note", text="[red]as it is[/red]"))
+    shown = printed(to)
+    assert "layer 1/2  30.0 s" in shown
+    assert "note: [red]as it is[/red]" in shown
+    assert "layer 2: moments" in shown
+    assert "3,000/4,000 tokens, 1,500 tokens/s" in shown
+    assert "1/2, 30.0 s left" in shown
+
+
+def test_json_lines() -> None:
+    to = console()
+    with terminal.watch(to, Manner.JSON) as tell:
+        tell(Event(kind="layer", layer=0, layers=2, data={"hidden_error": 0.5}))
+    (line,) = printed(to).splitlines()
+    assert json.loads(line)["data"] == {"hidden_error": 0.5}
+
+
+def test_quiet() -> None:
+    to = console()
+    with terminal.watch(to, Manner.QUIET) as tell:
+        tell(Event(kind="note", text="unheard"))
+    assert printed(to) == ""
+
+
+def test_choose() -> None:
+    pipe, live = console(), console(live=True)
+    assert terminal.choose(pipe, as_json=False, quiet=False) is Manner.LINES
+    assert terminal.choose(live, as_json=False, quiet=False) is Manner.LIVE
+    assert terminal.choose(live, as_json=False, quiet=True) is Manner.QUIET
+    assert terminal.choose(live, as_json=True, quiet=True) is Manner.JSON
+
+
+def test_summary() -> None:
+    to = console()
+    metrics = {"perplexity_source": 28.0, "perplexity_release": 28.56, "kl_mean": 0.0123, "top1_agreement": 0.95}
+    summary = types.SimpleNamespace(
+        out="release[1]",
+        partial=False,
+        projections=192,
+        methods={"gptq": 190, "diag": 2},
+        bytes_before=22_400_000,
+        bytes_after=13_000_000,
+        metrics=metrics,
+        seconds={"solve": 60.0, "attend": 2.0},
+        peak_memory_bytes={"host": 1_800_000_000, "cuda:0": 2_000_000_000},
+        notes=("a note",),
+    )
+    terminal.show_summary(to, summary)  # type: ignore[arg-type]
+    assert [line.rstrip() for line in printed(to).splitlines()] == [
+        "output                  release[1]",
+        "projections             192 (190 gptq, 2 diag)",
+        "size of tensors         22.4 MB -> 13.0 MB (58.0%)",
+        "perplexity, source      28.0000",
+        "perplexity, release     28.5600",
+        "KL divergence, mean     0.01230 nats",
+        "same most likely token  95.00%",
+        "time                    1 min 02 s",
+        "peak memory             host 1.8 GB, cuda:0 2.0 GB",
+        "note: a note",
+    ]
