@@ -37,6 +37,7 @@ def run_layer(tell: Any, clock: Clock, layer: int, seconds: float, *, layers: in
     tell(Event(kind="stage", stage="read", layer=layer, layers=layers))
     tell(Event(kind="stage", stage="solve" if solved else "restore", layer=layer, layers=layers))
     tell(Event(kind="stage", stage="copy"))  # the writer's, beside the layer
+    tell(Event(kind="stage", stage="recorded", layer=max(layer - 1, 0), layers=layers))
     clock.now += seconds
     tell(Event(kind="stage", stage="advance", layer=layer, layers=layers))
     tell(Event(kind="layer", layer=layer, layers=layers))
@@ -103,11 +104,14 @@ def test_bars_move_and_layers_scroll_by() -> None:
         tell(Event(kind="stage", stage="moments", layer=1, layers=2, done=0, total=4_000, unit="tokens"))
         clock.now += 2
         tell(Event(kind="stage", stage="moments", layer=1, layers=2, done=3_000, total=4_000, unit="tokens"))
+        tell(Event(kind="stage", stage="recorded", layer=0, layers=2))
         tell(Event(kind="note", text="[red]as it is[/red]"))
     shown = printed(to)
+    assert "recorded" not in shown
     assert "layer 1/2  30.0 s" in shown
     assert "note: [red]as it is[/red]" in shown
     assert "layer 2: moments" in shown
+    assert " 50%" in shown
     assert "3,000/4,000 tokens, 1,500 tokens/s" in shown
     assert "1/2, 30.0 s left" in shown
 

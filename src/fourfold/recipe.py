@@ -27,8 +27,8 @@ class Source:
     """One source of calibration text: exactly one of `builtin`, `path` and `dataset`.
 
     builtin: name of a text that ships with fourfold; path: a .jsonl, .txt or .parquet file; dataset: an id
-    on the Hub ("id@revision" pins it) with `split` and `config`. kind "text" takes `fields` (joined by a blank
-    line) as plain text, "chat" renders the messages of the one field with the model's own chat template.
+    on the Hub ("id@revision" pins it) with `split` and `config`. kind "text" takes `fields` (joined by a
+    blank line) as plain text, "chat" renders the messages of the one field with the model's chat template.
     rows: rows of `calibration.length` tokens.
     """
 
@@ -183,7 +183,7 @@ HELDOUT_TEXTS = {
 }
 
 ORIGINS = ("builtin", "path", "dataset")
-OF_AN_ORIGIN = ("config", "split", "licence")  # an override that puts another text in a source's place drops these
+OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
 CHOICES: dict[str, tuple[object, ...]] = {
     "format": ("compressed-tensors", "gptq", "gptq_v2"),
@@ -237,8 +237,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a preset or a .toml file and check every value.
 
     overrides: "solver.damp=0.02", "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
-    A relative `path` is taken from the recipe file's folder, in an override from the working folder. An override
-    of builtin, path or dataset takes the place of the other two, and of their config, split and licence.
+    A relative `path` is taken from the recipe file's folder, in an override from the working folder.
+    An override of builtin, path or dataset drops the other two, and their config, split and licence.
     Raises FourfoldError naming the file, the key, what was found and what is wanted.
     """
     path = recipe_path(name_or_path)

@@ -186,7 +186,7 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began: dict[tuple[int, str], float] = {}  # by (layer, stage): a writer's stage runs beside a layer's
-        self._layer, self._layer_began = -1, clock()
+        self.layer, self._layer_began = -1, clock()  # the layer in work
         self._solved = False
         self._recent: deque[float] = deque(maxlen=PACE_LAYERS)
         self.layer_seconds = 0.0
@@ -197,8 +197,8 @@ class Pace:
         now = self._clock()
         if event.kind == "stage":
             self._began.setdefault((event.layer, event.stage), now)
-            if event.layer >= 0 and event.layer != self._layer:
-                self._layer, self._layer_began, self._solved = event.layer, now, False
+            if event.layer > self.layer:  # not `!=`: the writer is still busy with the layer before
+                self.layer, self._layer_began, self._solved = event.layer, now, False
             self._solved |= event.stage == "solve"
         elif event.kind == "layer":
             self.layer_seconds = now - self._layer_began
@@ -263,7 +263,7 @@ class Bars:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TaskProgressColumn(markup=False),
+            TaskProgressColumn(),  # a percentage, nothing where the total is unknown
             TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             transient=True,
@@ -279,7 +279,7 @@ class Bars:
             left = self.pace.left_seconds
             figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
             self.progress.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
-        elif event.kind == "stage":
+        elif event.kind == "stage" and not 0 <= event.layer < self.pace.layer:
             self._show_stage(event)
 
     def _show_stage(self, event: Event) -> None:

@@ -239,8 +239,8 @@ def test_known_test_sets_are_refused(dataset: str, split: str) -> None:
     [
         ("openai/gsm8k", "train"), ("cais/mmlu", "auxiliary_train"), ("Rowan/hellaswag", "train"),
         ("allenai/ai2_arc", "train"), ("a/b", "latest"), ("a/openaimessages", "train"), ("a/search-logs", "train"),
-        ("a/claims", "validation"), ("a/architecture", "validation"), ("a/aimee", "train"), ("a/attest", "train"),
-        ("Salesforce/wikitext", "validation"),
+        ("a/claims", "validation"), ("a/architecture", "validation"), ("a/monarc", "validation"),
+        ("a/aimee", "train"), ("a/attest", "train"), ("Salesforce/wikitext", "validation"),
     ],
 )  # fmt: skip
 def test_training_splits_are_not_refused(dataset: str, split: str) -> None:

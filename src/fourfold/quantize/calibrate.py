@@ -130,8 +130,8 @@ def collect(
 ) -> CalibrationRows:
     """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed.
 
-    The documents of a source are shuffled, put one after another and cut into rows, of which as many as wanted
-    are drawn. A built-in text that is too short hands its rows to the other built-in texts (a note says so).
+    The documents of a source are shuffled, put one after another and cut into rows; the wanted number of them
+    is drawn. A built-in text that is too short hands its rows to the other built-in texts (a note says so).
     Raises FourfoldError for too little text, for test sets and held-out text, for whatever cannot be read.
     """
     calibration = recipe.calibration
@@ -208,9 +208,9 @@ def _heldout_documents(wanted: Heldout) -> tuple[str, str, list[Document]]:
         joining = "conversations in the model's chat template, one after another"
         return title, joining, list(read_documents(source, seed=0))
     if path.endswith(".txt"):
-        # wikitext-2-test.txt is one row of the data set a line, blank rows among them. Taken like this, the example
-        # model's perplexity on every sixth window of 512 is 28.8 (its makers measured about 28 on all of them);
-        # with rows joined by "\n\n" it is 31.0.
+        # wikitext-2-test.txt is one row of the data set a line, blank rows among them. Taken like this, the
+        # example model's perplexity on every sixth window of 512 is 28.8 (its makers measured about 28 on
+        # all of them); with rows joined by "\n\n" it is 31.0.
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -25,7 +25,7 @@ _ALLOW = "set calibration.allow_test_sets = true, which the release will state"
 
 
 def refuse_test_sets(calibration: Calibration) -> None:
-    """Raises FourfoldError for the first source whose name says that it is a test set, unless the recipe allows it."""
+    """Raises FourfoldError for the first source whose name says that it is a test set, unless allowed."""
     if calibration.allow_test_sets:
         return
     for source in calibration.sources:
