@@ -66,6 +66,7 @@ class Event:
 
 
 Progress = Callable[[Event], None]
+Tick = Callable[[int], None]  # so many more tokens (or experts) of a stage are through
 
 
 @dataclass(frozen=True, kw_only=True)

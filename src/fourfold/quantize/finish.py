@@ -12,6 +12,7 @@ import platform
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 import fourfold
 from fourfold.core import metrics, pack
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.shards import SIDECARS, copy_file, write_index, write_text
+from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
+from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal
 from fourfold.quantize.plan import Plan
@@ -63,31 +64,50 @@ def finish(
     texts: tuple[CalibrationRows, HeldoutRows],
     measured: Measured,
     seconds: dict[str, float],
+    tell: Callable[..., None],
 ) -> Summary:
-    """Write everything but the shards, fourfold.json last, and close the journal. Safe to repeat after a kill."""
-    out = journal.out
-    records = journal.records
+    """Write everything but the shards, fourfold.json last, and close the journal. Safe to repeat after a kill.
+
+    tell: is told "finish" with the name of each file in turn.
+    """
+    out, records = journal.out, journal.records
+    projections = [row for record in records for row in record.projections]
+    index = TensorIndex.open_shards(out, [record.shard for record in records])
+    group_size = plan.recipe.scheme.group_size
+    quantization = {"quantization_config": pack.quantization_config(plan.recipe.format, group_size)}
+    texts_by_name = {
+        "quant_log.csv": quant_log(projections),
+        "recipe.toml": dump_recipe(plan.recipe),
+        "metrics.json": dump(metrics_json(texts[1], measured)),
+        INDEX_NAME: index_json(index),
+        "config.json": dump({**plan.skeleton.raw, **quantization}),
+    }
     for name in SIDECARS:
         if (plan.index.folder / name).is_file():
+            tell("finish", text=name)
             copy_file(plan.index.folder / name, out / name)
-    projections = [row for record in records for row in record.projections]
-    write_text(out / "quant_log.csv", quant_log(projections))
-    write_text(out / "recipe.toml", dump_recipe(plan.recipe))
-    write_text(out / "metrics.json", dump(metrics_json(texts[1], measured)))
-    index = TensorIndex.open_shards(out, [record.shard for record in records])
-    tensor_bytes = sum(header.size_bytes for header in index.headers.values())
-    write_index(out, {name: header.shard for name, header in index.headers.items()}, tensor_bytes)
-    config = dict(plan.skeleton.raw) | {"quantization_config": pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)}
-    write_text(out / "config.json", dump(config))
-    state = fourfold_json(journal, plan, texts, measured, index)
-    state["projections"] = len(projections)
-    state["methods"] = dict(sorted(Counter(str(row.method) for row in projections).items()))
-    state["seconds"] = seconds
-    state["peak_memory_bytes"] = peak_memory()
-    state["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    for name, text in texts_by_name.items():
+        tell("finish", text=name)
+        write_text(out / name, text)
+    tell("finish", text=FINISHED)
+    state = fourfold_json(journal, plan, texts, measured, index) | {
+        "projections": len(projections),
+        "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     write_text(out / FINISHED, dump(state))
+    tell("finish", text="journal")
     journal.close()
     return read_summary(out)
+
+
+def index_json(index: TensorIndex) -> str:
+    """model.safetensors.index.json. total_size: bytes of all tensors, without headers."""
+    total_size = sum(header.size_bytes for header in index.headers.values())
+    weight_map = {name: index.headers[name].shard for name in sorted(index.headers)}
+    return dump({"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def quant_log(projections: list[ProjectionStatistics]) -> str:

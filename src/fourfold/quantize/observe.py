@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics, moments
-from fourfold.datatypes import Moments, Rows, StreamDrift
+from fourfold.datatypes import Moments, Rows, StreamDrift, Tick
 from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
@@ -58,7 +58,7 @@ class Observed:
     target_TD: Tensor | None
 
 
-def attend_(layer: DecoderLayer, rows: Rows, batches: Batches) -> Traffic:
+def attend_(layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
     """Attention, shared experts and router over all rows. In place: `rows` then holds the output without experts."""
     hidden_RTD = rows.hidden_RTD
     inputs: list[Tensor] = []
@@ -69,6 +69,7 @@ def attend_(layer: DecoderLayer, rows: Rows, batches: Batches) -> Traffic:
         if input_TD is not None and routing is not None:
             inputs.append(input_TD.to(hidden_RTD.device))
             choices.append(routing)
+        tick(output_RTD.shape[0] * output_RTD.shape[1])
     if not choices:
         return Traffic(rows=rows, input_TD=None, routing=None, pairs=None)
     input_TD = _joined(inputs)
@@ -91,7 +92,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return joined
 
 
-def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches) -> Rows:
+def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
     """Add the routed experts' output to a stream's rows, in place, and hand the rows on."""
     if traffic.input_TD is None or traffic.routing is None:
         return traffic.rows
@@ -100,18 +101,23 @@ def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches) -> Rows:
         routing = Routing(index_TA=traffic.routing.index_TA[batch], weight_TA=traffic.routing.weight_TA[batch])
         output_TD = run_experts(layer, traffic.input_TD[batch].to(layer.device), routing)
         hidden_TD[batch] += output_TD.to(hidden_TD.device)
+        tick(len(output_TD))
     return traffic.rows
 
 
 def pass_heldout_(
-    source_layer: DecoderLayer, release_layer: DecoderLayer, source: Rows, release: Rows, batches: Batches
+    layers: tuple[DecoderLayer, DecoderLayer], rows: tuple[Rows, Rows], batches: Batches, tick: Tick
 ) -> StreamDrift:
-    """Take the held-out rows of both streams through a layer, in place, one batch of rows at a time, nothing kept."""
+    """Take the held-out rows of both streams through a layer, in place, one batch of rows at a time, nothing kept.
+
+    layers, rows: (source, release).
+    """
+    source, release = rows
     error = norm = 0.0
     agreement: list[float] = []
     for batch in _batches(len(source.hidden_RTD), batches.rows):
-        source_RTD, source_routing = _pass(source_layer, source.hidden_RTD[batch], batches)
-        release_RTD, release_routing = _pass(release_layer, release.hidden_RTD[batch], batches)
+        source_RTD, source_routing = _pass(layers[0], source.hidden_RTD[batch], batches)
+        release_RTD, release_routing = _pass(layers[1], release.hidden_RTD[batch], batches)
         source.hidden_RTD[batch] = source_RTD
         release.hidden_RTD[batch] = release_RTD
         error += (release_RTD.float() - source_RTD.float()).square().sum(dtype=torch.float64).item()
@@ -119,8 +125,9 @@ def pass_heldout_(
         if source_routing is not None and release_routing is not None:
             share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
             agreement += [share] * len(source_RTD)
+        tick(2 * source_RTD.shape[0] * source_RTD.shape[1])
     return StreamDrift(
-        layer=source_layer.index,
+        layer=layers[0].index,
         hidden_error=(error / norm) ** 0.5,
         router_agreement=sum(agreement) / len(agreement) if agreement else None,
     )

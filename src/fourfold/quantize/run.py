@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift
+from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.finish import Measured, Summary
@@ -41,25 +41,37 @@ def ignore(event: Event) -> None:
 
 @dataclass
 class Watch:
-    """Tells progress and adds up seconds by stage."""
+    """Tells progress and adds up seconds by stage. layers: that rows go through in this run."""
 
     progress: Progress
     layers: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def tell(self, stage: str, layer: int = -1) -> None:
-        self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers))
+    def tell(self, stage: str, layer: int = -1, text: str = "") -> None:
+        self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers, text=text))
 
     @contextmanager
-    def stage(self, stage: str, layer: int = -1) -> Iterator[None]:
+    def stage(self, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
+        """A timed stage of `total` units, of which the tick it yields tells how many more are done."""
+        done = 0
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(
+                Event(kind="stage", stage=stage, layer=layer, layers=self.layers, done=done, total=total, unit=unit)
+            )
+
         self.tell(stage, layer)
         start = time.perf_counter()
-        yield
+        yield tick
         self.seconds[stage] += time.perf_counter() - start
 
-    def finished(self, layer_plan: LayerPlan, drift: StreamDrift) -> None:
-        data: dict[str, object] = {"hidden_error": drift.hidden_error, "router_agreement": drift.router_agreement}
-        self.progress(Event(kind="layer", layer=layer_plan.index, layers=self.layers, data=data))
+    def finished(self, layer: int, drift: StreamDrift) -> None:
+        data: dict[str, object] = {"hidden_error": drift.hidden_error, "memory_bytes": finish.peak_memory()}
+        if drift.router_agreement is not None:
+            data["router_agreement"] = drift.router_agreement
+        self.progress(Event(kind="layer", layer=layer, layers=self.layers, data=data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +110,7 @@ def quantize(
     with hold(out):
         if restart:
             clear(out)
-        watch = Watch(_logged(out, progress), len(plan.layers))
+        watch = Watch(_logged(out, progress), plan.solve.stop)
         try:
             return _run(plan, out, recipe, torch.device(device), watch)
         except FourfoldError as error:
@@ -109,7 +121,8 @@ def quantize(
 def _logged(out: Path, progress: Progress) -> Progress:
     def tell(event: Event) -> None:
         if event.kind != "stage" or event.done == 0:
-            log(out, " ".join(filter(None, [event.kind, event.stage, f"layer {event.layer}" * (event.layer >= 0), event.text])))
+            layer = f"layer {event.layer}" if event.layer >= 0 else ""
+            log(out, " ".join(filter(None, [event.kind, event.stage, layer, event.text])))
         progress(event)
 
     return tell
@@ -143,8 +156,7 @@ def _run(plan: Plan, out: Path, recipe: Recipe, device: torch.device, watch: Wat
     torch.set_num_threads(journal.settings.threads)
     job = Job(plan=plan, out=out, device=device, calibration=calibration, heldout=heldout, journal=journal, watch=watch)
     measured = run_layers(job)
-    watch.progress(Event(kind="stage", stage="finish", layers=watch.layers))
-    summary = finish.finish(journal, plan, (calibration, heldout), measured, watch.seconds)
+    summary = finish.finish(journal, plan, (calibration, heldout), measured, watch.seconds, watch.tell)
     watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
     return summary
 
@@ -163,8 +175,9 @@ def run_layers(job: Job) -> Measured:
             with watch.stage("read", layer_plan.index):
                 tensors = ahead.take(layer_plan.index)  # was read while the layer before was worked on
                 layer = build_layer(plan.skeleton, layer_plan.index, tensors, job.device)
-            with watch.stage("attend", layer_plan.index):
-                traffic = streams.attend(layer, source, release, batches)
+            tokens = source.calibration_tokens + release.calibration_tokens
+            with watch.stage("attend", layer_plan.index, tokens, "tokens") as tick:
+                traffic = streams.attend(layer, source, release, batches, tick)
             if layer_plan.shard in job.journal:
                 release_layer = restore_layer(job, layer_plan, layer, tensors)
             elif layer_plan.index in plan.solve:
@@ -173,10 +186,11 @@ def run_layers(job: Job) -> Measured:
                 writer.submit(partial(write_layer, job, layer_plan, tensors, result))
             else:
                 release_layer = layer
-            with watch.stage("advance", layer_plan.index):
-                source, release, drift = streams.advance((layer, release_layer), traffic, (source, release), batches)
+            with watch.stage("advance", layer_plan.index, source.tokens + release.tokens, "tokens") as tick:
+                layers, both_streams = (layer, release_layer), (source, release)
+                source, release, drift = streams.advance(layers, traffic, both_streams, batches, tick)
             drifts.append(drift)
-            watch.finished(layer_plan, drift)
+            watch.finished(layer_plan.index, drift)
         writer.join()
     if plan.partial:
         return Measured(None, tuple(drifts))
@@ -189,9 +203,10 @@ def solve(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, traffic: tuple[T
     """Moments, codes and scales of a layer; a dense layer has none and is copied."""
     if not layer.is_routed:
         return LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={})
-    prefix = job.plan.skeleton.family.experts_prefix(layer_plan.index)
-    with job.watch.stage("solve", layer_plan.index):
-        return solve_layer(layer, streams.observed(*traffic), job.plan.recipe, job.journal.settings.batches, prefix)
+    plan, batches = job.plan, job.journal.settings.batches
+    prefix = plan.skeleton.family.experts_prefix(layer_plan.index)
+    with job.watch.stage("solve", layer_plan.index, plan.skeleton.experts, "experts") as tick:
+        return solve_layer(layer, streams.observed(*traffic), plan.recipe, batches, prefix, tick)
 
 
 def restore_layer(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors) -> DecoderLayer:

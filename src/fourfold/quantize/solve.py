@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import gptq, grid, metrics, moments, pack
-from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, QuantizedGroup
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.observe import (
@@ -74,16 +74,16 @@ class _Clock:
 
 
 def solve_layer(
-    layer: DecoderLayer, observed: Observed, recipe: Recipe, batches: Batches, prefix: str
+    layer: DecoderLayer, observed: Observed, recipe: Recipe, batches: Batches, prefix: str, tick: Tick
 ) -> LayerResult:
     """Quantize all routed experts of a layer, the chunks' results put together.
 
-    prefix: of the experts' final tensor names.
+    prefix: of the experts' final tensor names; tick: is told of solved experts.
     Raises FourfoldError naming the layer and the expert whose moments are not finite.
     """
     solver, clock = recipe.solver, _Clock()
     stacks = layer.stacks
-    released = tuple(torch.empty_like(stack) for stack in stacks)
+    released = torch.empty_like(stacks[0]), torch.empty_like(stacks[1])
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
     assert observed.traffic.input_TD is not None
@@ -115,9 +115,10 @@ def solve_layer(
                 released[which][place] = _unpack(packed, recipe.format).to(released[which].dtype)
                 tensors |= _named(prefix, experts, packed)
                 rows += _statistics(layer.index, experts, projections, solved, solver)
+        tick(len(experts))
     each = sum(clock.seconds.values()) / len(rows)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
-    return LayerResult(tensors, *released, tuple(rows), dict(clock.seconds))
+    return LayerResult(tensors, released[0], released[1], tuple(rows), dict(clock.seconds))
 
 
 def _solve_named(site: Site, recipe: Recipe, layer: int, experts: range) -> Solved:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import Rows, StreamDrift
+from fourfold.datatypes import Rows, StreamDrift, Tick
 from fourfold.model.checkpoint import TensorIndex, require_finite
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
@@ -21,6 +21,14 @@ class Stream:
 
     calibration: Rows | None
     heldout: Rows
+
+    @property
+    def calibration_tokens(self) -> int:
+        return 0 if self.calibration is None else self.calibration.token_RT.numel()
+
+    @property
+    def tokens(self) -> int:
+        return self.calibration_tokens + self.heldout.token_RT.numel()
 
 
 def embed(
@@ -40,15 +48,15 @@ def embed(
 
 
 def attend(
-    layer: DecoderLayer, source: Stream, release: Stream, batches: Batches
+    layer: DecoderLayer, source: Stream, release: Stream, batches: Batches, tick: Tick
 ) -> tuple[Traffic, Traffic | None]:
     """Attention and router once per stream; once in all where the streams are still one."""
     assert source.calibration is not None
-    source_traffic = attend_(layer, source.calibration, batches)
+    source_traffic = attend_(layer, source.calibration, batches, tick)
     if release.calibration is None:
         return source_traffic, None
     if release.calibration is not source.calibration:
-        return source_traffic, attend_(layer, release.calibration, batches)
+        return source_traffic, attend_(layer, release.calibration, batches, tick)
     rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
     return source_traffic, Traffic(rows, source_traffic.input_TD, source_traffic.routing, source_traffic.pairs)
 
@@ -66,12 +74,13 @@ def advance(
     traffic: tuple[Traffic, Traffic | None],
     streams: tuple[Stream, Stream],
     batches: Batches,
+    tick: Tick,
 ) -> tuple[Stream, Stream, StreamDrift]:
     """Both streams to the next layer; held-out rows pass here too. layers, traffic, streams: (source, release)."""
-    source = Stream(advance_(layers[0], traffic[0], batches), streams[0].heldout)
-    calibration = None if traffic[1] is None else advance_(layers[1], traffic[1], batches)
+    source = Stream(advance_(layers[0], traffic[0], batches, tick), streams[0].heldout)
+    calibration = None if traffic[1] is None else advance_(layers[1], traffic[1], batches, tick)
     release = Stream(calibration, streams[1].heldout)
-    drift = pass_heldout_(*layers, source.heldout, release.heldout, batches)
+    drift = pass_heldout_(layers, (source.heldout, release.heldout), batches, tick)
     return source, release, drift
 
 
