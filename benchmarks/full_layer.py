@@ -34,11 +34,16 @@ def make_skeleton(experts: int, topk: int, hidden: int, width: int) -> Skeleton:
     raw = {
         "model_type": "qwen3_5_moe",
         "text_config": {
-            "model_type": "qwen3_5_moe_text", "num_experts": experts, "num_experts_per_tok": topk, "hidden_size": hidden,
-            "moe_intermediate_size": width, "shared_expert_intermediate_size": width, "num_hidden_layers": 1,
+            "model_type": "qwen3_5_moe_text",
+            "hidden_size": hidden,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": width,
+            "num_experts": experts,
+            "num_experts_per_tok": topk,
+            "num_hidden_layers": 1,
             "layer_types": ["linear_attention"],
         },
-    }  # fmt: skip
+    }
     config = AutoConfig.for_model(**raw)
     text = config.text_config
     text._attn_implementation, text._experts_implementation = "sdpa", CAPTURE
@@ -112,7 +117,9 @@ def measure(options: argparse.Namespace, recipe, device: torch.device) -> dict:
     moved = Rows(rows.token_RT, (rows.hidden_RTD.float() * (1 + noise)).bfloat16())
     heldout = make_rows(1, 1024, options.hidden, seed=4)
     source = streams.Stream(rows, heldout)
-    release = streams.Stream(moved if recipe.solver.asymmetric else None, Rows(heldout.token_RT, heldout.hidden_RTD.clone()))
+    release = streams.Stream(
+        moved if recipe.solver.asymmetric else None, Rows(heldout.token_RT, heldout.hidden_RTD.clone())
+    )
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     traffic = streams.attend(layer, source, release, batches)
@@ -121,12 +128,14 @@ def measure(options: argparse.Namespace, recipe, device: torch.device) -> dict:
     result = solve_layer(layer, streams.observed(*traffic), recipe, batches, "layers.0.mlp.experts.")
     seconds |= result.seconds | {"solve_layer": time.perf_counter() - start}
     start = time.perf_counter()
-    streams.advance((layer, layer.with_experts(result.gate_up_ENK, result.down_ENK)), traffic, (source, release), batches)
+    streams.advance(
+        (layer, layer.with_experts(result.gate_up_ENK, result.down_ENK)), traffic, (source, release), batches
+    )
     seconds["advance"] = time.perf_counter() - start
     errors = sorted(row.relative_error for row in result.projections)
     return {
         "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
         "seconds": seconds,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -49,8 +49,9 @@ def write_two_shards(folder: Path) -> dict[str, Tensor]:
     second = {"b.weight": torch.randn(4, 2, generator=generator), "b.none": torch.empty(0, 7)}
     save_file(first, folder / SHARDS[0], metadata={"format": "pt"})
     save_file(second, folder / SHARDS[1])
-    write_index(folder, {name: SHARDS[0] for name in first} | {name: SHARDS[1] for name in second},
-                metadata={"total_size": 1})
+    write_index(
+        folder, {name: SHARDS[0] for name in first} | {name: SHARDS[1] for name in second}, metadata={"total_size": 1}
+    )
     return first | second
 
 
@@ -110,8 +111,12 @@ def test_digest_is_of_headers_not_of_data(tmp_path: Path) -> None:
 
     first = digest(a=torch.zeros(4, 2), b=torch.zeros(3))
     assert digest(a=torch.ones(4, 2), b=torch.ones(3)) == first
-    others = [digest(a=torch.zeros(2, 4), b=torch.zeros(3)), digest(a=torch.zeros(4, 2), c=torch.zeros(3)),
-              digest(a=torch.zeros(4, 2, dtype=torch.int32), b=torch.zeros(3)), digest(a=torch.zeros(4, 2))]
+    others = [
+        digest(a=torch.zeros(2, 4), b=torch.zeros(3)),
+        digest(a=torch.zeros(4, 2), c=torch.zeros(3)),
+        digest(a=torch.zeros(4, 2, dtype=torch.int32), b=torch.zeros(3)),
+        digest(a=torch.zeros(4, 2)),
+    ]
     assert len({first, *others}) == 5
 
 
@@ -202,13 +207,18 @@ def assert_safetensors_agrees(path: Path) -> None:
 
 
 OFFSETS = st.integers(-1, 24) | st.sampled_from([2**63, 2**64, 1.5, None, True])
-JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-                           lambda inner: st.lists(inner, max_size=3), max_leaves=4)
-ENTRIES = st.fixed_dictionaries({
-    "dtype": st.sampled_from(["F32", "BF16", "U8", "BOOL", "F8_E4M3", "F4", "nope"]) | JSON_VALUES,
-    "shape": st.lists(st.integers(-1, 5) | st.just(2**62), max_size=3) | JSON_VALUES,
-    "data_offsets": st.lists(OFFSETS, min_size=2, max_size=2) | JSON_VALUES,
-})
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "BOOL", "F8_E4M3", "F4", "nope"]) | JSON_VALUES,
+        "shape": st.lists(st.integers(-1, 5) | st.just(2**62), max_size=3) | JSON_VALUES,
+        "data_offsets": st.lists(OFFSETS, min_size=2, max_size=2) | JSON_VALUES,
+    }
+)
 HEADERS = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | JSON_VALUES, max_size=3)
 
 
@@ -292,10 +302,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlong name": (place("x" * 300 + ".safetensors"), "name too long"),
     "shard missing": (place("model-00003-of-00002.safetensors"), "missing; is the download complete"),
     "placed elsewhere": (place(SHARDS[1]), f"'a.weight' in {SHARDS[1]}, but it is in {SHARDS[0]}"),
-    "tensor missing": (lambda folder: spoil(folder, lambda weights: weights.update({"c": SHARDS[0]})),
-                       f"'c' in {SHARDS[0]}, which lacks it"),
-    "tensor not named": (lambda folder: spoil(folder, lambda weights: weights.pop("a.weight")),
-                         f"does not name tensor 'a.weight' of {SHARDS[0]}"),
+    "tensor missing": (
+        lambda folder: spoil(folder, lambda weights: weights.update({"c": SHARDS[0]})),
+        f"'c' in {SHARDS[0]}, which lacks it",
+    ),
+    "tensor not named": (
+        lambda folder: spoil(folder, lambda weights: weights.pop("a.weight")),
+        f"does not name tensor 'a.weight' of {SHARDS[0]}",
+    ),
     "tensor in two shards": (put_in_both, f"'a.weight' is in {SHARDS[0]} and in {SHARDS[1]}"),
     "shard deleted": (lambda folder: (folder / SHARDS[1]).unlink(), f"{SHARDS[1]}: missing"),
     "no index": (lambda folder: (folder / "model.safetensors.index.json").unlink(), "no model.safetensors.i"),
@@ -354,8 +368,11 @@ def test_tensor_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sha.hexdigest() == hashlib.sha256(raw_bytes(wanted["b.weight"])).hexdigest()
 
 
-@pytest.mark.parametrize("out", [torch.zeros(8).bfloat16(), torch.zeros(9), torch.zeros(2, 4).T,
-                                 torch.zeros(8, device="meta")], ids=["dtype", "size", "strides", "device"])
+@pytest.mark.parametrize(
+    "out",
+    [torch.zeros(8).bfloat16(), torch.zeros(9), torch.zeros(2, 4).T, torch.zeros(8, device="meta")],
+    ids=["dtype", "size", "strides", "device"],
+)
 def test_place_that_does_not_fit_is_refused(tmp_path: Path, out: Tensor) -> None:
     write_two_shards(tmp_path)
     with pytest.raises(FourfoldError, match=r"'b.weight' is F32 \[4, 2\]; wanted for a place of"):
@@ -432,12 +449,16 @@ def test_threads_share_an_index(tmp_path: Path) -> None:
 # Finite values
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64,
-                                   torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e5m2], ids=str
+)
 def test_one_bad_value_anywhere_is_found_and_counted(dtype: torch.dtype) -> None:
     for place in (0, 1, 17, 63, 64, 98):
-        for bad, counts in ((float("nan"), "1 NaN and 0 infinite"), (float("inf"), "0 NaN and 1 infinite"),
-                            (float("-inf"), "0 NaN and 1 infinite")):
+        for bad, counts in (
+            (float("nan"), "1 NaN and 0 infinite"),
+            (float("inf"), "0 NaN and 1 infinite"),
+            (float("-inf"), "0 NaN and 1 infinite"),
+        ):
             values = torch.ones(99)
             require_finite(values.to(dtype), "x.weight")
             values[place] = bad

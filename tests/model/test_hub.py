@@ -71,8 +71,10 @@ class FakeHub(ThreadingHTTPServer):
             if path.endswith(end):
                 return answer
         if path.startswith("/api/models/org/model/tree/"):
-            tree = [{"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
-                    for name, content in self.files.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
+                for name, content in self.files.items()
+            ]
             return 200, {}, json.dumps(tree).encode()
         if path.startswith("/api/models/org/model/revision/"):
             if path.rpartition("revision/")[2] not in ("main", "v1", "refs/pr/1", COMMIT):
@@ -115,8 +117,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         threading.Thread(target=fake.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{fake.server_port}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits before it asks again
@@ -149,9 +154,25 @@ def test_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert resolve_model("~/org") == tmp_path / "org"
 
 
-@pytest.mark.parametrize("model", ["", "model", "./model", "../model", "/no/such/folder", "org/model/main",
-                                   "org//x", "org/", "org/model@", "@v1", "org/mo del", "org/a--b", "x" * 300,
-                                   "a\0/b"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "",
+        "model",
+        "./model",
+        "../model",
+        "/no/such/folder",
+        "org/model/main",
+        "org//x",
+        "org/",
+        "org/model@",
+        "@v1",
+        "org/mo del",
+        "org/a--b",
+        "x" * 300,
+        "a\0/b",
+    ],
+)
 def test_what_can_be_no_id_is_a_missing_folder(server: FakeHub, model: str) -> None:
     assert refused(model).startswith(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@")
     assert server.asked == []
@@ -195,8 +216,7 @@ def test_broken_download_goes_on_where_it_was(server: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_bars_only_where_they_are_wanted(server: FakeHub, capfd: pytest.CaptureFixture[str],
-                                         progress: bool) -> None:
+def test_bars_only_where_they_are_wanted(server: FakeHub, capfd: pytest.CaptureFixture[str], progress: bool) -> None:
     resolve_model("org/model", progress=progress)
     printed = capfd.readouterr()
     assert ("Fetching" in printed.err) == progress
@@ -273,11 +293,14 @@ def test_cache_does_without_the_hub_when_it_has_all(server: FakeHub) -> None:
 
 
 def test_offline_mode(tmp_path: Path) -> None:
-    script = ("from fourfold.datatypes import FourfoldError\nfrom fourfold.model.hub import resolve_model\n"
-              "try:\n    resolve_model('org/model')\nexcept FourfoldError as error:\n    print(error)\n")
+    script = (
+        "from fourfold.datatypes import FourfoldError\nfrom fourfold.model.hub import resolve_model\n"
+        "try:\n    resolve_model('org/model')\nexcept FourfoldError as error:\n    print(error)\n"
+    )
     settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                          env=os.environ | settings)
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | settings
+    )
     assert said.stdout.startswith(f"org/model: no such folder, not all of it in the cache {tmp_path}, and ")
     assert said.stdout.endswith("(HF_HUB_OFFLINE is set). Give a local folder with the model, or go online\n")
     assert not said.stderr
@@ -296,12 +319,16 @@ def test_disk_too_small_is_said_before_the_download(server: FakeHub, monkeypatch
     resolve_model("org/model", progress=False)  # all there: no room is needed
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk of the cache"),
-    (RuntimeError(f"CAS: Bearer {TOKEN} https://cas/x?X-Amz-Signature=abc"), "broke off (RuntimeError: CAS"),
-    (ConnectionError(f"{TOKEN} rejected"), "broke off (ConnectionError"),
-    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/cache"), "Permission denied: '/cache'"),
-], ids=["disk full", "xet", "connection", "cache not writable"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk of the cache"),
+        (RuntimeError(f"CAS: Bearer {TOKEN} https://cas/x?X-Amz-Signature=abc"), "broke off (RuntimeError: CAS"),
+        (ConnectionError(f"{TOKEN} rejected"), "broke off (ConnectionError"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/cache"), "Permission denied: '/cache'"),
+    ],
+    ids=["disk full", "xet", "connection", "cache not writable"],
+)
 def test_failures_in_the_middle(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     def fail(*_: object, **__: object) -> str:
         raise error

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
-from fourfold.model.shards import OutputTensor, copy_file, write_bytes, write_index, write_shard, write_text
+from fourfold.model.shards import OutputTensor, copy_file, write_bytes, write_shard, write_text
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -39,9 +39,13 @@ def outputs(tensors: dict[str, Tensor]) -> list[OutputTensor]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tensors=st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(lambda name: name != "__metadata__"),
-    st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3)), max_size=8))
+@given(
+    tensors=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=8,
+    )
+)
 def test_file_is_what_safetensors_writes(tmp_path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     values = {name: random_tensor(DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in tensors.items()}
     save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
@@ -51,7 +55,7 @@ def test_file_is_what_safetensors_writes(tmp_path: Path, tensors: dict[str, tupl
     assert written.sha256 == hashlib.sha256(content).hexdigest()
     assert (written.name, written.size_bytes) == ("ours", len(content))
     assert written.tensor_bytes == sum(tensor.nbytes for tensor in values.values())
-    assert written.keys == tuple(json.loads(content[8:8 + int.from_bytes(content[:8], "little")]))[1:]
+    assert written.keys == tuple(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]))[1:]
 
 
 def test_every_dtype_comes_back_through_both_readers(tmp_path: Path) -> None:
@@ -86,8 +90,11 @@ def test_tensors_stream_from_another_checkpoint(tmp_path: Path) -> None:
     values = {"a": torch.randn(5, 3).bfloat16(), "b": torch.randn(7), "c": torch.empty(0, 2)}
     save_file(values, source / "model.safetensors")
     index = TensorIndex.open(source)
-    write_shard(out, "x.safetensors", [OutputTensor.copied(index, "a", "new.a"),
-                                       OutputTensor.copied(index, "b"), OutputTensor.copied(index, "c")])
+    write_shard(
+        out,
+        "x.safetensors",
+        [OutputTensor.copied(index, "a", "new.a"), OutputTensor.copied(index, "b"), OutputTensor.copied(index, "c")],
+    )
     copied = load_file(out / "x.safetensors")
     assert raw_bytes(copied["new.a"]) == raw_bytes(values["a"])
     assert torch.equal(copied["b"], values["b"]) and copied["c"].shape == (0, 2)
@@ -102,12 +109,16 @@ def test_write_that_takes_little_is_asked_again(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-@pytest.mark.parametrize("wrong", [
-    OutputTensor(name="x", dtype="F32", shape=(2, 1), data=torch.zeros(2)),
-    OutputTensor(name="x", dtype="I32", shape=(2,), data=torch.zeros(2)),
-    OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12"]),
-    OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12", b"34"]),
-], ids=["shape", "dtype", "too few bytes", "too many bytes"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        OutputTensor(name="x", dtype="F32", shape=(2, 1), data=torch.zeros(2)),
+        OutputTensor(name="x", dtype="I32", shape=(2,), data=torch.zeros(2)),
+        OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12"]),
+        OutputTensor(name="x", dtype="U8", shape=(3,), data=lambda: [b"12", b"34"]),
+    ],
+    ids=["shape", "dtype", "too few bytes", "too many bytes"],
+)
 def test_values_that_are_not_what_was_stated_leave_nothing(tmp_path: Path, wrong: OutputTensor) -> None:
     with pytest.raises(AssertionError, match="x"):
         write_shard(tmp_path, "x.safetensors", [wrong])
@@ -156,8 +167,7 @@ def test_mode_follows_the_umask(tmp_path: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_says_how_much_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    code: int) -> None:
+def test_full_disk_says_how_much_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     whole = os.write
 
     def fill(descriptor: int, content: memoryview) -> int:
@@ -167,8 +177,11 @@ def test_full_disk_says_how_much_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
     (tmp_path / "x.safetensors").write_text("what was there before")
     monkeypatch.setattr(os, "write", fill)
-    with pytest.raises(FourfoldError, match=r"x\.safetensors: the disk is full .* 4,104 bytes are wanted, "
-                                            r"[\d,]+ are free.*same command.*goes on"):
+    with pytest.raises(
+        FourfoldError,
+        match=r"x\.safetensors: the disk is full .* 4,104 bytes are wanted, "
+        r"[\d,]+ are free.*same command.*goes on",
+    ):
         write_shard(tmp_path, "x.safetensors", outputs({"x": torch.zeros(1000)}))
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert (tmp_path / "x.safetensors").read_text() == "what was there before"
@@ -203,8 +216,12 @@ try:
 except FourfoldError as error:
     print(error)
 """
-    return subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
 
 
 def test_killed_run_leaves_no_shard_and_the_next_one_writes_it(tmp_path: Path) -> None:
@@ -247,18 +264,7 @@ def test_interrupted_source_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Index and sidecars
-
-
-def test_index_is_read_back_and_sorted(tmp_path: Path) -> None:
-    first = write_shard(tmp_path, "model-00001-of-00002.safetensors", outputs({"b": torch.zeros(3)}))
-    second = write_shard(tmp_path, "model-00002-of-00002.safetensors", outputs({"a": torch.zeros(5)}))
-    weight_map = {key: shard.name for shard in (first, second) for key in shard.keys}
-    write_index(tmp_path, weight_map, first.tensor_bytes + second.tensor_bytes)
-    text = (tmp_path / "model.safetensors.index.json").read_text()
-    assert json.loads(text) == {"metadata": {"total_size": 32}, "weight_map": weight_map}
-    assert text.index('"a"') < text.index('"b"')
-    assert set(TensorIndex.open(tmp_path).headers) == {"a", "b"}
+# Sidecars
 
 
 def test_copy_is_byte_identical_and_follows_links(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import pytest
 
+import checkpoints
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.journal import hold
 from fourfold.quantize.run import quantize
@@ -28,12 +28,17 @@ length = 128
 pool_rows = 256
 """
 CHILD = Path(__file__).with_name("killed_run.py")
+Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
 RECORDED = ("seconds", "peak_memory_bytes", "finished_at")  # of the machine and the day, not of the result
 
 
-def run_child(model: Path, out: Path, recipe: Path, limit: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHILD), str(model), str(out), str(recipe), str(limit)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:
+    """Run jobs (OUT, event to be killed at, 0 for none) one after the other: how each ended, and events seen."""
+    command = [sys.executable, str(CHILD), str(model), str(recipe), *(f"{out}={limit}" for out, limit in jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ends = [line.split() for line in done.stdout.splitlines()]
+    assert len(ends) == len(jobs), done.stderr
+    return [(int(ended), events) for _, ended, events in ends]
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -49,42 +54,42 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int, dict[str, bytes]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """A model of two layers, its recipe, the number of events of a run, and the tree that it leaves."""
     folder = tmp_path_factory.mktemp("resume")
     model, recipe, out = folder / "model", folder / "small.toml", folder / "whole"
     checkpoints.tiny(model, layers=2)
     recipe.write_text(RECIPE)
-    done = run_child(model, out, recipe, 0)
-    assert done.returncode == 0, done.stderr
-    return model, recipe, int(done.stdout.split()[-1]), tree(out)
+    ((ended, events),) = run_children(model, recipe, [(out, 0)])
+    assert ended == 0
+    return model, recipe, int(events), tree(out)
 
 
-def kill_and_go_on(undisturbed: tuple[Path, Path, int, dict[str, bytes]], out: Path, limit: int) -> None:
-    model, recipe, _, wanted = undisturbed
-    killed = run_child(model, out, recipe, limit)
-    assert killed.returncode == -signal.SIGKILL, (limit, killed.stderr)
-    assert not (out / "fourfold.json").exists() or limit == undisturbed[2]
-    done = run_child(model, out, recipe, 0)
-    assert done.returncode == 0, (limit, done.stderr)
-    assert tree(out) == wanted, f"killed at event {limit}"
+def kill_and_go_on(undisturbed: Undisturbed, folder: Path, limits: list[int]) -> None:
+    """For each limit: a run killed there, and the same command again."""
+    model, recipe, events, wanted = undisturbed
+    assert all(0 < limit <= events for limit in limits)
+    jobs = [job for limit in limits for job in ((folder / str(limit), limit), (folder / str(limit), 0))]
+    ends = [ended for ended, _ in run_children(model, recipe, jobs)]
+    assert ends == [-signal.SIGKILL, 0] * len(limits)
+    for limit in limits:
+        assert tree(folder / str(limit)) == wanted, f"killed at event {limit}"
 
 
-@pytest.mark.parametrize("part", [0.3, 0.55, 0.8, 0.97])
-def test_killed_run_goes_on(undisturbed, tmp_path, part):
-    kill_and_go_on(undisturbed, tmp_path / "out", max(int(undisturbed[2] * part), 1))
+def test_killed_run_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    kill_and_go_on(undisturbed, tmp_path, [int(undisturbed[2] * part) for part in (0.2, 0.4, 0.6, 0.8, 0.97)])
 
 
 @pytest.mark.slow
-def test_killed_at_every_event(undisturbed, tmp_path):
-    for limit in range(1, undisturbed[2]):
-        kill_and_go_on(undisturbed, tmp_path / f"out{limit}", limit)
+def test_killed_at_every_event(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Every stage of every layer, of both threads, and every file of the finish."""
+    kill_and_go_on(undisturbed, tmp_path, list(range(1, undisturbed[2])))
 
 
-def test_changed_recipe_and_source_are_refused(undisturbed, tmp_path):
+def test_changed_recipe_and_source_are_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
     model, recipe, events, _ = undisturbed
     out = tmp_path / "out"
-    run_child(model, out, recipe, events // 2)
+    run_children(model, recipe, [(out, events // 2)])
     with pytest.raises(FourfoldError, match="another recipe than"):
         quantize(model, out, load_recipe(str(recipe), ["solver.damp=0.02"]))
     with pytest.raises(FourfoldError, match="calibration"):
@@ -96,28 +101,28 @@ def test_changed_recipe_and_source_are_refused(undisturbed, tmp_path):
         quantize(other, out, load_recipe(str(recipe)))
 
 
-def test_changed_weights_are_refused(undisturbed, tmp_path):
+def test_changed_weights_are_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Same headers, other bytes: found when the finished layer is read again."""
     model, recipe, events, _ = undisturbed
     out, other = tmp_path / "out", tmp_path / "other"
-    run_child(model, out, recipe, int(events * 0.8))
+    run_children(model, recipe, [(out, int(events * 0.8))])
     checkpoints.tiny(other, layers=2, seed=5)
     with pytest.raises(FourfoldError, match=r"layer 0.*not the bytes"):
         quantize(other, out, load_recipe(str(recipe)))
 
 
-def test_restart_starts_over(undisturbed, tmp_path):
+def test_restart_starts_over(undisturbed: Undisturbed, tmp_path: Path) -> None:
     model, recipe, events, wanted = undisturbed
     out = tmp_path / "out"
-    run_child(model, out, recipe, events // 2)
+    run_children(model, recipe, [(out, events // 2)])
     (out / "notes.md").write_text("mine")
     quantize(model, out, load_recipe(str(recipe), ["scheme.signed=false"]), restart=True)
     assert (out / "notes.md").read_text() == "mine"
     assert tree(out).keys() - {"notes.md"} == wanted.keys()
 
 
-def test_finished_run_has_nothing_to_do(undisturbed, tmp_path):
-    model, recipe, _, wanted = undisturbed
+def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    model, recipe, _, _ = undisturbed
     out = model.parent / "whole"
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     summary = quantize(model, out, load_recipe(str(recipe)))
@@ -127,13 +132,13 @@ def test_finished_run_has_nothing_to_do(undisturbed, tmp_path):
         quantize(model, out, load_recipe(str(recipe), ["solver.passes=1"]))
 
 
-def test_a_held_folder_is_refused(undisturbed, tmp_path):
+def test_a_held_folder_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
     model, recipe, _, _ = undisturbed
     with hold(tmp_path / "out"), pytest.raises(FourfoldError, match=r"process \d+ on .* works on this OUT"):
         quantize(model, tmp_path / "out", load_recipe(str(recipe)))
 
 
-def test_a_strange_folder_is_refused(undisturbed, tmp_path):
+def test_a_strange_folder_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
     model, recipe, _, _ = undisturbed
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FourfoldError, match="not empty and not an output of fourfold"):

@@ -60,7 +60,8 @@ def order_columns(diagonal_EK: Tensor, kind: str, group_size: int) -> Tensor:
     inner_EGK = grouped_EGK.argsort(dim=2, descending=True, stable=True)
     outer_EG = grouped_EGK.amax(dim=2).argsort(dim=1, descending=True, stable=True)
     start_EG1 = (outer_EG * group_size)[..., None]
-    return (inner_EGK.gather(1, outer_EG[..., None].expand_as(inner_EGK)) + start_EG1).flatten(1)
+    ordered_EK: Tensor = (inner_EGK.gather(1, outer_EG[..., None].expand_as(inner_EGK)) + start_EG1).flatten(1)
+    return ordered_EK
 
 
 def factorize_(hessian_EKK: Tensor, settings: Damping, order: str, group_size: int) -> Factor:
@@ -145,9 +146,7 @@ def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor
     return torch.empty_like(codes_ENK).scatter_(2, index_ENK, codes_ENK)
 
 
-def inblock(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor
-) -> tuple[Tensor, Tensor]:
+def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
     """The serial kernel: B columns, each rounded and its error fed to the later ones. Returns (codes int8, error).
 
     For j = 0..B-1: q = clamp(rint(T_j / S_j)); err_j = W_j - S_j q; T_k += err_j feedback_jk for k > j.
@@ -208,9 +207,7 @@ def refine(
     return codes_ENK, scale_ENG
 
 
-def _refit(
-    code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, scale_dtype: str
-) -> Tensor:
+def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, scale_dtype: str) -> Tensor:
     """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
     curvature_EN = (torch.bmm(code_ENB, hessian_EBB) * code_ENB).sum(dim=-1)
     wanted_EN = scale_EN + (gradient_ENB * code_ENB).sum(dim=-1) / curvature_EN.where(curvature_EN > 0, torch.inf)

@@ -85,4 +85,5 @@ def round_to_nearest(weight_ENK: Tensor, scale_ENG: Tensor) -> Tensor:
 def dequantize(codes_ENK: Tensor, scale_ENG: Tensor) -> Tensor:
     """codes * scale in fp32 [E, N, K]; engines round it to their dtype."""
     grouped_ENGK = codes_ENK.unflatten(-1, (scale_ENG.shape[-1], -1)).float()
-    return (grouped_ENGK * scale_ENG[..., None]).flatten(-2)
+    weight_ENK: Tensor = (grouped_ENGK * scale_ENG[..., None]).flatten(-2)
+    return weight_ENK

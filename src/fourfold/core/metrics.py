@@ -12,7 +12,7 @@ VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per predicted position, on the host, in float64: source and release negative log likelihood of the true token (nats),
+    """Per predicted position, on the host, in float64 and nats: both models' negative log likelihood of the true token,
     KL(source || release) over the full vocabulary, entropy of the source; agree_T: equal argmax.
     """
 

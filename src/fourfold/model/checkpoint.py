@@ -101,8 +101,10 @@ class TensorIndex:
             for header in found:
                 if header.name in headers:
                     other = headers[header.name].shard
-                    raise FourfoldError(f"{folder}: tensor {brief(header.name)} is in {other} and in "
-                                        f"{shard}, wanted once; are these shards of two checkpoints?")
+                    raise FourfoldError(
+                        f"{folder}: tensor {brief(header.name)} is in {other} and in "
+                        f"{shard}, wanted once; are these shards of two checkpoints?"
+                    )
                 headers[header.name] = header
         tensors = [(name, headers[name].dtype, headers[name].shape) for name in sorted(headers)]
         facts = json.dumps([sorted(size_bytes.items()), tensors])
@@ -125,15 +127,16 @@ class TensorIndex:
         dtype = DTYPES[header.dtype]
         if out is None:
             out = torch.empty(header.shape, dtype=dtype)
-        elif ((out.dtype, out.nbytes) != (dtype, header.size_bytes)
-              or not out.is_contiguous() or not out.is_cpu):
-            raise FourfoldError(f"{self.folder / header.shard}: tensor {name!r} is {header.dtype} "
-                                f"{list(header.shape)}; wanted for a place of {out.dtype} {list(out.shape)}, "
-                                f"strides {out.stride()}, on {out.device}")
+        elif (out.dtype, out.nbytes) != (dtype, header.size_bytes) or not out.is_contiguous() or not out.is_cpu:
+            raise FourfoldError(
+                f"{self.folder / header.shard}: tensor {name!r} is {header.dtype} "
+                f"{list(header.shape)}; wanted for a place of {out.dtype} {list(out.shape)}, "
+                f"strides {out.stride()}, on {out.device}"
+            )
         target = raw_bytes(out)
         with self._opened(header) as descriptor:
             for start in range(0, len(target), CHUNK_BYTES):
-                part = target[start:start + CHUNK_BYTES]
+                part = target[start : start + CHUNK_BYTES]
                 self._fill(part, descriptor, header.start_byte + start, header)
                 if sha is not None:
                     sha.update(part)
@@ -148,7 +151,7 @@ class TensorIndex:
         buffer = memoryview(bytearray(min(chunk_bytes, header.size_bytes)))
         with self._opened(header) as descriptor:
             for start in range(header.start_byte, header.end_byte, chunk_bytes):
-                part = buffer[:header.end_byte - start]
+                part = buffer[: header.end_byte - start]
                 self._fill(part, descriptor, start, header)
                 yield part
 
@@ -172,13 +175,16 @@ class TensorIndex:
             except OSError as error:
                 raise self._lost(header, error.strerror) from None
             if count == 0:
-                raise self._lost(header, f"the file ends at byte {start + filled:,} instead of after "
-                                         f"{header.end_byte:,}")
+                raise self._lost(
+                    header, f"the file ends at byte {start + filled:,} instead of after {header.end_byte:,}"
+                )
             filled += count
 
     def _lost(self, header: TensorHeader, reason: str | None) -> FourfoldError:
-        return FourfoldError(f"{self.folder / header.shard}: tensor {header.name!r} could not be read: "
-                             f"{reason}. Was the file truncated or the disk lost?")
+        return FourfoldError(
+            f"{self.folder / header.shard}: tensor {header.name!r} could not be read: "
+            f"{reason}. Was the file truncated or the disk lost?"
+        )
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -203,8 +209,10 @@ def require_finite(tensor: Tensor, name: str) -> None:
         nan += int(values.isnan().sum())
         infinite += int(values.isinf().sum())
     if nan or infinite:
-        raise FourfoldError(f"tensor {name!r}: {nan:,} NaN and {infinite:,} infinite values among "
-                            f"{tensor.numel():,}, wanted none; the checkpoint is damaged, download it again")
+        raise FourfoldError(
+            f"tensor {name!r}: {nan:,} NaN and {infinite:,} infinite values among "
+            f"{tensor.numel():,}, wanted none; the checkpoint is damaged, download it again"
+        )
 
 
 def _read_weight_map(folder: Path) -> dict[str, str] | None:
@@ -220,18 +228,27 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
         raise FourfoldError(f"{index}: weight_map is {brief(weight_map)}; wanted tensors and their shards")
     for name, shard in weight_map.items():
         if not _is_shard_name(shard):
-            raise FourfoldError(f"{index}: tensor {brief(name)} is placed in {brief(shard)}; wanted the bare "
-                                "name of a .safetensors file in the same folder")
+            raise FourfoldError(
+                f"{index}: tensor {brief(name)} is placed in {brief(shard)}; wanted the bare "
+                "name of a .safetensors file in the same folder"
+            )
     if single.is_file() and SINGLE_NAME not in weight_map.values():
-        raise FourfoldError(f"{folder}: {SINGLE_NAME} lies beside an index that does not name it; readers "
-                            "differ in which they take, so remove the one that is not meant")
+        raise FourfoldError(
+            f"{folder}: {SINGLE_NAME} lies beside an index that does not name it; readers "
+            "differ in which they take, so remove the one that is not meant"
+        )
     return weight_map
 
 
 def _is_shard_name(shard: object) -> bool:
     """Bare names only: an index comes from a stranger and must not point outside its folder."""
-    return (isinstance(shard, str) and shard.endswith(".safetensors") and shard.isprintable()
-            and "/" not in shard and "\\" not in shard)
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and shard.isprintable()
+        and "/" not in shard
+        and "\\" not in shard
+    )
 
 
 def _why_no_checkpoint(folder: Path) -> str:
@@ -239,8 +256,10 @@ def _why_no_checkpoint(folder: Path) -> str:
         return "no such folder; a checkpoint folder is wanted"
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
     if pickles:
-        return (f"its weights are pickles ({pickles[0]}), which are never read, as loading one can run any "
-                "code; save the model again as safetensors")
+        return (
+            f"its weights are pickles ({pickles[0]}), which are never read, as loading one can run any "
+            "code; save the model again as safetensors"
+        )
     if any(folder.glob("*.safetensors")):
         return f"there are shards but no {INDEX_NAME}; is the download complete?"
     return f"there is neither {INDEX_NAME} nor {SINGLE_NAME}"
@@ -252,13 +271,14 @@ def _check_placement(index: Path, weight_map: Mapping[str, str], headers: Mappin
         if name not in headers:
             raise FourfoldError(f"{index}: places tensor {brief(name)} in {shard}, which lacks it")
         if headers[name].shard != shard:
-            raise FourfoldError(f"{index}: places tensor {brief(name)} in {shard}, but it is in "
-                                f"{headers[name].shard}")
+            raise FourfoldError(f"{index}: places tensor {brief(name)} in {shard}, but it is in {headers[name].shard}")
     unnamed = sorted(headers.keys() - weight_map.keys())
     if unnamed:
         shard = headers[unnamed[0]].shard
-        raise FourfoldError(f"{index}: does not name tensor {brief(unnamed[0])} of {shard} ({len(unnamed):,} "
-                            "such in all); are index and shards of two checkpoints?")
+        raise FourfoldError(
+            f"{index}: does not name tensor {brief(unnamed[0])} of {shard} ({len(unnamed):,} "
+            "such in all); are index and shards of two checkpoints?"
+        )
 
 
 def _read_shard(path: Path) -> tuple[int, list[TensorHeader]]:
@@ -277,12 +297,16 @@ def _read_shard(path: Path) -> tuple[int, list[TensorHeader]]:
     for header in headers:
         if header.start_byte != covered:
             kind = "overlaps" if header.start_byte < covered else "leaves a hole after"
-            raise FourfoldError(f"{path}: tensor {brief(header.name)} starts at byte {header.start_byte:,} "
-                                f"and {kind} {brief(previous)}, which ends at {covered:,}")
+            raise FourfoldError(
+                f"{path}: tensor {brief(header.name)} starts at byte {header.start_byte:,} "
+                f"and {kind} {brief(previous)}, which ends at {covered:,}"
+            )
         covered, previous = header.end_byte, header.name
     if covered != file_bytes:
-        raise FourfoldError(f"{path}: {file_bytes:,} bytes, but its last tensor {brief(previous)} ends at "
-                            f"{covered:,}; wanted no byte more")
+        raise FourfoldError(
+            f"{path}: {file_bytes:,} bytes, but its last tensor {brief(previous)} ends at "
+            f"{covered:,}; wanted no byte more"
+        )
     return file_bytes, headers
 
 
@@ -296,8 +320,10 @@ def _read_json(path: Path, prefixed: bool = False) -> tuple[bytes, int]:
             if prefixed:
                 length, room = int.from_bytes(file.read(8), "little"), file_bytes - 8
             if length > MAX_JSON_BYTES or length > room:
-                raise FourfoldError(f"{path}: a header of {length:,} bytes in a file of {file_bytes:,}; "
-                                    f"wanted in it and <= {MAX_JSON_BYTES:,}. Is the download complete?")
+                raise FourfoldError(
+                    f"{path}: a header of {length:,} bytes in a file of {file_bytes:,}; "
+                    f"wanted in it and <= {MAX_JSON_BYTES:,}. Is the download complete?"
+                )
             return file.read(length), file_bytes
     except FileNotFoundError:
         raise FourfoldError(f"{path}: missing; is the download complete?") from None
@@ -341,15 +367,14 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, file_byt
         raise FourfoldError(f"{where}: data_offsets {brief(offsets)}; wanted a start and an end, both >= 0")
     start, end = data_start + offsets[0], data_start + offsets[1]
     if end > file_bytes:
-        raise FourfoldError(f"{where}: ends at byte {end:,}, the file at {file_bytes:,}; is the download "
-                            "complete?")
+        raise FourfoldError(f"{where}: ends at byte {end:,}, the file at {file_bytes:,}; is the download complete?")
     size_bytes = _tensor_bytes(shape, DTYPES[dtype].itemsize)
     if size_bytes != end - start:
         wanted = "more than 2^63" if size_bytes is None else f"{size_bytes:,}"
-        raise FourfoldError(f"{where}: its data_offsets hold {end - start:,} bytes; wanted {wanted} for "
-                            f"{dtype} {brief(shape)}")
-    return TensorHeader(name=name, dtype=dtype, shape=tuple(shape), shard=path.name, start_byte=start,
-                        end_byte=end)
+        raise FourfoldError(
+            f"{where}: its data_offsets hold {end - start:,} bytes; wanted {wanted} for {dtype} {brief(shape)}"
+        )
+    return TensorHeader(name=name, dtype=dtype, shape=tuple(shape), shard=path.name, start_byte=start, end_byte=end)
 
 
 def _are_sizes(values: object) -> bool:

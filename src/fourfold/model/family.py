@@ -91,8 +91,10 @@ def find_family(model_type: object) -> Family:
     """The family of `config.json`'s model_type. Raises FourfoldError with the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise FourfoldError(f"config.json: model_type is {model_type!r}; fourfold knows {known}. "
-                            "docs/how-to say how a family is added: it is one entry in model/family.py.")
+        raise FourfoldError(
+            f"config.json: model_type is {model_type!r}; fourfold knows {known}. "
+            "CONTRIBUTING.md says how a family is added"
+        )
     return FAMILIES[model_type]
 
 
@@ -103,7 +105,11 @@ def split_names(fused: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, 
     """
     prefix, _, name = fused.rpartition(".")
     experts, rows = shape[0], shape[1]
-    parts = ((GATE, slice(0, rows // 2)), (UP, slice(rows // 2, rows))) if name == "gate_up_proj" else ((DOWN, slice(0, rows)),)
+    parts = (
+        ((GATE, slice(0, rows // 2)), (UP, slice(rows // 2, rows)))
+        if name == "gate_up_proj"
+        else ((DOWN, slice(0, rows)),)
+    )
     for expert in range(experts):
         for projection, place in parts:
             yield f"{prefix}.{expert}.{projection}.weight", expert, place

@@ -84,8 +84,10 @@ def _check_planned(repo: str, planned: list[DryRunFileInfo]) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if wanted > free:
-        raise FourfoldError(f"{repo}: {wanted:,} bytes are to be downloaded to {cache}, where {free:,} are "
-                            "free; make room, or set HF_HUB_CACHE to a folder on a larger disk")
+        raise FourfoldError(
+            f"{repo}: {wanted:,} bytes are to be downloaded to {cache}, where {free:,} are "
+            "free; make room, or set HF_HUB_CACHE to a folder on a larger disk"
+        )
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str:
@@ -96,24 +98,35 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return f"a gated model. Ask for access at {page}, then log in with `hf auth login` and run this again"
     if isinstance(error, RepositoryNotFoundError):
-        return (f"no such folder, and no model at {page} for this account. If it is private, log in with "
-                "`hf auth login` under an account that may read it")
+        return (
+            f"no such folder, and no model at {page} for this account. If it is private, log in with "
+            "`hf auth login` under an account that may read it"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"the model has no branch, tag or commit {revision!r}; see {page}/commits"
     if isinstance(error, LocalEntryNotFoundError):
         offline = isinstance(error.__cause__, OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else type(error.__cause__ or error).__name__
-        return (f"no such folder, not all of it in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be "
-                f"asked ({reason}). Give a local folder with the model, or go online")
+        return (
+            f"no such folder, not all of it in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be "
+            f"asked ({reason}). Give a local folder with the model, or go online"
+        )
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code == 401:
-            return ("the Hub does not accept the token: it is wrong or has expired. Log in with "
-                    "`hf auth login`, or mend HF_TOKEN where that is set")
+            return (
+                "the Hub does not accept the token: it is wrong or has expired. Log in with "
+                "`hf auth login`, or mend HF_TOKEN where that is set"
+            )
         reason = error.server_message or "no reason given"
-        return (f"the Hub answered {error.response.status_code} ({reason}). If that is about access, see "
-                f"{page} and `hf auth login`; if not, run this again later")
+        return (
+            f"the Hub answered {error.response.status_code} ({reason}). If that is about access, see "
+            f"{page} and `hf auth login`; if not, run this again later"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk of the cache {constants.HF_HUB_CACHE} is full; make room, or set HF_HUB_CACHE to "
-                "a folder on a larger disk. Complete files are kept, the same command goes on")
-    return (f"the download broke off ({type(error).__name__}: {error}). Complete files are kept, the same "
-            "command goes on")
+        return (
+            f"the disk of the cache {constants.HF_HUB_CACHE} is full; make room, or set HF_HUB_CACHE to "
+            "a folder on a larger disk. Complete files are kept, the same command goes on"
+        )
+    return (
+        f"the download broke off ({type(error).__name__}: {error}). Complete files are kept, the same command goes on"
+    )

@@ -14,7 +14,7 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
 from fourfold.model.checkpoint import TensorIndex, require_finite
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.skeleton import Skeleton, take_traffic
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
 
@@ -168,13 +168,14 @@ def attend(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Tensor | No
     position_1T = torch.arange(hidden_RTD.shape[1], device=hidden_RTD.device)[None]
     # No mask: rows are full, and scaled_dot_product_attention without one is causal.
     output_RTD = layer.module(
-        hidden_RTD, position_embeddings=layer.rotary(hidden_RTD, position_1T), attention_mask=None, position_ids=position_1T
+        hidden_RTD,
+        position_embeddings=layer.rotary(hidden_RTD, position_1T),
+        attention_mask=None,
+        position_ids=position_1T,
     )
     if not layer.is_routed:
         return output_RTD, None, None
-    experts = layer.module.mlp.experts
-    input_TD, index_TA, weight_TA = experts.traffic
-    del experts.traffic
+    input_TD, index_TA, weight_TA = take_traffic(layer.module)
     return output_RTD, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA)
 
 
@@ -216,7 +217,7 @@ def expert_hidden(
 
 
 def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tensor:
-    """The routed experts' output [T, D] of one batch of tokens, summed over each token's experts as transformers does."""
+    """The routed experts' output [T, D] for a batch of tokens, summed over a token's experts as transformers does."""
     gate_up_ENK, down_ENK = layer.stacks
     pairs = sort_pairs(routing, gate_up_ENK.shape[0])
     hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)

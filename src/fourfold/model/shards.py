@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import CHUNK_BYTES, DTYPE_NAMES, DTYPES, INDEX_NAME, TensorIndex, raw_bytes
+from fourfold.model.checkpoint import CHUNK_BYTES, DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
 
 # Copied byte for byte from the source where they are there (docs/formats.md).
 SIDECARS = (
@@ -61,8 +61,9 @@ class OutputTensor:
     def copied(cls, index: TensorIndex, source: str, name: str | None = None) -> OutputTensor:
         """A tensor of another checkpoint, streamed from it when its turn comes, perhaps under a new name."""
         header = index.header(source)
-        return cls(name=name or source, dtype=header.dtype, shape=header.shape,
-                   data=functools.partial(index.chunks, source))
+        return cls(
+            name=name or source, dtype=header.dtype, shape=header.shape, data=functools.partial(index.chunks, source)
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -100,14 +101,13 @@ def write_shard(folder: Path, name: str, tensors: Iterable[OutputTensor]) -> Wri
                 _write(descriptor, chunk)
                 written += len(chunk)
             assert written == tensor.size_bytes, f"{written} bytes for {tensor.name} {tensor.shape}"
-    return WrittenShard(name=name, size_bytes=len(header) + tensor_bytes, sha256=sha.hexdigest(),
-                        tensor_bytes=tensor_bytes, keys=tuple(tensor.name for tensor in ordered))
-
-
-def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write `model.safetensors.index.json`. total_size: bytes of all tensors, without headers."""
-    content = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
-    write_text(folder / INDEX_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return WrittenShard(
+        name=name,
+        size_bytes=len(header) + tensor_bytes,
+        sha256=sha.hexdigest(),
+        tensor_bytes=tensor_bytes,
+        keys=tuple(tensor.name for tensor in ordered),
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -157,7 +157,7 @@ def _chunks(tensor: OutputTensor) -> Iterator[bytes | memoryview]:
     assert (tensor.data.dtype, tuple(tensor.data.shape)) == stated, f"{tensor.name}: holds no {stated}"
     content = raw_bytes(tensor.data.detach().cpu().contiguous())
     for start in range(0, len(content), CHUNK_BYTES):
-        yield content[start:start + CHUNK_BYTES]
+        yield content[start : start + CHUNK_BYTES]
 
 
 @contextmanager
@@ -186,15 +186,17 @@ def _why_unwritten(path: Path, size_bytes: int, error: OSError) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"could not be written ({size_bytes:,} bytes): {error.strerror}"
     free = shutil.disk_usage(path.parent).free
-    return (f"the disk is full ({error.strerror}): {size_bytes:,} bytes are wanted, {free:,} are free. Make "
-            "room and run the same command again: it goes on from here")
+    return (
+        f"the disk is full ({error.strerror}): {size_bytes:,} bytes are wanted, {free:,} are free. Make "
+        "room and run the same command again: it goes on from here"
+    )
 
 
 def _write(descriptor: int, content: bytes | memoryview) -> None:
     """Write all of it; one write may take less than was given, 2 GiB at most."""
     rest = memoryview(content)
     while rest:
-        rest = rest[os.write(descriptor, rest):]
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _sync_folder(folder: Path) -> None:

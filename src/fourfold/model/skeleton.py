@@ -15,17 +15,28 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.family import Family, find_family
 
 CAPTURE = "fourfold_capture"
+TRAFFIC = "fourfold_traffic"
+
+# Its hints about optional CUDA kernels come once per process and cut through a progress bar; errors are still raised.
+logging.set_verbosity(logging.ERROR)
 
 
 def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
     """Keep what a MoE block hands to its experts, and answer with zeros: the layer's output without routed experts."""
-    experts.traffic = (hidden_TD, index_TA, weight_TA)
+    experts.__dict__[TRAFFIC] = (hidden_TD, index_TA, weight_TA)
     return torch.zeros_like(hidden_TD)
+
+
+def take_traffic(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the last forward of a decoder layer handed to its experts: input [T, D], expert ids and weights [T, A]."""
+    traffic: tuple[Tensor, Tensor, Tensor] = module.mlp.experts.__dict__.pop(TRAFFIC)
+    return traffic
 
 
 ALL_EXPERTS_FUNCTIONS.register(CAPTURE, _capture)
@@ -57,7 +68,9 @@ class Skeleton:
             raise FourfoldError(f"{path}: a JSON object is wanted, found {type(raw).__name__}")
         if raw.get("quantization_config") or raw.get("compression_config"):
             method = (raw.get("quantization_config") or raw["compression_config"]).get("quant_method", "unnamed")
-            raise FourfoldError(f"{path}: this checkpoint is quantized already ({method}); start from the BF16 original")
+            raise FourfoldError(
+                f"{path}: this checkpoint is quantized already ({method}); start from the BF16 original"
+            )
         family = find_family(raw.get("model_type"))
         try:
             config = AutoConfig.for_model(**raw)
@@ -90,16 +103,19 @@ class Skeleton:
     def empty_layer(self, layer: int) -> nn.Module:
         """transformers' decoder layer on the meta device."""
         with torch.device("meta"):
-            return self._class(self.family.layer_class)(self.text, layer)
+            module: nn.Module = self._class(self.family.layer_class)(self.text, layer)
+        return module
 
     def empty_norm(self) -> nn.Module:
         """The norm before the output head, on the meta device."""
         with torch.device("meta"):
-            return self._class(self.family.norm_class)(self.text.hidden_size, eps=self.text.rms_norm_eps)
+            module: nn.Module = self._class(self.family.norm_class)(self.text.hidden_size, eps=self.text.rms_norm_eps)
+        return module
 
     def rotary(self, device: torch.device) -> nn.Module:
         """Rotary position embedding; it holds no weights of the checkpoint."""
-        return self._class(self.family.rotary_class)(self.text).to(device)
+        module: nn.Module = self._class(self.family.rotary_class)(self.text)
+        return module.to(device)
 
     def is_routed(self, layer: int) -> bool:
         """Whether this layer has routed experts (dense layers are copied)."""
@@ -111,8 +127,9 @@ class Skeleton:
         From transformers' own model on the meta device; the MTP head, which transformers does not build, is one of
         its full-attention layers and four tensors more (vLLM, models/qwen3_5_mtp.py).
         """
-        transformers_class: type[PreTrainedModel] = getattr(importlib.import_module(self.family.modeling),
-                                                            self.family.architecture)
+        transformers_class: type[PreTrainedModel] = getattr(
+            importlib.import_module(self.family.modeling), self.family.architecture
+        )
         with torch.device("meta"):
             model = transformers_class(self.config)
         tied = set(model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()

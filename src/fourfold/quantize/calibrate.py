@@ -26,9 +26,7 @@ from fourfold.quantize.documents import (
 )
 from fourfold.recipe import HELDOUT_TEXTS, TEXT, Calibration, Heldout, Recipe, Source
 
-OVER_READ = (
-    4  # a file or dataset is read until it gave so many times the tokens wanted; rows are drawn from all
-)
+OVER_READ = 4  # a file or dataset is read until it gave so many times the tokens wanted; rows are drawn from all
 BATCH = 64  # documents tokenized at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -125,9 +123,7 @@ def check_sources(recipe: Recipe) -> None:
             check_file(path)
 
 
-def collect(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Progress | None = None
-) -> CalibrationRows:
+def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Progress | None = None) -> CalibrationRows:
     """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed.
 
     The documents of a source are shuffled, put one after another and cut into rows; the wanted number of them
@@ -292,9 +288,7 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerBase, name: str) -
     try:
         return str(tokenizer.apply_chat_template(document.content, tokenize=False))
     except (TemplateError, TypeError) as error:
-        raise FourfoldError(
-            f"{document.place}: the chat template refuses this conversation: {error}"
-        ) from None
+        raise FourfoldError(f"{document.place}: the chat template refuses this conversation: {error}") from None
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -353,6 +347,4 @@ def _too_little(bundled: Sequence[_Pool], length: int) -> str:
 
 
 def _digest(token_RT: Tensor) -> str:
-    return hashlib.sha256(
-        str(tuple(token_RT.shape)).encode() + token_RT.numpy().astype("<i8").tobytes()
-    ).hexdigest()
+    return hashlib.sha256(str(tuple(token_RT.shape)).encode() + token_RT.numpy().astype("<i8").tobytes()).hexdigest()

@@ -120,9 +120,7 @@ def has_draft(skeleton: Skeleton, names: Iterable[str]) -> bool:
     return skeleton.has_mtp and any(name.startswith(skeleton.family.mtp_prefix) for name in names)
 
 
-def _wanted(
-    skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe
-) -> Iterator[tuple[str, _Wanted]]:
+def _wanted(skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe) -> Iterator[tuple[str, _Wanted]]:
     """Every tensor that must be there, experts in the layout that each layer has on disk."""
     family, draft = skeleton.family, has_draft(skeleton, headers)
     for name, shape in skeleton.expected():
@@ -133,11 +131,7 @@ def _wanted(
         group, reason = _kept_group(skeleton, name)
         if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
             prefix = name[: name.rindex(".") + 1]
-            one = (
-                _wanted_draft_expert(name, shape)
-                if layer is None
-                else _wanted_expert(name, shape, layer, recipe)
-            )
+            one = _wanted_draft_expert(name, shape) if layer is None else _wanted_expert(name, shape, layer, recipe)
             yield from _wanted_experts(name, shape, one, is_fused(headers, prefix))
             continue
         # Rows go through these matrices in BF16. Vectors (A_log, norms) are published in F32 here and there.
@@ -183,9 +177,7 @@ def _wanted_draft_expert(name: str, shape: tuple[int, ...]) -> _Wanted:
     )
 
 
-def _wanted_experts(
-    name: str, shape: tuple[int, ...], one: _Wanted, fused: bool
-) -> Iterator[tuple[str, _Wanted]]:
+def _wanted_experts(name: str, shape: tuple[int, ...], one: _Wanted, fused: bool) -> Iterator[tuple[str, _Wanted]]:
     """A stack of experts as it lies on disk, or its E (or 2E) projections one by one."""
     prefix, _, stack = name.rpartition(".")
     projections = (GATE, UP) if stack == "gate_up_proj" else (DOWN,)

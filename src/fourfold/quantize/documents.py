@@ -197,9 +197,7 @@ def _conversation(place: str, record: dict[str, Any], fields: Sequence[str]) -> 
     """The messages in the one field of a record; none for null."""
     _require_fields(place, list(record), fields)
     messages = record[fields[0]] or []
-    if not isinstance(messages, list) or not all(
-        isinstance(item, dict) and "role" in item for item in messages
-    ):
+    if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
         wanted = "a list of messages with `role` and `content`"
         raise FourfoldError(f"{place}: field {fields[0]!r} is no conversation; {wanted} is wanted")
     return messages

@@ -164,16 +164,12 @@ def factor_flop(work: Workload) -> float:
 
 def target_flop(work: Workload) -> float:
     """W C H^-1: one GEMM and two triangular solves; nothing where the target is the weight itself."""
-    return (
-        _per_solve(work, sum(4.0 * outputs * inputs**2 for inputs, outputs in work.sites)) * work.asymmetric
-    )
+    return _per_solve(work, sum(4.0 * outputs * inputs**2 for inputs, outputs in work.sites)) * work.asymmetric
 
 
 def columns_flop(work: Workload) -> float:
     """GEMMs over all earlier errors, before each block of columns."""
-    return _per_solve(
-        work, sum(outputs * inputs * max(inputs - COLUMNS, 0) for inputs, outputs in work.sites)
-    )
+    return _per_solve(work, sum(outputs * inputs * max(inputs - COLUMNS, 0) for inputs, outputs in work.sites))
 
 
 def in_block_flop(work: Workload) -> float:

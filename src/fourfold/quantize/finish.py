@@ -24,7 +24,7 @@ from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
 from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
 from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
-from fourfold.quantize.journal import FINISHED, Journal
+from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.recipe import dump_recipe
 
@@ -99,7 +99,7 @@ def finish(
     }
     write_text(out / FINISHED, dump(state))
     tell("finish", text="journal")
-    journal.close()
+    close(out)
     return read_summary(out)
 
 
@@ -147,12 +147,7 @@ def fourfold_json(
         "format": plan.recipe.format,
         "model_type": plan.skeleton.family.model_type,
         "source": {"headers": plan.index.digest, "content": _digest(records, "source_digest")},
-        "calibration": {
-            "digest": calibration.digest,
-            "rows": list(calibration.token_RT.shape),
-            "sources": [dataclasses.asdict(source) for source in calibration.sources],
-            "notes": list(calibration.notes),
-        },
+        "calibration": calibration.to_json(),
         "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
         "output": {
             "content": _digest(records, "sha256"),
@@ -162,7 +157,8 @@ def fourfold_json(
         "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
         "settings": dataclasses.asdict(journal.settings),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
 

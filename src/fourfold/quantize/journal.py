@@ -62,13 +62,17 @@ def hold(out: Path) -> Iterator[None]:
         state.mkdir(parents=True, exist_ok=True)
         handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise FourfoldError(f"{out}: OUT cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise FourfoldError(
+            f"{out}: OUT cannot be written ({error.strerror}); name a folder you may write to"
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            raise FourfoldError(f"{out}: {owner} works on this OUT right now; wait for it, or name another OUT") from None
+            raise FourfoldError(
+                f"{out}: {owner} works on this OUT right now; wait for it, or name another OUT"
+            ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
@@ -98,12 +102,14 @@ class Journal:
         write_text(_records_folder(self.out) / f"{record.shard}.json", json.dumps(dataclasses.asdict(record)))
         self._records[record.shard] = record
 
-    def close(self) -> None:
-        """The run is finished and its records are folded into fourfold.json: remove them. The log stays."""
-        for path in sorted(_records_folder(self.out).iterdir()):
-            path.unlink()
-        _records_folder(self.out).rmdir()
-        (self.out / STATE / "run.json").unlink()
+
+def close(out: Path) -> None:
+    """The run is finished and its records are folded into fourfold.json: remove them. The log stays."""
+    records = _records_folder(out)
+    for path in [*records.glob("*"), out / STATE / "run.json"]:
+        path.unlink(missing_ok=True)
+    if records.is_dir():
+        records.rmdir()
 
 
 def _records_folder(out: Path) -> Path:
@@ -124,7 +130,10 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         batches = Batches(**state["settings"]["batches"])
-        before, settings = Identity(**state["identity"]), Settings(batches=batches, threads=state["settings"]["threads"])
+        before, settings = (
+            Identity(**state["identity"]),
+            Settings(batches=batches, threads=state["settings"]["threads"]),
+        )
         read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FourfoldError(f"{path}: the journal cannot be read ({error}); start over with --restart") from None

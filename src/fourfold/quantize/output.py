@@ -24,7 +24,7 @@ from fourfold.quantize.plan import Plan, RestShard
 
 
 class Writer:
-    """One thread that works behind the loop, one job at a time; a failed job is raised at the next submit or at join."""
+    """One thread that works behind the loop, a job at a time; a failed job is raised at the next submit or at join."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
@@ -43,7 +43,9 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
 
@@ -59,8 +61,10 @@ def read_experts(plan: Plan, out: Path, record: ShardRecord, dtype: torch.dtype)
     """
     found = sha256_file(out / record.shard)
     if found != record.sha256:
-        raise FourfoldError(f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
-                            "the file was changed or damaged. Start over with --restart")
+        raise FourfoldError(
+            f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
+            "the file was changed or damaged. Start over with --restart"
+        )
     if not plan.layers[record.layer].routed:
         return None
     index = TensorIndex.open_shards(out, [record.shard])
@@ -87,7 +91,9 @@ def sha256_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise FourfoldError(f"{path}: a finished shard cannot be read: {error.strerror}; start over with --restart") from None
+        raise FourfoldError(
+            f"{path}: a finished shard cannot be read: {error.strerror}; start over with --restart"
+        ) from None
 
 
 def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
@@ -106,7 +112,9 @@ def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
     )
 
 
-def _tensor(header: TensorHeader, name: str, shape: tuple[int, ...], data: Callable[[], Iterator[memoryview]]) -> OutputTensor:
+def _tensor(
+    header: TensorHeader, name: str, shape: tuple[int, ...], data: Callable[[], Iterator[memoryview]]
+) -> OutputTensor:
     return OutputTensor(name=name, dtype=header.dtype, shape=shape, data=data)
 
 

@@ -136,8 +136,7 @@ class Plan:
             "projections": self.projections,
             "groups": [dataclasses.asdict(row) for row in self.groups()],
             "shards": {part.shard: part.bytes_after for part in self.parts},
-            "memory": dataclasses.asdict(memory)
-            | _figures(memory, "host_peak_bytes", "device_peak_bytes", "fits"),
+            "memory": dataclasses.asdict(memory) | _figures(memory, "host_peak_bytes", "device_peak_bytes", "fits"),
             "disk": dataclasses.asdict(disk) | _figures(disk, "needed_bytes", "enough"),
             "time": dataclasses.asdict(time) | _figures(time, "pflop", "compute_seconds", "seconds"),
             "warnings": list(self.warnings),
@@ -240,9 +239,7 @@ def _check_widths(skeleton: Skeleton, recipe: Recipe) -> None:
     for name in ("hidden_size", "moe_intermediate_size"):
         width = getattr(text, name)
         if width % size:
-            fitting = next(
-                (f"take {group}" for group in (128, 64, 32) if width % group == 0), "no group fits"
-            )
+            fitting = next((f"take {group}" for group in (128, 64, 32) if width % group == 0), "no group fits")
             raise FourfoldError(f"scheme.group_size = {size} does not divide {name} = {width}; {fitting}")
 
 
@@ -262,9 +259,7 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         largest = max(ids + [token["id"] for token in content.get("added_tokens") or ()])
     except (ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(
-            f"{path}: no tokenizer that transformers reads ({error!r}); download it again"
-        ) from None
+        raise FourfoldError(f"{path}: no tokenizer that transformers reads ({error!r}); download it again") from None
     if largest >= vocabulary:
         raise FourfoldError(
             f"{path}: holds token id {largest}, config.json's vocab_size is {vocabulary}; this is another "
@@ -302,8 +297,7 @@ def _lay_out(
         for layer, own in enumerate(by_layer)
     )
     return layers, tuple(
-        RestShard(shard=shard, claims=tuple(own))
-        for shard, own in zip(shards[len(layers) :], rest, strict=True)
+        RestShard(shard=shard, claims=tuple(own)) for shard, own in zip(shards[len(layers) :], rest, strict=True)
     )
 
 

@@ -22,6 +22,7 @@ from fourfold.quantize.journal import (
     Settings,
     check_out,
     clear,
+    close,
     finished_identity,
     hold,
     log,
@@ -146,6 +147,7 @@ def _run(plan: Plan, out: Path, recipe: Recipe, device: torch.device, watch: Wat
     finished = finished_identity(out)
     if finished is not None:
         refuse_changes(out, identity, finished)
+        close(out)  # a run killed after its last file left its journal
         watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
         return finish.read_summary(out)
     settings = Settings(
