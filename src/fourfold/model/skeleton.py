@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import set_verbosity
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.family import Family, find_family
@@ -24,7 +25,7 @@ CAPTURE = "fourfold_capture"
 TRAFFIC = "fourfold_traffic"
 
 # Its hints about optional CUDA kernels come once per process and cut through a progress bar; errors are still raised.
-logging.set_verbosity(logging.ERROR)
+set_verbosity(logging.ERROR)
 
 
 def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
