@@ -5,6 +5,7 @@ Each figure is a function of its own, so that it can be held against a measureme
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 

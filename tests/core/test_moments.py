@@ -1,0 +1,314 @@
+"""Moments against the token-by-token reference, and what pooling and damping do at the edges."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from functools import reduce
+from operator import add
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import problems
+import reference
+from fourfold.core import moments
+from fourfold.datatypes import FourfoldError, Moments
+from problems import Problem
+
+KINDS = [("diagonal", 1e-4), ("diagonal", 0.0), ("mean", 0.0)]
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return problems.make()
+
+
+@pytest.fixture(scope="module")
+def own(problem: Problem) -> Moments:
+    return accumulate(problem)
+
+
+@pytest.fixture(scope="module")
+def expected(problem: Problem) -> list[reference.Moments]:
+    return [reference.moments(*(values.numpy() for values in problem.tokens_of(expert))) for expert in range(3)]
+
+
+def accumulate(problem: Problem, *, cross: bool = True) -> Moments:
+    target_TK = problem.target_TK if cross else None
+    return moments.accumulate(problem.input_TK, target_TK, problem.token_S, problem.weight_S, problem.offsets)
+
+
+def of_tokens(input_TK: Tensor, weight_T: Tensor | None = None) -> Moments:
+    """One expert that all tokens go to."""
+    weight_T = torch.ones(len(input_TK)) if weight_T is None else weight_T
+    return moments.accumulate(input_TK, None, torch.arange(len(input_TK)), weight_T, [0, len(input_TK)])
+
+
+def part(problem: Problem, first: int, last: int) -> Problem:
+    """The pairs first..last of each expert, as a chunk of tokens brings them."""
+    places = [torch.arange(*problem.offsets[e : e + 2])[first:last] for e in range(len(problem.offsets) - 1)]
+    place_S, counts = torch.cat(places), [len(place) for place in places]
+    return dataclasses.replace(
+        problem,
+        token_S=problem.token_S[place_S],
+        weight_S=problem.weight_S[place_S],
+        offsets=[sum(counts[:e]) for e in range(len(counts) + 1)],
+    )
+
+
+def worst(found: Tensor, wanted: np.ndarray) -> float:
+    """Largest difference as a share of the largest value."""
+    return float(np.abs(problems.array(found) - wanted).max() / np.abs(wanted).max())
+
+
+def assert_same_bits(found: Moments, wanted: Moments) -> None:
+    for field in dataclasses.fields(Moments):
+        assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
+
+
+# ---- accumulate
+
+
+@pytest.mark.parametrize("pairs_per_piece", [7, 64, 16_384])
+def test_sums_are_those_of_float64(
+    problem: Problem, expected: list[reference.Moments], pairs_per_piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "PAIRS_PER_PIECE", pairs_per_piece)
+    found = accumulate(problem)
+    assert all(tensor.dtype == torch.float32 for tensor in (found.hessian_EKK, found.weight_E, found.energy2_E))
+    for expert, sums in enumerate(expected):
+        assert worst(found.hessian_EKK[expert], sums.hessian_KK) < 1e-6
+        assert found.cross_EKK is not None and worst(found.cross_EKK[expert], sums.cross_KK) < 1e-6
+        assert found.weight_E[expert].item() == pytest.approx(sums.weight, rel=1e-6)
+        assert found.energy2_E[expert].item() == pytest.approx(sums.energy2, rel=1e-6)
+        assert found.count_E[expert].item() == sums.count
+    assert found.count_E.sum() == 2 * len(problem.input_TK)
+
+
+def test_one_token_is_its_rounded_outer_product_to_the_bit() -> None:
+    x_K = torch.tensor([1.0, -0.3, 1000.0, 3e-5])
+    root = torch.tensor(0.7).sqrt()
+    scaled_K = (x_K * root).bfloat16().float()
+    found = of_tokens(x_K[None], torch.tensor([0.7]))
+    assert torch.equal(found.hessian_EKK[0], scaled_K[:, None] * scaled_K)
+    assert not torch.equal(scaled_K, x_K * root)  # so rounding is what is tested
+
+
+def test_the_difference_of_the_streams_is_formed_before_it_is_rounded() -> None:
+    # 0.001 beside 1: to subtract values rounded to bfloat16 would give 0.
+    input_TK = torch.tensor([[1.0, 2.0]])
+    target_TK = torch.tensor([[1.001, 2.0]])
+    found = moments.accumulate(input_TK, target_TK, torch.tensor([0]), torch.ones(1), [0, 1])
+    assert found.cross_EKK is not None
+    difference = (target_TK - input_TK).bfloat16().float()[0, 0]
+    assert torch.equal(found.cross_EKK[0], torch.stack([difference * input_TK[0], torch.zeros(2)]))
+    assert found.cross_EKK[0, 0, 1] == 2 * found.cross_EKK[0, 0, 0] > 0.0019  # not symmetric: rows are differences
+
+
+def test_hessians_are_symmetric_and_of_the_expert_alone(problem: Problem, own: Moments) -> None:
+    assert torch.equal(own.hessian_EKK, own.hessian_EKK.mT)
+    for expert in range(3):
+        pairs = slice(problem.offsets[expert], problem.offsets[expert + 1])
+        alone = dataclasses.replace(
+            problem,
+            token_S=problem.token_S[pairs],
+            weight_S=problem.weight_S[pairs],
+            offsets=[0, pairs.stop - pairs.start],
+        )
+        found = accumulate(alone)
+        assert torch.equal(found.hessian_EKK[0], own.hessian_EKK[expert])
+        assert found.cross_EKK is not None and own.cross_EKK is not None
+        assert torch.equal(found.cross_EKK[0], own.cross_EKK[expert])
+
+
+def test_an_expert_without_tokens_has_zeros_and_a_reader_that_asks_for_no_cross_gets_none(problem: Problem) -> None:
+    offsets = [0, 0, *problem.offsets[1:]]
+    found = moments.accumulate(problem.input_TK, None, problem.token_S, problem.weight_S, offsets)
+    assert found.cross_EKK is None and found.count_E[0] == 0 and found.weight_E[0] == 0 and found.energy2_E[0] == 0
+    assert not found.hessian_EKK[0].any()
+    rest = accumulate(problem, cross=False)
+    assert torch.equal(found.hessian_EKK[1:], rest.hessian_EKK)
+
+
+@pytest.mark.parametrize("cuts", [(100,), (1, 2), (0, 50, 50, 200)])
+def test_chunks_of_tokens_merge(problem: Problem, own: Moments, cuts: tuple[int, ...]) -> None:
+    bounds = [0, *cuts, 1000]
+    chunks = [part(problem, first, last) for first, last in itertools.pairwise(bounds)]
+    merged = reduce(add, [accumulate(chunk) for chunk in chunks])
+    for field in dataclasses.fields(Moments):
+        found, wanted = getattr(merged, field.name), getattr(own, field.name)
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max(), field.name
+    assert torch.equal(merged.count_E, own.count_E)
+    assert_same_bits(reduce(add, [accumulate(chunk) for chunk in chunks]), merged)
+
+
+def test_moments_with_and_without_cross_do_not_merge(problem: Problem, own: Moments) -> None:
+    without = accumulate(problem, cross=False)
+    assert (without + without).cross_EKK is None
+    for pair in ((own, without), (without, own)):
+        with pytest.raises(ValueError, match="cross"):
+            add(*pair)
+
+
+def test_same_bits_again(problem: Problem, own: Moments) -> None:
+    assert_same_bits(accumulate(problem), own)
+
+
+# ---- pool
+
+
+def test_pool_is_the_weighted_mean(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_T = torch.rand(len(problem.input_TK), generator=torch.Generator().manual_seed(1))
+    inputs = problem.input_TK.float().numpy()
+    sums = reference.moments(inputs, inputs, weight_T.numpy())
+    for pairs_per_piece in (100, 16_384):
+        monkeypatch.setattr(moments, "PAIRS_PER_PIECE", pairs_per_piece)
+        found = moments.pool(problem.input_TK, weight_T)
+        assert found.dtype == torch.float32 and worst(found, sums.hessian_KK / sums.weight) < 1e-6
+
+
+def test_pool_of_the_layer_is_what_its_experts_add_up_to(problem: Problem, own: Moments) -> None:
+    weight_T = torch.zeros(len(problem.input_TK)).index_add(0, problem.token_S, problem.weight_S)
+    assert torch.allclose(weight_T, torch.ones_like(weight_T))  # renormalised router weights
+    wanted = own.hessian_EKK.sum(dim=0) / own.weight_E.sum()
+    # sqrt(w) x is rounded to 8 bits once per expert, or once: each product may be 2^-8 off, their mean much less
+    assert worst(moments.pool(problem.input_TK, weight_T), problems.array(wanted)) < 1e-3
+
+
+# ---- effective tokens
+
+
+def test_effective_tokens_follow_the_definition(own: Moments, expected: list[reference.Moments]) -> None:
+    found = moments.effective_tokens(own).tolist()
+    assert found == pytest.approx([reference.effective_tokens(sums) for sums in expected], rel=1e-5)
+    assert all(1 < m < 0.8 * sums.count for m, sums in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("scales", "effective"), [([], 0), ([3], 1), ([2] * 40, 40), ([1] * 40 + [1e3], 1), ([0], 0)])
+def test_loud_tokens_count_as_few(scales: list[float], effective: float) -> None:
+    x_1K = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    found = moments.effective_tokens(of_tokens(torch.tensor(scales).reshape(-1, 1) * x_1K))
+    assert found.item() == pytest.approx(effective, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=30), st.integers(0, 2**16))
+def test_effective_tokens_lie_between_one_and_the_count(scales: list[float], seed: int) -> None:
+    x_TK = torch.tensor(scales)[:, None] * torch.randn(len(scales), 8, generator=torch.Generator().manual_seed(seed))
+    found = moments.effective_tokens(of_tokens(x_TK)).item()
+    assert 1 - 1e-5 <= found <= len(scales)
+
+
+# ---- shrink
+
+
+@pytest.mark.parametrize("n0", [0.0, 1.5, 128.0, 1e6])
+@pytest.mark.parametrize("effective", [True, False])
+@pytest.mark.parametrize("trace_matched", [True, False])
+def test_shrink_follows_the_definition(
+    own: Moments, expected: list[reference.Moments], n0: float, effective: bool, trace_matched: bool
+) -> None:
+    pool_EKK = 3 * own.hessian_EKK.roll(1, dims=0) / own.weight_E.sum()
+    found, m_E = moments.shrink(own, pool_EKK, n0, effective=effective, trace_matched=trace_matched)
+    for expert, sums in enumerate(expected):
+        wanted, m = reference.shrink(
+            sums, problems.array(pool_EKK[expert]), n0, effective=effective, trace_matched=trace_matched
+        )
+        assert worst(found[expert], wanted) < 5e-6
+        assert m_E[expert].item() == pytest.approx(m, rel=1e-5)
+    shared, _ = moments.shrink(own, pool_EKK[0], n0, effective=effective, trace_matched=trace_matched)
+    assert torch.equal(shared[0], found[0])  # one pool for all is used like one of each
+
+
+def test_shrink_returns_new_tensors(own: Moments) -> None:
+    pool_KK, before = own.hessian_EKK[0].clone(), own.hessian_EKK.clone()
+    found, _ = moments.shrink(own, pool_KK, 1.0, effective=True, trace_matched=True)
+    found.zero_()
+    assert torch.equal(own.hessian_EKK, before) and torch.equal(pool_KK, before[0])
+
+
+@pytest.mark.parametrize("n0", [0.0, 0.3, 128.0])
+@pytest.mark.parametrize("effective", [True, False])
+def test_without_tokens_the_pool_itself(n0: float, effective: bool) -> None:
+    pool_KK = of_tokens(torch.randn(50, 8, generator=torch.Generator().manual_seed(3))).hessian_EKK[0] / 7
+    nothing = of_tokens(torch.empty(0, 8))
+    found, m_E = moments.shrink(nothing, pool_KK, n0, effective=effective, trace_matched=True)
+    assert torch.equal(found[0], pool_KK) and m_E.item() == 0
+
+
+def test_a_matched_pool_is_as_loud_as_the_expert(own: Moments) -> None:
+    for loudness in (1e-3, 1.0, 1e3):
+        found, _ = moments.shrink(own, loudness * own.hessian_EKK, 1e9, effective=True, trace_matched=True)
+        assert torch.allclose(moments.trace(found), moments.trace(own.hessian_EKK) / own.weight_E, rtol=1e-4)
+
+
+def test_duplicated_tokens_change_the_confidence_only(problem: Problem) -> None:
+    once = of_tokens(problem.input_TK[:20])
+    twice = of_tokens(problem.input_TK[:20].repeat(2, 1))
+    shrunk = [moments.shrink(sums, torch.eye(256), 0.0, effective=True, trace_matched=True) for sums in (once, twice)]
+    assert torch.allclose(shrunk[0][0], shrunk[1][0], rtol=1e-5, atol=1e-9)
+    assert shrunk[1][1].item() == pytest.approx(2 * shrunk[0][1].item(), rel=1e-5)
+
+
+def test_a_silent_pool_leaves_the_own_moments(own: Moments) -> None:
+    """All random rows may be 0 in neurons that routed tokens wake up: the pool then has nothing to say."""
+    pool_EKK = torch.zeros_like(own.hessian_EKK)
+    found, m_E = moments.shrink(own, pool_EKK, 128.0, effective=True, trace_matched=True)
+    assert found.isfinite().all()
+    wanted = own.hessian_EKK * (m_E / (m_E + 128) / own.weight_E)[:, None, None]
+    assert torch.allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_moment_that_is_not_finite_is_an_error_naming_the_expert(own: Moments, bad: float) -> None:
+    hessian_EKK = own.hessian_EKK.clone()
+    hessian_EKK[1, 5, 5] = bad
+    broken = dataclasses.replace(own, hessian_EKK=hessian_EKK)
+    with pytest.raises(FourfoldError, match=r"expert 1\b.*not finite"):
+        moments.shrink(broken, own.hessian_EKK[0], 1.0, effective=True, trace_matched=True)
+
+
+@pytest.mark.parametrize("effective", [True, False])
+def test_cross_shrinks_to_zero(own: Moments, expected: list[reference.Moments], effective: bool) -> None:
+    m_E = moments.effective_tokens(own) if effective else own.count_E.float()
+    found = moments.shrink_cross(own, m_E, 128.0)
+    for expert, sums in enumerate(expected):
+        assert worst(found[expert], reference.shrink_cross(sums, m_E[expert].item(), 128.0)) < 5e-6
+    assert not torch.equal(found, own.cross_EKK)
+    nothing = dataclasses.replace(of_tokens(torch.empty(0, 4)), cross_EKK=torch.zeros(1, 4, 4))
+    assert not moments.shrink_cross(nothing, torch.zeros(1), 0.0).any()
+
+
+# ---- damping
+
+
+@pytest.mark.parametrize(("kind", "floor"), KINDS)
+def test_damping_follows_the_definition(own: Moments, kind: str, floor: float) -> None:
+    delta_E = torch.tensor([0.05, 0.2, 1.0])
+    hessian_EKK = own.hessian_EKK.clone()
+    hessian_EKK[1, :, :200], hessian_EKK[1, :200] = 0, 0  # dead channels: the median is 0
+    found = hessian_EKK + torch.diag_embed(moments.damping(hessian_EKK, delta_E, kind, floor))
+    for expert in range(3):
+        wanted = reference.damp(problems.array(hessian_EKK[expert]), delta_E[expert].item(), kind, floor)
+        assert worst(found[expert], wanted) < 1e-6
+        small = np.diag(wanted) < 1e-3 * wanted.max()
+        quiet = torch.from_numpy(np.diag(wanted)[small]).float()
+        assert torch.allclose(found[expert].diagonal()[torch.from_numpy(small)], quiet, rtol=1e-5)
+
+
+def test_a_loud_channel_does_not_drown_the_others() -> None:
+    hessian_EKK = torch.diag(torch.tensor([1e6, 1.0, 1.0, 1.0, 1.0]))[None]
+    relative = moments.damping(hessian_EKK, torch.tensor([0.05]), "diagonal", 1e-4)
+    assert torch.allclose(relative, torch.tensor([[5e4, *[0.0501] * 4]]), rtol=1e-5)
+    assert (moments.damping(hessian_EKK, torch.tensor([0.05]), "mean", 0.0) > 1e4).all()
+
+
+@pytest.mark.parametrize(("kind", "floor"), [("diagonal", 1e-4), ("mean", 0.0)])
+def test_all_dead_channels_are_damped_alike(kind: str, floor: float) -> None:
+    added_EK = moments.damping(torch.zeros(2, 8, 8), torch.tensor([0.05, 0.1]), kind, floor)
+    assert (added_EK > 0).all() and added_EK.isfinite().all() and (added_EK == added_EK[:, :1]).all()
