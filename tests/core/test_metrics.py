@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_full_vocabulary(chunk: int, seed: int, monk
         assert getattr(found, name).dtype == torch.float64
         assert np.abs(getattr(found, name).numpy() - getattr(wanted, name)).max() < 1e-5, name
     assert (found.agree_T.numpy() == wanted.agree_T).all() and 0 < found.agree_T.float().mean() < 1
-    assert found.kl_T.min() > 0.01  # so that 1e-5 says something
+    assert found.kl_T.min() > 0.005  # so that 1e-5 says something
 
 
 def test_a_small_divergence_is_resolved() -> None:

@@ -153,7 +153,8 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     No input is changed; feedback's diagonal and lower triangle are not read.
     """
     # Columns first: each step then reads and writes contiguous rows.
-    target_EBN, scale_EBN = target_ENB.mT.contiguous(), scale_ENB.mT.contiguous()
+    target_EBN = target_ENB.mT.clone(memory_format=torch.contiguous_format)  # changed below
+    scale_EBN = scale_ENB.mT.contiguous()
     weight_EBN = weight_ENB.mT.contiguous()
     codes_EBN, error_EBN = torch.empty_like(target_EBN, dtype=torch.int8), torch.empty_like(target_EBN)
     columns = target_EBN.shape[1]

@@ -82,7 +82,8 @@ def shrink(
     tau_E = torch.ones_like(m_E)
     if trace_matched:
         ratio_E = own_trace_E / weight_E / trace(pool_EKK).clamp(min=torch.finfo(torch.float32).tiny)
-        tau_E = ratio_E.where(seen_E, 1.0)
+        # A pool without energy has nothing to say, however loud the expert is: 0 times infinity is no moment.
+        tau_E = ratio_E.where(seen_E & ratio_E.isfinite(), 1.0)
     total_E = m_E + n0
     alone_E = total_E <= 0  # no tokens and no pool asked for: the pool is all there is
     own_E = (m_E / total_E.where(~alone_E, 1.0) / weight_E)[:, None, None]
