@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+import checkpoints
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
