@@ -116,13 +116,16 @@ def test_search_is_brute_force(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tailed", [False, True])
 def test_search_is_never_worse_than_absmax(importance_EK: Tensor, seed: int, tailed: bool) -> None:
+    """By its own cost. Absmax is the factor 16/15, which 0.45, 0.47 ... 1.15 steps over: hence the second search."""
     weight_ENK = problems.make(seed=seed).weight_ENK
     weight_ENK = weight_ENK * weight_ENK.abs() if tailed else weight_ENK
-    searched = grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH)
-    absmax = grid.absmax_scales(weight_ENK, GROUP, "bf16")
-    best, plain = cost(weight_ENK, searched, importance_EK), cost(weight_ENK, absmax, importance_EK)
-    # 2 / 15 lies between two candidates, so a single group may do a little better with it.
-    assert (best <= plain * 1.05).all() and best.sum() < 0.8 * plain.sum()
+    plain = cost(weight_ENK, grid.absmax_scales(weight_ENK, GROUP, "bf16"), importance_EK)
+    best = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH), importance_EK)
+    assert (best <= 1.02 * plain).all() and (best.sum(dim=-1) < plain.sum(dim=-1)).all()
+    assert best.sum() < 0.6 * plain.sum()
+    holding = ScaleSearch(low=7 / 15, high=16 / 15, steps=10, signed=True, dtype="bf16")
+    surely = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, holding), importance_EK)
+    assert (surely <= plain * (1 + 1e-5)).all()
     unsigned = dataclasses.replace(SEARCH, signed=False)
     one_side = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, unsigned), importance_EK)
     assert (best <= one_side * (1 + 1e-5)).all() and best.sum() < one_side.sum()
@@ -143,9 +146,8 @@ def test_ties_go_to_the_first() -> None:
     assert grid.search_scales(group_of(8.0, -7.0, 3.0), ones_EK, GROUP, wide).item() == 1.25
     unseen = grid.search_scales(group_of(8.0, -7.0, 3.0), 0 * ones_EK, GROUP, SEARCH)
     assert unseen.item() == grid.stored(torch.tensor(0.45), "bf16")
-    # 0.5 and 1 both hit 4 exactly
+    # 3 is 6 halves and 3 ones: both exactly
     halves = ScaleSearch(low=0.5, high=1.0, steps=2, signed=False, dtype="bf16")
-    assert grid.search_scales(group_of(-8.0, 4.0), torch.tensor([[0.0] + [1.0] * 31]), GROUP, halves).item() in (0.5, 1)
     heavy = torch.tensor([[0.0, 1.0] + [0.0] * 30])
     assert grid.search_scales(group_of(-8.0, 3.0), heavy, GROUP, halves).item() == 0.5
 

@@ -81,9 +81,10 @@ def shrink(
     weight_E = moments.weight_E.where(seen_E, 1.0)
     tau_E = torch.ones_like(m_E)
     if trace_matched:
-        ratio_E = own_trace_E / weight_E / trace(pool_EKK).clamp(min=torch.finfo(torch.float32).tiny)
-        # A pool without energy has nothing to say, however loud the expert is: 0 times infinity is no moment.
-        tau_E = ratio_E.where(seen_E & ratio_E.isfinite(), 1.0)
+        # A pool without energy has nothing to say, however loud the expert: a huge tau times 0 would be NaN.
+        pool_trace_E = trace(pool_EKK).expand_as(m_E)
+        matched_E = seen_E & (pool_trace_E > 0)
+        tau_E = (own_trace_E / weight_E / pool_trace_E.where(matched_E, 1.0)).where(matched_E, 1.0)
     total_E = m_E + n0
     alone_E = total_E <= 0  # no tokens and no pool asked for: the pool is all there is
     own_E = (m_E / total_E.where(~alone_E, 1.0) / weight_E)[:, None, None]
