@@ -1,0 +1,42 @@
+"""Finished runs that end-to-end tests share; a test that changes one works on a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import releases
+from fourfold.recipe import Recipe, load_recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+    """small("solver.passes=0", ...): the small recipe with overrides."""
+    path = releases.write_recipe(tmp_path_factory.mktemp("recipe"))
+    return lambda *overrides: load_recipe(str(path), overrides)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of qwen3_5_moe, linear and full attention; experts and MTP fused, vision, every sidecar."""
+    return releases.make_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="session")
+def release(source: Path, small: MakeRecipe) -> Path:
+    """`source` quantized by the small recipe."""
+    out = source.parent / "release"
+    releases.run(source, out, small())
+    return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Defects that are known and not mended yet, one test id a line; strict, so a mended one must leave the list."""
+    known = set(Path(__file__).with_name("known_defects.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in known:
+            item.add_marker(pytest.mark.xfail(strict=True, reason="known defect: tests/quantize/known_defects.txt"))

@@ -1,0 +1,306 @@
+"""A whole layer solved: chunks of experts, names, rows of the log, and what the streams have to do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+import problems
+import reference
+from fourfold.core import pack
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
+from fourfold.model.layer import DecoderLayer, Pairs, Routing, sort_pairs
+from fourfold.quantize import solve
+from fourfold.quantize.observe import Batches, Observed, Traffic
+from fourfold.recipe import Recipe, load_recipe
+
+EXPERTS, HIDDEN, WIDTH, TOKENS, GROUP = 4, 64, 96, 240, 32
+PREFIX = "model.layers.2.mlp.experts."
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """See tests/core/conftest.py."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(preset: str = "best", **solver: Any) -> Recipe:
+    chosen = load_recipe(preset, [f"scheme.group_size={GROUP}"])
+    return replace(chosen, solver=replace(chosen.solver, **solver))
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def layer() -> DecoderLayer:
+    return DecoderLayer(
+        index=2,
+        module=nn.Identity(),
+        rotary=nn.Identity(),
+        activation=silu,
+        gate_up_ENK=(0.1 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1)).bfloat16(),
+        down_ENK=(0.1 * normal(EXPERTS, HIDDEN, WIDTH, seed=2)).bfloat16(),
+    )
+
+
+@pytest.fixture(scope="module")
+def observed() -> Observed:
+    """Expert 3 gets no token, as its score is never among the best two."""
+    input_TD = normal(TOKENS, HIDDEN, seed=3) * torch.arange(1, HIDDEN + 1) ** -0.4
+    score_TE = normal(TOKENS, EXPERTS, seed=4)
+    score_TE[:, 3] = -10
+    value_TA, index_TA = score_TE.softmax(dim=1).topk(2)
+    routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
+    rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
+    traffic = Traffic(rows=rows, input_TD=input_TD.bfloat16(), routing=routing, pairs=sort_pairs(routing, EXPERTS))
+    target_TD = input_TD + 0.1 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
+    return Observed(traffic=traffic, target_TD=target_TD.bfloat16())
+
+
+def solve_with(layer: DecoderLayer, observed: Observed, recipe: Recipe, experts: int = EXPERTS) -> LayerResult:
+    if not recipe.solver.asymmetric:
+        observed = replace(observed, target_TD=None)
+    batches, ticks = Batches(rows=1, tokens=TOKENS, experts=experts), list[int]()
+    result = solve.solve_layer(layer, observed, recipe, batches, PREFIX, ticks.append)
+    assert sum(ticks) == EXPERTS and max(ticks) == experts
+    return result
+
+
+@pytest.fixture(scope="module")
+def result(layer: DecoderLayer, observed: Observed) -> LayerResult:
+    return solve_with(layer, observed, recipe())
+
+
+def stacked(layer: DecoderLayer) -> dict[str, Tensor]:
+    """The source weights by projection, fp32."""
+    gate_up_ENK, down_ENK = (stack.float() for stack in layer.stacks)
+    return {"gate_proj": gate_up_ENK[:, :WIDTH], "up_proj": gate_up_ENK[:, WIDTH:], "down_proj": down_ENK}
+
+
+def on_disk(result: LayerResult, expert: int, projection: str) -> np.ndarray:
+    """A projection's weights, unpacked by the reference from what is to be written (compressed-tensors)."""
+    name = f"{PREFIX}{expert}.{projection}."
+    codes = np.array(reference.unpack_compressed_tensors(result.tensors[name + "weight_packed"].tolist()))
+    return reference.dequantize(codes, problems.array(result.tensors[name + "weight_scale"]))
+
+
+def traffic_of(observed: Observed) -> tuple[Tensor, Pairs]:
+    assert observed.traffic.input_TD is not None and observed.traffic.pairs is not None
+    return observed.traffic.input_TD, observed.traffic.pairs
+
+
+def hessian_of(observed: Observed, expert: int, *, weighted: bool) -> np.ndarray:
+    """Mean of w x x^T over an expert's tokens, float64."""
+    input_TD, pairs = traffic_of(observed)
+    place = slice(pairs.offsets[expert], pairs.offsets[expert + 1])
+    inputs = input_TD[pairs.token_S[place]].float().numpy()
+    weights = pairs.weight_S[place].float().numpy() if weighted else np.ones(len(inputs), dtype=np.float32)
+    own = reference.moments(inputs, inputs, weights)
+    return own.hessian_KK / own.weight
+
+
+# ---- tensors
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "gptq_v2"])
+def test_every_expert_has_every_tensor(layer: DecoderLayer, observed: Observed, format: str) -> None:
+    found = solve_with(layer, observed, replace(recipe("fast", passes=0), format=format), experts=3)
+    wanted = {}
+    for expert in range(EXPERTS):
+        for projection, weight_ENK in stacked(layer).items():
+            shapes = pack.tensor_shapes(format, *weight_ENK.shape[1:], GROUP)
+            wanted |= {f"{PREFIX}{expert}.{projection}.{suffix}": shape for suffix, (_, shape) in shapes.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in found.tensors.items()} == wanted
+
+
+def test_the_streams_multiply_by_what_is_on_disk(layer: DecoderLayer, result: LayerResult) -> None:
+    assert result.gate_up_ENK is not None and result.down_ENK is not None
+    released = stacked(layer.with_experts(result.gate_up_ENK, result.down_ENK))
+    for expert in range(EXPERTS):
+        for projection in PROJECTIONS:
+            wanted = torch.from_numpy(on_disk(result, expert, projection)).float().bfloat16().float()
+            assert torch.equal(released[projection][expert], wanted)
+            source = stacked(layer)[projection][expert]
+            assert 0.01 < (wanted - source).norm() / source.norm() < 0.4
+    assert result.gate_up_ENK.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("preset", ["best", "fast", "card"])
+def test_chunks_of_experts_do_not_matter(layer: DecoderLayer, observed: Observed, preset: str) -> None:
+    whole = solve_with(layer, observed, recipe(preset))
+    for experts in (1, 3):
+        found = solve_with(layer, observed, recipe(preset), experts)
+        assert found.tensors.keys() == whole.tensors.keys()
+        assert all(torch.equal(found.tensors[name], whole.tensors[name]) for name in whole.tensors)
+        rows, wanted = (
+            {(row.expert, row.projection): replace(row, seconds=0.0) for row in some.projections}
+            for some in (found, whole)
+        )
+        assert rows.keys() == wanted.keys()
+        for key, row in rows.items():
+            for field in dataclasses.fields(row):
+                value = getattr(wanted[key], field.name)
+                close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                assert getattr(row, field.name) == close, field.name
+
+
+def test_the_source_weights_stay(layer: DecoderLayer, observed: Observed) -> None:
+    before = [stack.clone() for stack in layer.stacks]
+    solve_with(layer, observed, recipe())
+    assert all(torch.equal(stack, old) for stack, old in zip(layer.stacks, before, strict=True))
+
+
+# ---- rows of the log
+
+
+def row_of(result: LayerResult, expert: int, projection: str) -> ProjectionStatistics:
+    (row,) = (row for row in result.projections if (row.expert, row.projection) == (expert, projection))
+    return row
+
+
+def test_every_projection_of_every_expert_has_a_row(result: LayerResult, observed: Observed) -> None:
+    _, pairs = traffic_of(observed)
+    counts = [last - first for first, last in zip(pairs.offsets, pairs.offsets[1:], strict=False)]
+    assert len(result.projections) == EXPERTS * 3 and counts[3] == 0
+    for expert in range(EXPERTS):
+        for projection in PROJECTIONS:
+            row = row_of(result, expert, projection)
+            assert (row.layer, row.method, row.passes, row.tokens) == (2, Method.GPTQ, 2, counts[expert])
+            assert row.damping == pytest.approx(0.05) and 0 <= row.effective_tokens <= counts[expert]
+            assert (row.gptqmodel_loss is None) == (counts[expert] == 0) and row.seconds > 0
+    spent = sum(row.seconds for row in result.projections)
+    assert spent == pytest.approx(sum(result.seconds.values())) and set(result.seconds) == {"moments", "solve"}
+
+
+def test_rows_can_be_recomputed_from_the_release(layer: DecoderLayer, result: LayerResult) -> None:
+    for expert in range(EXPERTS):
+        for projection in PROJECTIONS:
+            row, weight_NK = row_of(result, expert, projection), problems.array(stacked(layer)[projection][expert])
+            error = np.linalg.norm(weight_NK - on_disk(result, expert, projection)) / np.linalg.norm(weight_NK)
+            assert row.weight_error == pytest.approx(error, rel=1e-4)
+            scales = problems.array(result.tensors[f"{PREFIX}{expert}.{projection}.weight_scale"])
+            assert (row.scale_min, row.scale_max) == (np.abs(scales).min(), np.abs(scales).max())
+            assert row.scale_negative_share == pytest.approx((scales < 0).mean())
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
+def test_relative_error_is_of_the_projections_own_rows(
+    layer: DecoderLayer, observed: Observed, result: LayerResult, projection: str
+) -> None:
+    for expert in range(3):
+        weight_NK = problems.array(stacked(layer)[projection][expert])
+        error_NK = weight_NK - on_disk(result, expert, projection)
+        hessian_KK = hessian_of(observed, expert, weighted=True)
+        wanted = reference.proxy(error_NK, hessian_KK) / reference.proxy(weight_NK, hessian_KK)
+        assert row_of(result, expert, projection).relative_error == pytest.approx(wanted, rel=1e-3)
+
+
+def test_gptqmodel_loss_is_what_gptq_itself_sums_up(layer: DecoderLayer, observed: Observed) -> None:
+    """Section 10, with w = 1: tr(Err (H + .05 mean(diag H) I) Err^T) / n is the sum of ((w - s q) / U_jj)^2 / n."""
+    chosen = replace(recipe("card", fallback_share=0.0), format="compressed-tensors")
+    chosen = replace(chosen, scheme=replace(chosen.scheme, scale_dtype="bf16"))
+    found = solve_with(layer, observed, chosen)
+    for expert in range(3):
+        for projection in ("gate_proj", "up_proj"):
+            mean_KK = hessian_of(observed, expert, weighted=False)
+            damped_KK = reference.damp(mean_KK, 0.05, "mean", 0.0)
+            weight_NK = problems.array(stacked(layer)[projection][expert])
+            scale_NG = reference.absmax_scales(weight_NK, GROUP, "bf16")
+            order = reference.order_columns(np.diag(mean_KK).tolist(), "group-aware", GROUP)
+            _, loss = reference.gptq(weight_NK, scale_NG, damped_KK, order)
+            row = row_of(found, expert, projection)
+            assert row.gptqmodel_loss == pytest.approx(loss / row.tokens, rel=1e-2)
+            error_NK = weight_NK - on_disk(found, expert, projection)
+            assert row.gptqmodel_loss == pytest.approx(reference.proxy(error_NK, damped_KK) / row.tokens, rel=1e-4)
+
+
+def test_rounded_experts_are_logged_as_such(layer: DecoderLayer, observed: Observed) -> None:
+    found = solve_with(layer, observed, recipe("card"))
+    for projection in PROJECTIONS:
+        row = row_of(found, 3, projection)
+        assert (row.method, row.passes, row.tokens) == (Method.RTN, 0, 0)
+        assert row_of(found, 0, projection).method == Method.GPTQ
+
+
+def test_weights_of_zero_have_no_relative_error(layer: DecoderLayer, observed: Observed) -> None:
+    silent = layer.with_experts(torch.zeros_like(layer.stacks[0]), torch.zeros_like(layer.stacks[1]))
+    found = solve_with(silent, observed, recipe())
+    for row in found.projections:
+        assert row.weight_error == row.relative_error == row.scale_negative_share == 0
+        assert row.scale_min == row.scale_max == 2.0**-17
+
+
+# ---- fields of the recipe that act before a site is made
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "changed"),
+    [("router_weighted", False, PROJECTIONS), ("pool_rows", 50, ("down_proj",)), ("asymmetric", False, PROJECTIONS)],
+)
+def test_every_field_does_something(
+    layer: DecoderLayer, observed: Observed, result: LayerResult, field: str, value: object, changed: tuple[str, ...]
+) -> None:
+    found = solve_with(layer, observed, recipe(**{field: value}))
+    differing = {name.split(".")[-2] for name in result.tensors
+                 if not torch.equal(found.tensors[name], result.tensors[name])}  # fmt: skip
+    assert differing == set(changed)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_down_sees_the_released_gate_and_up_on_the_release_stream(
+    layer: DecoderLayer, observed: Observed, asymmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def watch(name: str) -> None:
+        original = getattr(solve, name)
+
+        def watched(chunk: Any, layer: Any, used_ENK: Tensor, *rest: Any) -> Any:
+            seen.append(used_ENK.clone())
+            return original(chunk, layer, used_ENK, *rest)
+
+        monkeypatch.setattr(solve, name, watched)
+
+    watch("down_moments")
+    watch("down_pool")
+    found = solve_with(layer, observed, recipe(asymmetric=asymmetric), experts=2)
+    assert found.gate_up_ENK is not None and len(seen) == 4
+    wanted_ENK = found.gate_up_ENK if asymmetric else layer.stacks[0]
+    for call, used_ENK in enumerate(seen):
+        first = 2 * (call // 2)
+        assert torch.equal(used_ENK, wanted_ENK[first : first + 2])
+
+
+# ---- what is not finite
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, 2, 1])
+def test_an_error_names_the_layer_and_the_expert_itself(
+    layer: DecoderLayer, observed: Observed, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the expert's place in its chunk."""
+    original = solve.gate_up_moments
+
+    def broken(chunk: Any) -> Moments:
+        own: Moments = original(chunk)
+        if 2 in chunk.experts:
+            own.hessian_EKK[2 - chunk.experts.start, 0, 0] = torch.inf
+        return own
+
+    monkeypatch.setattr(solve, "gate_up_moments", broken)
+    with pytest.raises(FourfoldError, match=r"layer 2\b.*expert 2\b.*not finite"):
+        solve_with(layer, observed, recipe(), experts)

@@ -1,0 +1,230 @@
+"""What a run measures on its way is what transformers' whole models give, and what it logs is what it wrote."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import checkpoints
+import releases
+from fourfold.recipe import CALIBRATION_TEXTS, Recipe, load_recipe
+
+PREFIX = "model.language_model."
+WINDOWS, LENGTH = 8, 256
+BUILTINS = range(len(CALIBRATION_TEXTS))
+COLUMNS = ["layer", "expert", "projection", "method", "weight_error", "relative_error", "gptqmodel_loss", "tokens",
+           "effective_tokens", "damping", "passes", "scale_min", "scale_max", "scale_negative_share",
+           "seconds"]  # fmt: skip
+MakeRecipe = Callable[..., Recipe]
+Log = list[dict[str, str]]
+
+
+# --- the example, against whole models ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A whole model on the held-out windows.
+
+    log_PV: log-probabilities at each predicted position, in float64; next_P: the true next tokens;
+    hidden: by layer, the states after it; chosen: by layer, the experts of each token [T, A].
+    """
+
+    log_PV: Tensor
+    next_P: Tensor
+    hidden: list[Tensor]
+    chosen: list[Tensor]
+
+    @property
+    def perplexity(self) -> float:
+        return (-self.log_PV.gather(1, self.next_P[:, None])).mean().exp().item()
+
+
+@torch.no_grad()
+def see(model: Any, token_RT: Tensor) -> Seen:
+    """One forward pass. The head is applied again, in float64: BF16 logits are rounded by more than KL may be off."""
+    hidden: list[Tensor] = []
+    chosen: list[Tensor] = []
+    last: list[Tensor] = []
+    layers = model.model.language_model.layers
+    handles = [model.lm_head.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))]
+    handles += [layer.register_forward_hook(lambda _, __, output: hidden.append(output)) for layer in layers]
+    handles += [layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.append(out[-1])) for layer in layers]
+    model(input_ids=token_RT)
+    for handle in handles:
+        handle.remove()
+    logits_PV = last[0][:, :-1].flatten(0, 1).double() @ model.lm_head.weight.double().T
+    return Seen(logits_PV.log_softmax(dim=1), token_RT[:, 1:].flatten(), hidden, chosen)
+
+
+@dataclass(frozen=True)
+class Compared:
+    metrics: dict[str, Any]
+    source: Seen
+    release: Seen
+
+
+@pytest.fixture(scope="module")
+def compared(example_model: Path, small: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """metrics.json of the example's release, and both whole models in transformers on the same windows."""
+    out = tmp_path_factory.mktemp("example") / "out"
+    recipe = small(f"heldout.windows={WINDOWS}", f"heldout.length={LENGTH}", "solver.passes=0", 'solver.scale="absmax"')
+    releases.run(example_model, out, recipe)
+    text = Path(recipe.heldout.path).read_text(encoding="utf-8")
+    tokens = AutoTokenizer.from_pretrained(example_model)(text, add_special_tokens=False).input_ids
+    token_RT = torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+    model = AutoModelForImageTextToText.from_pretrained(example_model, dtype=torch.bfloat16)
+    source = see(model, token_RT)
+    found = releases.tensors(out)
+    for index, layer in enumerate(model.model.language_model.layers):
+        experts = layer.mlp.experts
+        for expert in range(len(experts.down_proj)):
+            gate, up, down = (releases.dequantize(found, f"{PREFIX}layers.{index}.mlp.experts.{expert}.{part}.")
+                              for part in releases.PROJECTIONS)  # fmt: skip
+            experts.gate_up_proj.data[expert], experts.down_proj.data[expert] = torch.cat([gate, up]), down
+    return Compared(releases.read_json(out / "metrics.json"), source, see(model, token_RT))
+
+
+def test_perplexities_are_those_of_the_whole_models(compared: Compared) -> None:
+    summary = compared.metrics["summary"]
+    assert summary["positions"] == WINDOWS * (LENGTH - 1)
+    assert summary["perplexity_source"] == pytest.approx(compared.source.perplexity, rel=0.002)
+    assert summary["perplexity_release"] == pytest.approx(compared.release.perplexity, rel=0.002)
+    assert summary["perplexity_ratio"] == summary["perplexity_release"] / summary["perplexity_source"]
+
+
+def test_divergence_is_that_of_the_whole_models(compared: Compared) -> None:
+    summary, source_PV, release_PV = compared.metrics["summary"], compared.source.log_PV, compared.release.log_PV
+    kl_P = (source_PV.exp() * (source_PV - release_PV)).sum(dim=1)
+    assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=0.05)
+    assert summary["kl_median"] == pytest.approx(kl_P.median().item(), rel=0.1)
+    same_P = source_PV.argmax(dim=1) == release_PV.argmax(dim=1)
+    assert summary["top1_agreement"] == pytest.approx(same_P.double().mean().item(), abs=0.01)
+    entropy = -(source_PV.exp() * source_PV).sum(dim=1).mean().item()
+    assert summary["entropy_source"] == pytest.approx(entropy, rel=0.002)
+
+
+def test_drift_of_each_layer_is_that_of_the_whole_models(compared: Compared) -> None:
+    drifts = compared.metrics["layers"]
+    assert [drift["layer"] for drift in drifts] == [0, 1, 2, 3]
+    assert drifts[0]["router_agreement"] == 1, "both streams are one until the first layer's experts"
+    for drift in drifts:
+        layer = drift["layer"]
+        source, release = (seen.hidden[layer].double() for seen in (compared.source, compared.release))
+        assert drift["hidden_error"] == pytest.approx(((release - source).norm() / source.norm()).item(), rel=0.05)
+        source, release = (seen.chosen[layer] for seen in (compared.source, compared.release))
+        shared = (source[:, :, None] == release[:, None, :]).any(dim=2).double().mean().item()
+        assert drift["router_agreement"] == pytest.approx(shared, abs=0.01)
+        assert 0 < drift["hidden_error"] < 0.2 and drift["router_agreement"] > 0.9
+
+
+def test_protocol_says_how_it_was_measured(compared: Compared) -> None:
+    protocol = compared.metrics["protocol"]
+    assert (protocol["windows"], protocol["window"], protocol["predictions_per_window"]) == (WINDOWS, LENGTH, 255)
+    assert not protocol["bos"] and protocol["windows_available"] >= WINDOWS
+
+
+# --- the log, against the shards ------------------------------------------------------------------
+
+
+def read_log(out: Path) -> Log:
+    with (out / "quant_log.csv").open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        assert list(table.fieldnames or ()) == COLUMNS
+        return list(table)
+
+
+def check_log(out: Path, source: Path, experts: int, pairs: int) -> Log:
+    """A row per projection, in order, and in each what the shards hold. pairs: (token, expert) pairs of a layer."""
+    log, found, before = read_log(out), releases.tensors(out), releases.tensors(source)
+    layers = sorted({int(row["layer"]) for row in log})
+    wanted = [(layer, expert, projection) for layer in layers for expert in range(experts)
+              for projection in sorted(releases.PROJECTIONS)]  # fmt: skip
+    assert [(int(row["layer"]), int(row["expert"]), row["projection"]) for row in log] == wanted
+    for row in log:
+        name = f"{PREFIX}layers.{row['layer']}.mlp.experts.{row['expert']}.{row['projection']}."
+        weight = releases.source_weight(before, name)
+        error = (releases.dequantize(found, name) - weight).norm() / weight.norm()
+        assert float(row["weight_error"]) == pytest.approx(error.item(), rel=1e-4), name
+        _, scales = releases.codes_and_scales(found, name)
+        assert float(row["scale_min"]) == pytest.approx(scales.abs().min().item(), rel=1e-5)
+        assert float(row["scale_max"]) == pytest.approx(scales.abs().max().item(), rel=1e-5)
+        assert float(row["scale_negative_share"]) == pytest.approx((scales < 0).double().mean().item(), abs=1e-5)
+        assert 0 < float(row["relative_error"]) < 0.1
+        assert 0 < float(row["gptqmodel_loss"])
+        assert 0 < float(row["effective_tokens"]) <= int(row["tokens"]) * (1 + 1e-5)
+    for layer in layers:
+        for projection in releases.PROJECTIONS:
+            own = [row for row in log if (row["layer"], row["projection"]) == (str(layer), projection)]
+            assert sum(int(row["tokens"]) for row in own) == pairs
+    return log
+
+
+def test_log_is_what_the_shards_hold(source: Path, release: Path) -> None:
+    log = check_log(release, source, experts=4, pairs=8 * 128 * 2)
+    assert len(log) == 2 * 4 * 3
+    assert Counter(row["method"] for row in log) == {"gptq": len(log)}
+    assert releases.read_json(release / "fourfold.json")["methods"] == {"gptq": len(log)}
+    assert {row["passes"] for row in log} == {"2"}
+
+
+def preset(name: str, *overrides: str) -> Recipe:
+    """A preset as it ships, on 16 rows of 128 tokens from the built-in texts."""
+    rows = [f"calibration.sources.{number}.rows=4" for number in BUILTINS]
+    return load_recipe(name, ["calibration.length=128", *rows, "heldout.windows=2", "heldout.length=128", *overrides])
+
+
+@pytest.mark.parametrize("storage", ["compressed-tensors", "gptq"])
+def test_fast_is_best_on_one_stream(source: Path, release: Path, tmp_path: Path, storage: str) -> None:
+    summary = releases.run(source, tmp_path / "out", preset("fast", f'format="{storage}"'))
+    log = check_log(tmp_path / "out", source, experts=4, pairs=16 * 128 * 2)
+    assert summary.methods == {"gptq": len(log)} == {"gptq": 24}
+    assert 0 < summary.metrics["kl_mean"] < 0.05
+
+
+def test_card_rounds_what_is_below_its_share_and_best_nothing(source: Path, tmp_path: Path) -> None:
+    share = 0.5  # about half of the experts of this model get fewer
+    releases.run(source, tmp_path / "out", preset("card", f"solver.fallback_share={share}"))
+    log, found = check_log(tmp_path / "out", source, experts=4, pairs=16 * 128 * 2), releases.tensors(tmp_path / "out")
+    assert set(Counter(row["method"] for row in log)) == {"gptq", "rtn"}
+    before = releases.tensors(source)
+    for row in log:
+        name = f"{PREFIX}layers.{row['layer']}.mlp.experts.{row['expert']}.{row['projection']}."
+        assert row["method"] == ("rtn" if int(row["tokens"]) < share * 16 * 128 else "gptq"), row
+        assert (row["passes"], row["scale_negative_share"]) == ("0", "0")
+        codes, scales = releases.codes_and_scales(found, name)
+        ratio = releases.source_weight(before, name) / scales.repeat_interleave(128, dim=1)
+        rounded = codes == ratio.round().clamp(-8, 7)
+        assert rounded.double().mean() > 0.9999 if row["method"] == "rtn" else rounded.double().mean() < 0.95
+        assert (found[f"{name}qzeros"] == 0x88888888 - 2**32).all()  # gptq_v2
+
+
+def test_an_expert_without_tokens_is_solved_all_the_same(source: Path, small: MakeRecipe, tmp_path: Path) -> None:
+    """Expert 3's router row is the mean of the others', so that it is never the best of four."""
+    model = shutil.copytree(source, tmp_path / "model")
+
+    def starve(tensors: dict[str, Tensor]) -> None:
+        gate_ED = tensors[f"{PREFIX}layers.1.mlp.gate.weight"]
+        gate_ED[3] = gate_ED[:3].mean(dim=0)
+
+    checkpoints.edit(model, starve)
+    checkpoints.edit_json(model / "config.json", lambda config: config["text_config"].update(num_experts_per_tok=1))
+    releases.run(model, tmp_path / "out", small())
+    log = read_log(tmp_path / "out")
+    starved = [row for row in log if row["tokens"] == "0"]
+    assert {(row["layer"], row["expert"]) for row in starved} == {("1", "3")}
+    assert [row["method"] for row in starved] == ["gptq"] * 3
+    assert [row["gptqmodel_loss"] for row in starved] == [""] * 3
+    errors = {row["projection"]: float(row["weight_error"]) for row in log if row["layer"] == "1"}
+    for row in starved:
+        assert float(row["weight_error"]) < 1.5 * errors[row["projection"]]

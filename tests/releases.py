@@ -1,0 +1,163 @@
+"""Small runs for end-to-end tests, and what is in a release: its tensors, unpacked by docs/formats.md alone.
+
+Nothing here that reads a release imports fourfold; reading goes through safetensors' own reader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import checkpoints
+from fourfold.datatypes import Event
+from fourfold.quantize.finish import Summary
+from fourfold.quantize.run import quantize
+from fourfold.recipe import HELDOUT_TEXTS, TEXT, Recipe
+
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+MEMORY_BYTES = 2 * 2**30  # the same batches on every machine
+RECIPE = """
+name = "small"
+[calibration]
+length = 128
+[[calibration.sources]]
+builtin = "general"
+rows = 8
+[heldout]
+path = "heldout.txt"
+windows = 2
+length = 128
+[solver]
+pool_rows = 256
+"""
+RECORDED = ("seconds", "peak_memory_bytes", "finished_at")  # of the machine and the day, not of the result
+
+# Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
+SIDECARS = {
+    "added_tokens.json": b'{"<a>": 2047}',
+    "special_tokens_map.json": b'{\r\n "pad_token": "<|endoftext|>"}',
+    "preprocessor_config.json": b'{"size": {"longest_edge": 16777216}}',
+    "video_preprocessor_config.json": b"{}\n",
+    "LICENSE": "Apache \u2013 no newline at the end".encode(),
+}
+
+
+def write_recipe(folder: Path) -> Path:
+    """RECIPE as a file. Its held-out text is the start of the bundled one, whose tokens alone would take a second."""
+    text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")
+    (folder / "heldout.txt").write_text(text[:12_000], encoding="utf-8")
+    (folder / "small.toml").write_text(RECIPE, encoding="utf-8")
+    return folder / "small.toml"
+
+
+def make_source(folder: Path, **options: Any) -> Path:
+    """checkpoints.tiny with every sidecar, and its vectors in F32, as A_log and norms are published here and there."""
+    checkpoints.tiny(folder, **options)
+    for name, content in SIDECARS.items():
+        (folder / name).write_bytes(content)
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.float() for name, value in tensors.items() if value.ndim == 1})
+
+    checkpoints.edit(folder, widen)
+    return folder
+
+
+def run(model: Path, out: Path, recipe: Recipe, **options: Any) -> Summary:
+    return quantize(model, out, recipe, **{"memory_bytes": MEMORY_BYTES} | options)
+
+
+def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> Callable[[Event], None]:
+    """A progress callback that raises where a stage begins, as Ctrl-C would."""
+
+    def tell(event: Event) -> None:
+        if (event.kind, event.stage, event.layer, event.done) == ("stage", stage, layer, 0):
+            raise KeyboardInterrupt if error is None else error
+
+    return tell
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    """Every file's bytes, what is recorded of time and memory taken out."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    del found[".fourfold/run.log"], found[".fourfold/lock"]
+    state = json.loads(found["fourfold.json"])
+    found["fourfold.json"] = json.dumps({key: value for key, value in state.items() if key not in RECORDED}).encode()
+    table = [line.rsplit(b",", 1)[0] for line in found["quant_log.csv"].splitlines()]
+    assert table[0].endswith(b"scale_negative_share"), "the last column is `seconds`"
+    found["quant_log.csv"] = b"\n".join(table)
+    return found
+
+
+# --- what is in a folder of shards ----------------------------------------------------------------
+
+
+def shards(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Shard name -> its tensors by name, through safetensors' own reader."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found[path.name] = {name: file.get_tensor(name) for name in file.keys()}
+    return found
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint; each is in one shard only."""
+    parts = shards(folder).values()
+    whole = {name: value for part in parts for name, value in part.items()}
+    assert len(whole) == sum(map(len, parts))
+    return whole
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def expert_names(prefix: str, layers: range, experts: int) -> Iterator[tuple[int, int, str, str]]:
+    """(layer, expert, projection, `....mlp.experts.E.gate_proj.`). prefix: of the text model's tensors."""
+    for layer in layers:
+        for expert in range(experts):
+            for projection in PROJECTIONS:
+                yield layer, expert, projection, f"{prefix}layers.{layer}.mlp.experts.{expert}.{projection}."
+
+
+# --- the unpacker, written from docs/formats.md ---------------------------------------------------
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """int32 [N, W] to codes [N, 8 W] in int64: nibble q + 8, the lowest nibble is the lowest input feature."""
+    unsigned = words.to(torch.int64) % 2**32
+    nibbles = torch.stack([unsigned // 16**place % 16 for place in range(8)], dim=-1)
+    return nibbles.reshape(len(words), -1) - 8
+
+
+def codes_and_scales(found: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """A projection's codes [N, K] and scales [N, G] in float64, from whichever storage it is in."""
+    if f"{name}weight_packed" in found:
+        return unpack_words(found[f"{name}weight_packed"]), found[f"{name}weight_scale"].double()
+    return unpack_words(found[f"{name}qweight"].T), found[f"{name}scales"].T.double()
+
+
+def dequantize(found: dict[str, Tensor], name: str) -> Tensor:
+    """A projection's weight [N, K] in float64: code times the scale of its row and group. Exact."""
+    codes, scales = codes_and_scales(found, name)
+    group = codes.shape[1] // scales.shape[1]
+    return codes * scales[:, torch.arange(codes.shape[1]) // group]
+
+
+def source_weight(found: dict[str, Tensor], name: str) -> Tensor:
+    """The same projection [N, K] of a BF16 checkpoint, in float64, from either layout."""
+    if f"{name}weight" in found:
+        return found[f"{name}weight"].double()
+    prefix, expert, projection = name.rstrip(".").rsplit(".", 2)
+    if projection == "down_proj":
+        return found[f"{prefix}.down_proj"][int(expert)].double()
+    gate, up = found[f"{prefix}.gate_up_proj"][int(expert)].double().chunk(2)
+    return gate if projection == "gate_proj" else up
