@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from torch import Tensor
 import problems
 import reference
 from fourfold.core import gptq, grid
-from fourfold.core.gptq import Damping, Factor
+from fourfold.core.gptq import Damping, Factor, Refit
 from problems import GROUP
 
 ORDERS = ["activation", "group-aware", "natural"]
 DAMPING = Damping(delta=0.05, kind="diagonal", floor=1e-4, retries=(0.1, 0.2, 0.5, 1.0))
+SIGNED = Refit(dtype="bf16", signed=True)
 UNDAMPED = Damping(delta=0.0, kind="diagonal", floor=0.0, retries=())
+
+Inblock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,10 @@ def factorize(hessian_EKK: Tensor, order: str = "activation", settings: Damping 
     """The factor, and the damped Hessians that it is of."""
     damped_EKK = hessian_EKK.clone()
     return gptq.factorize_(damped_EKK, settings, order, GROUP), damped_EKK
+
+
+def refit_of(dtype: str) -> Refit | None:
+    return Refit(dtype=dtype, signed=True) if dtype else None
 
 
 def damped(hessian_EKK: Tensor, expert: int) -> NDArray[np.float64]:
@@ -140,7 +148,7 @@ def test_a_diagonal_in_place_of_the_factor_is_plain_rounding() -> None:
     assert torch.equal(factor.natural_pivot(), hessian_EKK.diagonal(dim1=1, dim2=2))
     codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
     assert torch.equal(codes_ENK, grid.round_to_nearest(weight_ENK, scale_ENG))
-    refined = gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, "")
+    refined = gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, None)
     assert torch.equal(refined[0], codes_ENK)
 
 
@@ -173,19 +181,17 @@ def test_codes_are_those_of_textbook_gptq(
         assert proxy == pytest.approx(loss, rel=1e-12)  # what GPTQ logs
 
 
-@pytest.mark.parametrize(("block", "sub_block"), [(32, 16), (256, 256), (256, 1), (40, 7), (1, 1)])
+@pytest.mark.parametrize("block", [32, 256, 40, 1])
 def test_blocks_do_not_matter(
     weight_ENK: Tensor,
     hessian_EKK: Tensor,
     scale_ENG: Tensor,
     block: int,
-    sub_block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     factor, _ = factorize(hessian_EKK)
     wanted = gptq.solve_codes(weight_ENK, scale_ENG, factor)
     monkeypatch.setattr(gptq, "BLOCK", block)
-    monkeypatch.setattr(gptq, "SUB_BLOCK", sub_block)
     assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor), wanted)
 
 
@@ -264,23 +270,39 @@ def test_feedback_pays(weight_ENK: Tensor, hessian_EKK: Tensor, scale_ENG: Tenso
 # ---- the serial kernel
 
 
+@pytest.mark.parametrize("inblock", [gptq.inblock, gptq.inblock_torch], ids=["native", "torch"])
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 20), st.integers(0, 2**16))
-def test_inblock_is_column_by_column_in_exact_arithmetic(columns: int, rows: int, sub_block: int, seed: int) -> None:
+@given(columns=st.integers(1, 40), rows=st.integers(1, 6), seed=st.integers(0, 2**16))
+def test_inblock_is_column_by_column_in_exact_arithmetic(inblock: Inblock, columns: int, rows: int, seed: int) -> None:
     """Halves, quarters and few bits: no operation rounds, ties are real ties, so every bit must be equal."""
     scale = 2.0 ** integers(-1, 1, 2, rows, columns, seed=seed) * (1 - 2 * integers(0, 2, 2, rows, columns, seed=1))
     target, weight = integers(-24, 25, 2, 2, rows, columns, seed=seed + 1) / 4
     feedback = integers(-1, 2, 2, columns, columns, seed=seed + 2) / 2
     feedback *= torch.rand(feedback.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
     unread = torch.where(torch.ones(columns, columns).triu(1) > 0, feedback, torch.nan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq, "SUB_BLOCK", sub_block)
-        codes, error = gptq.inblock(target.clone(), weight, unread, scale)
+    codes, error = inblock(target.clone(), weight, unread, scale)
     assert codes.dtype == torch.int8
     for expert in range(2):
         arrays = (problems.array(tensor[expert]) for tensor in (target, weight, feedback, scale))
         wanted_codes, wanted_error = reference.in_block(*arrays)
         assert (codes[expert].numpy() == wanted_codes).all() and (error[expert].numpy() == wanted_error).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_inblock_is_torchs_on_any_number_of_threads(threads: int) -> None:
+    """Rows that fill no part of the kernel's, views with strides, a scale for the whole row."""
+    weight_ENK = problems.make(experts=2, outputs=150, seed=9).weight_ENK
+    target_ENB, weight_ENB = weight_ENK[:, :, 32:160] * 1.01, weight_ENK[:, :, 32:160]
+    feedback_EBB = 0.1 * torch.randn(2, 200, 200, generator=torch.Generator().manual_seed(1))[:, 7:135, 7:135]
+    scale_ENB = (weight_ENB.abs().amax(dim=2, keepdim=True) / 7).expand_as(weight_ENB)
+    given = target_ENB, weight_ENB, feedback_EBB, scale_ENB
+    wanted = gptq.inblock_torch(*given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = gptq.inblock(*given)
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 40), (1, 40), (5, 1)])
@@ -365,7 +387,7 @@ def exact_problem(seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_codes_descend_exactly(seed: int, passes: int) -> None:
     given = exact_problem(seed)
-    codes_ENK, scale_ENG = gptq.refine(**given, passes=passes, scale_dtype="")
+    codes_ENK, scale_ENG = gptq.refine(**given, passes=passes, refit=None)
     assert torch.equal(scale_ENG, given["scale_ENG"]) and not torch.equal(codes_ENK, given["codes_ENK"])
     for expert in range(2):
         wanted = reference.coordinate_descent(
@@ -393,7 +415,7 @@ def started(weight_ENK: Tensor, hessian_EKK: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", ["", "bf16", "fp16"])
 def test_refinement_is_coordinate_descent(started: dict[str, Tensor], dtype: str) -> None:
     rounded_ENK = grid.round_to_nearest(started["target_ENK"], started["scale_ENG"])
-    codes_ENK, scale_ENG = gptq.refine(**(started | {"codes_ENK": rounded_ENK}), passes=2, scale_dtype=dtype)
+    codes_ENK, scale_ENG = gptq.refine(**(started | {"codes_ENK": rounded_ENK}), passes=2, refit=refit_of(dtype))
     codes_before = rounded_ENK.long().numpy()
     for expert in range(2):
         names = ("target_ENK", "scale_ENG", "hessian_EKK")
@@ -421,29 +443,29 @@ def test_the_proxy_never_rises(started: dict[str, Tensor], dtype: str, start: st
     }[start]
     proxies = [proxy_E(error_of(target_ENK.double(), codes_ENK, scale_ENG.double()), hessian_EKK)]
     for _ in range(4):
-        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, dtype)
+        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, refit_of(dtype))
         proxies.append(proxy_E(error_of(target_ENK.double(), codes_ENK, scale_ENG.double()), hessian_EKK))
         assert (proxies[-1] <= proxies[-2] * (1 + 1e-6)).all()
     assert (proxies[1] < proxies[0]).all()
 
 
 def test_two_passes_are_one_and_one_more(started: dict[str, Tensor]) -> None:
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, scale_dtype="bf16")
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED)
     again: dict[str, Any] = started | {"codes_ENK": codes_ENK, "scale_ENG": scale_ENG}
-    once_more = gptq.refine(**again, passes=1, scale_dtype="bf16")
-    twice = gptq.refine(**started, passes=2, scale_dtype="bf16")
+    once_more = gptq.refine(**again, passes=1, refit=SIGNED)
+    twice = gptq.refine(**started, passes=2, refit=SIGNED)
     # the error is summed up anew between the calls, which may settle a tie otherwise
     assert (once_more[0] == twice[0]).float().mean() > 0.998
-    assert torch.equal(gptq.refine(**started, passes=2, scale_dtype="bf16")[0], twice[0])
+    assert torch.equal(gptq.refine(**started, passes=2, refit=SIGNED)[0], twice[0])
 
 
 def test_refinement_returns_new_tensors(started: dict[str, Tensor]) -> None:
     before = {name: tensor.clone() for name, tensor in started.items()}
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=0, scale_dtype="bf16")
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=0, refit=SIGNED)
     assert torch.equal(codes_ENK, before["codes_ENK"]) and torch.equal(scale_ENG, before["scale_ENG"])
     codes_ENK.zero_()
     scale_ENG.zero_()
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, scale_dtype="bf16")
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED)
     assert codes_ENK.dtype == torch.int8 and codes_ENK.min() >= -8 and codes_ENK.max() <= 7
     for name, tensor in started.items():
         assert torch.equal(tensor, before[name]), name
@@ -451,7 +473,7 @@ def test_refinement_returns_new_tensors(started: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_refined_scales_are_as_stored(started: dict[str, Tensor], dtype: str) -> None:
-    _, scale_ENG = gptq.refine(**started, passes=1, scale_dtype=dtype)
+    _, scale_ENG = gptq.refine(**started, passes=1, refit=refit_of(dtype))
     assert (scale_ENG != started["scale_ENG"]).float().mean() > 0.5
     moved = scale_ENG[scale_ENG != started["scale_ENG"]]
     assert torch.equal(moved, grid.stored(moved, dtype))
@@ -461,5 +483,5 @@ def test_codes_of_zero_leave_their_scale(started: dict[str, Tensor]) -> None:
     target_ENK, codes_ENK = started["target_ENK"].clone(), started["codes_ENK"].clone()
     target_ENK[:], codes_ENK[:] = 0, 0
     zeros: dict[str, Any] = started | {"target_ENK": target_ENK, "codes_ENK": codes_ENK}
-    codes, scales = gptq.refine(**zeros, passes=2, scale_dtype="bf16")
+    codes, scales = gptq.refine(**zeros, passes=2, refit=SIGNED)
     assert not codes.any() and torch.equal(scales, started["scale_ENG"])

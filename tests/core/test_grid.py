@@ -16,6 +16,7 @@ import problems
 import reference
 from fourfold.core import grid
 from fourfold.core.grid import ScaleSearch
+from fourfold.core.kernels import cpu
 from problems import GROUP
 
 SEARCH = ScaleSearch(low=0.45, high=1.15, steps=36, signed=True, dtype="bf16")
@@ -197,13 +198,20 @@ def test_an_outlier_of_a_thousand_costs_only_its_own_group(weight_ENK: Tensor, i
     assert changed.sum() == 1 and changed[1, 5, 2] and after.isfinite().all()
 
 
-@pytest.mark.parametrize("slab_bytes", [1, 2**12, 2**30])
-def test_slabs_do_not_matter(
-    weight_ENK: Tensor, importance_EK: Tensor, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH)
-    monkeypatch.setattr(grid, "SLAB_BYTES", {"cpu": slab_bytes})
-    assert torch.equal(grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH), wanted)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_choice_is_torchs_on_any_number_of_threads(threads: int, dtype: str) -> None:
+    problem = problems.make(experts=1, outputs=150, seed=3)
+    weight_NK, importance_K = problem.weight_ENK[0], torch.rand(256, generator=torch.Generator().manual_seed(1))
+    candidate_FNG = grid.candidates(weight_NK, GROUP, dataclasses.replace(SEARCH, dtype=dtype))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = cpu.choose_scales(weight_NK, importance_K, candidate_FNG)
+    torch.set_num_threads(before)
+    wanted = grid.choose_scales_torch(weight_NK, importance_K, candidate_FNG)
+    assert (found == wanted).float().mean() > 0.998  # two candidates may cost the same but for rounding
+    costs = [cost(weight_NK[None], scales[None], importance_K[None]) for scales in (found, wanted)]
+    torch.testing.assert_close(*costs, rtol=1e-5, atol=0)
 
 
 def test_louder_weights_have_louder_scales(weight_ENK: Tensor, importance_EK: Tensor) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid
+from fourfold.core.kernels import cpu
 from fourfold.core.moments import damping
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
-SUB_BLOCK = 16  # columns solved one by one before a GEMM inside the block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,14 @@ class Damping:
     kind: str
     floor: float
     retries: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """How refinement may move scales. dtype: what `grid.stored` rounds to; signed: they may become negative."""
+
+    dtype: str
+    signed: bool
 
 
 @dataclass(frozen=True)
@@ -152,33 +160,33 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     For j = 0..B-1: q = clamp(rint(T_j / S_j)); err_j = W_j - S_j q; T_k += err_j feedback_jk for k > j.
     No input is changed; feedback's diagonal and lower triangle are not read.
     """
+    native = target_ENB.device.type == "cpu" and target_ENB.dtype == torch.float32
+    return (cpu.inblock if native else inblock_torch)(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
+
+
+def inblock_torch(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for any device, a column at a time: what the native kernels are held against."""
     # Columns first: each step then reads and writes contiguous rows.
     target_EBN = target_ENB.mT.clone(memory_format=torch.contiguous_format)  # changed below
     scale_EBN = scale_ENB.mT.contiguous()
     weight_EBN = weight_ENB.mT.contiguous()
     codes_EBN, error_EBN = torch.empty_like(target_EBN, dtype=torch.int8), torch.empty_like(target_EBN)
-    columns = target_EBN.shape[1]
-    for first in range(0, columns, SUB_BLOCK):
-        last = min(first + SUB_BLOCK, columns)
-        for j in range(first, last):
-            code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(-8, 7)
-            codes_EBN[:, j] = code_EN
-            error_EBN[:, j] = weight_EBN[:, j] - code_EN.mul_(scale_EBN[:, j])
-            if j + 1 < last:
-                ahead_EB1 = feedback_EBB[:, j, j + 1 : last, None]
-                target_EBN[:, j + 1 : last].addcmul_(ahead_EB1, error_EBN[:, j, None, :])
-        if last < columns:
-            ahead_EBB = feedback_EBB[:, first:last, last:].mT
-            target_EBN[:, last:].baddbmm_(ahead_EBB, error_EBN[:, first:last])
+    for j in range(target_EBN.shape[1]):
+        code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(-8, 7)
+        codes_EBN[:, j] = code_EN
+        error_EBN[:, j] = weight_EBN[:, j] - code_EN.mul_(scale_EBN[:, j])
+        target_EBN[:, j + 1 :].addcmul_(feedback_EBB[:, j, j + 1 :, None], error_EBN[:, j, None, :])
     return codes_EBN.mT, error_EBN.mT
 
 
 def refine(
-    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, scale_dtype: str
+    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None
 ) -> tuple[Tensor, Tensor]:
     """Coordinate descent on scales and codes, group after group: the proxy tr(Err H Err^T) never rises.
 
-    hessian_EKK: damped. scale_dtype: what `grid.stored` rounds to, or "" to leave scales alone.
+    hessian_EKK: damped. refit: how scales may move; None leaves them alone.
     Returns new (codes_ENK int8, scale_ENG).
     """
     group_size = target_ENK.shape[-1] // scale_ENG.shape[-1]
@@ -191,9 +199,9 @@ def refine(
             gradient_ENB = torch.bmm(error_ENK, hessian_EKK[:, :, block])
             hessian_EBB = hessian_EKK[:, block, block]
             error_ENB, scale_EN = error_ENK[:, :, block], scale_ENG[:, :, group]
-            if scale_dtype:
+            if refit:
                 code_ENB = codes_ENK[:, :, block].float()
-                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, hessian_EBB, scale_dtype)
+                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, hessian_EBB, refit)
                 error_ENB = error_ENB - moved_EN[..., None] * code_ENB
                 gradient_ENB -= moved_EN[..., None] * torch.bmm(code_ENB, hessian_EBB)
                 scale_EN = scale_EN + moved_EN
@@ -208,10 +216,12 @@ def refine(
     return codes_ENK, scale_ENG
 
 
-def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, scale_dtype: str) -> Tensor:
+def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, refit: Refit) -> Tensor:
     """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
     curvature_EN = (torch.bmm(code_ENB, hessian_EBB) * code_ENB).sum(dim=-1)
     wanted_EN = scale_EN + (gradient_ENB * code_ENB).sum(dim=-1) / curvature_EN.where(curvature_EN > 0, torch.inf)
-    rounded_EN = grid.stored(wanted_EN, scale_dtype)
+    rounded_EN = grid.stored(wanted_EN, refit.dtype)
     nearer_EN = (rounded_EN - wanted_EN).abs() < (scale_EN - wanted_EN).abs()
+    if not refit.signed:
+        nearer_EN &= wanted_EN > 0
     return (rounded_EN - scale_EN).where(nearer_EN, 0.0)

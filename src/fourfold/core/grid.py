@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fourfold.core.kernels import cpu
+
 LARGEST = 65280.0  # the largest BF16 value that FP16 holds
 SMALLEST = 2.0**-17  # exact in BF16 and, as a subnormal, in FP16
-SLAB_BYTES = {"cpu": 2**18, "cuda": 2**28}  # of one fp32 temporary of the search; a CPU core's cache, a GPU's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +39,38 @@ def absmax_scales(weight_ENK: Tensor, group_size: int, dtype: str) -> Tensor:
 def search_scales(weight_ENK: Tensor, importance_EK: Tensor, group_size: int, search: ScaleSearch) -> Tensor:
     """Per group the stored scale with the least sum_j importance_j (w_j - s clamp(rint(w_j / s)))^2, ties to the first.
 
-    importance_EK: >= 0, natural column order. Returns fp32 [E, N, G]. Works in slabs of rows, so temporaries are small.
+    importance_EK: >= 0, natural column order. Returns fp32 [E, N, G]. Works expert by expert, so temporaries are small.
     """
-    experts, rows, inputs = weight_ENK.shape
-    groups = inputs // group_size
-    scale_ENG = torch.empty(experts, rows, groups, device=weight_ENK.device)
-    slab = max(SLAB_BYTES[weight_ENK.device.type] // (4 * inputs), 1)
-    for expert in range(experts):
-        importance_GK = importance_EK[expert].view(groups, group_size)
-        for first in range(0, rows, slab):
-            weight_NGK = weight_ENK[expert, first : first + slab].reshape(-1, groups, group_size)
-            scale_ENG[expert, first : first + slab] = _search_slab(weight_NGK, importance_GK, search)
-    return scale_ENG
+    scales = []
+    for weight_NK, importance_K in zip(weight_ENK, importance_EK, strict=True):
+        candidate_FNG = candidates(weight_NK, group_size, search)
+        native = weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32
+        scales.append((cpu.choose_scales if native else choose_scales_torch)(weight_NK, importance_K, candidate_FNG))
+    return torch.stack(scales)
 
 
-def _search_slab(weight_NGK: Tensor, importance_GK: Tensor, search: ScaleSearch) -> Tensor:
-    base_NG = weight_NGK.abs().amax(dim=-1) / 8
-    factors = torch.linspace(search.low, search.high, search.steps).tolist()
-    best_NG = torch.full_like(base_NG, torch.inf)
-    scale_NG = torch.full_like(base_NG, SMALLEST)
-    error_NGK = torch.empty_like(weight_NGK)
-    for factor in factors:
-        for sign in (1.0, -1.0) if search.signed else (1.0,):
-            candidate_NG = stored(base_NG * (factor * sign), search.dtype)
-            torch.mul(weight_NGK, candidate_NG.reciprocal()[..., None], out=error_NGK)
-            error_NGK.round_().clamp_(-8, 7)
-            error_NGK.mul_(candidate_NG[..., None]).sub_(weight_NGK).square_()
-            cost_NG = torch.einsum("ngk,gk->ng", error_NGK, importance_GK)
-            better_NG = cost_NG < best_NG
-            best_NG = torch.where(better_NG, cost_NG, best_NG)
-            scale_NG = torch.where(better_NG, candidate_NG, scale_NG)
+def candidates(weight_NK: Tensor, group_size: int, search: ScaleSearch) -> Tensor:
+    """All scales that are tried for each group, as stored, in the order of trial: fp32 [F, N, G]."""
+    base_NG = weight_NK.unflatten(-1, (-1, group_size)).abs().amax(dim=-1) / 8
+    factor_F = torch.linspace(search.low, search.high, search.steps, device=weight_NK.device)
+    if search.signed:
+        factor_F = torch.stack([factor_F, -factor_F], dim=1).flatten()
+    return stored(base_NG * factor_F[:, None, None], search.dtype)
+
+
+def choose_scales_torch(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
+    """The choice among candidates, for any device: what the native kernels are held against. fp32 [N, G]."""
+    groups = candidate_FNG.shape[-1]
+    weight_NGK, importance_GK = weight_NK.unflatten(-1, (groups, -1)), importance_K.view(groups, -1)
+    scale_NG = candidate_FNG[0]
+    best_NG = torch.full_like(scale_NG, torch.inf)
+    for candidate_NG in candidate_FNG:
+        code_NGK = (weight_NGK * candidate_NG.reciprocal()[..., None]).round_().clamp_(-8, 7)
+        error_NGK = code_NGK.mul_(candidate_NG[..., None]).sub_(weight_NGK).square_()
+        cost_NG = torch.einsum("ngk,gk->ng", error_NGK, importance_GK)
+        better_NG = cost_NG < best_NG
+        best_NG = torch.where(better_NG, cost_NG, best_NG)
+        scale_NG = torch.where(better_NG, candidate_NG, scale_NG)
     return scale_NG
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PANEL = 256  # columns of a Hessian that one GEMM goes through
 VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one time
 
 
@@ -24,8 +25,15 @@ class Statistics:
 
 
 def proxy_rows(error_ENK: Tensor, hessian_EKK: Tensor) -> Tensor:
-    """Each row's share of tr(Err H Err^T), [E, N]. Costs one GEMM of E x N x K x K."""
-    return (torch.bmm(error_ENK, hessian_EKK) * error_ENK).sum(dim=-1)
+    """Each row's share of tr(Err H Err^T), [E, N]. H is symmetric, so panels of one triangle do: half a GEMM."""
+    total_EN = torch.zeros_like(error_ENK[..., 0])
+    for first in range(0, error_ENK.shape[-1], PANEL):
+        panel = slice(first, first + PANEL)
+        error_ENP = error_ENK[..., panel]
+        product_ENP = torch.bmm(error_ENP, hessian_EKK[:, panel, panel])
+        product_ENP.baddbmm_(error_ENK[..., :first], hessian_EKK[:, :first, panel], alpha=2)
+        total_EN += product_ENP.mul_(error_ENP).sum(dim=-1)
+    return total_EN
 
 
 def router_agreement(first_TA: Tensor, second_TA: Tensor) -> float:

@@ -8,6 +8,15 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, Moments
 
 PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
+PANEL = 256  # rows of a Hessian that one GEMM adds to: of K = 2048 more than two fifths of the work is left out
+
+
+class NotFinite(FourfoldError):
+    """Moments that are not finite. expert: its place in the stack."""
+
+    def __init__(self, expert: int) -> None:
+        super().__init__(f"expert {expert}: its moments are not finite; a hidden state overflowed")
+        self.expert = expert
 
 
 def accumulate(
@@ -33,12 +42,13 @@ def accumulate(
             root_S1 = weight_S[piece, None].sqrt()
             input_SK = input_TK[token_S[piece]].float()
             scaled_SK = (input_SK * root_S1).bfloat16().float()
-            hessian_EKK[expert].addmm_(scaled_SK.T, scaled_SK)
+            add_gram_(hessian_EKK[expert], scaled_SK)
             if cross_EKK is not None and target_TK is not None:
                 difference_SK = (target_TK[token_S[piece]].float() - input_SK).mul_(root_S1).bfloat16().float()
                 cross_EKK[expert].addmm_(difference_SK.T, scaled_SK)
             weight_E[expert] += weight_S[piece].sum()
             energy2_E[expert] += scaled_SK.square_().sum(dim=1).square_().sum()
+        mirror_(hessian_EKK[expert])
     count_E = torch.tensor(offsets, device=device).diff()
     return Moments(hessian_EKK, cross_EKK, weight_E, count_E, energy2_E)
 
@@ -49,8 +59,23 @@ def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
         piece = slice(first, first + PAIRS_PER_PIECE)
         scaled_TK = (input_TK[piece].float() * weight_T[piece, None].sqrt()).bfloat16().float()
-        total_KK.addmm_(scaled_TK.T, scaled_TK)
-    return total_KK.div_(weight_T.sum())
+        add_gram_(total_KK, scaled_TK)
+    return mirror_(total_KK).div_(weight_T.sum())
+
+
+def add_gram_(hessian_KK: Tensor, input_SK: Tensor) -> None:
+    """Add x x^T of each row, in place, in panels of the lower triangle; what is above them is left as it was."""
+    for first in range(0, len(hessian_KK), PANEL):
+        panel = slice(first, first + PANEL)
+        hessian_KK[panel, : panel.stop].addmm_(input_SK[:, panel].T, input_SK[:, : panel.stop])
+
+
+def mirror_(hessian_KK: Tensor) -> Tensor:
+    """Copy the lower triangle to the upper one, in place."""
+    for first in range(PANEL, len(hessian_KK), PANEL):
+        panel = slice(first, first + PANEL)
+        hessian_KK[:first, panel] = hessian_KK[panel, :first].T
+    return hessian_KK
 
 
 def trace(matrix_EKK: Tensor) -> Tensor:
@@ -70,12 +95,10 @@ def shrink(
 
     pool_EKK: [K, K] for all experts or [E, K, K]; n0: the pool's weight in tokens; effective: m are effective tokens,
     else the plain count; trace_matched: tau scales the pool to the expert's own trace. An expert without tokens gets
-    the pool itself, by the same arithmetic. Raises FourfoldError naming the expert whose moment is not finite.
+    the pool itself, by the same arithmetic. Raises NotFinite for the first expert whose moments or pool are not finite.
     """
     own_trace_E = trace(moments.hessian_EKK)
-    bad_E = ~own_trace_E.isfinite()
-    if bad_E.any():
-        raise FourfoldError(f"expert {int(bad_E.nonzero()[0])}: its moments are not finite; a hidden state overflowed")
+    _require_finite(moments, own_trace_E + trace(pool_EKK))
     m_E = effective_tokens(moments) if effective else moments.count_E.float()
     seen_E = moments.weight_E > 0
     weight_E = moments.weight_E.where(seen_E, 1.0)
@@ -95,6 +118,15 @@ def shrink(
     return hessian_EKK, m_E
 
 
+def _require_finite(moments: Moments, trace_E: Tensor) -> None:
+    """The diagonal tells for x x^T, whose other entries are never larger; for a cross moment the sum of all does."""
+    finite_E = trace_E.isfinite()
+    if moments.cross_EKK is not None:
+        finite_E &= moments.cross_EKK.sum(dim=(1, 2)).isfinite()
+    if not finite_E.all():
+        raise NotFinite(int((~finite_E).nonzero()[0]))
+
+
 def shrink_cross(moments: Moments, m_E: Tensor, n0: float) -> Tensor:
     """The mean cross moment, shrunk to zero: C_e / weight_e * m / (m + n0), [E, K, K]."""
     assert moments.cross_EKK is not None
@@ -106,7 +138,8 @@ def damping(hessian_EKK: Tensor, delta_E: Tensor, kind: str, floor: float) -> Te
     """What is added to the diagonal, fp32 [E, K].
 
     kind "diagonal": delta * H_jj + floor * median_j(H_jj), relative per channel, so that a loud one does not drown the
-    others (if the median is 0 the mean, if that is 0, 1); "mean": delta * mean(diag H), as GPTQ.
+    others (if the median is 0 the mean, if that is 0, 1); "mean": delta * mean(diag H), as GPTQ. A dead channel with
+    neither gets that level itself: any positive number leaves its code plain rounding.
     """
     diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
     mean_E = diagonal_EK.mean(dim=1)
@@ -116,4 +149,5 @@ def damping(hessian_EKK: Tensor, delta_E: Tensor, kind: str, floor: float) -> Te
     level_E = diagonal_EK.median(dim=1).values
     level_E = level_E.where(level_E > 0, mean_E)
     level_E = level_E.where(level_E > 0, 1.0 / floor if floor else 1.0)
-    return delta_E[:, None] * diagonal_EK + floor * level_E[:, None]
+    added_EK = delta_E[:, None] * diagonal_EK + floor * level_E[:, None]
+    return added_EK.where(diagonal_EK + added_EK > 0, level_E[:, None])

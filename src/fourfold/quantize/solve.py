@@ -124,8 +124,9 @@ def solve_layer(
 def _solve_named(site: Site, recipe: Recipe, layer: int, experts: range) -> Solved:
     try:
         return solve_site(site, recipe)
-    except FourfoldError as error:
-        raise FourfoldError(f"layer {layer}, experts {experts.start}-{experts.stop - 1}: {error}") from None
+    except moments.NotFinite as error:
+        named = moments.NotFinite(experts[error.expert])
+        raise FourfoldError(f"layer {layer}, {named}") from None
 
 
 def solve_site(site: Site, recipe: Recipe) -> Solved:
@@ -155,7 +156,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
         scale_ENG = grid.absmax_scales(target_ENK, size, scheme.scale_dtype)
     codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, factor)
     if solver.passes:
-        refit = scheme.scale_dtype if solver.refine_scales else ""
+        refit = gptq.Refit(dtype=scheme.scale_dtype, signed=scheme.signed) if solver.refine_scales else None
         codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, solver.passes, refit)
     methods = [Method.DIAGONAL if failed else Method.GPTQ for failed in factor.diagonal_E.tolist()]
     group = QuantizedGroup(codes_ENK, scale_ENG)

@@ -1,0 +1,144 @@
+"""Native code for the two loops that torch's own operations are slow at on a CPU. Compiled by numba on first use.
+
+Numba brings LLVM with it: no compiler is needed, and what was compiled is kept beside this file for the next process.
+A kernel works on LANES rows at a time, columns first, so that one instruction does a column of many rows; a row's sums
+are in the order of its columns, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LANES = 64  # rows at a time
+TOGETHER = 8  # columns whose errors are fed to the later ones in one go
+ROUNDER = np.float32(1.5 * 2**23)  # x + ROUNDER - ROUNDER is rint(x), half to even, where |x| < 2^22
+LEAST, MOST = np.float32(-8), np.float32(7)
+
+Floats = NDArray[np.float32]
+
+
+def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
+    """See gptq.inblock."""
+    codes_ENB, error_ENB = torch.empty(target_ENB.shape, dtype=torch.int8), torch.empty(target_ENB.shape)
+    tensors = target_ENB, weight_ENB, feedback_EBB, scale_ENB, codes_ENB, error_ENB
+    _over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
+    return codes_ENB, error_ENB
+
+
+def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
+    """Per row and group the candidate with the least cost, ties to the first: see grid.search_scales. fp32 [N, G]."""
+    scale_NG = torch.empty(candidate_FNG.shape[1:])
+    tensors = weight_NK, importance_K, candidate_FNG, scale_NG
+    _over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
+    return scale_NG
+
+
+def _over_rows(kernel: Callable[..., None], rows: int, arrays: list[NDArray[Any]]) -> None:
+    """Run a kernel over all rows, in as many parts as torch has threads."""
+    step = -(-rows // (torch.get_num_threads() * LANES)) * LANES
+    spans = list(pairwise([*range(0, rows, step), rows]))
+    if len(spans) == 1:
+        kernel(0, rows, *arrays)
+        return
+    # Threads of its own for each call: a pool that is kept would be dead in a forked child.
+    with ThreadPoolExecutor(len(spans)) as pool:
+        for done in [pool.submit(kernel, *span, *arrays) for span in spans]:
+            done.result()
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _inblock(
+    first: int, last: int, target: Floats, weight: Floats, feedback: Floats, scale: Floats,
+    codes: NDArray[np.int8], error: Floats,
+) -> None:  # fmt: skip
+    """Rows first to last, counted through all experts."""
+    rows, columns = target.shape[1], target.shape[2]
+    ahead, code = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+    missed, step = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+    while first < last:
+        expert, row = first // rows, first % rows
+        count = min(LANES, last - first, rows - row)
+        for lane in range(LANES):
+            source = row + min(lane, count - 1)  # a part that is not full repeats its last row
+            for column in range(columns):
+                ahead[column, lane] = target[expert, source, column]
+                missed[column, lane] = weight[expert, source, column]
+                step[column, lane] = scale[expert, source, column]
+        _solve_columns(ahead, missed, step, code, feedback[expert])
+        for lane in range(count):
+            for column in range(columns):
+                codes[expert, row + lane, column] = np.int8(code[column, lane])
+                error[expert, row + lane, column] = missed[column, lane]
+        first += count
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, feedback: Floats) -> None:
+    """LANES rows. ahead: their targets, changed; missed: their weights, then their errors; step: scales."""
+    columns = len(ahead)
+    for start in range(0, columns, TOGETHER):
+        end = min(start + TOGETHER, columns)
+        for column in range(start, end):
+            for lane in range(LANES):
+                wanted = min(max(ahead[column, lane] / step[column, lane], LEAST), MOST)
+                code[column, lane] = (wanted + ROUNDER) - ROUNDER
+                missed[column, lane] -= code[column, lane] * step[column, lane]
+            for later in range(column + 1, end):
+                factor = feedback[column, later]
+                for lane in range(LANES):
+                    ahead[later, lane] += missed[column, lane] * factor
+        # Written out, so that a later column is loaded and stored once for all of them: three times as fast.
+        for later in range(end, columns):
+            f = feedback[start:end, later]
+            for lane in range(LANES):
+                ahead[later, lane] = (
+                    ahead[later, lane]
+                    + missed[start, lane] * f[0] + missed[start + 1, lane] * f[1]
+                    + missed[start + 2, lane] * f[2] + missed[start + 3, lane] * f[3]
+                    + missed[start + 4, lane] * f[4] + missed[start + 5, lane] * f[5]
+                    + missed[start + 6, lane] * f[6] + missed[start + 7, lane] * f[7]
+                )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate: Floats, scale: Floats) -> None:
+    tries, groups = candidate.shape[0], candidate.shape[2]
+    size = weight.shape[1] // groups
+    block = np.empty((size, LANES), np.float32)
+    tried, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    cost, least, best = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for row in range(first, last, LANES):
+        count = min(LANES, last - row)
+        for group in range(groups):
+            start = group * size
+            for lane in range(LANES):
+                source = row + min(lane, count - 1)
+                for place in range(size):
+                    block[place, lane] = weight[source, start + place]
+            least[:] = np.inf
+            for attempt in range(tries):
+                for lane in range(LANES):
+                    tried[lane] = candidate[attempt, row + min(lane, count - 1), group]
+                    inverse[lane] = np.float32(1) / tried[lane]
+                    cost[lane] = 0
+                for place in range(size):
+                    weighing = importance[start + place]
+                    for lane in range(LANES):
+                        code = (min(max(block[place, lane] * inverse[lane], LEAST), MOST) + ROUNDER) - ROUNDER
+                        missed = code * tried[lane] - block[place, lane]
+                        cost[lane] += missed * missed * weighing
+                for lane in range(LANES):
+                    if cost[lane] < least[lane]:
+                        least[lane] = cost[lane]
+                        best[lane] = tried[lane]
+            for lane in range(count):
+                scale[row + lane, group] = best[lane]
