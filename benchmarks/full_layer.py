@@ -1,32 +1,57 @@
-"""One full-shape layer (256 experts, 2048 / 512) through attend, solve and advance: seconds by step and peak memory.
+"""One full-shape layer (2048 -> 512) through attend, solve and advance: each step beside what the machine can do.
 
-    python benchmarks/full_layer.py --experts 256 --tokens 16384 --recipe best --json benchmarks/results/full_layer.json
+    python benchmarks/full_layer.py --experts 256 --topk 8 --tokens 32768 --json benchmarks/results/full_layer.json
 
 Weights are random with a realistic spectrum: hidden states whose channels follow a power law and share directions,
 experts whose rows have different norms. No checkpoint is read or written, so reading and writing are not in it.
+A step's rate is its arithmetic (the least that its mathematics needs) over its seconds; "of GEMM" is that rate over
+this machine's own GEMM rate in the same format, measured first (gemm_rate.py). Seconds are CPU seconds with one
+thread, wall seconds otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from gemm_rate import machine, measure_rates
 from torch import Tensor
 from transformers import AutoConfig
 
+from fourfold.core import gptq, grid, moments
 from fourfold.datatypes import Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
-from fourfold.quantize import streams
+from fourfold.quantize import observe, solve, streams
 from fourfold.quantize.observe import Batches
-from fourfold.quantize.solve import solve_layer
-from fourfold.recipe import load_recipe
+from fourfold.recipe import Recipe, load_recipe
+
+ROW = 1024  # tokens
+# step: the functions it is made of (the outermost counts), the format whose GEMM rate it is held against
+STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
+    "attention, router": ([(streams, "attend")], "bf16"),
+    "moments": ([(moments, "accumulate")], "fp32"),
+    "pools": ([(solve, "gate_up_pool"), (solve, "down_pool")], "fp32"),
+    "activations for down": ([(observe, "expert_hidden")], "bf16"),
+    "shrink": ([(moments, "shrink"), (moments, "shrink_cross")], "fp32"),
+    "factor": ([(gptq, "factorize_")], "fp32"),
+    "asymmetric target": ([(gptq, "retarget")], "fp32"),
+    "scale search": ([(grid, "search_scales")], "fp32"),
+    "columns": ([(gptq, "solve_codes")], "fp32"),
+    "refinement": ([(gptq, "refine")], "fp32"),
+    "errors for the log": ([(solve, "_judge")], "fp32"),
+    "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
+    "advance": ([(streams, "advance")], "bf16"),
+}
 
 
 def make_skeleton(experts: int, topk: int, hidden: int, width: int) -> Skeleton:
@@ -76,75 +101,176 @@ def make_rows(rows: int, length: int, hidden: int, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, hidden + 1, dtype=torch.float32) ** -0.7
     mixing = torch.randn(64, hidden, generator=torch.Generator().manual_seed(1)) * 0.1
-    common = torch.randn(rows, length, 64, generator=generator) @ mixing
-    return Rows(
-        torch.zeros(rows, length, dtype=torch.int64),
-        (torch.randn(rows, length, hidden, generator=generator) * spectrum * 8 + common).bfloat16(),
-    )
+    hidden_RTD = torch.empty(rows, length, hidden, dtype=torch.bfloat16)
+    for row in range(rows):
+        common_TD = torch.randn(length, 64, generator=generator) @ mixing
+        hidden_RTD[row] = torch.randn(length, hidden, generator=generator) * spectrum * 8 + common_TD
+    return Rows(torch.zeros(rows, length, dtype=torch.int64), hidden_RTD)
+
+
+def make_streams(tokens: int, hidden: int, asymmetric: bool) -> tuple[streams.Stream, streams.Stream]:
+    """Both streams; the release stream comes with the error that a layer before this one would have left."""
+    rows, heldout = make_rows(tokens // ROW, ROW, hidden, seed=2), make_rows(1, ROW, hidden, seed=4)
+    moved = rows.hidden_RTD.clone()
+    for row_TD in moved:
+        row_TD *= 1 + 0.02 * torch.randn(row_TD.shape, generator=torch.Generator().manual_seed(3))
+    release = Rows(rows.token_RT, moved) if asymmetric else None
+    return streams.Stream(rows, heldout), streams.Stream(release, Rows(heldout.token_RT, heldout.hidden_RTD.clone()))
+
+
+class Clock:
+    """Seconds by step, of functions wrapped while a layer is measured; a step within a step is the outer one's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = False
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+    def wrap(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            if self._inside:
+                return function(*arguments, **named)
+            self._inside, start = True, self.now()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._inside = False
+                self.seconds[step] += self.now() - start
+
+        return timed
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        before = [(room, name, getattr(room, name)) for places, _ in STEPS.values() for room, name in places]
+        for step, (places, _) in STEPS.items():
+            for room, name in places:
+                setattr(room, name, self.wrap(step, getattr(room, name)))
+        try:
+            yield
+        finally:
+            for room, name, function in before:
+                setattr(room, name, function)
+
+
+def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int) -> dict[str, float]:
+    """Operations of each step, a multiplication and an addition counted as two: the least that it needs."""
+    solver, hidden, width = recipe.solver, options.hidden, options.width
+    experts, pairs, both = options.experts, options.tokens * options.topk, 1 + solver.asymmetric
+    sites = ((hidden, 2 * width), (width, hidden))  # (K, N)
+    squares = sum(inputs**2 for inputs, _ in sites)
+    weights = sum(inputs * outputs for inputs, outputs in sites)
+    products = experts * sum(outputs * inputs**2 for inputs, outputs in sites)
+    expert_forward = pairs * 6.0 * hidden * width
+    heldout = 2 * ROW
+    candidates = solver.scale_steps * (1 + recipe.scheme.signed)
+    return {
+        "attention, router": 2.0 * options.tokens * both * kept_parameters,
+        "moments": pairs * squares * (1.0 + 2.0 * solver.asymmetric),  # of x x^T one triangle
+        "pools": options.tokens * hidden**2 + experts * solver.pool_rows * (4.0 * hidden * width + width**2),
+        "activations for down": pairs * both * 4.0 * hidden * width,
+        "shrink": 0.0,
+        "factor": experts * sum(inputs**3 for inputs, _ in sites) / 3.0,
+        "asymmetric target": 4.0 * products * solver.asymmetric,
+        "scale search": experts * weights * 7.0 * candidates if solver.scale == "search" else 0.0,
+        "columns": 1.0 * products,
+        "refinement": 2.0 * solver.passes * products,
+        "errors for the log": 2.0 * products,  # of errors and of weights, one triangle each
+        "packing": 0.0,
+        "advance": expert_forward * both + heldout * (2.0 * kept_parameters + options.topk * 6.0 * hidden * width),
+    }
+
+
+def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """A layer's seconds by step, its arithmetic, peak memory and median relative error."""
+    skeleton = make_skeleton(options.experts, options.topk, options.hidden, options.width)
+    layer = make_layer(skeleton, device)
+    batches = Batches(rows=8, tokens=8192, experts=min(options.chunk, options.experts))
+    both = make_streams(options.tokens, options.hidden, recipe.solver.asymmetric)
+    clock = Clock(device)
+    start = clock.now()
+    with clock.watching(), torch.no_grad():
+        traffic = streams.attend(layer, *both, batches, ignore)
+        prefix = "layers.0.mlp.experts."
+        result = solve.solve_layer(layer, streams.observed(*traffic), recipe, batches, prefix, ignore)
+        release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
+        streams.advance((layer, release_layer), traffic, both, batches, ignore)
+    seconds = clock.now() - start
+    kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
+    errors = sorted(row.relative_error for row in result.projections)
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return {
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
+        "seconds": seconds,
+        "steps": dict(clock.seconds),
+        "flop": arithmetic(options, recipe, kept),
+        "peak_bytes": peak,
+        "median_relative_error": errors[len(errors) // 2],
+    }
 
 
 def ignore(count: int) -> None:
     """Nobody watches."""
 
 
-def main() -> None:
+def with_rates(figures: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:
+    """Each step's seconds, GFLOP, GFLOP/s and share of the GEMM rate of its format; the floor of all in seconds."""
+    steps, floor = {}, 0.0
+    for step, seconds in figures["steps"].items():
+        flop, best = figures["flop"][step], rates["gemm"][STEPS[step][1]]["gflop_per_second"]
+        rate = flop / seconds / 1e9 if seconds else 0.0
+        steps[step] = {"seconds": seconds, "gflop": flop / 1e9, "gflop_per_second": rate, "of_gemm": rate / best}
+        floor += flop / best / 1e9
+    return figures | {"steps": steps, "floor_seconds": floor, "rates": rates}
+
+
+def show(figures: dict[str, Any]) -> None:
+    print(f"{'step':>22} {'seconds':>9} {'share':>6} {'GFLOP':>10} {'GFLOP/s':>8} {'of GEMM':>8}")
+    for step, row in figures["steps"].items():
+        line = f"{step:>22} {row['seconds']:9.2f} {row['seconds'] / figures['seconds']:6.1%}"
+        if row["gflop"]:
+            line += f" {row['gflop']:10,.0f} {row['gflop_per_second']:8,.0f} {row['of_gemm']:8.0%}"
+        print(line)
+    floor = f"all arithmetic at the GEMM rates: {figures['floor_seconds']:.2f} s"
+    print(f"{'layer':>22} {figures['seconds']:9.2f}; {floor}")
+    peak = ", ".join(f"{place} {size / 1e9:.2f} GB" for place, size in figures["peak_bytes"].items())
+    print(f"{'peak memory':>22} {peak}")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--chunk", type=int, default=16, help="experts whose moments exist at one time")
     parser.add_argument("--recipe", default="best")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(options.threads)
-    recipe, device = load_recipe(options.recipe), torch.device(options.device)
-    with torch.no_grad():
-        figures = measure(options, recipe, device)
-    for step, seconds in figures["seconds"].items():
-        print(f"{step:>16} {seconds:9.2f} s")
-    print(f"{'peak, host':>16} {figures['peak_host_bytes'] / 1e9:9.2f} GB")
+    rates = measure_rates(options.device, options.threads)
+    figures = measure(options, load_recipe(options.recipe), torch.device(options.device))
+    figures = with_rates(figures, rates) | {
+        "command": "python benchmarks/full_layer.py " + " ".join(f"--{k} {v}" for k, v in figures["options"].items()),
+        "machine": machine(options.device, options.threads),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def measure(options: argparse.Namespace, recipe, device: torch.device) -> dict:
-    skeleton = make_skeleton(options.experts, options.topk, options.hidden, options.width)
-    layer = make_layer(skeleton, device)
-    batches = Batches(rows=8, tokens=8192, experts=min(options.chunk, options.experts))
-    rows = make_rows(options.tokens // 1024, 1024, options.hidden, seed=2)
-    # The release stream comes with the error that a layer before this one would have left.
-    noise = 0.02 * torch.randn(rows.hidden_RTD.shape, generator=torch.Generator().manual_seed(3))
-    moved = Rows(rows.token_RT, (rows.hidden_RTD.float() * (1 + noise)).bfloat16())
-    heldout = make_rows(1, 1024, options.hidden, seed=4)
-    source = streams.Stream(rows, heldout)
-    release = streams.Stream(
-        moved if recipe.solver.asymmetric else None, Rows(heldout.token_RT, heldout.hidden_RTD.clone())
-    )
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    traffic = streams.attend(layer, source, release, batches, ignore)
-    seconds["attend"] = time.perf_counter() - start
-    start = time.perf_counter()
-    result = solve_layer(layer, streams.observed(*traffic), recipe, batches, "layers.0.mlp.experts.", ignore)
-    seconds |= result.seconds | {"solve_layer": time.perf_counter() - start}
-    start = time.perf_counter()
-    streams.advance(
-        (layer, layer.with_experts(result.gate_up_ENK, result.down_ENK)), traffic, (source, release), batches, ignore
-    )
-    seconds["advance"] = time.perf_counter() - start
-    errors = sorted(row.relative_error for row in result.projections)
-    return {
-        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
-        "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": seconds,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "median_relative_error": errors[len(errors) // 2],
-    }
 
 
 if __name__ == "__main__":

@@ -201,9 +201,10 @@ def refine(
             error_ENB, scale_EN = error_ENK[:, :, block], scale_ENG[:, :, group]
             if refit:
                 code_ENB = codes_ENK[:, :, block].float()
-                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, hessian_EBB, refit)
+                product_ENB = torch.bmm(code_ENB, hessian_EBB)
+                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, product_ENB, refit)
                 error_ENB = error_ENB - moved_EN[..., None] * code_ENB
-                gradient_ENB -= moved_EN[..., None] * torch.bmm(code_ENB, hessian_EBB)
+                gradient_ENB -= product_ENB.mul_(moved_EN[..., None])
                 scale_EN = scale_EN + moved_EN
             feedback_EBB = (hessian_EBB / diagonal_EK[:, None, block]).triu(1)
             target_ENB = target_ENK[:, :, block] + gradient_ENB / diagonal_EK[:, None, block] - error_ENB
@@ -216,9 +217,12 @@ def refine(
     return codes_ENK, scale_ENG
 
 
-def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, hessian_EBB: Tensor, refit: Refit) -> Tensor:
-    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
-    curvature_EN = (torch.bmm(code_ENB, hessian_EBB) * code_ENB).sum(dim=-1)
+def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, product_ENB: Tensor, refit: Refit) -> Tensor:
+    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N].
+
+    product_ENB: codes times the group's own block of H.
+    """
+    curvature_EN = (product_ENB * code_ENB).sum(dim=-1)
     wanted_EN = scale_EN + (gradient_ENB * code_ENB).sum(dim=-1) / curvature_EN.where(curvature_EN > 0, torch.inf)
     rounded_EN = grid.stored(wanted_EN, refit.dtype)
     nearer_EN = (rounded_EN - wanted_EN).abs() < (scale_EN - wanted_EN).abs()
