@@ -346,6 +346,9 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
         )
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
+    if recipe.format == "compressed-tensors" and recipe.scheme.scale_dtype == "fp16":
+        hint = "; its scales are stored as BF16. Take it, or a format that stores FP16: gptq, gptq_v2"
+        raise schema.mismatch("scheme.scale_dtype", "fp16", "'bf16' with format 'compressed-tensors'", hint)
     if solver.scale_low > solver.scale_high:
         wanted = f"at most scale_high = {solver.scale_high}"
         raise schema.mismatch("solver.scale_low", solver.scale_low, wanted)

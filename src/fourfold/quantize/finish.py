@@ -73,14 +73,12 @@ def finish(
     out, records = journal.out, journal.records
     projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
-    group_size = plan.recipe.scheme.group_size
-    quantization = {"quantization_config": pack.quantization_config(plan.recipe.format, group_size)}
     texts_by_name = {
         "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),
         "metrics.json": dump(metrics_json(texts[1], measured)),
         INDEX_NAME: index_json(index),
-        "config.json": dump({**plan.skeleton.raw, **quantization}),
+        "config.json": dump({**plan.skeleton.raw, "quantization_config": quantization_config(plan)}),
     }
     for name in SIDECARS:
         if (plan.index.folder / name).is_file():
@@ -101,6 +99,17 @@ def finish(
     tell("finish", text="journal")
     close(out)
     return read_summary(out)
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """config.json's `quantization_config`. Layers without routed experts are kept, and named: engines would take their
+    MLPs for quantized ones. The formats of GPTQ name what is quantized instead, by a pattern.
+    """
+    config = pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)
+    if "ignore" in config:
+        dense = (layer.index for layer in plan.layers if not layer.routed)
+        config["ignore"] += [f"re:.*layers\\.{layer}\\.mlp\\..*" for layer in dense]
+    return config
 
 
 def index_json(index: TensorIndex) -> str:
