@@ -268,7 +268,7 @@ def dump_recipe(recipe: Recipe) -> str:
     sources = table["calibration"].pop("sources")
     text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
     for source in sources:
-        facts = ("kind", "fields") if source["builtin"] else ()
+        facts = ("kind", "fields", "split") if source["builtin"] else () if source["dataset"] else ("split",)
         kept = {key: value for key, value in _given(source).items() if key not in facts}
         text += "\n[[calibration.sources]]\n" + tomli_w.dumps(kept)
     return text

@@ -166,7 +166,8 @@ def show_summary(console: Console, summary: Summary) -> None:
     for key, (label, form) in METRICS.items():
         if key in summary.metrics:
             table.add_row(label, form.format(summary.metrics[key]))
-    table.add_row("time", clock_text(sum(summary.seconds.values())))
+    resumed = " since it went on" if "restore" in summary.seconds else ""
+    table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
     table.add_row("peak memory", _memory_text(summary.peak_memory_bytes))
     console.print(table)
     for note in summary.notes:

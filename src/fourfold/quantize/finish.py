@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import json
 import platform
+import re
 import resource
 import time
 from collections import Counter
@@ -92,6 +93,7 @@ def finish(
         "projections": len(projections),
         "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
         "seconds": seconds,
+        "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -165,10 +167,26 @@ def fourfold_json(
         },
         "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
+        "devices": device_names(plan.memory.device),
         "settings": dataclasses.asdict(journal.settings),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:
+    """Inside the solve, and behind the loop, of all layers; those of earlier runs too, which `seconds` has not."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.seconds)
+    return dict(total)
+
+
+def device_names(device: str) -> dict[str, str]:
+    """The machine's processor, and the GPU where one was used."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    names = {"cpu": model[1] if model else platform.machine()}
+    return names if device == "cpu" else names | {device: torch.cuda.get_device_name(device)}
 
 
 def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
@@ -177,8 +195,12 @@ def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far: resident on the host, allocated on each CUDA device."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak memory of this process so far: resident on the host, allocated on each CUDA device.
+
+    Not getrusage's, where the kernel gives it: that begins with the peak of the process that started this one.
+    """
+    peak_kb = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    peak = {"host": (int(peak_kb[1]) if peak_kb else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024}
     if torch.cuda.is_initialized():
         peak |= {f"cuda:{n}": torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())}
     return peak

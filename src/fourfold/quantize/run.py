@@ -129,7 +129,6 @@ def quantize(
 def read_texts(plan: Plan, watch: Watch) -> Texts:
     """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
     with watch.stage("calibrate"):
-        calibrate.check_sources(plan.recipe)
         tokenizer = calibrate.load_tokenizer(plan.index.folder)
         heldout = calibrate.heldout(plan.recipe, tokenizer)
         return calibrate.collect(plan.recipe, tokenizer, progress=watch.progress), heldout
