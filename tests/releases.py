@@ -37,7 +37,7 @@ length = 128
 [solver]
 pool_rows = 256
 """
-RECORDED = ("seconds", "peak_memory_bytes", "finished_at")  # of the machine and the day, not of the result
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # of the machine and the day, not of the result
 
 # Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
 SIDECARS = {
@@ -87,7 +87,8 @@ def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> 
 def tree(out: Path) -> dict[str, bytes]:
     """Every file's bytes, what is recorded of time and memory taken out."""
     found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    del found[".fourfold/run.log"], found[".fourfold/lock"]
+    for name in (".fourfold/run.log", ".fourfold/lock"):
+        found.pop(name, None)
     state = json.loads(found["fourfold.json"])
     found["fourfold.json"] = json.dumps({key: value for key, value in state.items() if key not in RECORDED}).encode()
     table = [line.rsplit(b",", 1)[0] for line in found["quant_log.csv"].splitlines()]

@@ -311,10 +311,9 @@ def quantize(
             return
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
-        from fourfold.model.hub import resolve_model
         from fourfold.quantize.run import quantize as run
 
-        folder, device = resolve_model(model, progress=not quiet), choose_device(devices)
+        folder, device = _find(model, chosen, devices, out, progress=not quiet)
         with terminal.watch(console, manner) as progress:
             summary = run(
                 folder,
@@ -332,6 +331,23 @@ def quantize(
             terminal.show_summary(console, summary)
 
 
+def _find(
+    model: str, chosen: recipe.Recipe, devices: str, out: Path | None, *, progress: bool = True
+) -> tuple[Path, str]:
+    """The model's folder, and the device. What can be wrong with the rest is found before a model is downloaded."""
+    from fourfold.model.hub import resolve_model
+    from fourfold.quantize.calibrate import check_sources
+    from fourfold.quantize.journal import check_out
+    from fourfold.quantize.memory import check_device
+
+    device = choose_device(devices)
+    check_device(device)
+    check_sources(chosen)
+    if out is not None:
+        check_out(out, Path(model))
+    return resolve_model(model, progress=progress), device
+
+
 def _print_plan(
     model: str,
     chosen: recipe.Recipe,
@@ -342,14 +358,10 @@ def _print_plan(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    from fourfold.model.hub import resolve_model
-    from fourfold.quantize.journal import check_out
     from fourfold.quantize.plan import make_plan
 
-    folder = resolve_model(model)
-    if out is not None:
-        check_out(out, folder)
-    made = make_plan(folder, chosen, device=choose_device(devices), memory_bytes=memory, layers=layers, out=out)
+    folder, device = _find(model, chosen, devices, out)
+    made = make_plan(folder, chosen, device=device, memory_bytes=memory, layers=layers, out=out)
     console = terminal.open_console()
     if as_json:
         terminal.json_line(console, made.to_json())

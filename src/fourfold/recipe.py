@@ -268,7 +268,7 @@ def dump_recipe(recipe: Recipe) -> str:
     sources = table["calibration"].pop("sources")
     text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
     for source in sources:
-        facts = ("kind", "fields") if source["builtin"] else ()
+        facts = ("kind", "fields", "split") if source["builtin"] else () if source["dataset"] else ("split",)
         kept = {key: value for key, value in _given(source).items() if key not in facts}
         text += "\n[[calibration.sources]]\n" + tomli_w.dumps(kept)
     return text
@@ -346,6 +346,9 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
         )
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
+    if recipe.format == "compressed-tensors" and recipe.scheme.scale_dtype == "fp16":
+        hint = "; its scales are stored as BF16. Take it, or a format that stores FP16: gptq, gptq_v2"
+        raise schema.mismatch("scheme.scale_dtype", "fp16", "'bf16' with format 'compressed-tensors'", hint)
     if solver.scale_low > solver.scale_high:
         wanted = f"at most scale_high = {solver.scale_high}"
         raise schema.mismatch("solver.scale_low", solver.scale_low, wanted)

@@ -34,6 +34,7 @@ STAGES = {  # what a stage is called where its own name says too little
     "copy": "copying other tensors",
     "finish": "finishing",
 }
+BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at
 METRICS = {  # key of Summary.metrics: what it is called, how it is written
     "perplexity_source": ("perplexity, source", "{:.4f}"),
     "perplexity_release": ("perplexity, release", "{:.4f}"),
@@ -166,7 +167,8 @@ def show_summary(console: Console, summary: Summary) -> None:
     for key, (label, form) in METRICS.items():
         if key in summary.metrics:
             table.add_row(label, form.format(summary.metrics[key]))
-    table.add_row("time", clock_text(sum(summary.seconds.values())))
+    resumed = " since it went on" if "restore" in summary.seconds else ""
+    table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
     table.add_row("peak memory", _memory_text(summary.peak_memory_bytes))
     console.print(table)
     for note in summary.notes:
@@ -279,7 +281,7 @@ class Bars:
             left = self.pace.left_seconds
             figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
             self.progress.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
-        elif event.kind == "stage" and not 0 <= event.layer < self.pace.layer:
+        elif event.kind == "stage" and event.stage not in BEHIND:
             self._show_stage(event)
 
     def _show_stage(self, event: Event) -> None:

@@ -76,7 +76,7 @@ def test_progress_comes_to_its_totals(source: Path, small: MakeRecipe, tmp_path:
     for event in events:
         if event.total:
             ticks[event.stage, event.layer].append((event.done, event.total))
-    assert {stage for stage, _ in ticks} == {"attend", "solve", "advance"}
+    assert {stage for stage, _ in ticks} == {"calibrate", "attend", "solve", "advance"}
     assert [event.layer for event in events if event.kind == "layer"] == [0, 1]
     assert events[-1].kind == "done" and events[-1].data == summary.to_json()
     assert all(event.layers == 2 for event in events if event.kind == "layer")

@@ -117,25 +117,25 @@ def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: I
     """
     prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
     sha = hashlib.sha256()
-    kept = {name.removeprefix(prefix): index.read(name, sha=sha) for name in sorted(kept_names)}
-    for name, value in kept.items():
-        require_finite(value, prefix + name)
+
+    def read(name: str, out: Tensor | None = None) -> Tensor:
+        tensor = index.read(name, out=out, sha=sha)
+        require_finite(tensor, name)
+        return tensor
+
+    kept = {name.removeprefix(prefix): read(name) for name in sorted(kept_names)}
     gate_up_ENK = down_ENK = None
     if f"{experts_prefix}gate_up_proj" in index.headers:
-        gate_up_ENK = index.read(f"{experts_prefix}gate_up_proj", sha=sha)
-        down_ENK = index.read(f"{experts_prefix}down_proj", sha=sha)
+        gate_up_ENK, down_ENK = read(f"{experts_prefix}gate_up_proj"), read(f"{experts_prefix}down_proj")
     elif skeleton.is_routed(layer):
         width, hidden = skeleton.text.moe_intermediate_size, skeleton.text.hidden_size
         gate_up_ENK = torch.empty(skeleton.experts, 2 * width, hidden, dtype=torch.bfloat16)
         down_ENK = torch.empty(skeleton.experts, hidden, width, dtype=torch.bfloat16)
         for expert in range(skeleton.experts):
             expert_prefix = f"{experts_prefix}{expert}."
-            index.read(f"{expert_prefix}gate_proj.weight", out=gate_up_ENK[expert, :width], sha=sha)
-            index.read(f"{expert_prefix}up_proj.weight", out=gate_up_ENK[expert, width:], sha=sha)
-            index.read(f"{expert_prefix}down_proj.weight", out=down_ENK[expert], sha=sha)
-    for name, stack in (("gate_up_proj", gate_up_ENK), ("down_proj", down_ENK)):
-        if stack is not None:
-            require_finite(stack, experts_prefix + name)
+            read(f"{expert_prefix}gate_proj.weight", gate_up_ENK[expert, :width])
+            read(f"{expert_prefix}up_proj.weight", gate_up_ENK[expert, width:])
+            read(f"{expert_prefix}down_proj.weight", down_ENK[expert])
     return LayerTensors(kept=kept, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK, digest=sha.hexdigest())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.datatypes import Event, FourfoldError, Progress, Tick
 from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets
 from fourfold.quantize.documents import (
     Document,
@@ -133,7 +134,10 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
     calibration = recipe.calibration
     check_sources(recipe)
     barred = frozenset() if calibration.allow_test_sets else _heldout_lines(recipe.heldout)
-    pools = [_read_pool(source, calibration, tokenizer, barred, progress) for source in calibration.sources]
+    pools: list[_Pool] = []
+    for source in calibration.sources:
+        tell = partial(_tell, progress, calibration, len(pools)) if progress else None
+        pools.append(_read_pool(source, calibration, tokenizer, barred, tell))
     rows, notes = _share_rows(pools, calibration.length)
     if calibration.allow_test_sets:
         notes += ("test sets were allowed as calibration text: figures measured on them are not held out",)
@@ -235,9 +239,9 @@ def _read_pool(
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
     barred: frozenset[str],
-    progress: Progress | None,
+    tell: Tick | None,
 ) -> _Pool:
-    """Read and tokenize a source, as far as needed, and cut all of that into rows."""
+    """Read and tokenize a source, as far as needed, and cut all of that into rows. tell: is told all tokens so far."""
     name, length = source_name(source), calibration.length
     wanted_tokens = source.rows * length
     documents = read_documents(source, calibration.seed)
@@ -249,17 +253,8 @@ def _read_pool(
         encoded = _encode([_render(document, tokenizer, name) for document in batch], tokenizer)
         token_lists += encoded
         tokens += sum(map(len, encoded))
-        if progress:
-            progress(
-                Event(
-                    kind="stage",
-                    stage="calibrate",
-                    done=min(tokens, wanted_tokens),
-                    total=wanted_tokens,
-                    unit="tokens",
-                    text=name,
-                )
-            )
+        if tell:
+            tell(tokens)
         if tokens >= OVER_READ * wanted_tokens and not source.builtin:
             break
     end = _document_end(tokenizer) if as_file(source).kind == "text" else []  # templates end turns themselves
@@ -274,6 +269,21 @@ def _read_pool(
             "Way out: fewer rows or more text"
         )
     return _Pool(source, token_T[: rows * length].view(rows, length), len(token_lists), tokens)
+
+
+def _tell(progress: Progress, calibration: Calibration, number: int, tokens: int) -> None:
+    """Progress over all sources, when the one of this number has given so many tokens."""
+    wanted = [source.rows * calibration.length for source in calibration.sources]
+    progress(
+        Event(
+            kind="stage",
+            stage="calibrate",
+            done=sum(wanted[:number]) + min(tokens, wanted[number]),
+            total=sum(wanted),
+            unit="tokens",
+            text=source_name(calibration.sources[number]),
+        )
+    )
 
 
 def _render(document: Document, tokenizer: PreTrainedTokenizerBase, name: str) -> str:

@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import json
 import platform
+import re
 import resource
 import time
 from collections import Counter
@@ -73,14 +74,12 @@ def finish(
     out, records = journal.out, journal.records
     projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
-    group_size = plan.recipe.scheme.group_size
-    quantization = {"quantization_config": pack.quantization_config(plan.recipe.format, group_size)}
     texts_by_name = {
         "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),
         "metrics.json": dump(metrics_json(texts[1], measured)),
         INDEX_NAME: index_json(index),
-        "config.json": dump({**plan.skeleton.raw, **quantization}),
+        "config.json": dump({**plan.skeleton.raw, "quantization_config": quantization_config(plan)}),
     }
     for name in SIDECARS:
         if (plan.index.folder / name).is_file():
@@ -94,6 +93,7 @@ def finish(
         "projections": len(projections),
         "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
         "seconds": seconds,
+        "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -101,6 +101,17 @@ def finish(
     tell("finish", text="journal")
     close(out)
     return read_summary(out)
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """config.json's `quantization_config`. Layers without routed experts are kept, and named: engines would take their
+    MLPs for quantized ones. The formats of GPTQ name what is quantized instead, by a pattern.
+    """
+    config = pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)
+    if "ignore" in config:
+        dense = (layer.index for layer in plan.layers if not layer.routed)
+        config["ignore"] += [f"re:.*layers\\.{layer}\\.mlp\\..*" for layer in dense]
+    return config
 
 
 def index_json(index: TensorIndex) -> str:
@@ -156,10 +167,26 @@ def fourfold_json(
         },
         "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
+        "devices": device_names(plan.memory.device),
         "settings": dataclasses.asdict(journal.settings),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:
+    """Inside the solve, and behind the loop, of all layers; those of earlier runs too, which `seconds` has not."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.seconds)
+    return dict(total)
+
+
+def device_names(device: str) -> dict[str, str]:
+    """The machine's processor, and the GPU where one was used."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    names = {"cpu": model[1] if model else platform.machine()}
+    return names if device == "cpu" else names | {device: torch.cuda.get_device_name(device)}
 
 
 def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
@@ -168,8 +195,12 @@ def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far: resident on the host, allocated on each CUDA device."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak memory of this process so far: resident on the host, allocated on each CUDA device.
+
+    Not getrusage's, where the kernel gives it: that begins with the peak of the process that started this one.
+    """
+    peak_kb = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    peak = {"host": (int(peak_kb[1]) if peak_kb else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024}
     if torch.cuda.is_initialized():
         peak |= {f"cuda:{n}": torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())}
     return peak

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
@@ -44,7 +45,10 @@ class Settings:
 
 
 def check_out(out: Path, model: Path) -> None:
-    """Raise FourfoldError unless OUT is absent, empty, or a folder of fourfold's."""
+    """Raise FourfoldError unless OUT is absent, empty, or a folder of fourfold's that no process works on.
+
+    Touches nothing; what may have changed since is found by `hold`.
+    """
     if out.resolve() == model.resolve():
         raise FourfoldError(f"{out}: OUT is the MODEL folder itself; name another folder for the release")
     if out.exists() and not out.is_dir():
@@ -52,6 +56,26 @@ def check_out(out: Path, model: Path) -> None:
     ours = (out / FINISHED).exists() or (out / STATE).is_dir()
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise FourfoldError(f"{out}: OUT is not empty and not an output of fourfold; name a new or empty folder")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise _unwritable(out, os.strerror(errno.ENOTDIR))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(out, os.strerror(errno.EACCES))
+    with suppress(OSError), (out / STATE / "lock").open("rb") as handle:  # absent, or `hold` will say
+        _lock(out, handle.fileno(), fcntl.LOCK_SH)
+
+
+def _unwritable(out: Path, reason: str | None) -> FourfoldError:
+    return FourfoldError(f"{out}: OUT cannot be written ({reason}); name a folder you may write to")
+
+
+def _lock(out: Path, handle: int, kind: int) -> None:
+    """Lock an open lock file, for as long as it is open. Raises FourfoldError if another process has it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+        raise FourfoldError(f"{out}: {owner} works on this OUT right now; wait for it, or name another OUT") from None
 
 
 @contextmanager
@@ -62,17 +86,9 @@ def hold(out: Path) -> Iterator[None]:
         state.mkdir(parents=True, exist_ok=True)
         handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise FourfoldError(
-            f"{out}: OUT cannot be written ({error.strerror}); name a folder you may write to"
-        ) from None
+        raise _unwritable(out, error.strerror) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            raise FourfoldError(
-                f"{out}: {owner} works on this OUT right now; wait for it, or name another OUT"
-            ) from None
+        _lock(out, handle, fcntl.LOCK_EX)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
@@ -170,9 +186,12 @@ def finished_identity(out: Path) -> Identity | None:
 
 
 def log(out: Path, text: str) -> None:
-    """Append a dated line to OUT/.fourfold/run.log."""
+    """Append a dated line to OUT/.fourfold/run.log.
+
+    A log that cannot be written stops nothing: a full disk is reported by what must be written.
+    """
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    with (out / STATE / "run.log").open("a", encoding="utf-8") as handle:
+    with suppress(OSError), (out / STATE / "run.log").open("a", encoding="utf-8") as handle:
         handle.write(f"{stamp} {text}\n")
 
 

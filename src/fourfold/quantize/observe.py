@@ -95,9 +95,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
     """Add the routed experts' output to a stream's rows, in place, and hand the rows on."""
-    if traffic.input_TD is None or traffic.routing is None:
-        return traffic.rows
     hidden_TD = traffic.rows.hidden_RTD.flatten(0, 1)
+    if traffic.input_TD is None or traffic.routing is None:
+        tick(len(hidden_TD))
+        return traffic.rows
     for batch in _batches(len(hidden_TD), batches.tokens):
         routing = Routing(index_TA=traffic.routing.index_TA[batch], weight_TA=traffic.routing.weight_TA[batch])
         output_TD = run_experts(layer, traffic.input_TD[batch].to(layer.device), routing)

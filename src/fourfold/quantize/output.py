@@ -59,12 +59,7 @@ def read_experts(plan: Plan, out: Path, record: ShardRecord, dtype: torch.dtype)
 
     Raises FourfoldError if the shard is not the one that was recorded.
     """
-    found = sha256_file(out / record.shard)
-    if found != record.sha256:
-        raise FourfoldError(
-            f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
-            "the file was changed or damaged. Start over with --restart"
-        )
+    check_shard(out, record)
     if not plan.layers[record.layer].routed:
         return None
     index = TensorIndex.open_shards(out, [record.shard])
@@ -86,6 +81,26 @@ def read_experts(plan: Plan, out: Path, record: ShardRecord, dtype: torch.dtype)
     return torch.cat([stack(GATE), stack(UP)], dim=1), stack(DOWN)
 
 
+def check_shard(out: Path, record: ShardRecord) -> None:
+    """Raises FourfoldError if the shard in OUT is not the one that was recorded."""
+    found = sha256_file(out / record.shard)
+    if found != record.sha256:
+        raise FourfoldError(
+            f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
+            "the file was changed or damaged. Start over with --restart"
+        )
+
+
+def check_source(record: ShardRecord, digest: str) -> None:
+    """Raises FourfoldError if the source's tensors of a shard are not those it was made from. digest: of them now."""
+    if record.source_digest != digest:
+        what = f"layer {record.layer}" if record.layer >= 0 else "tensors outside the layers"
+        raise FourfoldError(
+            f"{what}: the source holds not the bytes that {record.shard} was made from; "
+            "bring the first source back, or start over with --restart"
+        )
+
+
 def sha256_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -98,18 +113,42 @@ def sha256_file(path: Path) -> str:
 
 def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
     """Copy one shard of tensors outside the decoder layers; fused MTP experts are split bit for bit."""
-    sha = hashlib.sha256()
+    digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
     tensors: list[OutputTensor] = []
     for claim in shard.claims:
         header = claim.header
         if claim.action is Action.SPLIT:
-            tensors += _split(index, header, sha)
+            tensors += _split(index, header, digests[header.name])
         elif claim.action is Action.COPY:
-            tensors.append(_tensor(header, header.name, header.shape, partial(_copied, index, header, sha)))
+            data = partial(_copied, index, header, digests[header.name])
+            tensors.append(_tensor(header, header.name, header.shape, data))
     written = write_shard(out, shard.shard, tensors)
     return ShardRecord(
-        shard=shard.shard, layer=-1, size_bytes=written.size_bytes, sha256=written.sha256, source_digest=sha.hexdigest()
+        shard=shard.shard,
+        layer=-1,
+        size_bytes=written.size_bytes,
+        sha256=written.sha256,
+        source_digest=_joined(digests),
     )
+
+
+def rest_digest(shard: RestShard, index: TensorIndex) -> str:
+    """The source_digest that write_rest would record now; reads the source's tensors, writes nothing."""
+    digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
+    for name, sha in digests.items():
+        for chunk in index.chunks(name):
+            sha.update(chunk)
+    return _joined(digests)
+
+
+def _read_of(shard: RestShard) -> Iterator[TensorHeader]:
+    return (claim.header for claim in shard.claims if claim.action is not Action.DROP)
+
+
+def _joined(digests: Mapping[str, hashlib._Hash]) -> str:
+    """One digest of all tensors', whatever order they were read in."""
+    lines = "".join(f"{name} {digests[name].hexdigest()}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _tensor(

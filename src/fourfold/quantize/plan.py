@@ -18,6 +18,7 @@ from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.shards import SIDECARS
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import release_advice, run_advice
+from fourfold.quantize.calibrate import check_sources
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
 from fourfold.quantize.estimate import DiskPlan, TimeEstimate, Workload, estimate_time, plan_disk
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, check_device, plan_memory
@@ -182,10 +183,11 @@ def make_plan(
 
     memory_bytes: budget of the device, None for what is free now; layers: a trial on these alone.
     Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one
-    message), a group does not divide a width, the tokenizer is missing or another model's, or `layers` or
-    `device` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
+    message), a group does not divide a width, the tokenizer is missing or another model's, a source of text is
+    missing or a test set, or `layers` or `device` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
     """
     check_device(device)
+    check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
     solve = _layer_range(layers, skeleton.layers)
     _check_widths(skeleton, recipe)

@@ -37,6 +37,9 @@ from fourfold.quantize.solve import solve_layer
 from fourfold.recipe import Recipe
 
 
+Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
+
+
 def ignore(event: Event) -> None:
     """A progress callback for those who do not watch."""
 
@@ -110,15 +113,25 @@ def quantize(
     check_out(out, model)
     plan = make_plan(model, recipe, device=device, memory_bytes=memory_bytes, layers=layers, out=out)
     plan.require_disk()
+    watch = Watch(progress, plan.solve.stop)
+    texts = read_texts(plan, watch)  # the last of what can be wrong before OUT is touched
     with hold(out):
         if restart:
             clear(out)
-        watch = Watch(_logged(out, progress), plan.solve.stop)
+        watch.progress = _logged(out, progress)
         try:
-            return _run(plan, out, recipe, torch.device(device), watch)
+            return _run(plan, texts, out, torch.device(device), watch)
         except FourfoldError as error:
             log(out, f"error: {error}")
             raise
+
+
+def read_texts(plan: Plan, watch: Watch) -> Texts:
+    """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
+    with watch.stage("calibrate"):
+        tokenizer = calibrate.load_tokenizer(plan.index.folder)
+        heldout = calibrate.heldout(plan.recipe, tokenizer)
+        return calibrate.collect(plan.recipe, tokenizer, progress=watch.progress), heldout
 
 
 def _logged(out: Path, progress: Progress) -> Progress:
@@ -131,16 +144,12 @@ def _logged(out: Path, progress: Progress) -> Progress:
     return tell
 
 
-def _run(plan: Plan, out: Path, recipe: Recipe, device: torch.device, watch: Watch) -> Summary:
-    for warning in plan.warnings:
-        watch.progress(Event(kind="note", text=warning))
-    with watch.stage("calibrate"):
-        tokenizer = calibrate.load_tokenizer(plan.index.folder)
-        calibration, heldout = calibrate.collect(recipe, tokenizer), calibrate.heldout(recipe, tokenizer)
-    for note in calibration.notes:
+def _run(plan: Plan, texts: Texts, out: Path, device: torch.device, watch: Watch) -> Summary:
+    calibration, heldout = texts
+    for note in (*plan.warnings, *calibration.notes):
         watch.progress(Event(kind="note", text=note))
     identity = Identity(
-        recipe=recipe.digest(),
+        recipe=plan.recipe.digest(),
         source=output.source_digest(plan),
         calibration=calibration.digest,
         heldout=heldout.digest,
@@ -179,7 +188,7 @@ def run_layers(job: Job) -> Measured:
             with watch.stage("read", layer_plan.index):
                 tensors = ahead.take(layer_plan.index)  # was read while the layer before was worked on
                 layer = build_layer(plan.skeleton, layer_plan.index, tensors, job.device)
-            tokens = source.calibration_tokens + release.calibration_tokens
+            tokens = streams.attended_tokens(source, release)
             with watch.stage("attend", layer_plan.index, tokens, "tokens") as tick:
                 traffic = streams.attend(layer, source, release, batches, tick)
             if layer_plan.shard in job.journal:
@@ -217,11 +226,7 @@ def restore_layer(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, tensors:
     """A layer that an earlier run finished, its codes read back."""
     record = job.journal[layer_plan.shard]
     with job.watch.stage("restore", layer_plan.index):
-        if record.source_digest != tensors.digest:
-            raise FourfoldError(
-                f"layer {layer_plan.index}: the source holds not the bytes that {layer_plan.shard} was made from; "
-                "bring the first source back, or start over with --restart"
-            )
+        output.check_source(record, tensors.digest)
         stacks = output.read_experts(job.plan, job.out, record, torch.bfloat16)
         return layer if stacks is None else layer.with_experts(*(stack.to(job.device) for stack in stacks))
 
@@ -249,8 +254,15 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
 
 
 def copy_rest(job: Job) -> None:
-    """On the writer's thread: everything outside the decoder layers. Not in a trial."""
+    """On the writer's thread: everything outside the decoder layers. Not in a trial.
+
+    A shard that an earlier run wrote is read again, and so is its source: like a layer's, they must be what they were.
+    """
     for shard in () if job.plan.partial else job.plan.rest:
-        if shard.shard not in job.journal:
-            job.watch.tell("copy")
+        job.watch.tell("copy")
+        if shard.shard in job.journal:
+            record = job.journal[shard.shard]
+            output.check_shard(job.out, record)
+            output.check_source(record, output.rest_digest(shard, job.plan.index))
+        else:
             job.journal.add(output.write_rest(job.out, shard, job.plan.index))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import Rows, StreamDrift, Tick
-from fourfold.model.checkpoint import TensorIndex, require_finite
+from fourfold.datatypes import FourfoldError, Rows, StreamDrift, Tick
+from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.observe import Batches, Observed, Traffic, advance_, attend_, pass_heldout_
@@ -47,16 +48,28 @@ def embed(
     return source, release
 
 
+def attended_tokens(source: Stream, release: Stream) -> int:
+    """Tokens that `attend` goes through: calibration rows count once where the streams are still one."""
+    both = () if release.calibration is source.calibration else (release,)
+    return sum(stream.calibration_tokens for stream in (source, *both))
+
+
 def attend(
     layer: DecoderLayer, source: Stream, release: Stream, batches: Batches, tick: Tick
 ) -> tuple[Traffic, Traffic | None]:
-    """Attention and router once per stream; once in all where the streams are still one."""
+    """Attention and router once per stream; once in all where the streams are still one.
+
+    Raises FourfoldError, here and in `advance`, naming the layer whose outputs are no numbers any more.
+    """
     assert source.calibration is not None
     source_traffic = attend_(layer, source.calibration, batches, tick)
+    _require_numbers(layer, source_traffic.input_TD, source_traffic.rows.hidden_RTD)
     if release.calibration is None:
         return source_traffic, None
     if release.calibration is not source.calibration:
-        return source_traffic, attend_(layer, release.calibration, batches, tick)
+        release_traffic = attend_(layer, release.calibration, batches, tick)
+        _require_numbers(layer, release_traffic.input_TD, release_traffic.rows.hidden_RTD)
+        return source_traffic, release_traffic
     rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
     return source_traffic, Traffic(rows, source_traffic.input_TD, source_traffic.routing, source_traffic.pairs)
 
@@ -78,7 +91,22 @@ def advance(
     calibration = None if traffic[1] is None else advance_(layers[1], traffic[1], batches, tick)
     release = Stream(calibration, streams[1].heldout)
     drift = pass_heldout_(layers, (source.heldout, release.heldout), batches, tick)
+    for layer, stream in zip(layers, (source, release), strict=True):
+        calibration_RTD = None if stream.calibration is None else stream.calibration.hidden_RTD
+        _require_numbers(layer, calibration_RTD, stream.heldout.hidden_RTD)
     return source, release, drift
+
+
+def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
+    """Weights are checked when they are read; what they put out can still be too large for BF16."""
+    for state in states:
+        if state is None or all(math.isfinite(extreme) for extreme in state.aminmax()):
+            continue
+        bad = sum(int(slab.isfinite().logical_not().sum()) for slab in state.flatten().split(SLAB_ELEMENTS))
+        raise FourfoldError(
+            f"layer {layer.index}: {bad:,} of {state.numel():,} hidden states are no numbers, as its outputs are too "
+            "large for BF16; the checkpoint is damaged or not meant for BF16, take the published one"
+        )
 
 
 def measure(
