@@ -59,18 +59,16 @@ class Judge:
 
     @torch.no_grad()
     def _run(self, forced: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states [T, D] at the output head's input, where a token is predicted; each router's choices [T, A]."""
+        """Hidden states [T, D] after the last norm where a token is predicted, and each router's choices [T, A]."""
         watches = [Watch(None if forced is None else forced[place]) for place in range(len(self.routers))]
         hooks = [gate.register_forward_hook(watch) for gate, watch in zip(self.routers, watches, strict=True)]
-        head = self.model.get_output_embeddings()
         seen: list[Tensor] = []
-        hooks.append(head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])))
         for batch_RT in self.token_RT.split(WINDOWS_PER_BATCH):
-            self.model(input_ids=batch_RT, use_cache=False)
+            hidden_RTD = self.model.base_model(input_ids=batch_RT, use_cache=False).last_hidden_state
+            seen.append(hidden_RTD[:, :-1].flatten(0, 1))
         for hook in hooks:
             hook.remove()
-        hidden_TD = torch.cat([part_RTD[:, :-1].flatten(0, 1) for part_RTD in seen])
-        return hidden_TD, [torch.cat(watch.chosen) for watch in watches]
+        return torch.cat(seen), [torch.cat(watch.chosen) for watch in watches]
 
     def _compare(self, release_TD: Tensor) -> metrics.Statistics:
         head_VD = self.model.get_output_embeddings().weight.detach()

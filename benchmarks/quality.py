@@ -43,7 +43,7 @@ PEERS = HERE / "peers"
 ROW_TOKENS = 512
 HELDOUT_WINDOWS = 48
 STORAGE = "gptq"  # what all methods write: GPTQModel's own
-FALLBACK = 0.16  # experts below this share of the mean load are rounded: what GPTQModel's 0.5 % of tokens is for 8 of 256
+FALLBACK = 0.16  # experts below this share of the mean load are rounded: GPTQModel's 0.5 % of tokens, with 8 of 256
 PEER, RTN = "gptqmodel", "rtn"
 
 
