@@ -51,7 +51,8 @@ class Traffic:
 class Observed:
     """The traffic that a layer's moments come from, and the source stream's where the target is asymmetric.
 
-    moments: release stream (asymmetric) or source stream; target_TD: the source stream's inputs, None if the same.
+    traffic: of the release stream (asymmetric) or the source stream; target_TD: the source stream's inputs, None without
+    an asymmetric target. It is the traffic's own input where both streams are still one.
     """
 
     traffic: Traffic
@@ -198,9 +199,10 @@ def gate_up_pool(observed: Observed, router_weighted: bool) -> Tensor:
 
 
 def gate_up_moments(chunk: Chunk) -> Moments:
-    """Moments of the experts' inputs, K = D."""
+    """Moments of the experts' inputs, K = D. No cross moment where the target is the input itself: it would be zero."""
+    target_TD = None if chunk.target_TD is chunk.input_TD else chunk.target_TD
     return moments.accumulate(
-        chunk.input_TD, chunk.target_TD, chunk.pairs.token_S, chunk.weight_S, list(chunk.pairs.offsets)
+        chunk.input_TD, target_TD, chunk.pairs.token_S, chunk.weight_S, list(chunk.pairs.offsets)
     )
 
 

@@ -65,8 +65,7 @@ def observed(source: Traffic, release: Traffic | None) -> Observed:
     """What the layer's moments come from: the release stream where there is one, with the source as its target."""
     if release is None:
         return Observed(traffic=source, target_TD=None)
-    same = release.input_TD is source.input_TD
-    return Observed(traffic=release, target_TD=None if same else source.input_TD)
+    return Observed(traffic=release, target_TD=source.input_TD)
 
 
 def advance(
