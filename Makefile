@@ -3,11 +3,11 @@
 #   PYTHON=/path/to/python      the Python to build .venv with (else the first that fits)
 #   TORCH_INDEX=URL             one more package index for torch; https://download.pytorch.org/whl/cpu has the builds
 #                               without CUDA, which are gigabytes smaller than PyPI's
-#   ARGS="-k plan -x"           more arguments for pytest
+#   ARGS="-k plan -x"           more arguments for pytest, or for a benchmark
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all check clean
+.PHONY: help demo test test-slow test-all check bench-quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ FIND_PYTHON = for python in python3.11 python3 python3.12 python3.13 python3.14 
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## plan and quantize the example model into demo/; a second run only shows the result
 	$(BIN)/fourfold plan $(MODEL) --devices cpu
@@ -42,8 +42,11 @@ check: $(INSTALLED)  ## lint, types, and which room imports which
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about two hours the first time
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
+
 clean:  ## remove .venv, the demo's output and caches
-	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile

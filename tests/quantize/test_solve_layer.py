@@ -17,8 +17,8 @@ import problems
 import reference
 from fourfold.core import pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
-from fourfold.model.layer import DecoderLayer, Pairs, Routing, sort_pairs
-from fourfold.quantize import solve
+from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
+from fourfold.quantize import solve, streams
 from fourfold.quantize.observe import Batches, Observed, Traffic
 from fourfold.recipe import Recipe, load_recipe
 
@@ -283,6 +283,28 @@ def test_down_sees_the_released_gate_and_up_on_the_release_stream(
     for call, used_ENK in enumerate(seen):
         first = 2 * (call // 2)
         assert torch.equal(used_ENK, wanted_ENK[first : first + 2])
+
+
+def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
+    """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
+    traffic = observed.traffic
+    seen = streams.observed(replace(traffic), replace(traffic))
+    released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
+    plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))
+    assert plain.gate_up_ENK is not None and asymmetric.gate_up_ENK is not None
+    assert torch.equal(plain.gate_up_ENK, asymmetric.gate_up_ENK)
+    input_TD, pairs = traffic_of(observed)
+
+    def output(chosen: DecoderLayer) -> Tensor:
+        hidden_SI = expert_hidden(input_TD, pairs, chosen.stacks[0], silu).float()
+        expert_S = torch.arange(EXPERTS).repeat_interleave(torch.tensor(pairs.offsets).diff())
+        return torch.stack([chosen.stacks[1][expert].float() @ hidden_I
+                            for expert, hidden_I in zip(expert_S.tolist(), hidden_SI, strict=True)])  # fmt: skip
+
+    wanted_SD = output(layer)
+    error = {alpha: (output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD).norm()
+             for alpha, result in released.items()}  # fmt: skip
+    assert error[1.0] < 0.9 * error[0.0]
 
 
 # ---- what is not finite

@@ -1,0 +1,339 @@
+"""Quality beside GPTQModel: the same calibration rows, the same held-out rows, the same storage, one judge.
+
+    python benchmarks/quality.py                                         # everything: an hour on two cores
+    python benchmarks/quality.py --methods rtn gptqmodel card fast best --tokens 65536
+    python benchmarks/quality.py --model FOLDER --json FILE              # another model than the example
+
+Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark goes on where
+it was. GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from heldout import Judge, bootstrap
+from rich.console import Console
+from rich.table import Table
+
+from fourfold.datatypes import Event
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize import calibrate
+from fourfold.quantize.run import quantize
+from fourfold.recipe import Recipe, load_recipe
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEERS = HERE / "peers"
+ROW_TOKENS = 512
+HELDOUT_WINDOWS = 48
+STORAGE = "gptq"  # what all methods write: GPTQModel's own
+FALLBACK = 0.16  # experts below this share of the mean load are rounded: GPTQModel's 0.5 % of tokens, with 8 of 256
+PEER, RTN = "gptqmodel", "rtn"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset and what is changed in it; no preset is GPTQModel."""
+
+    name: str
+    preset: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+def less(ingredient: str, *overrides: str) -> Method:
+    return Method(f"best - {ingredient}", "best", overrides)
+
+
+METHODS = (
+    Method(RTN, "card", ("solver.fallback_share=1",)),
+    Method(PEER),
+    Method("card", "card"),
+    Method("fast", "fast"),
+    Method("best", "best"),
+    less("asymmetric target", "solver.alpha=0"),
+    less("pool", "solver.pool=0"),
+    less("effective tokens", "solver.effective_tokens=false"),
+    less("trace matching", "solver.trace_matched=false"),
+    less("both of these", "solver.effective_tokens=false", "solver.trace_matched=false"),
+    less("router weights", "solver.router_weighted=false"),
+    less("diagonal damping", "solver.damp_kind=mean"),
+    less("activation order", "solver.order=natural"),
+    less("searched scales", "solver.scale=absmax"),
+    less("signed scales", "scheme.signed=false"),
+    less("conditional weights", "solver.scale_weights=diagonal"),
+    less("refinement", "solver.passes=0"),
+    less("scale refits", "solver.refine_scales=false"),
+)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """An upper limit on a figure of one method over the same figure of another, at one number of tokens."""
+
+    method: str
+    other: str
+    figure: str
+    tokens: int
+    limit: float
+    least_layers: int = 1
+
+
+REQUIREMENTS = (
+    Requirement("best", PEER, "forced_kl_mean", 65_536, 0.65),
+    Requirement("best", PEER, "kl_median", 65_536, 0.60),
+    Requirement("fast", PEER, "forced_kl_mean", 65_536, 0.70),
+    Requirement("best", PEER, "forced_kl_mean", 4_096, 0.75),
+    Requirement("card", PEER, "forced_kl_mean", 4_096, 1.10),
+    Requirement("card", PEER, "forced_kl_mean", 16_384, 1.10),
+    Requirement("card", PEER, "forced_kl_mean", 65_536, 1.10),
+    Requirement(PEER, "card", "forced_kl_mean", 4_096, 1.10),
+    Requirement(PEER, "card", "forced_kl_mean", 16_384, 1.10),
+    Requirement(PEER, "card", "forced_kl_mean", 65_536, 1.10),
+    Requirement("best", "fast", "forced_kl_mean", 65_536, 0.80, least_layers=16),
+)
+
+
+# ---- one run
+
+
+class Bench:
+    """One model, its held-out rows, and the cache of runs. The judge is made when the first run is missing."""
+
+    def __init__(self, model: Path, cache: Path) -> None:
+        self.model, self.cache = model, cache
+        self.skeleton = Skeleton.open(model)
+        self.tokenizer = calibrate.load_tokenizer(model)
+        windows = (f"heldout.windows={HELDOUT_WINDOWS}", f"heldout.length={ROW_TOKENS}")
+        self.heldout = calibrate.heldout(load_recipe("best", windows), self.tokenizer)
+        self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
+        source = ROOT / "src/fourfold"
+        self.judging = digest([HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"])
+        self.solving = digest(*((source / room).glob("*.py") for room in ("core", "model", "quantize")))
+        self._judge: Judge | None = None
+
+    @property
+    def fallback_share(self) -> float:
+        """Of all calibration tokens: the same rule for GPTQModel and `card`."""
+        return FALLBACK * self.skeleton.text.num_experts_per_tok / self.skeleton.experts
+
+    def recipe(self, method: Method, tokens: int, seed: int) -> Recipe:
+        preset = method.preset or "card"
+        rows = shares(tokens // ROW_TOKENS, [source.rows for source in load_recipe(preset).calibration.sources])
+        overrides = [f"calibration.sources.{place}.rows={count}" for place, count in enumerate(rows)]
+        overrides += [f"calibration.length={ROW_TOKENS}", f"calibration.seed={seed}", f"format={STORAGE}"]
+        overrides += ["heldout.windows=2", f"heldout.length={ROW_TOKENS}"]  # the judge has more
+        if preset == "card":
+            overrides.append(f"solver.fallback_share={self.fallback_share}")
+        return load_recipe(preset, [*overrides, *method.overrides])
+
+    def result(self, method: Method, tokens: int, seed: int) -> dict[str, Any]:
+        """The figures of one run, from the cache if it is there."""
+        recipe = self.recipe(method, tokens, seed)
+        parts = [self.model_digest, self.heldout.digest, recipe.digest(), self.judging]
+        parts.append(self.solving if method.preset else digest([PEERS / "gptqmodel_quantize.py"]))
+        key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        path = self.cache / f"{self.model.name}-{method.name.replace(' ', '')}-{tokens}-{seed}-{key}.json"
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(prefix="fourfold-quality-") as folder:
+                out = Path(folder) / "release"
+                made = self._with_fourfold(recipe, out) if method.preset else self._with_peer(recipe, out)
+                figures = made | self.judge.judge(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(figures), encoding="utf-8")
+            path.with_suffix(".tmp").rename(path)
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {"method": method.name, "tokens": tokens, "seed": seed} | figures
+
+    @property
+    def judge(self) -> Judge:
+        if self._judge is None:
+            self._judge = Judge(self.model, self.heldout.token_RT)
+        return self._judge
+
+    def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
+        """seconds, cpu_seconds: from the first layer to the last; making rows and measuring are left out."""
+        begun: dict[str, tuple[float, float]] = {}
+
+        def tell(event: Event) -> None:
+            begun.setdefault(event.stage, (time.perf_counter(), time.process_time()))
+
+        summary = quantize(self.model, out, recipe, progress=tell)
+        wall, cpu = (end - start for start, end in zip(begun["embed"], begun["measure"], strict=True))
+        rounded = summary.methods.get("rtn", 0)
+        return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded}
+
+    def _with_peer(self, recipe: Recipe, out: Path) -> dict[str, Any]:
+        subprocess.run([PEERS / "gptqmodel.sh"], check=True, env=os.environ | {"PYTHON": sys.executable})
+        folder = out.parent
+        rows = folder / "rows.json"
+        rows.write_text(json.dumps(calibrate.collect(recipe, self.tokenizer).token_RT.tolist()))
+        # It leaves logs/ where it is started, and Hub and offload folders where these point.
+        environment = os.environ | {"HF_HOME": str(folder / "hub"), "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        python = PEERS / ".venv-gptqmodel/bin/python"
+        command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, out, str(self.fallback_share)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"GPTQModel ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return made
+
+
+def digest(*groups: Iterable[Path]) -> str:
+    """sha256 of the files' bytes."""
+    sha = hashlib.sha256()
+    for path in sorted(path for group in groups for path in group):
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def shares(total: int, weights: Sequence[int]) -> list[int]:
+    """`total` rows dealt in proportion to `weights`, what rounding leaves to the largest remainders."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    dealt = [int(value) for value in exact]
+    for place in sorted(range(len(exact)), key=lambda place: dealt[place] - exact[place])[: total - sum(dealt)]:
+        dealt[place] += 1
+    return dealt
+
+
+# ---- all runs
+
+
+def mean_of_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table: figures averaged over seeds, and the interval of the mean KL over windows."""
+    first = runs[0]
+    numbers = [name for name, value in first.items() if isinstance(value, int | float) and name != "seed"]
+    means = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
+    windows = [statistics.fmean(parts) for parts in zip(*(run["kl_by_window"] for run in runs), strict=True)]
+    seeds = [run["seed"] for run in runs]
+    return {"method": first["method"], "seeds": seeds} | means | {"kl_interval": bootstrap(windows)}
+
+
+def check(lines: dict[tuple[str, int], dict[str, Any]], layers: int) -> Iterator[dict[str, Any]]:
+    """Each requirement whose figures are there, and whether it is met."""
+    for wanted in REQUIREMENTS:
+        keys = (wanted.method, wanted.tokens), (wanted.other, wanted.tokens)
+        if layers >= wanted.least_layers and all(key in lines for key in keys):
+            ratio = lines[keys[0]][wanted.figure] / lines[keys[1]][wanted.figure]
+            yield asdict(wanted) | {"found": ratio, "met": ratio <= wanted.limit}
+    for (method, tokens), line in lines.items():
+        if method == "best":
+            rounded = line["rounded"]
+            wanted = {"method": method, "figure": "rounded", "tokens": tokens, "limit": 0}
+            yield wanted | {"found": rounded, "met": rounded == 0}
+
+
+def show(lines: dict[tuple[str, int], dict[str, Any]], requirements: list[dict[str, Any]], title: str) -> None:
+    console = Console(width=150)
+    for tokens in sorted({tokens for _, tokens in lines}):
+        table = Table(title=f"{title}, {tokens:,} calibration tokens; KL in thousandths of a nat")
+        for name in ("method", "forced KL", "of peer", "median", "of peer", "mean", "95 % interval", "p99", "top-1 %",
+                     "perplexity", "rounded", "CPU s"):  # fmt: skip
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        peer = lines.get((PEER, tokens))
+        for (method, at), line in lines.items():
+            if at == tokens:
+                table.add_row(*cells(method, line, peer))
+        console.print(table)
+    for found in requirements:
+        of = f" of {found['other']}'s" if "other" in found else ""
+        verdict = "[green]met[/]" if found["met"] else "[red]NOT MET[/]"
+        asked = f"{found['tokens']:,} tokens: {found['method']} {found['figure']}{of} <= {found['limit']}"
+        console.print(f"{asked}: {found['found']:.3f} {verdict}", highlight=False)
+
+
+def cells(method: str, line: dict[str, Any], peer: dict[str, Any] | None) -> Iterator[str]:
+    def of_peer(figure: str) -> str:
+        return f"{line[figure] / peer[figure]:.2f}" if peer else ""
+
+    low, high = line["kl_interval"]
+    yield method
+    yield from (f"{1e3 * line['forced_kl_mean']:.3f}", of_peer("forced_kl_mean"))
+    yield from (f"{1e3 * line['kl_median']:.3f}", of_peer("kl_median"))
+    yield from (f"{1e3 * line['kl_mean']:.3f}", f"{1e3 * low:.2f} - {1e3 * high:.2f}", f"{1e3 * line['kl_p99']:.1f}")
+    yield from (f"{100 * line['top1_agreement']:.2f}", f"{line['perplexity_release']:.3f}")
+    yield f"{line['rounded']:.0f} of {line['projections']:.0f}"
+    yield "" if method == RTN else f"{line['cpu_seconds']:.0f}"  # made with a solve that is thrown away
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the figures are of: for the JSON file."""
+    skeleton, left_out = bench.skeleton, ("kl_by_window", "versions")
+    model = {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts}
+    return {
+        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
+        "peer_versions": next((run["versions"] for run in runs if "versions" in run), {}),
+        "model": model | {"sha256": bench.model_digest},
+        "protocol": {
+            "heldout": bench.heldout.protocol,
+            "heldout_digest": bench.heldout.digest,
+            "storage": STORAGE,
+            "calibration_row_tokens": ROW_TOKENS,
+            "fallback_share": bench.fallback_share,
+        },
+        "runs": [{name: value for name, value in run.items() if name not in left_out} for run in runs],
+    }
+
+
+def main() -> None:
+    names = [method.name for method in METHODS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny-qwen3.6-moe")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 16_384, 65_536])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # as GPTQModel: CPU seconds are then comparable, and cores can be shared
+    bench = Bench(options.model.resolve(), ROOT / ".cache/quality")
+    runs: list[dict[str, Any]] = []
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for tokens in options.tokens:
+        for method in (method for method in METHODS if method.name in options.methods):
+            # Rounding looks at no token: one run stands for all.
+            settings = [(min(options.tokens), seed) for seed in options.seeds[:1]] if method.name == RTN else []
+            settings = settings or [(tokens, seed) for seed in options.seeds]
+            started = time.perf_counter()
+            results = [bench.result(method, *setting) for setting in settings]
+            runs += [result for result in results if result not in runs]
+            lines[method.name, tokens] = mean_of_seeds(results)
+            forced = 1e3 * lines[method.name, tokens]["forced_kl_mean"]
+            seconds = time.perf_counter() - started
+            told = f"{tokens:>6} tokens  {method.name:<28} forced KL {forced:.3f}e-3  ({seconds:.0f} s)"
+            print(told, file=sys.stderr, flush=True)
+    requirements = list(check(lines, bench.skeleton.layers))
+    show(lines, requirements, bench.model.name)
+    if options.json:
+        means = [line | {"tokens": tokens} for (_, tokens), line in lines.items()]
+        content = record(bench, runs) | {"means": means, "requirements": requirements}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if all(found["met"] for found in requirements) else 1)
+
+
+if __name__ == "__main__":
+    main()
