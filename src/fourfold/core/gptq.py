@@ -193,9 +193,11 @@ def refine(
     codes_ENK, scale_ENG = codes_ENK.clone(), scale_ENG.clone()
     error_ENK = target_ENK - grid.dequantize(codes_ENK, scale_ENG)
     diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+    identity_BB = torch.eye(group_size, dtype=hessian_EKK.dtype, device=hessian_EKK.device)
     for _ in range(passes):
         for group in range(scale_ENG.shape[-1]):
             block = slice(group * group_size, (group + 1) * group_size)
+            weight_ENB, diagonal_E1B = target_ENK[:, :, block], diagonal_EK[:, None, block]
             gradient_ENB = torch.bmm(error_ENK, hessian_EKK[:, :, block])
             hessian_EBB = hessian_EKK[:, block, block]
             error_ENB, scale_EN = error_ENK[:, :, block], scale_ENG[:, :, group]
@@ -203,16 +205,15 @@ def refine(
                 code_ENB = codes_ENK[:, :, block].float()
                 product_ENB = torch.bmm(code_ENB, hessian_EBB)
                 moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, product_ENB, refit)
-                error_ENB = error_ENB - moved_EN[..., None] * code_ENB
-                gradient_ENB -= product_ENB.mul_(moved_EN[..., None])
+                error_ENB = torch.addcmul(error_ENB, code_ENB, moved_EN[..., None], value=-1)
+                gradient_ENB.addcmul_(product_ENB, moved_EN[..., None], value=-1)
                 scale_EN = scale_EN + moved_EN
-            feedback_EBB = (hessian_EBB / diagonal_EK[:, None, block]).triu(1)
-            target_ENB = target_ENK[:, :, block] + gradient_ENB / diagonal_EK[:, None, block] - error_ENB
-            target_ENB.baddbmm_(error_ENB, feedback_EBB, alpha=-1)
+            feedback_EBB = (hessian_EBB / diagonal_E1B).triu(1)
+            # W_b + Gr / diag H - Err_b (1 + triu F): the block's own error is taken out of its gradient
+            target_ENB = gradient_ENB.div_(diagonal_E1B).add_(weight_ENB)
+            target_ENB.baddbmm_(error_ENB, feedback_EBB + identity_BB, alpha=-1)
             scale_ENB = scale_EN[..., None].expand_as(target_ENB)
-            codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(
-                target_ENB, target_ENK[:, :, block], feedback_EBB, scale_ENB
-            )
+            codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
             scale_ENG[:, :, group] = scale_EN
     return codes_ENK, scale_ENG
 
