@@ -187,9 +187,11 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     """
     counts = [last - first for first, last in pairwise(offsets)]
     starts = (0, *accumulate(_filled(count) for count in counts))
-    shift_E = torch.tensor([start - first for start, first in zip(starts, offsets, strict=False)][: len(counts)])
-    place_S = torch.arange(len(token_S)) + shift_E.repeat_interleave(torch.tensor(counts))
-    place_S = place_S.to(input_TK.device)
+    shifts = [start - first for start, first in zip(starts, offsets, strict=False)][: len(counts)]
+    shift_E, count_E = torch.tensor([shifts, counts], device=input_TK.device)
+    # Of a known size, so that a GPU need not be waited for.
+    shift_S = shift_E.repeat_interleave(count_E, output_size=len(token_S))
+    place_S = torch.arange(len(token_S), device=input_TK.device) + shift_S
     filled_K = input_TK.new_zeros(starts[-1], input_TK.shape[1])
     filled_K[place_S] = input_TK[token_S]
     ends_E = torch.tensor(starts[1:], dtype=torch.int32, device=input_TK.device)
