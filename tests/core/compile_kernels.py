@@ -25,7 +25,7 @@ SCALES = {"SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LA
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda._second_moments, MOMENTS | {"CROSS": False}, 8),
     (cuda._second_moments, MOMENTS | {"CROSS": True}, 8),
-    (cuda._token_sums, {"COLUMNS": 512, "STEP": 16, "INTERPRET": False}, 4),
+    (cuda._token_sums, {"COLUMNS": 256, "STEP": 16, "INTERPRET": False}, 4),
     (cuda._column_loop, LOOP, 8),
     (cuda._scale_search, SCALES, 4),
     (cuda._pack, {"WORDS": cuda.WORDS_PER_PROGRAM}, 4),

@@ -175,7 +175,7 @@ def accumulate(
             )  # fmt: skip
         _token_sums[(experts,)](
             input_TK, token_S, weight_S, root_S, offset_E, weight_E, energy2_E, inputs,
-            COLUMNS=512, STEP=16, INTERPRET=INTERPRETED, **FUSED,
+            COLUMNS=256, STEP=16, INTERPRET=INTERPRETED, **FUSED,
         )  # fmt: skip
     return Moments(hessian_EKK, cross_EKK, weight_E, offset_E.diff().long(), energy2_E)
 
