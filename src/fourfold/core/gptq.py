@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid
-from fourfold.core.kernels import cpu
+from fourfold.core.kernels import cpu, cuda
 from fourfold.core.moments import damping
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
@@ -160,14 +160,16 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     For j = 0..B-1: q = clamp(rint(T_j / S_j)); err_j = W_j - S_j q; T_k += err_j feedback_jk for k > j.
     No input is changed; feedback's diagonal and lower triangle are not read.
     """
-    native = target_ENB.device.type == "cpu" and target_ENB.dtype == torch.float32
-    return (cpu.inblock if native else inblock_torch)(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
+    kernel = inblock_torch
+    if target_ENB.dtype == torch.float32:
+        kernel = cuda.inblock if target_ENB.is_cuda else cpu.inblock
+    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
 
 
 def inblock_torch(
     target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for any device, a column at a time: what the native kernels are held against."""
+    """The same for any device and dtype, a column at a time: what the native kernels are held against."""
     # Columns first: each step then reads and writes contiguous rows.
     target_EBN = target_ENB.mT.clone(memory_format=torch.contiguous_format)  # changed below
     scale_EBN = scale_ENB.mT.contiguous()

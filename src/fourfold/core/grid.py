@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.core.kernels import cpu
+from fourfold.core.kernels import cpu, cuda
 
 LARGEST = 65280.0  # the largest BF16 value that FP16 holds
 SMALLEST = 2.0**-17  # exact in BF16 and, as a subnormal, in FP16
@@ -41,25 +41,27 @@ def search_scales(weight_ENK: Tensor, importance_EK: Tensor, group_size: int, se
 
     importance_EK: >= 0, natural column order. Returns fp32 [E, N, G]. Works expert by expert, so temporaries are small.
     """
+    if weight_ENK.is_cuda:
+        return cuda.search_scales(weight_ENK, importance_EK, group_size, search)
     scales = []
     for weight_NK, importance_K in zip(weight_ENK, importance_EK, strict=True):
         candidate_FNG = candidates(weight_NK, group_size, search)
-        native = weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32
-        scales.append((cpu.choose_scales if native else choose_scales_torch)(weight_NK, importance_K, candidate_FNG))
+        choose = cpu.choose_scales if weight_NK.dtype == torch.float32 else choose_scales_torch
+        scales.append(choose(weight_NK, importance_K, candidate_FNG))
     return torch.stack(scales)
 
 
 def candidates(weight_NK: Tensor, group_size: int, search: ScaleSearch) -> Tensor:
     """All scales that are tried for each group, as stored, in the order of trial: fp32 [F, N, G]."""
     base_NG = weight_NK.unflatten(-1, (-1, group_size)).abs().amax(dim=-1) / 8
-    factor_F = torch.linspace(search.low, search.high, search.steps, device=weight_NK.device)
+    factor_F = torch.linspace(search.low, search.high, search.steps)
     if search.signed:
         factor_F = torch.stack([factor_F, -factor_F], dim=1).flatten()
-    return stored(base_NG * factor_F[:, None, None], search.dtype)
+    return stored(base_NG * factor_F.to(base_NG.device)[:, None, None], search.dtype)
 
 
 def choose_scales_torch(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
-    """The choice among candidates, for any device: what the native kernels are held against. fp32 [N, G]."""
+    """The choice among candidates, for any device and dtype: what the native kernels are held against. fp32 [N, G]."""
     groups = candidate_FNG.shape[-1]
     weight_NGK, importance_GK = weight_NK.unflatten(-1, (groups, -1)), importance_K.view(groups, -1)
     scale_NG = candidate_FNG[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fourfold.core.kernels import cuda
 from fourfold.datatypes import FourfoldError, Moments
 
 PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
@@ -29,6 +30,15 @@ def accumulate(
     offsets: E + 1 ints, expert e owns pairs offsets[e]:offsets[e + 1].
     Hessian sum w x x^T from xs = bf16(sqrt(w) x); cross sum w (target - x) x^T from bf16(sqrt(w) (target - x)).
     """
+    if input_TK.is_cuda:
+        return cuda.accumulate(input_TK, target_TK, token_S, weight_S, offsets)
+    return accumulate_torch(input_TK, target_TK, token_S, weight_S, offsets)
+
+
+def accumulate_torch(
+    input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor, offsets: list[int]
+) -> Moments:
+    """The same for any device, a GEMM per expert and piece: the CPU's way, and what the kernel is held against."""
     experts, inputs = len(offsets) - 1, input_TK.shape[1]
     device = input_TK.device
     hessian_EKK = torch.zeros(experts, inputs, inputs, device=device)

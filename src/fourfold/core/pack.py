@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.core.kernels import cuda
 from fourfold.datatypes import QuantizedGroup
 
 ZERO_WORDS = {"gptq": 0x77777777, "gptq_v2": 0x88888888 - 2**32}  # the zero point 8, stored as 7 by v1 and as 8 by v2
@@ -32,6 +33,8 @@ def pack_codes(codes_ENK: Tensor) -> Tensor:
     codes_ENK: int8 in [-8, 7], K a multiple of 8. Returns int32 [E, N, K // 8].
     Layout: compressed-tensors `pack-quantized`, vLLM Marlin. Raises ValueError if K is not a multiple of 8.
     """
+    if codes_ENK.is_cuda:
+        return cuda.pack_codes(codes_ENK)
     if codes_ENK.shape[-1] % 8:
         raise ValueError(f"codes have {codes_ENK.shape[-1]} input features; packing needs a multiple of 8")
     # Two nibbles to a byte, and the bytes of a little-endian word are in order already: no int64 stack is needed.

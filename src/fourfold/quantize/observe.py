@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,15 @@ class Observed:
 
     traffic: Traffic
     target_TD: Tensor | None
+
+    def to(self, device: torch.device) -> Observed:
+        """With the experts' inputs on a device, for as long as a layer is solved; one tensor stays one."""
+        assert self.traffic.input_TD is not None
+        input_TD = self.traffic.input_TD.to(device)
+        target_TD = self.target_TD
+        if target_TD is not None:
+            target_TD = input_TD if target_TD is self.traffic.input_TD else target_TD.to(device)
+        return Observed(dataclasses.replace(self.traffic, input_TD=input_TD), target_TD)
 
 
 def attend_(layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:

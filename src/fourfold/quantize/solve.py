@@ -83,12 +83,13 @@ def solve_layer(
     """
     solver, clock = recipe.solver, _Clock()
     stacks = layer.stacks
+    observed = observed.to(layer.device)
     released = torch.empty_like(stacks[0]), torch.empty_like(stacks[1])
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
     assert observed.traffic.input_TD is not None
     tokens = len(observed.traffic.input_TD)
-    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index)
+    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index).to(layer.device)
     with clock("moments"):
         pool_KK = gate_up_pool(observed, solver.router_weighted)
     for experts in chunks(len(stacks[0]), batches.experts):
@@ -207,9 +208,9 @@ def _judge(
 
 
 def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: str) -> dict[str, dict[str, Tensor]]:
-    """A site's stack as the release stores it, on the host: projection -> tensor suffix -> [E, ...]."""
+    """A site's stack as the release stores it: projection -> tensor suffix -> [E, ...]."""
     count = len(projections)
-    codes, scales = group.codes_ENK.cpu().chunk(count, dim=1), group.scale_ENG.cpu().chunk(count, dim=1)
+    codes, scales = group.codes_ENK.chunk(count, dim=1), group.scale_ENG.chunk(count, dim=1)
     return {
         projection: pack.pack(QuantizedGroup(*part), format)
         for projection, *part in zip(projections, codes, scales, strict=True)
@@ -223,12 +224,12 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
 
 
 def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
+    """Final names, on the host: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
     return {
-        f"{prefix}{expert}.{projection}.{suffix}": stacked[place]
+        f"{prefix}{expert}.{projection}.{suffix}": tensor
         for projection, tensors in packed.items()
         for suffix, stacked in tensors.items()
-        for place, expert in enumerate(experts)
+        for expert, tensor in zip(experts, stacked.cpu(), strict=True)
     }
 
 
