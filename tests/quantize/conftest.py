@@ -32,11 +32,3 @@ def release(source: Path, small: MakeRecipe) -> Path:
     out = source.parent / "release"
     releases.run(source, out, small())
     return out
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Defects that are known and not mended yet, one test id a line; strict, so a mended one must leave the list."""
-    known = set(Path(__file__).with_name("known_defects.txt").read_text(encoding="utf-8").splitlines())
-    for item in items:
-        if item.nodeid in known:
-            item.add_marker(pytest.mark.xfail(strict=True, reason="known defect: tests/quantize/known_defects.txt"))
