@@ -10,6 +10,8 @@ import torch
 
 TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
 COLUMNS = 128.0  # of a block in core/gptq
+BF16, FP32 = 2, 4
+LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,7 @@ class Workload:
     """The sizes that decide what a run costs.
 
     hidden D, width I, experts E, topk A, vocabulary V.
-    routed_layers: layers with experts that rows go through; solved_layers: those whose experts are quantized.
+    layers: that rows go through; routed_layers: those with experts; solved_layers: those whose experts are quantized.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
     group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
@@ -39,6 +41,7 @@ class Workload:
     passes: int
     pooled: bool
     pool_rows: int
+    layers: int
     routed_layers: int
     solved_layers: int
     full_attention_layers: int
@@ -140,6 +143,28 @@ def head_flop(work: Workload) -> float:
     return 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
 
 
+def forward_bytes(work: Workload, tokens: int) -> float:
+    """Temporaries of one pass of `tokens` tokens through all layers, beside the operations above."""
+    attention = work.layers * tokens * work.attend_token_bytes
+    return attention + work.routed_layers * expert_traffic_bytes(work, tokens * work.topk)
+
+
+def expert_traffic_bytes(work: Workload, pairs: int) -> float:
+    """Of a layer's routed experts, BF16: inputs gathered, gate, up and their product, outputs sorted and unsorted."""
+    return float(pairs * (3 * work.hidden + 4 * work.width) * BF16)
+
+
+def head_bytes(work: Workload) -> float:
+    """Passes over the fp32 logits of both streams."""
+    return 2.0 * work.heldout_tokens * work.vocabulary * LOGIT_PASSES * FP32
+
+
+def activations_bytes(work: Workload) -> float:
+    """Gate and up once more."""
+    pairs = work.calibration_streams * work.pairs
+    return float(work.solved_layers * pairs * (work.hidden + 4 * work.width) * BF16)
+
+
 def activations_flop(work: Workload) -> float:
     """Gate and up once more for the down site's moments, in one or two streams."""
     return work.solved_layers * work.calibration_streams * 4.0 * work.pairs * work.width * work.hidden
@@ -193,13 +218,15 @@ def _per_solve(work: Workload, flop: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """FLOP per second of one unit (a CPU core, a GPU) by kind of work; disk: bytes per second.
+    """FLOP per second of one unit (a CPU core, a GPU) by kind of work; traffic, disk: bytes per second.
 
-    forward: BF16 GEMMs; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: GEMMs of the solve (TF32 on a
-    GPU); factor: Cholesky and triangular solves, fp32; elementwise: scale search and the in-block kernel.
+    forward: BF16 GEMMs; traffic: temporaries between the GEMMs, which the many small operations of attention, experts
+    and output head write and read; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: GEMMs of the solve (TF32 on
+    a GPU); factor: Cholesky and triangular solves, fp32; elementwise: scale search and the in-block kernel.
     """
 
     forward: float
+    traffic: float
     moments: float
     gemm: float
     factor: float
@@ -208,18 +235,23 @@ class Rates:
     basis: str
 
 
+# CPU: GEMMs as measured one by one; traffic, moments and elementwise fitted to the CPU seconds by stage of the example
+# with `best` at 64 x 512 and 256 x 1024 tokens, on two cores of an AMD EPYC. GPU: an RTX 3060's data sheet and GEMMs.
 RATES = {
     "cpu": Rates(
         forward=190e9,
-        moments=80e9,
+        traffic=0.9e9,
+        moments=70e9,
         gemm=80e9,
         factor=40e9,
-        elementwise=4e9,
+        elementwise=0.9e9,
         disk=1e9,
-        basis="CPU cores at 190 GFLOP/s BF16 and 80 GFLOP/s fp32 each, disk at 1 GB/s",
+        basis="cores of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 70-80 GFLOP/s fp32 and 0.9 GB/s of "
+        "temporaries each; disk at 1 GB/s",
     ),
     "cuda": Rates(
         forward=17e12,
+        traffic=250e9,
         moments=17e12,
         gemm=6.4e12,
         factor=4.4e12,
@@ -232,11 +264,12 @@ RATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TimeStep:
-    """One kind of work of the whole run; kind: the rate of `Rates` that it goes at."""
+    """One kind of work of the whole run; kind: the rate of `Rates` that its operations go at."""
 
     name: str
     kind: str
     pflop: float
+    traffic_bytes: float
     seconds: float
 
 
@@ -263,32 +296,39 @@ class TimeEstimate:
 
 
 def estimate_time(work: Workload, device: str) -> TimeEstimate:
-    """Operations of each step over the constant rates of the device's kind."""
+    """Operations and temporaries of each step over the constant rates of the device's kind."""
     kind = device.partition(":")[0]
     rates, units = RATES[kind], torch.get_num_threads() if kind == "cpu" else 1
     calibration = forward_flop(work, work.calibration_tokens, work.calibration_length)
-    heldout = forward_flop(work, work.heldout_tokens, work.heldout_length)
-    flop = (
-        ("source stream", "forward", calibration),
-        ("release stream", "forward", calibration * work.asymmetric),
-        ("held-out rows", "forward", 2 * heldout + head_flop(work)),
-        ("activations for down", "forward", activations_flop(work)),
-        ("moments", "moments", moments_flop(work)),
-        ("cross moments", "moments", moments_flop(work) * work.asymmetric),
-        ("pools", "moments", pool_flop(work)),
-        ("factor", "factor", factor_flop(work)),
-        ("asymmetric target", "factor", target_flop(work)),
-        ("scale search", "elementwise", scales_flop(work)),
-        ("columns", "gemm", columns_flop(work)),
-        ("columns in a block", "elementwise", in_block_flop(work)),
-        ("refinement", "gemm", refinement_flop(work)),
+    heldout = 2 * forward_flop(work, work.heldout_tokens, work.heldout_length) + head_flop(work)
+    passed, held_bytes = forward_bytes(work, work.calibration_tokens), 2 * forward_bytes(work, work.heldout_tokens)
+    steps = (
+        ("source stream", "forward", calibration, passed),
+        ("release stream", "forward", calibration * work.asymmetric, passed * work.asymmetric),
+        ("held-out rows", "forward", heldout, held_bytes + head_bytes(work)),
+        ("activations for down", "forward", activations_flop(work), activations_bytes(work)),
+        ("moments", "moments", moments_flop(work), 0.0),
+        ("cross moments", "moments", moments_flop(work) * work.asymmetric, 0.0),
+        ("pools", "moments", pool_flop(work), 0.0),
+        ("factor", "factor", factor_flop(work), 0.0),
+        ("asymmetric target", "factor", target_flop(work), 0.0),
+        ("scale search", "elementwise", scales_flop(work), 0.0),
+        ("columns", "gemm", columns_flop(work), 0.0),
+        ("columns in a block", "elementwise", in_block_flop(work), 0.0),
+        ("refinement", "gemm", refinement_flop(work), 0.0),
     )
     return TimeEstimate(
         steps=tuple(
-            TimeStep(name=name, kind=rate, pflop=count / 1e15, seconds=count / (getattr(rates, rate) * units))
-            for name, rate, count in flop
+            TimeStep(
+                name=name,
+                kind=rate,
+                pflop=flop / 1e15,
+                traffic_bytes=moved,
+                seconds=(flop / getattr(rates, rate) + moved / rates.traffic) / units,
+            )
+            for name, rate, flop, moved in steps
         ),
         read_seconds=work.read_bytes / rates.disk,
         write_seconds=work.write_bytes / rates.disk,
-        basis=f"from these constants, a prediction: {units} {rates.basis}",
+        basis=f"a prediction from constants, start and texts not in it: {units} {rates.basis}",
     )

@@ -330,6 +330,7 @@ def _workload(
         passes=solver.passes,
         pooled=solver.pool > 0,
         pool_rows=solver.pool_rows,
+        layers=len(run),
         routed_layers=sum(layer.routed for layer in run),
         solved_layers=sum(layers[index].routed for index in solve),
         full_attention_layers=sum(layer.kind != "linear_attention" for layer in run),
