@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-From a middle size (64 experts, top 8, 8,192 tokens, 1024 -> 256) one size at a time is changed. Tokens and experts should
-cost in proportion (above a fixed part), width with its square and cube.
+From a middle size (64 experts, top 8, 8,192 tokens, 1024 -> 256) one size at a time is changed. Tokens and experts
+should cost in proportion (above a fixed part), width with its square and cube.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from full_layer import measure
 from full_layer import parse as parse_layer
 from gemm_rate import machine
+from matplotlib import pyplot
 
 from fourfold.recipe import load_recipe
 
-matplotlib.use("Agg")
+pyplot.switch_backend("Agg")
 MIDDLE = {"experts": 64, "tokens": 8192, "width": 256}
-SERIES = {"experts": (8, 16, 32, 64, 128, 256), "tokens": (2048, 4096, 8192, 16_384, 32_768, 65_536), "width": (128, 256, 512)}
+SERIES = {
+    "experts": (8, 16, 32, 64, 128, 256),
+    "tokens": (2048, 4096, 8192, 16_384, 32_768, 65_536),
+    "width": (128, 256, 512),
+}
 OUTSIDE = ("attention, router", "advance")  # steps that are no part of the solve
 
 
 def run(sizes: dict[str, int], preset: str, threads: int) -> dict[str, Any]:
-    flags = {"experts": sizes["experts"], "tokens": sizes["tokens"], "width": sizes["width"], "hidden": 4 * sizes["width"],
-             "topk": 8, "chunk": 16, "threads": threads, "recipe": preset}  # fmt: skip
+    flags = {**sizes, "hidden": 4 * sizes["width"], "topk": 8, "chunk": 16, "threads": threads, "recipe": preset}
     options = parse_layer([text for name, value in flags.items() for text in (f"--{name}", str(value))])
     figures = measure(options, load_recipe(preset), torch.device("cpu"))
     solve = {step: seconds for step, seconds in figures["steps"].items() if step not in OUTSIDE}
@@ -39,14 +42,12 @@ def run(sizes: dict[str, int], preset: str, threads: int) -> dict[str, Any]:
 
 
 def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.4), constrained_layout=True)
     for axis, (name, rows) in zip(axes, series.items(), strict=True):
         sizes, seconds = [row[name] for row in rows], [row["seconds"] for row in rows]
         axis.loglog(sizes, seconds, "o-", label="measured")
         rate = rows[-1]["gflop"] / rows[-1]["seconds"]
-        axis.loglog(sizes, [row["gflop"] / rate for row in rows], "--", color="grey", label="in proportion to the arithmetic")
+        axis.loglog(sizes, [row["gflop"] / rate for row in rows], "--", color="grey", label="as the arithmetic")
         axis.set_xlabel(name)
         axis.set_ylabel("seconds of a layer's solve")
         axis.legend(frameon=False, fontsize=8)
@@ -67,7 +68,8 @@ def main() -> None:
         for size in sizes:
             row = run(MIDDLE | {name: size}, options.recipe, options.threads)
             series[name].append(row)
-            print(f"{name:>8} {size:7,} {row['seconds']:8.2f} s {row['gflop'] / row['seconds']:7.1f} GFLOP/s", flush=True)
+            rate = row["gflop"] / row["seconds"]
+            print(f"{name:>8} {size:7,} {row['seconds']:8.2f} s {rate:7.1f} GFLOP/s", flush=True)
     figures = {
         "command": f"python benchmarks/scaling.py --recipe {options.recipe} --threads {options.threads}",
         "machine": machine("cpu", options.threads),

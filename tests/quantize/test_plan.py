@@ -469,9 +469,26 @@ def test_everything_at_once_where_it_fits(full: Path) -> None:
     ]  # fmt: skip
 
 
+def one_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 6)) -> None:
+    """A plan asks no more of a GPU than that it is there, and what it can."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
+
+
+def test_gpus_without_bf16_or_kernels_are_refused(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_gpu(monkeypatch, (7, 5))
+    with pytest.raises(FourfoldError, match="Old GPU has no BF16"):
+        make_plan(full, RECIPE, device="cuda:0", memory_bytes=GB)
+    one_gpu(monkeypatch)
+    monkeypatch.setattr(memory.cuda, "AVAILABLE", False)
+    with pytest.raises(FourfoldError, match="triton is not installed"):
+        make_plan(full, RECIPE, device="cuda:0", memory_bytes=GB)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_chunks_shrink_with_the_budget(full: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    one_gpu(monkeypatch)
     chunks = []
     for budget in (100, 40, 20, 16, 14):
         found = make_plan(full, RECIPE, device=device, memory_bytes=budget * GB).memory
@@ -511,7 +528,7 @@ def test_a_budget_that_is_too_small(full: Path) -> None:
 
 
 def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    one_gpu(monkeypatch)
     cpu = make_plan(full, RECIPE, memory_bytes=20 * GB).memory
     gpu = make_plan(full, RECIPE, memory_bytes=20 * GB, device="cuda").memory
     assert all(stage.host_bytes == stage.device_bytes for stage in cpu.stages)

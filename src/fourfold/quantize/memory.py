@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from fourfold.core.kernels import cuda
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.datatypes import FourfoldError
@@ -174,6 +175,11 @@ def check_device(device: str) -> None:
             f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a "
             "driver and a torch build with CUDA"
         )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise FourfoldError(f"device {device!r}: {name} has no BF16; a GPU of compute capability 8.0 or newer is wanted")
+    if not cuda.AVAILABLE:
+        raise FourfoldError(f"device {device!r}: triton is not installed, which the kernels are made with; install it")
 
 
 def device_budget(device: str) -> int:
@@ -219,8 +225,8 @@ def _resident_bytes(work: Workload) -> int:
 
 
 def _on_device_bytes(work: Workload) -> int:
-    """On a GPU in every stage of the loop."""
-    return CUDA_CONTEXT_BYTES + work.layer_bytes
+    """On a GPU in every stage of the loop: the layer, and until it is solved its experts' inputs and routing."""
+    return CUDA_CONTEXT_BYTES + work.layer_bytes + traffic_bytes(work)
 
 
 def _stages(work: Workload, device: str, chunk: int, tokens: int, rows: int) -> tuple[StageMemory, ...]:

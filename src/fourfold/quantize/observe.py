@@ -166,12 +166,6 @@ def chunks(experts: int, size: int) -> Iterator[range]:
         yield range(first, min(first + size, experts))
 
 
-def pair_weights(pairs: Pairs, router_weighted: bool) -> Tensor:
-    """w of NUMERICS: the router weight of each pair, or ones. fp32 [S]."""
-    weight_S = pairs.weight_S.float()
-    return weight_S if router_weighted else torch.ones_like(weight_S)
-
-
 @dataclass(frozen=True)
 class Chunk:
     """A chunk of experts with its (token, expert) pairs: what its moments are made of.

@@ -83,13 +83,13 @@ def solve_layer(
     """
     solver, clock = recipe.solver, _Clock()
     stacks = layer.stacks
-    observed = observed.to(layer.device)
+    observed = observed.to(stacks[0].device)
     released = torch.empty_like(stacks[0]), torch.empty_like(stacks[1])
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
     assert observed.traffic.input_TD is not None
     tokens = len(observed.traffic.input_TD)
-    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index).to(layer.device)
+    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index).to(stacks[0].device)
     with clock("moments"):
         pool_KK = gate_up_pool(observed, solver.router_weighted)
     for experts in chunks(len(stacks[0]), batches.experts):

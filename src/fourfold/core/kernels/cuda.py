@@ -24,6 +24,7 @@ try:
 except ModuleNotFoundError:  # torch's CPU builds come without it, and nothing here is called then
     triton = None
 
+AVAILABLE = triton is not None
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 FUSED = {"enable_fp_fusion": True}  # triton's default is about to change, and says so
 
