@@ -311,6 +311,7 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
         "peer_versions": next((run["versions"] for run in runs if "versions" in run), {}),
+        "code": {"quantize": bench.solving, "judge": bench.judging},
         "model": model | {"sha256": bench.model_digest},
         "protocol": {
             "heldout": bench.heldout.protocol,
