@@ -11,6 +11,7 @@ it was. GPTQModel works in an environment of its own, which benchmarks/peers/gpt
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -124,7 +125,7 @@ class Bench:
         self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
         source = ROOT / "src/fourfold"
         self.judging = digest([HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"])
-        self.solving = digest(*((source / room).glob("*.py") for room in ("core", "model", "quantize")))
+        self.solving = digest(*((source / room).rglob("*.py") for room in ("core", "model", "quantize")))
         self._judge: Judge | None = None
 
     @property
@@ -143,20 +144,21 @@ class Bench:
         return load_recipe(preset, [*overrides, *method.overrides])
 
     def result(self, method: Method, tokens: int, seed: int) -> dict[str, Any]:
-        """The figures of one run, from the cache if it is there."""
+        """The figures of one run, from the cache if they are there."""
         recipe = self.recipe(method, tokens, seed)
-        parts = [self.model_digest, self.heldout.digest, recipe.digest(), self.judging]
-        parts.append(self.solving if method.preset else digest([PEERS / "gptqmodel_quantize.py"]))
-        key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-        path = self.cache / f"{self.model.name}-{method.name.replace(' ', '')}-{tokens}-{seed}-{key}.json"
+        name = f"{self.model.name}-{method.name.replace(' ', '')}-{tokens}-{seed}"
+        made_by = self.solving if method.preset else digest([PEERS / "gptqmodel_quantize.py"])
+        key = digest_of(self.model_digest, recipe.digest(), made_by)
+        path = self.cache / f"{name}-{digest_of(key, self.heldout.digest, self.judging)}.json"
         if not path.is_file():
             with tempfile.TemporaryDirectory(prefix="fourfold-quality-") as folder:
-                out = Path(folder) / "release"
-                made = self._with_fourfold(recipe, out) if method.preset else self._with_peer(recipe, out)
-                figures = made | self.judge.judge(out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(figures), encoding="utf-8")
-            path.with_suffix(".tmp").rename(path)
+                if method.preset:
+                    made = self._with_fourfold(recipe, Path(folder) / "release")
+                    figures = made | self.judge.judge(Path(folder) / "release")
+                else:
+                    made, release = self._with_peer(recipe, Path(folder), self.cache / f"{name}-{key}")
+                    figures = made | self.judge.judge(release)
+            write(path, json.dumps(figures))
         figures = json.loads(path.read_text(encoding="utf-8"))
         return {"method": method.name, "tokens": tokens, "seed": seed} | figures
 
@@ -178,28 +180,49 @@ class Bench:
         rounded = summary.methods.get("rtn", 0)
         return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded}
 
-    def _with_peer(self, recipe: Recipe, out: Path) -> dict[str, Any]:
-        subprocess.run([PEERS / "gptqmodel.sh"], check=True, env=os.environ | {"PYTHON": sys.executable})
-        folder = out.parent
-        rows = folder / "rows.json"
-        rows.write_text(json.dumps(calibrate.collect(recipe, self.tokenizer).token_RT.tolist()))
-        # It leaves logs/ where it is started, and Hub and offload folders where these point.
-        environment = os.environ | {"HF_HOME": str(folder / "hub"), "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
-        python = PEERS / ".venv-gptqmodel/bin/python"
-        command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, out, str(self.fallback_share)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"GPTQModel ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-        made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return made
+    def _with_peer(self, recipe: Recipe, folder: Path, kept: Path) -> tuple[dict[str, Any], Path]:
+        """GPTQModel's release stays in `kept`: it need not be made again when fourfold changes."""
+        made, release = kept / "made.json", kept / "release"
+        if not made.is_file():
+            subprocess.run([PEERS / "gptqmodel.sh"], check=True, env=os.environ | {"PYTHON": sys.executable})
+            rows = folder / "rows.json"
+            rows.write_text(json.dumps(calibrate.collect(recipe, self.tokenizer).token_RT.tolist()))
+            # It leaves logs/ where it is started, and Hub and offload folders where these point.
+            environment = os.environ | {"HF_HOME": str(folder / "hub"), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+            python = PEERS / ".venv-gptqmodel/bin/python"
+            command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, release, str(self.fallback_share)]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"GPTQModel: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            write(made, done.stdout.splitlines()[-1])
+        return json.loads(made.read_text(encoding="utf-8")), release
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the benchmark is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+
+
+def digest_of(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def digest(*groups: Iterable[Path]) -> str:
-    """sha256 of the files' bytes."""
+    """sha256 of the files; of a module only its code counts, without comments and docstrings."""
     sha = hashlib.sha256()
     for path in sorted(path for group in groups for path in group):
-        sha.update(hashlib.sha256(path.read_bytes()).digest())
+        sha.update(code(path) if path.suffix == ".py" else path.read_bytes())
     return sha.hexdigest()
+
+
+def code(path: Path) -> bytes:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def shares(total: int, weights: Sequence[int]) -> list[int]:
@@ -288,6 +311,7 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
         "peer_versions": next((run["versions"] for run in runs if "versions" in run), {}),
+        "code": {"quantize": bench.solving, "judge": bench.judging},
         "model": model | {"sha256": bench.model_digest},
         "protocol": {
             "heldout": bench.heldout.protocol,
@@ -316,7 +340,7 @@ def main() -> None:
     for tokens in options.tokens:
         for method in (method for method in METHODS if method.name in options.methods):
             # Rounding looks at no token: one run stands for all.
-            settings = [(min(options.tokens), seed) for seed in options.seeds[:1]] if method.name == RTN else []
+            settings = [(4_096, options.seeds[0])] if method.name == RTN else []
             settings = settings or [(tokens, seed) for seed in options.seeds]
             started = time.perf_counter()
             results = [bench.result(method, *setting) for setting in settings]
