@@ -161,7 +161,7 @@ def show_summary(console: Console, summary: Summary) -> None:
     methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
     table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
     sizes = f"{decimal(summary.bytes_before)} -> {decimal(summary.bytes_after)}"
-    if summary.bytes_before and not summary.partial:
+    if summary.bytes_before:
         sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
     table.add_row("size of tensors", sizes)
     for key, (label, form) in METRICS.items():

@@ -98,6 +98,18 @@ def test_text_that_is_not_there_leaves_out_untouched(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("calibration.sources.0.rows=9999", "tokens, are wanted"), ("heldout.windows=9999", "9999 are wanted")],
+)
+def test_too_little_text_leaves_out_untouched(
+    source: Path, small: MakeRecipe, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(FourfoldError, match=message):
+        releases.run(source, tmp_path / "out", small(override))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("storage", ["compressed-tensors"])
 def test_scales_that_the_storage_cannot_hold_are_refused(
     source: Path, small: MakeRecipe, tmp_path: Path, storage: str

@@ -14,9 +14,10 @@ import torch
 import checkpoints
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import memory
 from fourfold.quantize import plan as plan_module
-from fourfold.quantize.estimate import Workload
+from fourfold.quantize.estimate import RATES, Workload
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.plan import GroupRow, Plan, make_plan
 from fourfold.recipe import Recipe, Source, load_recipe
@@ -599,6 +600,29 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operations_are_those_of_the_table(full: Path, step: str, pflop: float, tolerance: float) -> None:
     found = {step.name: step.pflop for step in make_plan(full, RECIPE).time.steps}
     assert found[step] == pytest.approx(pflop, rel=tolerance)
+
+
+def test_a_plan_knows_texts_that_are_missing_or_test_sets(tmp_path: Path) -> None:
+    model = checkpoints.tiny(tmp_path)
+    for source, message in (
+        (Source(rows=1, path=str(tmp_path / "absent.txt")), "absent.txt does not exist"),
+        (Source(rows=1, dataset="some/data", split="test"), "is a test set"),
+    ):
+        calibration = replace(RECIPE.calibration, sources=(source,))
+        with pytest.raises(FourfoldError, match=message):
+            make_plan(model, replace(RECIPE, calibration=calibration))
+
+
+def test_temporaries_take_time_beside_operations(full: Path) -> None:
+    """Per step: operations at the rate of their kind, bytes at the rate of traffic, on all cores."""
+    steps = {step.name: step for step in make_plan(full, RECIPE).time.steps}
+    rates, cores = RATES["cpu"], torch.get_num_threads()
+    for step in steps.values():
+        flop_seconds = step.pflop * 1e15 / getattr(rates, step.kind)
+        assert step.seconds == pytest.approx((flop_seconds + step.traffic_bytes / rates.traffic) / cores)
+    tokens, pair_bytes = 256 * 1024, (3 * 2048 + 4 * 512) * 2
+    attended = steps["source stream"].traffic_bytes - 40 * tokens * 8 * pair_bytes
+    assert attended == pytest.approx(40 * tokens * memory.attend_token_bytes(Skeleton.open(full).text))
 
 
 def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,6 +52,9 @@ def test_state_of_a_finished_run_is_true(source: Path, release: Path, small: Mak
     assert state["identity"]["recipe"] == small().digest()
     assert state["metrics"] == releases.read_json(release / "metrics.json")["summary"]
     assert (state["calibration"]["rows"], state["calibration"]["length"]) == (8, 128)
+    assert list(state["devices"]) == ["cpu"] and state["devices"]["cpu"]
+    assert set(state["seconds"]) == {"calibrate", "embed", "read", "attend", "solve", "advance", "measure"}
+    assert set(state["layer_seconds"]) == {"moments", "solve", "write"}
     assert not list((release / ".fourfold").glob("shards/*")), "the records are folded into fourfold.json"
 
 
@@ -147,6 +152,9 @@ def test_a_trial_writes_its_layers_and_says_that_it_is_one(
     out = tmp_path / "out"
     summary = releases.run(source, out, small(), layers=range(0, 1))
     assert summary.partial and summary.metrics == {} and summary.projections == 4 * 3
+    layer = "model.language_model.layers.0."
+    own = [value for name, value in releases.tensors(source).items() if name.startswith(layer)]
+    assert summary.bytes_before == sum(value.nbytes for value in own), "of what was quantized, not of the whole model"
     assert [path.name for path in out.glob("*.safetensors")] == LAYER_SHARDS[:1]
     assert (out / LAYER_SHARDS[0]).read_bytes() == (release / LAYER_SHARDS[0]).read_bytes()
     state, figures = releases.read_json(out / "fourfold.json"), releases.read_json(out / "metrics.json")
@@ -214,6 +222,16 @@ def test_a_damaged_shard_is_not_gone_on_with(source: Path, small: MakeRecipe, tm
     (tmp_path / "out" / shard).write_bytes(content)
     with pytest.raises(FourfoldError, match=rf"{shard}: sha256 is .* was changed or damaged"):
         releases.run(source, tmp_path / "out", small())
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
+    """A kernel's ru_maxrss begins with it: a run started from a big process would be taken for a big one."""
+    ballast = bytearray(10**9)
+    ballast[:: 4096] = b"x" * len(ballast[:: 4096])
+    script = "from fourfold.quantize.finish import peak_memory; print(peak_memory()['host'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    del ballast
+    assert 10**8 < int(done.stdout) < 9 * 10**8
 
 
 def test_quantize_needs_no_more_than_its_three_arguments(source: Path, small: MakeRecipe, tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def fourfold_json(
     """Everything about the run that is the same whenever it is run again."""
     calibration, heldout = texts
     records = journal.records
+    written = [claim for part in plan.parts if part.shard in journal for claim in part.claims]  # all, but in a trial
     return {
         "fourfold": fourfold.__version__,
         "partial": plan.partial,
@@ -165,7 +166,7 @@ def fourfold_json(
             "shards": {record.shard: {"bytes": record.size_bytes, "sha256": record.sha256} for record in records},
             "tensor_bytes": sum(header.size_bytes for header in index.headers.values()),
         },
-        "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
+        "source_tensor_bytes": sum(claim.header.size_bytes for claim in written),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
         "devices": device_names(plan.memory.device),
         "settings": dataclasses.asdict(journal.settings),
