@@ -177,7 +177,7 @@ def check_device(device: str) -> None:
         )
     if torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
-        raise FourfoldError(f"device {device!r}: {name} has no BF16; a GPU of compute capability 8.0 or newer is wanted")
+        raise FourfoldError(f"device {device!r}: {name} has no BF16; compute capability 8.0 or newer is wanted")
     if not cuda.AVAILABLE:
         raise FourfoldError(f"device {device!r}: triton is not installed, which the kernels are made with; install it")
 
