@@ -36,7 +36,6 @@ from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.solve import solve_layer
 from fourfold.recipe import Recipe
 
-
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
 
 
