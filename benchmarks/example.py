@@ -59,11 +59,9 @@ def measure(rows: int, length: int, out: Path) -> dict[str, Any]:
         "bytes_before": state["source_tensor_bytes"],
         "bytes_after": state["output"]["tensor_bytes"],
         "metrics": state["metrics"],
-        "machine": {
-            "devices": state["devices"],
-            "threads": state["settings"]["threads"],
-            "versions": state["versions"],
-        },
+        "threads": state["settings"]["threads"],
+        "devices": state["devices"],
+        "versions": state["versions"],
     }
 
 

@@ -37,8 +37,7 @@ length = 128
 [solver]
 pool_rows = 256
 """
-# of the machine and the day, not of the result
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # not of the result
 
 # Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
 SIDECARS = {

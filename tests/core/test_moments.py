@@ -314,3 +314,25 @@ def test_a_loud_channel_does_not_drown_the_others() -> None:
 def test_all_dead_channels_are_damped_alike(kind: str, floor: float) -> None:
     added_EK = moments.damping(torch.zeros(2, 8, 8), torch.tensor([0.05, 0.1]), kind, floor)
     assert (added_EK > 0).all() and added_EK.isfinite().all() and (added_EK == added_EK[:, :1]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("cross", [False, True])
+def test_native_rows_are_torchs_bit_for_bit(cross: bool, threads: int) -> None:
+    problem = problems.make(seed=11)
+    root_S = problem.weight_S.sqrt()
+    target_TK = problem.target_TK if cross else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = moments.scale_rows(problem.input_TK, target_TK, problem.token_S, root_S)
+    torch.set_num_threads(before)
+    wanted = moments.scale_rows_torch(problem.input_TK, target_TK, problem.token_S, root_S)
+    assert torch.equal(found, wanted)
+    assert found.shape == (len(root_S), 256) and found.any()
+
+
+def test_native_rows_stay_not_finite() -> None:
+    input_TK = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e38]], dtype=torch.bfloat16)
+    for target_TK in (None, torch.zeros_like(input_TK)):
+        found = moments.scale_rows(input_TK, target_TK, torch.tensor([0]), torch.tensor([2.0]))
+        assert not found.isfinite().any()

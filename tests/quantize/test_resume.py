@@ -29,8 +29,7 @@ pool_rows = 256
 """
 CHILD = Path(__file__).with_name("killed_run.py")
 Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
-# of the machine and the day, not of the result
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # not of the result
 
 
 def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.core.kernels import cuda
+from fourfold.core.kernels import cpu, cuda
 from fourfold.datatypes import FourfoldError, Moments
 
 PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
@@ -49,13 +49,11 @@ def accumulate_torch(
     for expert in range(experts):
         for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
             piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
-            root_S1 = weight_S[piece, None].sqrt()
-            input_SK = input_TK[token_S[piece]].float()
-            scaled_SK = (input_SK * root_S1).bfloat16().float()
+            root_S = weight_S[piece].sqrt()
+            scaled_SK = scale_rows(input_TK, None, token_S[piece], root_S)
             add_gram_(hessian_EKK[expert], scaled_SK)
             if cross_EKK is not None and target_TK is not None:
-                difference_SK = (target_TK[token_S[piece]].float() - input_SK).mul_(root_S1).bfloat16().float()
-                cross_EKK[expert].addmm_(difference_SK.T, scaled_SK)
+                cross_EKK[expert].addmm_(scale_rows(input_TK, target_TK, token_S[piece], root_S).T, scaled_SK)
             weight_E[expert] += weight_S[piece].sum()
             energy2_E[expert] += scaled_SK.square_().sum(dim=1).square_().sum()
         mirror_(hessian_EKK[expert])
@@ -63,13 +61,27 @@ def accumulate_torch(
     return Moments(hessian_EKK, cross_EKK, weight_E, count_E, energy2_E)
 
 
+def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """bf16(root x), or bf16(root (target - x)) with the difference in fp32, of each pair's token: fp32 [S, K]."""
+    if input_TK.device.type == "cpu" and input_TK.dtype == torch.bfloat16:
+        return cpu.scale_rows(input_TK, target_TK, token_S, root_S)
+    return scale_rows_torch(input_TK, target_TK, token_S, root_S)
+
+
+def scale_rows_torch(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """The same for any device and dtype: what the native kernel is held against."""
+    value_SK = input_TK[token_S].float()
+    if target_TK is not None:
+        value_SK = target_TK[token_S].float() - value_SK
+    return value_SK.mul_(root_S[:, None]).bfloat16().float()
+
+
 def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
     """Weighted mean of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
     total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
-        piece = slice(first, first + PAIRS_PER_PIECE)
-        scaled_TK = (input_TK[piece].float() * weight_T[piece, None].sqrt()).bfloat16().float()
-        add_gram_(total_KK, scaled_TK)
+        token_S = torch.arange(first, min(first + PAIRS_PER_PIECE, len(input_TK)), device=input_TK.device)
+        add_gram_(total_KK, scale_rows(input_TK, None, token_S, weight_T[token_S].sqrt()))
     return mirror_(total_KK).div_(weight_T.sum())
 
 

@@ -182,10 +182,10 @@ def make_plan(
     """Plan a run.
 
     memory_bytes: budget of the device, None for what is free now; layers: a trial on these alone.
-    Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one
-    message), a group does not divide a width, the tokenizer is missing or another model's, a source of text is
-    missing or a test set, or `layers` or `device` do not exist. Too little disk or memory is a warning;
-    `Plan.require_disk` makes it an error.
+    Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one message), a
+    group does not divide a width, the tokenizer is missing or another model's, a source of text is missing or a test
+    set, or `layers` or `device` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
+    error.
     """
     check_device(device)
     check_sources(recipe)

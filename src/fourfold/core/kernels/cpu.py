@@ -1,8 +1,8 @@
-"""Native code for the two loops that torch's own operations are slow at on a CPU. Compiled by numba on first use.
+"""Native code for the loops that torch's own operations are slow at on a CPU. Compiled by numba on first use.
 
 Numba brings LLVM with it: no compiler is needed, and what was compiled is kept beside this file for the next process.
-A kernel works on LANES rows at a time, columns first, so that one instruction does a column of many rows; a row's sums
-are in the order of its columns, whatever the number of threads.
+The solve's kernels work on LANES rows at a time, columns first, so that one instruction does a column of many rows; a
+row's sums are in the order of its columns, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from torch import Tensor
 LANES = 64  # rows at a time
 TOGETHER = 8  # columns whose errors are fed to the later ones in one go
 ROUNDER = np.float32(1.5 * 2**23)  # x + ROUNDER - ROUNDER is rint(x), half to even, where |x| < 2^22
+ONE, SIXTEEN, HALF, UPPER = np.int32(1), np.int32(16), np.int32(0x7FFF), np.int32(-0x10000)
 LEAST, MOST = np.float32(-8), np.float32(7)
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+Shorts = NDArray[np.int16]
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +43,16 @@ def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor
     tensors = weight_NK, importance_K, candidate_FNG, scale_NG
     _over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
     return scale_NG
+
+
+def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """See moments.scale_rows: gathered, scaled and rounded in one go. input_TK, target_TK: BF16; root_S: fp32."""
+    scaled_SK = torch.empty(len(token_S), input_TK.shape[1])
+    difference = target_TK is not None
+    sources = [values.view(torch.int16).numpy() for values in (input_TK, input_TK if target_TK is None else target_TK)]
+    arrays = [*sources, token_S.numpy(), root_S.numpy(), scaled_SK.numpy(), scaled_SK.view(torch.int32).numpy()]
+    _over_rows(_scale_rows_difference if difference else _scale_rows, len(token_S), arrays)
+    return scaled_SK
 
 
 def _over_rows(kernel: Callable[..., None], rows: int, arrays: list[NDArray[Any]]) -> None:
@@ -142,3 +155,40 @@ def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate
                         best[lane] = tried[lane]
             for lane in range(count):
                 scale[row + lane, group] = best[lane]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _scale_rows(
+    first: int, last: int, inputs: Shorts, _: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats, bits: Ints
+) -> None:
+    """scaled and bits are one piece of memory."""
+    for pair in range(first, last):
+        for column in range(inputs.shape[1]):
+            bits[pair, column] = np.int32(inputs[token[pair], column]) << SIXTEEN
+        for column in range(inputs.shape[1]):
+            scaled[pair, column] *= root[pair]
+        _round_bf16(bits[pair])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _scale_rows_difference(
+    first: int, last: int, inputs: Shorts, targets: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats,
+    bits: Ints,
+) -> None:  # fmt: skip
+    """The same of targets - inputs."""
+    own = np.empty(inputs.shape[1], np.float32)
+    own_bits = own.view(np.int32)
+    for pair in range(first, last):
+        for column in range(inputs.shape[1]):
+            own_bits[column] = np.int32(inputs[token[pair], column]) << SIXTEEN
+            bits[pair, column] = np.int32(targets[token[pair], column]) << SIXTEEN
+        for column in range(inputs.shape[1]):
+            scaled[pair, column] = (scaled[pair, column] - own[column]) * root[pair]
+        _round_bf16(bits[pair])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _round_bf16(bits: NDArray[np.int32]) -> None:
+    """fp32 values, as their bits, to the nearest BF16 value, half to even, in place."""
+    for column in range(len(bits)):
+        bits[column] = (bits[column] + (HALF + ((bits[column] >> SIXTEEN) & ONE))) & UPPER
