@@ -24,12 +24,13 @@ from fourfold.model.skeleton import Skeleton
 
 NAMES_SHOWN = 5
 # Suffixes of a quantized projection; those after the first two may be absent.
-SUFFIXES = {
+SUFFIXES: dict[str, Suffixes] = {
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "gptq_v2": ("qweight", "scales", "qzeros", "g_idx"),
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
 }
 Shape = tuple[int, ...]
+Suffixes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,16 @@ class Weights:
             return
         stem, suffixes = name.removesuffix("weight"), SUFFIXES.get(self.format or "", ())
         found = {suffix: headers[stem + suffix].shape for suffix in suffixes if stem + suffix in headers}
-        if len(shape) != 2 or not set(suffixes[:2]) or not set(suffixes[:2]) <= set(found):
+        if len(shape) != 2 or not suffixes or not set(suffixes[:2]) <= set(found):
             yield f"{name} is missing"
             return
-        groups = found[suffixes[1]][0 if suffixes[1] == "scales" else -1]
+        scales = suffixes[1]
+        if len(found[scales]) != 2:
+            yield f"{stem}{scales} is {list(found[scales])}, wanted two dimensions"
+            return
+        groups = found[scales][0 if scales == "scales" else 1]
+        if not groups or shape[1] % groups:
+            yield f"{stem}{scales} is {list(found[scales])}, {groups} groups of {shape[1]} inputs"
         for suffix, wanted in _stored_shapes(shape, groups).items():
             if suffix in found and found[suffix] != wanted:
                 yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for 4 bits"
@@ -222,7 +229,7 @@ def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:
         if found[:3] != ("pack-quantized", 4, "int") or found[3] not in ("group", "channel"):
             raise FourfoldError(
                 f"{folder / 'config.json'}: config group {name!r} is {found[0]!r} with {found[1]!r} bits of type "
-                f"{found[2]!r} by {found[3]!r}; wanted 'pack-quantized' with 4 bits of type 'int' by 'group' or 'channel'"
+                f"{found[2]!r} by {found[3]!r}; wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
             )
     if not groups:
         raise FourfoldError(f"{folder / 'config.json'}: compressed-tensors without config_groups")

@@ -7,6 +7,7 @@ model's own choice is the text, and each position is a draft that an engine coul
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import Rows
+from fourfold.datatypes import Rows, Tick
 from fourfold.model.head import Head, logits
 from fourfold.model.mtp import DraftHead, Drafts, read_draft_head
 from fourfold.model.weights import Weights
@@ -48,6 +49,19 @@ class Written:
     sweeps: int
 
 
+def protocol(token_RT: Tensor) -> dict[str, Any]:
+    """How acceptance was measured on prompts from this text, for metrics.json."""
+    rows, length = cut_prompts(token_RT).shape
+    return {
+        "text": "written by each model itself, greedily, after prompts from the held-out text; EOS not suppressed",
+        "prompts": rows,
+        "prompt_tokens": length,
+        "written_tokens": WRITTEN_TOKENS,
+        "steps": STEPS,
+        "sampled": "sum min(p, d) at temperature 1 on the same text",
+    }
+
+
 def cut_prompts(token_RT: Tensor) -> Tensor:
     """Up to PROMPTS stretches of PROMPT_TOKENS, evenly spaced over the text, none over the border of two windows."""
     length = min(PROMPT_TOKENS, token_RT.shape[1])
@@ -64,11 +78,10 @@ def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch:
     """
     if not weights.has_draft:
         return None
-    with watch.stage("draft"):
+    with watch.stage("draft") as tick:
         head = weights.head(compute.device, compute.dtype)
         speaker = Speaker(weights, head, read_draft_head(weights, compute.device, compute.dtype), compute)
-    written = write(speaker, prompt_RT, watch)
-    with watch.stage("draft"):
+        written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
     return metrics.acceptance(hit_RPS, overlap_RPS) | {
         "consistent": chosen_RPS.double().mean().item(),
@@ -76,7 +89,7 @@ def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch:
     }
 
 
-def write(speaker: Speaker, prompt_RT: Tensor, watch: Watch) -> Written:
+def write(speaker: Speaker, prompt_RT: Tensor, tick: Tick) -> Written:
     """Continue each prompt greedily by at least WRITTEN_TOKENS. EOS is a token like others."""
     rows, prompt = prompt_RT.shape
     wanted = prompt + WRITTEN_TOKENS
@@ -86,7 +99,7 @@ def write(speaker: Speaker, prompt_RT: Tensor, watch: Watch) -> Written:
     hidden_RTD = torch.zeros(*token_RT.shape, speaker.head.weight_VD.shape[1], dtype=speaker.compute.dtype)
     busy_R, sweeps = torch.arange(rows), 0
     while len(busy_R):
-        found_RTD = _read(speaker, token_RT[busy_R], watch)
+        found_RTD = _read(speaker, token_RT[busy_R], tick)
         kept_RT, count_R = _check(speaker, found_RTD, token_RT[busy_R], known_R[busy_R])
         hidden_RTD[busy_R], token_RT[busy_R], known_R[busy_R] = found_RTD, kept_RT, count_R
         sweeps += 1
@@ -96,17 +109,17 @@ def write(speaker: Speaker, prompt_RT: Tensor, watch: Watch) -> Written:
     return Written(token_RT[:, :wanted], hidden_RTD[:, :wanted], prompt, sweeps)
 
 
-def _read(speaker: Speaker, token_RT: Tensor, watch: Watch) -> Tensor:
+def _read(speaker: Speaker, token_RT: Tensor, tick: Tick) -> Tensor:
     """States after the last norm, on the host. What comes after a position does not matter to it."""
     rows = Rows(token_RT, speaker.draft.embedding_VD[token_RT.to(speaker.compute.device)].cpu())
-    sweep_((speaker.weights,), (rows,), speaker.compute, watch, "draft")
+    sweep_((speaker.weights,), (rows,), speaker.compute, lambda layer: nullcontext(tick))
     for part_TD in rows.hidden_RTD:
         part_TD.copy_(speaker.head.norm(part_TD.to(speaker.compute.device)))
     return rows.hidden_RTD
 
 
 def _check(speaker: Speaker, hidden_RTD: Tensor, token_RT: Tensor, known_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's own tokens after the known ones, as far as drafts agree with them and one further; how many are known."""
+    """The model's own tokens after the known ones, as far as drafts agree and one further; how many are known now."""
     place_RS = known_R[:, None] + torch.arange(STEPS + 1)
     choice_RS = _choices(speaker.head, _at(hidden_RTD, place_RS - 1))
     kept_RS = (token_RT.gather(1, place_RS) == choice_RS)[:, :STEPS].long().cumprod(dim=1)
@@ -147,9 +160,7 @@ def judge(speaker: Speaker, written: Written) -> tuple[Tensor, Tensor, Tensor]:
     return hit, kept, chosen
 
 
-def _judge_step(
-    head: Head, target_RPD: Tensor, draft_RPD: Tensor, text_RP: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _judge_step(head: Head, target_RPD: Tensor, draft_RPD: Tensor, text_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device, text_N = head.weight_VD.device, text_RP.flatten()
     hits, overlaps, chosen = [], [], []
     parts = (states.flatten(0, 1).split(HEAD_ROWS) for states in (target_RPD, draft_RPD))
