@@ -184,14 +184,14 @@ def _memory_text(memory_bytes: Mapping[str, int]) -> str:
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 EVALUATED = {  # key in metrics.json's summary: what it is called, how it is written
-    "perplexity_ratio": ("perplexity, release / source", "{:.4f}"),
-    "kl_mean": ("KL divergence, mean (nats)", "{:.5f}"),
-    "kl_median": ("KL divergence, median", "{:.5f}"),
-    "kl_p90": ("KL divergence, 90th percentile", "{:.5f}"),
-    "kl_p99": ("KL divergence, 99th percentile", "{:.5f}"),
-    "kl_max": ("KL divergence, largest", "{:.3f}"),
-    "top1_agreement": ("same most likely token", "{:.2%}"),
-    "top5_agreement": ("same five most likely tokens", "{:.2%}"),
+    "perplexity_ratio": ("  over the source's", "{:.4f}"),
+    "kl_mean": ("KL divergence, mean", "{:.5f}"),
+    "kl_median": ("  median", "{:.5f}"),
+    "kl_p90": ("  90th percentile", "{:.5f}"),
+    "kl_p99": ("  99th percentile", "{:.5f}"),
+    "kl_max": ("  largest", "{:.3f}"),
+    "top1_agreement": ("same likeliest token", "{:.2%}"),
+    "top5_agreement": ("same likeliest five", "{:.2%}"),
 }
 
 
@@ -200,7 +200,7 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     releases = [found, *filter(None, [found.get("against")])]
     names = ["source", "release", *(plain(release["name"]) for release in releases[1:])]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     sure = [_with_interval(release, "perplexity_release", "{:.4f}") for release in releases]
@@ -208,19 +208,19 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     for key, (label, form) in EVALUATED.items():
         table.add_row(label, "", *(_with_interval(release, key, form) for release in releases))
     last = [release["layers"][-1] for release in releases]
-    table.add_row("error of the last hidden states", "", *(f"{row['hidden_error']:.4f}" for row in last))
+    table.add_row("last hidden states, error", "", *(f"{row['hidden_error']:.4f}" for row in last))
     least = [[row["router_agreement"] for row in release["layers"] if row["router_agreement"]] for release in releases]
-    table.add_row("routers agree, least of all layers", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
+    table.add_row("routers agree, least", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
     if found["drafts"]:
         drafted = [found["drafts"]["source"], found["drafts"]["release"], *(r["drafts"] for r in releases[1:])]
-        for rule, label in (("greedy", "drafts kept"), ("sampled", "drafts kept, sampling")):
-            table.add_row(f"{label}, by step", *(_kept(one, rule) for one in drafted))
-            table.add_row("tokens per step of the model", *(_length(one, rule) for one in drafted))
+        for rule, label in (("greedy", "drafts kept"), ("sampled", "  sampling")):
+            table.add_row(label, *(_kept(one, rule) for one in drafted))
+            table.add_row("  tokens a step", *(_length(one, rule) for one in drafted))
     console.print(table)
     protocol = found["protocol"]
     console.print(
         f"{plain(protocol['text'])}: {protocol['windows']} windows of {protocol['window']} tokens, no BOS; "
-        "in brackets 95 % intervals over windows",
+        "+- half of the 95 % interval over windows",
         style="dim",
         soft_wrap=True,
     )
@@ -229,11 +229,11 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
 
 def _with_interval(release: Mapping[str, Any], key: str, form: str) -> str:
     text, ends = form.format(release["summary"][key]), (release["intervals"] or {}).get(key)
-    return f"{text} [{form.format(ends[0])}, {form.format(ends[1])}]" if ends else text
+    return f"{text} +-{form.format((ends[1] - ends[0]) / 2)}" if ends else text
 
 
 def _kept(drafted: Mapping[str, Any] | None, rule: str) -> str:
-    return " / ".join(f"{share:.3f}" for share in drafted[rule]["by_position"]) if drafted else "no draft head"
+    return " ".join(f"{share:.3f}" for share in drafted[rule]["by_position"]) if drafted else "no draft head"
 
 
 def _length(drafted: Mapping[str, Any] | None, rule: str) -> str:

@@ -222,7 +222,7 @@ def _resampled_quantiles(values_T: Tensor, drawn_BW: Tensor, window: int, shares
 
 
 def by_entropy(statistics: Statistics) -> list[dict[str, Any]]:
-    """KL and agreement by how sure the source is of the next token: a bucket of positions for each step of its entropy."""
+    """KL and agreement by how sure the source is of the next token: a bucket of positions for each step of entropy."""
     edges = torch.tensor(ENTROPY_EDGES[1:], dtype=torch.float64)
     bucket_T = torch.bucketize(statistics.entropy_T, edges, right=True)
     rows = []

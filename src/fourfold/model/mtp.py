@@ -69,7 +69,7 @@ class Drafts:
     """
 
     def __init__(self, head: DraftHead, hidden_RTD: Tensor, token_RT: Tensor) -> None:
-        """hidden_RTD: after the model's last norm; token_RT: the text. of a row, only what precedes a position counts."""
+        """hidden_RTD: after the model's last norm; token_RT: the text. What comes after a position is nothing to it."""
         self._head, self._cache = head, DynamicCache()
         rows, self._length = token_RT.shape[0], token_RT.shape[1] - 1
         position_RT = torch.arange(self._length, device=token_RT.device).expand(rows, -1)

@@ -1,4 +1,4 @@
-"""Keeps calibration and measurement apart: test sets and held-out text out of the one, its own text out of the other."""
+"""Keeps calibration and measurement apart: test sets and held-out text out of calibration, its text out of evaluation."""
 
 from __future__ import annotations
 
