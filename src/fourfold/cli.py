@@ -429,7 +429,7 @@ def evaluate(
 ) -> None:
     """Measure what the release in OUT lost against its source, on held-out text.
 
-    Perplexity, KL divergence, equal tokens, drift and routing by layer, and how many drafts of the MTP head are accepted,
+    Perplexity, KL divergence, equal tokens, drift and routing by layer, and how many drafts of the MTP head are kept go
     into OUT/metrics.json. Works layer by layer, and for releases of GPTQModel, llm-compressor and AutoRound too.
     """
     if (tasks is None) != (url is None):

@@ -59,7 +59,8 @@ def token_statistics(
     """Compare two models' next-token distributions, position by position, the head in chunks of the vocabulary.
 
     source_TD, release_TD: hidden states after the last norm; head_VD: the output head; release_head_VD: the release's,
-    None where both share one; next_T: the true next tokens. Logits are fp32, sums of chunks added up in float64; T x V logits never exist.
+    None where both share one; next_T: the true next tokens.
+    Logits are fp32, sums of chunks added up in float64; T x V logits never exist.
     KL = E_p[a - b] - lse(a) + lse(b) for logits a (source), b (release), all from one pass with running maxima.
     """
     source_TD, release_TD = source_TD.float(), release_TD.float()
