@@ -1,4 +1,4 @@
-"""Acceptance on the example, whose draft head is trained: the text, the drafts and the figures, each held on its own."""
+"""Acceptance on the example, whose draft head is trained: the text, the drafts and the figures, each by itself."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_position_is_judged_as_if_the_text_ended_there(speaker: drafts.Spea
 def test_the_trained_head_is_accepted_as_often_as_its_makers_saw(
     speaker: drafts.Speaker, written: drafts.Written
 ) -> None:
-    """.774 / .505 / .324, mean length 2.60, on 3,000 positions of other text; a head fed in the wrong order gets 1.2."""
+    """.774 / .505 / .324, mean length 2.60, on 3,000 positions of other text."""
     hit_RPS, overlap_RPS, _ = drafts.judge(speaker, written)
     found = metrics.acceptance(hit_RPS, overlap_RPS)
     assert found["positions"] == PROMPTS * 9

@@ -1,4 +1,4 @@
-"""Keeps calibration and measurement apart: test sets and held-out text out of calibration, its text out of evaluation."""
+"""Keeps calibration and measurement apart: each by the other's text, test sets by name before anything is read."""
 
 from __future__ import annotations
 
