@@ -337,7 +337,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    for name in ("model", "other"):
+    for name in ("model", "other", "out"):
         (tmp_path / name).mkdir()
     (tmp_path / "words.txt").touch()
     paths = ["--source", tmp_path / "model", "--against", tmp_path / "other", "--text", tmp_path / "words.txt"]

@@ -192,7 +192,8 @@ def test_evaluation_shows_source_and_release() -> None:
     to = console()
     terminal.show_evaluation(to, evaluated())
     shown = printed(to)
-    for words in ("10.0000 +-1.0000", "10.1000", "0.00100 +-0.00020", "98.00%", "0.0345", "96.00%", "a text: 4 windows"):
+    figures = ("10.0000 +-1.0000", "10.1000", "0.00100 +-0.00020", "98.00%", "0.0345", "96.00%")
+    for words in (*figures, "a text: 4 windows"):
         assert words in shown, words
     assert "drafts kept" not in shown
 

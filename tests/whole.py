@@ -48,7 +48,7 @@ def see(model: Any, token_RT: Tensor) -> Seen:
 
 @torch.no_grad()
 def take_experts_(model: Any, found: dict[str, Tensor]) -> None:
-    """Give a whole model the experts of a release, dequantized, in the model's own dtype. found: the release's tensors."""
+    """Give a whole model the experts of a release, dequantized, in the model's own dtype. found: its tensors."""
     for index, layer in enumerate(model.model.language_model.layers):
         experts = layer.mlp.experts
         for expert in range(len(experts.down_proj)):

@@ -438,10 +438,14 @@ def evaluate(
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
         from fourfold.model.hub import resolve_model
-        from fourfold.release.evaluate import Protocol
+        from fourfold.quantize.memory import check_device
+        from fourfold.release.evaluate import Protocol, read_state
         from fourfold.release.evaluate import evaluate as run
         from fourfold.release.tasks import Tasks
 
+        device = choose_device(devices)
+        check_device(device)
+        read_state(out)  # before a model is downloaded
         with terminal.watch(console, manner) as progress:
             found = run(
                 out,
@@ -449,7 +453,7 @@ def evaluate(
                 protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
                 against=resolve_model(against, progress=not quiet) if against else None,
                 tasks=Tasks(names=tuple(tasks.split(",")), url=url) if tasks and url else None,
-                device=choose_device(devices),
+                device=device,
                 progress=progress,
             )
         if manner is terminal.Manner.JSON:

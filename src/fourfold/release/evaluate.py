@@ -116,24 +116,37 @@ def evaluate(
 # ---- what is checked before the first layer
 
 
-def open_release(folder: Path, source: Weights) -> Release:
-    """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """fourfold.json of a finished release, None for another maker's. Raises FourfoldError for one that is not whole.
+
+    Reads no other file: a caller may ask before it downloads the source.
+    """
     if not folder.is_dir():
         raise FourfoldError(f"{folder}: no such folder; the folder of a finished release is wanted")
     path = folder / FINISHED
     if not path.is_file():
         if (folder / STATE).is_dir():
             raise FourfoldError(f"{folder}: not finished; the same `fourfold quantize` command goes on with it")
-        return Release(Weights.open(folder, source.skeleton), None)
+        return None
     state = _read_json(path)
     if state.get("partial"):
         raise FourfoldError(
             f"{folder}: a trial of layers {state.get('layers')} alone; quantize all layers to measure the release"
         )
+    return state
+
+
+def open_release(folder: Path, source: Weights) -> Release:
+    """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
+    state = read_state(folder)
+    if state is None:
+        return Release(Weights.open(folder, source.skeleton), None)
     try:
         headers = state["source"]["headers"]
     except (KeyError, TypeError):
-        raise FourfoldError(f"{path}: does not say what it was made from; it was altered, quantize again") from None
+        raise FourfoldError(
+            f"{folder / FINISHED}: does not say what it was made from; it was altered, quantize again"
+        ) from None
     if headers != source.index.digest:
         raise FourfoldError(
             f"{folder}: made from another source than {source.folder} (headers {str(headers)[:16]}..., found "
