@@ -52,6 +52,7 @@ def example_release(example_model: Path, recipe: Path, tmp_path_factory: pytest.
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "PROMPTS", 3)
+    monkeypatch.setattr(drafts, "WRITTEN_TOKENS", 5)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_figures_are_those_of_whole_models(
     assert summary["perplexity_release"] == pytest.approx(after.perplexity, rel=tight)
     kl_P = (before.log_PV.exp() * (before.log_PV - after.log_PV)).sum(dim=1)
     assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=loose)
-    assert summary["kl_median"] == pytest.approx(kl_P.median().item(), rel=max(loose, 1e-3))
+    assert summary["kl_median"] == pytest.approx(kl_P.quantile(0.5).item(), rel=2 * loose)
     fives = (seen.log_PV.topk(5).indices.tolist() for seen in (before, after))
     shared = [len(set(ours) & set(theirs)) / 5 for ours, theirs in zip(*fives, strict=True)]
     assert summary["top5_agreement"] == pytest.approx(sum(shared) / len(shared), abs=5e-3)

@@ -147,7 +147,7 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
     questions.write_text('{"q": "1 + 1", "a": "2"}\n{"q": "2 + 2", "a": "4"}\n', encoding="utf-8")
     (tmp_path / "toy.yaml").write_text(TOY.format(questions=questions), encoding="utf-8")
     found = tasks.run_tasks(Tasks(names=(str(tmp_path / "toy.yaml"),), url=url), example_model)
-    assert {asked["prompt"] for asked in Answers.asked} == {"Question: 1 + 1\nAnswer:", "Question: 2 + 2\nAnswer:"}
+    assert {asked["prompt"] for asked in Answers.asked} == {f"Question: {sum}\nAnswer: " for sum in ("1 + 1", "2 + 2")}
     assert (found["model"], found["api"], found["url"]) == ("toy-model", "local-completions", url)
     assert found["tasks"]["toy"]["figures"]["exact_match,none"] == 0.5
     assert found["tasks"]["toy"]["samples"] == 2
