@@ -203,7 +203,7 @@ def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
         _check_compressed(config, folder)
         return "compressed-tensors"
     packing = str(config.get("packing_format", ""))
-    if method == "auto-round" and packing in ("auto_round:auto_gptq", "auto_round:gptq"):
+    if method == "auto-round" and packing == "auto_round:auto_gptq":
         config, method = {**config, "checkpoint_format": "gptq"}, "gptq"
     stored = config.get("checkpoint_format", "gptq")
     if method != "gptq" or stored not in ("gptq", "gptq_v2"):
