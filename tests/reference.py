@@ -332,15 +332,20 @@ class TokenStatistics:
     kl_T: Array
     entropy_T: Array
     agree_T: NDArray[np.bool_]
+    five_T: Array
 
 
-def token_statistics(source_TD: Array, release_TD: Array, head_VD: Array, next_T: Sequence[int]) -> TokenStatistics:
+def token_statistics(
+    source_TD: Array, release_TD: Array, head_VD: Array, next_T: Sequence[int], release_head_VD: Array | None = None
+) -> TokenStatistics:
     """Both distributions over the full vocabulary, position by position, by their definitions."""
+    other_VD = head_VD if release_head_VD is None else release_head_VD
     rows = []
     for source_D, release_D, token in zip(source_TD, release_TD, next_T, strict=True):
-        p_V, q_V = log_softmax(head_VD @ source_D), log_softmax(head_VD @ release_D)
+        p_V, q_V = log_softmax(head_VD @ source_D), log_softmax(other_VD @ release_D)
         kl, entropy = float(np.exp(p_V) @ (p_V - q_V)), float(-np.exp(p_V) @ p_V)
-        rows.append((-p_V[token], -q_V[token], kl, entropy, p_V.argmax() == q_V.argmax()))
+        likeliest = set(np.argsort(-p_V)[:5].tolist()) & set(np.argsort(-q_V)[:5].tolist())
+        rows.append((-p_V[token], -q_V[token], kl, entropy, p_V.argmax() == q_V.argmax(), len(likeliest) / 5))
     return TokenStatistics(*(np.array(column) for column in zip(*rows, strict=True)))
 
 

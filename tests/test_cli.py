@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from fourfold import __version__, cli
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.recipe import Recipe, load_recipe
+from fourfold.release.evaluate import Protocol
+from fourfold.release.tasks import Tasks
 
 SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "pyarrow", "psutil")
@@ -315,6 +317,55 @@ def test_bug_of_ours(work: Work, tmp_path: Path) -> None:
     assert done.exception is work.raises  # Python prints its traceback
     assert "a bug in fourfold" in done.stderr
     assert f"{tmp_path / 'out' / '.fourfold' / 'run.log'}" in done.stderr
+
+
+# --- evaluate: its options -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What evaluate was called with."""
+    called: dict[str, Any] = {}
+
+    def run(out: Path, source: Path, **options: Any) -> dict[str, Any]:
+        options.pop("progress")(Event(kind="note", text="a note"))
+        called.update(options, out=out, source=source)
+        return {"measured_by": "evaluate"}
+
+    monkeypatch.setattr("fourfold.release.evaluate.evaluate", run)
+    return called
+
+
+def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("model", "other", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "words.txt").touch()
+    paths = ["--source", tmp_path / "model", "--against", tmp_path / "other", "--text", tmp_path / "words.txt"]
+    numbers = ["--windows", "8", "--length", "512", "--no-drafts", "--devices", "cpu", "--json"]
+    done = inside("evaluate", tmp_path / "out", *paths, *numbers, "--tasks", "gsm8k,ifeval", "--url", "http://h:1")
+    assert done.exit_code == 0, done.output
+    assert evaluated == {
+        "out": tmp_path / "out",
+        "source": tmp_path / "model",
+        "against": tmp_path / "other",
+        "protocol": Protocol(text=tmp_path / "words.txt", windows=8, length=512, drafts=False),
+        "tasks": Tasks(names=("gsm8k", "ifeval"), url="http://h:1"),
+        "device": "cpu",
+    }
+    assert json.loads(done.stdout.splitlines()[-1]) == {"kind": "metrics", "data": {"measured_by": "evaluate"}}
+
+
+@pytest.mark.parametrize("option", [("--tasks", "gsm8k"), ("--url", "http://h:1")])
+def test_tasks_and_url_go_together(evaluated: dict[str, Any], tmp_path: Path, option: tuple[str, str]) -> None:
+    done = inside("evaluate", tmp_path / "out", "--source", tmp_path, *option)
+    assert done.exit_code == 2 and not evaluated
+    assert "--tasks and --url go together" in done.stderr
+
+
+def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:
+    done = inside("evaluate", tmp_path / "out", "--source", example_model, "--devices", "cpu")
+    assert done.exit_code == 2
+    assert "no such folder; the folder of a finished release is wanted" in done.stderr
 
 
 # --- the real thing ----------------------------------------------------------------------------------------------

@@ -168,3 +168,45 @@ def test_summary() -> None:
         "peak memory             host 1.8 GB, cuda:0 2.0 GB",
         "note: a note",
     ]
+
+
+# ---- evaluation
+
+
+def evaluated(**more: Any) -> dict[str, Any]:
+    summary = {"perplexity_source": 10.0, "perplexity_release": 10.1, "perplexity_ratio": 1.01, "kl_mean": 0.001,
+               "kl_median": 0.0005, "kl_p90": 0.002, "kl_p99": 0.01, "kl_max": 0.5, "top1_agreement": 0.98,
+               "top5_agreement": 0.97}  # fmt: skip
+    layer = {"layer": 0, "hidden_error": 0.03, "router_agreement": 0.99}
+    last = {"layer": 1, "hidden_error": 0.0345, "router_agreement": 0.96}
+    return {
+        "protocol": {"text": "a text", "windows": 4, "window": 512},
+        "summary": summary,
+        "intervals": {"kl_mean": [0.0008, 0.0012], "perplexity_source": [9.0, 11.0]},
+        "layers": [layer, last],
+        "drafts": None,
+    } | more
+
+
+def test_evaluation_shows_source_and_release() -> None:
+    to = console()
+    terminal.show_evaluation(to, evaluated())
+    shown = printed(to)
+    figures = ("10.0000 +-1.0000", "10.1000", "0.00100 +-0.00020", "98.00%", "0.0345", "96.00%")
+    for words in (*figures, "a text: 4 windows"):
+        assert words in shown, words
+    assert "drafts kept" not in shown
+
+
+def test_evaluation_shows_drafts_tasks_and_a_second_release() -> None:
+    rule = {"by_position": [0.75, 0.5, 0.25], "mean_length": 2.5, "interval": None}
+    drafted = {"greedy": rule, "sampled": rule}
+    second = evaluated(name="other\x1b[2J", intervals=None, layers=[{"hidden_error": 0.9, "router_agreement": None}])
+    row = {"figures": {"exact_match,none": 0.5}, "samples": 20}
+    found = evaluated(against=second, drafts={"source": drafted, "release": None}, tasks={"tasks": {"gsm8k": row}})
+    to = console()
+    terminal.show_evaluation(to, found)
+    shown = printed(to)
+    for words in ("0.750 0.500 0.250", "2.50", "no draft head", "0.9000", "exact_match,none 0.5000 (20 samples)"):
+        assert words in shown, words
+    assert "\x1b" not in shown

@@ -369,6 +369,99 @@ def _print_plan(
         terminal.show_plan(console, made)
 
 
+@app.command(
+    epilog=f"""\b
+Examples:
+  fourfold evaluate ./release --source Qwen/Qwen3.6-35B-A3B
+  fourfold evaluate ./release --source ./model --text wikitext-2-raw-test.parquet --against ./other
+  fourfold evaluate ./release --source ./model --tasks gsm8k --url http://localhost:8000
+
+{EXIT_CODES}"""
+)
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder of a finished release.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="The BF16 checkpoint it was made of: a folder, or org/name of the Hub.",
+        ),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Measure on this text (.txt, or .jsonl or .parquet with a field `text`) in place of the built-in one.",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="Windows of the text. Left out: up to 64."),
+    ] = None,
+    length: Annotated[int, typer.Option(metavar="TOKENS", min=2, help="Tokens of a window.")] = 2048,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUT2",
+            show_default=False,
+            help="Measure a second release in the same pass: a folder, or org/name of the Hub.",
+        ),
+    ] = None,
+    drafts: Annotated[
+        bool, typer.Option(help="Run the draft (MTP) heads. Reads all layers some ten times more.")
+    ] = True,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", show_default=False, help="Tasks of lm-eval, by commas, on the server at --url."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", show_default=False, help="A running server of the release that speaks OpenAI's protocol."
+        ),
+    ] = None,
+    devices: Devices = "auto",
+    quiet: Quiet = False,
+    as_json: EventsJson = False,
+) -> None:
+    """Measure what the release in OUT lost against its source, on held-out text.
+
+    Perplexity, KL divergence, equal tokens, drift and routing by layer, and how many drafts of the MTP head are kept go
+    into OUT/metrics.json. Works layer by layer, and for releases of GPTQModel, llm-compressor and AutoRound too.
+    """
+    if (tasks is None) != (url is None):
+        raise typer.BadParameter("--tasks and --url go together: which tasks, and the server to ask")
+    with answer():
+        console = terminal.open_console()
+        manner = terminal.choose(console, as_json=as_json, quiet=quiet)
+        from fourfold.model.hub import resolve_model
+        from fourfold.quantize.memory import check_device
+        from fourfold.release.evaluate import Protocol, read_state
+        from fourfold.release.evaluate import evaluate as run
+        from fourfold.release.tasks import Tasks
+
+        device = choose_device(devices)
+        check_device(device)
+        read_state(out)  # before a model is downloaded
+        with terminal.watch(console, manner) as progress:
+            found = run(
+                out,
+                resolve_model(source, progress=not quiet),
+                protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
+                against=resolve_model(against, progress=not quiet) if against else None,
+                tasks=Tasks(names=tuple(tasks.split(",")), url=url) if tasks and url else None,
+                device=device,
+                progress=progress,
+            )
+        if manner is terminal.Manner.JSON:
+            terminal.json_line(console, {"kind": "metrics", "data": found})
+        elif manner is not terminal.Manner.QUIET:
+            terminal.show_evaluation(console, found)
+
+
 @recipe_app.command("list", epilog="Example: fourfold recipe list")
 def list_recipes() -> None:
     """List the presets that ship with fourfold."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -31,6 +31,8 @@ STAGES = {  # what a stage is called where its own name says too little
     "embed": "embedding rows",
     "restore": "reading back",
     "measure": "measuring on held-out text",
+    "draft": "drafting on text that the model writes",
+    "tasks": "running lm-eval",
     "copy": "copying other tensors",
     "finish": "finishing",
 }
@@ -177,6 +179,71 @@ def show_summary(console: Console, summary: Summary) -> None:
 
 def _memory_text(memory_bytes: Mapping[str, int]) -> str:
     return ", ".join(f"{plain(place)} {decimal(size)}" for place, size in memory_bytes.items())
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+EVALUATED = {  # key in metrics.json's summary: what it is called, how it is written
+    "perplexity_ratio": ("  over the source's", "{:.4f}"),
+    "kl_mean": ("KL divergence, mean", "{:.5f}"),
+    "kl_median": ("  median", "{:.5f}"),
+    "kl_p90": ("  90th percentile", "{:.5f}"),
+    "kl_p99": ("  99th percentile", "{:.5f}"),
+    "kl_max": ("  largest", "{:.3f}"),
+    "top1_agreement": ("same likeliest token", "{:.2%}"),
+    "top5_agreement": ("same likeliest five", "{:.2%}"),
+}
+
+
+def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+    """The table of metrics.json: source, release and, where there is one, the second release."""
+    releases = [found, *filter(None, [found.get("against")])]
+    names = ["source", "release", *(plain(release["name"]) for release in releases[1:])]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    sure = [_with_interval(release, "perplexity_release", "{:.4f}") for release in releases]
+    table.add_row("perplexity", _with_interval(found, "perplexity_source", "{:.4f}"), *sure)
+    for key, (label, form) in EVALUATED.items():
+        table.add_row(label, "", *(_with_interval(release, key, form) for release in releases))
+    last = [release["layers"][-1] for release in releases]
+    table.add_row("last hidden states, error", "", *(f"{row['hidden_error']:.4f}" for row in last))
+    least = [[row["router_agreement"] for row in release["layers"] if row["router_agreement"]] for release in releases]
+    table.add_row("routers agree, least", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
+    if found["drafts"]:
+        drafted = [found["drafts"]["source"], found["drafts"]["release"], *(r["drafts"] for r in releases[1:])]
+        for rule, label in (("greedy", "drafts kept"), ("sampled", "  sampling")):
+            table.add_row(label, *(_kept(one, rule) for one in drafted))
+            table.add_row("  tokens a step", *(_length(one, rule) for one in drafted))
+    console.print(table)
+    protocol = found["protocol"]
+    console.print(
+        f"{plain(protocol['text'])}: {protocol['windows']} windows of {protocol['window']} tokens, no BOS; "
+        "+- half of the 95 % interval over windows",
+        style="dim",
+        soft_wrap=True,
+    )
+    show_facts(console, _tasks(found))
+
+
+def _with_interval(release: Mapping[str, Any], key: str, form: str) -> str:
+    text, ends = form.format(release["summary"][key]), (release["intervals"] or {}).get(key)
+    return f"{text} +-{form.format((ends[1] - ends[0]) / 2)}" if ends else text
+
+
+def _kept(drafted: Mapping[str, Any] | None, rule: str) -> str:
+    return " ".join(f"{share:.3f}" for share in drafted[rule]["by_position"]) if drafted else "no draft head"
+
+
+def _length(drafted: Mapping[str, Any] | None, rule: str) -> str:
+    return f"{drafted[rule]['mean_length']:.2f}" if drafted else ""
+
+
+def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for task, row in (found.get("tasks") or {}).get("tasks", {}).items():
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in row["figures"].items() if isinstance(value, float))
+        yield task, f"{figures} ({row['samples']} samples)"
 
 
 # --- progress ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def expected(given: dict[str, Tensor]) -> reference.TokenStatistics:
 def random_statistics(seed: int, tokens: int) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(4, tokens, generator=generator, dtype=torch.float64)
-    return Statistics(*values, torch.rand(tokens, generator=generator) < 0.7)
+    agree_T = torch.rand(tokens, generator=generator) < 0.7
+    return Statistics(*values, agree_T, torch.randint(6, (tokens,), generator=generator).double() / 5)
 
 
 # ---- token statistics
@@ -62,6 +63,7 @@ def test_statistics_are_those_of_the_full_vocabulary(chunk: int, seed: int, monk
         assert getattr(found, name).dtype == torch.float64
         assert np.abs(getattr(found, name).numpy() - getattr(wanted, name)).max() < 1e-5, name
     assert (found.agree_T.numpy() == wanted.agree_T).all() and 0 < found.agree_T.float().mean() < 1
+    assert np.allclose(found.five_T.numpy(), wanted.five_T) and 0 < found.five_T.mean() < 1
     assert found.kl_T.min() > 0.005  # so that 1e-5 says something
 
 
@@ -120,6 +122,17 @@ def test_divergence_is_never_negative(seed: int, noise: float, loudness: float, 
     assert (found.kl_T >= 0).all() and found.entropy_T.max() <= math.log(VOCABULARY) + 1e-4
 
 
+def test_each_model_may_have_a_head_of_its_own() -> None:
+    given = make(5)
+    other_VD = given["head_VD"] + 0.2 * make(6)["head_VD"]
+    found = metrics.token_statistics(**given, release_head_VD=other_VD)
+    arrays = (problems.array(given[name]) for name in ("source_TD", "release_TD", "head_VD"))
+    wanted = reference.token_statistics(*arrays, given["next_T"].tolist(), problems.array(other_VD))
+    for name in FIELDS[:4]:
+        assert np.abs(getattr(found, name).numpy() - getattr(wanted, name)).max() < 1e-5, name
+    assert (found.kl_T - metrics.token_statistics(**given).kl_T).abs().max() > 0.01
+
+
 def test_bf16_states_and_head_are_multiplied_in_fp32() -> None:
     given = make(3)
     rounded: dict[str, Any] = {name: t.bfloat16() if t.is_floating_point() else t for name, t in given.items()}
@@ -170,8 +183,94 @@ def test_summary_follows_the_definitions(tokens: int) -> None:
         "kl_p99": reference.quantile(kl, 0.99),
         "kl_max": max(kl),
         "top1_agreement": sum(statistics.agree_T.tolist()) / tokens,
+        "top5_agreement": sum(statistics.five_T.tolist()) / tokens,
         "entropy_source": sum(statistics.entropy_T.tolist()) / tokens,
     }, rel=1e-12)  # fmt: skip
+
+
+# ---- how sure, and where
+
+
+def test_intervals_are_those_of_windows_drawn_one_by_one() -> None:
+    """Each draw put together window by window, and its figures taken by their definitions."""
+    windows, window = 6, 5
+    statistics = random_statistics(3, windows * window)
+    drawn_BW = metrics.resample(windows)
+    assert (drawn_BW.sum(dim=1) == windows).all() and len(drawn_BW) == 1000
+    figures: dict[str, list[float]] = {name: [] for name in metrics.intervals(statistics, window) or {}}
+    for counts in drawn_BW.long().tolist():
+        places = [w * window + t for w, count in enumerate(counts) for _ in range(count) for t in range(window)]
+        draw = Statistics(*(getattr(statistics, name)[places] for name in FIELDS))
+        summary, ascending = metrics.summarize(draw), sorted(draw.kl_T.tolist())
+        for share, name in ((0.5, "kl_median"), (0.99, "kl_p99")):
+            summary[name] = ascending[math.ceil(share * len(ascending)) - 1]
+        for name, values in figures.items():
+            values.append(summary[name])
+    found = metrics.intervals(statistics, window)
+    assert found is not None and set(found) >= {"perplexity_ratio", "kl_mean", "kl_median", "top1_agreement"}
+    for name, values in figures.items():
+        wanted = [reference.quantile(values, 0.025), reference.quantile(values, 0.975)]
+        assert found[name] == pytest.approx(wanted, rel=1e-9), name
+        assert found[name][0] < found[name][1]
+
+
+def test_one_window_has_no_interval_and_the_same_windows_have_none_to_speak_of() -> None:
+    one = random_statistics(4, 7)
+    assert metrics.intervals(one, 7) is None
+    low, high = (metrics.intervals(metrics.join([one] * 4), 7) or {})["kl_mean"]
+    assert high - low < 1e-12
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of windows whose means are known to be 0.5: 95 % of the intervals hold it, fewer for few windows."""
+    held = 0
+    for seed in range(100):
+        low, high = (metrics.intervals(random_statistics(seed, 40 * 3), 3) or {})["kl_mean"]
+        held += low < 0.5 < high
+    assert 85 <= held <= 100
+
+
+def test_buckets_of_entropy_share_out_all_positions() -> None:
+    statistics = random_statistics(5, 300)
+    entropy_T = statistics.entropy_T * 6
+    entropy_T[:7] = torch.tensor(metrics.ENTROPY_EDGES, dtype=torch.float64)  # an edge belongs to the bucket it begins
+    statistics = dataclasses.replace(statistics, entropy_T=entropy_T)
+    rows = metrics.by_entropy(statistics)
+    assert sum(row["positions"] for row in rows) == 300
+    edges = [*metrics.ENTROPY_EDGES, math.inf]
+    for row, low, high in zip(rows, edges[:-1], edges[1:], strict=True):
+        here = [t for t, entropy in enumerate(entropy_T.tolist()) if low <= entropy < high]
+        assert (row["from"], row["to"]) == (low, None if high == math.inf else high)
+        assert row["positions"] == len(here) > 0
+        assert row["kl_mean"] == pytest.approx(statistics.kl_T[here].mean().item())
+        assert row["top1_agreement"] == pytest.approx(statistics.agree_T[here].double().mean().item())
+    sure = dataclasses.replace(statistics, entropy_T=torch.zeros(300, dtype=torch.float64))
+    assert metrics.by_entropy(sure)[-1] == {"from": 4.0, "to": None, "positions": 0}
+
+
+# ---- drafts
+
+
+def test_overlap_is_what_speculative_sampling_keeps() -> None:
+    """Against the rule itself: a token drawn from d is kept with min(1, p / d)."""
+    generator = torch.Generator().manual_seed(0)
+    target_TV, draft_TV = torch.randn(2, 5, 30, generator=generator).unbind()
+    p_TV, d_TV = (values.double().softmax(dim=1) for values in (target_TV, draft_TV))
+    rows = zip(p_TV.tolist(), d_TV.tolist(), strict=True)
+    kept_T = [sum(d * min(1.0, p / d) for p, d in zip(p_V, d_V, strict=True)) for p_V, d_V in rows]
+    assert metrics.overlap(target_TV, draft_TV).tolist() == pytest.approx(kept_T, rel=1e-5)
+    assert metrics.overlap(target_TV, target_TV).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_a_step_counts_where_all_before_it_were_kept() -> None:
+    hit_RPS = torch.tensor([[[1, 1, 0], [0, 1, 1]], [[1, 0, 1], [1, 1, 1]]], dtype=torch.bool)
+    overlap_RPS = torch.tensor([[[0.5, 0.5, 1], [1, 0, 1]], [[1, 1, 1], [0.5, 1, 0]]])
+    found = metrics.acceptance(hit_RPS, overlap_RPS)
+    assert found["positions"] == 4
+    assert found["greedy"]["by_position"] == [0.75, 0.5, 0.25] and found["greedy"]["mean_length"] == 2.5
+    assert found["sampled"]["by_position"] == [0.75, 0.4375, 0.3125] and found["sampled"]["mean_length"] == 2.5
+    assert found["greedy"]["interval"] == [2.0, 3.0]
+    assert metrics.acceptance(hit_RPS[:1], overlap_RPS[:1])["greedy"]["interval"] is None
 
 
 # ---- errors and routing

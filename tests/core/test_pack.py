@@ -259,3 +259,51 @@ def test_each_call_gives_a_config_of_its_own() -> None:
         config.get("ignore", []).append("x")
         config.get("dynamic", {})["x"] = {}
         assert json.dumps(pack.quantization_config(format, 128)) == wanted
+
+
+# ---- of other makers
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_zero_points_and_permuted_groups_of_gptq(format: str) -> None:
+    """Against the definition, element by element: (nibble - zero point) * scale of the input's group."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs, groups = 16, 32, 4
+    nibble_NK = torch.randint(16, (outputs, inputs), generator=generator)
+    zero_GN = torch.randint(1, 16, (groups, outputs), generator=generator)
+    scale_GN = torch.rand(groups, outputs, generator=generator).half()
+    group_K = torch.arange(inputs)[torch.randperm(inputs, generator=generator)] // 8
+    tensors = {
+        "qweight": pack.pack_codes((nibble_NK - 8).to(torch.int8)).T[None].contiguous(),
+        "qzeros": pack.pack_codes((zero_GN - int(format == "gptq") - 8).to(torch.int8))[None],
+        "scales": scale_GN[None],
+        "g_idx": group_K.to(torch.int32)[None],
+    }
+    found_NK = pack.dequantize(tensors, format)[0]
+    for row in range(outputs):
+        for column in range(inputs):
+            group = int(group_K[column])
+            wanted = (int(nibble_NK[row, column]) - int(zero_GN[group, row])) * float(scale_GN[group, row])
+            assert found_NK[row, column].item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_zero_points_and_groups_of_compressed_tensors() -> None:
+    """Against its own compressor and decompressor."""
+    generator = torch.Generator().manual_seed(1)
+    outputs, inputs, groups = 24, 32, 4
+    shapes = (outputs, inputs), (outputs, groups)
+    code_NK, zero_NG = (torch.randint(-8, 8, shape, generator=generator).to(torch.int8) for shape in shapes)
+    scale_NG = torch.rand(outputs, groups, generator=generator).bfloat16()
+    group_K = (torch.arange(inputs) // 8)[torch.randperm(inputs, generator=generator)]
+    tensors = {
+        "weight_packed": pack_to_int32(code_NK, 4)[None],
+        "weight_scale": scale_NG[None],
+        "weight_zero_point": pack_to_int32(zero_NG, 4, packed_dim=0)[None],
+        "weight_g_idx": group_K.to(torch.int32)[None],
+    }
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=8)
+    theirs_NK = dequantize(code_NK, scale_NG.float(), zero_NG, args, g_idx=group_K.to(torch.int32))
+    assert torch.equal(pack.dequantize(tensors, "compressed-tensors")[0], theirs_NK)
+    even = {name: value for name, value in tensors.items() if name not in ("weight_g_idx", "weight_zero_point")}
+    theirs_NK = dequantize(code_NK, scale_NG.float(), args=args)
+    assert torch.equal(pack.dequantize(even, "compressed-tensors")[0], theirs_NK)

@@ -24,6 +24,7 @@ import fourfold
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import calibrate
 from fourfold.quantize.calibrate import CalibrationRows, check_sources, collect, heldout, load_tokenizer
+from fourfold.quantize.contamination import refuse_calibrated, shingles
 from fourfold.recipe import TEXT, Calibration, Heldout, Recipe, Source, load_recipe
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-qwen3.6-moe"
@@ -365,3 +366,28 @@ def test_rows_are_a_frozen_value(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     assert isinstance(rows, CalibrationRows)
     with pytest.raises(dataclasses.FrozenInstanceError):
         rows.notes = ()  # type: ignore[misc]
+
+
+# ---- calibrated text, when it is measured on
+
+
+def test_shingles_are_found_wherever_a_stretch_stands() -> None:
+    """One run in 64 is kept, and a stretch of 600 tokens has the same ones in other rows, at other places."""
+    generator = torch.Generator().manual_seed(0)
+    token_RT = torch.randint(50_000, (8, 1024), generator=generator)
+    found = set(shingles(token_RT))
+    assert 90 < len(found) < 160  # of 8 x 993
+    moved_RT = torch.cat([torch.randint(50_000, (7,), generator=generator), token_RT[3, 200:800]])[None]
+    assert set(shingles(moved_RT)) & found == set(shingles(token_RT[3:4, 200:800])) != set()
+    assert not set(shingles(torch.randint(50_000, (8, 1024), generator=generator))) & found
+    assert shingles(token_RT[:, :31]) == []
+
+
+def test_a_little_in_common_is_told_and_more_is_refused() -> None:
+    token_RT = torch.randint(50_000, (16, 1024), generator=torch.Generator().manual_seed(1))
+    own = shingles(token_RT)
+    place = Path("out/fourfold.json")
+    assert refuse_calibrated(token_RT, [], "words", place) == 0
+    assert refuse_calibrated(token_RT, own[:2], "words", place) == pytest.approx(2 / len(own))
+    with pytest.raises(FourfoldError, match=r"words: 100% of this text was calibrated on, says out/fourfold\.json"):
+        refuse_calibrated(token_RT, own, "words", place)

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import checkpoints
 import releases
+import whole
 from fourfold.recipe import CALIBRATION_TEXTS, Recipe, load_recipe
 
 PREFIX = "model.language_model."
@@ -33,45 +34,10 @@ Log = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A whole model on the held-out windows.
-
-    log_PV: log-probabilities at each predicted position, in float64; next_P: the true next tokens;
-    hidden: by layer, the states after it; chosen: by layer, the experts of each token [T, A].
-    """
-
-    log_PV: Tensor
-    next_P: Tensor
-    hidden: list[Tensor]
-    chosen: list[Tensor]
-
-    @property
-    def perplexity(self) -> float:
-        return (-self.log_PV.gather(1, self.next_P[:, None])).mean().exp().item()
-
-
-@torch.no_grad()
-def see(model: Any, token_RT: Tensor) -> Seen:
-    """One forward pass. The head is applied again, in float64: BF16 logits are rounded by more than KL may be off."""
-    hidden: list[Tensor] = []
-    chosen: list[Tensor] = []
-    last: list[Tensor] = []
-    layers = model.model.language_model.layers
-    handles = [model.lm_head.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))]
-    handles += [layer.register_forward_hook(lambda _, __, output: hidden.append(output)) for layer in layers]
-    handles += [layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.append(out[-1])) for layer in layers]
-    model(input_ids=token_RT)
-    for handle in handles:
-        handle.remove()
-    logits_PV = last[0][:, :-1].flatten(0, 1).double() @ model.lm_head.weight.double().T
-    return Seen(logits_PV.log_softmax(dim=1), token_RT[:, 1:].flatten(), hidden, chosen)
-
-
-@dataclass(frozen=True)
 class Compared:
     metrics: dict[str, Any]
-    source: Seen
-    release: Seen
+    source: whole.Seen
+    release: whole.Seen
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +50,9 @@ def compared(example_model: Path, small: MakeRecipe, tmp_path_factory: pytest.Te
     tokens = AutoTokenizer.from_pretrained(example_model)(text, add_special_tokens=False).input_ids
     token_RT = torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
     model = AutoModelForImageTextToText.from_pretrained(example_model, dtype=torch.bfloat16)
-    source = see(model, token_RT)
-    found = releases.tensors(out)
-    for index, layer in enumerate(model.model.language_model.layers):
-        experts = layer.mlp.experts
-        for expert in range(len(experts.down_proj)):
-            gate, up, down = (releases.dequantize(found, f"{PREFIX}layers.{index}.mlp.experts.{expert}.{part}.")
-                              for part in releases.PROJECTIONS)  # fmt: skip
-            experts.gate_up_proj.data[expert], experts.down_proj.data[expert] = torch.cat([gate, up]), down
-    return Compared(releases.read_json(out / "metrics.json"), source, see(model, token_RT))
+    source = whole.see(model, token_RT)
+    whole.take_experts_(model, releases.tensors(out))
+    return Compared(releases.read_json(out / "metrics.json"), source, whole.see(model, token_RT))
 
 
 def test_perplexities_are_those_of_the_whole_models(compared: Compared) -> None:

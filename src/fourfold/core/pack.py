@@ -72,6 +72,32 @@ def unpack(tensors: dict[str, Tensor], format: str) -> QuantizedGroup:
     return QuantizedGroup(unpack_codes(tensors["qweight"].mT), tensors["scales"].mT.float())
 
 
+def dequantize(tensors: dict[str, Tensor], format: str) -> Tensor:
+    """The weights fp32 [E, N, K] that stacks of stored tensors stand for, whoever made them.
+
+    tensors: by suffix, as `pack` gives them, and besides: `qzeros` (gptq: zero point - 1, gptq_v2: zero point) or
+    `weight_zero_point` (compressed-tensors: int32 [E, N / 8, G], packed along N, zero point + 8); `g_idx` or
+    `weight_g_idx` (int32 [E, K], each input's group) where groups are not of consecutive inputs. Absent zero points are
+    8, as they are for symmetric quantization.
+    Layouts: AutoGPTQ and GPTQModel qlinear, compressed-tensors pack_quantized.
+    """
+    group, suffix = unpack(tensors, format), "weight_g_idx" if format == "compressed-tensors" else "g_idx"
+    codes_ENK, scale_ENG = group.codes_ENK, group.scale_ENG
+    experts, outputs, inputs = codes_ENK.shape
+    zero_ENG = torch.zeros(1, 1, 1, dtype=torch.int8, device=codes_ENK.device).expand(scale_ENG.shape)
+    if "qzeros" in tensors:
+        zero_ENG = (unpack_codes(tensors["qzeros"]) + (1 if format == "gptq" else 0)).mT
+    elif "weight_zero_point" in tensors:
+        zero_ENG = unpack_codes(tensors["weight_zero_point"].mT).mT[:, :outputs]
+    index_EK = tensors.get(suffix)
+    if index_EK is None:
+        size = inputs // scale_ENG.shape[-1]
+        index_EK = (torch.arange(inputs, device=codes_ENK.device) // size).expand(experts, inputs)
+    index_ENK = index_EK.to(torch.int64)[:, None, :].expand(experts, outputs, inputs)
+    centred_ENK = codes_ENK.float() - zero_ENG.float().gather(2, index_ENK)
+    return centred_ENK * scale_ENG.gather(2, index_ENK)
+
+
 def tensor_shapes(format: str, outputs: int, inputs: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What one projection [N, K] becomes: suffix -> (safetensors dtype, shape)."""
     groups = inputs // group_size

@@ -107,6 +107,14 @@ class Skeleton:
             module: nn.Module = self._class(self.family.layer_class)(self.text, layer)
         return module
 
+    def empty_draft_layer(self) -> nn.Module:
+        """The draft head's decoder layer, on the meta device: full attention, whatever the model's layers are."""
+        text = copy.deepcopy(self.text)
+        text.layer_types = ["full_attention"] * self.layers
+        with torch.device("meta"):
+            module: nn.Module = self._class(self.family.layer_class)(text, 0)
+        return module
+
     def empty_norm(self) -> nn.Module:
         """The norm before the output head, on the meta device."""
         with torch.device("meta"):
@@ -143,9 +151,5 @@ class Skeleton:
         yield f"{prefix}fc.weight", (hidden, 2 * hidden)
         for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
             yield f"{prefix}{norm}.weight", (hidden,)
-        text = copy.deepcopy(self.text)
-        text.layer_types = ["full_attention"] * self.layers
-        with torch.device("meta"):
-            layer = self._class(self.family.layer_class)(text, 0)
-        for name, value in layer.state_dict().items():
+        for name, value in self.empty_draft_layer().state_dict().items():
             yield f"{prefix}layers.0.{name}", tuple(value.shape)

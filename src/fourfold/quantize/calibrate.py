@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fourfold.datatypes import Event, FourfoldError, Progress, Tick
-from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets
+from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets, shingles
 from fourfold.quantize.documents import (
     Document,
     as_file,
@@ -65,6 +65,7 @@ class CalibrationRows:
             "digest": self.digest,
             "rows": rows,
             "length": length,
+            "shingles": shingles(self.token_RT),
             "sources": [asdict(source) for source in self.sources],
             "notes": list(self.notes),
         }
@@ -163,26 +164,32 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
 
 
 def heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HeldoutRows:
-    """The first `heldout.windows` windows of the held-out text: one tokenization, no special tokens, no BOS.
+    """The held-out windows of a recipe. Raises FourfoldError if its text holds fewer."""
+    return heldout_windows(recipe.heldout, tokenizer)
 
-    Raises FourfoldError if the text holds fewer.
+
+def heldout_windows(wanted: Heldout, tokenizer: PreTrainedTokenizerBase, *, fewer: bool = False) -> HeldoutRows:
+    """The first `windows` windows of a held-out text: one tokenization, no special tokens, no BOS.
+
+    fewer: take what there is of a text that holds fewer, but at least one. Raises FourfoldError where it holds too few.
     """
-    wanted = recipe.heldout
     title, joining, documents = _heldout_documents(wanted)
     text = "".join(_render(document, tokenizer, title) for document in documents)
     token_T = torch.tensor(_encode([text], tokenizer)[0], dtype=torch.int64)
     found = len(token_T) // wanted.length
-    if found < wanted.windows:
+    least = 1 if fewer else wanted.windows
+    if found < least:
         raise FourfoldError(
             f"held-out text {title}: {len(token_T):,} tokens, {found} windows of {wanted.length}; "
-            f"{wanted.windows} are wanted. Way out: smaller heldout.windows or heldout.length"
+            f"{least} are wanted. Way out: smaller heldout.windows or heldout.length"
         )
-    token_RT = token_T[: wanted.windows * wanted.length].view(wanted.windows, wanted.length)
+    windows = min(found, wanted.windows)
+    token_RT = token_T[: windows * wanted.length].view(windows, wanted.length)
     protocol = {
         "text": title,
         "joining": joining,
         "tokens": len(token_T),
-        "windows": wanted.windows,
+        "windows": windows,
         "windows_available": found,
         "window": wanted.length,
         "stride": wanted.length,

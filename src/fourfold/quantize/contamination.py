@@ -1,9 +1,13 @@
-"""Keeps test sets and held-out text out of calibration: by name before anything is read, by content after."""
+"""Keeps calibration and measurement apart: each by the other's text, test sets by name before anything is read."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Collection
 from pathlib import Path
+
+from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.documents import Document, source_name
@@ -20,6 +24,9 @@ SCORED_BUT_TRAIN = (
     r"|social[-_]?i[-_]?qa|winogrande"
 )
 FRAGMENT_CHARACTERS = 80  # lines shorter than this are shared by chance
+SHINGLE_TOKENS = 32  # runs of tokens so long are not shared by chance
+SHINGLES_KEPT = 64  # of so many, one: the one whose digest says so, wherever it stands
+OVERLAP_ALLOWED = 0.01  # phrases of a chat template and the like
 _WHY = "What is calibrated on it cannot be measured on it."
 _ALLOW = "set calibration.allow_test_sets = true, which the release will state"
 
@@ -80,3 +87,34 @@ def refuse_heldout(document: Document, heldout: frozenset[str]) -> None:
             f'{document.place}: this document is held-out text ("{min(shared)[:60]}..."). {_WHY} '
             f"Way out: take it out of the source, or {_ALLOW}"
         )
+
+
+def shingles(token_RT: Tensor) -> list[str]:
+    """Digests of runs of SHINGLE_TOKENS tokens, one run in SHINGLES_KEPT, chosen by the digest itself.
+
+    Two texts that share a stretch share its digests, wherever it stands in either and however they are cut into rows.
+    """
+    length = token_RT.shape[1] - SHINGLE_TOKENS + 1
+    if length < 1:
+        return []
+    digest_RT = token_RT.new_zeros(len(token_RT), length)
+    for place in range(SHINGLE_TOKENS):  # a product for each place, modulo 2^64: int64 wraps around
+        odd = int.from_bytes(hashlib.sha256(str(place).encode()).digest()[:8], "little", signed=True) | 1
+        digest_RT += token_RT[:, place : place + length] * odd
+    kept_N = digest_RT[(digest_RT >> 32) % SHINGLES_KEPT == 0]
+    return sorted({f"{digest % 2**64:016x}" for digest in kept_N.tolist()})
+
+
+def refuse_calibrated(token_RT: Tensor, calibrated: Collection[str], title: str, place: Path) -> float:
+    """The share of a text's shingles that are among the calibration's, from fourfold.json at `place`.
+
+    Raises FourfoldError where it is more than chance gives.
+    """
+    found = shingles(token_RT)
+    share = len(set(calibrated).intersection(found)) / len(found) if found else 0.0
+    if share > OVERLAP_ALLOWED:
+        raise FourfoldError(
+            f"{title}: {share:.0%} of this text was calibrated on, says {place}. {_WHY} "
+            "Way out: measure on other text (--text)"
+        )
+    return share

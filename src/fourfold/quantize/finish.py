@@ -135,10 +135,13 @@ def quant_log(projections: list[ProjectionStatistics]) -> str:
 
 def metrics_json(heldout: HeldoutRows, measured: Measured) -> dict[str, Any]:
     """metrics.json: how it was measured, the figures over all positions, drift by layer."""
+    figures: dict[str, Any] = {"summary": None}
+    if measured.statistics is not None:
+        figures = metrics.measurements(measured.statistics, heldout.protocol["predictions_per_window"])
     return {
         "measured_by": "quantize",
         "protocol": heldout.protocol,
-        "summary": None if measured.statistics is None else metrics.summarize(measured.statistics),
+        **figures,
         "layers": [dataclasses.asdict(drift) for drift in measured.drifts],
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,34 +118,49 @@ def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick
 
 
 def pass_heldout_(
-    layers: tuple[DecoderLayer, DecoderLayer], rows: tuple[Rows, Rows], batches: Batches, tick: Tick
-) -> StreamDrift:
-    """Take the held-out rows of both streams through a layer, in place, one batch of rows at a time, nothing kept.
+    layers: Sequence[DecoderLayer], rows: Sequence[Rows], batches: Batches, tick: Tick
+) -> tuple[StreamDrift, ...]:
+    """Take the held-out rows of all streams through a layer, in place, one batch of rows at a time, nothing kept.
 
-    layers, rows: (source, release).
+    layers, rows: the source's, then one for each release. Returns each release's drift from the source.
     """
-    source, release = rows
-    error = norm = 0.0
-    agreement: list[float] = []
-    for batch in _batches(len(source.hidden_RTD), batches.rows):
-        source_RTD, source_routing = _pass(layers[0], source.hidden_RTD[batch], batches)
-        release_RTD, release_routing = _pass(layers[1], release.hidden_RTD[batch], batches)
-        source.hidden_RTD[batch] = source_RTD
-        release.hidden_RTD[batch] = release_RTD
-        error += (release_RTD.float() - source_RTD.float()).square().sum(dtype=torch.float64).item()
-        norm += source_RTD.float().square().sum(dtype=torch.float64).item()
-        if source_routing is not None and release_routing is not None:
-            share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
-            agreement += [share] * len(source_RTD)
-        tick(2 * source_RTD.shape[0] * source_RTD.shape[1])
-    return StreamDrift(
-        layer=layers[0].index,
-        hidden_error=(error / norm) ** 0.5,
-        router_agreement=sum(agreement) / len(agreement) if agreement else None,
-    )
+    drifts = [_Drift() for _ in layers[1:]]
+    for batch in _batches(len(rows[0].hidden_RTD), batches.rows):
+        source_RTD, source_routing = pass_batch(layers[0], rows[0].hidden_RTD[batch], batches)
+        rows[0].hidden_RTD[batch] = source_RTD
+        tick(source_RTD.shape[0] * source_RTD.shape[1])
+        for layer, stream, drift in zip(layers[1:], rows[1:], drifts, strict=True):
+            release_RTD, release_routing = pass_batch(layer, stream.hidden_RTD[batch], batches)
+            stream.hidden_RTD[batch] = release_RTD
+            drift.add(source_RTD, release_RTD)
+            if source_routing is not None and release_routing is not None:
+                share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
+                drift.agreement += [share] * len(source_RTD)
+            tick(release_RTD.shape[0] * release_RTD.shape[1])
+    return tuple(drift.finish(layers[0].index) for drift in drifts)
 
 
-def _pass(layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches) -> tuple[Tensor, Routing | None]:
+class _Drift:
+    """Sums over the batches of one release."""
+
+    def __init__(self) -> None:
+        self.error = self.norm = 0.0
+        self.agreement: list[float] = []  # of each row
+
+    def add(self, source_RTD: Tensor, release_RTD: Tensor) -> None:
+        self.error += (release_RTD.float() - source_RTD.float()).square().sum(dtype=torch.float64).item()
+        self.norm += source_RTD.float().square().sum(dtype=torch.float64).item()
+
+    def finish(self, layer: int) -> StreamDrift:
+        return StreamDrift(
+            layer=layer,
+            hidden_error=(self.error / self.norm) ** 0.5,
+            router_agreement=sum(self.agreement) / len(self.agreement) if self.agreement else None,
+        )
+
+
+def pass_batch(layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches) -> tuple[Tensor, Routing | None]:
+    """One batch of rows through a layer and its experts: the output, where the rows lie, and the routing if any."""
     output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
     if input_TD is not None and routing is not None:
         output_TD = output_RTD.flatten(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fourfold.core import metrics
 from fourfold.datatypes import FourfoldError, Rows, StreamDrift, Tick
 from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
+from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.observe import Batches, Observed, Traffic, advance_, attend_, pass_heldout_
@@ -90,11 +92,23 @@ def advance(
     source = Stream(advance_(layers[0], traffic[0], batches, tick), streams[0].heldout)
     calibration = None if traffic[1] is None else advance_(layers[1], traffic[1], batches, tick)
     release = Stream(calibration, streams[1].heldout)
-    drift = pass_heldout_(layers, (source.heldout, release.heldout), batches, tick)
+    (drift,) = pass_rows_(layers, (source.heldout, release.heldout), batches, tick)
     for layer, stream in zip(layers, (source, release), strict=True):
-        calibration_RTD = None if stream.calibration is None else stream.calibration.hidden_RTD
-        _require_numbers(layer, calibration_RTD, stream.heldout.hidden_RTD)
+        _require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
     return source, release, drift
+
+
+def pass_rows_(
+    layers: Sequence[DecoderLayer], rows: Sequence[Rows], batches: Batches, tick: Tick
+) -> tuple[StreamDrift, ...]:
+    """Held-out rows of the source, and of each release after it, through one layer, in place. Returns their drifts.
+
+    Raises FourfoldError as `attend` does.
+    """
+    drifts = pass_heldout_(layers, rows, batches, tick)
+    for layer, stream in zip(layers, rows, strict=True):
+        _require_numbers(layer, stream.hidden_RTD)
+    return drifts
 
 
 def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
@@ -112,16 +126,23 @@ def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
 def measure(
     index: TensorIndex, skeleton: Skeleton, source: Rows, release: Rows, device: torch.device
 ) -> metrics.Statistics:
-    """Last norm and output head over the held-out rows of both streams, the head in vocabulary chunks."""
-    norm_name = f"{skeleton.family.text_prefix}norm.weight"
-    norm = skeleton.empty_norm()
-    norm.load_state_dict({"weight": index.read(norm_name).to(device, torch.bfloat16)}, assign=True)
+    """The held-out rows of both streams after the last layer, compared; the output head is the source's for both."""
     tied = skeleton.config.tie_word_embeddings
     head_VD = index.read(f"{skeleton.family.text_prefix}embed_tokens.weight" if tied else "lm_head.weight")
     require_finite(head_VD, "lm_head.weight")
-    head_VD = head_VD.to(device)
+    head = build_head(skeleton, index.read(f"{skeleton.family.text_prefix}norm.weight"), head_VD, device)
+    return compare((head, head), (source, release))
+
+
+def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statistics:
+    """Last norm and output head over the rows of two streams (source, release), the head in vocabulary chunks."""
+    device = heads[0].weight_VD.device
+    release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     parts = []
-    for row in range(len(source.token_RT)):
-        source_TD, release_TD = (norm(rows.hidden_RTD[row, :-1].to(device)) for rows in (source, release))
-        parts.append(metrics.token_statistics(source_TD, release_TD, head_VD, source.token_RT[row, 1:].to(device)))
+    for row, token_T in enumerate(rows[0].token_RT):
+        source_TD, release_TD = (
+            head.norm(stream.hidden_RTD[row, :-1].to(device)) for head, stream in zip(heads, rows, strict=True)
+        )
+        next_T = token_T[1:].to(device)
+        parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
     return metrics.join(parts)

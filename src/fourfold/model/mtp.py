@@ -1,0 +1,116 @@
+"""The MTP head as a drafter: built from transformers' own decoder layer, which transformers itself leaves out.
+
+Semantics: vLLM, models/qwen3_5_mtp.py, and its proposer. A step takes the hidden state of a position (after the model's
+last norm, or what the step before put out) and the token that follows it, and its output, through the model's own
+output head, predicts the token after that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.activations import ACT2FN
+
+from fourfold.model.head import build_norm
+from fourfold.model.layer import DecoderLayer, Routing, run_experts
+from fourfold.model.skeleton import take_traffic
+from fourfold.model.weights import Weights
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """fc_DF [D, 2D] joins the normed embedding (first) and the normed hidden state; `norm` is on the output."""
+
+    layer: DecoderLayer
+    fc_DF: Tensor
+    norm_embedding: nn.Module
+    norm_hidden: nn.Module
+    norm: nn.Module
+    embedding_VD: Tensor
+
+
+def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype) -> DraftHead:
+    """The draft head of a checkpoint that has one, its experts fused or one by one on disk."""
+    skeleton, prefix = weights.skeleton, weights.skeleton.family.mtp_prefix
+    module = skeleton.empty_draft_layer()
+    names = [name for name in module.state_dict() if not name.startswith("mlp.experts.")]
+    kept = {name: weights.read(f"{prefix}layers.0.{name}", device).to(dtype) for name in names}
+    module.load_state_dict(kept, strict=False, assign=True)
+    gate_up_ENK, down_ENK = weights.experts(skeleton.family.mtp_experts_prefix, device, dtype)
+    layer = DecoderLayer(
+        index=0,  # its place in the cache of keys, not among the model's layers
+        module=module.eval().requires_grad_(False),
+        rotary=skeleton.rotary(device),
+        activation=ACT2FN[skeleton.text.hidden_act],
+        gate_up_ENK=gate_up_ENK,
+        down_ENK=down_ENK,
+    )
+
+    def norm(name: str) -> nn.Module:
+        return build_norm(skeleton, weights.read(f"{prefix}{name}.weight", device), device, dtype)
+
+    return DraftHead(
+        layer=layer,
+        fc_DF=weights.read(f"{prefix}fc.weight", device).to(dtype),
+        norm_embedding=norm("pre_fc_norm_embedding"),
+        norm_hidden=norm("pre_fc_norm_hidden"),
+        norm=norm("norm"),
+        embedding_VD=weights.embedding(device, dtype),
+    )
+
+
+class Drafts:
+    """Draft steps for a batch of rows: the first step for all positions of the text, the later ones for some.
+
+    A later step at position t attends to the first step's keys of positions 0..t and to its own earlier steps.
+    """
+
+    def __init__(self, head: DraftHead, hidden_RTD: Tensor, token_RT: Tensor) -> None:
+        """hidden_RTD: after the model's last norm; token_RT: the text. What comes after a position is nothing to it."""
+        self._head, self._cache = head, DynamicCache()
+        rows, self._length = token_RT.shape[0], token_RT.shape[1] - 1
+        position_RT = torch.arange(self._length, device=token_RT.device).expand(rows, -1)
+        self._first_RTD = self._step(hidden_RTD[:, :-1], token_RT[:, 1:], position_RT, None)
+        self._steps = 1
+
+    def first(self, position_RP: Tensor) -> Tensor:
+        """The first step's output [R, P, D] at positions t: predicts token t + 2."""
+        index_RPD = position_RP[:, :, None].expand(-1, -1, self._first_RTD.shape[2])
+        return self._first_RTD.gather(1, index_RPD)
+
+    def later(self, hidden_RPD: Tensor, token_RP: Tensor, position_RP: Tensor) -> Tensor:
+        """The next step's output [R, P, D]: step i predicts token t + i + 1.
+
+        hidden_RPD: what the step before put out for the same positions t; token_RP: the text's token t + i, or what was
+        drafted for it.
+        """
+        rows, count = position_RP.shape
+        step_T = torch.arange(self._length, device=position_RP.device)
+        before_RPT = step_T <= position_RP[:, :, None]
+        own_PP = torch.eye(count, dtype=torch.bool, device=position_RP.device)
+        own_RPP = own_PP.repeat(1, self._steps).expand(rows, -1, -1)
+        mask_R1PT = torch.cat([before_RPT, own_RPP], dim=2)[:, None]
+        output_RPD = self._step(hidden_RPD, token_RP, position_RP + self._steps, mask_R1PT)
+        self._steps += 1
+        return output_RPD
+
+    def _step(self, hidden_RTD: Tensor, token_RT: Tensor, position_RT: Tensor, mask_R1TT: Tensor | None) -> Tensor:
+        head, layer = self._head, self._head.layer
+        embedded_RTD = head.norm_embedding(head.embedding_VD[token_RT])
+        input_RTF = torch.cat([embedded_RTD, head.norm_hidden(hidden_RTD)], dim=-1)
+        joined_RTD = nn.functional.linear(input_RTF, head.fc_DF)
+        output_RTD = layer.module(
+            joined_RTD,
+            position_embeddings=layer.rotary(joined_RTD, position_RT),
+            attention_mask=mask_R1TT,  # None: causal
+            position_ids=position_RT,
+            past_key_values=self._cache,
+        )
+        input_TD, index_TA, weight_TA = take_traffic(layer.module)
+        routed_TD = run_experts(layer, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
+        output_RTD = output_RTD + routed_TD.view_as(output_RTD)
+        normed_RTD: Tensor = head.norm(output_RTD)
+        return normed_RTD

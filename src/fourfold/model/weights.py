@@ -1,0 +1,235 @@
+"""A checkpoint's weights, one layer at a time, as an engine multiplies by them: BF16 as they are, int4 dequantized.
+
+Reads what fourfold, GPTQModel, llm-compressor and AutoRound write for the families that fourfold knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.core import pack
+from fourfold.datatypes import FourfoldError
+from fourfold.model.checkpoint import TensorIndex, brief, require_finite
+from fourfold.model.family import split_names
+from fourfold.model.head import Head, build_head
+from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
+from fourfold.model.skeleton import Skeleton
+
+NAMES_SHOWN = 5
+# Suffixes of a quantized projection; those after the first two may be absent.
+SUFFIXES: dict[str, Suffixes] = {
+    "gptq": ("qweight", "scales", "qzeros", "g_idx"),
+    "gptq_v2": ("qweight", "scales", "qzeros", "g_idx"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+}
+Shape = tuple[int, ...]
+Suffixes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One checkpoint, quantized or not.
+
+    skeleton: of the BF16 source, which a release shares; format: of quantized projections (core/pack.py), None where
+    config.json names no quantization.
+    """
+
+    skeleton: Skeleton
+    index: TensorIndex
+    format: str | None
+
+    @classmethod
+    def open(cls, folder: Path, skeleton: Skeleton) -> Weights:
+        """Check config.json and all headers. Raises FourfoldError for a checkpoint of another model, a quantization
+        that is not read, and tensors that are missing or of another shape, all in one message.
+        """
+        raw = read_config(folder)
+        if raw.get("model_type") != skeleton.family.model_type:
+            raise FourfoldError(
+                f"{folder / 'config.json'}: model_type is {brief(raw.get('model_type'))}, the source's is "
+                f"{skeleton.family.model_type!r}; a release of the source is wanted"
+            )
+        weights = cls(skeleton=skeleton, index=TensorIndex.open(folder), format=storage_format(raw, folder))
+        problems = list(weights._problems())
+        if problems:
+            more = f" and {len(problems) - NAMES_SHOWN:,} more" if len(problems) > NAMES_SHOWN else ""
+            raise FourfoldError(
+                f"{folder}: {'; '.join(problems[:NAMES_SHOWN])}{more}. A whole release of the source is wanted, as it "
+                "was written"
+            )
+        return weights
+
+    @property
+    def folder(self) -> Path:
+        return self.index.folder
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether there is a draft head: releases saved by way of transformers have lost it."""
+        prefix = self.skeleton.family.mtp_prefix
+        return self.skeleton.has_mtp and any(name.startswith(prefix) for name in self.index.headers)
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """A tensor by its name in a BF16 checkpoint; fp32 where it had to be dequantized from the scales as stored."""
+        if name in self.index.headers:
+            value = self.index.read(name)
+            require_finite(value, name)
+            return value.to(device)
+        assert self.format is not None
+        stem, tensors = name.removesuffix("weight"), {}
+        for suffix in SUFFIXES[self.format]:
+            if stem + suffix in self.index.headers:
+                tensors[suffix] = self.index.read(stem + suffix)
+                require_finite(tensors[suffix], stem + suffix)
+        return pack.dequantize({suffix: part.to(device)[None] for suffix, part in tensors.items()}, self.format)[0]
+
+    def layer(self, layer: int, device: torch.device, dtype: torch.dtype) -> DecoderLayer:
+        """One decoder layer, its routed experts dequantized."""
+        prefix = self.skeleton.family.layer_prefix(layer)
+        names = self.skeleton.empty_layer(layer).state_dict()
+        kept = {name: self.read(prefix + name, device) for name in names if not name.startswith("mlp.experts.")}
+        stacks: tuple[Tensor | None, Tensor | None] = None, None
+        if len(kept) < len(names):
+            stacks = self.experts(self.skeleton.family.experts_prefix(layer), device, dtype)
+        return build_layer(self.skeleton, layer, LayerTensors(kept, *stacks, digest=""), device, dtype)
+
+    def experts(self, prefix: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, D] and down [E, D, I] of the experts under a prefix, from either layout on disk."""
+        if f"{prefix}gate_up_proj" in self.index.headers:
+            fused = (self.read(prefix + name, device).to(dtype) for name in ("gate_up_proj", "down_proj"))
+            return next(fused), next(fused)
+        text, experts = self.skeleton.text, self.skeleton.experts
+        width, hidden = text.moe_intermediate_size, text.hidden_size
+        gate_up_ENK = torch.empty(experts, 2 * width, hidden, dtype=dtype, device=device)
+        down_ENK = torch.empty(experts, hidden, width, dtype=dtype, device=device)
+        for expert in range(experts):
+            gate_up_ENK[expert, :width] = self.read(f"{prefix}{expert}.gate_proj.weight", device)
+            gate_up_ENK[expert, width:] = self.read(f"{prefix}{expert}.up_proj.weight", device)
+            down_ENK[expert] = self.read(f"{prefix}{expert}.down_proj.weight", device)
+        return gate_up_ENK, down_ENK
+
+    def embedding(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Token embeddings [V, D]."""
+        return self.read(f"{self.skeleton.family.text_prefix}embed_tokens.weight", device).to(dtype)
+
+    def head(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """Last norm and output head."""
+        prefix, tied = self.skeleton.family.text_prefix, self.skeleton.config.tie_word_embeddings
+        weight_VD = self.read(f"{prefix}embed_tokens.weight" if tied else "lm_head.weight", device)
+        return build_head(self.skeleton, self.read(f"{prefix}norm.weight", device), weight_VD, device, dtype)
+
+    def _problems(self) -> Iterator[str]:
+        """What is missing or has another shape, of all that this checkpoint is read for."""
+        family, headers = self.skeleton.family, self.index.headers
+        draft = self.has_draft
+        for name, shape in self.skeleton.expected():
+            in_draft = bool(family.mtp_prefix) and name.startswith(family.mtp_prefix)
+            if not name.startswith((family.text_prefix, "lm_head.")) and not (in_draft and draft):
+                continue
+            if ".mlp.experts." not in name or name in headers:
+                yield from self._problem(name, shape)
+                continue
+            for part, _, place in split_names(name, shape):
+                yield from self._problem(part, (place.stop - place.start, shape[2]))
+
+    def _problem(self, name: str, shape: Shape) -> Iterator[str]:
+        headers = self.index.headers
+        if name in headers:
+            if headers[name].shape != shape:
+                yield f"{name} is {list(headers[name].shape)}, wanted {list(shape)}"
+            return
+        stem, suffixes = name.removesuffix("weight"), SUFFIXES.get(self.format or "", ())
+        found = {suffix: headers[stem + suffix].shape for suffix in suffixes if stem + suffix in headers}
+        if len(shape) != 2 or not suffixes or not set(suffixes[:2]) <= set(found):
+            yield f"{name} is missing"
+            return
+        scales = suffixes[1]
+        if len(found[scales]) != 2:
+            yield f"{stem}{scales} is {list(found[scales])}, wanted two dimensions"
+            return
+        groups = found[scales][0 if scales == "scales" else 1]
+        if not groups or shape[1] % groups:
+            yield f"{stem}{scales} is {list(found[scales])}, {groups} groups of {shape[1]} inputs"
+        for suffix, wanted in _stored_shapes(shape, groups).items():
+            if suffix in found and found[suffix] != wanted:
+                yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for 4 bits"
+
+
+def _stored_shapes(shape: Shape, groups: int) -> dict[str, Shape]:
+    outputs, inputs = shape
+    return {
+        "qweight": (inputs // 8, outputs),
+        "scales": (groups, outputs),
+        "qzeros": (groups, outputs // 8),
+        "g_idx": (inputs,),
+        "weight_packed": (outputs, inputs // 8),
+        "weight_scale": (outputs, groups),
+        "weight_zero_point": (-(-outputs // 8), groups),
+        "weight_g_idx": (inputs,),
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises FourfoldError if there is none that can be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FourfoldError(f"{folder}: no config.json; the folder of a finished release is wanted")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # json's and unicode's are ValueErrors
+        raise FourfoldError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise FourfoldError(f"{path}: a JSON object is wanted, found {type(raw).__name__}")
+    return raw
+
+
+def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """How quantized projections are stored by config.json's `quantization_config`, None if it has none.
+
+    Raises FourfoldError for a method, a width or a layout that is not read.
+    """
+    config = raw.get("quantization_config") or raw.get("compression_config")
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        _check_compressed(config, folder)
+        return "compressed-tensors"
+    packing = str(config.get("packing_format", ""))
+    if method == "auto-round" and packing == "auto_round:auto_gptq":
+        config, method = {**config, "checkpoint_format": "gptq"}, "gptq"
+    stored = config.get("checkpoint_format", "gptq")
+    if method != "gptq" or stored not in ("gptq", "gptq_v2"):
+        found = f"{method!r}" + (f" with {brief(packing or stored)}" if method in ("gptq", "auto-round") else "")
+        raise FourfoldError(
+            f"{folder / 'config.json'}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
+            "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
+        )
+    if config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32":
+        raise FourfoldError(
+            f"{folder / 'config.json'}: {brief(config.get('bits'))} bits packed in "
+            f"{brief(config.get('pack_dtype', 'int32'))}; wanted 4 bits packed in int32"
+        )
+    return str(stored)
+
+
+def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:
+    groups = config.get("config_groups") or {}
+    for name, group in groups.items():
+        weights = group.get("weights") or {}
+        layout = group.get("format") or config.get("format")
+        found = (layout, weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
+        if found[:3] != ("pack-quantized", 4, "int") or found[3] not in ("group", "channel"):
+            raise FourfoldError(
+                f"{folder / 'config.json'}: config group {name!r} is {found[0]!r} with {found[1]!r} bits of type "
+                f"{found[2]!r} by {found[3]!r}; wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
+            )
+    if not groups:
+        raise FourfoldError(f"{folder / 'config.json'}: compressed-tensors without config_groups")

@@ -1,0 +1,250 @@
+"""What a release lost: source and release on the same held-out text, layer by layer, and their draft heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.core import metrics
+from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift
+from fourfold.model.head import Head
+from fourfold.model.shards import write_text
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import Weights
+from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
+from fourfold.quantize.contamination import refuse_calibrated
+from fourfold.quantize.finish import dump
+from fourfold.quantize.journal import FINISHED, STATE
+from fourfold.quantize.memory import check_device
+from fourfold.quantize.run import Watch, ignore
+from fourfold.quantize.streams import compare
+from fourfold.recipe import FILE_KINDS, Heldout
+from fourfold.release import drafts
+from fourfold.release.sweep import Compute, embed, sweep_
+from fourfold.release.tasks import Tasks, check_tasks, run_tasks
+
+METRICS = "metrics.json"
+WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
+MEASURED = ("measured_by", "source", "protocol", "calibration_overlap", "summary", "intervals", "by_entropy", "layers",
+            "drafts", "against")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is measured on. text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens
+    of each; drafts: whether draft heads are run.
+    """
+
+    text: Path | None = None
+    windows: int | None = None
+    length: int = Heldout.length
+    drafts: bool = True
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that is measured. state: its fourfold.json, None for another maker's."""
+
+    weights: Weights
+    state: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.weights.folder.resolve().name
+
+
+def evaluate(
+    out: Path,
+    source: Path,
+    *,
+    protocol: Protocol,
+    against: Path | None = None,
+    tasks: Tasks | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress = ignore,
+) -> dict[str, Any]:
+    """Measure the release in `out`, and a second one, against the BF16 checkpoint in `source`; write OUT/metrics.json.
+
+    dtype: of the arithmetic between the layers; engines run in BF16. Returns what is in metrics.json
+    (docs/evaluation.md); its parts that this command does not measure are kept.
+    Raises FourfoldError, before the first layer, for a release that is partial or unfinished, of another source, of a
+    quantization that is not read, or calibrated on the text; for a server that does not answer.
+    """
+    check_device(device)
+    skeleton = Skeleton.open(source)
+    original = Weights.open(source, skeleton)
+    releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
+    kept = {name: value for name, value in read_metrics(out).items() if name not in MEASURED}
+    text = read_text(protocol, source)
+    overlaps = [refuse_overlap(release, text) for release in releases]
+    if tasks is not None:
+        check_tasks(tasks)
+    watch, compute = Watch(progress, skeleton.layers), Compute(torch.device(device), dtype)
+    with torch.no_grad():
+        figures = _measure(original, releases, text, compute, watch)
+        drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
+    found = kept | {
+        "measured_by": "evaluate",
+        "source": {"name": source.resolve().name, "headers": original.index.digest},
+        "protocol": text.protocol | {"digest": text.digest, "dtype": str(dtype).removeprefix("torch.")},
+        "calibration_overlap": overlaps[0],
+        **figures[0],
+        "drafts": drafted and {"protocol": drafts.protocol(text.token_RT), "source": drafted[0], "release": drafted[1]},
+    }
+    if against is not None:
+        found["against"] = {
+            "name": releases[1].name,
+            "calibration_overlap": overlaps[1],
+            **figures[1],
+            "drafts": drafted and drafted[2],
+        }
+    write_text(out / METRICS, dump(found))
+    if tasks is not None:
+        with watch.stage("tasks"):
+            found["tasks"] = run_tasks(tasks, out)
+        write_text(out / METRICS, dump(found))
+    progress(Event(kind="done", layers=skeleton.layers, data=found["summary"]))
+    return found
+
+
+# ---- what is checked before the first layer
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """fourfold.json of a finished release, None for another maker's. Raises FourfoldError for one that is not whole.
+
+    Reads no other file: a caller may ask before it downloads the source.
+    """
+    if not folder.is_dir():
+        raise FourfoldError(f"{folder}: no such folder; the folder of a finished release is wanted")
+    path = folder / FINISHED
+    if not path.is_file():
+        if (folder / STATE).is_dir():
+            raise FourfoldError(f"{folder}: not finished; the same `fourfold quantize` command goes on with it")
+        return None
+    state = _read_json(path)
+    if state.get("partial"):
+        raise FourfoldError(
+            f"{folder}: a trial of layers {state.get('layers')} alone; quantize all layers to measure the release"
+        )
+    return state
+
+
+def open_release(folder: Path, source: Weights) -> Release:
+    """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
+    state = read_state(folder)
+    if state is None:
+        return Release(Weights.open(folder, source.skeleton), None)
+    try:
+        headers = state["source"]["headers"]
+    except (KeyError, TypeError):
+        raise FourfoldError(
+            f"{folder / FINISHED}: does not say what it was made from; it was altered, quantize again"
+        ) from None
+    if headers != source.index.digest:
+        raise FourfoldError(
+            f"{folder}: made from another source than {source.folder} (headers {str(headers)[:16]}..., found "
+            f"{source.index.digest[:16]}...); name the checkpoint that was quantized with --source"
+        )
+    release = Release(Weights.open(folder, source.skeleton), state)
+    _check_kept(release, source)
+    return release
+
+
+def _check_kept(release: Release, source: Weights) -> None:
+    """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
+    skeleton, device = source.skeleton, torch.device("cpu")
+    routers = (f"{skeleton.family.layer_prefix(layer)}mlp.gate.weight" for layer in range(skeleton.layers))
+    for name in (f"{skeleton.family.text_prefix}embed_tokens.weight", *routers):
+        if name in source.index.headers and not torch.equal(
+            release.weights.read(name, device), source.read(name, device)
+        ):
+            raise FourfoldError(
+                f"{release.weights.folder}: {name} is not that of {source.folder}: the release was made from another "
+                "checkpoint, or altered. Name the checkpoint that was quantized with --source"
+            )
+
+
+def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
+    """Windows of the held-out text in the source's tokens."""
+    if protocol.text is not None and protocol.text.suffix not in FILE_KINDS:
+        raise FourfoldError(f"{protocol.text}: a text of kind {', '.join(FILE_KINDS)} is wanted")
+    wanted = Heldout(
+        builtin="" if protocol.text else Heldout.builtin,
+        path=str(protocol.text or ""),
+        windows=protocol.windows or WINDOWS,
+        length=protocol.length,
+    )
+    return heldout_windows(wanted, load_tokenizer(source), fewer=protocol.windows is None)
+
+
+def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
+    """Share of the text that the release was calibrated on, None where it is not known. Raises FourfoldError."""
+    calibrated = (release.state or {}).get("calibration", {}).get("shingles")
+    if calibrated is None:
+        return None
+    return refuse_calibrated(text.token_RT, calibrated, text.protocol["text"], release.weights.folder / FINISHED)
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    """What is in OUT/metrics.json, if anything."""
+    path = out / METRICS
+    return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FourfoldError(f"{path}: cannot be read ({error}); remove it, or quantize again") from None
+    if not isinstance(content, dict):
+        raise FourfoldError(f"{path}: a JSON object is wanted; remove it, or quantize again")
+    return content
+
+
+# ---- the work
+
+
+def _measure(
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
+) -> list[dict[str, Any]]:
+    """Each release's figures on the text, from one pass of the source."""
+    checkpoints = (source, *(release.weights for release in releases))
+    with watch.stage("embed"):
+        rows = [embed(checkpoint, text.token_RT, compute) for checkpoint in checkpoints]
+    tokens = sum(stream.token_RT.numel() for stream in rows)
+
+    def tell(layer: int, drifts: tuple[StreamDrift, ...]) -> None:
+        watch.finished(layer, drifts[0])
+
+    by_layer = sweep_(checkpoints, rows, compute, lambda layer: watch.stage("advance", layer, tokens, "tokens"), tell)
+    with watch.stage("measure"):
+        head = source.head(compute.device, compute.dtype)
+        figures = []
+        for place, release in enumerate(releases):
+            statistics = compare((head, _head(release, head, compute)), (rows[0], rows[1 + place]))
+            layers = [dataclasses.asdict(drifts[place]) for drifts in by_layer]
+            window = text.protocol["predictions_per_window"]
+            figures.append(metrics.measurements(statistics, window) | {"layers": layers})
+    return figures
+
+
+def _head(release: Release, head: Head, compute: Compute) -> Head:
+    """The release's own head; its matrix is the source's where both are equal, so that one is held."""
+    own = release.weights.head(compute.device, compute.dtype)
+    return Head(own.norm, head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own
+
+
+def _draft(
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
+) -> list[dict[str, Any] | None]:
+    """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
+    prompt_RT = drafts.cut_prompts(text.token_RT)
+    checkpoints = (source, *(release.weights for release in releases))
+    return [drafts.measure_drafts(checkpoint, prompt_RT, compute, watch) for checkpoint in checkpoints]

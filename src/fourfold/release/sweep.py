@@ -1,0 +1,63 @@
+"""Rows of text through all layers of one or more checkpoints side by side, each layer read while the last one works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.datatypes import Rows, StreamDrift, Tick
+from fourfold.model.layer import DecoderLayer
+from fourfold.model.weights import Weights
+from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
+from fourfold.quantize.observe import Batches
+from fourfold.quantize.streams import pass_rows_
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where the arithmetic is done, and in what type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def embed(weights: Weights, token_RT: Tensor, compute: Compute) -> Rows:
+    """Rows of one checkpoint before its first layer; they lie on the host."""
+    embedding_VD = weights.embedding(torch.device("cpu"), compute.dtype)
+    return Rows(token_RT, embedding_VD[token_RT])
+
+
+def sweep_(
+    weights: Sequence[Weights],
+    rows: Sequence[Rows],
+    compute: Compute,
+    stage: Callable[[int], AbstractContextManager[Tick]],
+    finished: Callable[[int, tuple[StreamDrift, ...]], None] = lambda layer, drifts: None,
+) -> tuple[tuple[StreamDrift, ...], ...]:
+    """Take each checkpoint's rows through its layers, in place. The first is the source of the others.
+
+    stage: entered for each layer, its tick is told tokens; finished: is told a layer's drifts.
+    Returns by layer the drift of each checkpoint after the first.
+    """
+    layers = weights[0].skeleton.layers
+    batches = Batches(rows=max(ATTEND_TOKENS // rows[0].token_RT.shape[1], 1), tokens=EXPERT_TOKENS, experts=1)
+
+    def read(layer: int) -> list[DecoderLayer]:
+        return [checkpoint.layer(layer, compute.device, compute.dtype) for checkpoint in weights]
+
+    drifts = []
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as pool:
+        ahead = pool.submit(read, 0)
+        for layer in range(layers):
+            with stage(layer) as tick:
+                modules = ahead.result()
+                if layer + 1 < layers:
+                    ahead = pool.submit(read, layer + 1)
+                drifts.append(pass_rows_(modules, rows, batches, tick))
+            finished(layer, drifts[-1])
+    return tuple(drifts)

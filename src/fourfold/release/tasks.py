@@ -1,0 +1,109 @@
+"""Benchmarks by lm-eval, against a server that runs the release and speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError
+
+WAIT_SECONDS = 10  # for the server's list of models
+CONCURRENT = 8  # requests at one time
+LINES_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """names: of lm-eval's tasks, or paths of their YAML files; url: of the server, with or without /v1."""
+
+    names: tuple[str, ...]
+    url: str
+
+    @property
+    def root(self) -> str:
+        return self.url.rstrip("/").removesuffix("/v1")
+
+
+def check_tasks(tasks: Tasks) -> str:
+    """The name under which the server serves its first model.
+
+    Raises FourfoldError if lm-eval is not installed or no such server answers: before anything expensive is begun.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FourfoldError("--tasks needs lm-eval, which is not installed: pip install 'fourfold[tasks]'")
+    address = f"{tasks.root}/v1/models"
+    if not address.startswith(("http://", "https://")):
+        raise FourfoldError(f"--url {tasks.url}: the address of a server is wanted, as in http://localhost:8000")
+    try:
+        with urllib.request.urlopen(address, timeout=WAIT_SECONDS) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise FourfoldError(
+            f"--url {tasks.url}: no list of models at {address} ({error}); wanted a running server that speaks "
+            "OpenAI's protocol, as vLLM and SGLang do"
+        ) from None
+
+
+def command(tasks: Tasks, model: str, tokenizer: Path, results: Path) -> list[str]:
+    """lm-eval's command line: text completions (prompts as the task words them, no chat template), the release's own
+    tokenizer, which tasks scored by likelihood need.
+    """
+    model_args = {
+        "base_url": f"{tasks.root}/v1/completions",
+        "model": model,
+        "tokenizer": tokenizer.resolve(),
+        "tokenizer_backend": "huggingface",
+        "tokenized_requests": False,
+        "num_concurrent": CONCURRENT,
+    }
+    return [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"),
+        *("--model_args", *(f"{name}={value}" for name, value in model_args.items())),
+        *("--tasks", ",".join(tasks.names), "--output_path", str(results)),
+    ]
+
+
+def run_tasks(tasks: Tasks, tokenizer: Path) -> dict[str, Any]:
+    """Run them; what metrics.json says of it. Raises FourfoldError with lm-eval's last lines if it fails."""
+    model = check_tasks(tasks)
+    with tempfile.TemporaryDirectory(prefix="fourfold-tasks-") as folder:
+        results, log = Path(folder) / "results", Path(folder) / "log"
+        with log.open("wb") as file:
+            done = subprocess.run(
+                command(tasks, model, tokenizer, results), stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        found = sorted(results.rglob("results_*.json"))
+        if done.returncode or not found:
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
+            raise FourfoldError(
+                f"lm-eval on {', '.join(tasks.names)} ended with exit code {done.returncode}, its last lines:\n"
+                + "\n".join(said)
+            )
+        return read_results(json.loads(found[-1].read_text(encoding="utf-8"))) | {"url": tasks.url}
+
+
+def read_results(found: dict[str, Any]) -> dict[str, Any]:
+    """Of lm-eval's results file: each task's figures by "metric,filter", its shots, its samples and its version."""
+    rows = {}
+    for task, figures in found["results"].items():
+        samples = found.get("n-samples", {}).get(task, {})
+        rows[task] = {
+            "figures": {name: value for name, value in figures.items() if "," in name},
+            "shots": found.get("n-shot", {}).get(task),
+            "samples": samples.get("effective"),
+            "version": found.get("versions", {}).get(task),
+        }
+    return {
+        "lm_eval": found["lm_eval_version"],
+        "model": found["model_name"],
+        "api": found["model_source"],
+        "chat_template": found["chat_template"] is not None,
+        "tasks": rows,
+    }

@@ -1,0 +1,159 @@
+"""lm-eval: the command line that it is given, its results file, and the package itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourfold.datatypes import FourfoldError
+from fourfold.release import tasks
+from fourfold.release.tasks import Tasks
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+TOY = """
+task: toy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {questions}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Question: {{{{q}}}}\\nAnswer: "
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 3}}
+"""
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server that speaks enough of OpenAI's protocol and answers every question with 2."""
+
+    models: object = {"object": "list", "data": [{"id": "toy-model"}]}
+    asked: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self.reply(self.models if self.path == "/v1/models" else {})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append(asked)
+        prompts = asked["prompt"] if isinstance(asked["prompt"], list) else [asked["prompt"]]
+        self.reply({"choices": [{"index": i, "text": "2", "finish_reason": "stop"} for i in range(len(prompts))]})
+
+    def reply(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Answers.asked = []
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if lm-eval were there: what is asked of the server before it is run."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
+def test_the_servers_model_is_asked_for(url: str, installed: None, tail: str) -> None:
+    assert tasks.check_tasks(Tasks(names=("gsm8k",), url=url + tail)) == "toy-model"
+
+
+def test_without_lm_eval_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FourfoldError, match=r"pip install 'fourfold\[tasks\]'"):
+        tasks.check_tasks(Tasks(names=("gsm8k",), url="http://127.0.0.1:1"))
+
+
+def test_a_server_that_does_not_answer_is_named(installed: None) -> None:
+    with pytest.raises(FourfoldError, match=r"--url http://127\.0\.0\.1:1: no list of models at .*Connection refused"):
+        tasks.check_tasks(Tasks(names=("gsm8k",), url="http://127.0.0.1:1"))
+    with pytest.raises(FourfoldError, match="the address of a server is wanted"):
+        tasks.check_tasks(Tasks(names=("gsm8k",), url="file:///etc"))
+
+
+@pytest.mark.parametrize("models", [{}, {"data": []}, [], "no"])
+def test_a_server_of_another_kind_is_named(
+    url: str, installed: None, models: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answers, "models", models)
+    with pytest.raises(FourfoldError, match="wanted a running server"):
+        tasks.check_tasks(Tasks(names=("gsm8k",), url=url))
+
+
+def test_command_line(tmp_path: Path) -> None:
+    asked = Tasks(names=("gsm8k", "ifeval"), url="http://host:8000/v1")
+    found = tasks.command(asked, "m", tmp_path, tmp_path / "results")
+    assert found[:6] == [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
+    assert "base_url=http://host:8000/v1/completions" in found and "model=m" in found
+    assert f"tokenizer={tmp_path}" in found
+    assert found[-4:] == ["--tasks", "gsm8k,ifeval", "--output_path", str(tmp_path / "results")]
+
+
+def test_results_of_lm_eval_0_4_13() -> None:
+    """Keys as that version wrote them for a task with one metric."""
+    found = {
+        "results": {"toy": {"name": "toy", "alias": "toy", "sample_len": 2, "exact_match,none": 0.5,
+                            "exact_match_stderr,none": 0.25}},
+        "versions": {"toy": 3},
+        "n-shot": {"toy": 0},
+        "n-samples": {"toy": {"original": 2, "effective": 2}},
+        "lm_eval_version": "0.4.13",
+        "model_name": "toy-model",
+        "model_source": "local-completions",
+        "chat_template": None,
+    }  # fmt: skip
+    assert tasks.read_results(found) == {
+        "lm_eval": "0.4.13",
+        "model": "toy-model",
+        "api": "local-completions",
+        "chat_template": False,
+        "tasks": {
+            "toy": {
+                "figures": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.25},
+                "shots": 0,
+                "samples": 2,
+                "version": 3,
+            }
+        },
+    }
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"q": "1 + 1", "a": "2"}\n{"q": "2 + 2", "a": "4"}\n', encoding="utf-8")
+    (tmp_path / "toy.yaml").write_text(TOY.format(questions=questions), encoding="utf-8")
+    found = tasks.run_tasks(Tasks(names=(str(tmp_path / "toy.yaml"),), url=url), example_model)
+    assert {asked["prompt"] for asked in Answers.asked} == {f"Question: {sum}\nAnswer: " for sum in ("1 + 1", "2 + 2")}
+    assert (found["model"], found["api"], found["url"]) == ("toy-model", "local-completions", url)
+    assert found["tasks"]["toy"]["figures"]["exact_match,none"] == 0.5
+    assert found["tasks"]["toy"]["samples"] == 2
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+def test_a_task_that_it_does_not_know_ends_with_its_words(url: str, example_model: Path) -> None:
+    with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task ended with exit code"):
+        tasks.run_tasks(Tasks(names=("no-such-task",), url=url), example_model)
