@@ -198,6 +198,8 @@ def run_layers(job: Job) -> Measured:
                 writer.submit(partial(write_layer, job, layer_plan, tensors, result))
             else:
                 release_layer = layer
+            if layer_plan.index + 1 == plan.solve.stop:
+                source, release = source.without_calibration(), release.without_calibration()
             with watch.stage("advance", layer_plan.index, source.tokens + release.tokens, "tokens") as tick:
                 layers, both_streams = (layer, release_layer), (source, release)
                 source, release, drift = streams.advance(layers, traffic, both_streams, batches, tick)

@@ -29,6 +29,10 @@ class Stream:
     def calibration_tokens(self) -> int:
         return 0 if self.calibration is None else self.calibration.token_RT.numel()
 
+    def without_calibration(self) -> Stream:
+        """What goes on behind the last layer that is solved: nothing more is learnt."""
+        return Stream(calibration=None, heldout=self.heldout)
+
     @property
     def tokens(self) -> int:
         return self.calibration_tokens + self.heldout.token_RT.numel()
@@ -89,9 +93,10 @@ def advance(
     tick: Tick,
 ) -> tuple[Stream, Stream, StreamDrift]:
     """Both streams to the next layer; held-out rows pass here too. layers, traffic, streams: (source, release)."""
-    source = Stream(advance_(layers[0], traffic[0], batches, tick), streams[0].heldout)
-    calibration = None if traffic[1] is None else advance_(layers[1], traffic[1], batches, tick)
-    release = Stream(calibration, streams[1].heldout)
+    source, release = (
+        Stream(advance_(layer, own, batches, tick), stream.heldout) if own and stream.calibration else stream
+        for layer, own, stream in zip(layers, traffic, streams, strict=True)
+    )
     (drift,) = pass_rows_(layers, (source.heldout, release.heldout), batches, tick)
     for layer, stream in zip(layers, (source, release), strict=True):
         _require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
