@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-POLL_SECONDS = 0.2
+POLL_SECONDS, LOOK_SECONDS = 0.1, 1.0  # whether it has ended; who is there (which reads all of /proc)
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = Path("/tmp")  # not TMPDIR: sockets are made there, and their paths may have no more than 107 characters
@@ -83,10 +83,14 @@ def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Ma
 
 def _wait(child: subprocess.Popen[bytes], family: _Family, deadline: float) -> bool:
     """Wait for the child's own end. Returns whether the deadline came first."""
+    looked = 0.0
     while child.poll() is None:
-        family.look()
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             return True
+        if now - looked > LOOK_SECONDS:
+            family.look()
+            looked = now
         time.sleep(POLL_SECONDS)
     return False
 

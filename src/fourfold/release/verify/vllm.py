@@ -107,7 +107,7 @@ def facts(runs: Runs) -> dict[str, Any]:
 
 
 def _started(answer: Answer) -> str:
-    chosen = [line for line in kernels(answer) if "MoE backend" in line or "exact" in line]
+    chosen = [line for line in kernels(answer) if "WNA16 MoE backend" in line or "exact" in line]
     return f"{answer.content['engine']} on {answer.content['device']}; {'; '.join(chosen)}"
 
 
@@ -126,10 +126,11 @@ def engine_noise(content: Mapping[str, Any]) -> tuple[float, float]:
     """Mean and maximum difference of log-probabilities of the same tokens after the same text, decoded in a batch and
     scored as a prompt on their own: what the engine's numbers are good for.
     """
-    return _differences(content["logprobs"], content["logprobs_again"])
+    return differences(content["logprobs"], content["logprobs_again"])
 
 
-def _differences(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+def differences(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean and maximum of |a - b|, element by element."""
     pairs = [pair for rows in zip(first, second, strict=True) for pair in zip(*rows, strict=True)]
     apart = [abs(one - other) for one, other in pairs]
     return sum(apart) / len(apart), max(apart)
@@ -181,7 +182,7 @@ def score_limit(kl_mean: float, noise_mean: float) -> float:
 
 def check_scores(plain: Mapping[str, Any], source: Mapping[str, Any], kl_mean: float | None) -> Check:
     """Log-probabilities of the prompts' tokens against the source's in the same engine; greedy tokens are counted."""
-    mean, most = _differences(plain["prompt_logprobs"], source["prompt_logprobs"])
+    mean, most = differences(plain["prompt_logprobs"], source["prompt_logprobs"])
     rows = zip(plain["tokens"], source["tokens"], strict=True)
     same = sum(ours == theirs for row in rows for ours, theirs in zip(*row, strict=True))
     count = sum(map(len, plain["tokens"]))
