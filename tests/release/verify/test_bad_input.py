@@ -174,6 +174,9 @@ def test_an_engine_that_is_not_installed(copy: Broken) -> None:
 
 
 def test_no_interpreter_on_the_path_has_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shim = tmp_path / "python3"  # as pyenv leaves one that runs nothing
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert engines.find_python("fourfold_no_such_engine", None) is None
 
@@ -270,6 +273,18 @@ def test_a_killed_engine_leaves_no_orphans(mark: str, tmp_path: Path) -> None:
     ended = process.run([str(fake_python(tmp_path, body)), "script"], tmp_path / "log", 30, {"FOURFOLD_TEST": mark})
     assert ended.returncode == -signal.SIGKILL
     assert "ended by SIGKILL" in ended.why(30)
+    assert marked(mark) == []
+    assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()
+
+
+def test_orphans_that_nobody_had_seen_are_found_by_their_session(
+    mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "LOOK_SECONDS", 1000)  # one look, before the child is there
+    ending = "time.sleep(600 if 'child' in sys.argv else 1)"
+    body = HANG.replace("(False, True)", "(False,)").replace("time.sleep(600)", ending)
+    ended = process.run([str(fake_python(tmp_path, body)), "script"], tmp_path / "log", 30, {"FOURFOLD_TEST": mark})
+    assert ended.ok
     assert marked(mark) == []
     assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()
 

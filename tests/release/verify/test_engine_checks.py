@@ -19,6 +19,7 @@ CONTENT: dict[str, Any] = {
     "tokens": [[5, 6, 7], [8, 9, 10]], "margins": [[1.0, 0.05, 2.0], [1.0, 1.0, 1.0]],
     "logprobs": [[-1.0, -2.0, -1.0], [-1.0, -1.0, -1.0]], "logprobs_again": [[-1.0, -2.03, -1.0], [-1.0, -1.0, -1.0]],
     "prompt_logprobs": [[-3.0, -2.0], [-1.0, -4.0]],
+    "image": {"tokens": [1, 2], "margins": [1.0, 1.0]},
     "drafts": {"drafts": 40, "draft_tokens": 80, "accepted_tokens": 50, "accepted_by_position": [30, 20]},
 }  # fmt: skip
 LOG = """(MainProcess pid=1) INFO 11-25 15:42:28 [model.py:2152] Using max model len 128
@@ -56,10 +57,19 @@ def test_all_is_well(log: Path) -> None:
     assert "by position 75.0%, 50.0%" in found[vllm.ACCEPTED].evidence
 
 
+def test_an_image_that_gives_other_tokens_than_the_source(log: Path) -> None:
+    other = answer(log, image={"tokens": [1, 9], "margins": [1.0, 1.0]})
+    found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=other), 0.001)))
+    assert found[vllm.IMAGE].status is Status.FAIL
+    runs = vllm.Runs(plain=answer(log), drafting=None, source=other, no_image="no vision here")
+    found = by_name(list(vllm.checks(runs, 0.001)))
+    assert (found[vllm.IMAGE].status, found[vllm.IMAGE].evidence) == (Status.NOT_RUN, "no vision here")
+
+
 def test_without_draft_and_source(log: Path) -> None:
     found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=None), 0.001)))
     assert {name for name, check in found.items() if check.status is Status.NOT_RUN} == {
-        vllm.TIES, vllm.ACCEPTED, vllm.SCORES,
+        vllm.TIES, vllm.ACCEPTED, vllm.SCORES, vllm.IMAGE,
     }  # fmt: skip
     assert found[vllm.LOADS].data["decode_tokens_per_second_mtp"] is None
 
@@ -134,7 +144,9 @@ def test_log_probabilities_far_from_the_source() -> None:
     ("found", "status"), [([1, 2, 3], Status.PASS), ([1, 9, 9], Status.PASS), ([9, 2, 3], Status.FAIL)]
 )
 def test_tokens_after_an_image(found: list[int], status: Status) -> None:
-    assert image.compare([1, 2, 3], found, [0.5, 0.1, 0.5], limit=0.06).status is status
+    margins = [0.5, 0.1, 0.5]
+    source, release = {"tokens": [1, 2, 3], "margins": margins}, {"tokens": found, "margins": margins}
+    assert image.compare("image", source, release, limit=0.06).status is status
 
 
 @pytest.mark.parametrize(("model", "trap"), [("Qwen3_5ForCausalLMMTP", True), ("Target", False)])

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import checkpoints
 import releases
 from broken import Change, Copy
+from fourfold.recipe import load_recipe
 from fourfold.release.verify.check import Level, Status, Verdict
 from fourfold.release.verify.run import verify
 
@@ -67,6 +69,25 @@ def test_a_release_passes_beside_its_source(made: dict[str, Path], source: Path,
     assert written == verdict.to_json()
     assert written["content"] == json.loads((made[form] / "fourfold.json").read_text())["output"]["content"]
     assert written["levels"] == ["files", "source"]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "text model": {"family": "qwen3_moe"},
+    "dense layer": {"family": "qwen3_moe", "dense_layers": [0], "per_expert": False},
+    "a tensor per expert": {"per_expert": True, "mtp": "split"},
+    "no draft head, tied": {"mtp": None, "tied": True},
+    "groups of 32": {"hidden": 96, "width": 32, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_releases_of_other_sources_pass(tmp_path: Path, shape: str) -> None:
+    model = checkpoints.tiny(tmp_path / "model", **SHAPES[shape])
+    recipe = load_recipe(str(releases.write_recipe(tmp_path)), ["solver.passes=0", "scheme.group_size=32"])
+    releases.run(model, tmp_path / "out", recipe)
+    verdict = verify(tmp_path / "out", model=model)
+    assert verdict.passed, [check for check in verdict.checks if check.status is Status.FAIL]
+    assert all(check.status is Status.PASS for check in verdict.checks if check.name != "MTP split")
 
 
 def test_each_byte_is_read_once(made: dict[str, Path], source: Path) -> None:
@@ -190,6 +211,7 @@ def test_no_index(copy: Broken) -> None:
         lambda index: index["weight_map"].update(surplus="model-00001-of-00003.safetensors"),
         lambda index: index["metadata"].update(total_size=index["metadata"]["total_size"] + 1),
         lambda index: index.pop("metadata"),
+        lambda index: index.update(metadata="none"),
     ],
 )
 def test_an_index_that_does_not_fit(copy: Broken, change: Callable[[dict[str, Any]], object]) -> None:

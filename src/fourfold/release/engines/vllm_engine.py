@@ -3,7 +3,8 @@
     python vllm_engine.py REQUEST.json ANSWER.json
 
 REQUEST: model (folder), prompts (lists of token ids), tokens (to generate for each), draft_tokens (0: no MTP),
-noise (score what was generated once more, one sequence at a time), exact_experts (the reference kernel in any case).
+noise (score what was generated once more, one sequence at a time), image (one more prompt, with an image: its tokens
+before and after; null for none), exact_experts (the reference kernel in any case).
 ANSWER is written when all went well; whatever goes wrong is a traceback on stderr and an exit code other than 0.
 One engine per process: vLLM does not give its memory and its global state back.
 """
@@ -20,6 +21,8 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader must run in this process to be watched
 
+import numpy
+import PIL.Image
 import poison
 import torch
 import vllm
@@ -31,6 +34,7 @@ DEFAULTED = (
     "w13_bias", "w2_bias", "g_idx_sort_indices", "weight_g_idx", ".q_scale", ".k_scale", ".v_scale", ".prob_scale",
     "q_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
+IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
 CANDIDATES = 2  # log-probabilities are asked for the two most likely tokens: their distance tells near ties
 
 
@@ -49,12 +53,12 @@ def watch_loader(loads: dict[str, Any]) -> None:
 
 def start(request: dict[str, Any]) -> LLM:
     drafts = request["draft_tokens"]
-    longest = max(map(len, request["prompts"])) + request["tokens"]
+    longest = max(map(len, request["prompts"])) + request["tokens"] + (IMAGE_ROOM if request["image"] else 0)
     options: dict[str, Any] = {}
     if drafts:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     if "vision_config" in json.loads(Path(request["model"], "config.json").read_text()):
-        options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+        options["limit_mm_per_prompt"] = {"image": 1 if request["image"] else 0, "video": 0}
     return LLM(
         model=request["model"],
         dtype="bfloat16",
@@ -83,9 +87,8 @@ def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     scored = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=CANDIDATES)
-    begin = time.perf_counter()
-    generated = [output.outputs[0] for output in llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)]
-    seconds = time.perf_counter() - begin
+    outputs = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
+    generated = [output.outputs[0] for output in outputs]
     return {
         "prompt_logprobs": [scores(output) for output in scored],
         "tokens": [list(output.token_ids) for output in generated],
@@ -94,8 +97,14 @@ def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
             for output in generated
         ],
         "margins": [[margin(step) for step in output.logprobs] for output in generated],
-        "decode_tokens_per_second": sum(len(output.token_ids) for output in generated) / seconds,
+        "decode_tokens_per_second": decode_speed([output.metrics for output in outputs]),
     }
+
+
+def decode_speed(statistics: list[Any]) -> float:
+    """Tokens per second of the whole batch, from the first first token to the last last one."""
+    seconds = max(one.last_token_ts for one in statistics) - min(one.first_token_ts for one in statistics)
+    return float(sum(one.num_generation_tokens - 1 for one in statistics) / seconds)
 
 
 def margin(step: dict[int, Any]) -> float:
@@ -112,6 +121,20 @@ def score_again(llm: LLM, request: dict[str, Any], tokens: list[list[int]]) -> l
         (output,) = llm.generate(prompts([prompt + continuation]), sampling, use_tqdm=False)
         again.append(scores(output)[len(prompt) - 1 :])
     return again
+
+
+def after_image(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens after a prompt with an image of noise."""
+    noise = numpy.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=numpy.uint8)
+    config = json.loads(Path(request["model"], "config.json").read_text())
+    marks = [config[name] for name in ("vision_start_token_id", "image_token_id", "vision_end_token_id")]
+    ids = [*request["image"]["before"], *marks, *request["image"]["after"]]
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": PIL.Image.fromarray(noise)}}
+    tokens = request["image"]["tokens"]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=CANDIDATES)
+    (output,) = llm.generate([prompt], sampling, use_tqdm=False)
+    step = output.outputs[0]
+    return {"tokens": list(step.token_ids), "margins": [margin(each) for each in step.logprobs]}
 
 
 def draft_counters(llm: LLM) -> dict[str, Any]:
@@ -136,6 +159,8 @@ def main() -> None:
     answer = generate(llm, request)
     if request["noise"]:
         answer["logprobs_again"] = score_again(llm, request, answer["tokens"])
+    if request["image"]:
+        answer["image"] = after_image(llm, request)
     if request["draft_tokens"]:
         answer["drafts"] = draft_counters(llm)
     cache = llm.llm_engine.vllm_config.cache_config

@@ -61,28 +61,29 @@ def find_python(name: str, given: Path | None) -> Path | None:
     Raises FourfoldError if `given` runs no Python.
     """
     if given is not None:
-        return given if _has(given, name) else None
+        has, problem = _ask(given, name)
+        if problem:
+            raise FourfoldError(
+                f"--python {given}: runs no Python ({problem}); give the interpreter of {name}'s environment"
+            )
+        return given if has else None
     command = shutil.which(name)
     beside = [Path(command).resolve().parent / "python"] if command else []
     named = [Path(found) for found in map(shutil.which, ("python3", "python")) if found]
-    for python in dict.fromkeys([*beside, Path(sys.executable), *named]):
-        if python.is_file() and _has(python, name):
-            return python
-    return None
+    candidates = dict.fromkeys([*beside, Path(sys.executable), *named])
+    return next((python for python in candidates if python.is_file() and _ask(python, name)[0]), None)
 
 
-def _has(python: Path, name: str) -> bool:
-    wanted = f"give the interpreter of {name}'s environment"
+def _ask(python: Path, name: str) -> tuple[bool, str]:
+    """Whether an interpreter has a package, and if it cannot be asked, why."""
+    command = [str(python), "-c", PROBE, name]
     try:
-        done = subprocess.run(
-            [str(python), "-c", PROBE, name], capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise FourfoldError(f"--python {python}: runs no Python ({error}); {wanted}") from None
-    if done.returncode not in (0, NOT_THERE):
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise FourfoldError(f"--python {python}: runs no Python ({said}); {wanted}")
-    return done.returncode == 0
+        return False, str(error)
+    if done.returncode in (0, NOT_THERE):
+        return done.returncode == 0, ""
+    return False, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -34,7 +34,8 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
     if not path.is_file():
         problems.append(f"no {INDEX_NAME}; engines find shards by it")
     else:
-        total = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != size:
             problems.append(f"total_size is {total!r}, the tensors have {size:,} bytes")
     shards = {header.shard for header in headers}

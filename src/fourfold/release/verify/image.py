@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -13,7 +14,8 @@ from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
 
-IMAGE = "image prompt"
+IMAGE = "image prompt, transformers"
+NO_IMAGES = "the model takes no images"
 SCRIPT = "transformers_image.py"
 GENERATED_TOKENS = 8
 SPARE = 1.3  # memory for a model of so many times its tensors' bytes
@@ -30,37 +32,42 @@ def check_image(
     reason = _why_not(release, source)
     if reason or source is None:
         return skip(Level.ENGINE, IMAGE, reason)
-    request = {
-        "models": [str(source.resolve()), str(release.folder.resolve())],
-        "before": list(prompts[0][:8]),
-        "after": list(prompts[0][8:24]),
-        "tokens": GENERATED_TOKENS,
-    }
+    request = prompt_around(prompts) | {"models": [str(source.resolve()), str(release.folder.resolve())]}
     python, limit_seconds = Path(sys.executable), engine.limit_seconds
     ours = Engine(name="transformers", python=python, logs=engine.logs, limit_seconds=limit_seconds)
     answer = ours.ask(SCRIPT, "image", request)
     if answer.failure:
         return judge(Level.ENGINE, IMAGE, [f"transformers: {answer.failure}"], "")
     wanted, found = answer.content["models"]
-    return compare(wanted["tokens"], found["tokens"], wanted["margins"], limit)
+    return compare(IMAGE, wanted, found, limit)
 
 
-def compare(wanted: Sequence[int], found: Sequence[int], margins: Sequence[float], limit: float) -> Check:
-    """wanted, margins: the source's tokens, and how far its second best was behind at each."""
+def prompt_around(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Token ids before and after the image, and how many to generate."""
+    return {"before": list(prompts[0][:8]), "after": list(prompts[0][8:24]), "tokens": GENERATED_TOKENS}
+
+
+def compare(name: str, source: Mapping[str, Any], release: Mapping[str, Any], limit: float) -> Check:
+    """Both: tokens, and margins, how far the second best was behind at each."""
+    wanted, found, margins = source["tokens"], release["tokens"], source["margins"]
     place = next((place for place, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]), None)
     if place is None:
-        return judge(Level.ENGINE, IMAGE, [], f"{len(wanted)} tokens as the source's, through transformers")
+        return judge(Level.ENGINE, name, [], f"{len(wanted)} tokens as the source's")
     said = (
         f"token {place + 1} is {found[place]}, the source's {wanted[place]}, whose two best are "
         f"{margins[place]:.3f} apart"
     )
     problems = [said] if margins[place] > 2 * limit else []
-    return judge(Level.ENGINE, IMAGE, problems, f"{said}: a near tie, {place} tokens before it are the same")
+    return judge(Level.ENGINE, name, problems, f"{said}: a near tie, {place} tokens before it are the same")
+
+
+def takes_images(release: Release) -> bool:
+    return "vision_config" in release.raw
 
 
 def _why_not(release: Release, source: Path | None) -> str:
-    if "vision_config" not in release.raw:
-        return "the model takes no images"
+    if not takes_images(release):
+        return NO_IMAGES
     if source is None:
         return "--source is wanted to compare with"
     if release.format != "compressed-tensors":

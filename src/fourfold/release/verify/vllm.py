@@ -12,16 +12,18 @@ from typing import Any
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.engine import Answer, Engine
 from fourfold.release.verify.folder import Release
+from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images
 
 SCRIPT = "vllm_engine.py"
 DRAFT_TOKENS = 2
 GENERATED_TOKENS = 32
-LOADS, WRITTEN, TIES, ACCEPTED, SCORES = (
+LOADS, WRITTEN, TIES, ACCEPTED, SCORES, IMAGE = (
     "starts",
     "every parameter written",
     "same tokens with MTP",
     "drafts accepted",
     "log-probabilities",
+    "image prompt, vLLM",
 )
 KERNEL = re.compile(r"\] (Using (?!max model len).*(?:[Bb]ackend|[Kk]ernel|Experts|MoEMethod).*)$", re.MULTILINE)
 ENGINE = Level.ENGINE
@@ -29,21 +31,31 @@ ENGINE = Level.ENGINE
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """drafting: None if the release has no draft head; source: None if there is none to compare with."""
+    """drafting: None if the release has no draft head; source: None if there is none to compare with; no_image: why no
+    prompt with an image was run.
+    """
 
     plain: Answer
     drafting: Answer | None
     source: Answer | None
+    no_image: str = ""
 
 
 def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
-    """Start the engine up to three times: the release with MTP, without, the source. Stops at the first that fails."""
+    """Start the engine up to three times: the release with MTP, without, the source. Stops at the first that fails; a
+    release that fails with a prompt with an image is tried once more without.
+    """
     drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
     if drafting is not None and drafting.failure:
         return Runs(plain=drafting, drafting=drafting, source=None)
-    plain = ask(engine, release.folder, prompts, "plain", noise=True)
-    original = None if source is None or plain.failure else ask(engine, source, prompts, "source")
-    return Runs(plain=plain, drafting=drafting, source=original)
+    no_image = "--source is wanted to compare with" if takes_images(release) else NO_IMAGES
+    around = prompt_around(prompts) if takes_images(release) and source is not None else None
+    plain = ask(engine, release.folder, prompts, "image", noise=True, image=around)
+    if around is not None and plain.failure:  # it may be the vision path: without it the rest can still be seen
+        no_image, around = f"vLLM does not run with images here: {plain.failure}", None
+        plain = ask(engine, release.folder, prompts, "plain", noise=True)
+    original = None if source is None or plain.failure else ask(engine, source, prompts, "source", image=around)
+    return Runs(plain=plain, drafting=drafting, source=original, no_image="" if around else no_image)
 
 
 def ask(
@@ -54,9 +66,14 @@ def ask(
     *,
     draft_tokens: int = 0,
     noise: bool = False,
+    image: dict[str, Any] | None = None,
+    exact_experts: bool = False,
 ) -> Answer:
-    request = {"model": str(folder.resolve()), "prompts": prompts, "tokens": GENERATED_TOKENS}
-    return engine.ask(SCRIPT, title, request | {"draft_tokens": draft_tokens, "noise": noise, "exact_experts": False})
+    request = {
+        "model": str(folder.resolve()), "prompts": prompts, "tokens": GENERATED_TOKENS, "draft_tokens": draft_tokens,
+        "noise": noise, "image": image, "exact_experts": exact_experts,
+    }  # fmt: skip
+    return engine.ask(SCRIPT, title, request)
 
 
 def checks(runs: Runs, kl_mean: float | None) -> Iterator[Check]:
@@ -65,7 +82,7 @@ def checks(runs: Runs, kl_mean: float | None) -> Iterator[Check]:
     started = next((answer for answer in (first, runs.plain) if answer.failure), None)
     if started is not None:
         yield judge(ENGINE, LOADS, [started.failure], "")
-        yield from (skip(ENGINE, name, "the engine did not start") for name in (WRITTEN, TIES, ACCEPTED, SCORES))
+        yield from (skip(ENGINE, name, "the engine did not start") for name in (WRITTEN, TIES, ACCEPTED, SCORES, IMAGE))
         return
     yield judge(ENGINE, LOADS, [], _started(first), **facts(runs))
     yield check_written(first)
@@ -81,6 +98,17 @@ def checks(runs: Runs, kl_mean: float | None) -> Iterator[Check]:
         yield judge(ENGINE, SCORES, [f"the source did not run: {runs.source.failure}\n{way_out}"], "")
     else:
         yield check_scores(runs.plain.content, runs.source.content, kl_mean)
+    yield _check_image(runs, kl_mean)
+
+
+def _check_image(runs: Runs, kl_mean: float | None) -> Check:
+    reason = runs.no_image or ("fourfold.json has no divergence to judge by" if kl_mean is None else "")
+    if runs.source is None or runs.source.failure:
+        reason = reason or "the source did not run"
+    if reason or runs.source is None or kl_mean is None:
+        return skip(ENGINE, IMAGE, reason)
+    limit = score_limit(kl_mean, engine_noise(runs.plain.content)[0])
+    return compare(IMAGE, runs.source.content["image"], runs.plain.content["image"], limit)
 
 
 def kernels(answer: Answer) -> list[str]:
