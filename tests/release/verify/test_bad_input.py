@@ -198,6 +198,13 @@ def test_an_engine_is_not_run_on_files_that_are_not_sound(copy: Broken, tmp_path
     assert not list((out / ".fourfold").glob("verify-*.log"))
 
 
+def test_json_is_what_lands_in_the_file(copy: Broken, source: Path) -> None:
+    out = copy(CT).folder
+    answered = verify(out, "--source", source, "--json")
+    assert answered.exit_code == 0, answered.output
+    assert json.loads(answered.stdout) == json.loads((out / "verify.json").read_text())
+
+
 # --- crash, hang, and what is left --------------------------------------------------------------------------------
 
 
