@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,10 +31,15 @@ def python() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """vLLM asks a process of its own about each model class and keeps the answer; once is enough for all tests."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))
+def vllm_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What makes small starts quick. vLLM asks a process of its own about each model class and keeps the answer: once
+    is enough for all tests. Threads that are bound to cores wait for each other where others are at work, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="session")
