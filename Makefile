@@ -7,9 +7,10 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all check bench-quality clean
+.PHONY: help demo test test-slow test-all test-engine check bench-quality clean
 
 VENV := .venv
+ENGINES := .engines
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := examples/tiny-qwen3.6-moe
@@ -37,6 +38,11 @@ test-slow: $(INSTALLED)  ## the tests that take longer
 test-all: $(INSTALLED)  ## both, in one run: what CI runs
 	$(BIN)/python -m pytest -m "not gpu and not engine" $(ARGS)
 
+test-engine: $(INSTALLED)  ## real vLLM and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
+	PYTHON=$(BIN)/python TORCH_INDEX=$(TORCH_INDEX) tests/engines/make_vllm.sh $(ENGINES)/vllm
+	tests/engines/make_sglang.sh $(ENGINES)/sglang $(ENGINES)/vllm
+	$(BIN)/python -m pytest -m engine $(ARGS)
+
 check: $(INSTALLED)  ## lint, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -45,8 +51,8 @@ check: $(INSTALLED)  ## lint, types, and which room imports which
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about two hours the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
 
-clean:  ## remove .venv, the demo's output and caches
-	rm -rf $(VENV) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean:  ## remove .venv, .engines, the demo's output and caches
+	rm -rf $(VENV) $(ENGINES) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fourfold import terminal
 from fourfold.datatypes import Event
+from fourfold.release.verify.check import Level, Verdict, judge, skip
 from fourfold.terminal import Manner, Pace
 
 
@@ -210,3 +211,34 @@ def test_evaluation_shows_drafts_tasks_and_a_second_release() -> None:
     for words in ("0.750 0.500 0.250", "2.50", "no draft head", "0.9000", "exact_match,none 0.5000 (20 samples)"):
         assert words in shown, words
     assert "\x1b" not in shown
+
+
+# --- verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_verdict_names_level_check_status_and_evidence() -> None:
+    engine = {
+        "engine": "vLLM 0", "torch": "2", "device": "cpu", "kernels": ["Using 'ZEN' MoE backend."],
+        "start_seconds": 4.0, "load_seconds": 1.0, "kv_cache_tokens": 74_898, "decode_tokens_per_second": 50.0,
+        "decode_tokens_per_second_mtp": 75.0,
+    }  # fmt: skip
+    checks = (
+        judge(Level.FILES, "index", [], "[bold]5 tensors"),
+        skip(Level.FILES, "sidecars", "no source"),
+        judge(Level.ENGINE, "starts", ["\x1b[31mcrash"], ""),
+    )
+    facts: dict[str, Any] = {"out": "out", "content": "", "bytes_read": 1, "seconds": {"files": 61.0}}
+    asked = (Level.FILES, Level.ENGINE)
+    to = console()
+    terminal.show_verdict(to, Verdict(checks=checks, engine=engine, asked=asked, **facts))
+    lines = [" ".join(line.split()) for line in printed(to).splitlines()]
+    assert "files index pass [bold]5 tensors" in lines
+    assert "sidecars not run no source" in lines
+    assert "engine starts fail \N{REPLACEMENT CHARACTER}[31mcrash" in lines
+    assert "kernels 'ZEN' MoE backend" in lines
+    assert "KV cache 74,898 tokens" in lines
+    assert "decoding 50 tokens/s, with MTP 75" in lines
+    assert lines[-1] == "1 of 3 checks failed"
+    to = console()
+    terminal.show_verdict(to, Verdict(checks=checks[:2], engine=None, asked=asked[:1], **facts))
+    assert printed(to).splitlines()[-1] == "all checks passed: files (1 min 01 s)"

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from fourfold.datatypes import FourfoldError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-BAD_INPUT, INTERRUPTED = 2, 130
+CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted."
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 Examples:
   fourfold plan Qwen/Qwen3.6-35B-A3B
   fourfold quantize Qwen/Qwen3.6-35B-A3B ./release --devices cuda:0
+  fourfold verify ./release --source Qwen/Qwen3.6-35B-A3B
 
 {EXIT_CODES}""",
 )
@@ -35,6 +37,13 @@ recipe_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, epilog="Example: fourfold recipe show best > mine.toml"
 )
 app.add_typer(recipe_app, name="recipe", help="List and show recipes: what quantize does to a model.")
+
+
+class EngineChoice(StrEnum):
+    """Engines that `verify` knows."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
 
 
 # --- values of options -------------------------------------------------------------------------------------------
@@ -460,6 +469,80 @@ def evaluate(
             terminal.json_line(console, {"kind": "metrics", "data": found})
         elif manner is not terminal.Manner.QUIET:
             terminal.show_evaluation(console, found)
+
+
+Release = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder of a finished release.")]
+SourceModel = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="MODEL",
+        show_default=False,
+        help="The checkpoint that OUT was made from, a folder or org/name of the Hub: compare every tensor with it.",
+    ),
+]
+EngineName = Annotated[
+    EngineChoice | None,
+    typer.Option(
+        "--engine", metavar="vllm|sglang", show_default=False, help="Load and run OUT in it, too (in SGLang: load)."
+    ),
+]
+EnginePython = Annotated[
+    Path | None,
+    typer.Option(
+        "--python",
+        metavar="PATH",
+        show_default=False,
+        help="Interpreter of the environment that has the engine. Left out: the first on PATH that has it.",
+    ),
+]
+TimeLimit = Annotated[
+    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that has not answered by then.")
+]
+VerdictJson = Annotated[bool, typer.Option("--json", help="Print what lands in verify.json, on one line.")]
+
+
+@app.command(
+    epilog=f"""\b
+Examples:
+  fourfold verify ./release
+  fourfold verify ./release --source Qwen/Qwen3.6-35B-A3B
+  fourfold verify ./release --source ./model --engine vllm --python ~/vllm/bin/python
+
+{EXIT_CODES}"""
+)
+def verify(
+    out: Release,
+    source: SourceModel = None,
+    engine: EngineName = None,
+    python: EnginePython = None,
+    timeout: TimeLimit = 60,
+    as_json: VerdictJson = False,
+) -> None:
+    """Check a release: its files, every tensor against the source, a run in a real engine.
+
+    Writes verify.json into OUT. Files alone are always checked; --source and --engine add a level each. Exit code 0
+    says that all that was asked for has passed.
+    """
+    if python is not None and engine is None:
+        raise typer.BadParameter("--python is of use with --engine only; wanted both, or neither")
+    with answer(out):
+        console = terminal.open_console()
+        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=False)
+        from fourfold.model.hub import resolve_model
+        from fourfold.release.verify.run import Asked
+        from fourfold.release.verify.run import verify as run
+
+        model = None if source is None else resolve_model(source, progress=not as_json)
+        asked = None if engine is None else Asked(name=engine.value, python=python, limit_seconds=timeout * 60)
+        with terminal.watch(console, manner) as progress:
+            verdict = run(out, model=model, engine=asked, progress=progress)
+        if as_json:
+            terminal.json_line(console, verdict.to_json())
+        else:
+            terminal.show_verdict(console, verdict)
+        if not verdict.passed:
+            raise typer.Exit(CHECK_FAILED)
 
 
 @recipe_app.command("list", epilog="Example: fourfold recipe list")

@@ -24,6 +24,7 @@ from fourfold.datatypes import Progress as Callback
 if TYPE_CHECKING:
     from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
+    from fourfold.release.verify.check import Verdict
 
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
 STAGES = {  # what a stage is called where its own name says too little
@@ -35,6 +36,8 @@ STAGES = {  # what a stage is called where its own name says too little
     "tasks": "running lm-eval",
     "copy": "copying other tensors",
     "finish": "finishing",
+    "verify": "reading every byte",
+    "engine": "running the engine",
 }
 BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at
 METRICS = {  # key of Summary.metrics: what it is called, how it is written
@@ -244,6 +247,46 @@ def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for task, row in (found.get("tasks") or {}).get("tasks", {}).items():
         figures = ", ".join(f"{name} {value:.4f}" for name, value in row["figures"].items() if isinstance(value, float))
         yield task, f"{figures} ({row['samples']} samples)"
+
+
+# --- verdict -----------------------------------------------------------------------------------------------------
+
+STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
+
+
+def show_verdict(console: Console, verdict: Verdict) -> None:
+    """A row for each check: level, name, what came of it, what was seen; then what an engine is, and the verdict."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("level", "check", "", "seen"):
+        table.add_column(name, no_wrap=name != "seen")
+    before = ""
+    for check in verdict.checks:
+        status = Text(check.status, style=STATUS_STYLES[check.status])
+        level, before = check.level if check.level != before else "", check.level
+        table.add_row(level, plain(check.name), status, paragraphs(check.evidence))
+    console.print(table)
+    if verdict.engine:
+        _show_engine(console, verdict.engine)
+    failed = sum(check.status == "fail" for check in verdict.checks)
+    if verdict.passed:
+        asked = ", ".join(verdict.asked)
+        console.print(f"all checks passed: {asked} ({clock_text(sum(verdict.seconds.values()))})", style="green")
+    else:
+        console.print(f"{failed} of {len(verdict.checks)} checks failed", style="bold red")
+
+
+def _show_engine(console: Console, engine: Mapping[str, Any]) -> None:
+    speed = f"{engine['decode_tokens_per_second']:,.0f} tokens/s"
+    if engine["decode_tokens_per_second_mtp"]:
+        speed += f", with MTP {engine['decode_tokens_per_second_mtp']:,.0f}"
+    facts = [
+        ("engine", f"{engine['engine']}, torch {engine['torch']}, {engine['device']}"),
+        ("kernels", "; ".join(line.removeprefix("Using ").rstrip(".") for line in engine["kernels"])),
+        ("start", f"{engine['start_seconds']:.1f} s, of which weights {engine['load_seconds']:.1f} s"),
+        ("KV cache", f"{engine['kv_cache_tokens']:,} tokens"),
+        ("decoding", speed),
+    ]
+    show_facts(console, facts)
 
 
 # --- progress ----------------------------------------------------------------------------------------------------

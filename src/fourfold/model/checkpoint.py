@@ -155,6 +155,15 @@ class TensorIndex:
                 self._fill(part, descriptor, start, header)
                 yield part
 
+    def read_range(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from byte `start` of its data on.
+
+        Raises FourfoldError if the file cannot give all of them.
+        """
+        header = self.header(name)
+        with self._opened(header) as descriptor:
+            self._fill(out, descriptor, header.start_byte + start, header)
+
     @contextmanager
     def _opened(self, header: TensorHeader) -> Iterator[int]:
         try:

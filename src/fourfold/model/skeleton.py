@@ -72,6 +72,15 @@ class Skeleton:
             raise FourfoldError(
                 f"{path}: this checkpoint is quantized already ({method}); start from the BF16 original"
             )
+        return cls.of(raw, path)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], path: Path) -> Skeleton:
+        """The skeleton of a config.json that was read already, from `path`; its quantization_config is of no matter.
+
+        Raises FourfoldError for a model that fourfold does not know.
+        """
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
         family = find_family(raw.get("model_type"))
         try:
             config = AutoConfig.for_model(**raw)

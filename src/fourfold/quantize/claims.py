@@ -48,7 +48,7 @@ class TensorClaim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class Wanted:
     """A tensor that must be there, and what is done with it. bytes_after None: as many as before."""
 
     shape: tuple[int, ...]
@@ -82,7 +82,7 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
     shapes: list[str] = []
     dtypes: list[str] = []
     claims: list[TensorClaim] = []
-    for name, wanted in _wanted(skeleton, index.headers, recipe):
+    for name, wanted in wanted_tensors(skeleton, index.headers, recipe):
         header = left.pop(name, None)
         if header is None:
             missing.append(name)
@@ -92,7 +92,7 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
             dtypes.append(f"{name} is {header.dtype}, wanted {' or '.join(wanted.dtypes)}")
         else:
             claims.append(wanted.claim(header))
-    extras = {name: _known_extra(skeleton, header) for name, header in left.items()}
+    extras = {name: known_extra(skeleton, header) for name, header in left.items()}
     claims += [extra.claim(left[name]) for name, extra in extras.items() if extra]
     unexpected = [name for name, extra in extras.items() if not extra]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "wrong dtype": dtypes}
@@ -120,7 +120,9 @@ def has_draft(skeleton: Skeleton, names: Iterable[str]) -> bool:
     return skeleton.has_mtp and any(name.startswith(skeleton.family.mtp_prefix) for name in names)
 
 
-def _wanted(skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe) -> Iterator[tuple[str, _Wanted]]:
+def wanted_tensors(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe
+) -> Iterator[tuple[str, Wanted]]:
     """Every tensor that must be there, experts in the layout that each layer has on disk."""
     family, draft = skeleton.family, has_draft(skeleton, headers)
     for name, shape in skeleton.expected():
@@ -139,16 +141,16 @@ def _wanted(skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Rec
         dtypes = ("BF16",) if in_stream else KEPT_DTYPES
         yield (
             name,
-            _Wanted(shape=shape, dtypes=dtypes, action=Action.COPY, reason=reason, group=group, layer=layer),
+            Wanted(shape=shape, dtypes=dtypes, action=Action.COPY, reason=reason, group=group, layer=layer),
         )
 
 
-def _wanted_expert(name: str, shape: tuple[int, ...], layer: int, recipe: Recipe) -> _Wanted:
+def _wanted_expert(name: str, shape: tuple[int, ...], layer: int, recipe: Recipe) -> Wanted:
     """One projection [N, K] of a routed expert."""
     outputs, inputs = _projection_shape(name, shape)
     size = recipe.scheme.group_size
     stored = tensor_shapes(recipe.format, outputs, inputs, size)
-    return _Wanted(
+    return Wanted(
         shape=(outputs, inputs),
         dtypes=("BF16",),
         action=Action.QUANTIZE,
@@ -165,9 +167,9 @@ def _projection_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return (rows // 2 if name.endswith("gate_up_proj") else rows), inputs
 
 
-def _wanted_draft_expert(name: str, shape: tuple[int, ...]) -> _Wanted:
+def _wanted_draft_expert(name: str, shape: tuple[int, ...]) -> Wanted:
     """One projection [N, K] of a draft expert."""
-    return _Wanted(
+    return Wanted(
         shape=_projection_shape(name, shape),
         dtypes=KEPT_DTYPES,
         action=Action.COPY,
@@ -177,7 +179,7 @@ def _wanted_draft_expert(name: str, shape: tuple[int, ...]) -> _Wanted:
     )
 
 
-def _wanted_experts(name: str, shape: tuple[int, ...], one: _Wanted, fused: bool) -> Iterator[tuple[str, _Wanted]]:
+def _wanted_experts(name: str, shape: tuple[int, ...], one: Wanted, fused: bool) -> Iterator[tuple[str, Wanted]]:
     """A stack of experts as it lies on disk, or its E (or 2E) projections one by one."""
     prefix, _, stack = name.rpartition(".")
     projections = (GATE, UP) if stack == "gate_up_proj" else (DOWN,)
@@ -208,10 +210,10 @@ def _kept_group(skeleton: Skeleton, name: str) -> tuple[str, str]:
     raise AssertionError(f"family {skeleton.family.model_type} has no group for {name}")
 
 
-def _known_extra(skeleton: Skeleton, header: TensorHeader) -> _Wanted | None:
+def known_extra(skeleton: Skeleton, header: TensorHeader) -> Wanted | None:
     """Tensors beyond transformers' own that are no sign of another model, else None."""
     if header.name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):
-        return _Wanted(
+        return Wanted(
             shape=header.shape,
             dtypes=(header.dtype,),
             action=Action.DROP,
@@ -224,7 +226,7 @@ def _known_extra(skeleton: Skeleton, header: TensorHeader) -> _Wanted | None:
     head = (skeleton.text.vocab_size, skeleton.text.hidden_size)
     tied = skeleton.config.tie_word_embeddings and header.name == "lm_head.weight" and header.shape == head
     if tied and header.dtype in KEPT_DTYPES:
-        return _Wanted(
+        return Wanted(
             shape=header.shape,
             dtypes=(header.dtype,),
             action=Action.COPY,

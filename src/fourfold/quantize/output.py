@@ -207,11 +207,11 @@ class ReadAhead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def source_digest(plan: Plan) -> str:
+def source_digest(index: TensorIndex) -> str:
     """sha256 of what decides the source before a weight is read: headers, config.json, tokenizer and other sidecars."""
-    sha = hashlib.sha256(plan.index.digest.encode())
+    sha = hashlib.sha256(index.digest.encode())
     for name in ("config.json", *SIDECARS):
-        path = plan.index.folder / name
+        path = index.folder / name
         if path.is_file():
             sha.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return sha.hexdigest()

@@ -149,7 +149,7 @@ def _run(plan: Plan, texts: Texts, out: Path, device: torch.device, watch: Watch
         watch.progress(Event(kind="note", text=note))
     identity = Identity(
         recipe=plan.recipe.digest(),
-        source=output.source_digest(plan),
+        source=output.source_digest(plan.index),
         calibration=calibration.digest,
         heldout=heldout.digest,
         layers=f"{plan.solve.start}-{plan.solve.stop - 1}",

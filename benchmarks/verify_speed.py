@@ -1,0 +1,231 @@
+"""How fast `fourfold verify` reads: levels 1 and 2 over a checkpoint of a few GB, beside plain sha256 of its files.
+
+    python benchmarks/verify_speed.py --layers 2 --json benchmarks/results/verify_speed.json
+
+The source is random, with the layers of Qwen3.6-35B-A3B (256 experts, 2048 / 512, 2 GB with its release each) and the
+example's tokenizer; its release is rounded to nearest, as calibration is of no matter here. Both lie in a temporary
+folder, and after the first round in the page cache, so it is the work on the bytes that is compared, not the disk.
+Rounds alternate between sha256 (one thread, blocks of 8 MB) and verify; the ratio of their best rounds is the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.core import fidelity, grid, pack
+from fourfold.datatypes import Method, ProjectionStatistics, QuantizedGroup
+from fourfold.model.checkpoint import INDEX_NAME, TensorIndex, raw_bytes
+from fourfold.model.family import DOWN, GATE, UP
+from fourfold.model.layer import read_layer
+from fourfold.model.shards import OutputTensor, copy_file, write_shard, write_text
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize import output
+from fourfold.quantize.finish import dump, index_json, peak_memory, quant_log
+from fourfold.quantize.plan import LayerPlan, Plan, make_plan
+from fourfold.recipe import dump_recipe, load_recipe
+from fourfold.release.verify.run import verify
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3.6-moe"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SIZES = {
+    "hidden_size": 2048, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_experts": 256,
+    "num_experts_per_tok": 8, "mtp_num_hidden_layers": 0,
+}  # fmt: skip
+BLOCK_BYTES = 8 * 2**20
+
+
+def make_source(folder: Path, layers: int) -> None:
+    """A random BF16 checkpoint, written tensor by tensor."""
+    folder.mkdir()
+    raw = json.loads((EXAMPLE / "config.json").read_text())
+    kinds = ["full_attention" if layer == layers - 1 else "linear_attention" for layer in range(layers)]
+    raw["text_config"] |= SIZES | {"num_hidden_layers": layers, "layer_types": kinds}
+    raw["vision_config"]["out_hidden_size"] = SIZES["hidden_size"]
+    write_text(folder / "config.json", dump(raw))
+    for name in TOKENIZER:
+        copy_file(EXAMPLE / name, folder / name)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        OutputTensor(name=name, dtype="BF16", shape=shape, data=random_chunks(shape, generator))
+        for name, shape in Skeleton.open(folder).expected()
+    ]
+    write_shard(folder, "model-00001-of-00001.safetensors", tensors)
+    index = TensorIndex.open_shards(folder, ["model-00001-of-00001.safetensors"])
+    write_text(folder / INDEX_NAME, index_json(index))
+
+
+def random_chunks(shape: tuple[int, ...], generator: torch.Generator) -> Callable[[], Iterator[memoryview]]:
+    def chunks() -> Iterator[memoryview]:
+        left = math.prod(shape)
+        while left:
+            count = min(left, 2**20)
+            yield raw_bytes(torch.randn(count, generator=generator).mul_(0.02).bfloat16())
+            left -= count
+
+    return chunks
+
+
+def make_release(source: Path, out: Path) -> None:
+    """What quantize would leave, the experts rounded to nearest."""
+    out.mkdir()
+    recipe = load_recipe("card")
+    plan = make_plan(source, recipe, memory_bytes=2**33)
+    rows: list[ProjectionStatistics] = []
+    shards = {}
+    for layer in plan.layers:
+        written, own = write_layer(plan, layer, out)
+        shards[layer.shard] = {"bytes": written.size_bytes, "sha256": written.sha256}
+        rows += own
+    for rest in plan.rest:
+        record = output.write_rest(out, rest, plan.index)
+        shards[rest.shard] = {"bytes": record.size_bytes, "sha256": record.sha256}
+    for name in TOKENIZER:
+        copy_file(source / name, out / name)
+    settings = {"quantization_config": pack.quantization_config(recipe.format, recipe.scheme.group_size)}
+    write_text(out / "config.json", dump({**plan.skeleton.raw, **settings}))
+    write_text(out / "recipe.toml", dump_recipe(recipe))
+    write_text(out / "quant_log.csv", quant_log(rows))
+    write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
+    state = {
+        "partial": False,
+        "identity": {"recipe": recipe.digest(), "source": output.source_digest(plan.index)},
+        "output": {"content": "", "shards": shards},
+        "metrics": {},
+    }
+    write_text(out / "fourfold.json", dump(state))
+
+
+def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[ProjectionStatistics]]:
+    names = [claim.header.name for claim in layer.claims if ".experts." not in claim.header.name]
+    read = read_layer(plan.index, plan.skeleton, layer.index, names)
+    prefix, scheme = plan.skeleton.family.layer_prefix(layer.index), plan.recipe.scheme
+    tensors = {prefix + name: value for name, value in read.kept.items()}
+    assert read.gate_up_ENK is not None and read.down_ENK is not None
+    rows = []
+    for expert in range(plan.skeleton.experts):
+        gate_NK, up_NK = read.gate_up_ENK[expert].chunk(2)
+        for projection, weight_NK in ((GATE, gate_NK), (UP, up_NK), (DOWN, read.down_ENK[expert])):
+            stored, error = round_projection(weight_NK, scheme.group_size, scheme.scale_dtype, plan.recipe.format)
+            own = f"{plan.skeleton.family.experts_prefix(layer.index)}{expert}.{projection}."
+            tensors |= {own + suffix: value for suffix, value in stored.items()}
+            rows.append(statistics(layer.index, expert, projection, error))
+    return output.write_tensors(out, layer.shard, tensors), rows
+
+
+def round_projection(
+    weight_NK: Tensor, group_size: int, scale_dtype: str, format: str
+) -> tuple[dict[str, Tensor], float]:
+    weight_1NK = weight_NK.float()[None]
+    scale_1NG = grid.absmax_scales(weight_1NK, group_size, scale_dtype)
+    group = QuantizedGroup(grid.round_to_nearest(weight_1NK, scale_1NG), scale_1NG)
+    stored = {suffix: value[0] for suffix, value in pack.pack(group, format).items()}
+    error, norm = fidelity.squared_error(weight_NK, stored, format)
+    return stored, (error / norm) ** 0.5
+
+
+def statistics(layer: int, expert: int, projection: str, error: float) -> ProjectionStatistics:
+    """A row of the log of which verify reads the weight error alone."""
+    filled: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(ProjectionStatistics)}
+    known = {"layer": layer, "expert": expert, "projection": projection, "weight_error": error, "method": Method.RTN}
+    return ProjectionStatistics(**filled | known)
+
+
+def make_both(source: Path, out: Path, layers: int) -> None:
+    make_source(source, layers)
+    make_release(source, out)
+
+
+def plain_sha256(files: Iterable[Path]) -> tuple[int, float]:
+    """Bytes and seconds of hashing files one after the other."""
+    begin, size, buffer = time.perf_counter(), 0, bytearray(BLOCK_BYTES)
+    for path in files:
+        sha = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                sha.update(memoryview(buffer)[:count])
+                size += count
+    return size, time.perf_counter() - begin
+
+
+def verified(out: Path, source: Path | None) -> tuple[int, float]:
+    """Bytes and seconds of verify, which must pass."""
+    begin = time.perf_counter()
+    verdict = verify(out, model=source)
+    assert verdict.passed, [check for check in verdict.checks if check.status == "fail"]
+    return verdict.bytes_read, time.perf_counter() - begin
+
+
+def measure(out: Path, source: Path, rounds: int) -> dict[str, Any]:
+    release_files = sorted(out.glob("*.safetensors"))
+    both = [*release_files, *sorted(source.glob("*.safetensors"))]
+    ways: dict[str, Callable[[], tuple[int, float]]] = {
+        "sha256 of the release": lambda: plain_sha256(release_files),
+        "verify OUT": lambda: verified(out, None),
+        "sha256 of both": lambda: plain_sha256(both),
+        "verify OUT --source MODEL": lambda: verified(out, source),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    sizes = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            sizes[name], seconds = way()
+            speeds[name].append(sizes[name] / seconds / 1e9)
+    best = {name: max(each) for name, each in speeds.items()}
+    return {
+        "bytes": sizes,
+        "gigabytes_per_second": {name: [round(speed, 3) for speed in each] for name, each in speeds.items()},
+        "ratio_files": round(best["verify OUT"] / best["sha256 of the release"], 3),
+        "ratio_files_and_source": round(best["verify OUT --source MODEL"] / best["sha256 of both"], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to put the checkpoints (4 GB for 2 layers)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="verify-speed-", dir=options.folder))
+    try:
+        # In a process of its own, so that the peak of memory that is reported is verify's.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_both, args=(folder / "source", folder / "release", options.layers)
+        )
+        maker.start()
+        maker.join()
+        assert maker.exitcode == 0
+        result = measure(folder / "release", folder / "source", options.rounds)
+    finally:
+        shutil.rmtree(folder)
+    result |= {
+        "layers": options.layers,
+        "peak_host_bytes": peak_memory()["host"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Load a model in real vLLM, prove the load, generate and measure. Runs under the interpreter of vLLM's environment.
+
+    python vllm_engine.py REQUEST.json ANSWER.json
+
+REQUEST: model (folder), prompts (lists of token ids), tokens (to generate for each), draft_tokens (0: no MTP),
+noise (score what was generated once more, one sequence at a time), image (one more prompt, with an image: its tokens
+before and after; null for none), exact_experts (the reference kernel in any case).
+ANSWER is written when all went well; whatever goes wrong is a traceback on stderr and an exit code other than 0.
+One engine per process: vLLM does not give its memory and its global state back.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader must run in this process to be watched
+
+import numpy
+import PIL.Image
+import poison
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+# Parameters that vLLM registers with a value of its own, whether or not a checkpoint has them.
+DEFAULTED = (
+    "w13_bias", "w2_bias", "g_idx_sort_indices", "weight_g_idx", ".q_scale", ".k_scale", ".v_scale", ".prob_scale",
+    "q_zero_point", "k_zero_point", "v_zero_point",
+)  # fmt: skip
+IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
+CANDIDATES = 2  # log-probabilities are asked for the two most likely tokens: their distance tells near ties
+
+
+def watch_loader(loads: dict[str, Any]) -> None:
+    """Make vLLM's loader load each model, target and draft, over poison."""
+    load_weights = DefaultModelLoader.load_weights
+
+    def watched(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        start = time.perf_counter()
+        loads[type(model).__name__] = poison.load_twice(
+            model, lambda: load_weights(self, model, model_config), DEFAULTED
+        ) | {"seconds_of_two_loads": time.perf_counter() - start}
+
+    DefaultModelLoader.load_weights = watched
+
+
+def start(request: dict[str, Any]) -> LLM:
+    drafts = request["draft_tokens"]
+    longest = max(map(len, request["prompts"])) + request["tokens"] + (IMAGE_ROOM if request["image"] else 0)
+    options: dict[str, Any] = {}
+    if drafts:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
+    if "vision_config" in json.loads(Path(request["model"], "config.json").read_text()):
+        options["limit_mm_per_prompt"] = {"image": 1 if request["image"] else 0, "video": 0}
+    return LLM(
+        model=request["model"],
+        dtype="bfloat16",
+        max_model_len=-(-(longest + drafts + 1) // 128) * 128,
+        max_num_seqs=len(request["prompts"]),
+        seed=0,
+        enforce_eager=True,
+        enable_prefix_caching=False,  # needs Triton for hybrid models; a prompt must be computed to be scored
+        disable_log_stats=False,
+        **options,
+    )
+
+
+def prompts(sequences: list[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": sequence} for sequence in sequences]
+
+
+def scores(output: Any) -> list[float]:
+    """Log-probability of each prompt token but the first."""
+    pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    return [step[token].logprob for token, step in pairs if step]
+
+
+def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Score the prompts, then go on greedily from each."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    scored = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
+    sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=CANDIDATES)
+    outputs = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
+    generated = [output.outputs[0] for output in outputs]
+    return {
+        "prompt_logprobs": [scores(output) for output in scored],
+        "tokens": [list(output.token_ids) for output in generated],
+        "logprobs": [
+            [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+            for output in generated
+        ],
+        "margins": [[margin(step) for step in output.logprobs] for output in generated],
+        "decode_tokens_per_second": decode_speed([output.metrics for output in outputs]),
+    }
+
+
+def decode_speed(statistics: list[Any]) -> float:
+    """Tokens per second of the whole batch, from the first first token to the last last one."""
+    seconds = max(one.last_token_ts for one in statistics) - min(one.first_token_ts for one in statistics)
+    return float(sum(one.num_generation_tokens - 1 for one in statistics) / seconds)
+
+
+def margin(step: dict[int, Any]) -> float:
+    """How far the second best token is behind the best."""
+    best = sorted((candidate.logprob for candidate in step.values()), reverse=True)
+    return float(best[0] - best[1])
+
+
+def score_again(llm: LLM, request: dict[str, Any], tokens: list[list[int]]) -> list[list[float]]:
+    """The generated tokens' log-probabilities once more: as parts of a prompt, each sequence on its own."""
+    again = []
+    for prompt, continuation in zip(request["prompts"], tokens, strict=True):
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        (output,) = llm.generate(prompts([prompt + continuation]), sampling, use_tqdm=False)
+        again.append(scores(output)[len(prompt) - 1 :])
+    return again
+
+
+def after_image(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens after a prompt with an image of noise."""
+    noise = numpy.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=numpy.uint8)
+    config = json.loads(Path(request["model"], "config.json").read_text())
+    marks = [config[name] for name in ("vision_start_token_id", "image_token_id", "vision_end_token_id")]
+    ids = [*request["image"]["before"], *marks, *request["image"]["after"]]
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": PIL.Image.fromarray(noise)}}
+    tokens = request["image"]["tokens"]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=CANDIDATES)
+    (output,) = llm.generate([prompt], sampling, use_tqdm=False)
+    step = output.outputs[0]
+    return {"tokens": list(step.token_ids), "margins": [margin(each) for each in step.logprobs]}
+
+
+def draft_counters(llm: LLM) -> dict[str, Any]:
+    metrics = {metric.name.removeprefix("vllm:spec_decode_"): metric for metric in llm.get_metrics()}
+    counted = {name: metrics[f"num_{name}"].value for name in ("drafts", "draft_tokens", "accepted_tokens")}
+    return counted | {"accepted_by_position": list(metrics["num_accepted_tokens_per_pos"].values)}
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    loads: dict[str, Any] = {}
+    if vllm.platforms.current_platform.is_cpu():
+        import vllm_reference_experts
+
+        if request["exact_experts"] or vllm_reference_experts.is_needed():
+            vllm_reference_experts.install()
+            print("[fourfold] Using an exact int4 expert kernel of fourfold's: vLLM has none for this CPU", flush=True)
+    watch_loader(loads)
+    begin = time.perf_counter()
+    llm = start(request)
+    started = time.perf_counter() - begin
+    answer = generate(llm, request)
+    if request["noise"]:
+        answer["logprobs_again"] = score_again(llm, request, answer["tokens"])
+    if request["image"]:
+        answer["image"] = after_image(llm, request)
+    if request["draft_tokens"]:
+        answer["drafts"] = draft_counters(llm)
+    cache = llm.llm_engine.vllm_config.cache_config
+    answer |= {
+        "engine": f"vLLM {vllm.__version__}",
+        "torch": importlib.metadata.version("torch"),
+        "device": vllm.platforms.current_platform.device_name,
+        "loads": loads,
+        "start_seconds": started,
+        "kv_cache_tokens": cache.kv_cache_size_tokens,
+    }
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Level 1: OUT alone. Index, sizes, hashes, names and shapes, numbers, quantization_config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
+from fourfold.model.shards import SIDECARS
+from fourfold.quantize.claims import known_extra
+from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.release.verify.folder import Expected, Release
+from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
+from fourfold.release.verify.rules import config_problems
+from fourfold.release.verify.survey import FINITE, Survey
+
+FILES = Level.FILES
+AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # what cannot be looked at without a sound index
+
+
+def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
+    """Index against headers; None where they disagree and nothing more can be read."""
+    path = release.folder / INDEX_NAME
+    try:
+        index = TensorIndex.open(release.folder)
+    except FourfoldError as error:
+        return judge(FILES, "index", [str(error)], ""), None
+    headers = index.headers.values()
+    size = sum(header.size_bytes for header in headers)
+    problems = []
+    if not path.is_file():
+        problems.append(f"no {INDEX_NAME}; engines find shards by it")
+    else:
+        metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if total != size:
+            problems.append(f"total_size is {total!r}, the tensors have {size:,} bytes")
+    shards = {header.shard for header in headers}
+    stray = sorted({file.name for file in release.folder.glob("*.safetensors")} - shards)
+    problems += [f"{name} is no shard of the index; engines load every *.safetensors" for name in stray]
+    seen = f"{len(index.headers):,} tensors in {len(shards):,} shards, each key once, {size:,} bytes"
+    return judge(FILES, "index", problems, seen, tensors=len(index.headers), tensor_bytes=size), index
+
+
+def without_index() -> Iterator[Check]:
+    return (skip(FILES, name, "the index is not sound") for name in AFTER_INDEX)
+
+
+def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
+    """Names, dtypes and shapes against config.json."""
+    missing = [f"{name} is missing" for name in expected if name not in index.headers]
+    wrong = []
+    for name, header in index.headers.items():
+        wanted = expected.get(name)
+        if wanted is None:
+            if known_extra(release.skeleton, header) is None:
+                wrong.append(f"{name} is not wanted by config.json")
+        elif (header.dtype not in wanted.dtypes) or header.shape != wanted.shape:
+            wrong.append(
+                f"{name} is {header.dtype} {list(header.shape)}, wanted {'/'.join(wanted.dtypes)} {list(wanted.shape)}"
+            )
+    projections = len({wanted.projection for wanted in expected.values()} - {""})
+    prefix = release.skeleton.family.mtp_prefix
+    draft = sum(bool(prefix) and name.startswith(prefix) for name in index.headers)
+    seen = f"{projections:,} int4 projections, {draft:,} tensors of the draft head, all as config.json wants them"
+    return judge(FILES, "tensors", missing + wrong, seen, projections=projections, draft_tensors=draft)
+
+
+def check_survey(release: Release, expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+    """What the pass over all bytes says of OUT alone."""
+    recorded: Mapping[str, Any] = release.state["output"]["shards"]
+    problems = [f"{shard} is not there" for shard in recorded if shard not in survey.sha256]
+    for shard, sha256 in survey.sha256.items():
+        wanted = recorded.get(shard, {}).get("sha256")
+        if sha256 != wanted:
+            problems.append(f"{shard} is {sha256[:16]}..., fourfold.json has {str(wanted)[:16]}...")
+    yield judge(FILES, "sha256", problems, f"{len(survey.sha256):,} shards are as they were written")
+    floats = f"{len(survey.float_tensors):,} kept tensors without NaN or infinity"
+    yield judge(FILES, FINITE, survey.problems[FINITE], floats)
+    yield from _check_projections(expected, survey)
+
+
+def _check_projections(expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+    wanted = {part.projection for part in expected.values()} - {""}
+    unseen = wanted - {one.name for one in survey.inspected}
+    missing = [f"{name.rstrip('.')} is not whole" for name in sorted(unseen)]
+    if not survey.inspected:
+        problems = missing or ["there are no int4 projections"]
+        yield from (judge(FILES, name, problems, "") for name in (CODES, SCALES, LAYOUT))
+        return
+    poorest = min(survey.inspected, key=lambda one: one.entropy_bits)
+    counts = [sum(column) for column in zip(*(one.counts for one in survey.inspected), strict=True)]
+    yield judge(
+        FILES,
+        CODES,
+        missing + survey.problems[CODES],
+        f"{len(survey.inspected):,} projections, none dead or constant; least entropy {poorest.entropy_bits:.2f} bits, "
+        f"in {poorest.name.rstrip('.')}",
+        histogram=dict(zip(map(str, range(-8, 8)), counts, strict=True)),
+        least_entropy_bits=poorest.entropy_bits,
+    )
+    least, most = min(one.scale_least for one in survey.inspected), max(one.scale_most for one in survey.inspected)
+    seen = f"magnitudes from {least:.3g} to {most:.3g}, exact in FP16 and BF16 where the recipe wants it"
+    yield judge(FILES, SCALES, missing + survey.problems[SCALES], seen, least=least, most=most)
+    yield judge(FILES, LAYOUT, missing + survey.problems[LAYOUT], "as the format has them, in every projection")
+
+
+def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
+    """quantization_config: required keys, exclusions for kept modules and the draft head, agreement with the recipe."""
+    problems = []
+    if release.format != release.recipe.format:
+        problems.append(
+            f"config.json says {release.format}, the release was made as {release.recipe.format} (recipe.toml)"
+        )
+    prefix = release.skeleton.family.mtp_prefix
+    quantized = {part.projection.rstrip(".") for part in expected.values()} - {""}
+    linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]
+    kept = [name.removesuffix(".weight") for name in linear if name.endswith(".weight") and "embed" not in name]
+    draft = bool(prefix) and any(name.startswith(prefix) for name in expected)
+    problems += config_problems(
+        release.quantization, release.group_size, quantized=sorted(quantized), kept=kept, draft=draft
+    )
+    seen = f"{release.format}, groups of {release.group_size}; {len(kept):,} kept modules are excluded"
+    return judge(FILES, "quantization_config", problems, seen + (", the draft head too" if draft else ""))
+
+
+def check_sidecars(release: Release, source: Path | None) -> Check:
+    """Files beside the weights, against the source's; config.json but for quantization_config."""
+    if source is None:
+        return skip(FILES, "sidecars", "--source is wanted to compare with")
+    problems, equal = [], 0
+    for name in SIDECARS:
+        ours, theirs = release.folder / name, source / name
+        if theirs.is_file() != ours.is_file():
+            problems.append(f"{name} is {'missing' if theirs.is_file() else 'not in the source'}")
+        elif theirs.is_file():
+            equal += 1
+            if ours.read_bytes() != theirs.read_bytes():
+                problems.append(f"{name} differs from the source's")
+    original = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    changed = sorted(
+        key for key in original.keys() | release.raw.keys()
+        if key != "quantization_config" and original.get(key) != release.raw.get(key)
+    )  # fmt: skip
+    problems += [f"config.json: {key} differs from the source's" for key in changed]
+    return judge(FILES, "sidecars", problems, f"{equal:,} files byte for byte, config.json but for quantization_config")

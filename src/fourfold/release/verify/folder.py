@@ -1,0 +1,151 @@
+"""A finished release on disk, read without its weights: what it says of itself, and what config.json makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.core import pack
+from fourfold.datatypes import Action, FourfoldError
+from fourfold.model.checkpoint import brief
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.claims import Wanted, wanted_tensors
+from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.recipe import Recipe, load_recipe
+
+METHODS = {"gptq": ("gptq", "gptq_v2"), "compressed-tensors": ("compressed-tensors",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A tensor that config.json and the recipe want in the release.
+
+    projection: the name of the expert projection that it is a part of, without suffix and with a dot at its end; "" for
+    a kept tensor.
+    """
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    projection: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """state: fourfold.json; raw: config.json; format: as its quantization_config has it (core/pack.py)."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    raw: Mapping[str, Any]
+    skeleton: Skeleton
+    recipe: Recipe
+    format: str
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        settings: Mapping[str, Any] = self.raw["quantization_config"]
+        return settings
+
+    @property
+    def group_size(self) -> int:
+        return self.recipe.scheme.group_size
+
+    def expected(self, names: Mapping[str, Any]) -> dict[str, Expected]:
+        """Every tensor that must be there, by name. names: of the release; all of a draft head is wanted or none."""
+        # Without the names of stacks each expert is wanted as a tensor of its own, as engines load them.
+        single = {name: names[name] for name in names if not name.endswith((".gate_up_proj", ".down_proj"))}
+        recipe = dataclasses.replace(self.recipe, format=self.format)
+        found: dict[str, Expected] = {}
+        for name, wanted in wanted_tensors(self.skeleton, single, recipe):
+            found.update(self._stored(name, wanted))
+        return found
+
+    def _stored(self, name: str, wanted: Wanted) -> Iterator[tuple[str, Expected]]:
+        if wanted.action is not Action.QUANTIZE:
+            yield name, Expected(dtypes=wanted.dtypes, shape=wanted.shape, projection="")
+            return
+        outputs, inputs = wanted.shape
+        prefix = name.removesuffix("weight")
+        for suffix, (dtype, shape) in pack.tensor_shapes(self.format, outputs, inputs, self.group_size).items():
+            yield f"{prefix}{suffix}", Expected(dtypes=(dtype,), shape=shape, projection=prefix)
+
+
+def open_release(folder: Path) -> Release:
+    """Read what a finished release says of itself.
+
+    Raises FourfoldError for a folder that holds none: not finished or being written, a trial, another recipe's
+    recipe.toml, a quantization that fourfold does not write.
+    """
+    if not folder.is_dir():
+        raise FourfoldError(f"{folder}: no such folder; the OUT of `fourfold quantize` is wanted")
+    _require_finished(folder)
+    state = _read_object(folder / FINISHED)
+    try:
+        identity, trial, shards = state["identity"], state["partial"], state["output"]["shards"]
+        recipe_digest, content = identity["recipe"], state["output"]["content"]
+        assert isinstance(identity["source"], str) and isinstance(content, str)
+        assert all(isinstance(shards[name]["sha256"], str) for name in shards)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise FourfoldError(f"{folder / FINISHED}: not as fourfold writes it ({error!r}); quantize again") from None
+    if trial:
+        raise FourfoldError(
+            f"{folder}: partial: a trial on layers {state.get('layers')}, which no engine loads. Quantize the whole "
+            "model into another OUT to have a release that can be verified"
+        )
+    recipe = load_recipe(str(folder / "recipe.toml"))
+    if recipe.digest() != recipe_digest:
+        raise FourfoldError(
+            f"{folder / 'recipe.toml'}: of another recipe: its digest is {recipe.digest()[:16]}..., the release was "
+            f"made by {recipe_digest[:16]}...; bring the recipe.toml back that quantize wrote"
+        )
+    raw = _read_object(folder / "config.json")
+    return Release(
+        folder=folder,
+        state=state,
+        raw=raw,
+        skeleton=Skeleton.of(raw, folder / "config.json"),
+        recipe=recipe,
+        format=storage_format(raw, folder / "config.json"),
+    )
+
+
+def _require_finished(folder: Path) -> None:
+    if (folder / FINISHED).is_file():
+        return
+    if not (folder / STATE).is_dir():
+        raise FourfoldError(
+            f"{folder}: no {FINISHED}, so this is no release of fourfold; the OUT of a finished run is wanted"
+        )
+    with hold(folder):  # raises if a run is on
+        pass
+    raise FourfoldError(f"{folder}: partial: its run was interrupted; the same `fourfold quantize` command goes on")
+
+
+def storage_format(raw: Mapping[str, Any], path: Path) -> str:
+    """How config.json's quantization_config says that experts are stored. Raises FourfoldError for other methods."""
+    settings = raw.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise FourfoldError(f"{path}: no quantization_config, so nothing is quantized; the OUT of quantize is wanted")
+    method = settings.get("quant_method")
+    formats = METHODS.get(method, ()) if isinstance(method, str) else ()
+    format = settings.get("checkpoint_format", "gptq") if method == "gptq" else method
+    if format not in formats:
+        known = ", ".join(name for names in METHODS.values() for name in names)
+        asked = f"quant_method {brief(method)}" + (f" with checkpoint_format {brief(format)}" if formats else "")
+        raise FourfoldError(f"{path}: {asked} is not supported; fourfold writes and verifies {known}")
+    return str(format)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise FourfoldError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise FourfoldError(f"{path}: found {brief(content)}; wanted a JSON object")
+    return content

@@ -1,0 +1,81 @@
+"""Level 3, transformers: one prompt with an image, release against source."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.release.verify.engine import Engine
+from fourfold.release.verify.folder import Release
+
+IMAGE = "image prompt, transformers"
+NO_IMAGES = "the model takes no images"
+SCRIPT = "transformers_image.py"
+GENERATED_TOKENS = 8
+SPARE = 1.3  # memory for a model of so many times its tensors' bytes
+
+
+def check_image(
+    release: Release, source: Path | None, prompts: Sequence[Sequence[int]], limit: float, engine: Engine
+) -> Check:
+    """The same greedy tokens as the source's, up to a place where the source's two best are within 2 x `limit`.
+
+    limit: how far log-probabilities may be apart; engine: where logs go and how long it may take. Not run where it
+    cannot be: no vision, no source, a format that transformers does not read, too little memory.
+    """
+    reason = _why_not(release, source)
+    if reason or source is None:
+        return skip(Level.ENGINE, IMAGE, reason)
+    request = prompt_around(prompts) | {"models": [str(source.resolve()), str(release.folder.resolve())]}
+    python, limit_seconds = Path(sys.executable), engine.limit_seconds
+    ours = Engine(name="transformers", python=python, logs=engine.logs, limit_seconds=limit_seconds)
+    answer = ours.ask(SCRIPT, "image", request)
+    if answer.failure:
+        return judge(Level.ENGINE, IMAGE, [f"transformers: {answer.failure}"], "")
+    wanted, found = answer.content["models"]
+    return compare(IMAGE, wanted, found, limit)
+
+
+def prompt_around(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Token ids before and after the image, and how many to generate."""
+    return {"before": list(prompts[0][:8]), "after": list(prompts[0][8:24]), "tokens": GENERATED_TOKENS}
+
+
+def compare(name: str, source: Mapping[str, Any], release: Mapping[str, Any], limit: float) -> Check:
+    """Both: tokens, and margins, how far the second best was behind at each."""
+    wanted, found, margins = source["tokens"], release["tokens"], source["margins"]
+    place = next((place for place, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]), None)
+    if place is None:
+        return judge(Level.ENGINE, name, [], f"{len(wanted)} tokens as the source's")
+    said = (
+        f"token {place + 1} is {found[place]}, the source's {wanted[place]}, whose two best are "
+        f"{margins[place]:.3f} apart"
+    )
+    problems = [said] if margins[place] > 2 * limit else []
+    return judge(Level.ENGINE, name, problems, f"{said}: a near tie, {place} tokens before it are the same")
+
+
+def takes_images(release: Release) -> bool:
+    return "vision_config" in release.raw
+
+
+def _why_not(release: Release, source: Path | None) -> str:
+    if not takes_images(release):
+        return NO_IMAGES
+    if source is None:
+        return "--source is wanted to compare with"
+    if release.format != "compressed-tensors":
+        return f"transformers does not run the format {release.format} without optimum and gptqmodel"
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return "compressed-tensors is not installed beside fourfold: pip install compressed-tensors"
+    wanted = int(SPARE * release.state["source_tensor_bytes"])
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        return f"transformers would hold the whole model: {wanted:,} bytes of memory, {free:,} are free"
+    return ""

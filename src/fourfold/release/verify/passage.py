@@ -1,0 +1,144 @@
+"""One pass over a release: every byte is read once, hashed in the order of the file, and handed on in pieces."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
+
+BLOCK_BYTES = 8 * 2**20  # read, hashed and handed on at a time
+AHEAD_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one tensor. start: of the first of them in the tensor; data: uint8, not a copy of the block."""
+
+    header: TensorHeader
+    start: int
+    data: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The bytes as the tensor's dtype, flat."""
+        dtype = DTYPES[self.header.dtype]
+        aligned = self.data.storage_offset() % dtype.itemsize == 0
+        return (self.data if aligned else self.data.clone()).view(dtype)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of a shard's bytes. pieces: of kept tensors a part each, of others whole; sha256: with the last block."""
+
+    shard: str
+    size_bytes: int
+    pieces: tuple[Piece, ...]
+    sha256: str = ""
+
+
+def read_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
+    """All shards of an index, each from its first to its last byte; read and hashed on a thread of its own, ahead.
+
+    whole: tensors that are wanted in one piece. Raises FourfoldError for a file that cannot be read to its end.
+    """
+    blocks: queue.Queue[Block | FourfoldError | None] = queue.Queue(AHEAD_BLOCKS)
+    stop = threading.Event()
+
+    def put(item: Block | FourfoldError | None) -> bool:
+        while not stop.is_set():
+            try:
+                blocks.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for block in _all_blocks(index, whole):
+                if not put(block):
+                    return
+        except FourfoldError as error:
+            put(error)
+        put(None)
+
+    reader = threading.Thread(target=read, name="verify-reader", daemon=True)
+    reader.start()
+    try:
+        while (item := blocks.get()) is not None:
+            if isinstance(item, FourfoldError):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        reader.join()
+
+
+def _all_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
+    shards: dict[str, list[TensorHeader]] = {}
+    for header in index.headers.values():
+        shards.setdefault(header.shard, []).append(header)
+    for shard, headers in sorted(shards.items()):
+        yield from _shard_blocks(index.folder / shard, sorted(headers, key=lambda h: (h.start_byte, h.end_byte)), whole)
+
+
+def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]) -> Iterator[Block]:
+    sha = hashlib.sha256()
+    ranges = [(0, headers[0].start_byte, []), *_ranges(headers, whole)]
+    with path.open("rb", buffering=0) as file:
+        for place, (start, end, parts) in enumerate(ranges):
+            buffer = torch.empty(end - start, dtype=torch.uint8)
+            memory = raw_bytes(buffer)
+            _fill(file.fileno(), memory, path)
+            sha.update(memory)
+            pieces = tuple(
+                Piece(header, first - header.start_byte, buffer[first - start : last - start])
+                for header, first, last in parts
+            )
+            final = place == len(ranges) - 1
+            yield Block(path.name, end - start, pieces, sha.hexdigest() if final else "")
+
+
+def _fill(descriptor: int, memory: memoryview, path: Path) -> None:
+    filled = 0
+    while filled < len(memory):
+        try:
+            count = os.readv(descriptor, [memory[filled:]])
+        except OSError as error:
+            raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
+        if count == 0:
+            raise FourfoldError(f"{path}: ends before its header says; is someone writing it?")
+        filled += count
+
+
+Part = tuple[TensorHeader, int, int]  # a tensor, first and last byte of it in the file
+
+
+def _ranges(headers: list[TensorHeader], whole: Container[str]) -> Iterator[tuple[int, int, list[Part]]]:
+    """The file after its header in ranges of about BLOCK_BYTES, with what is in each; they cover it exactly."""
+    start, parts = headers[0].start_byte, list[Part]()
+    for header in headers:
+        first = header.start_byte
+        while True:
+            room = start + BLOCK_BYTES - first
+            last = header.end_byte if header.name in whole else min(header.end_byte, first + room // 8 * 8)
+            if last > first or first == header.end_byte:
+                parts.append((header, first, last))
+            if last >= start + BLOCK_BYTES - 8:
+                yield start, last, parts
+                start, parts = last, []
+            first = last
+            if first == header.end_byte:
+                break
+    if parts:
+        yield start, headers[-1].end_byte, parts

@@ -1,0 +1,162 @@
+"""A child process with a time limit that leaves nothing behind: no process, no shared memory, no temporary file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+POLL_SECONDS, LOOK_SECONDS = 0.1, 1.0  # whether it has ended; who is there (which reads all of /proc)
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+SHARED_MEMORY = Path("/dev/shm")
+SCRATCH = Path("/tmp")  # not TMPDIR: sockets are made there, and their paths may have no more than 107 characters
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a child ended. returncode: minus the signal if one ended it; log: its stdout and stderr, kept."""
+
+    returncode: int
+    timed_out: bool
+    seconds: float
+    log: Path
+
+    @property
+    def ok(self) -> bool:
+        return self.returncode == 0 and not self.timed_out
+
+    def why(self, limit_seconds: float) -> str:
+        """What went wrong, with the log's first error and last lines."""
+        if self.timed_out:
+            said = f"no answer within {limit_seconds:,.0f} s: ended with all its processes"
+        elif self.returncode < 0:
+            said = f"ended by {signal.Signals(-self.returncode).name} after {self.seconds:,.0f} s"
+        else:
+            said = f"exit code {self.returncode} after {self.seconds:,.0f} s"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # An engine's last line often says only that it failed; the first error says why.
+        first = next((line.strip() for line in lines if "Error:" in line), "")
+        tail = lines[-TAIL_LINES:]
+        head = [f"first error: {first}"] if first and first not in (line.strip() for line in tail) else []
+        return "\n".join([said, *head, f"last lines of {self.log}:", *(f"  {line}" for line in tail)])
+
+
+def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Mapping[str, str]) -> Ended:
+    """Run a command in a session of its own until it ends, or end it with everything it started.
+
+    environment: in addition to ours; TMPDIR and the caches under XDG folders are a fresh folder that is removed.
+    Also when this process is interrupted, no descendant is left alive, and what they alone had mapped in /dev/shm is
+    unlinked.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="fourfold-", dir=SCRATCH))
+    folders = {name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    begin = time.monotonic()
+    try:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **folders, **environment},
+                start_new_session=True,
+            )
+            family = _Family(child.pid)
+            try:
+                timed_out = _wait(child, family, begin + limit_seconds)
+            finally:
+                family.end()
+                child.wait()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Ended(returncode=child.returncode, timed_out=timed_out, seconds=time.monotonic() - begin, log=log)
+
+
+def _wait(child: subprocess.Popen[bytes], family: _Family, deadline: float) -> bool:
+    """Wait for the child's own end. Returns whether the deadline came first."""
+    looked = 0.0
+    while child.poll() is None:
+        now = time.monotonic()
+        if now > deadline:
+            return True
+        if now - looked > LOOK_SECONDS:
+            family.look()
+            looked = now
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+class _Family:
+    """A child and all its descendants, also those that began a session of their own or lost their parent."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._members: set[psutil.Process] = {self._root}
+        self._shared: set[Path] = set()
+
+    def look(self) -> None:
+        """Take note of who is there, and of the shared memory that they hold."""
+        for member in list(self._members):
+            try:
+                self._members.update(member.children(recursive=True))
+                self._shared |= _shared_memory(member.pid)
+            except psutil.Error:
+                continue  # has ended; its children were noted before, or are in its session
+
+    def end(self) -> None:
+        """SIGTERM, a while to tidy up, SIGKILL; then unlink shared memory that nobody holds any more."""
+        self._look_at_session()
+        alive = [member for member in self._members if member.is_running()]
+        for member in alive:
+            _signal(member, signal.SIGTERM)
+        _, stubborn = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+        self._look_at_session()
+        for member in {*stubborn, *(member for member in self._members if member.is_running())}:
+            _signal(member, signal.SIGKILL)
+        psutil.wait_procs(list(self._members), timeout=GRACE_SECONDS)
+        left = {path for path in self._shared if path.exists()}
+        if left:
+            held = {path for process in psutil.process_iter() for path in _shared_memory(process.pid)}
+            for path in left - held:
+                path.unlink(missing_ok=True)
+
+    def _look_at_session(self) -> None:
+        """Orphans belong to init, but still to the session that the child began."""
+        self.look()
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self._root.pid:
+                    self._members.add(process)
+            except (ProcessLookupError, PermissionError):
+                continue
+        self.look()
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)  # psutil makes sure that the pid is still the same process
+    except psutil.NoSuchProcess:
+        return
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Files under /dev/shm that a process has mapped or open."""
+    found: set[str] = set()
+    try:
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            if str(SHARED_MEMORY) in line:
+                found.add(line[line.index(str(SHARED_MEMORY)) :])
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            found.add(os.readlink(handle))
+    except OSError:
+        pass  # ended, or another user's
+    return {Path(name) for name in found if name.startswith(f"{SHARED_MEMORY}/") and not name.endswith(" (deleted)")}

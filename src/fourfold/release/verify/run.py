@@ -1,0 +1,163 @@
+"""fourfold verify: three levels of checks on a finished release, and verify.json."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.shards import write_text
+from fourfold.quantize.calibrate import load_tokenizer
+from fourfold.quantize.claims import has_draft
+from fourfold.quantize.finish import dump
+from fourfold.quantize.journal import STATE, hold
+from fourfold.recipe import HELDOUT_TEXTS, TEXT
+from fourfold.release.verify import files, process, sglang, source, vllm
+from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
+from fourfold.release.verify.engine import Engine, environment, find_python
+from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.verify.image import IMAGE, check_image
+from fourfold.release.verify.projection import Storage
+from fourfold.release.verify.source import Source, open_source
+from fourfold.release.verify.survey import Surveyor
+
+VERDICT = "verify.json"
+PROMPTS, PROMPT_TOKENS, PROMPT_CHARACTERS = 16, 64, 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """An engine that the user asks for. python: None to look for one; limit_seconds: of each of its starts."""
+
+    name: str
+    python: Path | None
+    limit_seconds: float
+
+
+def ignore(event: Event) -> None:
+    """A progress callback for those who do not watch."""
+
+
+def verify(
+    out: Path, *, model: Path | None = None, engine: Asked | None = None, progress: Progress = ignore
+) -> Verdict:
+    """Check a finished release and write verify.json into it. model: its source, for level 2 and comparisons.
+
+    Raises FourfoldError, before any work, if `out` is no finished release, is being written, was not made from `model`,
+    or the engine's interpreter runs no Python.
+    """
+    release = open_release(out)
+    origin = None if model is None else open_source(release, model)
+    with hold(out):
+        seconds, begin = dict[str, float](), time.perf_counter()
+        checks, bytes_read = check_bytes(release, origin, progress)
+        seconds["files and source"], begin = time.perf_counter() - begin, time.perf_counter()
+        facts = None
+        if engine is not None:
+            sound = all(check.status is not Status.FAIL for check in checks)
+            progress(Event(kind="stage", stage="engine"))
+            ran = list(check_engine(release, model, engine) if sound else _unsound(engine))
+            facts = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
+            checks += ran
+            seconds["engine"] = time.perf_counter() - begin
+        verdict = Verdict(
+            out=str(out),
+            content=release.state["output"]["content"],
+            asked=(Level.FILES, *([Level.SOURCE] if model else []), *([Level.ENGINE] if engine else [])),
+            checks=tuple(checks),
+            engine=facts,
+            bytes_read=bytes_read,
+            seconds=seconds,
+        )
+        write_text(out / VERDICT, dump(verdict.to_json()))
+    return verdict
+
+
+def check_bytes(release: Release, origin: Source | None, progress: Progress) -> tuple[list[Check], int]:
+    """Levels 1 and 2, in one pass over all bytes. Returns how many were read, the source's too."""
+    model = None if origin is None else origin.index.folder
+    first, index = files.check_index(release)
+    expected = release.expected({} if index is None else index.headers)
+    around = [files.check_config(release, expected), files.check_sidecars(release, model)]
+    if index is None:
+        left = [*files.without_index(), *(source.without_index() if origin else ())]
+        return [first, *around, *left], 0
+    surveyor = Surveyor(
+        index=index,
+        expected=expected,
+        storage=Storage(format=release.format, scheme=release.recipe.scheme),
+        source=None if origin is None else origin.index,
+        origins={} if origin is None else origin.origins,
+    )
+    total = sum(header.size_bytes for header in index.headers.values())
+    survey = surveyor.run(_ticker(progress, total))
+    checks = [first, files.check_tensors(release, index, expected), *around]
+    checks += files.check_survey(release, expected, survey)
+    if origin is not None:
+        checks += source.check_source(release, origin, index, expected, survey)
+    return checks, survey.bytes_read
+
+
+def _ticker(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+    done, megabyte = 0, 10**6
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total_bytes)  # headers are read too
+        total = max(total_bytes // megabyte, 1)
+        progress(Event(kind="stage", stage="verify", done=done // megabyte, total=total, unit="MB"))
+
+    return tick
+
+
+def _unsound(engine: Asked) -> Iterator[Check]:
+    yield skip(Level.ENGINE, engine.name, "the files are not sound: mend that first, an engine would prove nothing")
+
+
+def check_engine(release: Release, model: Path | None, asked: Asked) -> Iterator[Check]:
+    """Level 3: the release in a real engine, or in the loader of one."""
+    python = find_python(asked.name, asked.python)
+    if python is None:
+        where = f"in {asked.python}" if asked.python else "for any Python on PATH"
+        missing = f"{asked.name} is not installed {where}; name its environment's interpreter with --python"
+        yield judge(Level.ENGINE, "installed", [missing], "")
+        return
+    with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
+        engine = Engine(
+            name=asked.name,
+            python=python,
+            logs=release.folder / STATE,
+            limit_seconds=asked.limit_seconds,
+            environment=environment(Path(cache)),
+        )
+        if asked.name == "sglang":
+            yield from sglang.checks(engine, release)
+            return
+        yield from check_vllm(engine, release, model)
+
+
+def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator[Check]:
+    texts = prompts(release)
+    draft = has_draft(release.skeleton, TensorIndex.open(release.folder).headers)
+    runs = vllm.run(engine, release, model, texts, draft)
+    kl_mean = release.state["metrics"].get("kl_mean")
+    yield from vllm.checks(runs, kl_mean)
+    if kl_mean is None or runs.plain.failure:
+        yield skip(Level.ENGINE, IMAGE, "nothing to judge it by")
+    else:
+        yield check_image(release, model, texts, vllm.score_limit(kl_mean, 0), engine)
+
+
+def prompts(release: Release) -> list[list[int]]:
+    """Token ids of text that is never calibrated on: windows of the bundled held-out text, far from each other."""
+    tokenizer = load_tokenizer(release.folder)
+    text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:PROMPT_CHARACTERS]
+    ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < PROMPTS * PROMPT_TOKENS:
+        raise FourfoldError(f"{release.folder}: its tokenizer makes {len(ids)} tokens of the held-out text, too few")
+    starts = (place * len(ids) // PROMPTS for place in range(PROMPTS))
+    return [list(ids[start : start + PROMPT_TOKENS]) for start in starts]

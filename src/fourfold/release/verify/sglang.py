@@ -1,0 +1,48 @@
+"""Level 3 with SGLang: what its loader leaves unwritten. Loading alone; no kernel is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.release.verify.engine import Engine
+from fourfold.release.verify.folder import Release
+
+SCRIPT = "sglang_loader.py"
+FAMILIES = ("qwen3_5_moe",)  # whose classes the script builds
+DRAFT_CLASS = "Qwen3_5ForCausalLMMTP"
+LOADER, SERVED = "loader", "runs"
+TRAP = (
+    "SGLang does not load a gptq release's draft experts: moe_wna16 takes them for int4 and skips their BF16 weights "
+    "without an error, so every draft is wrong. Way out: a release in format compressed-tensors, or serving without MTP"
+)
+
+
+def checks(engine: Engine, release: Release) -> Iterator[Check]:
+    """Target and draft are built and loaded by SGLang's own classes, as for one GPU."""
+    model_type = release.skeleton.family.model_type
+    if model_type not in FAMILIES:
+        yield skip(Level.ENGINE, LOADER, f"SGLang's loader is watched for {', '.join(FAMILIES)}, this is {model_type}")
+        return
+    method = "compressed-tensors" if release.format == "compressed-tensors" else "moe_wna16"
+    answer = engine.ask(SCRIPT, "loader", {"model": str(release.folder.resolve()), "method": method})
+    if answer.failure:
+        yield judge(Level.ENGINE, LOADER, [answer.failure], "")
+    else:
+        yield check_loads(answer.content, method)
+    yield skip(Level.ENGINE, SERVED, "with SGLang no kernel is run, only its loader is watched")
+
+
+def check_loads(content: Mapping[str, Any], method: str) -> Check:
+    """method: as SGLang's --quantization names it."""
+    problems, loads = [], content["loads"]
+    for model, load in loads.items():
+        found = [f"{name}: {count} elements never written" for name, count in load["unwritten"].items()]
+        found += [f"{name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
+        problems += [f"{model}: {said}" for said in found]
+        if model == DRAFT_CLASS and found and method == "moe_wna16":
+            problems.insert(0, TRAP)
+    wrote = ", ".join(f"{load['parameters']:,} parameters of {model}" for model, load in loads.items())
+    seen = f"{content['engine']}, {method}: every element written, {wrote}"
+    return judge(Level.ENGINE, LOADER, problems, seen, engine=content["engine"], method=method, loads=dict(loads))

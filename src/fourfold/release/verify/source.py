@@ -1,0 +1,130 @@
+"""Level 2: OUT beside its source. Nothing missing, nothing extra, kept tensors bit for bit, the log's errors true."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourfold.datatypes import Action, FourfoldError, TensorHeader
+from fourfold.model.checkpoint import DTYPES, TensorIndex
+from fourfold.model.family import split_names
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.claims import claim_tensors
+from fourfold.quantize.output import source_digest
+from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.release.verify.folder import Expected, Release
+from fourfold.release.verify.survey import KEPT, SPLIT, Origin, Survey
+
+ERRORS = "weight errors"
+TOLERANCE = 1e-4  # of a logged weight error, relative
+SOURCE = Level.SOURCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint that a release was made from. origins: see survey.Surveyor."""
+
+    index: TensorIndex
+    origins: Mapping[str, Origin]
+
+
+def open_source(release: Release, folder: Path) -> Source:
+    """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
+    skeleton, index = Skeleton.open(folder), TensorIndex.open(folder)
+    found, wanted = source_digest(index), release.state["identity"]["source"]
+    if found != wanted:
+        raise FourfoldError(
+            f"{folder}: {release.folder} was not made from this source: the digest of its headers, config.json, "
+            f"tokenizer and other files is {found[:16]}..., fourfold.json has {wanted[:16]}...; give the checkpoint "
+            "that was quantized"
+        )
+    origins: dict[str, Origin] = {}
+    for claim in claim_tensors(skeleton, index, release.recipe):
+        if claim.action is not Action.DROP:
+            origins.update(_origins(claim.header, claim.action))
+    return Source(index=index, origins=origins)
+
+
+def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
+    """What a source tensor became: kept tensors by name, projections by their name with a dot at its end."""
+    whole = Origin(name=header.name, start=0, shape=header.shape)
+    if action is Action.COPY:
+        yield header.name, whole
+    elif len(header.shape) == 2:  # an expert of its own
+        yield header.name.removesuffix("weight"), whole
+    else:
+        _, rows, inputs = header.shape
+        for name, expert, place in split_names(header.name, header.shape):
+            start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
+            shape, split = (place.stop - place.start, inputs), action is Action.SPLIT
+            key = name if split else name.removesuffix("weight")
+            yield key, Origin(name=header.name, start=start, shape=shape, split=split)
+
+
+def check_source(
+    release: Release, source: Source, index: TensorIndex, expected: Mapping[str, Expected], survey: Survey
+) -> Iterator[Check]:
+    """What the pass over all bytes says of OUT beside its source."""
+    yield _check_complete(source, index, expected)
+    copied, split = survey.compared_bytes[KEPT], survey.compared_bytes[SPLIT]
+    yield judge(SOURCE, KEPT, survey.problems[KEPT], f"{copied:,} bytes are the source's, bit for bit")
+    if any(origin.split for origin in source.origins.values()):
+        seen = f"{split:,} bytes are rows of the source's stacks, bit for bit"
+        yield judge(SOURCE, SPLIT, survey.problems[SPLIT], seen)
+    else:
+        yield skip(SOURCE, SPLIT, "the source has no fused draft experts; what it has is among the kept tensors")
+    yield _check_errors(release, survey)
+
+
+def without_index() -> Iterator[Check]:
+    return (skip(SOURCE, name, "the index is not sound") for name in ("complete", KEPT, SPLIT, ERRORS))
+
+
+def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
+    problems, wanted = [], {name for name, part in expected.items() if part.projection in source.origins}
+    for name, origin in source.origins.items():
+        if name.endswith("."):
+            continue
+        wanted.add(name)
+        header, dtype = index.headers.get(name), source.index.header(origin.name).dtype
+        if header is not None and (header.dtype, header.shape) != (dtype, origin.shape):
+            found = f"{header.dtype} {list(header.shape)}"
+            problems.append(f"{name} is {found}, the source's is {dtype} {list(origin.shape)}")
+    problems += [f"{name} is missing" for name in sorted(wanted - index.headers.keys())]
+    problems += [f"{name} is extra" for name in sorted(index.headers.keys() - wanted)]
+    seen = f"every tensor of the source is there as {len(wanted):,} tensors, and no other"
+    return judge(SOURCE, "complete", problems, seen)
+
+
+def _check_errors(release: Release, survey: Survey) -> Check:
+    """Each projection's recomputed |W - Wq| / |W| against quant_log.csv."""
+    logged = read_log(release)
+    found = {one.name: one.weight_error for one in survey.inspected if one.weight_error is not None}
+    unlogged, uncompared = sorted(found.keys() - logged.keys()), sorted(logged.keys() - found.keys())
+    problems = [f"{name.rstrip('.')} is not in quant_log.csv" for name in unlogged]
+    problems += [f"{name.rstrip('.')} is logged, but could not be compared" for name in uncompared]
+    furthest = 0.0
+    for name in sorted(found.keys() & logged.keys()):
+        error, wanted = found[name], logged[name]
+        furthest = max(furthest, abs(error - wanted) / wanted if wanted else error)
+        if not math.isclose(error, wanted, rel_tol=TOLERANCE, abs_tol=1e-7):
+            problems.append(f"{name.rstrip('.')}: weight error is {error:.6g}, quant_log.csv has {wanted:.6g}")
+    seen = f"{len(found):,} of {len(logged):,} projections, recomputed errors within {furthest:.1e} of quant_log.csv's"
+    return judge(SOURCE, ERRORS, problems, seen, furthest=furthest)
+
+
+def read_log(release: Release) -> dict[str, float]:
+    """quant_log.csv: projection (with a dot) -> weight error. Raises FourfoldError for a log of another kind."""
+    path = release.folder / "quant_log.csv"
+    family, errors = release.skeleton.family, dict[str, float]()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                prefix = family.experts_prefix(int(row["layer"]))
+                errors[f"{prefix}{int(row['expert'])}.{row['projection']}."] = float(row["weight_error"])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise FourfoldError(f"{path}: cannot be read as quantize writes it ({error!r}); quantize again") from None
+    return errors

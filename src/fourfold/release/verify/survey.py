@@ -1,0 +1,179 @@
+"""The one pass over all bytes: sha256 of every shard, every kept tensor, every projection, the source beside them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fourfold.datatypes import FourfoldError, Tick
+from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.release.verify.folder import Expected
+from fourfold.release.verify.passage import Piece, read_blocks
+from fourfold.release.verify.projection import Inspected, Problem, Storage, inspect
+
+FINITE, KEPT, SPLIT = "finite", "kept tensors", "MTP split"  # names of checks
+WORKERS = max(2, min(8, (os.cpu_count() or 1) - 1))  # beside the thread that reads and hashes
+WAITING = 4  # jobs per worker that may wait: their pieces are in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a tensor's values lie in the source: from byte `start` of tensor `name` on. shape: of those values."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    split: bool = False
+
+
+@dataclass
+class Survey:
+    """What the pass saw. problems: by name of check; compared_bytes: that equal the source's, by name of check."""
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    compared_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    inspected: list[Inspected] = field(default_factory=list)
+    float_tensors: set[str] = field(default_factory=set)
+    bytes_read: int = 0
+
+    def add(self, result: Inspected | tuple[Problem, ...]) -> None:
+        if isinstance(result, Inspected):
+            self.inspected.append(result)
+        for check, said in result.problems if isinstance(result, Inspected) else result:
+            if said not in self.problems[check]:
+                self.problems[check].append(said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveyor:
+    """origins: of kept tensors by name, of projections by their name with a dot; empty without a source."""
+
+    index: TensorIndex
+    expected: Mapping[str, Expected]
+    storage: Storage
+    source: TensorIndex | None
+    origins: Mapping[str, Origin]
+
+    def run(self, tick: Tick) -> Survey:
+        """Read everything once. tick: is told of bytes. Raises FourfoldError for files that cannot be read."""
+        parts = self._parts()
+        sizes = Counter(parts.values())
+        survey, waiting = Survey(), dict[str, dict[str, Piece]]()
+        with _one_thread_each(), _Jobs(survey) as jobs:
+            for block in read_blocks(self.index, parts):
+                for piece in block.pieces:
+                    name = piece.header.name
+                    if name not in parts:
+                        self._count(survey, piece)
+                        jobs.submit(self._check_kept, piece)
+                        continue
+                    projection = parts[name]
+                    held = waiting.setdefault(projection, {})
+                    held[name.removeprefix(projection)] = piece
+                    if len(held) == sizes[projection]:
+                        jobs.submit(self._inspect, projection, waiting.pop(projection))
+                        survey.bytes_read += self._source_bytes(projection)
+                if block.sha256:
+                    survey.sha256[block.shard] = block.sha256
+                survey.bytes_read += block.size_bytes
+                tick(block.size_bytes)
+        survey.inspected.sort(key=lambda one: one.name)
+        for said in survey.problems.values():
+            said.sort()
+        return survey
+
+    def _parts(self) -> dict[str, str]:
+        """Tensor -> projection, of projections that are there with all their tensors as wanted."""
+        wanted = {name: expected for name, expected in self.expected.items() if expected.projection}
+        broken = {part.projection for name, part in wanted.items() if not self._is_sound(name, part)}
+        return {name: part.projection for name, part in wanted.items() if part.projection not in broken}
+
+    def _is_sound(self, name: str, wanted: Expected) -> bool:
+        header = self.index.headers.get(name)
+        return header is not None and header.dtype in wanted.dtypes and header.shape == wanted.shape
+
+    def _count(self, survey: Survey, piece: Piece) -> None:
+        name = piece.header.name
+        if DTYPES[piece.header.dtype].is_floating_point:
+            survey.float_tensors.add(name)
+        if name in self.origins:
+            survey.compared_bytes[SPLIT if self.origins[name].split else KEPT] += piece.data.nbytes
+            survey.bytes_read += piece.data.nbytes
+
+    def _source_bytes(self, projection: str) -> int:
+        if self.source is None or projection not in self.origins:
+            return 0
+        origin = self.origins[projection]
+        return int(torch.Size(origin.shape).numel()) * DTYPES[self.source.header(origin.name).dtype].itemsize
+
+    def _check_kept(self, piece: Piece) -> tuple[Problem, ...]:
+        name = piece.header.name
+        problems: list[Problem] = []
+        try:
+            require_finite(piece.values, name)
+        except FourfoldError as error:
+            problems.append((FINITE, str(error)))
+        origin = self.origins.get(name)
+        if origin is not None and self.source is not None:
+            wanted = torch.empty_like(piece.data)
+            self.source.read_range(origin.name, origin.start + piece.start, raw_bytes(wanted))
+            if not torch.equal(piece.data, wanted):
+                problems.append((SPLIT if origin.split else KEPT, f"{name} is not {origin.name} of the source"))
+        return tuple(problems)
+
+    def _inspect(self, projection: str, pieces: Mapping[str, Piece]) -> Inspected:
+        tensors = {suffix: piece.values.view(piece.header.shape) for suffix, piece in pieces.items()}
+        origin, source = self.origins.get(projection), self.source
+
+        def read_source() -> Tensor:
+            assert origin is not None and source is not None
+            weight_NK = torch.empty(origin.shape, dtype=DTYPES[source.header(origin.name).dtype])
+            source.read_range(origin.name, origin.start, raw_bytes(weight_NK))
+            return weight_NK
+
+        return inspect(projection, tensors, self.storage, read_source if origin and source else None)
+
+
+class _Jobs:
+    """Worker threads with few jobs waiting; an error of a job is raised here."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey, self._pool = survey, ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
+        self._running: set[Future[Inspected | tuple[Problem, ...]]] = set()
+
+    def submit(self, job: Callable[..., Inspected | tuple[Problem, ...]], *arguments: object) -> None:
+        while len(self._running) >= WORKERS * (1 + WAITING):
+            self._collect(FIRST_COMPLETED)
+        self._running.add(self._pool.submit(job, *arguments))
+
+    def _collect(self, until: str) -> None:
+        done, self._running = wait(self._running, return_when=until)
+        for future in done:
+            self._survey.add(future.result())
+
+    def __enter__(self) -> _Jobs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._collect("ALL_COMPLETED")
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Workers run side by side already: torch's own threads inside each would only crowd the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

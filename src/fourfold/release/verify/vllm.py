@@ -1,0 +1,228 @@
+"""Level 3 with vLLM: every parameter written, drafts accepted, tokens and log-probabilities as they should be."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.release.verify.engine import Answer, Engine
+from fourfold.release.verify.folder import Release
+from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images
+
+SCRIPT = "vllm_engine.py"
+DRAFT_TOKENS = 2
+GENERATED_TOKENS = 32
+LOADS, WRITTEN, TIES, ACCEPTED, SCORES, IMAGE = (
+    "starts",
+    "every parameter written",
+    "same tokens with MTP",
+    "drafts accepted",
+    "log-probabilities",
+    "image prompt, vLLM",
+)
+KERNEL = re.compile(r"\] (Using (?!max model len).*(?:[Bb]ackend|[Kk]ernel|Experts|MoEMethod).*)$", re.MULTILINE)
+ENGINE = Level.ENGINE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """drafting: None if the release has no draft head; source: None if there is none to compare with; no_image: why no
+    prompt with an image was run.
+    """
+
+    plain: Answer
+    drafting: Answer | None
+    source: Answer | None
+    no_image: str = ""
+
+
+def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
+    """Start the engine up to three times: the release with MTP, without, the source. Stops at the first that fails; a
+    release that fails with a prompt with an image is tried once more without.
+    """
+    drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
+    if drafting is not None and drafting.failure:
+        return Runs(plain=drafting, drafting=drafting, source=None)
+    no_image = "--source is wanted to compare with" if takes_images(release) else NO_IMAGES
+    around = prompt_around(prompts) if takes_images(release) and source is not None else None
+    plain = ask(engine, release.folder, prompts, "image", noise=True, image=around)
+    if around is not None and plain.failure:  # it may be the vision path: without it the rest can still be seen
+        no_image, around = f"vLLM does not run with images here: {plain.failure}", None
+        plain = ask(engine, release.folder, prompts, "plain", noise=True)
+    original = None if source is None or plain.failure else ask(engine, source, prompts, "source", image=around)
+    return Runs(plain=plain, drafting=drafting, source=original, no_image="" if around else no_image)
+
+
+def ask(
+    engine: Engine,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    title: str,
+    *,
+    draft_tokens: int = 0,
+    noise: bool = False,
+    image: dict[str, Any] | None = None,
+    exact_experts: bool = False,
+) -> Answer:
+    request = {
+        "model": str(folder.resolve()), "prompts": prompts, "tokens": GENERATED_TOKENS, "draft_tokens": draft_tokens,
+        "noise": noise, "image": image, "exact_experts": exact_experts,
+    }  # fmt: skip
+    return engine.ask(SCRIPT, title, request)
+
+
+def checks(runs: Runs, kl_mean: float | None) -> Iterator[Check]:
+    """kl_mean: of the release against the source, as quantize measured it on held-out text; None if it did not."""
+    first = runs.drafting or runs.plain
+    started = next((answer for answer in (first, runs.plain) if answer.failure), None)
+    if started is not None:
+        yield judge(ENGINE, LOADS, [started.failure], "")
+        yield from (skip(ENGINE, name, "the engine did not start") for name in (WRITTEN, TIES, ACCEPTED, SCORES, IMAGE))
+        return
+    yield judge(ENGINE, LOADS, [], _started(first), **facts(runs))
+    yield check_written(first)
+    if runs.drafting is None:
+        yield from (skip(ENGINE, name, "the release has no draft head") for name in (TIES, ACCEPTED))
+    else:
+        yield check_ties(runs.plain.content, runs.drafting.content)
+        yield check_accepted(runs.drafting.content)
+    if runs.source is None:
+        yield skip(ENGINE, SCORES, "--source is wanted to compare with")
+    elif runs.source.failure:
+        way_out = "If the source does not fit this machine, verify with --engine and without --source"
+        yield judge(ENGINE, SCORES, [f"the source did not run: {runs.source.failure}\n{way_out}"], "")
+    else:
+        yield check_scores(runs.plain.content, runs.source.content, kl_mean)
+    yield _check_image(runs, kl_mean)
+
+
+def _check_image(runs: Runs, kl_mean: float | None) -> Check:
+    reason = runs.no_image or ("fourfold.json has no divergence to judge by" if kl_mean is None else "")
+    if runs.source is None or runs.source.failure:
+        reason = reason or "the source did not run"
+    if reason or runs.source is None or kl_mean is None:
+        return skip(ENGINE, IMAGE, reason)
+    limit = score_limit(kl_mean, engine_noise(runs.plain.content)[0])
+    return compare(IMAGE, runs.source.content["image"], runs.plain.content["image"], limit)
+
+
+def kernels(answer: Answer) -> list[str]:
+    """What the engine's log says of the kernels that it chose, each once."""
+    text = answer.log.read_text(encoding="utf-8", errors="replace")
+    return list(dict.fromkeys(line.strip() for line in KERNEL.findall(text)))
+
+
+def facts(runs: Runs) -> dict[str, Any]:
+    """What is worth knowing of the engine and what it did."""
+    content = runs.plain.content
+    loads = [load["seconds_of_two_loads"] / 2 for load in (runs.drafting or runs.plain).content["loads"].values()]
+    return {
+        "engine": content["engine"],
+        "torch": content["torch"],
+        "device": content["device"],
+        "kernels": kernels(runs.drafting or runs.plain),
+        "start_seconds": content["start_seconds"],
+        "load_seconds": sum(loads),
+        "kv_cache_tokens": content["kv_cache_tokens"],
+        "decode_tokens_per_second": content["decode_tokens_per_second"],
+        "decode_tokens_per_second_mtp": runs.drafting.content["decode_tokens_per_second"] if runs.drafting else None,
+    }
+
+
+def _started(answer: Answer) -> str:
+    chosen = [line for line in kernels(answer) if "WNA16 MoE backend" in line or "exact" in line]
+    return f"{answer.content['engine']} on {answer.content['device']}; {'; '.join(chosen)}"
+
+
+def check_written(answer: Answer) -> Check:
+    """Target and draft: no element that the loader left as it was, no scale that is zero or missing."""
+    problems = []
+    loads: Mapping[str, Any] = answer.content["loads"]
+    for model, load in loads.items():
+        problems += [f"{model}: {name}: {count} elements never written" for name, count in load["unwritten"].items()]
+        problems += [f"{model}: {name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
+    wrote = (f"{load['parameters']:,} of {model} ({load['elements']:,} elements)" for model, load in loads.items())
+    return judge(ENGINE, WRITTEN, problems, f"parameters: {', '.join(wrote)}", loads=dict(loads))
+
+
+def engine_noise(content: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean and maximum difference of log-probabilities of the same tokens after the same text, decoded in a batch and
+    scored as a prompt on their own: what the engine's numbers are good for.
+    """
+    return differences(content["logprobs"], content["logprobs_again"])
+
+
+def differences(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean and maximum of |a - b|, element by element."""
+    pairs = [pair for rows in zip(first, second, strict=True) for pair in zip(*rows, strict=True)]
+    apart = [abs(one - other) for one, other in pairs]
+    return sum(apart) / len(apart), max(apart)
+
+
+def check_ties(plain: Mapping[str, Any], drafting: Mapping[str, Any]) -> Check:
+    """Greedy tokens with and without MTP: the same up to a place where the two best are nearer than the noise."""
+    _, noise = engine_noise(plain)
+    problems, ties = [], 0
+    for row, (ours, theirs) in enumerate(zip(plain["tokens"], drafting["tokens"], strict=True)):
+        place = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if place is None:
+            continue
+        margin = plain["margins"][row][place]
+        ties += 1
+        if margin > 2 * noise:  # either of the two may be off by it
+            problems.append(
+                f"prompt {row + 1}: token {place + 1} is {theirs[place]} with MTP and {ours[place]} without, where the "
+                f"two best are {margin:.3f} apart and the engine's noise is {noise:.3f}"
+            )
+    count = len(plain["tokens"])
+    seen = f"{count - ties} of {count} sequences the same, {ties} differ from a near tie on (noise {noise:.3f} at most)"
+    return judge(ENGINE, TIES, problems, seen, sequences=count, near_ties=ties, noise=noise)
+
+
+def check_accepted(drafting: Mapping[str, Any]) -> Check:
+    """The engine's own counters. No accepted draft means that the head is there and knows nothing."""
+    counters = drafting["drafts"]
+    drafts, accepted, by_position = counters["drafts"], counters["accepted_tokens"], counters["accepted_by_position"]
+    problems = []
+    if not drafts:
+        problems.append("no token was drafted")
+    elif not accepted:
+        problems.append(f"0 of {counters['draft_tokens']:,} draft tokens accepted: the draft head is missing or wrong")
+    shares = ", ".join(f"{count / max(drafts, 1):.1%}" for count in by_position)
+    seen = f"{accepted:,} of {counters['draft_tokens']:,} in {drafts:,} drafts; by position {shares}"
+    return judge(ENGINE, ACCEPTED, problems, seen, **counters)
+
+
+def score_limit(kl_mean: float, noise_mean: float) -> float:
+    """How far log-probabilities of the text's tokens may be from the source's, on average.
+
+    Differences with variance s^2 make a divergence of s^2 / 2, and are s sqrt(2 / pi) large on average if normal. Twice
+    that, for another text and few tokens, and twice the engine's own noise. It catches kernels and layouts that are
+    wrong; what is wrong with one expert is for the checks before.
+    """
+    return 2 * math.sqrt(4 * kl_mean / math.pi) + 2 * noise_mean
+
+
+def check_scores(plain: Mapping[str, Any], source: Mapping[str, Any], kl_mean: float | None) -> Check:
+    """Log-probabilities of the prompts' tokens against the source's in the same engine; greedy tokens are counted."""
+    mean, most = differences(plain["prompt_logprobs"], source["prompt_logprobs"])
+    rows = zip(plain["tokens"], source["tokens"], strict=True)
+    same = sum(ours == theirs for row in rows for ours, theirs in zip(*row, strict=True))
+    count = sum(map(len, plain["tokens"]))
+    scored = sum(map(len, plain["prompt_logprobs"]))
+    if kl_mean is None:
+        return skip(ENGINE, SCORES, f"differ by {mean:.4f} on average; fourfold.json has no divergence to judge by")
+    limit = score_limit(kl_mean, engine_noise(plain)[0])
+    seen = (
+        f"of {scored:,} tokens differ by {mean:.4f} on average from the source's, {limit:.4f} allowed; "
+        f"{same} of {count} greedy tokens the same"
+    )
+    problems = [] if mean <= limit else [f"differ by {mean:.4f} on average from the source's, {limit:.4f} allowed"]
+    return judge(
+        ENGINE, SCORES, problems, seen, mean=mean, most=most, limit=limit, same_tokens=same, generated_tokens=count
+    )

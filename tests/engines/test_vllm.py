@@ -1,0 +1,158 @@
+"""Level 3 of verify with real vLLM: each storage format with MTP beside its source, and releases that must fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch import Tensor
+
+import releases
+from broken import Copy
+from fourfold.release.verify import run as verify
+from fourfold.release.verify import vllm
+from fourfold.release.verify.check import Status
+from fourfold.release.verify.engine import Engine, environment
+from fourfold.release.verify.folder import open_release
+
+pytestmark = pytest.mark.engine
+
+MTP_TENSOR = "mtp.layers.0.mlp.experts.3.up_proj.weight"
+EXPERT = "model.language_model.layers.1.mlp.experts.5."
+CT, GPTQ, V2 = releases.FORMATS
+Made, Find, Broken = Callable[[str], Path], Callable[[str], Path], Callable[[str], Copy]
+
+
+@pytest.fixture
+def engine(python: Find, tmp_path: Path) -> Engine:
+    found = python("vllm")
+    return Engine(
+        name="vllm", python=found, logs=tmp_path, limit_seconds=900, environment=environment(tmp_path / "cache")
+    )
+
+
+def ask(engine: Engine, folder: Path, title: str, **options: Any) -> vllm.Answer:
+    return vllm.ask(engine, folder, verify.prompts(open_release(folder)), title, **options)
+
+
+def failed(out: Path) -> set[str]:
+    """Names of checks that fail without an engine."""
+    return {check.name for check in verify.verify(out).checks if check.status is Status.FAIL}
+
+
+@pytest.mark.parametrize("form", releases.FORMATS)
+def test_a_release_runs_as_its_source_does(made: Made, python: Find, example_model: Path, form: str) -> None:
+    """The whole command: three starts of vLLM, and for compressed-tensors transformers with an image."""
+    out = made(form)
+    command = [sys.executable, "-m", "fourfold", "verify", out, "--source", example_model, "--engine", "vllm"]
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "COLUMNS": "200"}
+    done = subprocess.run(
+        [*map(str, command), "--python", str(python("vllm")), "--timeout", "15"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths},
+        check=False,
+    )
+    verdict = json.loads((out / "verify.json").read_text())
+    found = {check["name"]: check for check in verdict["checks"] if check["level"] == "engine"}
+    kernels = verdict["engine"]["kernels"] if verdict["engine"] else []
+    if form == V2 and "Using 'CPU' WNA16 MoE backend." in kernels:  # AMX: it reads v2's zero points as v1's
+        assert found["log-probabilities"]["status"] == "fail"
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = ["starts", "every parameter written", "same tokens with MTP", "drafts accepted", "log-probabilities"]
+    assert [found[name]["status"] for name in wanted] == ["pass"] * 5
+    assert found["image prompt, vLLM"]["status"] == "pass", found["image prompt, vLLM"]
+    through = found["image prompt, transformers"]
+    assert through["status"] == ("pass" if form == CT else "not run"), through
+    loads = found["every parameter written"]["data"]["loads"]
+    assert loads.keys() == {"Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeMTP"}
+    assert loads["Qwen3_5MoeMTP"]["elements"] > 3_000_000  # 16 experts of 3 x 256 x 128 in BF16, and attention
+    accepted = found["drafts accepted"]["data"]
+    assert 0 < accepted["accepted_tokens"] <= accepted["draft_tokens"]
+    assert len(accepted["accepted_by_position"]) == vllm.DRAFT_TOKENS
+    facts = verdict["engine"]
+    assert facts["engine"] == "vLLM 0.32.0"
+    assert any("MoE backend" in line or "exact int4" in line for line in facts["kernels"]), facts["kernels"]
+    for name in ("start_seconds", "load_seconds", "kv_cache_tokens", "decode_tokens_per_second"):
+        assert facts[name] > 0
+    for text in ("every parameter written", "vLLM 0.32.0", "all checks passed"):
+        assert text in done.stdout
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(python("vllm")) in (one.info["cmdline"] or ())]
+
+
+def test_what_vllm_leaves_unwritten_without_an_error(copy: Broken, engine: Engine) -> None:
+    """Two faults in one start: a tensor of the draft head is missing, the scales of one expert are zero."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.pop(MTP_TENSOR, None)
+        for name in tensors:
+            if name.startswith(EXPERT) and name.endswith("weight_scale"):
+                tensors[name].zero_()
+
+    out = copy(CT).tensors(change).folder
+    answer = ask(engine, out, "broken", draft_tokens=vllm.DRAFT_TOKENS)
+    assert not answer.failure, answer.failure  # it loads, and runs
+    check = vllm.check_written(answer)
+    assert check.status is Status.FAIL
+    loads = answer.content["loads"]
+    (unwritten,) = loads["Qwen3_5MoeMTP"]["unwritten"].items()
+    assert "w13" in unwritten[0]
+    assert unwritten[1] == f"{128 * 256:,} of {16 * 2 * 128 * 256:,}"
+    assert {name.rpartition(".")[2] for name in loads["Qwen3_5MoeForConditionalGeneration"]["zero_scales"]} == {
+        "w13_weight_scale", "w2_weight_scale",
+    }  # fmt: skip
+    assert failed(out) == {"tensors", "scales"}
+
+
+def test_dynamic_without_the_mtp_rule(copy: Broken, engine: Engine) -> None:
+    release = copy(GPTQ).json("config.json", lambda config: config["quantization_config"]["dynamic"].pop("-:.*mtp.*"))
+    out = release.folder
+    answer = ask(engine, out, "broken", draft_tokens=vllm.DRAFT_TOKENS)
+    (check, *rest) = vllm.checks(vllm.Runs(plain=answer, drafting=answer, source=None), 0.001)
+    assert check.status is Status.FAIL
+    assert "has no parameter 'w2_weight'" in check.evidence
+    assert {other.status for other in rest} == {Status.NOT_RUN}
+    assert failed(out) == {"quantization_config"}
+
+
+def test_v1_zero_points_under_gptq_v2(copy: Broken) -> None:
+    """GPU kernels do not read them, so no engine here need notice: level 1 must."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("qzeros"):
+                tensors[name].fill_(0x77777777)
+
+    assert failed(copy(V2).tensors(change).folder) == {"zero points and shapes"}
+
+
+def test_a_truncated_shard(copy: Broken, python: Find, example_model: Path) -> None:
+    """Level 1 fails, and no engine is started over it."""
+    out = copy(CT).folder
+    with (out / "model-00004-of-00005.safetensors").open("rb+") as shard:
+        shard.truncate(1_000_000)
+    asked = verify.Asked(name="vllm", python=python("vllm"), limit_seconds=900)
+    verdict = verify.verify(out, model=example_model, engine=asked)
+    assert {check.name for check in verdict.checks if check.status is Status.FAIL} == {"index"}
+    assert not verdict.passed
+    (engine,) = (check for check in verdict.checks if check.level == "engine")
+    assert engine.status is Status.NOT_RUN
+
+
+def test_the_exact_kernel_agrees_with_vllms_own(made: Made, engine: Engine) -> None:
+    """The one that stands in where vLLM has no int4 kernel for the CPU."""
+    exact = ask(engine, made(GPTQ), "exact", exact_experts=True)
+    assert not exact.failure, exact.failure
+    assert any("exact int4 expert kernel" in line for line in vllm.kernels(exact))
+    own = ask(engine, made(GPTQ), "own")
+    assert not own.failure, own.failure
+    mean, _ = vllm.differences(exact.content["prompt_logprobs"], own.content["prompt_logprobs"])
+    assert mean < 0.03  # vLLM's kernels round activations to int8; wrong codes or scales make 0.06 and more
