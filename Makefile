@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine check bench-quality clean
+.PHONY: help demo test test-slow test-all test-engine check bench-quality bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -50,6 +50,13 @@ check: $(INSTALLED)  ## lint, types, and which room imports which
 
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about two hours the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
+
+bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate, and how it scales: half an hour
+	$(BIN)/python benchmarks/gemm_rate.py --device cpu --threads 1
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+	$(BIN)/python benchmarks/full_layer.py --json benchmarks/results/full_layer_best.json
+	$(BIN)/python benchmarks/full_layer.py --recipe fast --json benchmarks/results/full_layer_fast.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
 clean:  ## remove .venv, .engines, the demo's output and caches
 	rm -rf $(VENV) $(ENGINES) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

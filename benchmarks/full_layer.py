@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
 from fourfold.quantize import observe, solve, streams
+from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.observe import Batches
 from fourfold.recipe import Recipe, load_recipe
 
@@ -129,7 +129,8 @@ class Clock:
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
 
     def wrap(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -202,15 +203,12 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     seconds = clock.now() - start
     kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
     errors = sorted(row.relative_error for row in result.projections)
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device)
     return {
         "options": {name: value for name, value in vars(options).items() if name != "json"},
         "seconds": seconds,
         "steps": dict(clock.seconds),
         "flop": arithmetic(options, recipe, kept),
-        "peak_bytes": peak,
+        "peak_bytes": peak_memory(),
         "median_relative_error": errors[len(errors) // 2],
     }
 

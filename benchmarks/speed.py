@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -87,7 +86,7 @@ def run_fourfold(model: Path, out: Path, preset: str, tokens: int) -> dict[str, 
     return {
         "cpu_seconds": seconds["end"] - seconds["start"],
         "methods": summary.methods,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": summary.peak_memory_bytes["host"],
     }
 
 
@@ -109,8 +108,7 @@ def run_peer(model: Path, scratch: Path, tokens: int) -> dict[str, Any]:
                           stderr=subprocess.DEVNULL, check=True)  # fmt: skip
     shutil.rmtree(scratch / "peer")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return found | {"cpu_seconds": found["cpu_seconds"] / 2, "peak_bytes": peak}
+    return found | {"cpu_seconds": found["cpu_seconds"] / 2}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     .venv-gptqmodel/bin/python gptqmodel_quantize.py MODEL ROWS.json OUT SHARE
 
 ROWS.json: lists of token ids, of one length. SHARE: of all calibration tokens; experts with fewer are rounded.
-The last line of stdout is JSON: seconds, cpu_seconds (of quantize() alone), projections, rounded, versions.
+The last line of stdout is JSON: seconds, cpu_seconds (of quantize() alone), peak_bytes, projections, rounded, versions.
 Start it in a folder of its own: it leaves logs/ there.
 """
 
@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # with two cores it makes a pool of no workers, and dies
 BATCH_ROWS = 8
@@ -62,6 +63,7 @@ def main(model: str, rows: str, out: str, share: str) -> None:
     log = loaded.quantize(calibration, batch_size=BATCH_ROWS)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     loaded.save(out)
+    status = Path("/proc/self/status").read_text().split()
     losses = [row["loss"] for rows in log.values() for row in rows]
     print(
         "\n"
@@ -69,6 +71,7 @@ def main(model: str, rows: str, out: str, share: str) -> None:
             {
                 "seconds": wall,
                 "cpu_seconds": cpu,
+                "peak_bytes": int(status[status.index("VmHWM:") + 1]) * 1024,
                 "projections": len(losses),
                 "rounded": sum("fallback" in str(loss) for loss in losses),
                 "versions": {name: version(name) for name in ("gptqmodel", "torch", "transformers")},
