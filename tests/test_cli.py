@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fourfold import __version__, cli
+from fourfold import __version__, cli, options
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.evaluate import Protocol
@@ -152,19 +152,19 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_size(text: str, size: int) -> None:
-    assert cli.parse_size(text) == size
+    assert options.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8QiB", "-1GiB", "8GiBB", "1e9", "8i", "8iB"])
 def test_size_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        cli.parse_size(text)
+        options.parse_size(text)
 
 
 def test_layers() -> None:
-    assert cli.parse_layers("0-3") == range(4)
-    assert cli.parse_layers("7") == range(7, 8)
-    assert cli.parse_layers("7-7") == range(7, 8)
+    assert options.parse_layers("0-3") == range(4)
+    assert options.parse_layers("7") == range(7, 8)
+    assert options.parse_layers("7-7") == range(7, 8)
 
 
 # --- a calibration file ------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_layers() -> None:
 def test_calibration_file_takes_the_place_of_all_sources(tmp_path: Path) -> None:
     file = tmp_path / 'talk "one".jsonl'
     file.write_text('\n{"messages": [{"role": "user", "content": "hello"}], "text": "unused"}\n')
-    chosen = cli.choose_recipe("best", ["calibration.sources.0.rows=3", "calibration.seed=7"], file)
+    chosen = options.choose_recipe("best", ["calibration.sources.0.rows=3", "calibration.seed=7"], file)
     (source,) = chosen.calibration.sources
     rows = [source.rows for source in load_recipe("best").calibration.sources]
     assert (source.path, source.kind, source.fields) == (str(file), "chat", ("messages",))
@@ -184,13 +184,13 @@ def test_calibration_file_takes_the_place_of_all_sources(tmp_path: Path) -> None
 def test_calibration_file_of_plain_text(tmp_path: Path) -> None:
     for name in ("plain.txt", "lines.jsonl"):
         (tmp_path / name).write_text('{"text": "a line"}\n')
-        assert cli.text_kind(tmp_path / name) == ("text", "text")
+        assert options.text_kind(tmp_path / name) == ("text", "text")
 
 
 def test_calibration_file_of_parquet(tmp_path: Path) -> None:
     table = pyarrow.table({"messages": [[{"role": "user", "content": "hello"}]]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    assert cli.text_kind(tmp_path / "t.parquet") == ("chat", "messages")
+    assert options.text_kind(tmp_path / "t.parquet") == ("chat", "messages")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_calibration_file_of_parquet(tmp_path: Path) -> None:
 def test_calibration_file_refused(name: str, content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(FourfoldError) as refused:
-        cli.choose_recipe("best", [], tmp_path / name)
+        options.choose_recipe("best", [], tmp_path / name)
     assert said in str(refused.value)
 
 
