@@ -118,11 +118,14 @@ def quantize(
         if restart:
             clear(out)
         watch.progress = _logged(out, progress)
+        threads = torch.get_num_threads()
         try:
             return _run(plan, texts, out, torch.device(device), watch)
         except FourfoldError as error:
             log(out, f"error: {error}")
             raise
+        finally:
+            torch.set_num_threads(threads)  # a run that goes on takes its first start's
 
 
 def read_texts(plan: Plan, watch: Watch) -> Texts:
