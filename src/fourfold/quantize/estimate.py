@@ -244,7 +244,7 @@ RATES = {
         moments=70e9,
         gemm=80e9,
         factor=40e9,
-        elementwise=0.9e9,
+        elementwise=20e9,
         disk=1e9,
         basis="cores of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 70-80 GFLOP/s fp32 and 0.9 GB/s of "
         "temporaries each; disk at 1 GB/s",
