@@ -301,12 +301,17 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def shown(argument: str) -> str:
+    """An argument for the record: of a path of this machine only the name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the figures are of: for the JSON file."""
     skeleton, left_out = bench.skeleton, ("kl_by_window", "versions")
     model = {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts}
     return {
-        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/quality.py", *(shown(part) for part in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
