@@ -48,7 +48,7 @@ check: $(INSTALLED)  ## lint, types, and which room imports which
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about two hours the first time
+bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about an hour the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
 
 bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate, and how it scales: half an hour
