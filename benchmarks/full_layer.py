@@ -248,7 +248,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--chunk", type=int, default=16, help="experts whose moments exist at one time")
+    parser.add_argument("--chunk", type=int, default=1, help="experts whose moments exist at one time")
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

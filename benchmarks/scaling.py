@@ -33,7 +33,7 @@ OUTSIDE = ("attention, router", "advance")  # steps that are no part of the solv
 
 
 def run(sizes: dict[str, int], preset: str, threads: int) -> dict[str, Any]:
-    flags = {**sizes, "hidden": 4 * sizes["width"], "topk": 8, "chunk": 16, "threads": threads, "recipe": preset}
+    flags = {**sizes, "hidden": 4 * sizes["width"], "topk": 8, "chunk": 4, "threads": threads, "recipe": preset}
     options = parse_layer([text for name, value in flags.items() for text in (f"--{name}", str(value))])
     figures = measure(options, load_recipe(preset), torch.device("cpu"))
     solve = {step: seconds for step, seconds in figures["steps"].items() if step not in OUTSIDE}

@@ -462,8 +462,9 @@ def test_hidden_size_that_marlin_does_not_take(tmp_path: Path) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_everything_at_once_where_it_fits(full: Path) -> None:
-    found = make_plan(full, RECIPE, memory_bytes=100 * GB).memory
+def test_everything_at_once_where_it_fits(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_gpu(monkeypatch)
+    found = make_plan(full, RECIPE, device="cuda", memory_bytes=100 * GB).memory
     assert (found.chunk_experts, found.fits, found.budget_bytes) == (256, True, 100 * GB)
     assert [stage.stage for stage in found.stages] == [
         "read", "attend", "moments", "solve", "advance", "write", "measure",
@@ -487,16 +488,22 @@ def test_gpus_without_bf16_or_kernels_are_refused(full: Path, monkeypatch: pytes
         make_plan(full, RECIPE, device="cuda:0", memory_bytes=GB)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_chunks_shrink_with_the_budget(full: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_shrink_with_the_budget(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
     chunks = []
     for budget in (100, 40, 20, 16, 14):
-        found = make_plan(full, RECIPE, device=device, memory_bytes=budget * GB).memory
+        found = make_plan(full, RECIPE, device="cuda:0", memory_bytes=budget * GB).memory
         assert found.fits and found.device_peak_bytes <= budget * GB
         chunks.append(found.chunk_experts)
     assert chunks == sorted(chunks, reverse=True)
     assert len(set(chunks)) > 2 and chunks[-1] > 1
+
+
+def test_chunks_on_a_cpu_stay_near_its_caches(full: Path, tmp_path: Path) -> None:
+    """Full-width experts one at a time, small ones all at once."""
+    assert make_plan(full, RECIPE, memory_bytes=100 * GB).memory.chunk_experts == 1
+    small = checkpoints.tiny(tmp_path / "model", experts=16)
+    assert make_plan(small, RECIPE, memory_bytes=100 * GB).memory.chunk_experts == 16
 
 
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +518,7 @@ def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.Monke
     (work,) = works
     assert memory.chunk_bytes(work) == (6 * 2048**2 + 6 * 1024 * 2048) * 4
     for budget in range(15, 45):
-        found = memory.plan_memory(work, "cpu", budget * GB)
+        found = memory.plan_memory(work, "cuda", budget * GB)
         chunks = -(-256 // found.chunk_experts)
         assert found.chunk_experts == -(-256 // chunks)
         solve = next(stage for stage in found.stages if stage.stage == "solve").device_bytes
@@ -537,9 +544,12 @@ def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.Monke
     assert gpu.host_peak_bytes < cpu.host_peak_bytes
 
 
-def test_one_stream_takes_less(full: Path) -> None:
-    both, one = (make_plan(full, load_recipe(name), memory_bytes=20 * GB).memory for name in ("best", "fast"))
+def test_one_stream_takes_less(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_gpu(monkeypatch)
+    recipes = [load_recipe(name) for name in ("best", "fast")]
+    both, one = (make_plan(full, recipe, device="cuda", memory_bytes=20 * GB).memory for recipe in recipes)
     assert one.chunk_experts > both.chunk_experts
+    both, one = (make_plan(full, recipe, memory_bytes=20 * GB).memory for recipe in recipes)
     attend = [
         next(stage.host_bytes for stage in plan.stages if stage.stage == "attend") for plan in (both, one)
     ]
