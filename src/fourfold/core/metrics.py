@@ -13,7 +13,7 @@ VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one 
 LIKELIEST = 5  # of top-5 agreement
 ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats; a bucket from each to the next, the last one open
 RESAMPLES, CONFIDENCE, BOOTSTRAP_SEED = 1000, 0.95, 0
-BOOTSTRAP_ELEMENTS = 2**24  # of a temporary
+BOOTSTRAP_ELEMENTS = 2**20  # of a float64 temporary: 8 MB
 
 
 @dataclass(frozen=True)
