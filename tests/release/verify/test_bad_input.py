@@ -23,9 +23,7 @@ from typer.testing import CliRunner
 import checkpoints
 import releases
 from broken import Copy
-from fourfold import cli
-from fourfold.release.verify import engine as engines
-from fourfold.release.verify import process
+from fourfold import cli, interpreter, process
 
 Broken = Callable[[str], Copy]
 CT, GPTQ, V2 = releases.FORMATS
@@ -178,7 +176,7 @@ def test_no_interpreter_on_the_path_has_the_engine(monkeypatch: pytest.MonkeyPat
     shim.write_text("#!/bin/sh\nexit 127\n")
     shim.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert engines.find_python("fourfold_no_such_engine", None) is None
+    assert interpreter.find_python("fourfold_no_such_engine", None) is None
 
 
 def test_the_interpreter_beside_the_engines_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -187,7 +185,7 @@ def test_the_interpreter_beside_the_engines_command(monkeypatch: pytest.MonkeyPa
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert engines.find_python("vllm", None) == python
+    assert interpreter.find_python("vllm", None) == python
 
 
 def test_an_engine_is_not_run_on_files_that_are_not_sound(copy: Broken, tmp_path: Path) -> None:

@@ -1,25 +1,18 @@
-"""An inference engine in an environment of its own: found by its interpreter, asked by a script that runs there."""
+"""An inference engine in an environment of its own: asked by a script that runs there."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import FourfoldError
-from fourfold.release.verify import process
+from fourfold import process
 
 SCRIPTS = Path(__file__).parents[1] / "engines"
-PROBE_SECONDS = 60
-PROBE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else 3)"
-NOT_THERE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,38 +45,6 @@ class Answer:
     log: Path
     content: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
-
-
-def find_python(name: str, given: Path | None) -> Path | None:
-    """The interpreter of an environment that has the engine; None if no interpreter that was looked at has it.
-
-    given: the only one to look at; else the one of the engine's command on PATH, our own, python3 and python on PATH.
-    Raises FourfoldError if `given` runs no Python.
-    """
-    if given is not None:
-        has, problem = _ask(given, name)
-        if problem:
-            raise FourfoldError(
-                f"--python {given}: runs no Python ({problem}); give the interpreter of {name}'s environment"
-            )
-        return given if has else None
-    command = shutil.which(name)
-    beside = [Path(command).resolve().parent / "python"] if command else []
-    named = [Path(found) for found in map(shutil.which, ("python3", "python")) if found]
-    candidates = dict.fromkeys([*beside, Path(sys.executable), *named])
-    return next((python for python in candidates if python.is_file() and _ask(python, name)[0]), None)
-
-
-def _ask(python: Path, name: str) -> tuple[bool, str]:
-    """Whether an interpreter has a package, and if it cannot be asked, why."""
-    command = [str(python), "-c", PROBE, name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return False, str(error)
-    if done.returncode in (0, NOT_THERE):
-        return done.returncode == 0, ""
-    return False, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def environment(cache: Path) -> dict[str, str]:

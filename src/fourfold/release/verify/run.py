@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourfold import process
 from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.interpreter import find_python
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.shards import write_text
 from fourfold.quantize.calibrate import load_tokenizer
@@ -16,9 +18,9 @@ from fourfold.quantize.claims import has_draft
 from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import STATE, hold
 from fourfold.recipe import HELDOUT_TEXTS, TEXT
-from fourfold.release.verify import files, process, sglang, source, vllm
+from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
-from fourfold.release.verify.engine import Engine, environment, find_python
+from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
 from fourfold.release.verify.projection import Storage

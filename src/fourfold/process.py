@@ -8,7 +8,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,48 +52,86 @@ class Ended:
 
 
 def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Mapping[str, str]) -> Ended:
-    """Run a command in a session of its own until it ends, or end it with everything it started.
+    """Run a command until it ends, or end it with everything it started. Arguments as of `start`."""
+    with start(command, log, environment) as child:
+        timed_out = not child.wait(limit_seconds)
+    return child.ended(timed_out)
 
-    environment: in addition to ours; TMPDIR and the caches under XDG folders are a fresh folder that is removed.
-    Also when this process is interrupted, no descendant is left alive, and what they alone had mapped in /dev/shm is
-    unlinked.
+
+@contextmanager
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Child]:
+    """Start a command in a session of its own; where the block is left, it and everything it started is ended.
+
+    log: gets its stdout and stderr. environment: in addition to ours; TMPDIR and the caches under XDG folders are a
+    fresh folder that is removed. No descendant is left alive, and what they alone had mapped in /dev/shm is unlinked.
     """
     scratch = Path(tempfile.mkdtemp(prefix="fourfold-", dir=SCRATCH))
     folders = {name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
-    begin = time.monotonic()
     try:
         with log.open("wb") as output:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **folders, **environment},
-                start_new_session=True,
+            child = Child(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **folders, **environment},
+                    start_new_session=True,
+                ),
+                log,
             )
-            family = _Family(child.pid)
             try:
-                timed_out = _wait(child, family, begin + limit_seconds)
+                yield child
             finally:
-                family.end()
-                child.wait()
+                child.end()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return Ended(returncode=child.returncode, timed_out=timed_out, seconds=time.monotonic() - begin, log=log)
 
 
-def _wait(child: subprocess.Popen[bytes], family: _Family, deadline: float) -> bool:
-    """Wait for the child's own end. Returns whether the deadline came first."""
-    looked = 0.0
-    while child.poll() is None:
-        now = time.monotonic()
-        if now > deadline:
-            return True
-        if now - looked > LOOK_SECONDS:
-            family.look()
-            looked = now
-        time.sleep(POLL_SECONDS)
-    return False
+class Child:
+    """A process in a session of its own, and all that it started."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.log = log
+        self._process, self._family, self._began = process, _Family(process.pid), time.monotonic()
+        self._looked = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def running(self) -> bool:
+        """Whether it has not ended by itself. To be asked now and then: also takes note of who is there."""
+        if self._process.poll() is not None:
+            return False
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._family.look()
+            self._looked = time.monotonic()
+        return True
+
+    def wait(self, limit_seconds: float) -> bool:
+        """Wait for its own end. Returns whether it came before the limit."""
+        deadline = time.monotonic() + limit_seconds
+        while self.running():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on, to the process itself alone; it knows how to tell the others."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def end(self) -> None:
+        """End it with everything it started. Of no effect where all have ended."""
+        self._family.end()
+        self._process.wait()
+
+    def ended(self, timed_out: bool = False) -> Ended:
+        """How it ended, once it has."""
+        assert self._process.returncode is not None
+        return Ended(returncode=self._process.returncode, timed_out=timed_out, seconds=self.seconds, log=self.log)
 
 
 class _Family:
