@@ -22,10 +22,24 @@ EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 
 
 
 class EngineChoice(StrEnum):
-    """Engines that `verify` knows."""
+    """Engines that `verify` and `serve` know."""
 
     VLLM = "vllm"
     SGLANG = "sglang"
+
+
+class CacheChoice(StrEnum):
+    """What the KV cache is kept in: the model's dtype, or fp8."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
+class ProfileChoice(StrEnum):
+    """Whose settings stand where none are given: ours, or those of the reference release's card."""
+
+    DEFAULT = "default"
+    REFERENCE = "reference"
 
 
 # --- values of options -------------------------------------------------------------------------------------------
@@ -60,6 +74,22 @@ def parse_devices(text: str) -> str:
     if "," in text:
         raise typer.BadParameter(f"{text!r}: one device is supported for now; wanted auto, cpu or one such as cuda:0")
     return text.strip()
+
+
+def parse_ranks(text: str) -> int | None:
+    """GPUs of "4", None for "auto". Raises typer.BadParameter."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise typer.BadParameter(f"{text!r} is no number of GPUs; wanted auto, or a number as in 4")
+    return int(text)
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Requests at one time of "1,4,16". Raises typer.BadParameter."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or "0" in text.split(","):
+        raise typer.BadParameter(f"{text!r} is no list of concurrencies; wanted numbers from 1 on, as in 1,4,16")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
 def choose_device(devices: str) -> str:
@@ -289,3 +319,142 @@ TimeLimit = Annotated[
     float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that has not answered by then.")
 ]
 VerdictJson = Annotated[bool, typer.Option("--json", help="Print what lands in verify.json, on one line.")]
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+ServedModel = Annotated[
+    str,
+    typer.Argument(metavar="OUT", show_default=False, help="Folder of a finished release, or org/name of the Hub."),
+]
+EngineWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- WORDS]", show_default=False, help="After `--`: more words for the engine, passed on as they are."
+    ),
+]
+ServeEngine = Annotated[
+    EngineChoice, typer.Option("--engine", metavar="vllm|sglang", show_default=False, help="The engine that serves it.")
+]
+Mtp = Annotated[
+    int | None,
+    typer.Option(
+        "--mtp",
+        metavar="N",
+        min=0,
+        max=8,
+        show_default=False,
+        help="Tokens that the MTP head drafts at a time, 0 for none. Left out: 2 in vLLM, 3 in SGLang, where it can.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", min=1, show_default=False, help="Longest context. Left out: what fits, by estimate."
+    ),
+]
+KvCache = Annotated[
+    CacheChoice | None,
+    typer.Option(
+        "--kv-cache", metavar="fp8|auto", show_default=False, help="How the KV cache is kept. Left out: auto, in BF16."
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        metavar="N|auto",
+        parser=parse_ranks,
+        show_default=False,
+        help="GPUs to split over. Left out: auto, as many as divide the model.",
+    ),
+]
+ServeProfile = Annotated[
+    ProfileChoice,
+    typer.Option(
+        "--profile",
+        metavar="default|reference",
+        help="Whose settings stand where no option does; with --print, reference is for its machine, 4 x RTX 3060.",
+    ),
+]
+ThinkingBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--thinking-budget",
+        metavar="N",
+        min=0,
+        show_default=False,
+        help="Thinking tokens of requests that set no budget (vLLM, with fourfold's plugin in its environment).",
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        metavar="X",
+        min=-2,
+        max=2,
+        show_default=False,
+        help="Presence penalty of requests that set none (vLLM).",
+    ),
+]
+Host = Annotated[str, typer.Option("--host", metavar="HOST", help="Address that the server listens on.")]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        "--port", metavar="N", min=1, max=65535, show_default=False, help="Left out: 8000 for vLLM, 30000 for SGLang."
+    ),
+]
+PrintOnly = Annotated[bool, typer.Option("--print", help="Print the command and what it will come to; run nothing.")]
+Docker = Annotated[bool, typer.Option("--docker", help="Print it for the engine's container; run nothing.")]
+ServeLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        dir_okay=False,
+        show_default=False,
+        help="Where the engine's output goes. Left out: OUT/.fourfold/serve-ENGINE.log, or here for others' releases.",
+    ),
+]
+StartLimit = Annotated[
+    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that is not ready by then.")
+]
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+ServerUrl = Annotated[
+    str, typer.Argument(metavar="URL", show_default=False, help="A running vLLM or SGLang, as http://localhost:8000.")
+]
+Concurrency = Annotated[
+    tuple[int, ...],
+    typer.Option(
+        metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another, as in 1,4,16."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+        help="Prompts: .txt, one a line, or .jsonl with `messages` or `text`. Left out: built-in questions.",
+    ),
+]
+Requests = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, show_default=False, help="Requests of a level. Left out: 4 times as many, at least 8."
+    ),
+]
+OutTokens = Annotated[int, typer.Option("--out-tokens", metavar="N", min=2, help="Tokens that each request generates.")]
+Temperature = Annotated[float, typer.Option(metavar="X", min=0, max=2, help="0: always the likeliest token.")]
+RequestLimit = Annotated[
+    float, typer.Option("--request-timeout", metavar="SECONDS", min=0.1, help="A request is given up after that.")
+]
+LevelLimit = Annotated[
+    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="A level is ended after that.")
+]
+BenchOut = Annotated[Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the figures are written.")]
+BenchJson = Annotated[bool, typer.Option("--json", help="Print what lands in the file, on one line.")]

@@ -1,0 +1,231 @@
+"""fourfold bench: load a live server at several concurrencies; latency, speed, draft acceptance and cache of each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from fourfold import __version__
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.recipe import TEXT
+from fourfold.serve import client
+from fourfold.serve.client import Reply
+from fourfold.serve.metrics import OFF, Scrape, acceptance, changes
+from fourfold.serve.served import REFERENCE
+
+Messages = list[dict[str, Any]]
+
+BUILT_IN = TEXT / "heldout" / "chat.jsonl"  # questions that fourfold never calibrates on
+WATCH_SECONDS = 0.5  # between looks at the gauges while a load runs
+QUANTILES = (0.5, 0.9, 0.99)
+WARMUP = 1  # requests that are not counted
+# The card of the reference release, measured by its publisher on 4 x RTX 3060, one request at a time.
+CARD = {
+    "vllm": {
+        "engine": "vLLM 0.19.1, 2 draft tokens", "decode_tokens_per_second": [56, 82], "acceptance_rate": [0.70, 0.89],
+        "acceptance_by_position": [0.93, 0.85], "acceptance_length": [2.4, 2.8], "pool_tokens": 160_800,
+    },
+    "sglang": {
+        "engine": "SGLang 0.5.10, 4 draft tokens", "decode_tokens_per_second": [52, 141],
+        "acceptance_rate": [0.34, 0.70], "acceptance_length": [1.4, 2.8],
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """concurrency: requests at one time, one level after another; requests: of a level, None: 4 times as many, at least
+    8; prompts: a .txt or .jsonl file, None: built in. limits in seconds: of a request, and of a level.
+    """
+
+    concurrency: tuple[int, ...]
+    requests: int | None
+    output_tokens: int
+    temperature: float
+    prompts: Path | None
+    request_seconds: float
+    level_seconds: float
+
+    def requests_at(self, concurrency: int) -> int:
+        return self.requests or max(8, 4 * concurrency)
+
+
+def bench(url: str, load: Load, progress: Progress) -> dict[str, Any]:
+    """What bench.json says. Raises FourfoldError if no server answers, or for prompts that cannot be read."""
+    prompts = read_prompts(load.prompts)
+    return asyncio.run(_bench(client.root(url), load, prompts, progress))
+
+
+async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> dict[str, Any]:
+    async with client.open_client(max(load.concurrency) + 1) as asking:
+        name = await client.model_name(asking, address)
+        first = await client.scrape(asking, address)
+        levels = []
+        for concurrency in load.concurrency:
+            run = _Level(asking, address, name, load, concurrency, progress)
+            levels.append(await run.measure(prompts))
+            if not levels[-1]["requests"]["ok"]:
+                progress(Event(kind="note", text=f"concurrency {concurrency}: no request came through; stopped there"))
+                break
+    engine = first.engine if first else ""
+    return {
+        "url": address,
+        "model": name,
+        "fourfold": __version__,
+        "engine": engine,
+        "metrics": "read before and after each level" if first else OFF,
+        "pool": first.pool() if first else {},
+        "load": {
+            "output_tokens": load.output_tokens,
+            "temperature": load.temperature,
+            "prompts": str(load.prompts or "built-in"),
+            "ignore_eos": True,
+        },
+        "levels": levels,
+        "card": CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
+    }
+
+
+class _Level:
+    """One concurrency: its requests, bounded in number and time, and the server's counters around them."""
+
+    def __init__(
+        self, asking: httpx2.AsyncClient, address: str, model: str, load: Load, concurrency: int, progress: Progress
+    ) -> None:
+        self.asking, self.address, self.model, self.load = asking, address, model, load
+        self.concurrency, self.progress = concurrency, progress
+        self.replies: list[Reply] = []
+        self.usage: list[float] = []
+
+    async def measure(self, prompts: Sequence[Messages]) -> dict[str, Any]:
+        for _ in range(WARMUP):
+            await self._ask(prompts[-1])
+        count = self.load.requests_at(self.concurrency)
+        bodies = islice(_repeated(prompts), count)
+        before = await client.scrape(self.asking, self.address)
+        watcher = asyncio.create_task(self._watch()) if before else None
+        begin, spent = time.perf_counter(), time.process_time()
+        try:
+            async with asyncio.timeout(self.load.level_seconds):
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(self.concurrency):
+                        workers.create_task(self._work(bodies, count))
+        except TimeoutError:
+            text = f"concurrency {self.concurrency}: stopped after {self.load.level_seconds:g} s, not all was answered"
+            self.progress(Event(kind="note", text=text))
+        seconds, spent = time.perf_counter() - begin, time.process_time() - spent
+        if watcher:
+            watcher.cancel()
+        after = await client.scrape(self.asking, self.address) if before else None
+        return summarize(self.concurrency, count, self.replies, seconds, spent) | self._counted(before, after)
+
+    async def _work(self, bodies: Iterator[Messages], count: int) -> None:
+        for messages in bodies:
+            self.replies.append(await self._ask(messages))
+            done = len(self.replies)
+            stage = f"concurrency {self.concurrency}"
+            self.progress(Event(kind="stage", stage=stage, done=done, total=count, unit="requests"))
+
+    async def _ask(self, messages: Messages) -> Reply:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": self.load.output_tokens,
+            "temperature": self.load.temperature,
+            "ignore_eos": True,  # as many tokens from each, or levels could not be compared
+        }
+        return await client.chat(self.asking, self.address, body, self.load.request_seconds)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = await client.scrape(self.asking, self.address)
+            if now:
+                self.usage.append(now.value("cache_usage"))
+
+    def _counted(self, before: Scrape | None, after: Scrape | None) -> dict[str, Any]:
+        if before is None or after is None:
+            return {"acceptance": None, "server": {}}
+        seen = {"cache_usage_peak": max(self.usage)} if self.usage else {}
+        return {"acceptance": acceptance(before, after), "server": changes(before, after) | seen}
+
+
+def _repeated(prompts: Sequence[Messages]) -> Iterator[Messages]:
+    while True:
+        yield from prompts
+
+
+def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> dict[str, Any]:
+    """Figures of a level. seconds: it took; spent: of this process's CPU."""
+    good = [reply for reply in replies if reply.ok]
+    output = sum(reply.output_tokens for reply in good)
+    per_token = [each for reply in good if (each := reply.seconds_per_token) is not None]
+    failures = Counter(reply.outcome for reply in replies if not reply.ok)
+    if asked > len(replies):
+        failures["not answered in time"] = asked - len(replies)
+    details = {reply.outcome: reply.detail for reply in replies if not reply.ok}
+    return {
+        "concurrency": concurrency,
+        "seconds": seconds,
+        "requests": {"asked": asked, "ok": len(good), "failed": dict(failures), "said": details},
+        "prompt_tokens": sum(reply.prompt_tokens for reply in good),
+        "output_tokens": output,
+        "output_tokens_per_second": output / seconds,
+        "time_to_first_token": quantiles([reply.first for reply in good]),
+        "time_per_output_token": quantiles(per_token),
+        "time_between_chunks": quantiles([gap for reply in good for gap in reply.gaps]),
+        "latency": quantiles([reply.last for reply in good]),
+        "decode_tokens_per_second": quantiles([1 / each for each in per_token if each]),
+        "client_core_share_at_100_tokens_per_second": spent / output * 100 if output else None,
+    }
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, p50, p90, p99 (of at least so many hundredths, none between two values is made up); None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    found = {f"p{int(q * 100)}": ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in QUANTILES}
+    return {"mean": sum(ordered) / len(ordered), **found}
+
+
+def read_prompts(path: Path | None) -> list[Messages]:
+    """Conversations up to the answer that is wanted: of a .jsonl with `messages` or `text`, or the lines of a .txt.
+
+    Raises FourfoldError, with the record's number, for a file that cannot be read so.
+    """
+    place = path or BUILT_IN
+    try:
+        lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FourfoldError(f"{place}: cannot be read as text: {error}") from None
+    prompts = [_prompt(f"{place}: record {number}", line, place.suffix) for number, line in enumerate(lines, 1)]
+    if not prompts:
+        raise FourfoldError(f"{place}: holds no prompt")
+    return prompts
+
+
+def _prompt(where: str, line: str, suffix: str) -> Messages:
+    if suffix != ".jsonl":
+        return [{"role": "user", "content": line}]
+    try:
+        record = json.loads(line)
+        messages: Messages = record.get("messages") or [{"role": "user", "content": record["text"]}]
+        while messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FourfoldError(
+            f"{where} is no prompt ({type(error).__name__}: {error}); wanted "
+            '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+        ) from None
+    return messages

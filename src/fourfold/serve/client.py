@@ -1,0 +1,162 @@
+"""Requests to a server that speaks OpenAI's protocol: one chat request, streamed and timed; its metrics; its models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+
+from fourfold.datatypes import FourfoldError
+from fourfold.serve.metrics import Scrape
+
+LOOK_SECONDS = 10.0  # for lists of models and metrics
+SAID = 300  # characters of an answer that is an error
+THOUGHT = ("reasoning", "reasoning_content")  # vLLM's name, SGLang's
+OK, TIMED_OUT, CUT, UNREACHED = "ok", "timed out", "cut stream", "no connection"
+
+
+@dataclass(kw_only=True)
+class Reply:
+    """What came of a chat request. outcome: OK, TIMED_OUT, CUT, UNREACHED or "HTTP 503"; detail: what was said.
+
+    first, last: seconds after it was sent at which the first and the last chunk with text came; gaps: between chunks.
+    Tokens are the server's own count, `usage`: a chunk holds several where drafts were accepted.
+    """
+
+    outcome: str = CUT
+    detail: str = ""
+    first: float = 0.0
+    last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int | None = None
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: list[Any] = field(default_factory=list)
+    finish: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome == OK
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """After the first chunk; None where there was but one token."""
+        return (self.last - self.first) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+
+def root(url: str) -> str:
+    """A server's address, given with or without /v1. Raises FourfoldError for one that is no address."""
+    address = url.rstrip("/").removesuffix("/v1")
+    if not address.startswith(("http://", "https://")):
+        raise FourfoldError(f"{url}: the address of a server is wanted, as in http://localhost:8000")
+    return address
+
+
+def open_client(connections: int = 2) -> httpx2.AsyncClient:
+    """Nothing of the environment's proxies: a server beside us is asked itself. Deadlines are set by each request."""
+    return httpx2.AsyncClient(
+        timeout=None,
+        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+        headers={"accept-encoding": "identity"},
+        trust_env=False,
+    )
+
+
+async def model_name(client: httpx2.AsyncClient, address: str) -> str:
+    """The first model that a server names. Raises FourfoldError if no such server answers."""
+    try:
+        answer = await client.get(f"{address}/v1/models", timeout=LOOK_SECONDS)
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise FourfoldError(
+            f"{address}: no list of models at /v1/models ({type(error).__name__}: {error}); wanted a running server "
+            "that speaks OpenAI's protocol, as vLLM and SGLang do"
+        ) from None
+
+
+async def scrape(client: httpx2.AsyncClient, address: str) -> Scrape | None:
+    """The server's counters now; None if it has none to show."""
+    try:
+        answer = await client.get(f"{address}/metrics", timeout=LOOK_SECONDS)
+        found = Scrape.parse(answer.text) if answer.status_code == 200 else None
+    except (httpx2.HTTPError, ValueError):
+        return None
+    return found if found is not None and found.engine else None
+
+
+async def chat(client: httpx2.AsyncClient, address: str, body: Mapping[str, Any], limit_seconds: float) -> Reply:
+    """Send a chat request and follow its stream to the end, for at most so long. What goes wrong is in the reply."""
+    reply = Reply()
+    sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        async with asyncio.timeout(limit_seconds):
+            await _follow(client, f"{address}/v1/chat/completions", sent, reply)
+    except TimeoutError:
+        reply.outcome, reply.detail = TIMED_OUT, f"not at its end after {limit_seconds:g} s"
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        reply.outcome, reply.detail = UNREACHED, str(error)
+    except httpx2.HTTPError as error:
+        reply.outcome, reply.detail = CUT, f"{type(error).__name__}: {error}"
+    return reply
+
+
+async def _follow(client: httpx2.AsyncClient, url: str, body: Mapping[str, Any], reply: Reply) -> None:
+    begin = time.perf_counter()
+    async with client.stream("POST", url, json=body) as answer:
+        if answer.status_code != 200:
+            text = (await answer.aread()).decode("utf-8", "replace")
+            reply.outcome, reply.detail = f"HTTP {answer.status_code}", text[:SAID]
+            return
+        async for event in _events(answer):
+            if event == b"[DONE]":
+                reply.outcome = OK if reply.output_tokens else CUT
+                reply.detail = "" if reply.output_tokens else "the server sent no usage, so tokens cannot be counted"
+                return
+            try:
+                chunk = json.loads(event)
+            except ValueError:
+                reply.detail = f"not JSON: {event[:SAID]!r}"
+                return
+            if "error" in chunk:
+                reply.detail = str(chunk["error"])[:SAID]
+                return
+            _take(chunk, time.perf_counter() - begin, reply)
+    reply.detail = "the stream ended without [DONE]"
+
+
+async def _events(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """Data of server-sent events, one line each, as both engines send them."""
+    rest = b""
+    async for part in answer.aiter_raw():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+def _take(chunk: Mapping[str, Any], now: float, reply: Reply) -> None:
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        thought = next((delta[name] for name in THOUGHT if delta.get(name)), "")
+        if thought or delta.get("content") or delta.get("tool_calls"):
+            if reply.first:
+                reply.gaps.append(now - reply.last)
+            else:
+                reply.first = now
+            reply.last = now
+        reply.reasoning += thought
+        reply.content += delta.get("content") or ""
+        reply.tool_calls += delta.get("tool_calls") or ()
+        reply.finish = choice.get("finish_reason") or reply.finish
+    if usage := chunk.get("usage"):
+        reply.prompt_tokens = usage.get("prompt_tokens") or 0
+        reply.output_tokens = usage.get("completion_tokens") or 0
+        reply.reasoning_tokens = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")

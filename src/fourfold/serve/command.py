@@ -1,0 +1,317 @@
+"""From a checkpoint, a machine and what the user wants to an engine's command line, checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fourfold.datatypes import FourfoldError
+from fourfold.serve import engines
+from fourfold.serve.engines import ENGINES, KV_CACHES, SGLANG, VLLM, Engine, Profile, Version
+from fourfold.serve.forecast import Cache, Forecast, Split, forecast
+from fourfold.serve.machine import Machine
+from fourfold.serve.served import Served
+
+BUDGET_VARIABLE, PENALTY_VARIABLE = "VLLM_DEFAULT_THINKING_BUDGET", "VLLM_DEFAULT_PRESENCE_PENALTY"
+OPTIONS = {"context": "--context", "ranks": "--tp", "kv_cache": "--kv-cache", "drafts": "--mtp", "port": "--port"}
+CPU_VARIABLE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", 1  # vLLM's cache on a CPU
+PENALTY_BY_FLAG, BUDGET_UNDER_MTP = (0, 32), (0, 32)  # vLLM versions
+PLUGIN_WAY = "PYTHON -m pip install --no-deps fourfold, PYTHON being the engine's own"
+Settings = list[tuple[str, str]]  # (setting, value); "" for a flag without one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What the user wants. None: as the checkpoint and the machine have it.
+
+    drafts: tokens of the MTP head at a time; ranks: GPUs of tensor parallel; extra: words for the engine, as they are;
+    plugin: whether the engine's environment has ours, None: not looked at; inherited: environment of the engine.
+    """
+
+    engine: str
+    version: Version | None = None
+    profile: str = engines.DEFAULT
+    drafts: int | None = None
+    context: int | None = None
+    kv_cache: str | None = None
+    ranks: int | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    thinking_budget: int | None = None
+    presence_penalty: float | None = None
+    extra: tuple[str, ...] = ()
+    plugin: bool | None = None
+    inherited: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """words: the command; environment: on top of the inherited; problems: why it must not be run; notes: to know."""
+
+    engine: Engine
+    version: Version
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    forecast: Forecast
+    url: str
+    name: str
+    reasoning: str
+    thinking_budget: int | None
+
+    def text(self) -> str:
+        """For a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, *map(shlex.quote, self.words)])
+
+    def run_words(self, python: Path) -> list[str]:
+        """The same under an interpreter of the engine's environment."""
+        return [str(python), *self.engine.module, *self.words[len(self.engine.launch) :]]
+
+    def docker(self, folder: Path) -> str:
+        """The same in the engine's own container, the checkpoint mounted read-only."""
+        port = self.url.rpartition(":")[2]
+        words = ["/model" if word == str(folder) else word for word in self.words]
+        words = ["0.0.0.0" if before == "--host" else word for before, word in zip(["", *words], words, strict=False)]
+        start = words[len(self.engine.launch) :] if self.engine.name == VLLM else words  # vLLM's image begins so itself
+        variables = [f"-e {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        image = self.engine.image.format(version=engines.version_text(self.version))
+        gpus = ["--gpus all"] if self.forecast.split.gpus else []
+        volume = f"-v {shlex.quote(str(folder.resolve()))}:/model:ro"
+        parts = ["docker run --rm --init", *gpus, f"--ipc=host -p {port}:{port}", volume, *variables, image]
+        return " ".join([*parts, *map(shlex.quote, start)])
+
+
+def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
+    """The command, with every check that needs no start. Raises FourfoldError for what no command can be made of."""
+    engine = ENGINES[wanted.engine]
+    drafting = bool(wanted.drafts) if wanted.drafts is not None else _drafts_by_itself(served, wanted.engine)
+    profile = engines.profile(wanted.profile, engine.name, drafting)
+    at = wanted.version or profile.version or engine.known[-1]
+    drafts = wanted.drafts if wanted.drafts is not None else engines.DRAFTS[engine.name] if drafting else 0
+    if drafts and not served.has_draft:
+        raise FourfoldError(f"{served.folder}: has no MTP head, so --mtp {drafts} has nothing to draft with; --mtp 0")
+    problems = list(_problems(served, engine, at, drafts, wanted))
+    split = Split.choose(served, machine, wanted.ranks or profile.ranks, _experts_apart(engine, at, wanted.extra))
+    problems += split.problems
+    predicted = forecast(served, split, _cache(served, machine, engine, at, profile, wanted, drafts))
+    problems += predicted.problems
+    settings = _common(served, engine, wanted, profile, predicted)
+    more, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
+    settings += [*more, *(pair for pair in profile.settings if pair[0] not in dict(more))]
+    port = wanted.port or engine.port
+    command = Command(
+        engine=engine,
+        version=at,
+        words=(*engine.launch, str(served.folder), *_spell(engine, at, settings, wanted.extra), *wanted.extra),
+        environment={**profile.environment, **environment},
+        problems=tuple(problems),
+        notes=(),
+        forecast=predicted,
+        url=f"http://{wanted.host}:{port}",
+        name=served.name,
+        reasoning=_parsers(served, engine.name)[0],
+        thinking_budget=wanted.thinking_budget,
+    )
+    return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
+
+
+def _drafts_by_itself(served: Served, engine: str) -> bool:
+    return served.has_draft and not (engine == SGLANG and _is_gptq(served))
+
+
+def _is_gptq(served: Served) -> bool:
+    return served.format in ("gptq", "gptq_v2")
+
+
+def _experts_apart(engine: Engine, at: Version, extra: tuple[str, ...]) -> bool:
+    return engine.flag("experts", at) in extra
+
+
+def _cache(
+    served: Served, machine: Machine, engine: Engine, at: Version, profile: Profile, wanted: Deployment, drafts: int
+) -> Cache:
+    """How the cache is set: the user's own words for the engine count, and an option before the profile."""
+    context = wanted.context or profile.context
+    if context and context > served.context:
+        raise FourfoldError(f"--context {context:,}: {served.name} was made for at most {served.context:,} tokens")
+    share = _value(wanted.extra, engine.flag("share", at)) or str(profile.share)
+    requests = _value(wanted.extra, "--max-running-requests") or "0"
+    space = wanted.inherited.get(CPU_VARIABLE, str(CPU_CACHE_GIB))
+    try:
+        numbers = float(share), int(requests), int(space)
+    except ValueError as error:
+        raise FourfoldError(
+            f"memory share {share!r}, --max-running-requests {requests!r}, {CPU_VARIABLE} {space!r}: {error}; wanted "
+            "numbers, the last two whole"
+        ) from None
+    return Cache(
+        engine=engine.name,
+        version=at,
+        share=numbers[0],
+        elements=wanted.kv_cache or profile.kv_cache,
+        drafts=drafts,
+        context=context,
+        prefix_caching=(
+            "--no-enable-prefix-caching" not in wanted.extra
+            if machine.gpus
+            else "--enable-prefix-caching" in wanted.extra
+        ),
+        requests=numbers[1],
+        cpu_gib=numbers[2],
+    )
+
+
+def _value(extra: tuple[str, ...], flag: str) -> str:
+    """Of `--flag value` or `--flag=value` among words for the engine; "" if it is not there."""
+    for word, after in zip(extra, (*extra[1:], ""), strict=False):
+        if word == flag:
+            return after
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _parsers(served: Served, engine: str) -> tuple[str, str]:
+    """Names of the parsers of thinking and of tool calls; "" where the template shows that there is none."""
+    reasoning, tools = engines.PARSERS[served.model_type, engine]
+    if engines.XML_CALL in served.template:
+        tools = engines.XML_PARSER
+    thinks = engines.THINKING in served.template or not served.template
+    return (reasoning if thinks else ""), tools
+
+
+def _common(served: Served, engine: Engine, wanted: Deployment, profile: Profile, found: Forecast) -> Settings:
+    reasoning, tools = _parsers(served, engine.name)
+    ranks, elements = found.split.ranks, found.cache.elements
+    settings = [("name", served.name), ("host", wanted.host), ("port", str(wanted.port or engine.port))]
+    settings += [("ranks", str(ranks))] if ranks > 1 else []
+    settings.append(("context", str(found.context)))
+    settings += [("share", f"{profile.share:.2f}")] if found.split.gpus else []
+    settings += [("kv_cache", KV_CACHES[engine.name][elements])] if elements != "auto" else []
+    settings += [("reasoning", reasoning)] if reasoning else []
+    settings += [("tools_on", "")] if engine.name == VLLM else []
+    return [*settings, ("tools", tools)]
+
+
+def _vllm(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
+    settings: Settings = []
+    environment: dict[str, str] = {}
+    if found.cache.drafts:
+        settings.append(("drafts", _compact({"method": "mtp", "num_speculative_tokens": found.cache.drafts})))
+    if not found.split.gpus:  # no Triton there: graphs and the prefix caching of hybrid models need it
+        settings += [("dtype", "bfloat16"), ("eager", "")]
+        settings += [] if found.cache.prefix_caching else [("no_prefix_caching", "")]
+        settings += [("images", _compact({"image": 0, "video": 0}))] if served.vision else []
+        environment[CPU_VARIABLE] = str(found.cache.cpu_gib)
+    if wanted.thinking_budget is not None:
+        environment[BUDGET_VARIABLE] = str(wanted.thinking_budget)
+        settings.append(("reasoning_config", "{}"))
+    if wanted.presence_penalty is not None:
+        if found.cache.version >= PENALTY_BY_FLAG:
+            settings.append(("sampling", _compact({"presence_penalty": wanted.presence_penalty})))
+        else:
+            environment[PENALTY_VARIABLE] = str(wanted.presence_penalty)
+    return settings, environment
+
+
+def _sglang(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
+    settings: Settings = [("metrics", "")]
+    environment: dict[str, str] = {}
+    if _is_gptq(served):  # its own choice, gptq_marlin, asserts FP16 and is right on one GPU only
+        settings.append(("quantization", "moe_wna16"))
+    if drafts := found.cache.drafts:
+        settings += [("drafts", "EAGLE"), ("draft_steps", str(drafts)), ("draft_topk", "1")]
+        settings.append(("draft_tokens", str(drafts + 1)))
+        if found.cache.old:  # later versions choose both by themselves
+            settings.append(("strategy", "extra_buffer"))
+            environment["SGLANG_ENABLE_SPEC_V2"] = "1"
+    return settings, environment
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ...]) -> Iterator[str]:
+    """Words for settings; what the user gives the engine directly is left out here."""
+    given = {word.partition("=")[0] for word in extra}
+    for setting, value in settings:
+        flag = engine.flag(setting, at)
+        if flag and flag not in given:
+            yield flag
+            if value:
+                yield value
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: Deployment) -> Iterator[str]:
+    given = {word.partition("=")[0] for word in wanted.extra}
+    for setting, option in OPTIONS.items():
+        flag = engine.flag(setting, at)
+        if flag in given:
+            yield f"{flag} after `--`: take {option}, on which other values depend"
+    if engine.name == VLLM and given & {"--quantization", "-q"}:
+        yield (
+            "--quantization must not be passed to vLLM: it reads the method from config.json, and moe_wna16 stops at "
+            "KeyError experts.w2_weight in the MTP loader"
+        )
+    if engine.name == SGLANG and drafts and _is_gptq(served):
+        yield (
+            f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without "
+            "an error and every draft is wrong. Way out: a release in format compressed-tensors, --mtp 0, or vLLM"
+        )
+    yield from _default_problems(engine, at, drafts, wanted)
+
+
+def _default_problems(engine: Engine, at: Version, drafts: int, wanted: Deployment) -> Iterator[str]:
+    """Of server-wide defaults."""
+    defaults = (wanted.thinking_budget, wanted.presence_penalty) != (None, None)
+    if engine.name == SGLANG and defaults:
+        yield (
+            "SGLang has no server-wide defaults for a thinking budget and a presence penalty; send the penalty with "
+            "each request, or serve with vLLM"
+        )
+        return
+    by_plugin = wanted.thinking_budget is not None or (wanted.presence_penalty is not None and at < PENALTY_BY_FLAG)
+    if by_plugin and wanted.plugin is False:
+        yield f"this default needs fourfold's plugin in the engine's environment: {PLUGIN_WAY}"
+    if wanted.thinking_budget is not None and drafts and at < BUDGET_UNDER_MTP:
+        yield (
+            f"vLLM {engines.version_text(at)} drops a thinking budget under MTP without a word (0.32 keeps it): "
+            "--mtp 0, or a newer vLLM"
+        )
+
+
+def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment, profile: Profile) -> Iterator[str]:
+    """What a user should know; `found` has no notes yet."""
+    engine, at, cache = found.engine, found.version, found.forecast.cache
+    if at not in engine.known:
+        known = " and ".join(map(engines.version_text, engine.known))
+        yield f"{engine.title} {engines.version_text(at)} was not looked at; flags are those known of {known}"
+    if not machine.gpus:
+        yield f"{machine.describe()}: a trial on the CPU, eager, without images and prefix caching"
+        if engine.name == SGLANG:
+            yield "SGLang is not known to run this model on a CPU"
+    if cache.elements == "fp8" and machine.gpus and min(gpu.capability for gpu in machine.gpus) < (8, 9):
+        yield "below compute capability 8.9 an fp8 cache is stored only: half the bytes, computed in BF16"
+        if engine.name == VLLM and not cache.old:
+            yield f"if vLLM says `{engines.TRAPS[0].said}`: {engines.TRAPS[0].why}"
+    if wanted.drafts is None and served.has_draft and not cache.drafts:
+        yield f"no drafts: SGLang does not load a {served.format} release's draft experts; compressed-tensors has them"
+    if engine.name == VLLM and served.format == "gptq_v2" and not machine.gpus:
+        yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers there; gptq is right"
+    if wanted.thinking_budget is not None and wanted.plugin is None:
+        yield f"the thinking budget needs fourfold's plugin in the engine's environment: {PLUGIN_WAY}"
+    if profile.measured and served.is_reference:
+        yield f"the reference measured with this, on 4 x RTX 3060: {profile.measured}"
+    yield from found.forecast.doubts
+    if served.sampling:
+        values = ", ".join(f"{name} {value}" for name, value in served.sampling.items())
+        yield f"sampling where a request says nothing, from generation_config.json: {values}"

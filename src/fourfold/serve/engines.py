@@ -1,0 +1,275 @@
+"""Facts of the engines, as data: what settings are called by version, what must not be passed, traps and their reasons.
+
+Known: vLLM 0.19.1 and 0.32.0, SGLang 0.5.10 and 0.5.23. A fact that holds "from" a version was seen at that version and
+not at the one known before; where between the two it changed was not looked at. Adding a version is done here alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fourfold.serve.machine import Gpu, Machine
+
+Version = tuple[int, ...]
+Spellings = tuple[tuple[Version, str], ...]  # from which version on; "" where it is gone
+
+VLLM, SGLANG = "vllm", "sglang"
+EVER: Version = (0,)
+
+
+def version(text: str) -> Version:
+    """ "0.32.0+cpu" is (0, 32, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", text)[0])) or EVER
+
+
+def version_text(found: Version) -> str:
+    return ".".join(map(str, found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """launch: words before the folder, the first of which is replaced by the interpreter when run; flags: setting ->
+    spellings; known: versions that these facts were looked at in, oldest first; image: of its containers.
+    """
+
+    name: str
+    title: str
+    launch: tuple[str, ...]
+    module: tuple[str, ...]
+    known: tuple[Version, ...]
+    image: str
+    port: int
+    flags: Mapping[str, Spellings]
+
+    def flag(self, setting: str, at: Version) -> str:
+        """What a setting is called in a version; "" if it has none there."""
+        found = ""
+        for since, spelling in self.flags[setting]:
+            if at >= since:
+                found = spelling
+        return found
+
+
+def _always(**flags: str) -> dict[str, Spellings]:
+    return {setting: ((EVER, flag),) for setting, flag in flags.items()}
+
+
+ENGINES = {
+    VLLM: Engine(
+        name=VLLM,
+        title="vLLM",
+        launch=("vllm", "serve"),
+        module=("-m", "vllm.entrypoints.cli.main", "serve"),
+        known=((0, 19, 1), (0, 32, 0)),
+        image="vllm/vllm-openai:v{version}",
+        port=8000,
+        flags=_always(
+            name="--served-model-name",
+            host="--host",
+            port="--port",
+            ranks="--tensor-parallel-size",
+            context="--max-model-len",
+            share="--gpu-memory-utilization",
+            kv_cache="--kv-cache-dtype",
+            drafts="--speculative-config",
+            reasoning="--reasoning-parser",
+            tools_on="--enable-auto-tool-choice",
+            tools="--tool-call-parser",
+            quantization="--quantization",
+            dtype="--dtype",
+            trust="--trust-remote-code",
+            eager="--enforce-eager",
+            no_prefix_caching="--no-enable-prefix-caching",
+            images="--limit-mm-per-prompt",
+            experts="--enable-expert-parallel",
+            sampling="--override-generation-config",
+        )
+        # 0.32 makes a reasoning config of the parser; 0.19 wants to be told, or it answers 400 to each budget.
+        | {"reasoning_config": ((EVER, "--reasoning-config"), ((0, 32), ""))},
+    ),
+    SGLANG: Engine(
+        name=SGLANG,
+        title="SGLang",
+        launch=("python", "-m", "sglang.launch_server", "--model-path"),
+        module=("-m", "sglang.launch_server", "--model-path"),
+        known=((0, 5, 10), (0, 5, 23)),
+        image="lmsysorg/sglang:v{version}",
+        port=30000,
+        flags=_always(
+            name="--served-model-name",
+            host="--host",
+            port="--port",
+            ranks="--tp-size",
+            context="--context-length",
+            share="--mem-fraction-static",
+            kv_cache="--kv-cache-dtype",
+            drafts="--speculative-algorithm",
+            draft_steps="--speculative-num-steps",
+            draft_topk="--speculative-eagle-topk",
+            draft_tokens="--speculative-num-draft-tokens",
+            reasoning="--reasoning-parser",
+            tools="--tool-call-parser",
+            quantization="--quantization",
+            dtype="--dtype",
+            metrics="--enable-metrics",
+            experts="--ep-size",
+        )
+        | {"strategy": ((EVER, "--mamba-scheduler-strategy"), ((0, 5, 23), "--mamba-radix-cache-strategy"))},
+    ),
+}
+
+KV_CACHES = {VLLM: {"fp8": "fp8", "auto": "auto"}, SGLANG: {"fp8": "fp8_e4m3", "auto": "auto"}}
+
+# Names of the parsers, by model_type: (thinking, tool calls). Where a template writes tool calls as <function=...>, it
+# is qwen3_coder's form whatever the family.
+PARSERS = {
+    ("qwen3_5_moe", VLLM): ("qwen3", "qwen3_coder"),
+    ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
+    ("qwen3_moe", VLLM): ("qwen3", "hermes"),
+    ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
+}
+XML_CALL, XML_PARSER, THINKING = "<function=", "qwen3_coder", "<think>"
+
+DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as the reference found best
+
+# Bytes of each GPU that are neither weights nor cache: activations, context, NCCL. Derived from the reference's own
+# figures, 4 x 12 GiB: 0.85 * 12 GiB - 24.4 GB / 4 - 3.62 GB (vLLM), 0.89 * 12 GiB - 22.7 GB / 4 - 4.03 GB (SGLang).
+OVERHEAD_BYTES = {VLLM: 1_230_000_000, SGLANG: 1_760_000_000}
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Values where the user names none. settings: more of them, by name and value; measured: what its maker saw."""
+
+    share: float
+    ranks: int | None = None
+    context: int | None = None
+    kv_cache: str = "auto"
+    settings: tuple[tuple[str, str], ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    version: Version | None = None
+    measured: str = ""
+
+
+DEFAULT, REFERENCE = "default", "reference"
+PROFILES = (DEFAULT, REFERENCE)
+# Shares of memory: below vLLM's own default (0.92), and where SGLang leaves room for graphs on cards of 12 to 141 GB.
+SHARES = {VLLM: 0.90, SGLANG: 0.85}
+
+RTX_3060 = Gpu(name="NVIDIA GeForce RTX 3060", total_bytes=12 * 2**30, free_bytes=12 * 2**30, capability=(8, 6))
+REFERENCE_MACHINE = Machine(gpus=(RTX_3060,) * 4, host_bytes=32 * 2**30)
+
+
+def profile(name: str, engine: str, drafting: bool) -> Profile:
+    """REFERENCE: the four commands on the card of the reference release, measured on 4 x RTX 3060."""
+    if name == DEFAULT:
+        return Profile(share=SHARES[engine])
+    if engine == VLLM:
+        return Profile(
+            share=0.85,
+            ranks=4,
+            context=200_000,
+            kv_cache="fp8",
+            settings=(("dtype", "bfloat16"), ("trust", "")),
+            version=(0, 19, 1),
+            measured="pool 160,800 tokens; 56-82 tokens/s, 70-89 % of drafts accepted" if drafting else "",
+        )
+    if drafting:
+        return Profile(
+            share=0.80,
+            ranks=4,
+            context=262_144,
+            kv_cache="fp8",
+            settings=(("dtype", "float16"), ("strategy", "extra_buffer")),
+            environment={"SGLANG_MAMBA_CONV_DTYPE": "float16"},
+            version=(0, 5, 10),
+            measured="52-141 tokens/s, 34-70 % of drafts accepted: the draft's experts were not loaded",
+        )
+    return Profile(
+        share=0.89,
+        ranks=4,
+        context=262_144,
+        kv_cache="fp8",
+        version=(0, 5, 10),
+        measured="415,184 tokens, 39 running requests",
+    )
+
+
+# --- traps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trap:
+    """Something an engine says when it fails, why it does, and the way out. said: a regular expression."""
+
+    engine: str
+    said: str
+    why: str
+
+
+TRAPS = (
+    Trap(
+        engine=VLLM,
+        said=r"FP8 KV cache is not supported by the Triton attention backend",
+        why="below compute capability 8.9 vLLM stores an fp8 cache only with FlashInfer. Install flashinfer-python "
+        "into its environment and add `-- --attention-backend FLASHINFER`, or take --kv-cache auto",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"KeyError: '?[\w.]*experts\.w2_weight",
+        why="--quantization moe_wna16 breaks the MTP loader: leave it out, vLLM reads the method from config.json",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"has no parameter 'w2_weight' for checkpoint weight 'mtp\.",
+        why='config.json\'s quantization_config.dynamic has no "-:" rule for mtp: `fourfold verify OUT` says which',
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"To serve at least one request with the model's max seq len",
+        why="the KV cache left after weights is smaller than one request of this length: a smaller --context, "
+        "--kv-cache fp8, more GPUs (--tp), or --mtp 0",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
+        why="groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"No WNA16 MoE backend supports the deployment configuration",
+        why="no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"TypeError: 'function' object is not subscriptable",
+        why="prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out",
+    ),
+    Trap(engine=VLLM, said=r"invalid tool call parser:", why="this version lacks the parser: another after `--`"),
+    Trap(engine=VLLM, said=r"Reasoning parser '.*' not found", why="this version lacks the parser: another after `--`"),
+    Trap(
+        engine=VLLM,
+        said=r"ipc path .* is longer than 107 characters",
+        why="the folder for temporary files has too long a name: set TMPDIR to a short one",
+    ),
+    Trap(
+        engine=SGLANG,
+        said=r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
+        why="SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0",
+    ),
+    Trap(
+        engine=SGLANG,
+        said=r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
+        why="gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors",
+    ),
+)
+
+
+def explain(engine: str, log: str) -> list[str]:
+    """What is known of the failures that a log shows."""
+    return [trap.why for trap in TRAPS if trap.engine == engine and re.search(trap.said, log)]

@@ -1,0 +1,184 @@
+"""What will fit: how a checkpoint is split over GPUs, and the KV cache left after its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fourfold.serve.engines import OVERHEAD_BYTES, SGLANG, VLLM, Version
+from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Budget, SglangPool, VllmPool, sglang_pool, vllm_pool
+from fourfold.serve.machine import Machine
+from fourfold.serve.served import Served
+
+ELEMENT_BYTES = {"auto": 2, "fp8": 1}
+CONTEXT_STEP = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """ranks: of tensor parallel; gpus: whether they are GPUs; smallest_bytes: memory of the smallest of them."""
+
+    ranks: int
+    gpus: bool
+    smallest_bytes: int
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def choose(cls, served: Served, machine: Machine, ranks: int | None, experts_apart: bool) -> Split:
+        """ranks: None for as many GPUs as divide the model. experts_apart: expert parallel, which splits no group."""
+        count = len(machine.gpus)
+        if ranks is None:
+            fitting = [n for n in (1, 2, 4, 8, 16) if n <= count and not _undivided(served, n, experts_apart)]
+            ranks = max(fitting, default=1)
+        problems = list(_undivided(served, ranks, experts_apart))
+        if machine.gpus and ranks > count:
+            problems.append(f"--tp {ranks}: this machine has {count} GPU{'s' if count > 1 else ''}")
+        smallest = min((gpu.total_bytes for gpu in machine.gpus), default=machine.host_bytes)
+        return cls(ranks=ranks, gpus=bool(machine.gpus), smallest_bytes=smallest, problems=tuple(problems))
+
+
+
+def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
+    """Why a model does not split over so many ranks."""
+    found = [f"{count} {what}" for what, count in served.splits.items() if count % ranks]
+    heads = served.geometry.kv_heads
+    if heads % ranks and ranks % heads:
+        found.append(f"{heads} KV heads")
+    problems = [f"--tp {ranks} does not divide {', '.join(found)}"] if found else []
+    width, group = served.expert_width, served.group_size
+    if group and not experts_apart and width % (ranks * group):
+        part = f"{width} / {ranks} features of an expert on each are no whole groups of {group}"
+        largest = max((n for n in (1, 2, 4, 8, 16) if n < ranks and not width % (n * group)), default=1)
+        problems.append(
+            f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Ways out: "
+            f"--tp {largest}, expert parallel (`-- --enable-expert-parallel` in vLLM, `-- --ep-size N` in SGLang), or "
+            "a release quantized with smaller groups (scheme.group_size)"
+        )
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """How an engine is told to keep its cache.
+
+    share: of a GPU's memory that it may take; elements: auto or fp8; context: None for as much as fits; requests:
+    SGLang's --max-running-requests, 0 where it is not said; cpu_gib: vLLM's cache on a CPU.
+    """
+
+    engine: str
+    version: Version
+    share: float
+    elements: str
+    drafts: int
+    context: int | None
+    prefix_caching: bool
+    requests: int
+    cpu_gib: int
+
+    @property
+    def old(self) -> bool:
+        """Whether tokens are counted as in vLLM 0.19 and SGLang 0.5.10."""
+        return self.version < ((0, 32) if self.engine == VLLM else (0, 5, 23))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """pool: of the cache; None where weights leave no room. memory_bytes: for it on each rank; context: that the server
+    is given; exact: memory_bytes is known, else it is an estimate. problems, doubts: what will, and what may not fit.
+    """
+
+    split: Split
+    cache: Cache
+    pool: VllmPool | SglangPool | None
+    memory_bytes: int
+    context: int
+    exact: bool
+    problems: tuple[str, ...]
+    doubts: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        what = "set" if self.exact else "estimated: activations and graphs are known only once it runs"
+        said = [f"KV cache: {self.memory_bytes / 1e9:.2f} GB on each of {self.split.ranks} ({what})"]
+        if isinstance(self.pool, VllmPool):
+            pool = self.pool
+            said.append(
+                f"{pool.blocks:,} blocks x {pool.block_tokens:,} tokens = {pool.blocks * pool.block_tokens:,}; vLLM "
+                f"calls it {self.logged_tokens:,} tokens"
+            )
+            said.append(
+                f"room for {pool.concurrency:,.1f} requests of the whole context of {self.context:,}; the longest that "
+                f"would fit is {pool.longest:,}"
+            )
+        elif self.pool is not None:
+            running = "" if self.pool.running is None else f", {self.pool.running:,} running requests"
+            said.append(f"max_total_num_tokens {self.pool.tokens:,}{running}")
+        return said
+
+    @property
+    def logged_tokens(self) -> int:
+        """The engine's own figure of its pool, 0 without one."""
+        if isinstance(self.pool, VllmPool):
+            return self.pool.tokens_by_groups if self.cache.old else self.pool.tokens
+        return self.pool.tokens if self.pool else 0
+
+
+def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
+    """What the cache will hold. On a CPU its memory is set; on GPUs it is what weights and OVERHEAD_BYTES leave."""
+    weights = (served.weight_bytes + (served.draft_bytes if cache.drafts else 0)) // split.ranks
+    exact = not split.gpus
+    room = int(cache.share * split.smallest_bytes) - weights if split.gpus else cache.cpu_gib * 2**30
+    memory = room if exact else room - OVERHEAD_BYTES[cache.engine]
+    problems, doubts = list[str](), list[str]()
+    if room <= 0:
+        problems.append(
+            f"weights take {weights / 1e9:.1f} GB on each GPU, {cache.share:.2f} of the smallest is "
+            f"{cache.share * split.smallest_bytes / 1e9:.1f} GB: more GPUs (--tp), or larger ones"
+        )
+    context = cache.context or served.context
+    pool = _pool(served, split, cache, memory, context)
+    if cache.context is None and pool is not None and _longest(pool) < context:
+        context = max(CONTEXT_STEP, _longest(pool) // CONTEXT_STEP * CONTEXT_STEP)
+        pool = _pool(served, split, cache, memory, context)
+    if room > 0 and (pool is None or _longest(pool) < context):
+        best = _pool(served, split, cache, room, context)
+        most = 0 if best is None else _longest(best)
+        said = (
+            f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB are left for the cache on "
+            f"each, enough for {_longest(pool) if pool else 0:,} tokens. Ways out: a smaller --context, "
+            "--kv-cache fp8, --mtp 0, more GPUs"
+        )
+        (problems if exact or most < context else doubts).append(said)
+    if cache.engine == SGLANG and cache.old and cache.drafts and not cache.requests:
+        doubts.append("SGLang 0.5.10 sets states aside for --max-running-requests when drafting: not subtracted here")
+    return Forecast(
+        split=split,
+        cache=cache,
+        pool=pool,
+        memory_bytes=max(memory, 0),
+        context=context,
+        exact=exact,
+        problems=tuple(problems),
+        doubts=tuple(doubts),
+    )
+
+
+def _longest(pool: VllmPool | SglangPool) -> int:
+    return pool.longest if isinstance(pool, VllmPool) else pool.tokens
+
+
+def _pool(served: Served, split: Split, cache: Cache, memory: int, context: int) -> VllmPool | SglangPool | None:
+    if memory <= 0:
+        return None
+    sglang = cache.engine == SGLANG
+    budget = Budget(
+        memory_bytes=memory,
+        ranks=split.ranks,
+        element_bytes=ELEMENT_BYTES[cache.elements],
+        drafts=cache.drafts + 1 if sglang and cache.drafts else cache.drafts,
+        context=context,
+    )
+    if sglang:
+        strategy = "extra_buffer" if cache.drafts else "no_buffer"
+        return sglang_pool(served.geometry, budget, strategy=strategy, old=cache.old, requests=cache.requests)
+    align = GPU_ALIGN if split.gpus else CPU_ALIGN
+    return vllm_pool(served.geometry, budget, align=align, prefix_caching=cache.prefix_caching)

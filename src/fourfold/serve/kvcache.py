@@ -1,0 +1,155 @@
+"""How many tokens an engine's KV cache holds, from config.json alone. Pure functions of numbers.
+
+In a hybrid model the full-attention layers keep keys and values of every token, the linear-attention layers one state
+of fixed size per request. Both engines put the two kinds into one budget, each by rules of its own, given below with
+their places in the sources; docs/serving.md derives the figures of the reference machine. All bytes are per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GPU_ALIGN, CPU_ALIGN = 16, 128  # tokens; vLLM's smallest kernel blocks
+EVEN = 1.5  # vLLM pads the rarer kind of layers where the other one has fewer than this many times as many
+RATIO = 0.9  # SGLang's --mamba-full-memory-ratio by default
+PER_REQUEST = {"no_buffer": 3, "extra_buffer": 5}  # slots of states that SGLang counts for a running request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What of a model decides its cache. attention, linear: layers of each kind, the draft head not counted.
+
+    conv: width of the convolution before linear attention; key_heads ... value_dim: of linear attention.
+    """
+
+    attention: int
+    linear: int
+    kv_heads: int
+    head_dim: int
+    conv: int = 0
+    key_heads: int = 0
+    key_dim: int = 0
+    value_heads: int = 0
+    value_dim: int = 0
+
+    def token_bytes(self, ranks: int, element_bytes: int) -> int:
+        """Of a token in one attention layer: keys and values. A KV head is copied where there are more ranks."""
+        return 2 * max(1, self.kv_heads // ranks) * self.head_dim * element_bytes
+
+    def state_bytes(self, ranks: int, drafts: int) -> int:
+        """Of one linear layer's state: the convolution's inputs in two bytes, the recurrent matrix in fp32."""
+        if not self.linear:
+            return 0
+        width = (2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim) // ranks
+        return (self.conv - 1 + drafts) * width * 2 + self.value_heads // ranks * self.value_dim * self.key_dim * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """memory_bytes: for the cache, on each rank; element_bytes: 2 (BF16), 1 (fp8); drafts: tokens of one, 0: none."""
+
+    memory_bytes: int
+    ranks: int
+    element_bytes: int
+    drafts: int
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmPool:
+    """blocks of block_tokens tokens; request_blocks: what one request of the whole context takes; groups: of layers
+    that share a table of blocks; attention_groups: of those, the ones whose blocks grow with the tokens.
+    """
+
+    blocks: int
+    block_tokens: int
+    block_bytes: int
+    groups: int
+    attention_groups: int
+    state_blocks: int
+    context: int
+
+    @property
+    def request_blocks(self) -> int:
+        return self.attention_groups * -(-self.context // self.block_tokens) + self.state_blocks
+
+    @property
+    def concurrency(self) -> float:
+        """Requests of the whole context that fit."""
+        return self.blocks / self.request_blocks
+
+    @property
+    def tokens(self) -> int:
+        """`GPU KV cache size` in vLLM's log: it depends on the context. Compare blocks * block_tokens instead."""
+        return int(self.blocks / self.request_blocks * self.context)
+
+    @property
+    def tokens_by_groups(self) -> int:
+        """The same line in vLLM 0.19: the blocks dealt out evenly to all groups of layers."""
+        return self.blocks // self.groups * self.block_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that fits alone."""
+        return max(0, (self.blocks - self.state_blocks) // self.attention_groups * self.block_tokens)
+
+
+def vllm_pool(geometry: Geometry, budget: Budget, *, align: int, prefix_caching: bool) -> VllmPool:
+    """vLLM 0.32: block size, platforms/interface.py:1060; groups, v1/core/kv_cache_utils.py:1437.
+
+    align: GPU_ALIGN or CPU_ALIGN. A draft head is one attention layer more.
+    """
+    attention, linear = geometry.attention + bool(budget.drafts), geometry.linear
+    token = geometry.token_bytes(budget.ranks, budget.element_bytes)
+    state = geometry.state_bytes(budget.ranks, budget.drafts)
+    block = align * max(1, -(-state // (align * token)))
+    size = _group_size(attention, linear)
+    attention_groups, linear_groups = -(-attention // size), -(-linear // size)
+    return VllmPool(
+        blocks=budget.memory_bytes // (size * block * token),
+        block_tokens=block,
+        block_bytes=size * block * token,
+        groups=attention_groups + linear_groups,
+        attention_groups=attention_groups,
+        state_blocks=linear_groups * ((2 if prefix_caching else 1) + budget.drafts),
+        context=budget.context,
+    )
+
+
+def _group_size(attention: int, linear: int) -> int:
+    if not linear:
+        return attention
+    fewer, more = sorted((attention, linear))
+    return more if more < EVEN * fewer else fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SglangPool:
+    """tokens: max_total_num_tokens; slots: of states; running: requests at one time that those allow, None: any."""
+
+    tokens: int
+    slots: int
+    running: int | None
+
+
+def sglang_pool(geometry: Geometry, budget: Budget, *, strategy: str, old: bool, requests: int = 0) -> SglangPool:
+    """SGLang, mem_cache/kv_cache_configurator.py:3062 and 3349 in 0.5.23; old: as 0.5.10 counted.
+
+    strategy: of --mamba-radix-cache-strategy; requests: --max-running-requests, which 0.5.10 sets aside states for when
+    drafting. drafts of the budget are the draft tokens of a step (steps + 1), 0 without.
+    """
+    attention = geometry.attention + (1 if budget.drafts and not old else 0)
+    token = attention * geometry.token_bytes(budget.ranks, budget.element_bytes)
+    slot = geometry.linear * geometry.state_bytes(budget.ranks, 0)
+    if not slot:
+        return SglangPool(tokens=budget.memory_bytes // token, slots=0, running=None)
+    share, each, memory = RATIO / (1 + RATIO), PER_REQUEST[strategy], budget.memory_bytes
+    if old:
+        memory -= slot * requests * budget.drafts
+        slots = int(memory * share / slot)
+    elif budget.drafts:
+        slots = int((memory * share - slot * (1 + budget.drafts)) / (slot * (1 + budget.drafts / each)))
+    else:
+        slots = int((memory * share - slot) / slot)
+    slots = max(0, slots)
+    return SglangPool(tokens=max(0, (memory - slots * slot) // token), slots=slots, running=slots // each)

@@ -1,0 +1,142 @@
+"""A checkpoint as a server sees it: what config.json, the headers, the chat template and generation_config.json say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import Weights, read_config
+from fourfold.serve.kvcache import Geometry
+
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+REFERENCE = "Qwen3.6-35B-A3B"  # of whom the reference's measured figures are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """format: of core/pack.py, None where nothing is quantized. group_size: 0 where there are no groups.
+
+    draft_bytes: of all tensors of the draft head, 0: there is none; weight_bytes: of all others. context: the longest
+    that the model was made for. splits: numbers that tensor parallel must divide, by what they count. sampling: of
+    generation_config.json.
+    """
+
+    folder: Path
+    name: str
+    model_type: str
+    format: str | None
+    group_size: int
+    expert_width: int
+    vision: bool
+    context: int
+    weight_bytes: int
+    draft_bytes: int
+    geometry: Geometry
+    splits: Mapping[str, int]
+    template: str
+    sampling: Mapping[str, Any]
+
+    @property
+    def has_draft(self) -> bool:
+        return self.draft_bytes > 0
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the card's figures are of this very model: by its sizes, whatever its name."""
+        sizes = (self.model_type, self.geometry.attention, self.geometry.linear, self.expert_width)
+        return sizes == ("qwen3_5_moe", 10, 30, 512) and self.format is not None
+
+
+def open_served(folder: Path, name: str = "") -> Served:
+    """Read a checkpoint's files but for its weights; any maker's, as model/weights.py reads them.
+
+    name: what clients call it, the folder's own name by default. Raises FourfoldError for a folder that is no such
+    checkpoint, is not whole, or is quantized in a way that fourfold does not know.
+    """
+    raw = read_config(folder)
+    skeleton = Skeleton.of({k: v for k, v in raw.items() if k != "compression_config"}, folder / "config.json")
+    weights = Weights.open(folder, skeleton)
+    prefix = skeleton.family.mtp_prefix
+    sizes = {name: header.size_bytes for name, header in weights.index.headers.items()}
+    draft_bytes = sum(size for name, size in sizes.items() if prefix and name.startswith(prefix))
+    text = skeleton.text
+    return Served(
+        folder=folder,
+        name=name or folder.resolve().name,
+        model_type=skeleton.family.model_type,
+        format=weights.format,
+        group_size=_group_size(raw),
+        expert_width=int(text.moe_intermediate_size),
+        vision="vision_config" in raw,
+        context=int(text.max_position_embeddings),
+        weight_bytes=sum(sizes.values()) - draft_bytes,
+        draft_bytes=draft_bytes if weights.has_draft else 0,
+        geometry=_geometry(skeleton),
+        splits=_splits(text),
+        template=_template(folder),
+        sampling=_sampling(folder),
+    )
+
+
+def _geometry(skeleton: Skeleton) -> Geometry:
+    text, kinds = skeleton.text, [skeleton.layer_kind(layer) for layer in range(skeleton.layers)]
+    linear = kinds.count("linear_attention")
+    states = {
+        "conv": "linear_conv_kernel_dim",
+        "key_heads": "linear_num_key_heads",
+        "key_dim": "linear_key_head_dim",
+        "value_heads": "linear_num_value_heads",
+        "value_dim": "linear_value_head_dim",
+    }
+    return Geometry(
+        attention=skeleton.layers - linear,
+        linear=linear,
+        kv_heads=int(text.num_key_value_heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        **({field: int(getattr(text, name)) for field, name in states.items()} if linear else {}),
+    )
+
+
+def _splits(text: Any) -> dict[str, int]:
+    counted = {
+        "attention heads": "num_attention_heads",
+        "key heads of linear attention": "linear_num_key_heads",
+        "value heads of linear attention": "linear_num_value_heads",
+    }
+    return {what: int(getattr(text, name)) for what, name in counted.items() if getattr(text, name, None)}
+
+
+def _group_size(raw: Mapping[str, Any]) -> int:
+    """Of the one way in which experts are quantized; model/weights.py has looked at the rest of it."""
+    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
+    groups = settings.get("config_groups") or {}
+    sizes = [group["weights"].get("group_size") for group in groups.values()] or [settings.get("group_size")]
+    return max((int(size) for size in sizes if size), default=0)
+
+
+def _template(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = _read(folder / "tokenizer_config.json").get("chat_template") or ""
+    return template if isinstance(template, str) else json.dumps(template)
+
+
+def _sampling(folder: Path) -> dict[str, Any]:
+    found = _read(folder / "generation_config.json")
+    return {name: found[name] for name in SAMPLED if name in found}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FourfoldError(f"{path}: cannot be read as JSON ({error}); bring the original back") from None
+    return content if isinstance(content, dict) else {}

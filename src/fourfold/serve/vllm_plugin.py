@@ -1,0 +1,194 @@
+"""A vLLM plugin: server-wide defaults of sampling parameters, for requests that leave them unset.
+
+    VLLM_DEFAULT_THINKING_BUDGET=8192       thinking tokens, a whole number from 0 on
+    VLLM_DEFAULT_PRESENCE_PENALTY=1.5       from -2 to 2
+    VLLM_DEFAULT_SAMPLING_PARAMS='{...}'    any other parameter, one JSON object, as {"top_k": 20}
+
+vLLM calls `register` by the entry point group vllm.general_plugins in each of its processes. For chat, completion,
+responses and messages requests, streamed or not, what a request sends wins; a null for the budget is a value too and
+means no limit. A value that cannot be used stops the server. Nothing is done where no variable is set.
+Imports nothing else of fourfold: `pip install --no-deps fourfold` into vLLM's environment is enough.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+BUDGET, PENALTY, OTHERS = (
+    "VLLM_DEFAULT_THINKING_BUDGET",
+    "VLLM_DEFAULT_PRESENCE_PENALTY",
+    "VLLM_DEFAULT_SAMPLING_PARAMS",
+)
+BUDGET_FIELD, PENALTY_FIELD = "thinking_token_budget", "presence_penalty"
+# Decided before a request's sampling parameters are made, or not a sampler's business.
+NOT_DEFAULTS = {"max_tokens", "output_kind", "skip_clone", "extra_args", "structured_outputs"}
+PROTOCOLS = {  # requests of /v1/messages become chat requests
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
+}
+MADE_BY = "to_sampling_params"
+MARK = "_fourfold_defaults"
+
+logger = logging.getLogger("vllm.fourfold")  # under vLLM's own, whose handlers show it
+
+
+def register() -> None:
+    """The entry point. Raises ValueError for a malformed value: vLLM then does not start."""
+    defaults = read_defaults(os.environ)
+    if not defaults:
+        return
+    _check(defaults)
+    hooked, gone = _hook_requests(defaults)
+    if BUDGET_FIELD in defaults:
+        gone += _require_reasoning()
+    if multiprocessing.parent_process() is not None:
+        return  # one process says it for all
+    values = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+    if hooked:
+        logger.info("fourfold: %s for requests that do not set it (%s)", values, ", ".join(hooked))
+    for what in gone:
+        logger.warning("fourfold: this vLLM has no %s: the defaults do not reach there", what)
+
+
+def read_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Defaults by the names of vLLM's SamplingParams. Raises ValueError that names the variable."""
+    defaults: dict[str, Any] = {}
+    if (text := environment.get(BUDGET, "").strip()) != "":
+        if not (text.isascii() and text.isdecimal()):
+            raise ValueError(f"{BUDGET} is {text!r}: thinking tokens are wanted, a whole number from 0 on")
+        defaults[BUDGET_FIELD] = int(text)
+    if (text := environment.get(PENALTY, "").strip()) != "":
+        defaults[PENALTY_FIELD] = _number(text)
+    if (text := environment.get(OTHERS, "").strip()) != "":
+        for name, value in _object(text).items():
+            if name in defaults or name in NOT_DEFAULTS or name.startswith("_"):
+                reason = "is set by a variable of its own too" if name in defaults else "cannot be a server's default"
+                raise ValueError(f"{OTHERS}: {name!r} {reason}; leave it out")
+            defaults[name] = value
+    return defaults
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -2 <= value <= 2:  # nan is in no range
+        raise ValueError(f"{PENALTY} is {text!r}: a number from -2 to 2 is wanted")
+    return value
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{OTHERS} is {text!r}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{OTHERS} is {text!r}: a JSON object is wanted, as in " + '{"top_k": 20}')
+    return found
+
+
+def _check(defaults: Mapping[str, Any]) -> None:
+    """vLLM itself must accept the values. Raises ValueError with what it says."""
+    parameters = importlib.import_module("vllm.sampling_params").SamplingParams
+    try:
+        parameters(**defaults)
+    except (TypeError, ValueError) as error:  # vLLM's own validation errors are ValueErrors
+        names = ", ".join(defaults)
+        raise ValueError(f"{BUDGET}, {PENALTY} or {OTHERS} ({names}): vLLM does not accept it: {error}") from None
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def _hook_requests(defaults: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Wrap what makes sampling parameters of requests. Returns the request classes wrapped, and hooks that are gone."""
+    hooked, gone = [], []
+    for module, name in PROTOCOLS.items():
+        request = getattr(_import(module), name, None)
+        make = getattr(request, MADE_BY, None)
+        if request is None or make is None:
+            gone.append(f"{module}.{name}.{MADE_BY}")
+            continue
+        if not hasattr(make, MARK):
+            setattr(request, MADE_BY, _with_defaults(make, defaults))
+        hooked.append(name)
+    return hooked, gone
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def _with_defaults(make: Callable[..., Any], defaults: Mapping[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def made(request: Any, *arguments: Any, **options: Any) -> Any:
+        fields = type(request).model_fields
+        unset = {name: value for name, value in defaults.items() if not _is_set(request, name)}
+        sent = set(request.model_fields_set)
+        before = {name: getattr(request, name) for name in unset if name in fields}
+        try:
+            # Fields of the request go the way of a value that was sent, through vLLM's own checks and conversions.
+            for name in before:
+                setattr(request, name, unset[name])
+            parameters = make(request, *arguments, **options)
+        finally:
+            for name, value in before.items():
+                setattr(request, name, value)
+            request.model_fields_set.intersection_update(sent)
+        for name in unset.keys() - before.keys():
+            setattr(parameters, name, unset[name])
+        return parameters
+
+    setattr(made, MARK, True)
+    return made
+
+
+def _is_set(request: Any, name: str) -> bool:
+    """Whether the client sent a value. Null says nothing, but for the budget, where it says: no limit."""
+    if name not in request.model_fields_set:
+        return name in (request.model_extra or {})
+    return name == BUDGET_FIELD or getattr(request, name) is not None
+
+
+# --- the budget's own condition -----------------------------------------------------------------------------------
+
+
+def _require_reasoning() -> list[str]:
+    """A budget without a reasoning config makes vLLM answer 400 to each request: rather do not start.
+
+    Returns hooks that are gone.
+    """
+    arguments = getattr(_import("vllm.engine.arg_utils"), "EngineArgs", None)
+    create = getattr(arguments, "create_engine_config", None)
+    if arguments is None or create is None:
+        return ["vllm.engine.arg_utils.EngineArgs.create_engine_config"]
+    if hasattr(create, MARK):
+        return []
+
+    @functools.wraps(create)
+    def created(*positional: Any, **options: Any) -> Any:
+        config = create(*positional, **options)
+        reasoning = getattr(config, "reasoning_config", None)
+        if not getattr(reasoning, "enabled", False):
+            raise ValueError(
+                f"{BUDGET} is set, but thinking is not told apart: start vLLM with --reasoning-parser NAME "
+                "(before 0.32 also with --reasoning-config '{}')"
+            )
+        return config
+
+    setattr(created, MARK, True)
+    arguments.create_engine_config = created
+    return []
+
