@@ -414,7 +414,7 @@ Examples:
 )
 def bench(
     url: ServerUrl,
-    concurrency: Concurrency = (1, 4, 16),
+    concurrency: Concurrency = "1,4,16",  # type: ignore[assignment]  # read as the option itself is
     prompts: Prompts = None,
     requests: Requests = None,
     out_tokens: OutTokens = 128,

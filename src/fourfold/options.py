@@ -85,11 +85,15 @@ def parse_ranks(text: str) -> int | None:
     return int(text)
 
 
-def parse_levels(text: str) -> tuple[int, ...]:
+class Levels(tuple[int, ...]):
+    """Requests at one time, one level after another. A class: Typer takes a plain tuple for as many words."""
+
+
+def parse_levels(text: str) -> Levels:
     """Requests at one time of "1,4,16". Raises typer.BadParameter."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or "0" in text.split(","):
         raise typer.BadParameter(f"{text!r} is no list of concurrencies; wanted numbers from 1 on, as in 1,4,16")
-    return tuple(dict.fromkeys(map(int, text.split(","))))
+    return Levels(dict.fromkeys(map(int, text.split(","))))
 
 
 def choose_device(devices: str) -> str:
@@ -427,9 +431,9 @@ ServerUrl = Annotated[
     str, typer.Argument(metavar="URL", show_default=False, help="A running vLLM or SGLang, as http://localhost:8000.")
 ]
 Concurrency = Annotated[
-    tuple[int, ...],
+    Levels,
     typer.Option(
-        metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another, as in 1,4,16."
+        metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another."
     ),
 ]
 Prompts = Annotated[

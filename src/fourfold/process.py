@@ -121,6 +121,7 @@ class Child:
     def signal(self, number: int) -> None:
         """Pass a signal on, to the process itself alone; it knows how to tell the others."""
         if self._process.poll() is None:
+            self._family.look()  # once it has ended, who belonged to it could not be told any more
             self._process.send_signal(number)
 
     def end(self) -> None:

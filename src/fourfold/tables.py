@@ -300,12 +300,9 @@ def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[st
     yield "tokens/s of a request, p50", [f"{one['p50']:,.1f}" if one else "" for one in decode], beside
     for key in MILLISECONDS:
         cells = [
-            f"{one[key]['p50'] * 1000:,.0f} / {one[key]['p90'] * 1000:,.0f} / {one[key]['p99'] * 1000:,.0f}"
-            if one[key]
-            else ""
-            for one in levels
+            f"{one[key]['p50'] * 1000:,.1f} / {one[key]['p99'] * 1000:,.1f}" if one[key] else "" for one in levels
         ]
-        yield f"{key.replace('_', ' ')}, ms p50/90/99", cells, ""
+        yield f"{key.replace('_', ' ')}, ms p50/p99", cells, ""
     accepted = [one["acceptance"] for one in levels]
     if any(accepted):
         rates = [f"{a['rate']:.1%}" if a else "" for a in accepted]

@@ -26,7 +26,7 @@ from fourfold.serve.served import REFERENCE
 Messages = list[dict[str, Any]]
 
 BUILT_IN = TEXT / "heldout" / "chat.jsonl"  # questions that fourfold never calibrates on
-WATCH_SECONDS = 0.5  # between looks at the gauges while a load runs
+WATCH_SECONDS = 1.0  # between looks at the gauges while a load runs
 QUANTILES = (0.5, 0.9, 0.99)
 WARMUP = 1  # requests that are not counted
 # The card of the reference release, measured by its publisher on 4 x RTX 3060, one request at a time.

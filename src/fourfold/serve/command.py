@@ -100,6 +100,8 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     problems += split.problems
     predicted = forecast(served, split, _cache(served, machine, engine, at, profile, wanted, drafts))
     problems += predicted.problems
+    if engine.name == SGLANG and not machine.gpus:
+        problems.append(f"SGLang is not known to run this on a CPU ({machine.describe()}); vLLM does, for a trial")
     settings = _common(served, engine, wanted, profile, predicted)
     more, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
     settings += [*more, *(pair for pair in profile.settings if pair[0] not in dict(more))]
@@ -297,14 +299,14 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         yield f"{engine.title} {engines.version_text(at)} was not looked at; flags are those known of {known}"
     if not machine.gpus:
         yield f"{machine.describe()}: a trial on the CPU, eager, without images and prefix caching"
-        if engine.name == SGLANG:
-            yield "SGLang is not known to run this model on a CPU"
     if cache.elements == "fp8" and machine.gpus and min(gpu.capability for gpu in machine.gpus) < (8, 9):
         yield "below compute capability 8.9 an fp8 cache is stored only: half the bytes, computed in BF16"
         if engine.name == VLLM and not cache.old:
             yield f"if vLLM says `{engines.TRAPS[0].said}`: {engines.TRAPS[0].why}"
     if wanted.drafts is None and served.has_draft and not cache.drafts:
         yield f"no drafts: SGLang does not load a {served.format} release's draft experts; compressed-tensors has them"
+    if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:
+        yield "on a CPU vLLM stops at a request that samples with top_k under MTP: --mtp 0, or temperature 0 in each"
     if engine.name == VLLM and served.format == "gptq_v2" and not machine.gpus:
         yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers there; gptq is right"
     if wanted.thinking_budget is not None and wanted.plugin is None:

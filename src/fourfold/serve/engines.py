@@ -164,6 +164,8 @@ SHARES = {VLLM: 0.90, SGLANG: 0.85}
 RTX_3060 = Gpu(name="NVIDIA GeForce RTX 3060", total_bytes=12 * 2**30, free_bytes=12 * 2**30, capability=(8, 6))
 REFERENCE_MACHINE = Machine(gpus=(RTX_3060,) * 4, host_bytes=32 * 2**30)
 
+WITH_DRAFTS = "pool 160,800 tokens (600 to 603 blocks of 1,072); 56-82 tokens/s, 70-89 % of drafts accepted"
+
 
 def profile(name: str, engine: str, drafting: bool) -> Profile:
     """REFERENCE: the four commands on the card of the reference release, measured on 4 x RTX 3060."""
@@ -177,7 +179,7 @@ def profile(name: str, engine: str, drafting: bool) -> Profile:
             kv_cache="fp8",
             settings=(("dtype", "bfloat16"), ("trust", "")),
             version=(0, 19, 1),
-            measured="pool 160,800 tokens; 56-82 tokens/s, 70-89 % of drafts accepted" if drafting else "",
+            measured=WITH_DRAFTS if drafting else "",
         )
     if drafting:
         return Profile(
@@ -249,6 +251,12 @@ TRAPS = (
         engine=VLLM,
         said=r"TypeError: 'function' object is not subscriptable",
         why="prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out",
+    ),
+    Trap(
+        engine=VLLM,
+        said=r"max\(\): Expected reduction dim to be specified for input.numel\(\) == 0",
+        why="vLLM 0.32 on a CPU stops at the first request that samples with top_k under MTP: --mtp 0, or top_k -1 in "
+        "requests and, where generation_config.json has a top_k, `-- --generation-config vllm`",
     ),
     Trap(engine=VLLM, said=r"invalid tool call parser:", why="this version lacks the parser: another after `--`"),
     Trap(engine=VLLM, said=r"Reasoning parser '.*' not found", why="this version lacks the parser: another after `--`"),

@@ -66,7 +66,8 @@ async def _probe(address: str, command: Command) -> Probed:
         reply = await client.chat(asking, address, body, LIMIT_SECONDS)
         after = await client.scrape(asking, address)
     findings = _findings(command, reply, before, after, budget)
-    return Probed(findings=tuple(findings), pool=after.pool() if after else {})
+    known = after or before  # a first request may be the end of a server
+    return Probed(findings=tuple(findings), pool=known.pool() if known else {})
 
 
 def _findings(

@@ -38,6 +38,7 @@ MADE_BY = "to_sampling_params"
 MARK = "_fourfold_defaults"
 
 logger = logging.getLogger("vllm.fourfold")  # under vLLM's own, whose handlers show it
+_said: list[int] = []  # by which process
 
 
 def register() -> None:
@@ -47,15 +48,7 @@ def register() -> None:
         return
     _check(defaults)
     hooked, gone = _hook_requests(defaults)
-    if BUDGET_FIELD in defaults:
-        gone += _require_reasoning()
-    if multiprocessing.parent_process() is not None:
-        return  # one process says it for all
-    values = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
-    if hooked:
-        logger.info("fourfold: %s for requests that do not set it (%s)", values, ", ".join(hooked))
-    for what in gone:
-        logger.warning("fourfold: this vLLM has no %s: the defaults do not reach there", what)
+    _hook_start(defaults, hooked, gone)
 
 
 def read_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -162,33 +155,46 @@ def _is_set(request: Any, name: str) -> bool:
     return name == BUDGET_FIELD or getattr(request, name) is not None
 
 
-# --- the budget's own condition -----------------------------------------------------------------------------------
+# --- the start of an engine ---------------------------------------------------------------------------------------
 
 
-def _require_reasoning() -> list[str]:
-    """A budget without a reasoning config makes vLLM answer 400 to each request: rather do not start.
+def _hook_start(defaults: Mapping[str, Any], hooked: list[str], gone: list[str]) -> None:
+    """When the engine's config is made: look whether a budget can work, and say what is done.
 
-    Returns hooks that are gone.
+    Not sooner: vLLM calls plugins before it has set up its logging. Without a reasoning config it would answer 400 to
+    each request with a budget, so rather do not start.
     """
     arguments = getattr(_import("vllm.engine.arg_utils"), "EngineArgs", None)
     create = getattr(arguments, "create_engine_config", None)
     if arguments is None or create is None:
-        return ["vllm.engine.arg_utils.EngineArgs.create_engine_config"]
+        _say(defaults, hooked, [*gone, "EngineArgs.create_engine_config"])
+        return
     if hasattr(create, MARK):
-        return []
+        return
 
     @functools.wraps(create)
     def created(*positional: Any, **options: Any) -> Any:
         config = create(*positional, **options)
         reasoning = getattr(config, "reasoning_config", None)
-        if not getattr(reasoning, "enabled", False):
+        if BUDGET_FIELD in defaults and not getattr(reasoning, "enabled", False):
             raise ValueError(
-                f"{BUDGET} is set, but thinking is not told apart: start vLLM with --reasoning-parser NAME "
-                "(before 0.32 also with --reasoning-config '{}')"
+                f"{BUDGET} is set, but thinking is not told apart: start vLLM with --reasoning-parser NAME (before "
+                "0.32 also with --reasoning-config '{}')"
             )
+        _say(defaults, hooked, gone)
         return config
 
     setattr(created, MARK, True)
     arguments.create_engine_config = created
-    return []
 
+
+def _say(defaults: Mapping[str, Any], hooked: list[str], gone: list[str]) -> None:
+    """Once, and in one process for all."""
+    if _said or multiprocessing.parent_process() is not None:
+        return
+    _said.append(os.getpid())
+    if hooked:
+        values = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+        logger.info("fourfold: %s where a request sets no such value (%s)", values, ", ".join(hooked))
+    for what in gone:
+        logger.warning("fourfold: this vLLM has no %s, so the defaults do not reach there", what)

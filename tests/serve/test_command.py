@@ -1,0 +1,284 @@
+"""Command lines: the reference release's own four, what must not be passed, what is checked before a start."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments import CPU, OURS, REFERENCE, changed, gpus
+from fourfold.datatypes import FourfoldError
+from fourfold.serve import engines
+from fourfold.serve.command import Command, Deployment, build
+from fourfold.serve.engines import REFERENCE_MACHINE, SGLANG, VLLM
+from fourfold.serve.kvcache import SglangPool, VllmPool
+from fourfold.serve.machine import Machine
+from fourfold.serve.served import Served
+
+# What the card of the reference release says of its four commands, rows C13 to C16 of its facts.
+CARD = {
+    (VLLM, 0): {
+        "--tensor-parallel-size": "4", "--max-model-len": "200000", "--gpu-memory-utilization": "0.85",
+        "--kv-cache-dtype": "fp8", "--dtype": "bfloat16", "--reasoning-parser": "qwen3",
+        "--enable-auto-tool-choice": "", "--tool-call-parser": "qwen3_coder", "--trust-remote-code": "",
+    },
+    (SGLANG, 0): {
+        "--quantization": "moe_wna16", "--tp-size": "4", "--mem-fraction-static": "0.89",
+        "--kv-cache-dtype": "fp8_e4m3", "--context-length": "262144",
+    },
+    (SGLANG, 3): {
+        "--quantization": "moe_wna16", "--tp-size": "4", "--mem-fraction-static": "0.80", "--dtype": "float16",
+        "--speculative-algorithm": "EAGLE", "--speculative-eagle-topk": "1", "--speculative-num-steps": "3",
+        "--speculative-num-draft-tokens": "4", "--mamba-scheduler-strategy": "extra_buffer",
+    },
+}  # fmt: skip
+CARD[VLLM, 2] = {**CARD[VLLM, 0], "--speculative-config": '{"method":"mtp","num_speculative_tokens":2}'}
+
+
+def make(served: Served = OURS, machine: Machine | None = None, **wanted: Any) -> Command:
+    return build(served, machine or gpus(4, 80), Deployment(**{"engine": VLLM} | wanted))
+
+
+def flags(command: Command) -> dict[str, str]:
+    """Flag -> value; "" for one without."""
+    words = command.words
+    pairs = zip(words, (*words[1:], "--"), strict=True)
+    return {word: "" if after.startswith("--") else after for word, after in pairs if word.startswith("--")}
+
+
+@pytest.mark.parametrize(("engine", "drafts"), CARD)
+def test_the_cards_commands(engine: str, drafts: int, golden: Callable[[str, str], None]) -> None:
+    command = build(REFERENCE, REFERENCE_MACHINE, Deployment(engine=engine, profile="reference", drafts=drafts))
+    assert CARD[engine, drafts].items() <= flags(command).items()
+    if engine == VLLM:
+        assert "--quantization" not in flags(command)
+    said = [command.text(), *command.forecast.lines(), *(f"problem: {p}" for p in command.problems)]
+    golden(f"serve-{engine}-{drafts}.txt", "\n".join([*said, *(f"note: {note}" for note in command.notes)]) + "\n")
+
+
+def test_the_cards_pools() -> None:
+    """From the bytes that the card's own figures leave over: each within a hundredth."""
+    wanted = Deployment(engine=VLLM, profile="reference", drafts=2)
+    pool = build(REFERENCE, REFERENCE_MACHINE, wanted).forecast.pool
+    assert isinstance(pool, VllmPool)
+    assert pool.tokens_by_groups == pytest.approx(160_800, rel=0.01)
+    wanted = Deployment(engine=SGLANG, profile="reference", drafts=0)
+    found = build(REFERENCE, REFERENCE_MACHINE, wanted).forecast.pool
+    assert isinstance(found, SglangPool)
+    assert found.tokens == pytest.approx(415_184, rel=0.01)
+    assert found.running == 39
+
+
+def test_sglang_of_the_card_in_its_environment() -> None:
+    command = build(REFERENCE, REFERENCE_MACHINE, Deployment(engine=SGLANG, profile="reference", drafts=3))
+    assert command.environment == {"SGLANG_ENABLE_SPEC_V2": "1", "SGLANG_MAMBA_CONV_DTYPE": "float16"}
+    (problem,) = command.problems
+    assert "skips their BF16 weights" in problem
+    assert "compressed-tensors" in problem
+
+
+def test_a_flag_by_version() -> None:
+    wanted = {"engine": SGLANG, "profile": "reference", "drafts": 3}
+    new = make(**wanted, version=(0, 5, 23))
+    assert flags(new)["--mamba-radix-cache-strategy"] == "extra_buffer"
+    assert "--mamba-scheduler-strategy" not in flags(new)
+    assert "SGLANG_ENABLE_SPEC_V2" not in new.environment
+    assert flags(make(thinking_budget=9, drafts=0, version=(0, 19, 1)))["--reasoning-config"] == "{}"
+    assert "--reasoning-config" not in flags(make(thinking_budget=9))
+
+
+def test_version_numbers() -> None:
+    assert engines.version("0.32.0+cpu") == (0, 32, 0)
+    assert engines.version("0.5.10.post1") == (0, 5, 10)
+    assert engines.version("0.33.0rc1") == (0, 33, 0)
+    assert any("was not looked at" in note for note in make(version=(0, 31, 0)).notes)
+    assert not any("was not looked at" in note for note in make(version=(0, 32, 0)).notes)
+
+
+def test_by_itself_it_drafts_where_that_works() -> None:
+    assert json.loads(flags(make())["--speculative-config"])["num_speculative_tokens"] == 2
+    assert flags(make(engine=SGLANG))["--speculative-num-steps"] == "3"
+    assert "--speculative-config" not in flags(make(changed(OURS, draft_bytes=0)))
+    left = make(REFERENCE, engine=SGLANG)
+    assert "--speculative-algorithm" not in flags(left)
+    assert not left.problems
+    assert any(note.startswith("no drafts") for note in left.notes)
+    with pytest.raises(FourfoldError, match="has no MTP head"):
+        make(changed(OURS, draft_bytes=0), drafts=2)
+
+
+def test_quantization_flags() -> None:
+    assert flags(make(REFERENCE, engine=SGLANG))["--quantization"] == "moe_wna16"
+    assert "--quantization" not in flags(make(OURS, engine=SGLANG))
+    (problem,) = make(extra=("--quantization", "moe_wna16")).problems
+    assert "KeyError experts.w2_weight" in problem
+
+
+def test_parsers_by_family_and_template() -> None:
+    plain = changed(OURS, model_type="qwen3_moe", template="{{ messages }}", draft_bytes=0)
+    assert "--reasoning-parser" not in flags(make(plain))
+    assert flags(make(plain))["--tool-call-parser"] == "hermes"
+    assert flags(make(plain, engine=SGLANG))["--tool-call-parser"] == "qwen25"
+    coder = changed(plain, template="<think> <function=name>")
+    assert flags(make(coder))["--tool-call-parser"] == "qwen3_coder"
+    assert flags(make(coder))["--reasoning-parser"] == "qwen3"
+
+
+# --- how it is split ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 2), (3, 2), (4, 4), (6, 4), (8, 4)])
+def test_as_many_gpus_as_divide_the_groups(count: int, ranks: int) -> None:
+    assert make(machine=gpus(count, 80)).forecast.split.ranks == ranks
+
+
+def test_groups_that_do_not_divide() -> None:
+    (problem,) = make(machine=gpus(8, 80), ranks=8).problems
+    assert "no whole groups of 128" in problem
+    assert "--tp 4" in problem
+    assert not make(machine=gpus(8, 80), ranks=8, extra=("--enable-expert-parallel",)).problems
+    assert not make(changed(OURS, group_size=64), gpus(8, 80), ranks=8).problems
+    assert not make(changed(OURS, format=None, group_size=0), gpus(8, 80), ranks=8).problems
+
+
+def test_heads_that_do_not_divide() -> None:
+    (problem,) = make(changed(OURS, group_size=0), gpus(3, 80), ranks=3).problems
+    assert "16 attention heads, 16 key heads of linear attention, 32 value heads" in problem
+    assert "2 KV heads" in problem
+
+
+def test_more_gpus_than_there_are() -> None:
+    (problem,) = make(machine=gpus(2, 80), ranks=4).problems
+    assert "this machine has 2 GPUs" in problem
+
+
+# --- what fits ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_fit() -> None:
+    (problem,) = make(machine=gpus(1, 24)).problems
+    assert "weights take 24.4 GB on each GPU, 0.90 of the smallest is 23.2 GB" in problem
+
+
+def test_a_context_that_does_not_fit() -> None:
+    machine = gpus(4, 9)  # 2.6 GB beside the weights, half of it for the cache by estimate
+    assert not make(machine=machine, context=65_536).problems
+    doubtful = make(machine=machine, context=200_000)
+    assert not doubtful.problems
+    assert any("does not fit" in note for note in doubtful.notes)
+    (problem,) = make(machine=machine, context=262_144).problems
+    assert "does not fit" in problem
+    left_out = make(machine=machine)
+    assert not left_out.problems
+    assert 65_536 < left_out.forecast.context < 200_000
+    with pytest.raises(FourfoldError, match=r"at most 262,144 tokens"):
+        make(context=300_000)
+
+
+def test_the_users_words_for_the_engine_count() -> None:
+    lower = make(extra=("--gpu-memory-utilization", "0.5"))
+    assert lower.forecast.memory_bytes < make().forecast.memory_bytes
+    assert lower.words.count("--gpu-memory-utilization") == 1
+    assert lower.words[-2:] == ("--gpu-memory-utilization", "0.5")
+    off = make(extra=("--no-enable-prefix-caching",)).forecast.pool
+    on = make().forecast.pool
+    assert isinstance(on, VllmPool) and isinstance(off, VllmPool)
+    assert on.state_blocks - off.state_blocks == 3
+    with pytest.raises(FourfoldError, match="memory share 'half'"):
+        make(extra=("--gpu-memory-utilization=half",))
+
+
+@pytest.mark.parametrize(
+    ("word", "option"), [("--max-model-len=9", "--context"), ("--tensor-parallel-size", "--tp"), ("--port", "--port")]
+)
+def test_words_that_have_an_option(word: str, option: str) -> None:
+    (problem,) = make(extra=(word, "9")).problems
+    assert f"take {option}" in problem
+
+
+def test_fp8_on_ampere_and_after() -> None:
+    machine = gpus(4, 80, (8, 6))
+    notes = make(machine=machine, kv_cache="fp8").notes
+    assert any("stored only" in note for note in notes)
+    assert any("FlashInfer" in note for note in notes)
+    assert not any("FlashInfer" in note for note in make(machine=machine, kv_cache="fp8", version=(0, 19, 1)).notes)
+    assert not any("stored only" in note for note in make(kv_cache="fp8").notes)
+    assert flags(make(kv_cache="fp8", engine=SGLANG))["--kv-cache-dtype"] == "fp8_e4m3"
+
+
+# --- on a CPU -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_on_the_cpu() -> None:
+    command = make(machine=CPU, context=4096, inherited={"VLLM_CPU_KVCACHE_SPACE": "3"})
+    given = flags(command)
+    assert {"--enforce-eager", "--no-enable-prefix-caching", "--limit-mm-per-prompt"} <= given.keys()
+    assert not {"--gpu-memory-utilization", "--tensor-parallel-size"} & given.keys()
+    assert command.environment == {"VLLM_CPU_KVCACHE_SPACE": "3"}
+    assert (command.forecast.exact, command.forecast.memory_bytes) == (True, 3 * 2**30)
+    with pytest.raises(FourfoldError, match="VLLM_CPU_KVCACHE_SPACE 'much'"):
+        make(machine=CPU, inherited={"VLLM_CPU_KVCACHE_SPACE": "much"})
+    assert any("CPU" in problem for problem in make(machine=CPU, engine=SGLANG).problems)
+
+
+# --- defaults -----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_by_flag_or_by_plugin() -> None:
+    command = make(thinking_budget=512, presence_penalty=1.5, plugin=True)
+    assert command.environment == {"VLLM_DEFAULT_THINKING_BUDGET": "512"}
+    assert flags(command)["--override-generation-config"] == '{"presence_penalty":1.5}'
+    old = make(presence_penalty=1.5, version=(0, 19, 1), plugin=True)
+    assert old.environment == {"VLLM_DEFAULT_PRESENCE_PENALTY": "1.5"}
+    assert "--override-generation-config" not in flags(old)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"thinking_budget": 9, "plugin": False}, "pip install --no-deps fourfold"),
+        ({"presence_penalty": 1.0, "plugin": False, "version": (0, 19, 1)}, "pip install --no-deps fourfold"),
+        ({"thinking_budget": 9, "version": (0, 19, 1)}, "drops a thinking budget under MTP"),
+        ({"thinking_budget": 9, "engine": SGLANG}, "SGLang has no server-wide defaults"),
+        ({"presence_penalty": 1.0, "engine": SGLANG}, "SGLang has no server-wide defaults"),
+    ],
+)
+def test_defaults_that_would_not_hold(wanted: dict[str, Any], said: str) -> None:
+    (problem,) = make(**wanted).problems
+    assert said in problem
+
+
+def test_no_plugin_is_needed_where_a_flag_does_it() -> None:
+    assert not make(presence_penalty=1.0, plugin=False).problems
+
+
+# --- as text ------------------------------------------------------------------------------------------------------
+
+
+def test_docker() -> None:
+    command = make(extra=("--max-num-seqs", "8"), machine=gpus(2, 80), thinking_budget=9)
+    words = shlex.split(command.docker(OURS.folder))
+    image = words.index("vllm/vllm-openai:v0.32.0")
+    assert words[image + 1] == "/model"  # the image begins with `vllm serve` itself
+    assert words[words.index("--host") + 1] == "0.0.0.0"
+    assert {"--gpus", f"{OURS.folder.resolve()}:/model:ro", "VLLM_DEFAULT_THINKING_BUDGET=9"} <= set(words)
+    assert words[-2:] == ["--max-num-seqs", "8"]
+    sglang = shlex.split(make(engine=SGLANG).docker(OURS.folder))
+    assert sglang[sglang.index("lmsysorg/sglang:v0.5.23") + 1 :][:3] == ["python", "-m", "sglang.launch_server"]
+    assert "--gpus" not in make(machine=CPU).docker(OURS.folder).split()
+
+
+def test_text_survives_a_shell() -> None:
+    command = make(changed(OURS, folder=OURS.folder / "it's here"))
+    assert tuple(shlex.split(command.text())) == command.words
+
+
+def test_what_is_known_of_failures() -> None:
+    log = "ValueError: FP8 KV cache is not supported by the Triton attention backend on NVIDIA GeForce RTX 3060"
+    (why,) = engines.explain(VLLM, log)
+    assert "FlashInfer" in why
+    assert engines.explain(SGLANG, log) == []
+    assert engines.explain(VLLM, "all is well") == []

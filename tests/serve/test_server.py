@@ -1,0 +1,197 @@
+"""An engine as a child: waited for, told of signals, ended; and what is said when it fails. The engine is a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deployments import CPU, OURS
+from fourfold.datatypes import FourfoldError
+from fourfold.serve import server
+from fourfold.serve.command import Command, Deployment, build
+from fourfold.serve.probe import Probed
+
+# Stands for an engine's interpreter: answers what it has installed, else serves or fails as its body says.
+HEAD = f"#!{sys.executable}\n" + """
+import http.server, json, os, signal, subprocess, sys, time
+if sys.argv[1] == "-c":
+    if "find_spec" not in sys.argv[2]:
+        print(json.dumps(["0.32.0+cpu", False]))
+    sys.exit(0)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+"""
+SERVES = """
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", os.environ["MARK"]], start_new_session=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        for delta in ({"role": "assistant"}, {"reasoning": "so"}, {"content": "hi"}):
+            self.wfile.write(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\\n\\n")
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 1}}
+        self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\\n\\ndata: [DONE]\\n\\n")
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+def stop(number, frame):
+    print("told", number, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+server.serve_forever()
+"""
+FAILS = """
+print("ValueError: FP8 KV cache is not supported by the Triton attention backend on NVIDIA GeForce RTX 3060")
+print("\\n".join(f"line {number}" for number in range(40)))
+print("RuntimeError: Engine core initialization failed.")
+sys.exit(1)
+"""
+
+
+def fake(folder: Path, body: str) -> Path:
+    python = folder / "python"
+    python.write_text(HEAD + body)
+    python.chmod(0o755)
+    return python
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(**wanted: Any) -> Command:
+    return build(OURS, CPU, Deployment(engine="vllm", port=free_port(), **wanted))
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if mark in (one.info["cmdline"] or ())]
+
+
+def test_it_is_waited_for_probed_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to us reaches it; a child in a session of its own is gone too."""
+    mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv("MARK", mark)
+    seen: list[Probed] = []
+
+    def ready(seconds: float, found: Probed) -> None:
+        seen.append(found)
+        assert len(marked(mark)) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = server.run(command(thinking_budget=50), fake(tmp_path, SERVES), tmp_path / "log", 20, ready)
+    assert (outcome.failure, outcome.signal) == ("", "SIGTERM")
+    assert "told 15" in (tmp_path / "log").read_text()
+    assert not marked(mark)
+    assert signal.getsignal(signal.SIGTERM) is before
+    findings = {finding.what: finding.alive for finding in seen[0].findings}
+    assert findings == {"chat": True, "tools": True, "thinking": True, "drafts": None, "thinking budget": True}
+
+
+def test_it_ends_before_it_is_ready(tmp_path: Path) -> None:
+    outcome = server.run(command(), fake(tmp_path, FAILS), tmp_path / "log", 20, lambda *_: pytest.fail("not ready"))
+    assert "exit code 1" in outcome.failure
+    assert "first error: ValueError: FP8 KV cache" in outcome.failure
+    assert "known: below compute capability 8.9" in outcome.failure
+
+
+def test_it_is_never_ready(tmp_path: Path) -> None:
+    python = fake(tmp_path, "time.sleep(60)")
+    outcome = server.run(command(), python, tmp_path / "log", 0.5, lambda *_: pytest.fail("not ready"))
+    assert "no answer within 0 s" in outcome.failure or "no answer within 1 s" in outcome.failure
+
+
+def test_it_ends_by_itself_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARK", "unused")
+    body = SERVES.replace("server.serve_forever()", "[server.handle_request() for _ in range(4)]; os._exit(3)")
+    outcome = server.run(command(), fake(tmp_path, body), tmp_path / "log", 20, lambda *_: None)
+    assert "exit code 3" in outcome.failure
+    assert outcome.signal == ""
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match="name another file with --log"):
+        server.run(command(), fake(tmp_path, SERVES), tmp_path / "no" / "folder" / "log", 1, lambda *_: None)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(FourfoldError, match="take another with --port"):
+            server.check_port("127.0.0.1", other.getsockname()[1])
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def fourfold(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "fourfold", "serve", *map(str, arguments)]
+    variables = {**os.environ, "COLUMNS": "200"} | environment
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def test_print_is_the_command_alone_on_stdout(tmp_path: Path, example_model: Path) -> None:
+    process = fourfold(example_model, "--engine", "vllm", "--print", "--python", fake(tmp_path, ""), "--context", "512")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "vllm serve" in out and len(out.splitlines()) == 1
+    assert "4,096 blocks x 256 tokens" in err
+
+
+def test_problems_stop_it_before_a_start(tmp_path: Path, example_model: Path) -> None:
+    arguments = (example_model, "--engine", "vllm", "--python", fake(tmp_path, FAILS))
+    asked = ("--thinking-budget", 5)  # the environment has no plugin
+    process = fourfold(*arguments, *asked, "--log", tmp_path / "log")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "pip install --no-deps fourfold" in err
+    assert not (tmp_path / "log").exists()
+    printed = fourfold(*arguments, *asked, "--print")
+    out, err = printed.communicate(timeout=120)
+    assert (printed.returncode, len(out.splitlines())) == (1, 1)
+    assert "problem: " in err
+
+
+def test_interrupted_it_leaves_nothing(tmp_path: Path, example_model: Path) -> None:
+    mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
+    process = fourfold(
+        example_model, "--engine", "vllm", "--port", free_port(), "--log", tmp_path / "log", "--mtp", 0,
+        "--python", fake(tmp_path, SERVES), MARK=mark,
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "Ctrl-C" in line:
+            break
+    assert any("ready after" in line for line in lines), lines
+    assert marked(mark)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in err
+    assert not marked(mark)
+
+
+def test_what_an_environment_has(tmp_path: Path) -> None:
+    assert server.installed(fake(tmp_path, ""), "vllm") == ((0, 32, 0), False)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'PackageNotFoundError: vllm' >&2; exit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(FourfoldError, match="PackageNotFoundError: vllm"):
+        server.installed(broken, "vllm")
