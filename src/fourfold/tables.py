@@ -261,8 +261,7 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
     console.print(table)
     if probed.pool:
         told = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
-        predicted = "" if command.forecast.pool is None else f"; predicted: {command.forecast.logged_tokens:,} tokens"
-        console.print(f"KV cache: {told}{predicted}", soft_wrap=True)
+        console.print(f"KV cache: {told}; predicted: {command.forecast.brief()}", soft_wrap=True)
     console.print("Ctrl-C stops it", style="dim")
 
 

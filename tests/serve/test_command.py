@@ -282,3 +282,28 @@ def test_what_is_known_of_failures() -> None:
     assert "FlashInfer" in why
     assert engines.explain(SGLANG, log) == []
     assert engines.explain(VLLM, "all is well") == []
+
+
+# --- what docs/serving.md says, by task ---------------------------------------------------------------------------
+
+TASKS: dict[str, tuple[Machine, dict[str, Any]]] = {
+    "24 GB card, vLLM": (
+        gpus(1, 24, (8, 9)),
+        {"drafts": 0, "kv_cache": "fp8", "extra": ("--gpu-memory-utilization", "0.95", "--max-num-seqs", "16")},
+    ),
+    "32 GB card, vLLM": (gpus(1, 32, (12, 0)), {"kv_cache": "fp8"}),
+    "4 x 12 GB, vLLM": (gpus(4, 12, (8, 6)), {}),
+    "4 x 12 GB, SGLang": (gpus(4, 12, (8, 6)), {"engine": SGLANG, "kv_cache": "fp8"}),
+    "one H200, vLLM": (gpus(1, 140.4, (9, 0)), {}),
+    "one H200, SGLang": (gpus(1, 140.4, (9, 0)), {"engine": SGLANG}),
+    "CPU trial, vLLM": (CPU, {"inherited": {"VLLM_CPU_KVCACHE_SPACE": "4"}}),
+}
+
+
+def test_tasks_of_the_docs(golden: Callable[[str, str], None]) -> None:
+    said = []
+    for task, (machine, wanted) in TASKS.items():
+        command = make(changed(OURS, sampling={}), machine, **wanted)
+        said += [f"## {task}", command.text(), *command.forecast.lines()]
+        said += [*(f"problem: {problem}" for problem in command.problems), *(f"note: {n}" for n in command.notes), ""]
+    golden("serve-tasks.txt", "\n".join(said))

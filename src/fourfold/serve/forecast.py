@@ -114,6 +114,12 @@ class Forecast:
             said.append(f"max_total_num_tokens {self.pool.tokens:,}{running}")
         return said
 
+    def brief(self) -> str:
+        """To set beside the engine's own figures."""
+        if isinstance(self.pool, VllmPool):
+            return f"{self.pool.blocks:,} blocks of {self.pool.block_tokens:,}, {self.logged_tokens:,} tokens"
+        return f"{self.logged_tokens:,} tokens"
+
     @property
     def logged_tokens(self) -> int:
         """The engine's own figure of its pool, 0 without one."""

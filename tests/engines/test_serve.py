@@ -1,0 +1,311 @@
+"""serve, its plugin and bench with real vLLM on the CPU: one flow from the model to measured drafts, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+import fourfold
+from fourfold.quantize.run import quantize
+from fourfold.recipe import load_recipe
+
+pytestmark = pytest.mark.engine
+
+Find, Made = Callable[[str], Path], Callable[[str], Path]
+READY_SECONDS = 300.0
+CONTEXT, DRAFTS, BUDGET = 512, 2, 20
+PLUGIN = f"fourfold-{fourfold.__version__}.dist-info"
+REQUESTS = Path(__file__).parent / "openai_requests.py"
+ROOT = Path(__file__).parents[2]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "The sum of two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+    },
+}
+
+
+@dataclass(kw_only=True)
+class Server:
+    """A `fourfold serve` that runs. said: what it has shown until it was ready."""
+
+    process: subprocess.Popen[str]
+    url: str
+    out: Path
+    log: Path
+    said: str
+
+    def pool(self) -> tuple[int, int, int]:
+        """Blocks, tokens of a block, tokens, as vLLM reports them."""
+        text = httpx2.get(f"{self.url}/metrics", trust_env=False).text
+        (line,) = (line for line in text.splitlines() if line.startswith("vllm:cache_config_info{"))
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+        values = [int(labels[name]) for name in ("num_gpu_blocks", "block_size", "kv_cache_size_tokens")]
+        return values[0], values[1], values[2]
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PYTHONPATH under which vLLM's environment has the package, as `pip install --no-deps fourfold` would leave it."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / PLUGIN).mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: fourfold\nVersion: {fourfold.__version__}\n"
+    (folder / PLUGIN / "METADATA").write_text(metadata)
+    entry = "[vllm.general_plugins]\nfourfold = fourfold.serve.vllm_plugin:register\n"
+    (folder / PLUGIN / "entry_points.txt").write_text(entry)
+    return os.pathsep.join([str(ROOT / "src"), str(folder)])
+
+
+def command(out: Path, python: Path, log: Path, port: int, *words: object) -> list[str]:
+    options = ["--engine", "vllm", "--python", python, "--port", port, "--log", log, "--context", CONTEXT, *words]
+    if "--" not in words:
+        options.append("--")
+    return [sys.executable, "-m", "fourfold", "serve", str(out), *map(str, options), "--max-num-seqs", "8"]
+
+
+@contextmanager
+def running(out: Path, python: Path, log: Path, *words: object, **environment: str) -> Iterator[Server]:
+    """Started, and stopped in the end whatever happens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        command(out, python, log, port, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"} | environment,
+    )
+    assert process.stderr is not None
+    said = ""
+    try:
+        for line in process.stderr:
+            said += line
+            if line.startswith("Ctrl-C"):
+                break
+        else:
+            pytest.fail(f"{said}\n{log.read_text()[-3000:] if log.exists() else ''}")
+        yield Server(process=process, url=f"http://127.0.0.1:{port}", out=out, log=log, said=said)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def left(python: Path) -> list[str]:
+    processes = psutil.process_iter(["cmdline"])
+    return [" ".join(one.info["cmdline"]) for one in processes if str(python) in (one.info["cmdline"] or ())]
+
+
+def bench(server: Server, out: Path, *words: object) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fourfold", "bench", server.url, "--out", str(out), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_one_flow(made: Made, python: Find, tmp_path: Path) -> None:
+    """Quantized -> verified -> served with drafts -> asked -> measured -> stopped."""
+    out, interpreter = made("compressed-tensors"), python("vllm")
+    verified = subprocess.run(
+        [sys.executable, "-m", "fourfold", "verify", str(out), "--engine", "vllm", "--python", str(interpreter)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    checks = json.loads((out / "verify.json").read_text())["checks"]
+    seen = next(check["data"] for check in checks if check["name"] == "drafts accepted")
+    with running(out, interpreter, tmp_path / "log", "--mtp", DRAFTS) as server:
+        check_alive(server, "chat", "tools", "thinking", "drafts")
+        assert server.pool() == (4096, 256, 262_144)
+        assert "predicted: 4,096 blocks of 256, 262,144 tokens" in server.said
+        check_stream(server)
+        check_bench(server, interpreter, tmp_path, seen)
+        process = server.process
+    assert process.returncode == 0
+    assert not left(interpreter)
+
+
+def test_defaults_of_the_plugin(made: Made, python: Find, plugin: str, tmp_path: Path) -> None:
+    words = ("--mtp", DRAFTS, "--thinking-budget", BUDGET, "--presence-penalty", 1.5)
+    environment = {"PYTHONPATH": plugin, "VLLM_DEFAULT_SAMPLING_PARAMS": '{"repetition_penalty": 1.3}'}
+    with running(made("compressed-tensors"), python("vllm"), tmp_path / "log", *words, **environment) as server:
+        check_alive(server, "chat", "tools", "thinking", "drafts", "thinking budget")
+        check_defaults(server, python("vllm"))
+    (said,) = (line for line in (tmp_path / "log").read_text().splitlines() if "fourfold: " in line)
+    assert "thinking_token_budget=20, repetition_penalty=1.3" in said
+
+
+def check_alive(server: Server, *parts: str) -> None:
+    for part in parts:
+        assert any(re.match(rf"{part} +alive ", line) for line in server.said.splitlines()), server.said
+
+
+def check_stream(server: Server) -> None:
+    """A system prompt, a tool and thinking, streamed."""
+    body = {
+        "model": server.out.name,
+        "messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2 and 3?"}],
+        "tools": [TOOL],
+        "max_tokens": 48,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    thought, usage = "", dict[str, Any]()
+    with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                usage = chunk.get("usage") or usage
+                thought += "".join(choice["delta"].get("reasoning") or "" for choice in chunk["choices"])
+    assert thought
+    assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] <= usage["completion_tokens"] <= 48
+
+
+def check_defaults(server: Server, interpreter: Path) -> None:
+    """The OpenAI client on each endpoint: defaults where nothing is sent, what is sent wins."""
+    done = subprocess.run(
+        [str(interpreter), str(REQUESTS), server.url, server.out.name], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    thinking = {what: each.get("thinking") for what, each in found.items()}
+    # One less: the newline that the prompt puts after <think> counts.
+    assert thinking["chat"] == thinking["chat streamed"] == thinking["response"] == BUDGET - 1
+    assert (thinking["chat, budget 5"], thinking["chat, budget 0"]) == (4, 0)
+    assert thinking["chat, no limit"] == thinking["chat, null"] == found["chat streamed"]["tokens"] == 60
+    assert (found["completion"]["ended"], found["completion, no limit"]["ended"]) == (True, False)
+    assert found["chat"]["text"].startswith(found["messages"]["text"])
+    assert found["chat, penalty 1.5"] == found["chat"]
+    assert found["chat, penalty 0"]["text"] != found["chat"]["text"]
+    assert found["chat, other penalty"]["text"] != found["chat"]["text"]
+
+
+def check_bench(server: Server, interpreter: Path, folder: Path, seen: dict[str, Any]) -> None:
+    """Beside vLLM's own bench on the same prompts, turn about: the machine's load changes under both."""
+    lines = (ROOT / "src/fourfold/text/heldout/chat.jsonl").read_text().splitlines()[:16]
+    prompts = folder / "prompts.jsonl"
+    questions = [json.loads(line)["messages"][0]["content"] for line in lines]
+    prompts.write_text("".join(json.dumps({"prompt": text, "text": text}) + "\n" for text in questions))
+    ours, theirs = [], []
+    for turn in range(3):
+        words = ("--prompts", prompts, "--concurrency", 2, "--requests", 16, "--out-tokens", 64)
+        ours.append(bench(server, folder / f"bench-{turn}.json", *words)["levels"][0])
+        theirs.append(vllm_bench(server, interpreter, prompts, folder / f"theirs-{turn}.json"))
+    counts = [each["output_tokens"] for each in ours] + [each["total_output_tokens"] for each in theirs]
+    assert set(counts) == {16 * 64}
+    compare("throughput", [o["output_tokens_per_second"] for o in ours], [t["output_throughput"] for t in theirs])
+    compare("per token", [o["time_per_output_token"]["mean"] for o in ours], [t["mean_tpot_ms"] / 1000 for t in theirs])
+    accepted = ours[0]["acceptance"]
+    assert accepted["rate"] == pytest.approx(theirs[0]["spec_decode_acceptance_rate"] / 100, rel=0.1)
+    assert accepted["mean_length"] == pytest.approx(theirs[0]["spec_decode_acceptance_length"], rel=0.1)
+    assert min(each["client_core_share_at_100_tokens_per_second"] for each in ours) < 0.05
+    # verify drafts on other text: two rates of some hundred drafts each
+    was = seen["accepted_tokens"] / seen["draft_tokens"]
+    assert accepted["rate"] > 0
+    assert accepted["rate"] == pytest.approx(was, abs=0.1), (accepted, seen)
+
+
+def compare(what: str, ours: list[float], theirs: list[float]) -> None:
+    """Within a tenth, by the medians."""
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    assert 0.9 < ratio < 1.1, f"{what}: {ours} and {theirs}"
+
+
+def vllm_bench(server: Server, interpreter: Path, prompts: Path, out: Path) -> dict[str, Any]:
+    words = [
+        *(interpreter.parent / "vllm", "bench", "serve", "--backend", "openai-chat", "--base-url", server.url),
+        *("--endpoint", "/v1/chat/completions", "--model", server.out.name, "--tokenizer", server.out),
+        *("--dataset-name", "custom", "--dataset-path", prompts, "--custom-output-len", 64, "--num-prompts", 16),
+        *("--skip-chat-template", "--disable-shuffle", "--max-concurrency", 2, "--temperature", 0, "--ignore-eos"),
+        *("--save-result", "--result-filename", out),
+    ]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    assert out.exists(), done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+# --- the cache, as predicted --------------------------------------------------------------------------------------
+
+
+def test_fp8_and_no_variables(made: Made, python: Find, tmp_path: Path) -> None:
+    """Without the plugin's variables nothing is cut; 8-bit cache, no drafts."""
+    out = made("compressed-tensors")
+    with running(out, python("vllm"), tmp_path / "log", "--mtp", 0, "--kv-cache", "fp8") as server:
+        assert server.pool() == (10922, 384, 1_118_412)
+        assert "predicted: 10,922 blocks of 384, 1,118,412 tokens" in server.said
+        body = {
+            "model": server.out.name,
+            "messages": [{"role": "user", "content": "How many legs have three cats and a bird?"}],
+            "max_tokens": 60,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > BUDGET
+    assert not left(python("vllm"))
+
+
+def test_prefix_caching_which_a_cpu_does_not_survive(made: Made, python: Find, tmp_path: Path) -> None:
+    """It gets ready with the pool that was predicted, dies at the probe's request, and is explained."""
+    words = command(made("compressed-tensors"), python("vllm"), tmp_path / "log", 8123, "--", "--enable-prefix-caching")
+    begin = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=READY_SECONDS)
+    assert done.returncode == 1, done.stderr
+    assert "predicted: 4,096 blocks of 256, 209,715 tokens" in done.stderr
+    assert "tokens 209,715; predicted" in done.stderr
+    assert "NOT ALIVE" in done.stderr
+    assert "known: prefix caching of a hybrid model needs Triton" in done.stderr
+    assert time.monotonic() - begin < READY_SECONDS
+    assert not left(python("vllm"))
+
+
+def test_two_ranks(python: Find, example_model: Path, tmp_path: Path) -> None:
+    """Groups of 64, since experts of 128 features are split in two."""
+    small = ["calibration.length=256", "heldout.windows=4", "heldout.length=256", "solver.passes=0"]
+    sources = 'calibration.sources=[{builtin="general", rows=24}, {builtin="code", rows=8}]'
+    out = tmp_path / "release"
+    quantize(example_model, out, load_recipe("fast", [sources, *small, "scheme.group_size=64"]), memory_bytes=2 * 2**30)
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with running(out, python("vllm"), tmp_path / "log", "--tp", 2, **bound) as server:
+        assert server.pool() == (8192, 256, 524_288)
+        assert "predicted: 8,192 blocks of 256, 524,288 tokens" in server.said
+    assert not left(python("vllm"))
+
+
+# --- a malformed value --------------------------------------------------------------------------------------------
+
+
+def test_a_malformed_value_stops_it(made: Made, python: Find, plugin: str, tmp_path: Path) -> None:
+    words = command(made("compressed-tensors"), python("vllm"), tmp_path / "log", 8124)
+    environment = {**os.environ, "PYTHONPATH": plugin, "VLLM_DEFAULT_SAMPLING_PARAMS": '{"top_k": "many"}'}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=READY_SECONDS, env=environment)
+    assert done.returncode == 1
+    assert "vLLM does not accept it" in (tmp_path / "log").read_text()
+    assert not left(python("vllm"))
