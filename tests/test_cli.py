@@ -25,7 +25,7 @@ from fourfold.release.evaluate import Protocol
 from fourfold.release.tasks import Tasks
 
 SOURCE = Path(__file__).parents[1] / "src"
-HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "pyarrow", "psutil")
+HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "pyarrow", "psutil", "httpx2")
 SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
 
 
@@ -80,7 +80,7 @@ def test_examples_of_help_use_options_that_exist() -> None:
         known = {option for parameter in command.params for option in parameter.opts}
         for line in (command.epilog or "").splitlines():
             if line.strip().startswith(name + " ") and not getattr(command, "commands", None):
-                used = {word for word in line.split() if word.startswith("--")}
+                used = {word for word in line.partition(" -- ")[0].split() if word.startswith("--")}
                 assert used <= known, f"{name}: {line}"
 
 
@@ -159,6 +159,17 @@ def test_size(text: str, size: int) -> None:
 def test_size_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         options.parse_size(text)
+
+
+def test_ranks() -> None:
+    assert (options.parse_ranks("4"), options.parse_ranks("auto")) == (4, None)
+    for text in ("0", "-1", "all", "\u0664"):
+        with pytest.raises(typer.BadParameter):
+            options.parse_ranks(text)
+
+
+def test_levels() -> None:
+    assert options.parse_levels("1,4,16,4") == (1, 4, 16)
 
 
 def test_layers() -> None:
