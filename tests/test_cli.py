@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fourfold import __version__, cli, options
+from fourfold import __version__, cli, options, serving
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.evaluate import Protocol
@@ -162,14 +162,14 @@ def test_size_refused(text: str) -> None:
 
 
 def test_ranks() -> None:
-    assert (options.parse_ranks("4"), options.parse_ranks("auto")) == (4, None)
+    assert (serving.parse_ranks("4"), serving.parse_ranks("auto")) == (4, None)
     for text in ("0", "-1", "all", "\u0664"):
         with pytest.raises(typer.BadParameter):
-            options.parse_ranks(text)
+            serving.parse_ranks(text)
 
 
 def test_levels() -> None:
-    assert options.parse_levels("1,4,16,4") == (1, 4, 16)
+    assert serving.parse_levels("1,4,16,4") == (1, 4, 16)
 
 
 def test_layers() -> None:

@@ -2,67 +2,38 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fourfold import __version__, recipe, tables, terminal
+from fourfold import __version__, recipe, serving, tables, terminal
 from fourfold.options import (
     CHECK_FAILED,
     EXIT_CODES,
-    INTERRUPTED,
     Against,
-    BenchJson,
-    BenchOut,
     CalibrationFile,
-    Concurrency,
-    Context,
     Devices,
-    Docker,
     Drafts,
     DryRun,
     EngineName,
     EnginePython,
-    EngineWords,
     EventsJson,
-    Host,
-    KvCache,
     Layers,
     Length,
-    LevelLimit,
     Memory,
     Model,
-    Mtp,
     Out,
-    OutTokens,
     Overrides,
     PlanJson,
-    Port,
-    PresencePenalty,
-    PrintOnly,
-    ProfileChoice,
-    Prompts,
     Quiet,
     RecipeName,
     Release,
-    RequestLimit,
-    Requests,
     Restart,
-    ServedModel,
-    ServeEngine,
-    ServeLog,
-    ServeProfile,
-    ServerUrl,
     Source,
     SourceModel,
-    StartLimit,
     Tasks,
-    Temperature,
-    TensorParallel,
     Text,
-    ThinkingBudget,
     TimeLimit,
     Url,
     VerdictJson,
@@ -333,129 +304,8 @@ def verify(
             raise typer.Exit(CHECK_FAILED)
 
 
-@app.command(
-    epilog=f"""\b
-Examples:
-  fourfold serve ./release --engine vllm
-  fourfold serve ./release --engine sglang --kv-cache fp8 --print
-  fourfold serve ./release --engine vllm --thinking-budget 8192 -- --max-num-seqs 8
-
-{EXIT_CODES}"""
-)
-def serve(
-    out: ServedModel,
-    words: EngineWords = None,
-    *,
-    engine: ServeEngine,
-    mtp: Mtp = None,
-    context: Context = None,
-    kv_cache: KvCache = None,
-    tp: TensorParallel = None,
-    profile: ServeProfile = ProfileChoice.DEFAULT,
-    thinking_budget: ThinkingBudget = None,
-    presence_penalty: PresencePenalty = None,
-    host: Host = "127.0.0.1",
-    port: Port = None,
-    python: EnginePython = None,
-    log: ServeLog = None,
-    timeout: StartLimit = 30,
-    print_only: PrintOnly = False,
-    docker: Docker = False,
-) -> None:
-    """Serve a release: the right command for it, this machine and an engine, checked, printed or run.
-
-    What does not fit or is known to go wrong is said before anything starts. Once the engine is ready, one request
-    shows that thinking, tools and drafts are alive. It runs until it is interrupted, and nothing of it is left.
-    """
-    with answer(None, "The engine and all it started have ended."):
-        from fourfold.model.hub import resolve_model
-        from fourfold.serve.command import Deployment
-        from fourfold.serve.served import open_served
-        from fourfold.serve.server import log_file, prepare, run
-
-        wanted = Deployment(
-            engine=engine.value,
-            profile=profile.value,
-            drafts=mtp,
-            context=context,
-            kv_cache=kv_cache.value if kv_cache else None,
-            ranks=tp,
-            host=host,
-            port=port,
-            thinking_budget=thinking_budget,
-            presence_penalty=presence_penalty,
-            extra=tuple(words or ()),
-        )
-        served = open_served(resolve_model(out), Path(out).name)
-        command, interpreter = prepare(served, wanted, python, starts=not (print_only or docker), container=docker)
-        console = terminal.open_console(stderr=True)
-        tables.show_command(console, command)
-        if print_only or docker:
-            typer.echo(command.docker(served.folder) if docker else command.text())
-            raise typer.Exit(CHECK_FAILED if command.problems else 0)
-        path = log or log_file(served.folder, engine.value)
-        console.print(f"starting; the engine's log: {terminal.plain(path)}", soft_wrap=True)
-        show = partial(tables.show_ready, console, command)
-        outcome = run(command, interpreter, path, timeout * 60, show)
-        if outcome.failure:
-            console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
-            raise typer.Exit(CHECK_FAILED)
-        console.print(f"stopped by {outcome.signal}; no process of it is left", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED if outcome.signal == "SIGINT" else 0)
-
-
-@app.command(
-    epilog=f"""\b
-Examples:
-  fourfold bench http://localhost:8000
-  fourfold bench http://localhost:8000 --concurrency 1,2,4,8 --out-tokens 512 --out bench.json
-
-{EXIT_CODES}"""
-)
-def bench(
-    url: ServerUrl,
-    concurrency: Concurrency = "1,4,16",  # type: ignore[assignment]  # read as the option itself is
-    prompts: Prompts = None,
-    requests: Requests = None,
-    out_tokens: OutTokens = 128,
-    temperature: Temperature = 0,
-    request_timeout: RequestLimit = 300,
-    timeout: LevelLimit = 10,
-    out: BenchOut = Path("bench.json"),
-    quiet: Quiet = False,
-    as_json: BenchJson = False,
-) -> None:
-    """Measure a running server: latency, speed, draft acceptance and KV cache, at one concurrency after another.
-
-    Tokens are counted by the server's own `usage`, drafts from its metrics before and after. Exit code 0 says that each
-    request was answered in full.
-    """
-    with answer():
-        console = terminal.open_console()
-        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
-        from fourfold.model.shards import write_text
-        from fourfold.quantize.finish import dump
-        from fourfold.serve.bench import Load
-        from fourfold.serve.bench import bench as run
-
-        load = Load(
-            concurrency=concurrency,
-            requests=requests,
-            output_tokens=out_tokens,
-            temperature=temperature,
-            prompts=prompts,
-            request_seconds=request_timeout,
-            level_seconds=timeout * 60,
-        )
-        with terminal.watch(console, manner) as progress:
-            found = run(url, load, progress)
-        write_text(out, dump(found))
-        if as_json:
-            terminal.json_line(console, found)
-        elif not quiet:
-            tables.show_bench(console, found)
-        if any(level["requests"]["failed"] for level in found["levels"]):
-            raise typer.Exit(CHECK_FAILED)
+app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
+app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
 
 
 @recipe_app.command("list", epilog="Example: fourfold recipe list")

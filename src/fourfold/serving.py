@@ -1,0 +1,318 @@
+"""The commands that work with a running server, and their options: serve, bench."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fourfold import tables, terminal
+from fourfold.options import (
+    CHECK_FAILED,
+    EXIT_CODES,
+    INTERRUPTED,
+    EngineChoice,
+    EnginePython,
+    Quiet,
+    answer,
+)
+
+SERVE_EXAMPLES = f"""\b
+Examples:
+  fourfold serve ./release --engine vllm
+  fourfold serve ./release --engine sglang --kv-cache fp8 --print
+  fourfold serve ./release --engine vllm --thinking-budget 8192 -- --max-num-seqs 8
+
+{EXIT_CODES}"""
+BENCH_EXAMPLES = f"""\b
+Examples:
+  fourfold bench http://localhost:8000
+  fourfold bench http://localhost:8000 --concurrency 1,2,4,8 --out-tokens 512 --out bench.json
+
+{EXIT_CODES}"""
+
+
+class CacheChoice(StrEnum):
+    """What the KV cache is kept in: the model's dtype, or fp8."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
+class ProfileChoice(StrEnum):
+    """Whose settings stand where none are given: ours, or those of the reference release's card."""
+
+    DEFAULT = "default"
+    REFERENCE = "reference"
+
+
+def parse_ranks(text: str) -> int | None:
+    """GPUs of "4", None for "auto". Raises typer.BadParameter."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise typer.BadParameter(f"{text!r} is no number of GPUs; wanted auto, or a number as in 4")
+    return int(text)
+
+
+class Levels(tuple[int, ...]):
+    """Requests at one time, one level after another. A class: Typer takes a plain tuple for as many words."""
+
+
+def parse_levels(text: str) -> Levels:
+    """Requests at one time of "1,4,16". Raises typer.BadParameter."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or 0 in map(int, text.split(",")):
+        raise typer.BadParameter(f"{text!r} is no list of concurrencies; wanted numbers from 1 on, as in 1,4,16")
+    return Levels(dict.fromkeys(map(int, text.split(","))))
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+ServedModel = Annotated[
+    str,
+    typer.Argument(metavar="OUT", show_default=False, help="Folder of a finished release, or org/name of the Hub."),
+]
+EngineWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- WORDS]", show_default=False, help="After `--`: more words for the engine, passed on as they are."
+    ),
+]
+ServeEngine = Annotated[
+    EngineChoice, typer.Option("--engine", metavar="vllm|sglang", show_default=False, help="The engine that serves it.")
+]
+Mtp = Annotated[
+    int | None,
+    typer.Option(
+        "--mtp",
+        metavar="N",
+        min=0,
+        max=8,
+        show_default=False,
+        help="Tokens that the MTP head drafts at a time, 0 for none. Left out: 2 in vLLM, 3 in SGLang, where it can.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", min=1, show_default=False, help="Longest context. Left out: what fits, by estimate."
+    ),
+]
+KvCache = Annotated[
+    CacheChoice | None,
+    typer.Option(
+        "--kv-cache", metavar="fp8|auto", show_default=False, help="How the KV cache is kept. Left out: auto, in BF16."
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        metavar="N|auto",
+        parser=parse_ranks,
+        show_default=False,
+        help="GPUs to split over. Left out: auto, as many as divide the model.",
+    ),
+]
+ServeProfile = Annotated[
+    ProfileChoice,
+    typer.Option(
+        "--profile",
+        metavar="default|reference",
+        help="Whose settings stand where no option does; with --print, reference is for its machine, 4 x RTX 3060.",
+    ),
+]
+ThinkingBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--thinking-budget",
+        metavar="N",
+        min=0,
+        show_default=False,
+        help="Thinking tokens of requests that set no budget (vLLM, with fourfold's plugin in its environment).",
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        metavar="X",
+        min=-2,
+        max=2,
+        show_default=False,
+        help="Presence penalty of requests that set none (vLLM).",
+    ),
+]
+Host = Annotated[str, typer.Option("--host", metavar="HOST", help="Address that the server listens on.")]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        "--port", metavar="N", min=1, max=65535, show_default=False, help="Left out: 8000 for vLLM, 30000 for SGLang."
+    ),
+]
+PrintOnly = Annotated[bool, typer.Option("--print", help="Print the command and what it will come to; run nothing.")]
+Docker = Annotated[bool, typer.Option("--docker", help="Print it for the engine's container; run nothing.")]
+ServeLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        dir_okay=False,
+        show_default=False,
+        help="Where the engine's output goes. Left out: OUT/.fourfold/serve-ENGINE.log, or here for others' releases.",
+    ),
+]
+StartLimit = Annotated[
+    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that is not ready by then.")
+]
+
+
+def serve(
+    out: ServedModel,
+    words: EngineWords = None,
+    *,
+    engine: ServeEngine,
+    mtp: Mtp = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
+    tp: TensorParallel = None,
+    profile: ServeProfile = ProfileChoice.DEFAULT,
+    thinking_budget: ThinkingBudget = None,
+    presence_penalty: PresencePenalty = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    python: EnginePython = None,
+    log: ServeLog = None,
+    timeout: StartLimit = 30,
+    print_only: PrintOnly = False,
+    docker: Docker = False,
+) -> None:
+    """Serve a release: the right command for it, this machine and an engine, checked, printed or run.
+
+    What does not fit or is known to go wrong is said before anything starts. Once the engine is ready, one request
+    shows that thinking, tools and drafts are alive. It runs until it is interrupted, and nothing of it is left.
+    """
+    with answer(None, "The engine and all it started have ended."):
+        from fourfold.model.hub import resolve_model
+        from fourfold.serve.command import Deployment
+        from fourfold.serve.served import open_served
+        from fourfold.serve.server import log_file, prepare, run
+
+        wanted = Deployment(
+            engine=engine.value,
+            profile=profile.value,
+            drafts=mtp,
+            context=context,
+            kv_cache=kv_cache.value if kv_cache else None,
+            ranks=tp,
+            host=host,
+            port=port,
+            thinking_budget=thinking_budget,
+            presence_penalty=presence_penalty,
+            extra=tuple(words or ()),
+        )
+        served = open_served(resolve_model(out), Path(out).name)
+        command, interpreter = prepare(served, wanted, python, starts=not (print_only or docker), container=docker)
+        console = terminal.open_console(stderr=True)
+        tables.show_command(console, command)
+        if print_only or docker:
+            typer.echo(command.docker(served.folder) if docker else command.text())
+            raise typer.Exit(CHECK_FAILED if command.problems else 0)
+        path = log or log_file(served.folder, engine.value)
+        console.print(f"starting; the engine's log: {terminal.plain(path)}", soft_wrap=True)
+        show = partial(tables.show_ready, console, command)
+        outcome = run(command, interpreter, path, timeout * 60, show)
+        if outcome.failure:
+            console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
+            raise typer.Exit(CHECK_FAILED)
+        console.print(f"stopped by {outcome.signal}; no process of it is left", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED if outcome.signal == "SIGINT" else 0)
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+ServerUrl = Annotated[
+    str, typer.Argument(metavar="URL", show_default=False, help="A running vLLM or SGLang, as http://localhost:8000.")
+]
+Concurrency = Annotated[
+    Levels,
+    typer.Option(
+        metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+        help="Prompts: .txt, one a line, or .jsonl with `messages` or `text`. Left out: built-in questions.",
+    ),
+]
+Requests = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, show_default=False, help="Requests of a level. Left out: 4 times as many, at least 8."
+    ),
+]
+OutTokens = Annotated[int, typer.Option("--out-tokens", metavar="N", min=2, help="Tokens that each request generates.")]
+Temperature = Annotated[float, typer.Option(metavar="X", min=0, max=2, help="0: always the likeliest token.")]
+RequestLimit = Annotated[
+    float, typer.Option("--request-timeout", metavar="SECONDS", min=0.1, help="A request is given up after that.")
+]
+LevelLimit = Annotated[
+    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="A level is ended after that.")
+]
+BenchOut = Annotated[Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the figures are written.")]
+BenchJson = Annotated[bool, typer.Option("--json", help="Print what lands in the file, on one line.")]
+
+
+def bench(
+    url: ServerUrl,
+    concurrency: Concurrency = "1,4,16",  # type: ignore[assignment]  # read as the option itself is
+    prompts: Prompts = None,
+    requests: Requests = None,
+    out_tokens: OutTokens = 128,
+    temperature: Temperature = 0,
+    request_timeout: RequestLimit = 300,
+    timeout: LevelLimit = 10,
+    out: BenchOut = Path("bench.json"),
+    quiet: Quiet = False,
+    as_json: BenchJson = False,
+) -> None:
+    """Measure a running server: latency, speed, draft acceptance and KV cache, at one concurrency after another.
+
+    Tokens are counted by the server's own `usage`, drafts from its metrics before and after. Exit code 0 says that each
+    request was answered in full.
+    """
+    with answer():
+        console = terminal.open_console()
+        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from fourfold.model.shards import write_text
+        from fourfold.quantize.finish import dump
+        from fourfold.serve.bench import Load
+        from fourfold.serve.bench import bench as run
+
+        load = Load(
+            concurrency=concurrency,
+            requests=requests,
+            output_tokens=out_tokens,
+            temperature=temperature,
+            prompts=prompts,
+            request_seconds=request_timeout,
+            level_seconds=timeout * 60,
+        )
+        with terminal.watch(console, manner) as progress:
+            found = run(url, load, progress)
+        write_text(out, dump(found))
+        if as_json:
+            terminal.json_line(console, found)
+        elif not quiet:
+            tables.show_bench(console, found)
+        if any(level["requests"]["failed"] for level in found["levels"]):
+            raise typer.Exit(CHECK_FAILED)
