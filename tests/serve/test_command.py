@@ -271,6 +271,20 @@ def test_docker() -> None:
     assert "--gpus" not in make(machine=CPU).docker(OURS.folder).split()
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("box.lan", "http://box.lan:8000"),
+    ],
+)
+def test_where_it_is_reached(host: str, url: str) -> None:
+    command = make(host=host)
+    assert (command.url, flags(command)["--host"]) == (url, host)
+
+
 def test_text_survives_a_shell() -> None:
     command = make(changed(OURS, folder=OURS.folder / "it's here"))
     assert tuple(shlex.split(command.text())) == command.words

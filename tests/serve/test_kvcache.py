@@ -106,3 +106,15 @@ def test_the_longest_request_fits_and_one_block_more_does_not() -> None:
         again = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=tokens)
         pool = vllm_pool(TINY, again, align=CPU_ALIGN, prefix_caching=False)
         assert (pool.request_blocks <= pool.blocks) is fits
+
+
+def test_kinds_of_layers_that_are_nearly_as_many_are_padded() -> None:
+    """vLLM's rule: below one and a half times as many, a group is of the more frequent kind's size."""
+    for attention, linear, size, groups in ((8, 10, 10, 2), (6, 9, 6, 3), (9, 6, 6, 3), (1, 3, 1, 4)):
+        geometry = Geometry(
+            attention=attention, linear=linear, kv_heads=2, head_dim=64, conv=4, key_heads=2, key_dim=64, value_heads=4,
+            value_dim=64,
+        )  # fmt: skip
+        budget = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=0, context=512)
+        pool = vllm_pool(geometry, budget, align=CPU_ALIGN, prefix_caching=False)
+        assert (pool.block_bytes, pool.groups) == (size * 256 * 512, groups)

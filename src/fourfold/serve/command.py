@@ -114,12 +114,18 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
         problems=tuple(problems),
         notes=(),
         forecast=predicted,
-        url=f"http://{wanted.host}:{port}",
+        url=_url(wanted.host, port),
         name=served.name,
         reasoning=_parsers(served, engine.name)[0],
         thinking_budget=wanted.thinking_budget,
     )
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens there."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def _drafts_by_itself(served: Served, engine: str) -> bool:

@@ -117,7 +117,7 @@ def run(
         log.touch()
     except OSError as error:
         raise FourfoldError(f"{log}: cannot be written ({error.strerror}); name another file with --log") from None
-    address = command.url.replace("//0.0.0.0:", "//127.0.0.1:")
+    address = command.url
     with process.start(words, log, _environment(command.environment)) as child, _passing_on(child) as told:
         if _wait(child, lambda: bool(told) or _answers(address), limit_seconds) and not told:
             seconds = child.seconds
