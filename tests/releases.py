@@ -17,6 +17,7 @@ from torch import Tensor
 import checkpoints
 from fourfold.datatypes import Event
 from fourfold.quantize.finish import Summary
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import HELDOUT_TEXTS, TEXT, Recipe
 
@@ -71,7 +72,7 @@ def make_source(folder: Path, **options: Any) -> Path:
 
 
 def run(model: Path, out: Path, recipe: Recipe, **options: Any) -> Summary:
-    return quantize(model, out, recipe, **{"memory_bytes": MEMORY_BYTES} | options)
+    return quantize(model, out, recipe, **{"machine": Machine(memory_bytes=MEMORY_BYTES)} | options)
 
 
 def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> Callable[[Event], None]:

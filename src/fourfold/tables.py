@@ -71,9 +71,14 @@ def _needs_table(plan: Plan) -> Table:
     memory, disk = plan.memory, plan.disk
     table = _facts()
     table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
-    if memory.device != "cpu":
-        table.add_row(f"memory of {memory.device}", f"{decimal(memory.device_peak_bytes)} at the peak")
-    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {memory.device}")
+    devices = ", ".join(memory.devices)
+    if not memory.on_cpu:
+        table.add_row(f"memory of each of {devices}", f"{decimal(memory.device_peak_bytes)} at the peak")
+    elif len(memory.devices) > 1:
+        worker = max(stage.worker_bytes for stage in memory.stages)
+        table.add_row("of it each worker's", f"{decimal(worker)} at the peak, {len(memory.devices)} workers")
+    host = f", {decimal(memory.host_budget_bytes)} on the host" if memory.host_budget_bytes else ""
+    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {devices}{host}")
     batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
     table.add_row("batches", batches)
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"

@@ -77,12 +77,12 @@ def scale_rows_torch(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor
 
 
 def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
-    """Weighted mean of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
+    """Weighted sum of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
     total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
         token_S = torch.arange(first, min(first + PAIRS_PER_PIECE, len(input_TK)), device=input_TK.device)
         add_gram_(total_KK, scale_rows(input_TK, None, token_S, weight_T[token_S].sqrt()))
-    return mirror_(total_KK).div_(weight_T.sum())
+    return mirror_(total_KK)
 
 
 def add_gram_(hessian_KK: Tensor, input_SK: Tensor) -> None:

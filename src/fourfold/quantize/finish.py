@@ -13,7 +13,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def fourfold_json(
         },
         "source_tensor_bytes": sum(claim.header.size_bytes for claim in written),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
-        "devices": device_names(plan.memory.device),
+        "devices": device_names(plan.memory.devices),
         "settings": dataclasses.asdict(journal.settings),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -186,11 +186,11 @@ def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:
     return dict(total)
 
 
-def device_names(device: str) -> dict[str, str]:
-    """The machine's processor, and the GPU where one was used."""
+def device_names(devices: Sequence[str]) -> dict[str, str]:
+    """The machine's processor, and the GPUs that were used."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     names = {"cpu": model[1] if model else platform.machine()}
-    return names if device == "cpu" else names | {device: torch.cuda.get_device_name(device)}
+    return names | {device: torch.cuda.get_device_name(device) for device in devices if device != "cpu"}
 
 
 def _digest(records: tuple[ShardRecord, ...], field: str) -> str:

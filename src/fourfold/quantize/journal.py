@@ -36,12 +36,13 @@ class Identity:
         return [field.name for field in fields if getattr(self, field.name) != getattr(before, field.name)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has."""
 
     batches: Batches
-    threads: int
+    threads: int  # of each worker
+    devices: tuple[str, ...]  # of the workers
 
 
 def check_out(out: Path, model: Path) -> None:
@@ -148,7 +149,7 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
         batches = Batches(**state["settings"]["batches"])
         before, settings = (
             Identity(**state["identity"]),
-            Settings(batches=batches, threads=state["settings"]["threads"]),
+            Settings(batches, state["settings"]["threads"], tuple(state["settings"]["devices"])),
         )
         read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
     except (OSError, ValueError, KeyError, TypeError) as error:

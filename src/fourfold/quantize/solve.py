@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,6 @@ from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, Proj
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.observe import (
-    Batches,
     Observed,
     chunks,
     down_moments,
@@ -27,6 +26,7 @@ from fourfold.quantize.observe import (
     make_chunk,
     random_tokens,
 )
+from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
 RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
@@ -62,39 +62,49 @@ class Solved:
     methods: tuple[Method, ...]
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """experts, inputs: see Batches; prefix: of the experts' final tensor names; tick: is told of solved experts."""
+
+    experts: int
+    inputs: str
+    prefix: str
+    tick: Tick
+
+
 class _Clock:
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker, layer: int) -> None:
+        self._worker, self._layer = worker, layer
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self._worker.span(stage, self._layer):
+            yield
         self.seconds[stage] += time.perf_counter() - start
 
 
 def solve_layer(
-    layer: DecoderLayer, observed: Observed, recipe: Recipe, batches: Batches, prefix: str, tick: Tick
+    worker: Worker, layer: DecoderLayer, observed: Observed, recipe: Recipe, job: Chunking
 ) -> LayerResult:
-    """Quantize all routed experts of a layer, the chunks' results put together.
+    """Quantize a layer's own experts, the chunks' results put together.
 
-    prefix: of the experts' final tensor names; tick: is told of solved experts.
     Raises FourfoldError naming the layer and the expert whose moments are not finite.
     """
-    solver, clock = recipe.solver, _Clock()
+    solver, clock = recipe.solver, _Clock(worker, layer.index)
     stacks = layer.stacks
-    observed = observed.to(stacks[0].device)
     released = torch.empty_like(stacks[0]), torch.empty_like(stacks[1])
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
-    assert observed.traffic.input_TD is not None
-    tokens = len(observed.traffic.input_TD)
-    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index).to(stacks[0].device)
+    tokens = len(observed.input_TD)
+    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index)
+    pool_PD = observed.input_TD[token_P.to(observed.input_TD.device)].to(layer.device)
     with clock("moments"):
-        pool_KK = gate_up_pool(observed, solver.router_weighted)
-    for experts in chunks(len(stacks[0]), batches.experts):
-        place = slice(experts.start, experts.stop)
-        chunk = make_chunk(observed, experts, solver.router_weighted)
+        pool_KK = gate_up_pool(worker, observed, solver.router_weighted)
+    for places in chunks(len(layer.owned), job.experts):
+        place, experts = slice(places.start, places.stop), layer.owned[places.start : places.stop]
+        chunk = make_chunk(observed, places, solver.router_weighted, job.inputs)
         for which, projections in enumerate(((GATE, UP), (DOWN,))):
             with clock("moments"):
                 if which == 0:
@@ -102,7 +112,7 @@ def solve_layer(
                 else:
                     used_ENK = (released if solver.asymmetric else stacks)[0][place]
                     site_moments = down_moments(chunk, layer, used_ENK)
-                    pool_EKK = down_pool(chunk, layer, used_ENK, token_P)
+                    pool_EKK = down_pool(layer, used_ENK, pool_PD)
             with clock("solve"):
                 site = Site(
                     projections=projections,
@@ -114,15 +124,26 @@ def solve_layer(
                 solved = _solve_named(site, recipe, layer.index, experts)
                 packed = _pack(solved.group, projections, recipe.format)
                 released[which][place] = _unpack(packed, recipe.format).to(released[which].dtype)
-                tensors |= _named(prefix, experts, packed)
+                tensors |= _named(job.prefix, experts, packed)
                 rows += _statistics(layer.index, experts, projections, solved, solver)
-        tick(len(experts))
-    each = sum(clock.seconds.values()) / len(rows)
+        job.tick(len(experts))
+    each = sum(clock.seconds.values()) / max(len(rows), 1)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
     return LayerResult(tensors, released[0], released[1], tuple(rows), dict(clock.seconds))
 
 
-def _solve_named(site: Site, recipe: Recipe, layer: int, experts: range) -> Solved:
+def join_results(parts: Sequence[LayerResult]) -> LayerResult:
+    """What all workers made of a layer, for the disk: tensors and rows together, the seconds of the slowest."""
+    tensors: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    for part in parts:
+        tensors |= part.tensors
+        seconds |= {stage: max(spent, seconds.get(stage, 0.0)) for stage, spent in part.seconds.items()}
+    rows = sorted((row for part in parts for row in part.projections), key=lambda row: row.expert)
+    return LayerResult(tensors, None, None, tuple(rows), seconds)
+
+
+def _solve_named(site: Site, recipe: Recipe, layer: int, experts: Sequence[int]) -> Solved:
     try:
         return solve_site(site, recipe)
     except moments.NotFinite as error:
@@ -223,7 +244,7 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
     return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
 
 
-def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _named(prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Final names, on the host: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
     return {
         f"{prefix}{expert}.{projection}.{suffix}": tensor
@@ -234,7 +255,7 @@ def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) ->
 
 
 def _statistics(
-    layer: int, experts: range, projections: tuple[str, ...], solved: Solved, solver: Solver
+    layer: int, experts: Sequence[int], projections: tuple[str, ...], solved: Solved, solver: Solver
 ) -> Iterator[ProjectionStatistics]:
     """Rows of the log; the stack's output rows are shared out among its projections."""
     width = solved.error_EN.shape[1] // len(projections)
