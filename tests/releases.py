@@ -16,8 +16,8 @@ from torch import Tensor
 
 import checkpoints
 from fourfold.datatypes import Event
-from fourfold.quantize.finish import Summary
 from fourfold.quantize.devices import Machine
+from fourfold.quantize.finish import Summary
 from fourfold.quantize.run import quantize
 from fourfold.recipe import HELDOUT_TEXTS, TEXT, Recipe
 

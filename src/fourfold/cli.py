@@ -200,7 +200,8 @@ def _print_plan(
     from fourfold.quantize.plan import make_plan
 
     folder = _find(model, chosen, devices, out)
-    made = make_plan(folder, chosen, devices=expand_devices(devices), **(memory or ALL_FREE)._asdict(), layers=layers, out=out)
+    budget = (memory or ALL_FREE)._asdict()
+    made = make_plan(folder, chosen, devices=expand_devices(devices), **budget, layers=layers, out=out)
     console = terminal.open_console()
     if as_json:
         terminal.json_line(console, made.to_json())
@@ -227,7 +228,7 @@ def evaluate(
     drafts: Drafts = True,
     tasks: Tasks = None,
     url: Url = None,
-    device: Device = "auto",
+    devices: Device = "auto",
     quiet: Quiet = False,
     as_json: EventsJson = False,
 ) -> None:
@@ -242,12 +243,12 @@ def evaluate(
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
         from fourfold.model.hub import resolve_model
-        from fourfold.quantize.devices import expand_devices
+        from fourfold.quantize.devices import one_device
         from fourfold.release.evaluate import Protocol, read_state
         from fourfold.release.evaluate import evaluate as run
         from fourfold.release.tasks import Tasks as Asked
 
-        chosen = expand_devices(device)[0]
+        device = one_device(devices)
         read_state(out)  # before a model is downloaded
         with terminal.watch(console, manner) as progress:
             found = run(
@@ -256,7 +257,7 @@ def evaluate(
                 protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
                 against=resolve_model(against, progress=not quiet) if against else None,
                 tasks=Asked(names=tuple(tasks.split(",")), url=url) if tasks and url else None,
-                device=chosen,
+                device=device,
                 progress=progress,
             )
         if manner is terminal.Manner.JSON:

@@ -201,7 +201,8 @@ Devices = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="auto (the first GPU, or else the CPU), cpu or cuda:N.")
+    str,
+    typer.Option("--devices", metavar="DEVICE", help="One: auto (the first GPU, or else the CPU), cpu or cuda:N."),
 ]
 Memory = Annotated[
     Budget | None,

@@ -162,13 +162,13 @@ def test_same_bits_again(problem: Problem, own: Moments) -> None:
 # ---- pool
 
 
-def test_pool_is_the_weighted_mean(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_is_the_weighted_sum(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_T = torch.rand(len(problem.input_TK), generator=torch.Generator().manual_seed(1))
     inputs = problem.input_TK.float().numpy()
     sums = reference.moments(inputs, inputs, weight_T.numpy())
     for pairs_per_piece in (100, 16_384):
         monkeypatch.setattr(moments, "PAIRS_PER_PIECE", pairs_per_piece)
-        found = moments.pool(problem.input_TK, weight_T)
+        found = moments.pool(problem.input_TK, weight_T) / weight_T.sum()
         assert found.dtype == torch.float32 and worst(found, sums.hessian_KK / sums.weight) < 1e-6
 
 
@@ -177,7 +177,7 @@ def test_pool_of_the_layer_is_what_its_experts_add_up_to(problem: Problem, own: 
     assert torch.allclose(weight_T, torch.ones_like(weight_T))  # renormalised router weights
     wanted = own.hessian_EKK.sum(dim=0) / own.weight_E.sum()
     # sqrt(w) x is rounded to 8 bits once per expert, or once: each product may be 2^-8 off, their mean much less
-    assert worst(moments.pool(problem.input_TK, weight_T), problems.array(wanted)) < 1e-3
+    assert worst(moments.pool(problem.input_TK, weight_T) / weight_T.sum(), problems.array(wanted)) < 1e-3
 
 
 # ---- effective tokens

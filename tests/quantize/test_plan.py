@@ -15,7 +15,7 @@ import checkpoints
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize import memory
+from fourfold.quantize import devices, memory
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.estimate import RATES, Workload
 from fourfold.quantize.memory import MemoryPlan
@@ -376,14 +376,14 @@ def test_layers_that_are_not_there(tmp_path: Path, layers: range) -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:0", ""])
 def test_devices_that_do_not_exist(tmp_path: Path, device: str) -> None:
-    with pytest.raises(FourfoldError, match="cpu, cuda or cuda:N is wanted"):
-        make_plan(tmp_path, RECIPE, device=device)
+    with pytest.raises(FourfoldError, match=r"wanted auto, all, cpu, cpu\*N, cuda:N"):
+        make_plan(tmp_path, RECIPE, devices=(device,))
 
 
 def test_cuda_devices_that_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(FourfoldError, match="shows torch 1 CUDA devices"):
-        make_plan(tmp_path, RECIPE, device="cuda:1")
+        make_plan(tmp_path, RECIPE, devices=("cuda:1",))
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def test_gpus_without_bf16_or_kernels_are_refused(full: Path, monkeypatch: pytes
     with pytest.raises(FourfoldError, match="Old GPU has no BF16"):
         make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
     one_gpu(monkeypatch)
-    monkeypatch.setattr(memory.cuda, "AVAILABLE", False)
+    monkeypatch.setattr(devices.cuda, "AVAILABLE", False)
     with pytest.raises(FourfoldError, match="triton is not installed"):
         make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
 
@@ -509,16 +509,16 @@ def test_chunks_on_a_cpu_stay_near_its_caches(full: Path, tmp_path: Path) -> Non
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works: list[Workload] = []
 
-    def spy(work: Workload, device: str, memory_bytes: int | None) -> MemoryPlan:
+    def spy(work: Workload, *rest: Any) -> MemoryPlan:
         works.append(work)
-        return memory.plan_memory(work, device, memory_bytes)
+        return memory.plan_memory(work, *rest)
 
     monkeypatch.setattr(plan_module, "plan_memory", spy)
     make_plan(full, RECIPE)
     (work,) = works
     assert memory.chunk_bytes(work) == (6 * 2048**2 + 6 * 1024 * 2048) * 4
     for budget in range(15, 45):
-        found = memory.plan_memory(work, "cuda", budget * GB)
+        found = memory.plan_memory(work, ["cuda"], budget * GB)
         chunks = -(-256 // found.chunk_experts)
         assert found.chunk_experts == -(-256 // chunks)
         solve = next(stage for stage in found.stages if stage.stage == "solve").device_bytes

@@ -11,6 +11,7 @@ import torch
 from fourfold.core.kernels import cuda
 from fourfold.datatypes import FourfoldError
 
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What of this machine a run may take.
@@ -52,6 +53,14 @@ def expand_devices(text: str) -> tuple[str, ...]:
     if len({name.partition(":")[0] for name in devices}) > 1:
         raise FourfoldError(f"devices {text!r}: the CPU beside GPUs would only hold them up; {WANTED}")
     return tuple(devices)
+
+
+def one_device(text: str) -> str:
+    """The same where one device does all the work. Raises FourfoldError for several."""
+    devices = expand_devices(text)
+    if len(devices) > 1:
+        raise FourfoldError(f"devices {text!r}: {len(devices)} devices, where one is wanted, such as {devices[0]}")
+    return devices[0]
 
 
 def under_torchrun() -> bool:

@@ -75,8 +75,9 @@ def observe(layer: DecoderLayer, source: Traffic, release: Traffic | None, input
     """What a layer's own experts are learnt from; one tensor stays one. inputs: see Batches."""
     traffic = source if release is None else release
     assert traffic.input_TD is not None and traffic.routing is not None
-    place = layer.device if inputs == "device" else torch.device("cpu")
-    input_TD, routing = traffic.input_TD.to(place), traffic.routing.to(layer.device)
+    device = layer.stacks[0].device
+    place = device if inputs == "device" else torch.device("cpu")
+    input_TD, routing = traffic.input_TD.to(place), traffic.routing.to(device)
     target_TD = None
     if release is not None and source.input_TD is not None:
         target_TD = input_TD if source.input_TD is traffic.input_TD else source.input_TD.to(place)

@@ -130,7 +130,8 @@ def quantize(
     """Quantize the checkpoint in `model` into `out`, or go on where an earlier run of the same command was cut off.
 
     machine: what of it the run may take; layers: solve only these (a trial, the output is partial); restart: drop what
-    an earlier run left in `out`; trace: a file for a Chrome trace. Under torchrun all processes call this with the same arguments. Returns what the run came to.
+    an earlier run left in `out`; trace: a file for a Chrome trace. Under torchrun all processes call this with the
+    same arguments. Returns what the run came to.
     Raises FourfoldError for anything the user can mend; nothing is lost then, the same command goes on.
     """
     team = Team([torch.device(name) for name in expand_devices(machine.devices)], join_ranks())

@@ -99,7 +99,7 @@ def solve_layer(
     rows: list[ProjectionStatistics] = []
     tokens = len(observed.input_TD)
     token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index)
-    pool_PD = observed.input_TD[token_P.to(observed.input_TD.device)].to(layer.device)
+    pool_PD = observed.input_TD[token_P.to(observed.input_TD.device)].to(stacks[0].device)
     with clock("moments"):
         pool_KK = gate_up_pool(worker, observed, solver.router_weighted)
     for places in chunks(len(layer.owned), job.experts):
