@@ -38,7 +38,8 @@ length = 128
 [solver]
 pool_rows = 256
 """
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # not of the result
+# Not of the result.
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_bytes", "workers", "finished_at")
 
 # Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
 SIDECARS = {

@@ -243,6 +243,8 @@ class Work:
             "metrics": {},
             "seconds": {"solve": 1.0},
             "peak_memory_bytes": {"host": 10**6},
+            "planned_memory_bytes": {"host": 10**6},
+            "workers": (),
             "notes": (),
         }
         return types.SimpleNamespace(**figures, to_json=lambda: figures)

@@ -122,7 +122,12 @@ def show_summary(console: Console, summary: Summary) -> None:
             table.add_row(label, form.format(summary.metrics[key]))
     resumed = " since it went on" if "restore" in summary.seconds else ""
     table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
-    table.add_row("peak memory", memory_text(summary.peak_memory_bytes))
+    planned = memory_text(summary.planned_memory_bytes)
+    table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
+    if len(summary.workers) > 1:
+        busy = (f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
+                for worker in summary.workers)  # fmt: skip
+        table.add_row("busy", ", ".join(busy) + "; the rest is waiting for the other workers")
     console.print(table)
     for note in summary.notes:
         console.print(f"note: {paragraphs(note)}", soft_wrap=True)

@@ -27,6 +27,7 @@ from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -45,6 +46,8 @@ class Summary:
     metrics: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    planned_memory_bytes: dict[str, int]
+    workers: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -53,10 +56,13 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer."""
+    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer; what each
+    worker did when.
+    """
 
     statistics: metrics.Statistics | None
     drifts: tuple[StreamDrift, ...]
+    spans: tuple[Span, ...]
 
 
 def finish(
@@ -95,6 +101,8 @@ def finish(
         "seconds": seconds,
         "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),
+        "planned_memory_bytes": _planned_memory(plan),
+        "workers": _workers(plan, measured),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_text(out / FINISHED, dump(state))
@@ -210,6 +218,23 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def _planned_memory(plan: Plan) -> dict[str, int]:
+    """As `peak_memory` has it."""
+    memory = plan.memory
+    planned = {"host": memory.host_peak_bytes}
+    if not memory.on_cpu:
+        planned |= {f"cuda:{torch.device(name).index or 0}": memory.device_peak_bytes for name in memory.devices}
+    return planned
+
+
+def _workers(plan: Plan, measured: Measured) -> list[dict[str, Any]]:
+    """Each worker's device, and how long it waited for others of the time it was there."""
+    return [
+        {"device": plan.memory.devices[rank], "waited_seconds": wait, "of_seconds": whole}
+        for rank, (wait, whole) in waited(measured.spans).items()
+    ]
+
+
 def dump(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -227,5 +252,7 @@ def read_summary(out: Path) -> Summary:
         metrics=state["metrics"],
         seconds=state["seconds"],
         peak_memory_bytes=state["peak_memory_bytes"],
+        planned_memory_bytes=state["planned_memory_bytes"],
+        workers=tuple(state["workers"]),
         notes=tuple(state["calibration"]["notes"]),
     )

@@ -114,6 +114,12 @@ class Journal:
     def records(self) -> tuple[ShardRecord, ...]:
         return tuple(self._records[shard] for shard in sorted(self._records))
 
+    def shrink(self, experts: int) -> None:
+        """Chunks of experts are smaller from now on, as a device's memory was too small; codes do not change."""
+        batches = dataclasses.replace(self.settings.batches, experts=experts)
+        self.settings = dataclasses.replace(self.settings, batches=batches)
+        _write_state(self.out, self.identity, self.settings)
+
     def add(self, record: ShardRecord) -> None:
         """Record a shard that is durable already."""
         write_text(_records_folder(self.out) / f"{record.shard}.json", json.dumps(dataclasses.asdict(record)))
@@ -141,8 +147,7 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
     path = out / STATE / "run.json"
     _records_folder(out).mkdir(exist_ok=True)
     if not path.exists():
-        state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
-        write_text(path, json.dumps(state, indent=1))
+        _write_state(out, identity, settings)
         return Journal(out, identity, settings, {})
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -156,6 +161,11 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
         raise FourfoldError(f"{path}: the journal cannot be read ({error}); start over with --restart") from None
     refuse_changes(out, identity, before)
     return Journal(out, identity, settings, {record.shard: record for record in read})
+
+
+def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
+    state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
+    write_text(out / STATE / "run.json", json.dumps(state, indent=1))
 
 
 def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:

@@ -229,12 +229,6 @@ def _batches(count: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
-def chunks(experts: int, size: int) -> Iterator[range]:
-    """Consecutive ranges of experts, `size` at a time."""
-    for first in range(0, experts, size):
-        yield range(first, min(first + size, experts))
-
-
 @dataclass(frozen=True)
 class Chunk:
     """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.

@@ -45,7 +45,7 @@ from fourfold.recipe import Recipe
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
 BothTraffic = tuple[Traffic, Traffic | None]  # of source and release
 
-NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={})
+NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
 
 
 def ignore(event: Event) -> None:
@@ -147,10 +147,7 @@ def quantize(
         if team.leads:
             watch.progress = _logged(out, progress)
         try:
-            summary = _run(plan, texts, out, team, watch)
-            if trace is not None:
-                write_trace(trace, team.trace.spans)
-            return summary
+            return _run(plan, texts, out, team, watch, trace)
         except FourfoldError as error:
             log(out, f"error: {error}")
             raise
@@ -176,7 +173,7 @@ def _logged(out: Path, progress: Progress) -> Progress:
     return tell
 
 
-def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch) -> Summary:
+def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
     for note in (*plan.warnings, *calibration.notes):
         watch.progress(Event(kind="note", text=note))
@@ -206,6 +203,8 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch) -> Summa
         measured = team.run(partial(run_layers, job))
     if not team.leads:
         return team.agree(lambda: finish.read_summary(out))
+    if trace is not None:
+        write_trace(trace, measured.spans)
     summary = finish.finish(journal, plan, texts, measured, watch.seconds, watch.tell)
     watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
     return team.agree(lambda: summary)
@@ -232,6 +231,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     """Both streams through all layers; every layer solved once, in this run or an earlier one."""
     plan, batches = job.plan, job.journal.settings.batches
     drifts: list[StreamDrift] = []
+    statistics = None
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         both = streams.embed(worker, plan.index, plan.skeleton, token_ids, plan.recipe.solver.asymmetric)
@@ -263,11 +263,11 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             job.watch.finished(number, drift)
     if worker.leads:
         job.writer.join()
-    if plan.partial:
-        return Measured(None, tuple(drifts))
-    with job.stage(worker, "measure"):
-        statistics = streams.measure(worker, plan.index, plan.skeleton, both[0].heldout, both[1].heldout)
-    return Measured(statistics, tuple(drifts))
+    if not plan.partial:
+        with job.stage(worker, "measure"):
+            statistics = streams.measure(worker, plan.index, plan.skeleton, both[0].heldout, both[1].heldout)
+    spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
+    return Measured(statistics, tuple(drifts), tuple(span for part in spans for span in part))
 
 
 def solve(
@@ -287,7 +287,12 @@ def solve(
             result = solve_layer(worker, layer, observed, job.plan.recipe, chunking)
     parts = worker.collect(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None))
     if worker.leads:
-        job.writer.submit(partial(write_layer, job, layer_plan, tensors, join_results(parts)))
+        whole = join_results(parts)
+        if whole.chunk < job.journal.settings.batches.experts and layer.is_routed:
+            job.journal.shrink(whole.chunk)
+            text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
+            job.watch.progress(Event(kind="note", layer=layer.index, text=text))
+        job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Trace:
         self.spans.append(Span(name, lane, start, end, layer))
 
 
-def waited(spans: list[Span]) -> dict[int, tuple[float, float]]:
+def waited(spans: Sequence[Span]) -> dict[int, tuple[float, float]]:
     """By worker: seconds it waited for others, and seconds from its first span to its last."""
     found: dict[int, tuple[float, float]] = {}
     for lane in sorted({span.lane for span in spans if span.lane >= 0}):
@@ -43,7 +44,7 @@ def waited(spans: list[Span]) -> dict[int, tuple[float, float]]:
     return found
 
 
-def write_trace(path: Path, spans: list[Span]) -> None:
+def write_trace(path: Path, spans: Sequence[Span]) -> None:
     """A file for chrome://tracing or ui.perfetto.dev: the format's complete events ("X"), microseconds."""
     names = {READER: "reader", WRITER: "writer"}
     lanes = sorted({span.lane for span in spans})

@@ -182,9 +182,13 @@ class Team:
             raise Stopped
         self._states[place].beat = time.monotonic()
 
-    def at(self, place: int, stage: str, layer: int) -> None:
-        self._states[place].stage, self._states[place].layer = stage, layer
+    def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
+        """A worker begins with a stage; a sign of life. Returns where it was."""
+        state = self._states[place]
+        before = state.stage, state.layer
+        state.stage, state.layer = stage, layer
         self.beat(place)
+        return before
 
     def meet(self, place: int, value: Any, combine: Callable[[list[Any]], T]) -> T:
         """Wait for all workers of this process; what `combine` makes of their values, on the first one's thread."""
@@ -212,6 +216,8 @@ class Team:
             if len(self._arrived) == len(self.devices):
                 self._arrived.clear()
                 self._turn += 1
+                for state in self._states:
+                    state.beat = time.monotonic()  # those that waited are well
                 self._changed.notify_all()
             while self._turn == turn and self._failure is None:
                 self._changed.wait()
@@ -254,10 +260,11 @@ class Worker:
     @contextmanager
     def span(self, stage: str, layer: int = -1) -> Iterator[None]:
         """A stretch of work under a name: where this worker is, and in the trace."""
-        self.team.at(self.place, stage, layer)
+        before = self.team.at(self.place, stage, layer)
         start = time.time()
         yield
         self.team.trace.add(stage, self.rank, start, time.time(), layer)
+        self.team.at(self.place, *before)
 
     # ---- split rows
 
