@@ -108,9 +108,10 @@ def run(model: Path, out: Path, rows: int, length: int) -> dict[str, Any]:
     counts = [rows // sources + (place < rows % sources) for place in range(sources)]
     settings = [f"calibration.sources.{place}.rows={count}" for place, count in enumerate(counts)]
     settings += [f"calibration.length={length}", "heldout.windows=1"]
-    command = [sys.executable, "-m", "fourfold", "quantize", model, out, "--devices", f"cpu*{WORKERS}", "--memory", BUDGET]
+    command = [sys.executable, "-m", "fourfold", "quantize", str(model), str(out)]
+    command += ["--devices", f"cpu*{WORKERS}", "--memory", BUDGET]
     start = time.perf_counter()
-    subprocess.run([*map(str, command), *(f"--set={setting}" for setting in settings)], check=True, stdout=sys.stderr)
+    subprocess.run([*command, *(f"--set={setting}" for setting in settings)], check=True, stdout=sys.stderr)
     state = json.loads((out / "fourfold.json").read_text())
     return {
         "wall_seconds": time.perf_counter() - start,
@@ -126,16 +127,8 @@ def run(model: Path, out: Path, rows: int, length: int) -> dict[str, Any]:
 
 def four_gpus(model: Path) -> dict[str, Any]:
     """The plan's accounting for `best` as it is on four GPUs of 12 GB, 32 GB of host memory."""
-    caught: list[Any] = []
-    from fourfold.quantize import plan as room
-
-    original = room.plan_memory
-    room.plan_memory = lambda work, *rest: (caught.append(work), original(work, *rest))[1]  # type: ignore[assignment]
-    try:
-        make_plan(model, load_recipe("best"))
-    finally:
-        room.plan_memory = original
-    planned = plan_memory(caught[0], [f"cuda:{number}" for number in range(4)], DEVICE_BYTES, HOST_BYTES)
+    work = make_plan(model, load_recipe("best")).work
+    planned = plan_memory(work, [f"cuda:{number}" for number in range(4)], DEVICE_BYTES, HOST_BYTES)
     return {
         "chunk_experts": planned.chunk_experts,
         "inputs": planned.inputs,

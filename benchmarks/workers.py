@@ -30,8 +30,12 @@ from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 
 REQUIRED = {"2 workers": 1.8, "2 ranks": 1.7}  # times faster than one worker, one thread each
-# devices, threads of the process, ranks
-RUNS = {"1 worker": ("cpu", 1, 1), "2 workers": ("cpu*2", 2, 1), "2 ranks": ("cpu", 1, 2), "1 worker of 2 threads": ("cpu", 2, 1)}
+RUNS = {  # devices, threads of the process, ranks
+    "1 worker": ("cpu", 1, 1),
+    "2 workers": ("cpu*2", 2, 1),
+    "2 ranks": ("cpu", 1, 2),
+    "1 worker of 2 threads": ("cpu", 2, 1),
+}
 
 
 def run_here(model: Path, out: Path, preset: str, tokens: int, devices: str) -> None:
@@ -57,7 +61,7 @@ def run_child(options: argparse.Namespace, model: Path, out: Path, name: str) ->
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [__file__, "--child", str(model), str(out), options.recipe, str(options.tokens), devices]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     shutil.rmtree(out)

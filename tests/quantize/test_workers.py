@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.devices import expand_devices, one_device
 from fourfold.quantize.trace import Trace, waited
-from fourfold.quantize.workers import Team, Worker, alone, deal
+from fourfold.quantize.workers import Team, Worker, alone, deal, gil_advice, gil_enabled
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,7 @@ def test_a_worker_alone_needs_no_name_in_its_errors() -> None:
     def job(worker: Worker) -> None:
         raise FourfoldError("no such file")
 
-    with pytest.raises(FourfoldError, match="^no such file$"):
+    with pytest.raises(FourfoldError, match=r"^no such file$"):
         Team([CPU]).run(job)
 
 
@@ -248,3 +248,13 @@ def test_a_worker_alone_waits_for_nobody() -> None:
     values = torch.ones(3, 2)
     assert worker.gather([values])[0] is values and worker.sum(values, [3]) is values and worker.total(values) is values
     assert not worker.team.trace.spans
+
+
+def test_a_gil_that_a_module_switched_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: 1)
+    for enabled in (False, True):
+        monkeypatch.setattr("sys._is_gil_enabled", lambda answer=enabled: answer, raising=False)
+        assert gil_enabled() is enabled
+        assert bool(list(gil_advice())) is enabled
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: 0)
+    assert not list(gil_advice())

@@ -28,6 +28,7 @@ from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.trace import Span, waited
+from fourfold.quantize.workers import gil_enabled
 from fourfold.recipe import dump_recipe
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -181,6 +182,7 @@ def fourfold_json(
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
         "devices": device_names(plan.memory.devices),
         "settings": dataclasses.asdict(journal.settings),
+        "gil": gil_enabled(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }

@@ -90,6 +90,7 @@ class Plan:
     rest: tuple[RestShard, ...]
     solve: range
     partial: bool
+    work: Workload
     memory: MemoryPlan
     disk: DiskPlan
     time: TimeEstimate
@@ -218,6 +219,7 @@ def make_plan(
         rest=rest,
         solve=solve,
         partial=partial,
+        work=work,
         memory=memory,
         disk=disk,
         time=estimate_time(work, devices),

@@ -39,7 +39,7 @@ from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
 from fourfold.quantize.solve import Chunking, join_results, solve_layer
 from fourfold.quantize.trace import write_trace
-from fourfold.quantize.workers import Team, Worker
+from fourfold.quantize.workers import Team, Worker, gil_advice
 from fourfold.recipe import Recipe
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
@@ -175,7 +175,7 @@ def _logged(out: Path, progress: Progress) -> Progress:
 
 def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
-    for note in (*plan.warnings, *calibration.notes):
+    for note in (*plan.warnings, *calibration.notes, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
     identity = Identity(
         recipe=plan.recipe.digest(),
