@@ -32,7 +32,6 @@ SUBNORMAL_ROUNDER = np.float32(0.75)  # x + 0.75 - 0.75 is x to the nearest mult
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-Shorts = NDArray[np.int16]
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +39,7 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     given = [values.mT.contiguous() for values in (target_ENB, weight_ENB, scale_ENB)]
     codes_EBN, error_EBN = torch.empty_like(given[0], dtype=torch.int8), torch.empty_like(given[0])
     tensors = *given, feedback_EBB.contiguous(), codes_EBN, error_EBN
-    _over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
+    over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
     return codes_EBN.mT, error_EBN.mT
 
 
@@ -53,28 +52,18 @@ def refine_group_(
     # refit, signed, bits of an fp32 mantissa that the stored dtype lacks
     rule = (refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16))
     rows = gradient_EBN.shape[0] * gradient_EBN.shape[2]
-    _over_rows(_refine_group, rows, [group, rule, *(tensor.numpy() for tensor in tensors)])
+    over_rows(_refine_group, rows, [group, rule, *(tensor.numpy() for tensor in tensors)])
 
 
 def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
     """Per row and group the candidate with the least cost, ties to the first: see grid.search_scales. fp32 [N, G]."""
     scale_NG = torch.empty(candidate_FNG.shape[1:])
     tensors = weight_NK, importance_K, candidate_FNG, scale_NG
-    _over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
+    over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
     return scale_NG
 
 
-def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
-    """See moments.scale_rows: gathered, scaled and rounded in one go. input_TK, target_TK: BF16; root_S: fp32."""
-    scaled_SK = torch.empty(len(token_S), input_TK.shape[1])
-    difference = target_TK is not None
-    sources = [values.view(torch.int16).numpy() for values in (input_TK, input_TK if target_TK is None else target_TK)]
-    arrays = [*sources, token_S.numpy(), root_S.numpy(), scaled_SK.numpy(), scaled_SK.view(torch.int32).numpy()]
-    _over_rows(_scale_rows_difference if difference else _scale_rows, len(token_S), arrays)
-    return scaled_SK
-
-
-def _over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any]) -> None:
+def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any]) -> None:
     """Run a kernel over all rows, in as many parts as torch has threads."""
     step = -(-rows // (torch.get_num_threads() * LANES)) * LANES
     spans = list(pairwise([*range(0, rows, step), rows]))
@@ -175,7 +164,7 @@ def _refine_group(
 def _move_scales(
     scale: Floats, slope: Floats, curvature: Floats, moved: Floats, signed: bool, dropped: np.int32
 ) -> None:
-    """gptq._refit of up to LANES rows: scale is changed, moved is by how much. dropped: bits, see _round_bits."""
+    """gptq._refit of up to LANES rows: scale is changed, moved is by how much. dropped: bits, see round_bits."""
     stored = np.empty(1, np.float32)
     for lane in range(len(scale)):
         wanted = scale[lane]
@@ -185,7 +174,7 @@ def _move_scales(
         if dropped < SIXTEEN and stored[0] < LEAST_NORMAL:
             stored[0] = (stored[0] + SUBNORMAL_ROUNDER) - SUBNORMAL_ROUNDER
         else:
-            _round_bits(stored.view(np.int32), dropped)
+            round_bits(stored.view(np.int32), dropped)
         rounded = -stored[0] if wanted < 0 else stored[0]
         if abs(rounded - wanted) < abs(scale[lane] - wanted) and (signed or wanted > 0):
             moved[lane] = rounded - scale[lane]
@@ -259,37 +248,7 @@ def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scale_rows(
-    first: int, last: int, inputs: Shorts, _: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats, bits: Ints
-) -> None:
-    """scaled and bits are one piece of memory."""
-    for pair in range(first, last):
-        for column in range(inputs.shape[1]):
-            bits[pair, column] = np.int32(inputs[token[pair], column]) << SIXTEEN
-        for column in range(inputs.shape[1]):
-            scaled[pair, column] *= root[pair]
-        _round_bits(bits[pair], SIXTEEN)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scale_rows_difference(
-    first: int, last: int, inputs: Shorts, targets: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats,
-    bits: Ints,
-) -> None:  # fmt: skip
-    """The same of targets - inputs."""
-    own = np.empty(inputs.shape[1], np.float32)
-    own_bits = own.view(np.int32)
-    for pair in range(first, last):
-        for column in range(inputs.shape[1]):
-            own_bits[column] = np.int32(inputs[token[pair], column]) << SIXTEEN
-            bits[pair, column] = np.int32(targets[token[pair], column]) << SIXTEEN
-        for column in range(inputs.shape[1]):
-            scaled[pair, column] = (scaled[pair, column] - own[column]) * root[pair]
-        _round_bits(bits[pair], SIXTEEN)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _round_bits(bits: NDArray[np.int32], dropped: np.int32) -> None:
+def round_bits(bits: NDArray[np.int32], dropped: np.int32) -> None:
     """fp32 values, as their bits, to the nearest without the last so many (16: BF16), half to even, in place."""
     half, upper = (ONE << (dropped - ONE)) - ONE, -(ONE << dropped)
     for column in range(len(bits)):
