@@ -15,6 +15,7 @@ from fourfold.core.kernels import cpu, cuda
 from fourfold.core.moments import damping
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
+PANEL = 256  # columns of the Cholesky factor between two GEMMs over all that are behind them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ def order_columns(diagonal_EK: Tensor, kind: str, group_size: int) -> Tensor:
 def factorize_(hessian_EKK: Tensor, settings: Damping, order: str, group_size: int) -> Factor:
     """Damp a stack of Hessians, in place, and factorize it: one Cholesky, no inverse.
 
-    R = flip(cholesky(flip(H))) is upper with H = R R^T; M = R / diag(R). An expert whose Cholesky fails is tried again
-    alone with the larger dampings, and in the end with diag(H): a value in the result, never an exception.
-    Peak: three stacks [E, K, K] above the input.
+    An expert whose Cholesky fails is tried again alone with the larger dampings, and in the end with diag(H): a value
+    in the result, never an exception.
+    Peak: two stacks [E, K, K] above the input.
     """
     diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1).clone()
     order_EK = order_columns(diagonal_EK, order, group_size)
@@ -107,15 +108,42 @@ def _attempt_(
     hessian_EKK.diagonal(dim1=-2, dim2=-1).copy_(diagonal_EK)
     added_EK = damping(hessian_EKK, delta_E, settings.kind, settings.floor)
     hessian_EKK.diagonal(dim1=-2, dim2=-1).add_(added_EK)
-    backward_EK = order_EK.flip(1)
-    flipped_EKK = torch.stack([h_KK[p_K][:, p_K] for h_KK, p_K in zip(hessian_EKK, backward_EK, strict=True)])
-    lower_EKK, info_E = torch.linalg.cholesky_ex(flipped_EKK)
-    del flipped_EKK
-    root_EKK = lower_EKK.flip(-2, -1)
-    root_EK = root_EKK.diagonal(dim1=-2, dim2=-1).clone()
-    failed_E = (info_E > 0) | ~root_EK.isfinite().all(dim=1) | (root_EK <= 0).any(dim=1)
-    root_EKK.div_(root_EK[:, None, :])
-    return root_EKK, root_EK.square(), failed_E
+    unit_EKK, pivot_EK, failed_E = _decompose(_permute(hessian_EKK, order_EK))
+    failed_E |= ~pivot_EK.isfinite().all(dim=1) | (pivot_EK <= 0).any(dim=1)
+    return unit_EKK, pivot_EK, failed_E
+
+
+def _permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
+    """Rows and columns of each expert in an order."""
+    if hessian_EKK.device.type == "cpu" and hessian_EKK.dtype == torch.float32:
+        return cpu.permute(hessian_EKK, order_EK)
+    return _take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
+
+
+def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, D, failed) with H = M diag(D) M^T, M unit upper, from the last block of columns to the first.
+
+    R = M diag(D)^(1/2) of a block's columns is (H - what the blocks behind it make) times the inverse transpose of its
+    own square, which is the flipped Cholesky factor of the flipped square. Left-looking: two GEMMs and a triangular
+    solve per block.
+    """
+    inputs = hessian_EKK.shape[-1]
+    unit_EKK, pivot_EK = torch.zeros_like(hessian_EKK), torch.empty_like(hessian_EKK[:, 0])
+    failed_E = torch.zeros(len(hessian_EKK), dtype=torch.bool, device=hessian_EKK.device)
+    for start in reversed(range(0, inputs, PANEL)):
+        end = min(start + PANEL, inputs)
+        block = slice(start, end)
+        behind_EBK = unit_EKK[:, block, end:] * pivot_EK[:, None, end:]
+        left_EKB = torch.baddbmm(hessian_EKK[:, :end, block], unit_EKK[:, :end, end:], behind_EBK.mT, alpha=-1)
+        lower_EBB, info_E = torch.linalg.cholesky_ex(left_EKB[:, block].flip(1, 2))
+        root_EBB = lower_EBB.flip(1, 2)
+        root_E1B = root_EBB.diagonal(dim1=1, dim2=2)[:, None]
+        unit_EKK[:, block, block] = root_EBB / root_E1B
+        rest_EKB = torch.linalg.solve_triangular(root_EBB.mT, left_EKB[:, :start], upper=False, left=False)
+        torch.div(rest_EKB, root_E1B, out=unit_EKK[:, :start, block])
+        pivot_EK[:, block] = root_E1B[:, 0].square()
+        failed_E |= info_E > 0
+    return unit_EKK, pivot_EK, failed_E
 
 
 def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float) -> Tensor:
@@ -129,8 +157,8 @@ def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float
     moved_ENK = torch.linalg.solve_triangular(lower_EKK, moved_ENK, upper=False, left=False, unitriangular=True)
     moved_ENK /= factor.pivot_EK[:, None, :]
     moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
-    natural_ENK = torch.empty_like(moved_ENK).scatter_(2, index_ENK, moved_ENK)
-    return natural_ENK.mul_(alpha).add_(weight_ENK)
+    natural_ENK = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
+    return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
 
 
 def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor:

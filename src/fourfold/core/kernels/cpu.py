@@ -55,6 +55,14 @@ def refine_group_(
     over_rows(_refine_group, rows, [group, rule, *(tensor.numpy() for tensor in tensors)])
 
 
+def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
+    """Rows and columns of each expert in an order, and of the result the upper triangle alone: the rest is not set."""
+    permuted_EKK = torch.empty_like(hessian_EKK)
+    arrays = [tensor.numpy() for tensor in (hessian_EKK, order_EK.contiguous(), permuted_EKK)]
+    over_rows(_permute, order_EK.numel(), arrays)
+    return permuted_EKK
+
+
 def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
     """Per row and group the candidate with the least cost, ties to the first: see grid.search_scales. fp32 [N, G]."""
     scale_NG = torch.empty(candidate_FNG.shape[1:])
@@ -210,6 +218,16 @@ def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, fe
                     + missed[start + 4, lane] * f[4] + missed[start + 5, lane] * f[5]
                     + missed[start + 6, lane] * f[6] + missed[start + 7, lane] * f[7]
                 )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _permute(first: int, last: int, hessian: Floats, order: NDArray[np.int64], permuted: Floats) -> None:
+    inputs = order.shape[1]
+    for place in range(first, last):
+        expert, row = place // inputs, place % inputs
+        source = hessian[expert, order[expert, row]]
+        for column in range(row // LANES * LANES, inputs):
+            permuted[expert, row, column] = source[order[expert, column]]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
