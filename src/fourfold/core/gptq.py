@@ -187,7 +187,7 @@ def _take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
     """Row place_EK[e, k] of each expert's rows, one after the other; as many as there are places."""
     first_E1 = torch.arange(len(values_EKN), device=place_EK.device)[:, None] * values_EKN.shape[1]
     taken_SN = values_EKN.flatten(0, 1).index_select(0, (place_EK + first_E1).flatten())
-    return taken_SN.unflatten(0, place_EK.shape)
+    return taken_SN.view(*place_EK.shape, -1)
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:

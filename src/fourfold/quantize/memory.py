@@ -27,7 +27,8 @@ SQUARES = 4  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and 
 STACKS = 6  # fp32 [N, K] per expert: weight, target, ordered, error, codes, one temporary
 LOGITS = 6  # fp32 [T, vocabulary chunk] in core/metrics: two models' and what their sums take
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
-ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any device busy
+ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any GPU busy
+CPU_ATTEND_TOKENS = 2_048  # likewise a CPU: of four times as many, a third of the time went into fresh memory pages
 EXPERT_TOKENS = 16_384  # likewise of an expert batch
 EXPERT_TOKENS_LEAST = 256
 CPU_CHUNK_BYTES = 128 * 2**20  # of a chunk's solve: eight full-width experts at a time took a sixth longer than one
@@ -199,7 +200,8 @@ def plan_memory(work: Workload, device: str, memory_bytes: int | None) -> Memory
     budget = device_budget(device) if memory_bytes is None else memory_bytes
     fixed = _resident_bytes(work) + traffic_bytes(work) if device == "cpu" else _on_device_bytes(work)
     left = max(budget - fixed - solved_bytes(work), 0)
-    rows = max(ATTEND_TOKENS // max(work.calibration_length, work.heldout_length), 1)
+    attend_tokens = CPU_ATTEND_TOKENS if device == "cpu" else ATTEND_TOKENS
+    rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
     while rows > 1 and attend_batch_bytes(work, rows) > left:
         rows //= 2
     tokens = EXPERT_TOKENS

@@ -20,6 +20,7 @@ from torch import Tensor
 from fourfold.core.kernels.cpu import SIXTEEN, Floats, Ints, over_rows, round_bits
 
 AVAILABLE = bool(binding.get_host_cpu_features().get("avx512bf16"))
+binding.initialize_native_asmparser()  # numba does without one; the instruction is named in _emit_tile
 PANEL, TILE, VECTOR = 32, 8, 16  # columns of a panel; rows of a tile, which is a panel wide; fp32 of a register
 LOW = np.int32(0xFFFF)
 PIECE = 256  # words of 2 rows that a tile adds up by itself: more would lose a digit, fewer load sums more often
@@ -56,9 +57,11 @@ def _pack(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: T
     """[K / PANEL, words, PANEL], a word the values of two pairs; energy_S: where |x|^2 is written."""
     words = -(-len(token_S) // 2)
     packed = np.empty((input_TK.shape[1] // PANEL, words, PANEL), np.int32)
-    values = [each.view(torch.int16).numpy() for each in (input_TK, input_TK if target_TK is None else target_TK)]
-    arrays = [*values, target_TK is not None, token_S.numpy(), root_S.numpy(), packed, energy_S.numpy()]
-    over_rows(_pack_words, words, arrays)
+    inputs, targets = (
+        each.view(torch.int16).numpy() for each in (input_TK, input_TK if target_TK is None else target_TK)
+    )
+    source = inputs, targets, target_TK is not None
+    over_rows(_pack_words, words, [source, token_S.numpy(), root_S.numpy(), packed, energy_S.numpy()])
     return packed
 
 
@@ -69,9 +72,11 @@ def _add(sums_KK: Tensor, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _pack_words(
-    first: int, last: int, inputs: NDArray[np.int16], targets: NDArray[np.int16], difference: bool,
-    token: NDArray[np.int64], root: Floats, packed: Ints, energy: Floats,
+    first: int, last: int, source: tuple[NDArray[np.int16], NDArray[np.int16], bool], token: NDArray[np.int64],
+    root: Floats, packed: Ints, energy: Floats,
 ) -> None:  # fmt: skip
+    """source: inputs, targets, whether it is their difference that is wanted."""
+    inputs, targets, difference = source
     columns = inputs.shape[1]
     value, other = np.zeros((2, columns), np.float32), np.empty(columns, np.float32)
     bits, other_bits = value.view(np.int32), other.view(np.int32)
@@ -106,6 +111,50 @@ def _sum_of_squares(value: Floats) -> Any:
     return total
 
 
+def _add_tile_types(typing: Any, left: Any, right: Any, sums: Any, pitch: Any, words: Any) -> Any:
+    """sums[r, c] += sum over words of left[word, r] . right[word, c], each the product of two pairs of BF16 values.
+
+    Addresses, the sums' row pitch in bytes, count of words; r < TILE, c < PANEL. The sums stay in registers.
+    """
+    return types.void(types.uintp, types.uintp, types.uintp, types.intp, types.intp), _emit_tile
+
+
+def _emit_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    left, right, sums, pitch, words = arguments
+    integer, word = ir.IntType(64), ir.IntType(32)
+    packed, floats = ir.VectorType(word, VECTOR), ir.VectorType(ir.FloatType(), VECTOR)
+    dot = ir.FunctionType(floats, [floats, packed, packed])
+
+    def at(address: Any, offset: Any, kind: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    vectors = range(PANEL // VECTOR)
+    zero = ir.Constant(floats, None)
+    totals: list[list[Any]] = [
+        [cgutils.alloca_once_value(builder, zero) for _ in vectors]  # type: ignore[no-untyped-call]
+        for _ in range(TILE)
+    ]
+    with cgutils.for_range(builder, words) as loop:
+        here = builder.mul(loop.index, integer(4 * PANEL))
+        columns = [builder.load(at(right, builder.add(here, integer(64 * v)), packed), align=4) for v in vectors]
+        for row in range(TILE):
+            value = builder.load(at(left, builder.add(here, integer(4 * row)), word), align=4)
+            single = builder.insert_element(ir.Constant(packed, ir.Undefined), value, word(0))
+            spread = builder.shuffle_vector(single, single, ir.Constant(packed, None))
+            for v in vectors:
+                # By its name, as LLVM's own intrinsic has a type that llvmlite lacks.
+                given = [builder.load(totals[row][v]), spread, columns[v]]
+                builder.store(builder.asm(dot, "vdpbf16ps $3, $2, $0", "=v,0,v,v", given, False), totals[row][v])
+    for row in range(TILE):
+        for v in vectors:
+            place = at(sums, builder.add(builder.mul(pitch, integer(row)), integer(64 * v)), floats)
+            builder.store(builder.fadd(builder.load(place, align=4), builder.load(totals[row][v])), place, align=4)
+    return context.get_dummy_value()
+
+
+_add_tile: Any = intrinsic(_add_tile_types)
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _add_tiles(first: int, last: int, sums: Floats, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> None:
     pitch = sums.strides[0]
@@ -118,56 +167,3 @@ def _add_tiles(first: int, last: int, sums: Floats, left: Ints, right: Ints, til
                     left[row, start:, part:].ctypes.data, right[column, start:].ctypes.data,
                     sums[row * PANEL + part :, column * PANEL :].ctypes.data, pitch, words,
                 )  # fmt: skip
-
-
-class _BFloat(ir.Type):
-    """The element type that LLVM's intrinsic takes; llvmlite has no name for it."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-@intrinsic
-def _add_tile(typing: Any, left: Any, right: Any, sums: Any, pitch: Any, words: Any) -> Any:
-    """sums[r, c] += sum over words of left[word, r] . right[word, c], each the product of two pairs of BF16 values.
-
-    Addresses, the sums' row pitch in bytes, count of words; r < TILE, c < PANEL. The sums stay in registers.
-    """
-    return types.void(types.uintp, types.uintp, types.uintp, types.intp, types.intp), _emit_tile
-
-
-def _emit_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    left, right, sums, pitch, words = arguments
-    integer, word, floats = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), VECTOR)
-    packed, halves = ir.VectorType(word, VECTOR), ir.VectorType(_BFloat(), 2 * VECTOR)
-    dot = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(floats, [floats, halves, halves]), "llvm.x86.avx512bf16.dpbf16ps.512"
-    )
-
-    def at(address: Any, offset: Any, kind: Any) -> Any:
-        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-    vectors = range(PANEL // VECTOR)
-    totals = [[cgutils.alloca_once_value(builder, ir.Constant(floats, None)) for _ in vectors] for _ in range(TILE)]
-    with cgutils.for_range(builder, words) as loop:
-        here = builder.mul(loop.index, integer(4 * PANEL))
-        columns = [builder.load(at(right, builder.add(here, integer(64 * v)), packed), align=4) for v in vectors]
-        columns = [builder.bitcast(column, halves) for column in columns]
-        for row in range(TILE):
-            value = builder.load(at(left, builder.add(here, integer(4 * row)), word), align=4)
-            single = builder.insert_element(ir.Constant(packed, ir.Undefined), value, word(0))
-            spread = builder.shuffle_vector(single, single, ir.Constant(packed, None))
-            for v in vectors:
-                total = builder.call(dot, [builder.load(totals[row][v]), builder.bitcast(spread, halves), columns[v]])
-                builder.store(total, totals[row][v])
-    for row in range(TILE):
-        for v in vectors:
-            place = at(sums, builder.add(builder.mul(pitch, integer(row)), integer(64 * v)), floats)
-            builder.store(builder.fadd(builder.load(place, align=4), builder.load(totals[row][v])), place, align=4)
-    return context.get_dummy_value()

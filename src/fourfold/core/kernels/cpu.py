@@ -48,11 +48,12 @@ def refine_group_(
 ) -> None:
     """See gptq.refine_group_torch_. Neither gradient nor product is changed."""
     diagonal_EB = hessian_EBB.diagonal(dim1=-2, dim2=-1).contiguous()
-    tensors = gradient_EBN, product_EBN, hessian_EBB / diagonal_EB[:, None], diagonal_EB, *state
+    own = gradient_EBN, product_EBN, hessian_EBB / diagonal_EB[:, None], diagonal_EB
     # refit, signed, bits of an fp32 mantissa that the stored dtype lacks
     rule = (refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16))
     rows = gradient_EBN.shape[0] * gradient_EBN.shape[2]
-    over_rows(_refine_group, rows, [group, rule, *(tensor.numpy() for tensor in tensors)])
+    arrays = [tuple(tensor.numpy() for tensor in tensors) for tensors in (own, state)]
+    over_rows(_refine_group, rows, [group, rule, *arrays])
 
 
 def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
@@ -79,8 +80,10 @@ def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any]) -> None
         kernel(0, rows, *arrays)
         return
     # Threads of its own for each call: a pool that is kept would be dead in a forked child.
-    with ThreadPoolExecutor(len(spans)) as pool:
-        for done in [pool.submit(kernel, *span, *arrays) for span in spans]:
+    with ThreadPoolExecutor(len(spans) - 1) as pool:
+        others = [pool.submit(kernel, *span, *arrays) for span in spans[1:]]
+        kernel(*spans[0], *arrays)
+        for done in others:
             done.result()
 
 
@@ -122,10 +125,12 @@ def _inblock(
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _refine_group(
-    first: int, last: int, group: int, rule: tuple[bool, bool, np.int32], gradient: Floats, product: Floats,
-    feedback: Floats, diagonal: Floats, target: Floats, error: Floats, codes: Floats, scales: Floats,
+    first: int, last: int, group: int, rule: tuple[bool, bool, np.int32],
+    own: tuple[Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
 ) -> None:  # fmt: skip
     """Rows first to last, counted through all experts."""
+    gradient, product, feedback, diagonal = own
+    target, error, codes, scales = state
     columns, rows = gradient.shape[1], gradient.shape[2]
     start = group * columns
     ahead, code = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
