@@ -113,6 +113,17 @@ def test_factor_is_of_the_damped_hessian(hessian_EKK: Tensor, order: str) -> Non
     assert factor.delta_E.tolist() == [0.05] * 3 and not factor.diagonal_E.any()
 
 
+@pytest.mark.parametrize("panel", [7, 64, 100])
+def test_a_factor_in_panels_is_that_of_one(hessian_EKK: Tensor, monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    whole, _ = factorize(hessian_EKK)
+    monkeypatch.setattr(gptq, "PANEL", panel)
+    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        found, _ = factorize(hessian_EKK.to(dtype), "activation")
+        assert torch.equal(found.order_EK, whole.order_EK)
+        assert torch.allclose(found.unit_EKK.double(), whole.unit_EKK, atol=close)
+        assert torch.allclose(found.pivot_EK.double(), whole.pivot_EK, rtol=close)
+
+
 def pair(correlation: float) -> Tensor:
     """Columns 0 and 1 of eight have this product; the others are alone. Not positive definite from 1 on."""
     matrix = torch.eye(8)
