@@ -222,10 +222,10 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     # Of a known size, so that a GPU need not be waited for.
     shift_S = shift_E.repeat_interleave(count_E, output_size=len(token_S))
     place_S = torch.arange(len(token_S), device=input_TK.device) + shift_S
-    filled_K = input_TK.new_zeros(starts[-1], input_TK.shape[1])
-    filled_K[place_S] = input_TK[token_S]
+    token_F = token_S.new_zeros(starts[-1]).scatter_(0, place_S, token_S)  # filled with token 0, which nobody reads
     ends_E = torch.tensor(starts[1:], dtype=torch.int32, device=input_TK.device)
-    return grouped_mm(filled_K, weight_ENK.transpose(1, 2), offs=ends_E)[place_S]
+    output_FN = grouped_mm(input_TK.index_select(0, token_F), weight_ENK.transpose(1, 2), offs=ends_E)
+    return output_FN[: len(token_S)] if len(counts) == 1 else output_FN.index_select(0, place_S)
 
 
 def _filled(count: int) -> int:

@@ -22,11 +22,12 @@ BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 600 * 10**6  # interpreter, torch and transformers, imported
 CUDA_CONTEXT_BYTES = 500 * 10**6
 FREE_MARGIN = 0.10  # of free memory, left alone where no budget is given
-SQUARES = 5  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and three in core/gptq.factorize_
+SQUARES = 4  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and two in core/gptq.factorize_
 STACKS = 6  # fp32 [N, K] per expert: weight, target, ordered, error, codes, one temporary
 LOGITS = 6  # fp32 [T, vocabulary chunk] in core/metrics: two models' and what their sums take
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
-ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any device busy
+ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any GPU busy
+CPU_ATTEND_TOKENS = 2_048  # likewise a CPU: of four times as many, a third of the time went into fresh memory pages
 EXPERT_TOKENS = 16_384  # likewise of an expert batch
 EXPERT_TOKENS_LEAST = 256
 CPU_CHUNK_BYTES = 128 * 2**20  # of a chunk's solve: eight full-width experts at a time took a sixth longer than one
@@ -229,7 +230,8 @@ def plan_memory(
             inputs = "host"
         left -= inputs_bytes(work) if inputs == "device" and not on_cpu else 0
     left = max(left - solved_bytes(work) // workers, 0)
-    rows = max(ATTEND_TOKENS // max(work.calibration_length, work.heldout_length), 1)
+    attend_tokens = CPU_ATTEND_TOKENS if on_cpu else ATTEND_TOKENS
+    rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
     while rows > 1 and attend_batch_bytes(work, rows) > left:
         rows //= 2
     tokens = EXPERT_TOKENS

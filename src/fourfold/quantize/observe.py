@@ -310,8 +310,14 @@ def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Ten
     """
     width = gate_up_ENK.shape[1] // 2
     gate_up_EPN = torch.matmul(input_PD, gate_up_ENK.transpose(1, 2))
-    hidden_EPI = (layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]).float()
-    return torch.bmm(hidden_EPI.transpose(1, 2), hidden_EPI).div_(len(input_PD))
+    hidden_EPI = layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]
+    experts, rows = hidden_EPI.shape[:2]
+    # Every row of every expert is a pair, and all weigh the same.
+    own = moments.accumulate(
+        hidden_EPI.flatten(0, 1), None, torch.arange(experts * rows, device=hidden_EPI.device),
+        torch.ones(experts * rows, device=hidden_EPI.device), [rows * expert for expert in range(experts + 1)],
+    )  # fmt: skip
+    return own.hessian_EKK.div_(rows)
 
 
 def random_tokens(count: int, wanted: int, seed: int) -> Tensor:
