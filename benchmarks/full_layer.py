@@ -33,6 +33,7 @@ from fourfold.model.skeleton import CAPTURE, Skeleton
 from fourfold.quantize import observe, solve, streams
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.observe import Batches
+from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens
@@ -192,14 +193,15 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     layer = make_layer(skeleton, device)
     batches = Batches(rows=8, tokens=8192, experts=min(options.chunk, options.experts))
     both = make_streams(options.tokens, options.hidden, recipe.solver.asymmetric)
-    clock = Clock(device)
+    clock, worker = Clock(device), alone(device)
+    chunking = solve.Chunking(batches.experts, batches.inputs, "layers.0.mlp.experts.", ignore)
     start = clock.now()
     with clock.watching(), torch.no_grad():
-        traffic = streams.attend(layer, *both, batches, ignore)
-        prefix = "layers.0.mlp.experts."
-        result = solve.solve_layer(layer, streams.observed(*traffic), recipe, batches, prefix, ignore)
+        traffic = streams.attend(worker, layer, both, batches, ignore)
+        layer = streams.own_experts(worker, layer, traffic)
+        result = solve.solve_layer(worker, layer, observe.observe(layer, *traffic, batches.inputs), recipe, chunking)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
-        streams.advance((layer, release_layer), traffic, both, batches, ignore)
+        streams.advance(worker, (layer, release_layer), traffic, both, batches, ignore)
     seconds = clock.now() - start
     kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
     errors = sorted(row.relative_error for row in result.projections)

@@ -40,7 +40,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 REQUIRED = {"fast": 3.0, "best": 1.4}  # times fewer CPU seconds than GPTQModel
 
 
-def make_model(folder: Path, experts: int, topk: int, layer_type: str) -> None:
+def make_model(folder: Path, experts: int, topk: int, layer_type: str, layers: int = 2) -> None:
     """A checkpoint of random weights, power-law embedding, the example's tokenizer; as transformers saves it."""
     raw = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
     raw["text_config"] |= {
@@ -49,8 +49,8 @@ def make_model(folder: Path, experts: int, topk: int, layer_type: str) -> None:
         "shared_expert_intermediate_size": 512,
         "num_experts": experts,
         "num_experts_per_tok": topk,
-        "num_hidden_layers": 2,
-        "layer_types": [layer_type] * 2,
+        "num_hidden_layers": layers,
+        "layer_types": [layer_type] * layers,
         "mtp_num_hidden_layers": 0,
     }
     raw["vision_config"]["out_hidden_size"] = 2048

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import checkpoints
 from fourfold.datatypes import Event
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.finish import Summary
 from fourfold.quantize.run import quantize
 from fourfold.recipe import HELDOUT_TEXTS, TEXT, Recipe
@@ -37,7 +38,8 @@ length = 128
 [solver]
 pool_rows = 256
 """
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # not of the result
+# Not of the result.
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_bytes", "workers", "finished_at")
 
 # Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
 SIDECARS = {
@@ -71,7 +73,7 @@ def make_source(folder: Path, **options: Any) -> Path:
 
 
 def run(model: Path, out: Path, recipe: Recipe, **options: Any) -> Summary:
-    return quantize(model, out, recipe, **{"memory_bytes": MEMORY_BYTES} | options)
+    return quantize(model, out, recipe, **{"machine": Machine(memory_bytes=MEMORY_BYTES)} | options)
 
 
 def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> Callable[[Event], None]:

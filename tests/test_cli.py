@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from fourfold import __version__, cli, options, serving
 from fourfold.datatypes import Event, FourfoldError
+from fourfold.quantize.devices import Machine
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.evaluate import Protocol
 from fourfold.release.tasks import Tasks
@@ -114,7 +115,9 @@ def test_version() -> None:
         (["quantize", "model", "out", "--layers", "-1"], "--layers"),
         (["quantize", "model", "out", "--memory", "lots"], "'lots' is not a size"),
         (["quantize", "model", "out", "--memory", "0GiB"], "'0GiB' is no memory at all"),
-        (["quantize", "model", "out", "--devices", "cuda:0,cuda:1"], "one device is supported for now"),
+        (["quantize", "model", "out", "--devices", "cpu,cuda:0"], "cuda:0"),
+        (["quantize", "model", "out", "--memory", "gpu=8GiB"], "'gpu' is no place"),
+        (["quantize", "model", "out", "--memory", "host=8GiB"], "cuda=SIZE or cpu=SIZE"),
         (["quantize", "model", "out", "--calibration", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
         (["recipe", "show", "fats"], "did you mean 'fast'?"),
     ],
@@ -251,6 +254,8 @@ class Work:
             "metrics": {},
             "seconds": {"solve": 1.0},
             "peak_memory_bytes": {"host": 10**6},
+            "planned_memory_bytes": {"host": 10**6},
+            "workers": (),
             "notes": (),
         }
         return types.SimpleNamespace(**figures, to_json=lambda: figures)
@@ -274,10 +279,10 @@ def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
         "model": tmp_path / "model",
         "out": tmp_path / "out",
         "recipe": load_recipe("fast", ["solver.passes=3"]),
-        "device": "cpu",
-        "memory_bytes": 1 << 20,
+        "machine": Machine(devices="cpu", memory_bytes=1 << 20),
         "layers": range(1, 3),
         "restart": True,
+        "trace": None,
     }
 
 

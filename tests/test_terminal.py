@@ -154,6 +154,8 @@ def test_summary() -> None:
         metrics=metrics,
         seconds={"solve": 60.0, "attend": 2.0},
         peak_memory_bytes={"host": 1_800_000_000, "cuda:0": 2_000_000_000},
+        planned_memory_bytes={"host": 10**6},
+        workers=(),
         notes=("a note",),
     )
     tables.show_summary(to, summary)  # type: ignore[arg-type]

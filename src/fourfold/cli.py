@@ -9,10 +9,13 @@ import typer
 
 from fourfold import __version__, recipe, serving, tables, terminal
 from fourfold.options import (
+    ALL_FREE,
     CHECK_FAILED,
     EXIT_CODES,
     Against,
+    Budget,
     CalibrationFile,
+    Device,
     Devices,
     Drafts,
     DryRun,
@@ -35,11 +38,11 @@ from fourfold.options import (
     Tasks,
     Text,
     TimeLimit,
+    TraceFile,
     Url,
     VerdictJson,
     Windows,
     answer,
-    choose_device,
     choose_recipe,
 )
 
@@ -129,6 +132,7 @@ def quantize(
     layers: Layers = None,
     dry_run: DryRun = False,
     restart: Restart = False,
+    trace: TraceFile = None,
     quiet: Quiet = False,
     as_json: EventsJson = False,
 ) -> None:
@@ -145,18 +149,19 @@ def quantize(
             return
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
+        from fourfold.quantize.devices import Machine
         from fourfold.quantize.run import quantize as run
 
-        folder, device = _find(model, chosen, devices, out, progress=not quiet)
+        folder = _find(model, chosen, devices, out, progress=not quiet)
         with terminal.watch(console, manner) as progress:
             summary = run(
                 folder,
                 out,
                 chosen,
-                device=device,
-                memory_bytes=memory,
+                machine=Machine(devices=devices, **(memory or ALL_FREE)._asdict()),
                 layers=layers,
                 restart=restart,
+                trace=trace,
                 progress=progress,
             )
         if manner is terminal.Manner.JSON:
@@ -167,35 +172,36 @@ def quantize(
 
 def _find(
     model: str, chosen: recipe.Recipe, devices: str, out: Path | None, *, progress: bool = True
-) -> tuple[Path, str]:
-    """The model's folder, and the device. What can be wrong with the rest is found before a model is downloaded."""
+) -> Path:
+    """The model's folder. What can be wrong with the rest is found before a model is downloaded."""
     from fourfold.model.hub import resolve_model
     from fourfold.quantize.calibrate import check_sources
+    from fourfold.quantize.devices import expand_devices, under_torchrun
     from fourfold.quantize.journal import check_out
-    from fourfold.quantize.memory import check_device
 
-    device = choose_device(devices)
-    check_device(device)
+    expand_devices(devices)
     check_sources(chosen)
-    if out is not None:
+    if out is not None and not under_torchrun():
         check_out(out, Path(model))
-    return resolve_model(model, progress=progress), device
+    return resolve_model(model, progress=progress)
 
 
 def _print_plan(
     model: str,
     chosen: recipe.Recipe,
     devices: str,
-    memory: int | None,
+    memory: Budget | None,
     layers: range | None,
     *,
     out: Path | None,
     as_json: bool,
 ) -> None:
+    from fourfold.quantize.devices import expand_devices
     from fourfold.quantize.plan import make_plan
 
-    folder, device = _find(model, chosen, devices, out)
-    made = make_plan(folder, chosen, device=device, memory_bytes=memory, layers=layers, out=out)
+    folder = _find(model, chosen, devices, out)
+    budget = (memory or ALL_FREE)._asdict()
+    made = make_plan(folder, chosen, devices=expand_devices(devices), **budget, layers=layers, out=out)
     console = terminal.open_console()
     if as_json:
         terminal.json_line(console, made.to_json())
@@ -222,7 +228,7 @@ def evaluate(
     drafts: Drafts = True,
     tasks: Tasks = None,
     url: Url = None,
-    devices: Devices = "auto",
+    devices: Device = "auto",
     quiet: Quiet = False,
     as_json: EventsJson = False,
 ) -> None:
@@ -237,13 +243,12 @@ def evaluate(
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
         from fourfold.model.hub import resolve_model
-        from fourfold.quantize.memory import check_device
+        from fourfold.quantize.devices import one_device
         from fourfold.release.evaluate import Protocol, read_state
         from fourfold.release.evaluate import evaluate as run
         from fourfold.release.tasks import Tasks as Asked
 
-        device = choose_device(devices)
-        check_device(device)
+        device = one_device(devices)
         read_state(out)  # before a model is downloaded
         with terminal.watch(console, manner) as progress:
             found = run(

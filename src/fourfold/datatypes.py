@@ -180,7 +180,8 @@ class LayerResult:
     """A solved layer: what goes to disk, and what the release stream multiplies by from here on.
 
     tensors: final tensor names -> packed tensors; gate_up_ENK, down_ENK: dequantized from exactly those tensors, in
-    the compute dtype (None of them is written); projections: a row of the log each; seconds: by stage.
+    the compute dtype (None of them is written); projections: a row of the log each; seconds: by stage; chunk: experts
+    that were solved at a time at the end, 0 where there was nothing to solve.
     """
 
     tensors: dict[str, Tensor]
@@ -188,6 +189,7 @@ class LayerResult:
     down_ENK: Tensor | None
     projections: tuple[ProjectionStatistics, ...]
     seconds: dict[str, float]
+    chunk: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -55,20 +55,29 @@ def parse_layers(text: str) -> range:
     return range(first, last + 1)
 
 
-def parse_devices(text: str) -> str:
-    """ "auto" or one device; whether the machine has it is looked at later. Raises typer.BadParameter."""
-    if "," in text:
-        raise typer.BadParameter(f"{text!r}: one device is supported for now; wanted auto, cpu or one such as cuda:0")
-    return text.strip()
+class Budget(NamedTuple):
+    """Bytes of each device and of the host, None for what is free."""
+
+    memory_bytes: int | None
+    host_bytes: int | None
 
 
-def choose_device(devices: str) -> str:
-    """The device that "auto" stands for: the first GPU, or else the CPU. Any other is taken as it is."""
-    if devices != "auto":
-        return devices
-    import torch
+ALL_FREE = Budget(None, None)
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+def parse_memory(text: str) -> Budget:
+    """ "10GiB", or by place as in "cuda=10GiB,host=8GiB" or "cpu=3GiB,host=6GiB". Raises typer.BadParameter."""
+    if "=" not in text:
+        return Budget(parse_size(text), None)
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        place, _, size = (word.strip() for word in part.partition("="))
+        if place not in ("cuda", "cpu", "host") or place in sizes:
+            raise typer.BadParameter(f"{text!r}: {place!r} is no place; wanted cuda=SIZE or cpu=SIZE, and host=SIZE")
+        sizes[place] = parse_size(size)
+    if len(sizes.keys() & {"cuda", "cpu"}) != 1:
+        raise typer.BadParameter(f"{text!r}: wanted cuda=SIZE or cpu=SIZE, one of them, and host=SIZE if need be")
+    return Budget(sizes.get("cuda") or sizes.get("cpu"), sizes.get("host"))
 
 
 def choose_recipe(name: str, overrides: list[str], calibration: Path | None) -> recipe.Recipe:
@@ -187,19 +196,33 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         metavar="DEVICE",
-        parser=parse_devices,
-        help="auto (the first GPU, or else the CPU), cpu or cuda:N.",
+        help="auto (the first GPU, or else the CPU), all, cuda:0,cuda:1, cpu, or cpu*4: the CPU as four workers. "
+        "More than one share the work.",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option("--devices", metavar="DEVICE", help="One: auto (the first GPU, or else the CPU), cpu or cuda:N."),
+]
 Memory = Annotated[
-    int | None,
+    Budget | None,
     typer.Option(
         "--memory",
         metavar="SIZE",
-        parser=parse_size,
+        parser=parse_memory,
         show_default=False,
-        help="Memory that the run may take on the device, as in 8GiB; less of it means smaller batches. "
-        "Left out: what is free now.",
+        help="Memory that the run may take on each GPU, or on the CPU in all, as in 8GiB; or by place, as in "
+        "cuda=10GiB,host=8GiB (cpu=SIZE is then of each worker). Less of it means smaller batches. Left out: what is "
+        "free now.",
+    ),
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        show_default=False,
+        help="Write what each worker did when, for chrome://tracing or ui.perfetto.dev.",
     ),
 ]
 Layers = Annotated[

@@ -73,9 +73,14 @@ def _needs_table(plan: Plan) -> Table:
     memory, disk = plan.memory, plan.disk
     table = _facts()
     table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
-    if memory.device != "cpu":
-        table.add_row(f"memory of {memory.device}", f"{decimal(memory.device_peak_bytes)} at the peak")
-    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {memory.device}")
+    devices = ", ".join(memory.devices)
+    if not memory.on_cpu:
+        table.add_row(f"memory of each of {devices}", f"{decimal(memory.device_peak_bytes)} at the peak")
+    elif len(memory.devices) > 1:
+        worker = max(stage.worker_bytes for stage in memory.stages)
+        table.add_row("of it each worker's", f"{decimal(worker)} at the peak, {len(memory.devices)} workers")
+    host = f", {decimal(memory.host_budget_bytes)} on the host" if memory.host_budget_bytes else ""
+    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {devices}{host}")
     batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
     table.add_row("batches", batches)
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
@@ -119,7 +124,12 @@ def show_summary(console: Console, summary: Summary) -> None:
             table.add_row(label, form.format(summary.metrics[key]))
     resumed = " since it went on" if "restore" in summary.seconds else ""
     table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
-    table.add_row("peak memory", memory_text(summary.peak_memory_bytes))
+    planned = memory_text(summary.planned_memory_bytes)
+    table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
+    if len(summary.workers) > 1:
+        busy = (f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
+                for worker in summary.workers)  # fmt: skip
+        table.add_row("busy", ", ".join(busy) + "; the rest is waiting for the other workers")
     console.print(table)
     for note in summary.notes:
         console.print(f"note: {paragraphs(note)}", soft_wrap=True)

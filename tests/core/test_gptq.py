@@ -17,6 +17,7 @@ import problems
 import reference
 from fourfold.core import gptq, grid
 from fourfold.core.gptq import Damping, Factor, Refit
+from fourfold.core.kernels import cpu
 from problems import GROUP
 
 ORDERS = ["activation", "group-aware", "natural"]
@@ -110,6 +111,17 @@ def test_factor_is_of_the_damped_hessian(hessian_EKK: Tensor, order: str) -> Non
         assert np.allclose(unit, unit_again, atol=1e-10) and np.allclose(pivot, pivot_again, rtol=1e-10)
         assert [factor.natural_pivot()[expert, j].item() for j in places] == pivot.tolist()
     assert factor.delta_E.tolist() == [0.05] * 3 and not factor.diagonal_E.any()
+
+
+@pytest.mark.parametrize("panel", [7, 64, 100])
+def test_a_factor_in_panels_is_that_of_one(hessian_EKK: Tensor, monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    whole, _ = factorize(hessian_EKK)
+    monkeypatch.setattr(gptq, "PANEL", panel)
+    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        found, _ = factorize(hessian_EKK.to(dtype), "activation")
+        assert torch.equal(found.order_EK, whole.order_EK)
+        assert torch.allclose(found.unit_EKK.double(), whole.unit_EKK, atol=close)
+        assert torch.allclose(found.pivot_EK.double(), whole.pivot_EK, rtol=close)
 
 
 def pair(correlation: float) -> Tensor:
@@ -485,3 +497,34 @@ def test_codes_of_zero_leave_their_scale(started: dict[str, Tensor]) -> None:
     zeros: dict[str, Any] = started | {"target_ENK": target_ENK, "codes_ENK": codes_ENK}
     codes, scales = gptq.refine(**zeros, passes=2, refit=SIGNED)
     assert not codes.any() and torch.equal(scales, started["scale_ENG"])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("refit", [None, SIGNED, Refit(dtype="fp16", signed=False)], ids=["codes", "bf16", "fp16"])
+@pytest.mark.parametrize("loudness", [1.0, 2e-4])
+def test_native_refinement_step_is_torchs(loudness: float, refit: Refit | None, threads: int) -> None:
+    """Parts of rows that are not full, several experts, a group in the middle; the least scales are FP16 subnormals."""
+    generator = torch.Generator().manual_seed(7)
+    target_EKN = torch.randn(2, 96, 70, generator=generator) * loudness
+    code_EKN = torch.randint(-8, 8, target_EKN.shape, generator=generator).float()
+    scale_EGN = grid.stored(torch.rand(2, 3, 70, generator=generator) * loudness / 4, "bf16")
+    input_EKT = torch.randn(2, 96, 300, generator=generator)
+    hessian_EKK = input_EKT @ input_EKT.mT
+    error_EKN = target_EKN - code_EKN * scale_EGN.repeat_interleave(32, dim=1)
+    block = slice(32, 64)
+    given = torch.bmm(hessian_EKK[:, block], error_EKN), torch.bmm(hessian_EKK[:, block, block], code_EKN[:, block])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    states = []
+    for step in (cpu.refine_group_, gptq.refine_group_torch_):
+        state = target_EKN, error_EKN.clone(), code_EKN.clone(), scale_EGN.clone()
+        step(1, given[0].clone(), given[1].clone(), hessian_EKK[:, block, block], state, refit)
+        states.append(state)
+    torch.set_num_threads(before)
+    (_, error, code, scale), (_, error_torch, code_torch, scale_torch) = states
+    assert torch.equal(scale, scale_torch) and torch.equal(scale, scale_EGN) == (refit is None)
+    assert (code != code_torch).float().mean() < 1e-3 and not torch.equal(code, code_EKN)
+    same = code == code_torch
+    assert torch.allclose(error[same], error_torch[same], rtol=1e-5, atol=1e-6 * loudness)
+    others = [place for place in range(96) if not 32 <= place < 64]
+    assert torch.equal(code[:, others], code_EKN[:, others]) and torch.equal(error[:, others], error_EKN[:, others])

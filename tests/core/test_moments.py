@@ -17,6 +17,8 @@ from torch import Tensor
 import problems
 import reference
 from fourfold.core import moments
+from fourfold.core.kernels import bf16
+from fourfold.core.kernels.bf16 import PIECE
 from fourfold.datatypes import FourfoldError, Moments
 from problems import Problem
 
@@ -162,13 +164,13 @@ def test_same_bits_again(problem: Problem, own: Moments) -> None:
 # ---- pool
 
 
-def test_pool_is_the_weighted_mean(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_is_the_weighted_sum(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_T = torch.rand(len(problem.input_TK), generator=torch.Generator().manual_seed(1))
     inputs = problem.input_TK.float().numpy()
     sums = reference.moments(inputs, inputs, weight_T.numpy())
     for pairs_per_piece in (100, 16_384):
         monkeypatch.setattr(moments, "PAIRS_PER_PIECE", pairs_per_piece)
-        found = moments.pool(problem.input_TK, weight_T)
+        found = moments.pool(problem.input_TK, weight_T) / weight_T.sum()
         assert found.dtype == torch.float32 and worst(found, sums.hessian_KK / sums.weight) < 1e-6
 
 
@@ -177,7 +179,7 @@ def test_pool_of_the_layer_is_what_its_experts_add_up_to(problem: Problem, own: 
     assert torch.allclose(weight_T, torch.ones_like(weight_T))  # renormalised router weights
     wanted = own.hessian_EKK.sum(dim=0) / own.weight_E.sum()
     # sqrt(w) x is rounded to 8 bits once per expert, or once: each product may be 2^-8 off, their mean much less
-    assert worst(moments.pool(problem.input_TK, weight_T), problems.array(wanted)) < 1e-3
+    assert worst(moments.pool(problem.input_TK, weight_T) / weight_T.sum(), problems.array(wanted)) < 1e-3
 
 
 # ---- effective tokens
@@ -316,23 +318,43 @@ def test_all_dead_channels_are_damped_alike(kind: str, floor: float) -> None:
     assert (added_EK > 0).all() and added_EK.isfinite().all() and (added_EK == added_EK[:, :1]).all()
 
 
+@pytest.mark.skipif(not bf16.AVAILABLE, reason="a CPU without AVX-512 BF16")
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("cross", [False, True])
-def test_native_rows_are_torchs_bit_for_bit(cross: bool, threads: int) -> None:
-    problem = problems.make(seed=11)
-    root_S = problem.weight_S.sqrt()
-    target_TK = problem.target_TK if cross else None
+@pytest.mark.parametrize(("pairs", "inputs"), [(1, 32), (1203, 96), (PIECE * 2, 64)])
+def test_native_products_of_whole_numbers_are_torchs_bit_for_bit(pairs: int, inputs: int, threads: int) -> None:
+    """Every sum is exact, whatever its order; pairs that fill no word, tiles that start anew."""
+    generator = torch.Generator().manual_seed(3)
+    input_TK, target_TK = torch.randint(-8, 9, (2, 400, inputs), generator=generator).bfloat16()
+    token_S = torch.randint(400, (pairs,), generator=generator)
+    root_S = torch.randint(1, 4, (pairs,), generator=generator).float()
+    sums = []
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = moments.scale_rows(problem.input_TK, target_TK, problem.token_S, root_S)
+    for add_products_ in (bf16.add_products_, moments.add_products_torch_):
+        hessian_KK, cross_KK = torch.ones(2, inputs, inputs)
+        energy_S = add_products_(hessian_KK, cross_KK, input_TK, target_TK, token_S, root_S)
+        sums.append((hessian_KK.tril(), cross_KK, energy_S))
     torch.set_num_threads(before)
-    wanted = moments.scale_rows_torch(problem.input_TK, target_TK, problem.token_S, root_S)
-    assert torch.equal(found, wanted)
-    assert found.shape == (len(root_S), 256) and found.any()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*sums, strict=True))
 
 
-def test_native_rows_stay_not_finite() -> None:
-    input_TK = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e38]], dtype=torch.bfloat16)
-    for target_TK in (None, torch.zeros_like(input_TK)):
-        found = moments.scale_rows(input_TK, target_TK, torch.tensor([0]), torch.tensor([2.0]))
-        assert not found.isfinite().any()
+@pytest.mark.skipif(not bf16.AVAILABLE, reason="a CPU without AVX-512 BF16")
+@pytest.mark.parametrize("cross", [False, True])
+def test_native_products_are_of_the_same_rounded_rows(cross: bool) -> None:
+    problem = problems.make(seed=11)
+    sums = []
+    for add_products_ in (bf16.add_products_, moments.add_products_torch_):
+        hessian_KK, cross_KK = torch.zeros(2, 256, 256)
+        given = problem.input_TK, problem.target_TK if cross else None, problem.token_S, problem.weight_S.sqrt()
+        energy_S = add_products_(hessian_KK, cross_KK if cross else None, *given)
+        sums.append((hessian_KK.tril(), cross_KK, energy_S))
+    for found, wanted in zip(*sums, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_products_stay_not_finite() -> None:
+    input_TK = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e38] * 8], dtype=torch.bfloat16)
+    for add_products_ in (bf16.add_products_, moments.add_products_torch_)[not bf16.AVAILABLE :]:
+        hessian_KK = torch.zeros(32, 32)
+        add_products_(hessian_KK, None, input_TK, None, torch.tensor([0]), torch.tensor([2.0]))
+        assert not hessian_KK.diagonal().isfinite().any()

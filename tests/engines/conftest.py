@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from broken import Copy
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
@@ -50,7 +51,7 @@ def made(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def make(form: str) -> Path:
         if not (folder / form).exists():
             recipe = load_recipe("fast", [f"format={form}", SOURCES, *SMALL])
-            quantize(example_model, folder / form, recipe, memory_bytes=2 * 2**30)
+            quantize(example_model, folder / form, recipe, machine=Machine(memory_bytes=2 * 2**30))
         return folder / form
 
     return make

@@ -14,10 +14,15 @@ MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe as a file."""
+    return releases.write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def small(small_file: Path) -> MakeRecipe:
     """small("solver.passes=0", ...): the small recipe with overrides."""
-    path = releases.write_recipe(tmp_path_factory.mktemp("recipe"))
-    return lambda *overrides: load_recipe(str(path), overrides)
+    return lambda *overrides: load_recipe(str(small_file), overrides)
 
 
 @pytest.fixture(scope="session")

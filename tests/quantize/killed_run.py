@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 from fourfold.datatypes import Event
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
@@ -30,7 +31,7 @@ def run(model: Path, recipe: str, out: Path, limit: int) -> int:
             if seen == limit:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    quantize(model, out, load_recipe(recipe), memory_bytes=2 * 2**30, progress=die_at_limit)
+    quantize(model, out, load_recipe(recipe), machine=Machine(memory_bytes=2 * 2**30), progress=die_at_limit)
     return seen
 
 

@@ -25,10 +25,11 @@ OVERRIDES = (
 CHILD = """
 import sys
 from pathlib import Path
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 model, out, *overrides = sys.argv[1:]
-summary = quantize(Path(model), Path(out), load_recipe("best", overrides), memory_bytes=2**31)
+summary = quantize(Path(model), Path(out), load_recipe("best", overrides), machine=Machine(memory_bytes=2**31))
 print(summary.peak_memory_bytes["host"])
 """
 

@@ -15,7 +15,7 @@ import checkpoints
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize import memory
+from fourfold.quantize import devices, memory
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.estimate import RATES, Workload
 from fourfold.quantize.memory import MemoryPlan
@@ -376,14 +376,14 @@ def test_layers_that_are_not_there(tmp_path: Path, layers: range) -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:0", ""])
 def test_devices_that_do_not_exist(tmp_path: Path, device: str) -> None:
-    with pytest.raises(FourfoldError, match="cpu, cuda or cuda:N is wanted"):
-        make_plan(tmp_path, RECIPE, device=device)
+    with pytest.raises(FourfoldError, match=r"wanted auto, all, cpu, cpu\*N, cuda:N"):
+        make_plan(tmp_path, RECIPE, devices=(device,))
 
 
 def test_cuda_devices_that_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(FourfoldError, match="shows torch 1 CUDA devices"):
-        make_plan(tmp_path, RECIPE, device="cuda:1")
+        make_plan(tmp_path, RECIPE, devices=("cuda:1",))
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_hidden_size_that_marlin_does_not_take(tmp_path: Path) -> None:
 
 def test_everything_at_once_where_it_fits(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
-    found = make_plan(full, RECIPE, device="cuda", memory_bytes=100 * GB).memory
+    found = make_plan(full, RECIPE, devices=("cuda",), memory_bytes=100 * GB).memory
     assert (found.chunk_experts, found.fits, found.budget_bytes) == (256, True, 100 * GB)
     assert [stage.stage for stage in found.stages] == [
         "read", "attend", "moments", "solve", "advance", "write", "measure",
@@ -481,18 +481,18 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 6
 def test_gpus_without_bf16_or_kernels_are_refused(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch, (7, 5))
     with pytest.raises(FourfoldError, match="Old GPU has no BF16"):
-        make_plan(full, RECIPE, device="cuda:0", memory_bytes=GB)
+        make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
     one_gpu(monkeypatch)
-    monkeypatch.setattr(memory.cuda, "AVAILABLE", False)
+    monkeypatch.setattr(devices.cuda, "AVAILABLE", False)
     with pytest.raises(FourfoldError, match="triton is not installed"):
-        make_plan(full, RECIPE, device="cuda:0", memory_bytes=GB)
+        make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
 
 
 def test_chunks_shrink_with_the_budget(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
     chunks = []
     for budget in (100, 40, 20, 16, 14):
-        found = make_plan(full, RECIPE, device="cuda:0", memory_bytes=budget * GB).memory
+        found = make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=budget * GB).memory
         assert found.fits and found.device_peak_bytes <= budget * GB
         chunks.append(found.chunk_experts)
     assert chunks == sorted(chunks, reverse=True)
@@ -509,16 +509,16 @@ def test_chunks_on_a_cpu_stay_near_its_caches(full: Path, tmp_path: Path) -> Non
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works: list[Workload] = []
 
-    def spy(work: Workload, device: str, memory_bytes: int | None) -> MemoryPlan:
+    def spy(work: Workload, *rest: Any) -> MemoryPlan:
         works.append(work)
-        return memory.plan_memory(work, device, memory_bytes)
+        return memory.plan_memory(work, *rest)
 
     monkeypatch.setattr(plan_module, "plan_memory", spy)
     make_plan(full, RECIPE)
     (work,) = works
-    assert memory.chunk_bytes(work) == (6 * 2048**2 + 6 * 1024 * 2048) * 4
-    for budget in range(15, 45):
-        found = memory.plan_memory(work, "cuda", budget * GB)
+    assert memory.chunk_bytes(work) == (5 * 2048**2 + 6 * 1024 * 2048) * 4
+    for budget in range(15, 38):
+        found = memory.plan_memory(work, ["cuda"], budget * GB)
         chunks = -(-256 // found.chunk_experts)
         assert found.chunk_experts == -(-256 // chunks)
         solve = next(stage for stage in found.stages if stage.stage == "solve").device_bytes
@@ -538,7 +538,7 @@ def test_a_budget_that_is_too_small(full: Path) -> None:
 def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
     cpu = make_plan(full, RECIPE, memory_bytes=20 * GB).memory
-    gpu = make_plan(full, RECIPE, memory_bytes=20 * GB, device="cuda").memory
+    gpu = make_plan(full, RECIPE, memory_bytes=20 * GB, devices=("cuda",)).memory
     assert all(stage.host_bytes == stage.device_bytes for stage in cpu.stages)
     assert gpu.chunk_experts > cpu.chunk_experts
     assert gpu.host_peak_bytes < cpu.host_peak_bytes
@@ -547,7 +547,7 @@ def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.Monke
 def test_one_stream_takes_less(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
     recipes = [load_recipe(name) for name in ("best", "fast")]
-    both, one = (make_plan(full, recipe, device="cuda", memory_bytes=20 * GB).memory for recipe in recipes)
+    both, one = (make_plan(full, recipe, devices=("cuda",), memory_bytes=16 * GB).memory for recipe in recipes)
     assert one.chunk_experts > both.chunk_experts
     both, one = (make_plan(full, recipe, memory_bytes=20 * GB).memory for recipe in recipes)
     attend = [

@@ -29,7 +29,8 @@ pool_rows = 256
 """
 CHILD = Path(__file__).with_name("killed_run.py")
 Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "finished_at")  # not of the result
+# Not of the result.
+RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_bytes", "workers", "finished_at")
 
 
 def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:

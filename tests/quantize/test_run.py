@@ -21,6 +21,7 @@ import checkpoints
 import releases
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import plan as plan_module
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe, load_recipe
@@ -111,9 +112,9 @@ def test_smallest_batches_give_the_same_release_but_for_rounding(
     source: Path, release: Path, small: MakeRecipe, tmp_path: Path
 ) -> None:
     """A budget that nothing fits: a row, an expert, 256 tokens at a time; BF16 products may then differ by a bit."""
-    summary = releases.run(source, tmp_path / "out", small(), memory_bytes=1)
+    summary = releases.run(source, tmp_path / "out", small(), machine=Machine(memory_bytes=1))
     batches = releases.read_json(tmp_path / "out/fourfold.json")["settings"]["batches"]
-    assert batches == {"rows": 1, "tokens": 256, "experts": 1}
+    assert batches == {"rows": 1, "tokens": 256, "experts": 1, "inputs": "device"}
     wanted = releases.read_json(release / "metrics.json")["summary"]
     assert summary.metrics["perplexity_source"] == pytest.approx(wanted["perplexity_source"], rel=0.005)
     assert summary.metrics["kl_mean"] == pytest.approx(wanted["kl_mean"], rel=0.2)
@@ -134,8 +135,8 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_going_on_keeps_the_sizes_of_the_first_start(source: Path, small: MakeRecipe, tmp_path: Path) -> None:
     """Batches and threads decide the order of sums, so a resumed run has those of its first start."""
-    releases.run(source, tmp_path / "whole", small(), memory_bytes=1)
-    interrupt(source, tmp_path / "out", small(), "solve", 1, memory_bytes=1)
+    releases.run(source, tmp_path / "whole", small(), machine=Machine(memory_bytes=1))
+    interrupt(source, tmp_path / "out", small(), "solve", 1, machine=Machine(memory_bytes=1))
     torch.set_num_threads(2)
     releases.run(source, tmp_path / "out", small())
     assert torch.get_num_threads() == 2, "the caller's again"

@@ -92,7 +92,7 @@ def make_site(problem: Problem, *, cross: bool = True, weighted: bool = True) ->
         projections=("gate_proj", "up_proj"),
         weight_ENK=problem.weight_ENK,
         moments=moments.accumulate(problem.input_TK, target_TK, problem.token_S, weight_S, problem.offsets),
-        pool_EKK=moments.pool(problem.input_TK, torch.ones(tokens)),
+        pool_EKK=moments.pool(problem.input_TK, torch.ones(tokens)) / tokens,
         calibration_tokens=tokens,
     )
 

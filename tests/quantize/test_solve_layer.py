@@ -18,8 +18,9 @@ import reference
 from fourfold.core import pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
-from fourfold.quantize import solve, streams
-from fourfold.quantize.observe import Batches, Observed, Traffic
+from fourfold.quantize import solve
+from fourfold.quantize.observe import Observed, Traffic, observe
+from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, GROUP = 4, 64, 96, 240, 32
@@ -52,6 +53,8 @@ def layer() -> DecoderLayer:
         module=nn.Identity(),
         rotary=nn.Identity(),
         activation=silu,
+        experts=EXPERTS,
+        owned=tuple(range(EXPERTS)),
         gate_up_ENK=(0.1 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1)).bfloat16(),
         down_ENK=(0.1 * normal(EXPERTS, HIDDEN, WIDTH, seed=2)).bfloat16(),
     )
@@ -65,17 +68,19 @@ def observed() -> Observed:
     score_TE[:, 3] = -10
     value_TA, index_TA = score_TE.softmax(dim=1).topk(2)
     routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
-    rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
-    traffic = Traffic(rows=rows, input_TD=input_TD.bfloat16(), routing=routing, pairs=sort_pairs(routing, EXPERTS))
     target_TD = input_TD + 0.1 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
-    return Observed(traffic=traffic, target_TD=target_TD.bfloat16())
+    pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
+    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16())
 
 
-def solve_with(layer: DecoderLayer, observed: Observed, recipe: Recipe, experts: int = EXPERTS) -> LayerResult:
+def solve_with(
+    layer: DecoderLayer, observed: Observed, recipe: Recipe, experts: int = EXPERTS, inputs: str = "device"
+) -> LayerResult:
     if not recipe.solver.asymmetric:
         observed = replace(observed, target_TD=None)
-    batches, ticks = Batches(rows=1, tokens=TOKENS, experts=experts), list[int]()
-    result = solve.solve_layer(layer, observed, recipe, batches, PREFIX, ticks.append)
+    ticks = list[int]()
+    chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
+    result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking)
     assert sum(ticks) == EXPERTS and max(ticks) == experts
     return result
 
@@ -99,8 +104,7 @@ def on_disk(result: LayerResult, expert: int, projection: str) -> np.ndarray:
 
 
 def traffic_of(observed: Observed) -> tuple[Tensor, Pairs]:
-    assert observed.traffic.input_TD is not None and observed.traffic.pairs is not None
-    return observed.traffic.input_TD, observed.traffic.pairs
+    return observed.input_TD, observed.pairs
 
 
 def hessian_of(observed: Observed, expert: int, *, weighted: bool) -> np.ndarray:
@@ -140,10 +144,10 @@ def test_the_streams_multiply_by_what_is_on_disk(layer: DecoderLayer, result: La
 
 
 @pytest.mark.parametrize("preset", ["best", "fast", "card"])
-def test_chunks_of_experts_do_not_matter(layer: DecoderLayer, observed: Observed, preset: str) -> None:
+def test_chunks_and_where_inputs_lie_do_not_matter(layer: DecoderLayer, observed: Observed, preset: str) -> None:
     whole = solve_with(layer, observed, recipe(preset))
-    for experts in (1, 3):
-        found = solve_with(layer, observed, recipe(preset), experts)
+    for experts, inputs in ((1, "device"), (3, "device"), (3, "host")):
+        found = solve_with(layer, observed, recipe(preset), experts, inputs)
         assert found.tensors.keys() == whole.tensors.keys()
         assert all(torch.equal(found.tensors[name], whole.tensors[name]) for name in whole.tensors)
         rows, wanted = (
@@ -266,17 +270,17 @@ def test_down_sees_the_released_gate_and_up_on_the_release_stream(
 ) -> None:
     seen: list[Tensor] = []
 
-    def watch(name: str) -> None:
+    def watch(name: str, place: int) -> None:
         original = getattr(solve, name)
 
-        def watched(chunk: Any, layer: Any, used_ENK: Tensor, *rest: Any) -> Any:
-            seen.append(used_ENK.clone())
-            return original(chunk, layer, used_ENK, *rest)
+        def watched(*arguments: Any) -> Any:
+            seen.append(arguments[place].clone())
+            return original(*arguments)
 
         monkeypatch.setattr(solve, name, watched)
 
-    watch("down_moments")
-    watch("down_pool")
+    watch("down_moments", 2)
+    watch("down_pool", 1)
     found = solve_with(layer, observed, recipe(asymmetric=asymmetric), experts=2)
     assert found.gate_up_ENK is not None and len(seen) == 4
     wanted_ENK = found.gate_up_ENK if asymmetric else layer.stacks[0]
@@ -287,8 +291,10 @@ def test_down_sees_the_released_gate_and_up_on_the_release_stream(
 
 def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
-    traffic = observed.traffic
-    seen = streams.observed(replace(traffic), replace(traffic))
+    rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
+    traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
+    seen = observe(layer, traffic, replace(traffic), "device")
+    assert seen.target_TD is seen.input_TD
     released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
     plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))
     assert plain.gate_up_ENK is not None and asymmetric.gate_up_ENK is not None

@@ -15,6 +15,7 @@ from fourfold.core.kernels import cpu, cuda
 from fourfold.core.moments import damping
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
+PANEL = 256  # columns of the Cholesky factor between two GEMMs over all that are behind them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ def order_columns(diagonal_EK: Tensor, kind: str, group_size: int) -> Tensor:
 def factorize_(hessian_EKK: Tensor, settings: Damping, order: str, group_size: int) -> Factor:
     """Damp a stack of Hessians, in place, and factorize it: one Cholesky, no inverse.
 
-    R = flip(cholesky(flip(H))) is upper with H = R R^T; M = R / diag(R). An expert whose Cholesky fails is tried again
-    alone with the larger dampings, and in the end with diag(H): a value in the result, never an exception.
-    Peak: three stacks [E, K, K] above the input.
+    An expert whose Cholesky fails is tried again alone with the larger dampings, and in the end with diag(H): a value
+    in the result, never an exception.
+    Peak: two stacks [E, K, K] above the input.
     """
     diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1).clone()
     order_EK = order_columns(diagonal_EK, order, group_size)
@@ -107,15 +108,42 @@ def _attempt_(
     hessian_EKK.diagonal(dim1=-2, dim2=-1).copy_(diagonal_EK)
     added_EK = damping(hessian_EKK, delta_E, settings.kind, settings.floor)
     hessian_EKK.diagonal(dim1=-2, dim2=-1).add_(added_EK)
-    backward_EK = order_EK.flip(1)
-    flipped_EKK = torch.stack([h_KK[p_K][:, p_K] for h_KK, p_K in zip(hessian_EKK, backward_EK, strict=True)])
-    lower_EKK, info_E = torch.linalg.cholesky_ex(flipped_EKK)
-    del flipped_EKK
-    root_EKK = lower_EKK.flip(-2, -1)
-    root_EK = root_EKK.diagonal(dim1=-2, dim2=-1).clone()
-    failed_E = (info_E > 0) | ~root_EK.isfinite().all(dim=1) | (root_EK <= 0).any(dim=1)
-    root_EKK.div_(root_EK[:, None, :])
-    return root_EKK, root_EK.square(), failed_E
+    unit_EKK, pivot_EK, failed_E = _decompose(_permute(hessian_EKK, order_EK))
+    failed_E |= ~pivot_EK.isfinite().all(dim=1) | (pivot_EK <= 0).any(dim=1)
+    return unit_EKK, pivot_EK, failed_E
+
+
+def _permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
+    """Rows and columns of each expert in an order."""
+    if hessian_EKK.device.type == "cpu" and hessian_EKK.dtype == torch.float32:
+        return cpu.permute(hessian_EKK, order_EK)
+    return _take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
+
+
+def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, D, failed) with H = M diag(D) M^T, M unit upper, from the last block of columns to the first.
+
+    R = M diag(D)^(1/2) of a block's columns is (H - what the blocks behind it make) times the inverse transpose of its
+    own square, which is the flipped Cholesky factor of the flipped square. Left-looking: two GEMMs and a triangular
+    solve per block.
+    """
+    inputs = hessian_EKK.shape[-1]
+    unit_EKK, pivot_EK = torch.zeros_like(hessian_EKK), torch.empty_like(hessian_EKK[:, 0])
+    failed_E = torch.zeros(len(hessian_EKK), dtype=torch.bool, device=hessian_EKK.device)
+    for start in reversed(range(0, inputs, PANEL)):
+        end = min(start + PANEL, inputs)
+        block = slice(start, end)
+        behind_EBK = unit_EKK[:, block, end:] * pivot_EK[:, None, end:]
+        left_EKB = torch.baddbmm(hessian_EKK[:, :end, block], unit_EKK[:, :end, end:], behind_EBK.mT, alpha=-1)
+        lower_EBB, info_E = torch.linalg.cholesky_ex(left_EKB[:, block].flip(1, 2))
+        root_EBB = lower_EBB.flip(1, 2)
+        root_E1B = root_EBB.diagonal(dim1=1, dim2=2)[:, None]
+        unit_EKK[:, block, block] = root_EBB / root_E1B
+        rest_EKB = torch.linalg.solve_triangular(root_EBB.mT, left_EKB[:, :start], upper=False, left=False)
+        torch.div(rest_EKB, root_E1B, out=unit_EKK[:, :start, block])
+        pivot_EK[:, block] = root_E1B[:, 0].square()
+        failed_E |= info_E > 0
+    return unit_EKK, pivot_EK, failed_E
 
 
 def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float) -> Tensor:
@@ -129,29 +157,37 @@ def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float
     moved_ENK = torch.linalg.solve_triangular(lower_EKK, moved_ENK, upper=False, left=False, unitriangular=True)
     moved_ENK /= factor.pivot_EK[:, None, :]
     moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
-    natural_ENK = torch.empty_like(moved_ENK).scatter_(2, index_ENK, moved_ENK)
-    return natural_ENK.mul_(alpha).add_(weight_ENK)
+    natural_ENK = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
+    return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
 
 
 def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor:
     """Codes int8 [E, N, K] that minimise tr(Err H Err^T) one column after the other, each step exactly.
 
     GPTQ (arXiv 2210.17323) without an inverse: t_j = w_j + sum_{i<j} Err_i M_ij is its updated weight at column j.
-    Left-looking: one GEMM over all earlier errors per block of columns.
+    Left-looking: one GEMM over all earlier errors per block of columns. Columns lie one after the other in memory
+    (of the result too, and best of the target): a reordered column is then a row that is copied.
     """
     inputs = target_ENK.shape[-1]
-    group_size = inputs // scale_ENG.shape[-1]
-    index_ENK = factor.order_EK[:, None, :].expand_as(target_ENK)
-    ordered_ENK = target_ENK.gather(2, index_ENK)
-    error_ENK, codes_ENK = torch.empty_like(ordered_ENK), torch.empty_like(ordered_ENK, dtype=torch.int8)
+    group_EK = factor.order_EK // (inputs // scale_ENG.shape[-1])
+    ordered_EKN = _take(target_ENK.mT, factor.order_EK)
+    error_EKN, codes_EKN = torch.empty_like(ordered_EKN), torch.empty_like(ordered_EKN, dtype=torch.int8)
     for start in range(0, inputs, BLOCK):
         block = slice(start, min(start + BLOCK, inputs))
-        weight_ENB = ordered_ENK[:, :, block]
-        scale_ENB = scale_ENG.gather(2, index_ENK[:, :, block] // group_size)
-        target_ENB = torch.baddbmm(weight_ENB, error_ENK[:, :, :start], factor.unit_EKK[:, :start, block])
+        weight_EBN = ordered_EKN[:, block]
+        scale_EBN = _take(scale_ENG.mT, group_EK[:, block])
+        target_EBN = torch.baddbmm(weight_EBN, factor.unit_EKK[:, :start, block].mT, error_EKN[:, :start])
         unit_EBB = factor.unit_EKK[:, block, block]
-        codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(target_ENB, weight_ENB, unit_EBB, scale_ENB)
-    return torch.empty_like(codes_ENK).scatter_(2, index_ENK, codes_ENK)
+        codes_ENB, error_ENB = inblock(target_EBN.mT, weight_EBN.mT, unit_EBB, scale_EBN.mT)
+        codes_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
+    return _take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
+
+
+def _take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
+    """Row place_EK[e, k] of each expert's rows, one after the other; as many as there are places."""
+    first_E1 = torch.arange(len(values_EKN), device=place_EK.device)[:, None] * values_EKN.shape[1]
+    taken_SN = values_EKN.flatten(0, 1).index_select(0, (place_EK + first_E1).flatten())
+    return taken_SN.view(*place_EK.shape, -1)
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +208,7 @@ def inblock_torch(
     """The same for any device and dtype, a column at a time: what the native kernels are held against."""
     # Columns first: each step then reads and writes contiguous rows.
     target_EBN = target_ENB.mT.clone(memory_format=torch.contiguous_format)  # changed below
-    scale_EBN = scale_ENB.mT.contiguous()
-    weight_EBN = weight_ENB.mT.contiguous()
+    scale_EBN, weight_EBN = scale_ENB.mT.contiguous(), weight_ENB.mT.contiguous()
     codes_EBN, error_EBN = torch.empty_like(target_EBN, dtype=torch.int8), torch.empty_like(target_EBN)
     for j in range(target_EBN.shape[1]):
         code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(-8, 7)
@@ -183,50 +218,65 @@ def inblock_torch(
     return codes_EBN.mT, error_EBN.mT
 
 
+State = tuple[Tensor, Tensor, Tensor, Tensor]  # target_EKN, and what a step changes: error_EKN, code_EKN, scale_EGN
+
+
 def refine(
     target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None
 ) -> tuple[Tensor, Tensor]:
     """Coordinate descent on scales and codes, group after group: the proxy tr(Err H Err^T) never rises.
 
-    hessian_EKK: damped. refit: how scales may move; None leaves them alone.
-    Returns new (codes_ENK int8, scale_ENG).
+    hessian_EKK: damped, symmetric. refit: how scales may move; None leaves them alone.
+    Returns new (codes_ENK int8, scale_ENG). Columns lie one after the other here: see solve_codes.
     """
-    group_size = target_ENK.shape[-1] // scale_ENG.shape[-1]
-    codes_ENK, scale_ENG = codes_ENK.clone(), scale_ENG.clone()
-    error_ENK = target_ENK - grid.dequantize(codes_ENK, scale_ENG)
-    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
-    identity_BB = torch.eye(group_size, dtype=hessian_EKK.dtype, device=hessian_EKK.device)
+    size = target_ENK.shape[-1] // scale_ENG.shape[-1]
+    step = refine_group_torch_
+    if target_ENK.device.type == "cpu" and target_ENK.dtype == torch.float32:
+        step = cpu.refine_group_
+    target_EKN = target_ENK.mT.contiguous()
+    code_EKN = torch.empty_like(target_EKN).copy_(codes_ENK.mT)
+    scale_EGN = scale_ENG.mT.clone(memory_format=torch.contiguous_format)
+    error_EKN = target_EKN - code_EKN * scale_EGN.repeat_interleave(size, dim=1)
+    state = target_EKN, error_EKN, code_EKN, scale_EGN
     for _ in range(passes):
-        for group in range(scale_ENG.shape[-1]):
-            block = slice(group * group_size, (group + 1) * group_size)
-            weight_ENB, diagonal_E1B = target_ENK[:, :, block], diagonal_EK[:, None, block]
-            gradient_ENB = torch.bmm(error_ENK, hessian_EKK[:, :, block])
-            hessian_EBB = hessian_EKK[:, block, block]
-            error_ENB, scale_EN = error_ENK[:, :, block], scale_ENG[:, :, group]
-            if refit:
-                code_ENB = codes_ENK[:, :, block].float()
-                product_ENB = torch.bmm(code_ENB, hessian_EBB)
-                moved_EN = _refit(code_ENB, scale_EN, gradient_ENB, product_ENB, refit)
-                error_ENB = torch.addcmul(error_ENB, code_ENB, moved_EN[..., None], value=-1)
-                gradient_ENB.addcmul_(product_ENB, moved_EN[..., None], value=-1)
-                scale_EN = scale_EN + moved_EN
-            feedback_EBB = (hessian_EBB / diagonal_E1B).triu(1)
-            # W_b + Gr / diag H - Err_b (1 + triu F): the block's own error is taken out of its gradient
-            target_ENB = gradient_ENB.div_(diagonal_E1B).add_(weight_ENB)
-            target_ENB.baddbmm_(error_ENB, feedback_EBB + identity_BB, alpha=-1)
-            scale_ENB = scale_EN[..., None].expand_as(target_ENB)
-            codes_ENK[:, :, block], error_ENK[:, :, block] = inblock(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
-            scale_ENG[:, :, group] = scale_EN
-    return codes_ENK, scale_ENG
+        for group in range(scale_EGN.shape[1]):
+            block = slice(group * size, (group + 1) * size)
+            gradient_EBN = torch.bmm(hessian_EKK[:, block], error_EKN)
+            product_EBN = torch.bmm(hessian_EKK[:, block, block], code_EKN[:, block])
+            step(group, gradient_EBN, product_EBN, hessian_EKK[:, block, block], state, refit)
+    return code_EKN.to(torch.int8).mT.contiguous(), scale_EGN.mT.contiguous()
 
 
-def _refit(code_ENB: Tensor, scale_EN: Tensor, gradient_ENB: Tensor, product_ENB: Tensor, refit: Refit) -> Tensor:
-    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N].
+def refine_group_torch_(
+    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None
+) -> None:
+    """Scales, then codes of one group, in place: for any device and dtype, and what the native kernel is held against.
 
-    product_ENB: codes times the group's own block of H.
+    gradient_EBN: H Err, all groups' errors; product_EBN: the group's own block of H times its codes; both are changed.
     """
-    curvature_EN = (product_ENB * code_ENB).sum(dim=-1)
-    wanted_EN = scale_EN + (gradient_ENB * code_ENB).sum(dim=-1) / curvature_EN.where(curvature_EN > 0, torch.inf)
+    target_EKN, error_EKN, code_EKN, scale_EGN = state
+    size = hessian_EBB.shape[-1]
+    block = slice(group * size, (group + 1) * size)
+    diagonal_EB1 = hessian_EBB.diagonal(dim1=-2, dim2=-1)[..., None]
+    weight_EBN, error_EBN, code_EBN = target_EKN[:, block], error_EKN[:, block], code_EKN[:, block]
+    if refit:
+        moved_E1N = _refit(code_EBN, scale_EGN[:, group], gradient_EBN, product_EBN, refit)[:, None]
+        error_EBN.addcmul_(code_EBN, moved_E1N, value=-1)
+        gradient_EBN.addcmul_(product_EBN, moved_E1N, value=-1)
+        scale_EGN[:, group] += moved_E1N[:, 0]
+    feedback_EBB = (hessian_EBB / diagonal_EB1.mT).triu(1)
+    # W_b + Gr / diag H - Err_b (1 + triu F): the block's own error is taken out of its gradient
+    ahead_EBN = gradient_EBN.div_(diagonal_EB1).add_(weight_EBN).sub_(error_EBN)
+    ahead_EBN.baddbmm_(feedback_EBB.mT, error_EBN, alpha=-1)
+    scale_EBN = scale_EGN[:, group, None].expand_as(ahead_EBN)
+    codes_ENB, error_ENB = inblock(ahead_EBN.mT, weight_EBN.mT, feedback_EBB, scale_EBN.mT)
+    code_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
+
+
+def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:
+    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
+    curvature_EN = (product_EBN * code_EBN).sum(dim=1)
+    wanted_EN = scale_EN + (gradient_EBN * code_EBN).sum(dim=1) / curvature_EN.where(curvature_EN > 0, torch.inf)
     rounded_EN = grid.stored(wanted_EN, refit.dtype)
     nearer_EN = (rounded_EN - wanted_EN).abs() < (scale_EN - wanted_EN).abs()
     if not refit.signed:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fourfold.core.kernels import cpu, cuda
+from fourfold.core.kernels import bf16, cuda
 from fourfold.datatypes import FourfoldError, Moments
 
 PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
 PANEL = 256  # rows of a Hessian that one GEMM adds to: of K = 2048 more than two fifths of the work is left out
+MIRRORED = 32  # rows that are copied at a time from below the diagonal to above it
+
+# hessian_KK, cross_KK, input_TK, target_TK, token_S, root_S: see add_products_torch_
+AddProducts = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 class NotFinite(FourfoldError):
@@ -32,13 +38,17 @@ def accumulate(
     """
     if input_TK.is_cuda:
         return cuda.accumulate(input_TK, target_TK, token_S, weight_S, offsets)
-    return accumulate_torch(input_TK, target_TK, token_S, weight_S, offsets)
+    return accumulate_by(_add_products(input_TK), input_TK, target_TK, token_S, weight_S, offsets)
 
 
-def accumulate_torch(
-    input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor, offsets: list[int]
-) -> Moments:
-    """The same for any device, a GEMM per expert and piece: the CPU's way, and what the kernel is held against."""
+def accumulate_by(
+    add_products_: AddProducts, input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor,
+    offsets: list[int],
+) -> Moments:  # fmt: skip
+    """The same for any device, an expert and piece of its pairs at a time: the CPU's way.
+
+    With `add_products_torch_` it is what the kernels are held against.
+    """
     experts, inputs = len(offsets) - 1, input_TK.shape[1]
     device = input_TK.device
     hessian_EKK = torch.zeros(experts, inputs, inputs, device=device)
@@ -47,29 +57,41 @@ def accumulate_torch(
     # A loop over experts, but each step is a GEMM of K x tokens x K; grouped_mm of the same took a quarter longer on a
     # CPU, and one GEMM per expert gives the same bits however experts are chunked.
     for expert in range(experts):
+        cross_KK = None if cross_EKK is None else cross_EKK[expert]
         for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
             piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
             root_S = weight_S[piece].sqrt()
-            scaled_SK = scale_rows(input_TK, None, token_S[piece], root_S)
-            add_gram_(hessian_EKK[expert], scaled_SK)
-            if cross_EKK is not None and target_TK is not None:
-                cross_EKK[expert].addmm_(scale_rows(input_TK, target_TK, token_S[piece], root_S).T, scaled_SK)
+            energy_S = add_products_(hessian_EKK[expert], cross_KK, input_TK, target_TK, token_S[piece], root_S)
             weight_E[expert] += weight_S[piece].sum()
-            energy2_E[expert] += scaled_SK.square_().sum(dim=1).square_().sum()
+            energy2_E[expert] += energy_S.square_().sum()
         mirror_(hessian_EKK[expert])
     count_E = torch.tensor(offsets, device=device).diff()
     return Moments(hessian_EKK, cross_EKK, weight_E, count_E, energy2_E)
 
 
+def _add_products(input_TK: Tensor) -> AddProducts:
+    return bf16.add_products_ if bf16.fits(input_TK) else add_products_torch_
+
+
+def add_products_torch_(
+    hessian_KK: Tensor, cross_KK: Tensor | None, input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor,
+    root_S: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add xs xs^T of pairs to the lower triangle, (target - x)s xs^T to the cross sum, in place. Returns |xs|^2, [S].
+
+    What is above the triangle is of no use then. GEMMs in panels of the triangle.
+    """
+    scaled_SK = scale_rows(input_TK, None, token_S, root_S)
+    for first in range(0, len(hessian_KK), PANEL):
+        panel = slice(first, first + PANEL)
+        hessian_KK[panel, : panel.stop].addmm_(scaled_SK[:, panel].T, scaled_SK[:, : panel.stop])
+    if cross_KK is not None and target_TK is not None:
+        cross_KK.addmm_(scale_rows(input_TK, target_TK, token_S, root_S).T, scaled_SK)
+    return scaled_SK.square_().sum(dim=1)
+
+
 def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
     """bf16(root x), or bf16(root (target - x)) with the difference in fp32, of each pair's token: fp32 [S, K]."""
-    if input_TK.device.type == "cpu" and input_TK.dtype == torch.bfloat16:
-        return cpu.scale_rows(input_TK, target_TK, token_S, root_S)
-    return scale_rows_torch(input_TK, target_TK, token_S, root_S)
-
-
-def scale_rows_torch(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
-    """The same for any device and dtype: what the native kernel is held against."""
     value_SK = input_TK[token_S].float()
     if target_TK is not None:
         value_SK = target_TK[token_S].float() - value_SK
@@ -77,26 +99,20 @@ def scale_rows_torch(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor
 
 
 def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
-    """Weighted mean of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
+    """Weighted sum of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
     total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
+    add_products_ = _add_products(input_TK)
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
         token_S = torch.arange(first, min(first + PAIRS_PER_PIECE, len(input_TK)), device=input_TK.device)
-        add_gram_(total_KK, scale_rows(input_TK, None, token_S, weight_T[token_S].sqrt()))
-    return mirror_(total_KK).div_(weight_T.sum())
-
-
-def add_gram_(hessian_KK: Tensor, input_SK: Tensor) -> None:
-    """Add x x^T of each row, in place, in panels of the lower triangle; what is above them is left as it was."""
-    for first in range(0, len(hessian_KK), PANEL):
-        panel = slice(first, first + PANEL)
-        hessian_KK[panel, : panel.stop].addmm_(input_SK[:, panel].T, input_SK[:, : panel.stop])
+        add_products_(total_KK, None, input_TK, None, token_S, weight_T[token_S].sqrt())
+    return mirror_(total_KK)
 
 
 def mirror_(hessian_KK: Tensor) -> Tensor:
     """Copy the lower triangle to the upper one, in place."""
-    for first in range(PANEL, len(hessian_KK), PANEL):
-        panel = slice(first, first + PANEL)
-        hessian_KK[:first, panel] = hessian_KK[panel, :first].T
+    for first in range(0, len(hessian_KK), MIRRORED):
+        rows = slice(first, first + MIRRORED)
+        hessian_KK[:first, rows] = hessian_KK[rows, :first].T
     return hessian_KK
 
 

@@ -26,6 +26,9 @@ class Routing:
     index_TA: Tensor
     weight_TA: Tensor
 
+    def to(self, device: torch.device) -> Routing:
+        return Routing(self.index_TA.to(device), self.weight_TA.to(device))
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -51,15 +54,23 @@ class Pairs:
         )
 
 
-def sort_pairs(routing: Routing, experts: int) -> Pairs:
-    """Sort a routing's pairs by expert, stably: the order of one expert's tokens never depends on the others."""
-    expert_S, slot_S = torch.sort(routing.index_TA.flatten(), stable=True)
-    counts = torch.bincount(expert_S, minlength=experts)
+def sort_pairs(routing: Routing, experts: Sequence[int], total: int) -> Pairs:
+    """The pairs of some of a layer's `total` experts, sorted by them: offsets count in the order of `experts`.
+
+    Stable: the order of one expert's tokens never depends on the others.
+    """
+    device = routing.index_TA.device
+    place_E = torch.full((total,), len(experts), device=device)  # those of others come last
+    place_E[torch.tensor(experts, device=device)] = torch.arange(len(experts), device=device)
+    place_S, slot_S = torch.sort(place_E[routing.index_TA.flatten()], stable=True)
+    counts = torch.bincount(place_S, minlength=len(experts) + 1)[:-1]
+    offsets = (0, *counts.cumsum(0).tolist())
+    slot_S = slot_S[: offsets[-1]]
     return Pairs(
         slot_S=slot_S,
         token_S=slot_S // routing.index_TA.shape[1],
         weight_S=routing.weight_TA.flatten()[slot_S],
-        offsets=(0, *counts.cumsum(0).tolist()),
+        offsets=offsets,
     )
 
 
@@ -67,13 +78,16 @@ def sort_pairs(routing: Routing, experts: int) -> Pairs:
 class DecoderLayer:
     """A decoder layer on its device. gate_up_ENK [E, 2I, D] (gate rows, then up) and down_ENK [E, D, I], or None.
 
-    A dense layer has no stacks: its module does everything.
+    owned: which of the layer's `experts` experts the stacks hold, ascending. A dense layer has no stacks: its module
+    does everything.
     """
 
     index: int
     module: nn.Module
     rotary: nn.Module
     activation: Callable[[Tensor], Tensor]
+    experts: int
+    owned: tuple[int, ...]
     gate_up_ENK: Tensor | None
     down_ENK: Tensor | None
 
@@ -91,8 +105,18 @@ class DecoderLayer:
         return next(p.device for p in self.module.parameters() if not p.is_meta)
 
     def with_experts(self, gate_up_ENK: Tensor | None, down_ENK: Tensor | None) -> DecoderLayer:
-        """The same layer with other routed experts: what the release stream goes through."""
+        """The same layer with other weights of its experts: what the release stream goes through."""
         return dataclasses.replace(self, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+
+    def owning(self, owned: tuple[int, ...]) -> DecoderLayer:
+        """The same layer with these of its experts alone, on its device."""
+        if len(owned) == self.experts:
+            stacks = self.stacks
+        else:
+            index_E = torch.tensor(owned)
+            stacks = self.stacks[0][index_E], self.stacks[1][index_E]
+        own = (stack.to(self.device) for stack in stacks)
+        return dataclasses.replace(self, owned=owned, gate_up_ENK=next(own), down_ENK=next(own))
 
 
 @dataclass(frozen=True)
@@ -142,7 +166,9 @@ def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: I
 def build_layer(
     skeleton: Skeleton, index: int, tensors: LayerTensors, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> DecoderLayer:
-    """transformers' layer with these weights on a device; every parameter is cast to `dtype`, as transformers does."""
+    """transformers' layer with these weights, cast to `dtype` as transformers does: on a device, but for the routed
+    experts, which stay where they are until it is known whose they are (`owning`).
+    """
     module = skeleton.empty_layer(index)
     own = {name: value.to(device, dtype) for name, value in tensors.kept.items()}
     left = module.load_state_dict(own, strict=False, assign=True)
@@ -153,8 +179,10 @@ def build_layer(
         module=module.eval().requires_grad_(False),
         rotary=skeleton.rotary(device),
         activation=ACT2FN[skeleton.text.hidden_act],
-        gate_up_ENK=None if tensors.gate_up_ENK is None else tensors.gate_up_ENK.to(device, dtype),
-        down_ENK=None if tensors.down_ENK is None else tensors.down_ENK.to(device, dtype),
+        experts=skeleton.experts,
+        owned=tuple(range(skeleton.experts)) if tensors.gate_up_ENK is not None else (),
+        gate_up_ENK=None if tensors.gate_up_ENK is None else tensors.gate_up_ENK.to(dtype),
+        down_ENK=None if tensors.down_ENK is None else tensors.down_ENK.to(dtype),
     )
 
 
@@ -185,6 +213,8 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     Each expert's rows are filled up to one of few sizes, at most an eighth more. oneDNN compiles a kernel for every
     size it has not met, which takes longer than a small product, and keeps it: 0.4 MB each, 0.4 GB in the end.
     """
+    if not len(token_S):
+        return input_TK.new_empty(0, weight_ENK.shape[1])
     counts = [last - first for first, last in pairwise(offsets)]
     starts = (0, *accumulate(_filled(count) for count in counts))
     shifts = [start - first for start, first in zip(starts, offsets, strict=False)][: len(counts)]
@@ -192,10 +222,10 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     # Of a known size, so that a GPU need not be waited for.
     shift_S = shift_E.repeat_interleave(count_E, output_size=len(token_S))
     place_S = torch.arange(len(token_S), device=input_TK.device) + shift_S
-    filled_K = input_TK.new_zeros(starts[-1], input_TK.shape[1])
-    filled_K[place_S] = input_TK[token_S]
+    token_F = token_S.new_zeros(starts[-1]).scatter_(0, place_S, token_S)  # filled with token 0, which nobody reads
     ends_E = torch.tensor(starts[1:], dtype=torch.int32, device=input_TK.device)
-    return grouped_mm(filled_K, weight_ENK.transpose(1, 2), offs=ends_E)[place_S]
+    output_FN = grouped_mm(input_TK.index_select(0, token_F), weight_ENK.transpose(1, 2), offs=ends_E)
+    return output_FN[: len(token_S)] if len(counts) == 1 else output_FN.index_select(0, place_S)
 
 
 def _filled(count: int) -> int:
@@ -219,12 +249,15 @@ def expert_hidden(
 
 
 def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tensor:
-    """The routed experts' output [T, D] for a batch of tokens, summed over a token's experts as transformers does."""
+    """What the layer's own experts put out for a batch of tokens, summed over a token's experts: fp32 [T, D].
+
+    Rounded to the compute dtype it is what transformers gives, where all experts are the layer's own.
+    """
     gate_up_ENK, down_ENK = layer.stacks
-    pairs = sort_pairs(routing, gate_up_ENK.shape[0])
+    pairs = sort_pairs(routing, layer.owned, layer.experts)
     hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)
     every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
     output_SD = grouped_linear(hidden_SI, every_S, pairs.offsets, down_ENK).mul_(pairs.weight_S[:, None])
-    unsorted_SD = torch.empty_like(output_SD)
+    unsorted_SD = output_SD.new_zeros(routing.index_TA.numel(), output_SD.shape[1])
     unsorted_SD[pairs.slot_S] = output_SD
-    return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1)
+    return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1, dtype=torch.float32)

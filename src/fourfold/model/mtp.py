@@ -45,6 +45,8 @@ def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype) 
         module=module.eval().requires_grad_(False),
         rotary=skeleton.rotary(device),
         activation=ACT2FN[skeleton.text.hidden_act],
+        experts=skeleton.experts,
+        owned=tuple(range(skeleton.experts)),
         gate_up_ENK=gate_up_ENK,
         down_ENK=down_ENK,
     )
@@ -111,6 +113,6 @@ class Drafts:
         )
         input_TD, index_TA, weight_TA = take_traffic(layer.module)
         routed_TD = run_experts(layer, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
-        output_RTD = output_RTD + routed_TD.view_as(output_RTD)
+        output_RTD = output_RTD + routed_TD.to(output_RTD.dtype).view_as(output_RTD)
         normed_RTD: Tensor = head.norm(output_RTD)
         return normed_RTD

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import has_draft
-from fourfold.quantize.estimate import DiskPlan, Workload, gigabytes
+from fourfold.quantize.estimate import DiskPlan, Workload
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.recipe import Recipe
 
@@ -59,10 +59,7 @@ def run_advice(work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[s
             f"experts, are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
             f"{work.hidden // 2:,}; more rows in calibration.sources help"
         )
-    if not memory.fits:
-        yield (
-            f"memory: {gigabytes(memory.device_peak_bytes)} predicted on {memory.device}, the budget is "
-            f"{gigabytes(memory.budget_bytes)}; fewer rows or another device help"
-        )
+    for problem in memory.problems:
+        yield f"memory: {problem}; fewer rows or another device help"
     if not disk.enough:
         yield disk.problem

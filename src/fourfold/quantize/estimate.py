@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,10 +296,10 @@ class TimeEstimate:
         return max(self.compute_seconds, self.read_seconds + self.write_seconds)
 
 
-def estimate_time(work: Workload, device: str) -> TimeEstimate:
-    """Operations and temporaries of each step over the constant rates of the device's kind."""
-    kind = device.partition(":")[0]
-    rates, units = RATES[kind], torch.get_num_threads() if kind == "cpu" else 1
+def estimate_time(work: Workload, devices: Sequence[str]) -> TimeEstimate:
+    """Operations and temporaries of each step over the constant rates of the devices' kind."""
+    kind = devices[0].partition(":")[0]
+    rates, units = RATES[kind], torch.get_num_threads() if kind == "cpu" else len(devices)
     calibration = forward_flop(work, work.calibration_tokens, work.calibration_length)
     heldout = 2 * forward_flop(work, work.heldout_tokens, work.heldout_length) + head_flop(work)
     passed, held_bytes = forward_bytes(work, work.calibration_tokens), 2 * forward_bytes(work, work.heldout_tokens)

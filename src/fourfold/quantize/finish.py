@@ -13,7 +13,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.trace import Span, waited
+from fourfold.quantize.workers import gil_enabled
 from fourfold.recipe import dump_recipe
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -45,6 +47,8 @@ class Summary:
     metrics: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    planned_memory_bytes: dict[str, int]
+    workers: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -53,10 +57,13 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer."""
+    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer; what each
+    worker did when.
+    """
 
     statistics: metrics.Statistics | None
     drifts: tuple[StreamDrift, ...]
+    spans: tuple[Span, ...]
 
 
 def finish(
@@ -95,6 +102,8 @@ def finish(
         "seconds": seconds,
         "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),
+        "planned_memory_bytes": _planned_memory(plan),
+        "workers": _workers(plan, measured),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_text(out / FINISHED, dump(state))
@@ -171,8 +180,9 @@ def fourfold_json(
         },
         "source_tensor_bytes": sum(claim.header.size_bytes for claim in written),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
-        "devices": device_names(plan.memory.device),
+        "devices": device_names(plan.memory.devices),
         "settings": dataclasses.asdict(journal.settings),
+        "gil": gil_enabled(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
@@ -186,11 +196,11 @@ def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:
     return dict(total)
 
 
-def device_names(device: str) -> dict[str, str]:
-    """The machine's processor, and the GPU where one was used."""
+def device_names(devices: Sequence[str]) -> dict[str, str]:
+    """The machine's processor, and the GPUs that were used."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     names = {"cpu": model[1] if model else platform.machine()}
-    return names if device == "cpu" else names | {device: torch.cuda.get_device_name(device)}
+    return names | {device: torch.cuda.get_device_name(device) for device in devices if device != "cpu"}
 
 
 def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
@@ -210,6 +220,23 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def _planned_memory(plan: Plan) -> dict[str, int]:
+    """As `peak_memory` has it."""
+    memory = plan.memory
+    planned = {"host": memory.host_peak_bytes}
+    if not memory.on_cpu:
+        planned |= {f"cuda:{torch.device(name).index or 0}": memory.device_peak_bytes for name in memory.devices}
+    return planned
+
+
+def _workers(plan: Plan, measured: Measured) -> list[dict[str, Any]]:
+    """Each worker's device, and how long it waited for others of the time it was there."""
+    return [
+        {"device": plan.memory.devices[rank], "waited_seconds": wait, "of_seconds": whole}
+        for rank, (wait, whole) in waited(measured.spans).items()
+    ]
+
+
 def dump(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -227,5 +254,7 @@ def read_summary(out: Path) -> Summary:
         metrics=state["metrics"],
         seconds=state["seconds"],
         peak_memory_bytes=state["peak_memory_bytes"],
+        planned_memory_bytes=state["planned_memory_bytes"],
+        workers=tuple(state["workers"]),
         notes=tuple(state["calibration"]["notes"]),
     )

@@ -36,12 +36,13 @@ class Identity:
         return [field.name for field in fields if getattr(self, field.name) != getattr(before, field.name)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has."""
 
     batches: Batches
-    threads: int
+    threads: int  # of each worker
+    devices: tuple[str, ...]  # of the workers
 
 
 def check_out(out: Path, model: Path) -> None:
@@ -113,6 +114,12 @@ class Journal:
     def records(self) -> tuple[ShardRecord, ...]:
         return tuple(self._records[shard] for shard in sorted(self._records))
 
+    def shrink(self, experts: int) -> None:
+        """Chunks of experts are smaller from now on, as a device's memory was too small; codes do not change."""
+        batches = dataclasses.replace(self.settings.batches, experts=experts)
+        self.settings = dataclasses.replace(self.settings, batches=batches)
+        _write_state(self.out, self.identity, self.settings)
+
     def add(self, record: ShardRecord) -> None:
         """Record a shard that is durable already."""
         write_text(_records_folder(self.out) / f"{record.shard}.json", json.dumps(dataclasses.asdict(record)))
@@ -140,21 +147,25 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
     path = out / STATE / "run.json"
     _records_folder(out).mkdir(exist_ok=True)
     if not path.exists():
-        state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
-        write_text(path, json.dumps(state, indent=1))
+        _write_state(out, identity, settings)
         return Journal(out, identity, settings, {})
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         batches = Batches(**state["settings"]["batches"])
         before, settings = (
             Identity(**state["identity"]),
-            Settings(batches=batches, threads=state["settings"]["threads"]),
+            Settings(batches, state["settings"]["threads"], tuple(state["settings"]["devices"])),
         )
         read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FourfoldError(f"{path}: the journal cannot be read ({error}); start over with --restart") from None
     refuse_changes(out, identity, before)
     return Journal(out, identity, settings, {record.shard: record for record in read})
+
+
+def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
+    state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
+    write_text(out / STATE / "run.json", json.dumps(state, indent=1))
 
 
 def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:

@@ -6,28 +6,28 @@ Each figure is a function of its own, so that it can be held against a measureme
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from fourfold.core.kernels import cuda
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
-from fourfold.datatypes import FourfoldError
 from fourfold.model.layer import PAIRS_PER_BATCH
-from fourfold.quantize.estimate import Workload
+from fourfold.quantize.estimate import Workload, gigabytes
 
 BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 600 * 10**6  # interpreter, torch and transformers, imported
 CUDA_CONTEXT_BYTES = 500 * 10**6
 FREE_MARGIN = 0.10  # of free memory, left alone where no budget is given
-SQUARES = 5  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and three in core/gptq.factorize_
+SQUARES = 4  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and two in core/gptq.factorize_
 STACKS = 6  # fp32 [N, K] per expert: weight, target, ordered, error, codes, one temporary
 LOGITS = 6  # fp32 [T, vocabulary chunk] in core/metrics: two models' and what their sums take
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
-ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any device busy
+ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any GPU busy
+CPU_ATTEND_TOKENS = 2_048  # likewise a CPU: of four times as many, a third of the time went into fresh memory pages
 EXPERT_TOKENS = 16_384  # likewise of an expert batch
 EXPERT_TOKENS_LEAST = 256
 CPU_CHUNK_BYTES = 128 * 2**20  # of a chunk's solve: eight full-width experts at a time took a sixth longer than one
@@ -108,11 +108,16 @@ def attend_batch_bytes(work: Workload, rows: int) -> int:
     return rows * max(work.calibration_length, work.heldout_length) * work.attend_token_bytes
 
 
-def expert_batch_bytes(work: Workload, tokens: int) -> int:
-    """Routed experts over a batch of tokens: gate, up, product, outputs sorted and unsorted, all BF16."""
+def expert_batch_bytes(work: Workload, tokens: int, workers: int = 1) -> int:
+    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, outputs
+    unsorted, BF16; their sum, fp32.
+    """
     pairs = tokens * work.topk
-    gathered = min(pairs, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
-    return (pairs * (work.width + 2 * work.hidden) + gathered + 2 * tokens * work.hidden) * BF16
+    own = pairs if workers == 1 else min(int(pairs * SKEW) // workers, pairs)
+    gathered = min(own, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
+    return (own * (work.width + work.hidden) + pairs * work.hidden + gathered) * BF16 + tokens * work.hidden * (
+        BF16 + (FP32 if workers == 1 else 3 * FP32)  # several: the sum on the host, and this worker's rows of all sums
+    )
 
 
 def solved_bytes(work: Workload) -> int:
@@ -128,9 +133,15 @@ def measure_bytes(work: Workload) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """Predicted peak of one stage. On the CPU the device is the host, and both figures are the same."""
+    """Predicted peak of one stage.
+
+    shared_bytes: rows, layers and buffers on the host, whoever works; worker_bytes: of one worker's own tensors on its
+    device; host_bytes: of this process in all; device_bytes: of a device, which on the CPU is the host.
+    """
 
     stage: str
+    shared_bytes: int
+    worker_bytes: int
     host_bytes: int
     device_bytes: int
 
@@ -139,16 +150,24 @@ class StageMemory:
 class MemoryPlan:
     """Batch sizes of the loop, and what they lead to.
 
-    chunk_experts: experts whose moments exist at one time; token_batch: tokens of an expert evaluation;
-    row_batch: rows of an attention batch; budget_bytes: of the device (of the host, if that is the device).
+    devices: one for each worker; budget_bytes: of a device (of the whole process on the CPU, of one worker there if
+    host_budget_bytes is given); chunk_experts: experts of a worker whose moments exist at one time; token_batch: tokens
+    of an expert evaluation; row_batch: rows of an attention batch; inputs: where the experts' inputs lie until a layer
+    is solved (observe.Batches).
     """
 
-    device: str
+    devices: tuple[str, ...]
     budget_bytes: int
+    host_budget_bytes: int | None
     chunk_experts: int
     token_batch: int
     row_batch: int
+    inputs: str
     stages: tuple[StageMemory, ...]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.devices[0] == "cpu"
 
     @property
     def host_peak_bytes(self) -> int:
@@ -159,68 +178,105 @@ class MemoryPlan:
         return max(stage.device_bytes for stage in self.stages)
 
     @property
+    def problems(self) -> tuple[str, ...]:
+        """Which budget is not kept, and by how much."""
+        worker = max(stage.worker_bytes for stage in self.stages)
+        shared = max(stage.shared_bytes for stage in self.stages)
+        found = []
+        if self.on_cpu and self.host_budget_bytes is None:
+            worker = self.device_peak_bytes
+        if worker > self.budget_bytes:
+            found.append(f"{gigabytes(worker)} predicted on {self.devices[0]}, the budget is "
+                         f"{gigabytes(self.budget_bytes)}")  # fmt: skip
+        if self.host_budget_bytes is not None and shared > self.host_budget_bytes:
+            found.append(f"{gigabytes(shared)} predicted on the host, the budget is "
+                         f"{gigabytes(self.host_budget_bytes)}")  # fmt: skip
+        return tuple(found)
+
+    @property
     def fits(self) -> bool:
-        return self.device_peak_bytes <= self.budget_bytes
+        return not self.problems
 
 
-def check_device(device: str) -> None:
-    """Raises FourfoldError for a device that is not "cpu", "cuda" or "cuda:N", or that this machine lacks."""
-    if device == "cpu":
-        return
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or (device != "cuda" and not number.isdecimal()):
-        raise FourfoldError(f"device {device!r}: cpu, cuda or cuda:N is wanted")
-    count = torch.cuda.device_count()
-    if int(number or 0) >= count:
-        raise FourfoldError(
-            f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a "
-            "driver and a torch build with CUDA"
-        )
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        raise FourfoldError(f"device {device!r}: {name} has no BF16; compute capability 8.0 or newer is wanted")
-    if not cuda.AVAILABLE:
-        raise FourfoldError(f"device {device!r}: triton is not installed, which the kernels are made with; install it")
-
-
-def device_budget(device: str) -> int:
-    """Bytes that are free now, less a margin. A CUDA device is looked at only when one is asked for."""
-    free: int = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+def device_budget(devices: Sequence[str]) -> int:
+    """Bytes that are free now, less a margin: on the host, or on the fullest GPU, shared out among its workers."""
+    free: int = psutil.virtual_memory().available
+    if devices[0] != "cpu":
+        free = min(torch.cuda.mem_get_info(device)[0] // devices.count(device) for device in set(devices))
     return int(free * (1 - FREE_MARGIN))
 
 
-def plan_memory(work: Workload, device: str, memory_bytes: int | None) -> MemoryPlan:
-    """Batch sizes that keep the device within its budget where that is possible.
+def plan_memory(
+    work: Workload, devices: Sequence[str], memory_bytes: int | None, host_bytes: int | None = None
+) -> MemoryPlan:
+    """Batch sizes that keep devices and host within their budgets where that is possible.
 
-    memory_bytes: the budget, None for what is free now. Experts are dealt evenly into as few chunks as fit, on a CPU
-    into chunks that stay near its caches. A
-    budget too small for anything gives the smallest sizes; `MemoryPlan.fits` is then False.
+    memory_bytes: the budget of each GPU; on the CPU that of the whole process, or of one worker's own tensors if
+    host_bytes, the budget of rows and buffers, is given; None for what is free now. Experts are dealt evenly into as
+    few chunks as fit, on a CPU into chunks that stay near its caches. A budget too small for anything gives the
+    smallest sizes; `MemoryPlan.fits` is then False.
     """
-    budget = device_budget(device) if memory_bytes is None else memory_bytes
-    fixed = _resident_bytes(work) + traffic_bytes(work) if device == "cpu" else _on_device_bytes(work)
-    left = max(budget - fixed - solved_bytes(work), 0)
-    rows = max(ATTEND_TOKENS // max(work.calibration_length, work.heldout_length), 1)
+    workers, on_cpu = len(devices), devices[0] == "cpu"
+    budget = device_budget(devices) if memory_bytes is None else memory_bytes
+    shared, inputs = _resident_bytes(work) + traffic_bytes(work), "device"
+    if host_bytes is not None and shared > host_bytes:
+        shared, inputs = shared - inputs_bytes(work), "file"
+    fixed = _own_bytes(work, devices)
+    if on_cpu and host_bytes is None:
+        left = (budget - shared) // workers - fixed
+    else:
+        left = budget - fixed
+        if not on_cpu and inputs == "device" and left < inputs_bytes(work) + chunk_bytes(work):
+            inputs = "host"
+        left -= inputs_bytes(work) if inputs == "device" and not on_cpu else 0
+    left = max(left - solved_bytes(work) // workers, 0)
+    attend_tokens = CPU_ATTEND_TOKENS if on_cpu else ATTEND_TOKENS
+    rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
     while rows > 1 and attend_batch_bytes(work, rows) > left:
         rows //= 2
     tokens = EXPERT_TOKENS
-    while tokens > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, tokens) > left:
+    while tokens > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, tokens, workers) > left:
         tokens //= 2
-    most = min(max((left - gather_bytes(work)) // chunk_bytes(work), 1), work.experts)
-    if device == "cpu":
+    own = _ceil_div(work.experts, workers)
+    gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
+    most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
+    if on_cpu:
         most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(work, *site) for site in work.sites), 1))
-    chunk = _ceil_div(work.experts, _ceil_div(work.experts, most))
+    sizes = Sizes(chunk=_ceil_div(own, _ceil_div(own, most)), tokens=tokens, rows=rows, inputs=inputs)
     return MemoryPlan(
-        device=device,
+        devices=tuple(devices),
         budget_bytes=budget,
-        chunk_experts=chunk,
+        host_budget_bytes=host_bytes,
+        chunk_experts=sizes.chunk,
         token_batch=tokens,
         row_batch=rows,
-        stages=_stages(work, device, chunk, tokens, rows),
+        inputs=inputs,
+        stages=_stages(work, devices, sizes),
     )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What plan_memory chose."""
+
+    chunk: int
+    tokens: int
+    rows: int
+    inputs: str
 
 
 def _ceil_div(count: int, size: int) -> int:
     return -(-count // size)
+
+
+def inputs_bytes(work: Workload) -> int:
+    """The experts' inputs of all calibration rows, in one or two streams."""
+    return work.calibration_streams * work.calibration_tokens * work.hidden * BF16
+
+
+def chunk_inputs_bytes(work: Workload) -> int:
+    """Of one expert in a chunk: its tokens' inputs, where they are brought from elsewhere."""
+    return int(work.calibration_streams * work.tokens_per_expert * SKEW) * work.hidden * BF16
 
 
 def _resident_bytes(work: Workload) -> int:
@@ -228,37 +284,47 @@ def _resident_bytes(work: Workload) -> int:
     return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.writer_bytes
 
 
-def _on_device_bytes(work: Workload) -> int:
-    """On a GPU in every stage of the loop: the layer, and until it is solved its experts' inputs and routing."""
-    return CUDA_CONTEXT_BYTES + work.layer_bytes + traffic_bytes(work)
+def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
+    """A worker's in every stage of the loop: on a GPU the layer with its own experts, on a CPU its experts where they
+    are not all.
+    """
+    own = work.expert_bytes // len(devices)
+    if devices[0] == "cpu":
+        return own if len(devices) > 1 else 0
+    return CUDA_CONTEXT_BYTES + work.layer_bytes - work.expert_bytes + own + traffic_bytes(work) - inputs_bytes(work)
 
 
-def _stages(work: Workload, device: str, chunk: int, tokens: int, rows: int) -> tuple[StageMemory, ...]:
+def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[StageMemory, ...]:
+    workers, on_cpu = len(devices), devices[0] == "cpu"
     start = HOST_BASELINE_BYTES + rows_bytes(work)
     resident = _resident_bytes(work)
-    looped = resident + traffic_bytes(work)
-    solved = solved_bytes(work)
+    looped = resident + traffic_bytes(work) - (inputs_bytes(work) if sizes.inputs == "file" else 0)
+    own = _own_bytes(work, devices)
+    kept = own + (inputs_bytes(work) if sizes.inputs == "device" and not on_cpu else 0)
+    solved = solved_bytes(work) // workers
+    gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
     gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
-    moments = chunk * max(gate_up, down + activation_bytes(work))
-    # stage: bytes that lie on the host, bytes that lie where the arithmetic is done
-    sizes = {
-        "read": (max(resident, start + embedding_bytes(work)), 0),
-        "attend": (looped, attend_batch_bytes(work, rows)),
-        "moments": (looped, solved + moments + gather_bytes(work)),
-        "solve": (looped, solved + chunk * chunk_bytes(work)),
-        "advance": (looped, solved + expert_batch_bytes(work, tokens)),
-        "write": (resident, 0),
-        "measure": (start, measure_bytes(work)),
+    moments = sizes.chunk * (max(gate_up, down + activation_bytes(work)) + gathered)
+    # stage: bytes that lie on the host, whoever works; bytes of each worker
+    stages = {
+        "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
+        "attend": (looped, (0 if on_cpu else own) + attend_batch_bytes(work, sizes.rows)),
+        "moments": (looped, kept + solved + moments + gather_bytes(work)),
+        "solve": (looped, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
+        "advance": (looped, own + solved + expert_batch_bytes(work, sizes.tokens, workers)),
+        "write": (resident, own),
+        "measure": (start + embedding_bytes(work), measure_bytes(work) - (embedding_bytes(work) if on_cpu else 0)),
     }
-    stages = []
-    for stage, (host, arithmetic) in sizes.items():
-        on_device = host + arithmetic
-        if device != "cpu":
-            on_device = arithmetic + (CUDA_CONTEXT_BYTES if stage == "measure" else _on_device_bytes(work))
-            host += embedding_bytes(work) if stage == "measure" else 0
-        host_bytes = on_device if device == "cpu" else host
-        stages.append(StageMemory(stage=stage, host_bytes=host_bytes, device_bytes=on_device))
-    return tuple(stages)
+    return tuple(
+        StageMemory(
+            stage=stage,
+            shared_bytes=shared,
+            worker_bytes=worker,
+            host_bytes=shared + workers * worker if on_cpu else shared,
+            device_bytes=shared + workers * worker if on_cpu else worker,
+        )
+        for stage, (shared, worker) in stages.items()
+    )
 
 
 def give_back_free_memory() -> None:

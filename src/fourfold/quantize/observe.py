@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,57 +21,74 @@ from fourfold.model.layer import (
     run_experts,
     sort_pairs,
 )
+from fourfold.quantize.workers import Worker
 
 
 @dataclass(frozen=True)
 class Batches:
     """Sizes fixed at a run's first start, so that a resumed run repeats them.
 
-    rows: rows per attention batch; tokens: tokens per expert batch; experts: experts whose moments exist at one time.
+    rows: rows per attention batch; tokens: tokens per expert batch, of all workers; experts: experts of a worker whose
+    moments exist at one time. inputs: where the experts' inputs lie until the layer is solved: "device", on every
+    worker's; "host", from where each chunk of experts takes its own; "file", mapped into memory, likewise.
     """
 
     rows: int
     tokens: int
     experts: int
+    inputs: str = "device"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one stream's calibration rows bring to the experts of one layer; kept on the host until the layer is solved.
+    """What one stream's calibration rows bring to the experts of one layer; kept until the layer is solved.
 
-    rows: hidden states hold the layer's output without its routed experts; input_TD: the experts' input;
-    routing, pairs: who gets which token. The last three are None for a layer without routed experts.
+    rows: this worker's, whose hidden states hold the layer's output without its routed experts; counts: tokens of each
+    worker. input_TD: the experts' input, of all workers' tokens, on the host; routing: likewise. The last two are None
+    for a layer without routed experts.
     """
 
     rows: Rows
+    counts: tuple[int, ...]
     input_TD: Tensor | None
     routing: Routing | None
-    pairs: Pairs | None
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The traffic that a layer's moments come from, and the source stream's where the target is asymmetric.
+    """What a layer's moments come from: the release stream (asymmetric) or the source stream.
 
-    traffic: of the release stream (asymmetric) or the source stream; target_TD: the source stream's inputs, or None.
-    In the first layer both streams' inputs are one tensor; those of down differ there all the same.
+    input_TD: the experts' inputs, of all workers' tokens, on the layer's device or on the host; counts: tokens of each
+    worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where the target
+    is asymmetric, or None. In the first layer both streams' inputs are one tensor; those of down differ there all the
+    same.
     """
 
-    traffic: Traffic
+    input_TD: Tensor
+    counts: tuple[int, ...]
+    routing: Routing
+    pairs: Pairs
     target_TD: Tensor | None
 
-    def to(self, device: torch.device) -> Observed:
-        """With the experts' inputs on a device, for as long as a layer is solved; one tensor stays one."""
-        assert self.traffic.input_TD is not None
-        input_TD = self.traffic.input_TD.to(device)
-        target_TD = self.target_TD
-        if target_TD is not None:
-            target_TD = input_TD if target_TD is self.traffic.input_TD else target_TD.to(device)
-        return Observed(dataclasses.replace(self.traffic, input_TD=input_TD), target_TD)
+
+def observe(layer: DecoderLayer, source: Traffic, release: Traffic | None, inputs: str) -> Observed:
+    """What a layer's own experts are learnt from; one tensor stays one. inputs: see Batches."""
+    traffic = source if release is None else release
+    assert traffic.input_TD is not None and traffic.routing is not None
+    device = layer.stacks[0].device
+    place = device if inputs == "device" else torch.device("cpu")
+    input_TD, routing = traffic.input_TD.to(place), traffic.routing.to(device)
+    target_TD = None
+    if release is not None and source.input_TD is not None:
+        target_TD = input_TD if source.input_TD is traffic.input_TD else source.input_TD.to(place)
+    pairs = sort_pairs(routing, layer.owned, layer.experts)
+    return Observed(input_TD, traffic.counts, routing, pairs, target_TD)
 
 
-def attend_(layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
-    """Attention, shared experts and router over all rows. In place: `rows` then holds the output without experts."""
+def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
+    """Attention, shared experts and router over a worker's rows. In place: `rows` then holds the output without
+    experts. What the experts are given is gathered from all workers.
+    """
     hidden_RTD = rows.hidden_RTD
     inputs: list[Tensor] = []
     choices: list[Routing] = []
@@ -79,65 +97,84 @@ def attend_(layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Tr
         hidden_RTD[batch] = output_RTD.to(hidden_RTD.device)
         if input_TD is not None and routing is not None:
             inputs.append(input_TD.to(hidden_RTD.device))
-            choices.append(routing)
+            choices.append(routing.to(hidden_RTD.device))
         tick(output_RTD.shape[0] * output_RTD.shape[1])
-    if not choices:
-        return Traffic(rows=rows, input_TD=None, routing=None, pairs=None)
-    input_TD = _joined(inputs)
-    routing = Routing(
-        index_TA=torch.cat([choice.index_TA for choice in choices]),
-        weight_TA=torch.cat([choice.weight_TA for choice in choices]),
-    )
-    return Traffic(rows=rows, input_TD=input_TD, routing=routing, pairs=sort_pairs(routing, layer.stacks[0].shape[0]))
+    if not layer.is_routed:
+        return Traffic(rows, (), None, None)
+    return _gather(worker, rows, inputs, choices)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate and let each part go as soon as it is copied: peak is one part above the whole."""
-    joined = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
-    start = 0
-    parts.reverse()
-    while parts:
-        part = parts.pop()
-        joined[start : start + len(part)] = part
-        start += len(part)
-    return joined
+def _gather(worker: Worker, rows: Rows, inputs: list[Tensor], choices: list[Routing]) -> Traffic:
+    """With the experts' inputs and routing of all workers' rows, which are given in pieces."""
+    input_TD, counts = worker.gather(inputs)
+    index_TA, _ = worker.gather([choice.index_TA for choice in choices])
+    weight_TA, _ = worker.gather([choice.weight_TA for choice in choices])
+    return Traffic(rows, counts, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
 
 
-def advance_(layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
-    """Add the routed experts' output to a stream's rows, in place, and hand the rows on."""
+def advance_(worker: Worker, layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
+    """Add the routed experts' output to a worker's rows of a stream, in place, and hand the rows on."""
     hidden_TD = traffic.rows.hidden_RTD.flatten(0, 1)
     if traffic.input_TD is None or traffic.routing is None:
         tick(len(hidden_TD))
         return traffic.rows
-    for batch in _batches(len(hidden_TD), batches.tokens):
-        routing = Routing(index_TA=traffic.routing.index_TA[batch], weight_TA=traffic.routing.weight_TA[batch])
-        output_TD = run_experts(layer, traffic.input_TD[batch].to(layer.device), routing)
-        hidden_TD[batch] += output_TD.to(hidden_TD.device)
-        tick(len(output_TD))
+    _add_experts_(worker, layer, hidden_TD, traffic, batches, tick)
     return traffic.rows
 
 
-def pass_heldout_(
-    layers: Sequence[DecoderLayer], rows: Sequence[Rows], batches: Batches, tick: Tick
-) -> tuple[StreamDrift, ...]:
-    """Take the held-out rows of all streams through a layer, in place, one batch of rows at a time, nothing kept.
+def _add_experts_(
+    worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, traffic: Traffic, batches: Batches, tick: Tick
+) -> None:
+    """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time."""
+    assert traffic.input_TD is not None and traffic.routing is not None
+    starts = [0, *accumulate(traffic.counts)]
+    size = _ceil_div(batches.tokens, worker.size)
+    for first in range(0, max(traffic.counts), size):
+        sizes = [min(max(count - first, 0), size) for count in traffic.counts]
+        places = [slice(start + first, start + first + count) for start, count in zip(starts, sizes, strict=False)]
+        routing = Routing(_pick(traffic.routing.index_TA, places), _pick(traffic.routing.weight_TA, places))
+        input_TD = _pick(traffic.input_TD, places).to(layer.device)
+        partial_TD = run_experts(layer, input_TD, routing.to(layer.device))
+        output_TD = worker.sum(partial_TD, sizes).to(hidden_TD.dtype)
+        hidden_TD[first : first + len(output_TD)] += output_TD.to(hidden_TD.device)
+        tick(len(output_TD))
 
-    layers, rows: the source's, then one for each release. Returns each release's drift from the source.
+
+def _pick(values_TX: Tensor, places: Sequence[slice]) -> Tensor:
+    return values_TX[places[0]] if len(places) == 1 else torch.cat([values_TX[place] for place in places])
+
+
+def _ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def pass_heldout_(
+    worker: Worker,
+    layers: Sequence[DecoderLayer],
+    rows: Sequence[Rows],
+    batches: Batches,
+    tick: Tick,
+) -> tuple[StreamDrift, ...]:
+    """Take a worker's held-out rows of all streams through a layer, in place, a batch of rows at a time, nothing kept.
+
+    layers, rows: the source's, then one for each release. Returns each release's drift from the source, over the rows
+    of all workers.
     """
     drifts = [_Drift() for _ in layers[1:]]
-    for batch in _batches(len(rows[0].hidden_RTD), batches.rows):
-        source_RTD, source_routing = pass_batch(layers[0], rows[0].hidden_RTD[batch], batches)
+    for first in range(0, max(worker.everyone(len(rows[0].hidden_RTD))), batches.rows):
+        batch = slice(first, first + batches.rows)
+        source_RTD, source_routing = pass_batch(worker, layers[0], rows[0].hidden_RTD[batch], batches)
         rows[0].hidden_RTD[batch] = source_RTD
         tick(source_RTD.shape[0] * source_RTD.shape[1])
         for layer, stream, drift in zip(layers[1:], rows[1:], drifts, strict=True):
-            release_RTD, release_routing = pass_batch(layer, stream.hidden_RTD[batch], batches)
+            release_RTD, release_routing = pass_batch(worker, layer, stream.hidden_RTD[batch], batches)
             stream.hidden_RTD[batch] = release_RTD
             drift.add(source_RTD, release_RTD)
             if source_routing is not None and release_routing is not None:
                 share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
                 drift.agreement += [share] * len(source_RTD)
             tick(release_RTD.shape[0] * release_RTD.shape[1])
-    return tuple(drift.finish(layers[0].index) for drift in drifts)
+    return tuple(_Drift.join(worker.everyone(drift)).finish(layers[0].index) for drift in drifts)
 
 
 class _Drift:
@@ -151,6 +188,15 @@ class _Drift:
         self.error += (release_RTD.float() - source_RTD.float()).square().sum(dtype=torch.float64).item()
         self.norm += source_RTD.float().square().sum(dtype=torch.float64).item()
 
+    @classmethod
+    def join(cls, parts: Sequence[_Drift]) -> _Drift:
+        whole = cls()
+        for part in parts:
+            whole.error += part.error
+            whole.norm += part.norm
+            whole.agreement += part.agreement
+        return whole
+
     def finish(self, layer: int) -> StreamDrift:
         return StreamDrift(
             layer=layer,
@@ -159,15 +205,23 @@ class _Drift:
         )
 
 
-def pass_batch(layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches) -> tuple[Tensor, Routing | None]:
-    """One batch of rows through a layer and its experts: the output, where the rows lie, and the routing if any."""
-    output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
-    if input_TD is not None and routing is not None:
-        output_TD = output_RTD.flatten(0, 1)
-        for batch in _batches(len(input_TD), batches.tokens):
-            part = Routing(index_TA=routing.index_TA[batch], weight_TA=routing.weight_TA[batch])
-            output_TD[batch] += run_experts(layer, input_TD[batch], part)
-    return output_RTD.to(hidden_RTD.device), routing
+def pass_batch(
+    worker: Worker, layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches
+) -> tuple[Tensor, Routing | None]:
+    """One batch of a worker's rows through a layer and its experts: the output, where the rows lie, and the routing if
+    any. A worker whose rows are through takes part with none: the others need its experts.
+    """
+    output_RTD, inputs, choices = hidden_RTD, [], []
+    if len(hidden_RTD):
+        output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
+        if input_TD is not None and routing is not None:
+            inputs, choices = [input_TD], [routing]
+    if not layer.is_routed:
+        return output_RTD.to(hidden_RTD.device), None
+    own = choices[0] if choices else None
+    traffic = _gather(worker, Rows(torch.empty(0), output_RTD), inputs, choices)
+    _add_experts_(worker, layer, output_RTD.flatten(0, 1), traffic, batches, lambda count: None)
+    return output_RTD.to(hidden_RTD.device), own
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:
@@ -175,47 +229,54 @@ def _batches(count: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
-def chunks(experts: int, size: int) -> Iterator[range]:
-    """Consecutive ranges of experts, `size` at a time."""
-    for first in range(0, experts, size):
-        yield range(first, min(first + size, experts))
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of experts with its (token, expert) pairs: what its moments are made of.
+    """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.
 
     input_TD: MoE inputs that the moments use; target_TD: the source stream's inputs of the same tokens, or None;
     weight_S: w of each pair (router weight, or one).
     """
 
-    experts: range
+    experts: range  # places among the worker's own
     pairs: Pairs
     weight_S: Tensor
     input_TD: Tensor
     target_TD: Tensor | None
 
 
-def make_chunk(observed: Observed, experts: range, router_weighted: bool) -> Chunk:
-    traffic = observed.traffic
-    assert traffic.input_TD is not None and traffic.pairs is not None
-    pairs = traffic.pairs.of_experts(experts)
+def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
+    """inputs: see Batches; from the host each pair's own input is brought."""
+    pairs = observed.pairs.of_experts(experts)
+    input_TD, target_TD = observed.input_TD, observed.target_TD
+    if inputs != "device":
+        device, token_S = pairs.token_S.device, pairs.token_S.cpu()
+        same = target_TD is input_TD
+        input_TD = input_TD[token_S].to(device)
+        if target_TD is not None:
+            target_TD = input_TD if same else target_TD[token_S].to(device)
+        pairs = dataclasses.replace(pairs, token_S=torch.arange(len(token_S), device=device))
     weight_S = pairs.weight_S.float()
     return Chunk(
         experts=experts,
         pairs=pairs,
         weight_S=weight_S if router_weighted else torch.ones_like(weight_S),
-        input_TD=traffic.input_TD,
-        target_TD=observed.target_TD,
+        input_TD=input_TD,
+        target_TD=target_TD,
     )
 
 
-def gate_up_pool(observed: Observed, router_weighted: bool) -> Tensor:
-    """Mean of x x^T over the layer's tokens, each weighted by the sum of its router weights. fp32 [K, K], K = D."""
-    traffic = observed.traffic
-    assert traffic.input_TD is not None and traffic.routing is not None
-    weight_T = traffic.routing.weight_TA.float().sum(dim=1)
-    return moments.pool(traffic.input_TD, weight_T if router_weighted else torch.ones_like(weight_T))
+def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> Tensor:
+    """Mean of x x^T over the layer's tokens, each weighted by the sum of its router weights. fp32 [K, K], K = D.
+
+    Each worker adds up its own tokens.
+    """
+    first = sum(observed.counts[: worker.rank])
+    own = slice(first, first + observed.counts[worker.rank])
+    weight_T = observed.routing.weight_TA.float().sum(dim=1)
+    if not router_weighted:
+        weight_T = torch.ones_like(weight_T)
+    total_KK = worker.total(moments.pool(observed.input_TD[own].to(weight_T.device), weight_T[own]))
+    return total_KK.div_(weight_T.sum())
 
 
 def gate_up_moments(chunk: Chunk) -> Moments:
@@ -241,15 +302,22 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     return moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, list(chunk.pairs.offsets))
 
 
-def down_pool(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor, token_P: Tensor) -> Tensor:
-    """Mean of a a^T over the same random tokens for every expert of the chunk: fp32 [E, K, K], K = I.
+def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:
+    """Mean of a a^T over the same random tokens for every expert of a chunk: fp32 [E, K, K], K = I.
 
-    Neurons of different experts do not correspond, so each expert has a pool of its own.
+    gate_up_ENK: of the chunk's experts; input_PD: what the tokens bring to any expert. Neurons of different experts do
+    not correspond, so each expert has a pool of its own.
     """
     width = gate_up_ENK.shape[1] // 2
-    gate_up_EPN = torch.matmul(chunk.input_TD[token_P], gate_up_ENK.transpose(1, 2))
-    hidden_EPI = (layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]).float()
-    return torch.bmm(hidden_EPI.transpose(1, 2), hidden_EPI).div_(len(token_P))
+    gate_up_EPN = torch.matmul(input_PD, gate_up_ENK.transpose(1, 2))
+    hidden_EPI = layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]
+    experts, rows = hidden_EPI.shape[:2]
+    # Every row of every expert is a pair, and all weigh the same.
+    own = moments.accumulate(
+        hidden_EPI.flatten(0, 1), None, torch.arange(experts * rows, device=hidden_EPI.device),
+        torch.ones(experts * rows, device=hidden_EPI.device), [rows * expert for expert in range(experts + 1)],
+    )  # fmt: skip
+    return own.hessian_EKK.div_(rows)
 
 
 def random_tokens(count: int, wanted: int, seed: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,19 +22,26 @@ from fourfold.model.family import DOWN, GATE, UP, split_names
 from fourfold.model.layer import LayerTensors, read_layer
 from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, write_shard
 from fourfold.quantize.plan import Plan, RestShard
+from fourfold.quantize.trace import READER, WRITER, Trace
 
 
 class Writer:
     """One thread that works behind the loop, a job at a time; a failed job is raised at the next submit or at join."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._pending: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
         """Wait for the last job, so that no more than one result is held, and start this one."""
         self.join()
-        self._pending = self._pool.submit(job)
+        self._pending = self._pool.submit(self._run, job)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        start = time.time()
+        job()
+        self._trace.add("write", WRITER, start, time.time())
 
     def join(self) -> None:
         if self._pending is not None:
@@ -54,28 +62,21 @@ def write_tensors(out: Path, shard: str, tensors: Mapping[str, Tensor]) -> Writt
     return write_shard(out, shard, [OutputTensor.of(name, value) for name, value in tensors.items()])
 
 
-def read_experts(plan: Plan, out: Path, record: ShardRecord, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """A finished layer's dequantized experts, gate_up and down, from its shard; None for a dense layer.
-
-    Raises FourfoldError if the shard is not the one that was recorded.
-    """
-    check_shard(out, record)
-    if not plan.layers[record.layer].routed:
-        return None
+def read_experts(plan: Plan, out: Path, record: ShardRecord, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Some of a finished layer's experts, gate_up and down, dequantized in BF16 from its shard."""
     index = TensorIndex.open_shards(out, [record.shard])
-    prefix, experts = plan.skeleton.family.experts_prefix(record.layer), plan.skeleton.experts
-    format = plan.recipe.format
+    prefix, format = plan.skeleton.family.experts_prefix(record.layer), plan.recipe.format
 
     def stack(projection: str) -> Tensor:
         stacks: dict[str, Tensor] = {}
         for suffix in pack.CODES_AND_SCALES[format]:
-            names = [f"{prefix}{expert}.{projection}.{suffix}" for expert in range(experts)]
+            names = [f"{prefix}{expert}.{projection}.{suffix}" for expert in experts]
             header = index.header(names[0])
-            stacks[suffix] = torch.empty(experts, *header.shape, dtype=DTYPES[header.dtype])
-            for expert, name in enumerate(names):
-                index.read(name, out=stacks[suffix][expert])
+            stacks[suffix] = torch.empty(len(names), *header.shape, dtype=DTYPES[header.dtype])
+            for place, name in enumerate(names):
+                index.read(name, out=stacks[suffix][place])
         group = pack.unpack(stacks, format)
-        return torch.stack([grid.dequantize(codes_NK, scale_NG).to(dtype)
+        return torch.stack([grid.dequantize(codes_NK, scale_NG).bfloat16()
                             for codes_NK, scale_NG in zip(group.codes_ENK, group.scale_ENG, strict=True)])  # fmt: skip
 
     return torch.cat([stack(GATE), stack(UP)], dim=1), stack(DOWN)
@@ -185,14 +186,20 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
 class ReadAhead:
     """Reads the next layer on a thread while this one is worked on. Layers are taken in order."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, trace: Trace) -> None:
+        self._plan, self._trace = plan, trace
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._next: Future[LayerTensors] = self._read(0)
 
     def _read(self, layer: int) -> Future[LayerTensors]:
         kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.action is Action.COPY]
-        return self._pool.submit(read_layer, self._plan.index, self._plan.skeleton, layer, kept)
+        return self._pool.submit(self._run, layer, kept)
+
+    def _run(self, layer: int, kept: list[str]) -> LayerTensors:
+        start = time.time()
+        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept)
+        self._trace.add("read", READER, start, time.time(), layer)
+        return tensors
 
     def take(self, layer: int) -> LayerTensors:
         tensors = self._next.result()

@@ -20,8 +20,9 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import release_advice, run_advice
 from fourfold.quantize.calibrate import check_sources
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
+from fourfold.quantize.devices import check_device
 from fourfold.quantize.estimate import DiskPlan, TimeEstimate, Workload, estimate_time, plan_disk
-from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, check_device, plan_memory
+from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.recipe import Recipe
 
 SHARD_BYTES = 5 * 10**9
@@ -89,6 +90,7 @@ class Plan:
     rest: tuple[RestShard, ...]
     solve: range
     partial: bool
+    work: Workload
     memory: MemoryPlan
     disk: DiskPlan
     time: TimeEstimate
@@ -174,20 +176,23 @@ def make_plan(
     model: Path,
     recipe: Recipe,
     *,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     memory_bytes: int | None = None,
+    host_bytes: int | None = None,
     layers: range | None = None,
     out: Path | None = None,
 ) -> Plan:
     """Plan a run.
 
-    memory_bytes: budget of the device, None for what is free now; layers: a trial on these alone.
+    devices: one for each worker; memory_bytes, host_bytes: budgets, see memory.plan_memory; layers: a trial on these
+    alone.
     Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one message), a
     group does not divide a width, the tokenizer is missing or another model's, a source of text is missing or a test
-    set, or `layers` or `device` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
+    set, or `layers` or a device do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
     error.
     """
-    check_device(device)
+    for device in dict.fromkeys(devices):
+        check_device(device)
     check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
     solve = _layer_range(layers, skeleton.layers)
@@ -199,7 +204,7 @@ def make_plan(
     if partial:
         written = layer_plans[solve.start : solve.stop]
     work = _workload(skeleton, recipe, layer_plans, solve, written)
-    memory = plan_memory(work, device, memory_bytes)
+    memory = plan_memory(work, devices, memory_bytes, host_bytes)
     disk = plan_disk(
         {part.shard: part.bytes_after for part in written},
         sum(claim.tensors_after for part in written for claim in part.claims),
@@ -214,9 +219,10 @@ def make_plan(
         rest=rest,
         solve=solve,
         partial=partial,
+        work=work,
         memory=memory,
         disk=disk,
-        time=estimate_time(work, device),
+        time=estimate_time(work, devices),
         warnings=(*release_advice(skeleton, index, recipe), *run_advice(work, memory, disk)),
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
+from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.quantize.finish import Measured, Summary
 from fourfold.quantize.journal import (
+    STATE,
     Identity,
     Journal,
     Settings,
@@ -30,13 +33,19 @@ from fourfold.quantize.journal import (
     refuse_changes,
 )
 from fourfold.quantize.memory import give_back_free_memory
-from fourfold.quantize.observe import Batches, Traffic
+from fourfold.quantize.observe import Batches, Traffic, observe
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
-from fourfold.quantize.solve import solve_layer
+from fourfold.quantize.ranks import join_ranks
+from fourfold.quantize.solve import Chunking, join_results, solve_layer
+from fourfold.quantize.trace import write_trace
+from fourfold.quantize.workers import Team, Worker, gil_advice
 from fourfold.recipe import Recipe
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
+BothTraffic = tuple[Traffic, Traffic | None]  # of source and release
+
+NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
 
 
 def ignore(event: Event) -> None:
@@ -61,7 +70,7 @@ class Watch:
 
         def tick(count: int) -> None:
             nonlocal done
-            done += count
+            done = min(done + count, total) if total else done + count
             self.progress(
                 Event(kind="stage", stage=stage, layer=layer, layers=self.layers, done=done, total=total, unit=unit)
             )
@@ -81,15 +90,30 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A planned run with its texts, its journal and who watches."""
+    """A planned run with its texts, its journal, its threads for disk work, and who watches."""
 
     plan: Plan
     out: Path
-    device: torch.device
-    calibration: calibrate.CalibrationRows
-    heldout: calibrate.HeldoutRows
+    texts: Texts
     journal: Journal
+    ahead: ReadAhead
+    writer: Writer
     watch: Watch
+
+    @contextmanager
+    def stage(self, worker: Worker, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
+        """A stage of one worker. The leading one tells of it, as if the others had come as far."""
+        with worker.span(stage, layer):
+            if not worker.leads:
+                yield lambda count: worker.beat()
+                return
+            with self.watch.stage(stage, layer, total, unit) as tick:
+
+                def tell(count: int) -> None:
+                    worker.beat()
+                    tick(count * worker.size)
+
+                yield tell
 
 
 def quantize(
@@ -97,35 +121,38 @@ def quantize(
     out: Path,
     recipe: Recipe,
     *,
-    device: str = "cpu",
-    memory_bytes: int | None = None,
+    machine: Machine = WHOLE_CPU,
     layers: range | None = None,
     restart: bool = False,
+    trace: Path | None = None,
     progress: Progress = ignore,
 ) -> Summary:
     """Quantize the checkpoint in `model` into `out`, or go on where an earlier run of the same command was cut off.
 
-    device: a torch device; memory_bytes: budget for its moments and solve; layers: solve only these (a trial, the
-    output is partial); restart: drop what an earlier run left in `out`. Returns what the run came to.
+    machine: what of it the run may take; layers: solve only these (a trial, the output is partial); restart: drop what
+    an earlier run left in `out`; trace: a file for a Chrome trace. Under torchrun all processes call this with the
+    same arguments. Returns what the run came to.
     Raises FourfoldError for anything the user can mend; nothing is lost then, the same command goes on.
     """
-    check_out(out, model)
-    plan = make_plan(model, recipe, device=device, memory_bytes=memory_bytes, layers=layers, out=out)
+    team = Team([torch.device(name) for name in expand_devices(machine.devices)], join_ranks())
+    team.agree(lambda: check_out(out, model))
+    plan = make_plan(model, recipe, devices=team.names, memory_bytes=machine.memory_bytes,
+                     host_bytes=machine.host_bytes, layers=layers, out=out)  # fmt: skip
     plan.require_disk()
-    watch = Watch(progress, plan.solve.stop)
-    texts = read_texts(plan, watch)  # the last of what can be wrong before OUT is touched
-    with hold(out):
-        if restart:
+    watch = Watch(progress if team.leads else ignore, plan.solve.stop)
+    texts = team.agree(lambda: read_texts(plan, watch))  # the last of what can be wrong before OUT is touched
+    with hold(out) if team.leads else nullcontext():
+        if restart and team.leads:
             clear(out)
-        watch.progress = _logged(out, progress)
-        threads = torch.get_num_threads()
+        if team.leads:
+            watch.progress = _logged(out, progress)
         try:
-            return _run(plan, texts, out, torch.device(device), watch)
+            return _run(plan, texts, out, team, watch, trace)
         except FourfoldError as error:
             log(out, f"error: {error}")
             raise
         finally:
-            torch.set_num_threads(threads)  # a run that goes on takes its first start's
+            team.leave()
 
 
 def read_texts(plan: Plan, watch: Watch) -> Texts:
@@ -146,9 +173,9 @@ def _logged(out: Path, progress: Progress) -> Progress:
     return tell
 
 
-def _run(plan: Plan, texts: Texts, out: Path, device: torch.device, watch: Watch) -> Summary:
+def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
-    for note in (*plan.warnings, *calibration.notes):
+    for note in (*plan.warnings, *calibration.notes, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
     identity = Identity(
         recipe=plan.recipe.digest(),
@@ -157,82 +184,130 @@ def _run(plan: Plan, texts: Texts, out: Path, device: torch.device, watch: Watch
         heldout=heldout.digest,
         layers=f"{plan.solve.start}-{plan.solve.stop - 1}",
     )
-    finished = finished_identity(out)
-    if finished is not None:
-        refuse_changes(out, identity, finished)
-        close(out)  # a run killed after its last file left its journal
+    memory = plan.memory
+    settings = Settings(
+        batches=Batches(memory.row_batch, memory.token_batch, memory.chunk_experts, memory.inputs),
+        threads=team.threads,
+        devices=team.names,
+    )
+    journal = team.agree(lambda: _open(out, identity, settings))
+    if journal is None:
         watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
         return finish.read_summary(out)
-    settings = Settings(
-        batches=Batches(plan.memory.row_batch, plan.memory.token_batch, plan.memory.chunk_experts),
-        threads=torch.get_num_threads(),
-    )
-    journal = open_journal(out, identity, settings)
-    torch.set_num_threads(journal.settings.threads)
-    job = Job(plan=plan, out=out, device=device, calibration=calibration, heldout=heldout, journal=journal, watch=watch)
-    measured = run_layers(job)
-    summary = finish.finish(journal, plan, (calibration, heldout), measured, watch.seconds, watch.tell)
+    if journal.settings.devices != team.names:
+        watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, team.names)))
+    team.threads = journal.settings.threads
+    team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
+    with ReadAhead(plan, team.trace) as ahead, Writer(team.trace) as writer:
+        job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch)
+        measured = team.run(partial(run_layers, job))
+    if not team.leads:
+        return team.agree(lambda: finish.read_summary(out))
+    if trace is not None:
+        write_trace(trace, measured.spans)
+    summary = finish.finish(journal, plan, texts, measured, watch.seconds, watch.tell)
     watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
-    return summary
+    return team.agree(lambda: summary)
 
 
-@torch.no_grad()
-def run_layers(job: Job) -> Measured:
+def _open(out: Path, identity: Identity, settings: Settings) -> Journal | None:
+    """The run's journal, or None where OUT is this run's release already."""
+    finished = finished_identity(out)
+    if finished is None:
+        return open_journal(out, identity, settings)
+    refuse_changes(out, identity, finished)
+    close(out)  # a run killed after its last file left its journal
+    return None
+
+
+def _other_devices(before: tuple[str, ...], now: tuple[str, ...]) -> str:
+    return (
+        f"begun on {', '.join(before)}, goes on on {', '.join(now)}: sums are added in another order, so the result is "
+        "as good, but not the same to the byte"
+    )
+
+
+def run_layers(job: Job, worker: Worker) -> Measured:
     """Both streams through all layers; every layer solved once, in this run or an earlier one."""
-    plan, watch, batches = job.plan, job.watch, job.journal.settings.batches
-    drifts: list[StreamDrift] = []
-    with watch.stage("embed"):
-        texts = job.calibration.token_RT, job.heldout.token_RT
-        source, release = streams.embed(plan.index, plan.skeleton, *texts, plan.recipe.solver.asymmetric)
-    with ReadAhead(plan) as ahead, Writer() as writer:
-        writer.submit(partial(copy_rest, job))
-        for layer_plan in plan.layers[: plan.solve.stop]:
-            with watch.stage("read", layer_plan.index):
-                tensors = ahead.take(layer_plan.index)  # was read while the layer before was worked on
-                layer = build_layer(plan.skeleton, layer_plan.index, tensors, job.device)
-            tokens = streams.attended_tokens(source, release)
-            with watch.stage("attend", layer_plan.index, tokens, "tokens") as tick:
-                traffic = streams.attend(layer, source, release, batches, tick)
-            if layer_plan.shard in job.journal:
-                release_layer = restore_layer(job, layer_plan, layer, tensors)
-            elif layer_plan.index in plan.solve:
-                result = solve(job, layer_plan, layer, traffic)
-                release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
-                writer.submit(partial(write_layer, job, layer_plan, tensors, result))
-            else:
-                release_layer = layer
-            if layer_plan.index + 1 == plan.solve.stop:
-                source, release = source.without_calibration(), release.without_calibration()
-            with watch.stage("advance", layer_plan.index, source.tokens + release.tokens, "tokens") as tick:
-                layers, both_streams = (layer, release_layer), (source, release)
-                source, release, drift = streams.advance(layers, traffic, both_streams, batches, tick)
-            drifts.append(drift)
-            watch.finished(layer_plan.index, drift)
-        writer.join()
-    if plan.partial:
-        return Measured(None, tuple(drifts))
-    with watch.stage("measure"):
-        statistics = streams.measure(plan.index, plan.skeleton, source.heldout, release.heldout, job.device)
-    return Measured(statistics, tuple(drifts))
-
-
-def solve(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> LayerResult:
-    """Moments, codes and scales of a layer; a dense layer has none and is copied."""
-    if not layer.is_routed:
-        return LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={})
     plan, batches = job.plan, job.journal.settings.batches
-    prefix = plan.skeleton.family.experts_prefix(layer_plan.index)
-    with job.watch.stage("solve", layer_plan.index, plan.skeleton.experts, "experts") as tick:
-        return solve_layer(layer, streams.observed(*traffic), plan.recipe, batches, prefix, tick)
+    drifts: list[StreamDrift] = []
+    statistics = None
+    with job.stage(worker, "embed"):
+        token_ids = job.texts[0].token_RT, job.texts[1].token_RT
+        both = streams.embed(worker, plan.index, plan.skeleton, token_ids, plan.recipe.solver.asymmetric)
+    if worker.leads:
+        job.writer.submit(partial(copy_rest, job))
+    for layer_plan in plan.layers[: plan.solve.stop]:
+        number = layer_plan.index
+        with job.stage(worker, "read", number):
+            tensors = worker.once(partial(job.ahead.take, number))  # was read while the layer before was worked on
+            layer = build_layer(plan.skeleton, number, tensors, worker.device)
+        tokens = worker.size * streams.attended_tokens(*both)
+        with job.stage(worker, "attend", number, tokens, "tokens") as tick:
+            traffic = streams.attend(worker, layer, both, batches, tick)
+            layer = streams.own_experts(worker, layer, traffic)
+        if layer_plan.shard in job.journal:
+            release_layer = restore_layer(job, worker, layer_plan, layer, tensors)
+        elif number in plan.solve:
+            release_layer = solve(job, worker, layer_plan, layer, tensors, traffic)
+        else:
+            release_layer = layer
+        if number + 1 == plan.solve.stop:
+            both = both[0].without_calibration(), both[1].without_calibration()
+        tokens = worker.size * (both[0].tokens + both[1].tokens)
+        with job.stage(worker, "advance", number, tokens, "tokens") as tick:
+            layers = layer, release_layer
+            both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
+        drifts.append(drift)
+        if worker.leads:
+            job.watch.finished(number, drift)
+    if worker.leads:
+        job.writer.join()
+    if not plan.partial:
+        with job.stage(worker, "measure"):
+            statistics = streams.measure(worker, plan.index, plan.skeleton, both[0].heldout, both[1].heldout)
+    spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
+    return Measured(statistics, tuple(drifts), tuple(span for part in spans for span in part))
 
 
-def restore_layer(job: Job, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors) -> DecoderLayer:
+def solve(
+    job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors, traffic: BothTraffic
+) -> DecoderLayer:
+    """Codes and scales of a layer's own experts, and all workers' to the writer; a dense layer is copied.
+
+    Returns the layer with the experts that engines multiply by.
+    """
+    result = NOTHING_ROUTED
+    if layer.is_routed:
+        skeleton = job.plan.skeleton
+        prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
+        with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
+            chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
+            observed = observe(layer, *traffic, batches.inputs)
+            result = solve_layer(worker, layer, observed, job.plan.recipe, chunking)
+    parts = worker.collect(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None))
+    if worker.leads:
+        whole = join_results(parts)
+        if whole.chunk < job.journal.settings.batches.experts and layer.is_routed:
+            job.journal.shrink(whole.chunk)
+            text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
+            job.watch.progress(Event(kind="note", layer=layer.index, text=text))
+        job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
+    return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
+
+
+def restore_layer(
+    job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors
+) -> DecoderLayer:
     """A layer that an earlier run finished, its codes read back."""
     record = job.journal[layer_plan.shard]
-    with job.watch.stage("restore", layer_plan.index):
+    with job.stage(worker, "restore", layer_plan.index):
+        worker.once(lambda: output.check_shard(job.out, record))
         output.check_source(record, tensors.digest)
-        stacks = output.read_experts(job.plan, job.out, record, torch.bfloat16)
-        return layer if stacks is None else layer.with_experts(*(stack.to(job.device) for stack in stacks))
+        if not layer.is_routed:
+            return layer
+        stacks = output.read_experts(job.plan, job.out, record, layer.owned)
+        return layer.with_experts(*(stack.to(layer.device) for stack in stacks))
 
 
 def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: LayerResult) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +17,7 @@ from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, Proj
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.observe import (
-    Batches,
     Observed,
-    chunks,
     down_moments,
     down_pool,
     gate_up_moments,
@@ -27,6 +25,7 @@ from fourfold.quantize.observe import (
     make_chunk,
     random_tokens,
 )
+from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
 RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
@@ -62,67 +61,150 @@ class Solved:
     methods: tuple[Method, ...]
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """experts, inputs: see Batches; prefix: of the experts' final tensor names; tick: is told of solved experts."""
+
+    experts: int
+    inputs: str
+    prefix: str
+    tick: Tick
+
+
 class _Clock:
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker, layer: int) -> None:
+        self._worker, self._layer = worker, layer
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self._worker.span(stage, self._layer):
+            yield
         self.seconds[stage] += time.perf_counter() - start
 
 
 def solve_layer(
-    layer: DecoderLayer, observed: Observed, recipe: Recipe, batches: Batches, prefix: str, tick: Tick
+    worker: Worker, layer: DecoderLayer, observed: Observed, recipe: Recipe, chunking: Chunking
 ) -> LayerResult:
-    """Quantize all routed experts of a layer, the chunks' results put together.
+    """Quantize a layer's own experts, the chunks' results put together.
 
-    prefix: of the experts' final tensor names; tick: is told of solved experts.
-    Raises FourfoldError naming the layer and the expert whose moments are not finite.
+    A device that runs out of memory goes on with chunks of half the size: the same codes, `LayerResult.chunk` says it.
+    Raises FourfoldError naming the layer and the expert whose moments are not finite, and where one is too many.
     """
-    solver, clock = recipe.solver, _Clock()
-    stacks = layer.stacks
-    observed = observed.to(stacks[0].device)
-    released = torch.empty_like(stacks[0]), torch.empty_like(stacks[1])
+    clock = _Clock(worker, layer.index)
+    tokens, device = len(observed.input_TD), layer.stacks[0].device
+    token_P = random_tokens(tokens, recipe.solver.pool_rows, seed=layer.index).to(observed.input_TD.device)
+    with clock("moments"):
+        pool_KK = gate_up_pool(worker, observed, recipe.solver.router_weighted)
+    job = _Job(
+        layer=layer,
+        observed=observed,
+        recipe=recipe,
+        chunking=chunking,
+        clock=clock,
+        pool_KK=pool_KK,
+        pool_PD=observed.input_TD[token_P].to(device),
+        released=(torch.empty_like(layer.stacks[0]), torch.empty_like(layer.stacks[1])),
+    )
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
-    assert observed.traffic.input_TD is not None
-    tokens = len(observed.traffic.input_TD)
-    token_P = random_tokens(tokens, solver.pool_rows, seed=layer.index).to(stacks[0].device)
-    with clock("moments"):
-        pool_KK = gate_up_pool(observed, solver.router_weighted)
-    for experts in chunks(len(stacks[0]), batches.experts):
-        place = slice(experts.start, experts.stop)
-        chunk = make_chunk(observed, experts, solver.router_weighted)
-        for which, projections in enumerate(((GATE, UP), (DOWN,))):
-            with clock("moments"):
-                if which == 0:
-                    site_moments, pool_EKK = gate_up_moments(chunk), pool_KK
-                else:
-                    used_ENK = (released if solver.asymmetric else stacks)[0][place]
-                    site_moments = down_moments(chunk, layer, used_ENK)
-                    pool_EKK = down_pool(chunk, layer, used_ENK, token_P)
-            with clock("solve"):
-                site = Site(
-                    projections=projections,
-                    weight_ENK=stacks[which][place].float(),
-                    moments=site_moments,
-                    pool_EKK=pool_EKK,
-                    calibration_tokens=tokens,
-                )
-                solved = _solve_named(site, recipe, layer.index, experts)
-                packed = _pack(solved.group, projections, recipe.format)
-                released[which][place] = _unpack(packed, recipe.format).to(released[which].dtype)
-                tensors |= _named(prefix, experts, packed)
-                rows += _statistics(layer.index, experts, projections, solved, solver)
-        tick(len(experts))
-    each = sum(clock.seconds.values()) / len(rows)
+    first, size = 0, chunking.experts
+    while first < len(layer.owned):
+        places = range(first, min(first + size, len(layer.owned)))
+        solved = _within_memory(job, places)
+        if solved is None:
+            size = _halved(size, worker, layer.index)
+            continue
+        tensors |= solved[0]
+        rows += solved[1]
+        first = places.stop
+        chunking.tick(len(places))
+    each = sum(clock.seconds.values()) / max(len(rows), 1)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
-    return LayerResult(tensors, released[0], released[1], tuple(rows), dict(clock.seconds))
+    return LayerResult(tensors, *job.released, tuple(rows), dict(clock.seconds), size)
 
 
-def _solve_named(site: Site, recipe: Recipe, layer: int, experts: range) -> Solved:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all chunks of a layer share. released: the layer's stacks, filled chunk by chunk."""
+
+    layer: DecoderLayer
+    observed: Observed
+    recipe: Recipe
+    chunking: Chunking
+    clock: _Clock
+    pool_KK: Tensor
+    pool_PD: Tensor
+    released: tuple[Tensor, Tensor]
+
+
+Part = tuple[dict[str, Tensor], list[ProjectionStatistics]]
+
+
+def _within_memory(job: _Job, places: range) -> Part | None:
+    """A chunk's results, or None where the device has too little memory for it."""
+    try:
+        return _solve_chunk(job, places)
+    except torch.OutOfMemoryError:
+        return None  # what the chunk held goes with this frame's traceback
+
+
+def _halved(size: int, worker: Worker, layer: int) -> int:
+    if size == 1:
+        raise FourfoldError(
+            f"layer {layer}: one expert's moments and solve are too much for the free memory of {worker.device}; end "
+            "what else runs on it, or take --memory with less than is free, so that batches are smaller"
+        )
+    if worker.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return size // 2
+
+
+def _solve_chunk(job: _Job, places: range) -> Part:
+    """Codes of a chunk of experts: gate_up, then down on what the released gate_up puts out."""
+    layer, solver, clock = job.layer, job.recipe.solver, job.clock
+    place, experts = slice(places.start, places.stop), layer.owned[places.start : places.stop]
+    tensors: dict[str, Tensor] = {}
+    rows: list[ProjectionStatistics] = []
+    chunk = make_chunk(job.observed, places, solver.router_weighted, job.chunking.inputs)
+    for which, projections in enumerate(((GATE, UP), (DOWN,))):
+        with clock("moments"):
+            if which == 0:
+                site_moments, pool_EKK = gate_up_moments(chunk), job.pool_KK
+            else:
+                used_ENK = (job.released if solver.asymmetric else layer.stacks)[0][place]
+                site_moments = down_moments(chunk, layer, used_ENK)
+                pool_EKK = down_pool(layer, used_ENK, job.pool_PD)
+        with clock("solve"):
+            site = Site(
+                projections=projections,
+                weight_ENK=layer.stacks[which][place].float(),
+                moments=site_moments,
+                pool_EKK=pool_EKK,
+                calibration_tokens=len(job.observed.input_TD),
+            )
+            solved = _solve_named(site, job.recipe, layer.index, experts)
+            packed = _pack(solved.group, projections, job.recipe.format)
+            released_ENK = job.released[which]
+            released_ENK[place] = _unpack(packed, job.recipe.format).to(released_ENK.dtype)
+            tensors |= _named(job.chunking.prefix, experts, packed)
+            rows += _statistics(layer.index, experts, projections, solved, solver)
+    return tensors, rows
+
+
+def join_results(parts: Sequence[LayerResult]) -> LayerResult:
+    """What all workers made of a layer, for the disk: tensors and rows together, the seconds of the slowest."""
+    tensors: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    for part in parts:
+        tensors |= part.tensors
+        seconds |= {stage: max(spent, seconds.get(stage, 0.0)) for stage, spent in part.seconds.items()}
+    rows = sorted((row for part in parts for row in part.projections), key=lambda row: row.expert)
+    return LayerResult(tensors, None, None, tuple(rows), seconds, min(part.chunk for part in parts))
+
+
+def _solve_named(site: Site, recipe: Recipe, layer: int, experts: Sequence[int]) -> Solved:
     try:
         return solve_site(site, recipe)
     except moments.NotFinite as error:
@@ -223,7 +305,7 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
     return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
 
 
-def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _named(prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Final names, on the host: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
     return {
         f"{prefix}{expert}.{projection}.{suffix}": tensor
@@ -234,7 +316,7 @@ def _named(prefix: str, experts: range, packed: dict[str, dict[str, Tensor]]) ->
 
 
 def _statistics(
-    layer: int, experts: range, projections: tuple[str, ...], solved: Solved, solver: Solver
+    layer: int, experts: Sequence[int], projections: tuple[str, ...], solved: Solved, solver: Solver
 ) -> Iterator[ProjectionStatistics]:
     """Rows of the log; the stack's output rows are shared out among its projections."""
     width = solved.error_EN.shape[1] // len(projections)

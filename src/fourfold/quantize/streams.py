@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
 from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.observe import Batches, Observed, Traffic, advance_, attend_, pass_heldout_
+from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, pass_heldout_
+from fourfold.quantize.workers import Worker
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class Stream:
 
 
 def embed(
-    index: TensorIndex, skeleton: Skeleton, calibration_RT: Tensor, heldout_RT: Tensor, asymmetric: bool
+    worker: Worker, index: TensorIndex, skeleton: Skeleton, texts: tuple[Tensor, Tensor], asymmetric: bool
 ) -> tuple[Stream, Stream]:
-    """Both streams before the first layer, where they are equal: calibration rows are shared until they differ."""
-    name = f"{skeleton.family.text_prefix}embed_tokens.weight"
-    embedding_VD = index.read(name)
-    require_finite(embedding_VD, name)
+    """A worker's rows in both streams before the first layer, where they are equal: calibration rows are shared until
+    they differ. texts: token ids of all calibration and all held-out rows.
+    """
+    embedding_VD = worker.once(lambda: _embedding(index, skeleton))
+    calibration_RT, heldout_RT = (text_RT[worker.share(len(text_RT))] for text_RT in texts)
     calibration = Rows(calibration_RT, embedding_VD[calibration_RT])
     source = Stream(calibration=calibration, heldout=Rows(heldout_RT, embedding_VD[heldout_RT]))
     release = Stream(
@@ -54,6 +57,13 @@ def embed(
     return source, release
 
 
+def _embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
+    name = f"{skeleton.family.text_prefix}embed_tokens.weight"
+    embedding_VD = index.read(name)
+    require_finite(embedding_VD, name)
+    return embedding_VD
+
+
 def attended_tokens(source: Stream, release: Stream) -> int:
     """Tokens that `attend` goes through: calibration rows count once where the streams are still one."""
     both = () if release.calibration is source.calibration else (release,)
@@ -61,56 +71,66 @@ def attended_tokens(source: Stream, release: Stream) -> int:
 
 
 def attend(
-    layer: DecoderLayer, source: Stream, release: Stream, batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, streams: tuple[Stream, Stream], batches: Batches, tick: Tick
 ) -> tuple[Traffic, Traffic | None]:
-    """Attention and router once per stream; once in all where the streams are still one.
+    """Attention and router once per stream (source, release); once in all where the streams are still one.
 
     Raises FourfoldError, here and in `advance`, naming the layer whose outputs are no numbers any more.
     """
+    source, release = streams
     assert source.calibration is not None
-    source_traffic = attend_(layer, source.calibration, batches, tick)
-    _require_numbers(layer, source_traffic.input_TD, source_traffic.rows.hidden_RTD)
+    source_traffic = attend_(worker, layer, source.calibration, batches, tick)
+    _require_numbers(layer, _own_inputs(worker, source_traffic), source_traffic.rows.hidden_RTD)
     if release.calibration is None:
         return source_traffic, None
     if release.calibration is not source.calibration:
-        release_traffic = attend_(layer, release.calibration, batches, tick)
-        _require_numbers(layer, release_traffic.input_TD, release_traffic.rows.hidden_RTD)
+        release_traffic = attend_(worker, layer, release.calibration, batches, tick)
+        _require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
         return source_traffic, release_traffic
     rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
-    return source_traffic, Traffic(rows, source_traffic.input_TD, source_traffic.routing, source_traffic.pairs)
+    return source_traffic, dataclasses.replace(source_traffic, rows=rows)
 
 
-def observed(source: Traffic, release: Traffic | None) -> Observed:
-    """What the layer's moments come from: the release stream where there is one, with the source as its target."""
-    return Observed(traffic=source, target_TD=None) if release is None else Observed(release, source.input_TD)
+def _own_inputs(worker: Worker, traffic: Traffic) -> Tensor | None:
+    first = sum(traffic.counts[: worker.rank])
+    return None if traffic.input_TD is None else traffic.input_TD[first : first + traffic.counts[worker.rank]]
+
+
+def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> DecoderLayer:
+    """The layer with the experts that are this worker's by the tokens its moments come from; a dense layer as it is."""
+    routing = (traffic[1] or traffic[0]).routing
+    if routing is None:
+        return layer
+    return layer.owning(worker.own(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts)))
 
 
 def advance(
+    worker: Worker,
     layers: tuple[DecoderLayer, DecoderLayer],
     traffic: tuple[Traffic, Traffic | None],
     streams: tuple[Stream, Stream],
     batches: Batches,
     tick: Tick,
-) -> tuple[Stream, Stream, StreamDrift]:
+) -> tuple[tuple[Stream, Stream], StreamDrift]:
     """Both streams to the next layer; held-out rows pass here too. layers, traffic, streams: (source, release)."""
     source, release = (
-        Stream(advance_(layer, own, batches, tick), stream.heldout) if own and stream.calibration else stream
+        Stream(advance_(worker, layer, own, batches, tick), stream.heldout) if own and stream.calibration else stream
         for layer, own, stream in zip(layers, traffic, streams, strict=True)
     )
-    (drift,) = pass_rows_(layers, (source.heldout, release.heldout), batches, tick)
+    (drift,) = pass_rows_(worker, layers, (source.heldout, release.heldout), batches, tick)
     for layer, stream in zip(layers, (source, release), strict=True):
         _require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
-    return source, release, drift
+    return (source, release), drift
 
 
 def pass_rows_(
-    layers: Sequence[DecoderLayer], rows: Sequence[Rows], batches: Batches, tick: Tick
+    worker: Worker, layers: Sequence[DecoderLayer], rows: Sequence[Rows], batches: Batches, tick: Tick
 ) -> tuple[StreamDrift, ...]:
     """Held-out rows of the source, and of each release after it, through one layer, in place. Returns their drifts.
 
     Raises FourfoldError as `attend` does.
     """
-    drifts = pass_heldout_(layers, rows, batches, tick)
+    drifts = pass_heldout_(worker, layers, rows, batches, tick)
     for layer, stream in zip(layers, rows, strict=True):
         _require_numbers(layer, stream.hidden_RTD)
     return drifts
@@ -119,7 +139,7 @@ def pass_rows_(
 def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
     """Weights are checked when they are read; what they put out can still be too large for BF16."""
     for state in states:
-        if state is None or all(math.isfinite(extreme) for extreme in state.aminmax()):
+        if state is None or not state.numel() or all(math.isfinite(extreme) for extreme in state.aminmax()):
             continue
         bad = sum(int(slab.isfinite().logical_not().sum()) for slab in state.flatten().split(SLAB_ELEMENTS))
         raise FourfoldError(
@@ -129,18 +149,29 @@ def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
 
 
 def measure(
-    index: TensorIndex, skeleton: Skeleton, source: Rows, release: Rows, device: torch.device
+    worker: Worker, index: TensorIndex, skeleton: Skeleton, source: Rows, release: Rows
 ) -> metrics.Statistics:
-    """The held-out rows of both streams after the last layer, compared; the output head is the source's for both."""
-    tied = skeleton.config.tie_word_embeddings
-    head_VD = index.read(f"{skeleton.family.text_prefix}embed_tokens.weight" if tied else "lm_head.weight")
+    """All workers' held-out rows of both streams after the last layer, compared; the head is the source's for both."""
+    norm_D, head_VD = worker.once(lambda: _read_head(index, skeleton))
+    head = build_head(skeleton, norm_D, head_VD, worker.device)
+    parts = worker.everyone(_compared((head, head), (source, release)))
+    return metrics.join([row for part in parts for row in part])
+
+
+def _read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
+    prefix, tied = skeleton.family.text_prefix, skeleton.config.tie_word_embeddings
+    head_VD = index.read(f"{prefix}embed_tokens.weight" if tied else "lm_head.weight")
     require_finite(head_VD, "lm_head.weight")
-    head = build_head(skeleton, index.read(f"{skeleton.family.text_prefix}norm.weight"), head_VD, device)
-    return compare((head, head), (source, release))
+    return index.read(f"{prefix}norm.weight"), head_VD
 
 
 def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statistics:
     """Last norm and output head over the rows of two streams (source, release), the head in vocabulary chunks."""
+    return metrics.join(_compared(heads, rows))
+
+
+def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics.Statistics]:
+    """Of each row."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     parts = []
@@ -150,4 +181,4 @@ def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statis
         )
         next_T = token_T[1:].to(device)
         parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
-    return metrics.join(parts)
+    return parts

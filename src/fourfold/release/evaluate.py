@@ -18,9 +18,9 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
+from fourfold.quantize.devices import check_device
 from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import FINISHED, STATE
-from fourfold.quantize.memory import check_device
 from fourfold.quantize.run import Watch, ignore
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout

@@ -16,6 +16,7 @@ from fourfold.model.weights import Weights
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
 from fourfold.quantize.observe import Batches
 from fourfold.quantize.streams import pass_rows_
+from fourfold.quantize.workers import alone
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ def sweep_(
     stage: entered for each layer, its tick is told tokens; finished: is told a layer's drifts.
     Returns by layer the drift of each checkpoint after the first.
     """
-    layers = weights[0].skeleton.layers
+    layers, worker = weights[0].skeleton.layers, alone(compute.device)
     batches = Batches(rows=max(ATTEND_TOKENS // rows[0].token_RT.shape[1], 1), tokens=EXPERT_TOKENS, experts=1)
 
     def read(layer: int) -> list[DecoderLayer]:
-        return [checkpoint.layer(layer, compute.device, compute.dtype) for checkpoint in weights]
+        modules = [checkpoint.layer(layer, compute.device, compute.dtype) for checkpoint in weights]
+        return [module.owning(module.owned) if module.is_routed else module for module in modules]
 
     drifts = []
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as pool:
@@ -58,6 +60,6 @@ def sweep_(
                 modules = ahead.result()
                 if layer + 1 < layers:
                     ahead = pool.submit(read, layer + 1)
-                drifts.append(pass_rows_(modules, rows, batches, tick))
+                drifts.append(pass_rows_(worker, modules, rows, batches, tick))
             finished(layer, drifts[-1])
     return tuple(drifts)

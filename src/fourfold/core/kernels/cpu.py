@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -18,44 +18,61 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from fourfold.core.gptq import Refit, State
+
 LANES = 64  # rows at a time
 TOGETHER = 8  # columns whose errors are fed to the later ones in one go
 ROUNDER = np.float32(1.5 * 2**23)  # x + ROUNDER - ROUNDER is rint(x), half to even, where |x| < 2^22
-ONE, SIXTEEN, HALF, UPPER = np.int32(1), np.int32(16), np.int32(0x7FFF), np.int32(-0x10000)
+ONE, SIXTEEN = np.int32(1), np.int32(16)
 LEAST, MOST = np.float32(-8), np.float32(7)
+SMALLEST, LARGEST = np.float32(2.0**-17), np.float32(65280.0)  # of a stored scale: see grid.py
+LEAST_NORMAL = np.float32(2.0**-14)  # of FP16
+SUBNORMAL_ROUNDER = np.float32(0.75)  # x + 0.75 - 0.75 is x to the nearest multiple of 2^-24, FP16's step below that
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-Shorts = NDArray[np.int16]
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
-    """See gptq.inblock."""
-    codes_ENB, error_ENB = torch.empty(target_ENB.shape, dtype=torch.int8), torch.empty(target_ENB.shape)
-    tensors = target_ENB, weight_ENB, feedback_EBB, scale_ENB, codes_ENB, error_ENB
-    _over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
-    return codes_ENB, error_ENB
+    """See gptq.inblock. Columns lie one after the other in memory: of the results, and best of the inputs."""
+    given = [values.mT.contiguous() for values in (target_ENB, weight_ENB, scale_ENB)]
+    codes_EBN, error_EBN = torch.empty_like(given[0], dtype=torch.int8), torch.empty_like(given[0])
+    tensors = *given, feedback_EBB.contiguous(), codes_EBN, error_EBN
+    over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
+    return codes_EBN.mT, error_EBN.mT
+
+
+def refine_group_(
+    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None
+) -> None:
+    """See gptq.refine_group_torch_. Neither gradient nor product is changed."""
+    diagonal_EB = hessian_EBB.diagonal(dim1=-2, dim2=-1).contiguous()
+    own = gradient_EBN, product_EBN, hessian_EBB / diagonal_EB[:, None], diagonal_EB
+    # refit, signed, bits of an fp32 mantissa that the stored dtype lacks
+    rule = (refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16))
+    rows = gradient_EBN.shape[0] * gradient_EBN.shape[2]
+    arrays = [tuple(tensor.numpy() for tensor in tensors) for tensors in (own, state)]
+    over_rows(_refine_group, rows, [group, rule, *arrays])
+
+
+def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
+    """Rows and columns of each expert in an order, and of the result the upper triangle alone: the rest is not set."""
+    permuted_EKK = torch.empty_like(hessian_EKK)
+    arrays = [tensor.numpy() for tensor in (hessian_EKK, order_EK.contiguous(), permuted_EKK)]
+    over_rows(_permute, order_EK.numel(), arrays)
+    return permuted_EKK
 
 
 def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
     """Per row and group the candidate with the least cost, ties to the first: see grid.search_scales. fp32 [N, G]."""
     scale_NG = torch.empty(candidate_FNG.shape[1:])
     tensors = weight_NK, importance_K, candidate_FNG, scale_NG
-    _over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
+    over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
     return scale_NG
 
 
-def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
-    """See moments.scale_rows: gathered, scaled and rounded in one go. input_TK, target_TK: BF16; root_S: fp32."""
-    scaled_SK = torch.empty(len(token_S), input_TK.shape[1])
-    difference = target_TK is not None
-    sources = [values.view(torch.int16).numpy() for values in (input_TK, input_TK if target_TK is None else target_TK)]
-    arrays = [*sources, token_S.numpy(), root_S.numpy(), scaled_SK.numpy(), scaled_SK.view(torch.int32).numpy()]
-    _over_rows(_scale_rows_difference if difference else _scale_rows, len(token_S), arrays)
-    return scaled_SK
-
-
-def _over_rows(kernel: Callable[..., None], rows: int, arrays: list[NDArray[Any]]) -> None:
+def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any]) -> None:
     """Run a kernel over all rows, in as many parts as torch has threads."""
     step = -(-rows // (torch.get_num_threads() * LANES)) * LANES
     spans = list(pairwise([*range(0, rows, step), rows]))
@@ -63,40 +80,126 @@ def _over_rows(kernel: Callable[..., None], rows: int, arrays: list[NDArray[Any]
         kernel(0, rows, *arrays)
         return
     # Threads of its own for each call: a pool that is kept would be dead in a forked child.
-    with ThreadPoolExecutor(len(spans)) as pool:
-        for done in [pool.submit(kernel, *span, *arrays) for span in spans]:
+    with ThreadPoolExecutor(len(spans) - 1) as pool:
+        others = [pool.submit(kernel, *span, *arrays) for span in spans[1:]]
+        kernel(*spans[0], *arrays)
+        for done in others:
             done.result()
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _load(lanes: Floats, values: Floats) -> None:
+    """LANES rows' values of one column; fewer repeat the last of them."""
+    if len(values) == LANES:  # of known length: a plain vector copy
+        for lane in range(LANES):
+            lanes[lane] = values[lane]
+    else:
+        for lane in range(LANES):
+            lanes[lane] = values[min(lane, len(values) - 1)]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _inblock(
-    first: int, last: int, target: Floats, weight: Floats, feedback: Floats, scale: Floats,
+    first: int, last: int, target: Floats, weight: Floats, scale: Floats, feedback: Floats,
     codes: NDArray[np.int8], error: Floats,
 ) -> None:  # fmt: skip
     """Rows first to last, counted through all experts."""
-    rows, columns = target.shape[1], target.shape[2]
+    columns, rows = target.shape[1], target.shape[2]
     ahead, code = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
     missed, step = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
     while first < last:
         expert, row = first // rows, first % rows
         count = min(LANES, last - first, rows - row)
-        for lane in range(LANES):
-            source = row + min(lane, count - 1)  # a part that is not full repeats its last row
-            for column in range(columns):
-                ahead[column, lane] = target[expert, source, column]
-                missed[column, lane] = weight[expert, source, column]
-                step[column, lane] = scale[expert, source, column]
+        part = slice(row, row + count)
+        for column in range(columns):
+            _load(ahead[column], target[expert, column, part])
+            _load(missed[column], weight[expert, column, part])
+            _load(step[column], scale[expert, column, part])
         _solve_columns(ahead, missed, step, code, feedback[expert])
-        for lane in range(count):
-            for column in range(columns):
-                codes[expert, row + lane, column] = np.int8(code[column, lane])
-                error[expert, row + lane, column] = missed[column, lane]
+        for column in range(columns):
+            for lane in range(count):
+                codes[expert, column, row + lane] = np.int8(code[column, lane])
+                error[expert, column, row + lane] = missed[column, lane]
         first += count
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _refine_group(
+    first: int, last: int, group: int, rule: tuple[bool, bool, np.int32],
+    own: tuple[Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
+) -> None:  # fmt: skip
+    """Rows first to last, counted through all experts."""
+    gradient, product, feedback, diagonal = own
+    target, error, codes, scales = state
+    columns, rows = gradient.shape[1], gradient.shape[2]
+    start = group * columns
+    ahead, code = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+    missed, step = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+    slope, curvature, moved = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    wanted, chosen = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    while first < last:
+        expert, row = first // rows, first % rows
+        count = min(LANES, last - first, rows - row)
+        part = slice(row, row + count)
+        slope[:], curvature[:], moved[:] = 0, 0, 0
+        for column in range(columns):
+            _load(code[column], codes[expert, start + column, part])
+            _load(missed[column], error[expert, start + column, part])
+            _load(ahead[column], gradient[expert, column, part])
+            _load(step[column], product[expert, column, part])
+            for lane in range(LANES):
+                slope[lane] += ahead[column, lane] * code[column, lane]
+                curvature[lane] += step[column, lane] * code[column, lane]
+        if rule[0]:
+            _move_scales(scales[expert, group, part], slope, curvature, moved, rule[1], rule[2])
+        _load(chosen, scales[expert, group, part])
+        for column in range(columns):
+            _load(wanted, target[expert, start + column, part])
+            for lane in range(LANES):
+                missed[column, lane] = wanted[lane] - (missed[column, lane] - code[column, lane] * moved[lane])
+                ahead[column, lane] = (
+                    missed[column, lane]
+                    + (ahead[column, lane] - step[column, lane] * moved[lane]) / diagonal[expert, column]
+                )  # fmt: skip
+                step[column, lane] = chosen[lane]
+        # Fed to later columns is by how much an error changed: what it was is in the gradient already.
+        _solve_columns(ahead, missed, step, code, feedback[expert])
+        for column in range(columns):
+            for lane in range(count):
+                codes[expert, start + column, row + lane] = code[column, lane]
+                error[expert, start + column, row + lane] = (
+                    target[expert, start + column, row + lane] - code[column, lane] * step[column, lane]
+                )
+        first += count
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _move_scales(
+    scale: Floats, slope: Floats, curvature: Floats, moved: Floats, signed: bool, dropped: np.int32
+) -> None:
+    """gptq._refit of up to LANES rows: scale is changed, moved is by how much. dropped: bits, see round_bits."""
+    stored = np.empty(1, np.float32)
+    for lane in range(len(scale)):
+        wanted = scale[lane]
+        if curvature[lane] > 0:
+            wanted += slope[lane] / curvature[lane]
+        stored[0] = min(max(abs(wanted), SMALLEST), LARGEST)
+        if dropped < SIXTEEN and stored[0] < LEAST_NORMAL:
+            stored[0] = (stored[0] + SUBNORMAL_ROUNDER) - SUBNORMAL_ROUNDER
+        else:
+            round_bits(stored.view(np.int32), dropped)
+        rounded = -stored[0] if wanted < 0 else stored[0]
+        if abs(rounded - wanted) < abs(scale[lane] - wanted) and (signed or wanted > 0):
+            moved[lane] = rounded - scale[lane]
+            scale[lane] += moved[lane]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, feedback: Floats) -> None:
-    """LANES rows. ahead: their targets, changed; missed: their weights, then their errors; step: scales."""
+    """LANES rows. ahead: their targets, changed; missed: their weights, then their errors; step: scales.
+
+    missed may hold anything else that code times step is taken from: what is left of it is fed to later columns.
+    """
     columns = len(ahead)
     for start in range(0, columns, TOGETHER):
         end = min(start + TOGETHER, columns)
@@ -120,6 +223,16 @@ def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, fe
                     + missed[start + 4, lane] * f[4] + missed[start + 5, lane] * f[5]
                     + missed[start + 6, lane] * f[6] + missed[start + 7, lane] * f[7]
                 )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _permute(first: int, last: int, hessian: Floats, order: NDArray[np.int64], permuted: Floats) -> None:
+    inputs = order.shape[1]
+    for place in range(first, last):
+        expert, row = place // inputs, place % inputs
+        source = hessian[expert, order[expert, row]]
+        for column in range(row // LANES * LANES, inputs):
+            permuted[expert, row, column] = source[order[expert, column]]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -158,37 +271,8 @@ def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scale_rows(
-    first: int, last: int, inputs: Shorts, _: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats, bits: Ints
-) -> None:
-    """scaled and bits are one piece of memory."""
-    for pair in range(first, last):
-        for column in range(inputs.shape[1]):
-            bits[pair, column] = np.int32(inputs[token[pair], column]) << SIXTEEN
-        for column in range(inputs.shape[1]):
-            scaled[pair, column] *= root[pair]
-        _round_bf16(bits[pair])
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scale_rows_difference(
-    first: int, last: int, inputs: Shorts, targets: Shorts, token: NDArray[np.int64], root: Floats, scaled: Floats,
-    bits: Ints,
-) -> None:  # fmt: skip
-    """The same of targets - inputs."""
-    own = np.empty(inputs.shape[1], np.float32)
-    own_bits = own.view(np.int32)
-    for pair in range(first, last):
-        for column in range(inputs.shape[1]):
-            own_bits[column] = np.int32(inputs[token[pair], column]) << SIXTEEN
-            bits[pair, column] = np.int32(targets[token[pair], column]) << SIXTEEN
-        for column in range(inputs.shape[1]):
-            scaled[pair, column] = (scaled[pair, column] - own[column]) * root[pair]
-        _round_bf16(bits[pair])
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _round_bf16(bits: NDArray[np.int32]) -> None:
-    """fp32 values, as their bits, to the nearest BF16 value, half to even, in place."""
+def round_bits(bits: NDArray[np.int32], dropped: np.int32) -> None:
+    """fp32 values, as their bits, to the nearest without the last so many (16: BF16), half to even, in place."""
+    half, upper = (ONE << (dropped - ONE)) - ONE, -(ONE << dropped)
     for column in range(len(bits)):
-        bits[column] = (bits[column] + (HALF + ((bits[column] >> SIXTEEN) & ONE))) & UPPER
+        bits[column] = (bits[column] + (half + ((bits[column] >> dropped) & ONE))) & upper

@@ -1,0 +1,400 @@
+"""Devices as workers that run one loop side by side: rows are split, experts are owned, outputs are summed back.
+
+On one host a worker is a thread with a device of its own, and what they exchange lies in host memory. Under torchrun
+each rank brings its workers, and the first of them speaks for the rank over torch.distributed. A worker alone is the
+same code with nothing to exchange. Workers meet in the same order everywhere; nobody waits busily.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fourfold.datatypes import FourfoldError
+from fourfold.quantize.ranks import Ranks
+from fourfold.quantize.trace import Trace
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 900.0  # without a sign of life, while others wait: a worker hangs
+GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
+
+
+class Stopped(Exception):
+    """Raised in a worker because another one failed, or because the run was interrupted."""
+
+
+@dataclass
+class _State:
+    """Where a worker is. beat: time of its last sign of life."""
+
+    stage: str = "start"
+    layer: int = -1
+    beat: float = field(default_factory=time.monotonic)
+    ended: bool = False
+
+    def __str__(self) -> str:
+        return self.stage + (f" of layer {self.layer}" if self.layer >= 0 else "")
+
+
+class Team:
+    """The workers of this process. devices: one for each, on this host; ranks: the other processes, if any.
+
+    threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        ranks: Ranks | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.devices, self.ranks = tuple(devices), ranks
+        self.threads = max(torch.get_num_threads() // len(devices), 1)
+        self.trace = Trace()
+        self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
+        self._patience = patience_seconds
+        self._states = [_State() for _ in devices]
+        self._changed = threading.Condition()
+        self._arrived: set[int] = set()
+        self._turn = 0
+        self._values: list[Any] = [None] * len(devices)
+        self._outcome: Any = None
+        self._failure: BaseException | None = None
+        self._readers = 0
+        named = [str(device) for device in devices]
+        everyone = ranks.everyone(named) if ranks else [named]
+        self.counts = [len(names) for names in everyone]  # workers of each rank
+        self.names = tuple(name for names in everyone for name in names)
+        self.first, self.size = sum(self.counts[: ranks.rank if ranks else 0]), sum(self.counts)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory that all workers of this process write to; a file without a name where `spill` says so."""
+        if self.spill is None:
+            return torch.empty(shape, dtype=dtype, pin_memory=self.devices[0].type == "cuda")
+        with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".inputs-") as file:
+            flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
+        return flat.view(shape)
+
+    def leave(self) -> None:
+        """Part from the other processes."""
+        if self.ranks is not None:
+            self.ranks.leave()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process has the first of all workers: it keeps the journal and writes."""
+        return self.first == 0
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """Outside `run`: what `make` gives in the leading process, in every process. Its FourfoldError likewise."""
+        return make() if self.ranks is None else self.ranks.agree(make)
+
+    def run(self, job: Callable[[Worker], T]) -> T:
+        """Run a job on every worker, each on a thread of its own; what the first of this process returns.
+
+        When one fails the others stop at their next sign of life, and what it raised is raised here: a FourfoldError
+        that names device, layer and stage, or for a bug the exception itself with that as its note.
+        """
+        results: list[T] = []
+        threads = [
+            threading.Thread(target=self._work, args=(place, job, results), name=f"worker {place}", daemon=True)
+            for place in range(len(self.devices))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._watch()
+        except BaseException as error:  # an interrupt: it belongs to the workers too
+            self._fail(error)
+            raise
+        finally:
+            deadline = time.monotonic() + GRACE_SECONDS
+            for thread in threads:
+                thread.join(max(deadline - time.monotonic(), 0.0) if self._failure else None)
+        if self._failure is not None:
+            raise self._failure
+        return results[0]
+
+    def _work(self, place: int, job: Callable[[Worker], T], results: list[T]) -> None:
+        worker = Worker(self, place)
+        state = self._states[place]
+        try:
+            torch.set_num_threads(self.threads)
+            with torch.no_grad():
+                result = job(worker)
+            if place == 0:
+                results.append(result)
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again on the thread that called `run`
+            where = f"{worker.name}, {state}"
+            if len(self.devices) > 1 and isinstance(error, FourfoldError):
+                error = FourfoldError(f"{where}: {error}")
+            elif not isinstance(error, FourfoldError):
+                error.add_note(f"{where}")
+            self._fail(error)
+        finally:
+            with self._changed:
+                state.ended = True
+                self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """Until all workers have ended or one has failed."""
+        with self._changed:
+            while self._failure is None and not all(state.ended for state in self._states):
+                self._changed.wait(timeout=self._patience / 4)
+                self._look()
+
+    def _look(self) -> None:
+        """A worker that others wait for, without a sign of life for too long, hangs."""
+        late = time.monotonic() - self._patience
+        for place, state in enumerate(self._states):
+            if self._arrived and place not in self._arrived and not state.ended and state.beat < late:
+                self._failure = self._failure or FourfoldError(
+                    f"{self.name(place)} hangs: no sign of life for {self._patience:,.0f} s in {state}; the same "
+                    "command goes on, without that device if need be"
+                )
+
+    def name(self, place: int) -> str:
+        """Of one of this process's workers, for people."""
+        return f"worker {self.first + place} on {self.devices[place]}"
+
+    def beat(self, place: int) -> None:
+        """A sign of life. Raises Stopped where the run is over."""
+        if self._failure is not None:
+            raise Stopped
+        self._states[place].beat = time.monotonic()
+
+    def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
+        """A worker begins with a stage; a sign of life. Returns where it was."""
+        state = self._states[place]
+        before = state.stage, state.layer
+        state.stage, state.layer = stage, layer
+        self.beat(place)
+        return before
+
+    def meet(self, place: int, value: Any, combine: Callable[[list[Any]], T]) -> T:
+        """Wait for all workers of this process; what `combine` makes of their values, on the first one's thread."""
+        self._values[place] = value
+        self._wait(place)
+        if place == 0:
+            self._outcome = combine(list(self._values))
+            self._values = [None] * len(self.devices)
+        self._wait(place)
+        with self._changed:
+            outcome: T = self._outcome
+            self._readers += 1
+            if self._readers == len(self.devices):  # nothing large outlives the meeting
+                self._readers, self._outcome = 0, None
+        return outcome
+
+    def _wait(self, place: int) -> None:
+        self.beat(place)
+        if len(self.devices) == 1:
+            return
+        start = time.time()
+        with self._changed:
+            turn = self._turn
+            self._arrived.add(place)
+            if len(self._arrived) == len(self.devices):
+                self._arrived.clear()
+                self._turn += 1
+                for state in self._states:
+                    state.beat = time.monotonic()  # those that waited are well
+                self._changed.notify_all()
+            while self._turn == turn and self._failure is None:
+                self._changed.wait()
+        self.trace.add("wait", self.first + place, start, time.time())
+        self.beat(place)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of a team, on its own thread. Every verb is called by all workers in the same order."""
+
+    team: Team
+    place: int  # in this process
+
+    @property
+    def rank(self) -> int:
+        """Among all workers."""
+        return self.team.first + self.place
+
+    @property
+    def size(self) -> int:
+        return self.team.size
+
+    @property
+    def device(self) -> torch.device:
+        return self.team.devices[self.place]
+
+    @property
+    def name(self) -> str:
+        return self.team.name(self.place)
+
+    @property
+    def leads(self) -> bool:
+        """The first of all: it writes and tells."""
+        return self.rank == 0
+
+    def beat(self) -> None:
+        self.team.beat(self.place)
+
+    @contextmanager
+    def span(self, stage: str, layer: int = -1) -> Iterator[None]:
+        """A stretch of work under a name: where this worker is, and in the trace."""
+        before = self.team.at(self.place, stage, layer)
+        start = time.time()
+        yield
+        self.team.trace.add(stage, self.rank, start, time.time(), layer)
+        self.team.at(self.place, *before)
+
+    # ---- split rows
+
+    def share(self, count: int) -> slice:
+        """This worker's part of `count` rows; the first ones may have one more."""
+        first, last = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
+
+    # ---- gather
+
+    def gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+        """The rows of all workers, in order of rank, and how many are of each.
+
+        parts: this worker's rows, in pieces, which are taken out of the list as they are copied. The rows are in one
+        piece of host memory that this process's workers share; what a worker alone has in one piece stays where it is.
+        """
+        if self.size == 1 and len(parts) == 1 and not self.team.spill:
+            return parts[0], (len(parts.pop()),)
+        known = self.everyone((parts[0].shape[1:], parts[0].dtype) if parts else None)
+        shape, dtype = next(like for like in known if like is not None)  # a worker may have no rows
+        counts = tuple(self.everyone(sum(map(len, parts))))
+        ends = [0, *accumulate(counts)]
+        all_TX = self.once(lambda: self.team.allocate((ends[-1], *shape), dtype))
+        start = ends[self.rank]
+        parts.reverse()
+        while parts:
+            part = parts.pop()
+            all_TX[start : start + len(part)] = part
+            start += len(part)
+        ranks = self.team.ranks
+        self.team.meet(self.place, None, lambda _: ranks.fill_(all_TX, self._rows_of_ranks(ends)) if ranks else None)
+        return all_TX, counts
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` gives, made once in each process and shared by its workers."""
+        return self.team.meet(self.place, None, lambda _: make())
+
+    def everyone(self, value: T) -> list[T]:
+        """The values of all workers, in order of rank; small ones, as they travel pickled between hosts."""
+        ranks = self.team.ranks
+
+        def combine(values: list[T]) -> list[T]:
+            return values if ranks is None else [item for part in ranks.everyone(values) for item in part]
+
+        return self.team.meet(self.place, value, combine)
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all workers at the leading one, in order of rank; elsewhere an empty list."""
+        ranks = self.team.ranks
+
+        def combine(values: list[T]) -> list[T]:
+            return values if ranks is None else [item for part in ranks.collect(values) for item in part]
+
+        values = self.team.meet(self.place, value, combine)
+        return values if self.leads else []
+
+    # ---- own experts
+
+    def own(self, tokens_E: Tensor) -> tuple[int, ...]:
+        """Experts of this worker, ascending. tokens_E: routed tokens of each, the same everywhere."""
+        return deal(tokens_E, self.size)[self.rank]
+
+    # ---- sum
+
+    def sum(self, partial_TD: Tensor, counts: Sequence[int]) -> Tensor:
+        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank.
+
+        partial_TD: for the rows of every worker, in order of rank; counts: rows of each worker.
+        """
+        if self.size == 1:
+            return partial_TD
+        ends = [0, *accumulate(counts)]
+        ranks = self.team.ranks
+
+        def combine(partials: list[Tensor]) -> list[Tensor]:
+            return partials if ranks is None else ranks.reduce(partials, self._rows_of_ranks(ends))
+
+        mine = slice(ends[self.rank], ends[self.rank + 1])
+        partials = self.team.meet(self.place, partial_TD.cpu(), combine)
+        first = ends[self.team.first] if ranks else 0
+        total_TD = partials[0][mine.start - first : mine.stop - first].clone()
+        for partial in partials[1:]:
+            total_TD += partial[mine.start - first : mine.stop - first]
+        return total_TD.to(self.device)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum of all workers' values, added in order of rank, on this worker's device."""
+        if self.size == 1:
+            return partial
+        partials = self.everyone(partial.cpu())
+        total = partials[0].clone()
+        for other in partials[1:]:
+            total += other
+        return total.to(self.device)
+
+    def _rows_of_ranks(self, ends: Sequence[int]) -> list[slice]:
+        firsts = [0, *accumulate(self.team.counts)]
+        return [slice(ends[first], ends[last]) for first, last in pairwise(firsts)]
+
+
+def gil_enabled() -> bool:
+    """Whether threads take turns at Python's own work. A free-threaded Python says so itself (3.13 and later)."""
+    ask = getattr(sys, "_is_gil_enabled", None)
+    return ask is None or bool(ask())
+
+
+def gil_advice() -> Iterator[str]:
+    """A note where a free-threaded Python has its GIL on after all: some extension module wants it."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED") and gil_enabled():
+        yield (
+            "this Python can run threads side by side, but a module has switched its GIL back on; PYTHON_GIL=0 keeps "
+            "it off. Results are the same"
+        )
+
+
+def alone(device: torch.device) -> Worker:
+    """A worker without others, on the caller's thread."""
+    return Worker(Team((device,)), 0)
+
+
+def deal(tokens_E: Tensor, hands: int) -> list[tuple[int, ...]]:
+    """Experts dealt in snake order, those with most tokens first: as many for each, and nearly as many tokens.
+
+    Ties go by number, so that every worker deals the same hands.
+    """
+    order = tokens_E.cpu().argsort(descending=True, stable=True).tolist()
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for place, expert in enumerate(order):
+        turn, seat = divmod(place, hands)
+        dealt[seat if turn % 2 == 0 else hands - 1 - seat].append(expert)
+    return [tuple(sorted(hand)) for hand in dealt]
