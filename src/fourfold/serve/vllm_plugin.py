@@ -35,7 +35,6 @@ PROTOCOLS = {  # requests of /v1/messages become chat requests
     "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
 MADE_BY = "to_sampling_params"
-MARK = "_fourfold_defaults"
 
 logger = logging.getLogger("vllm.fourfold")  # under vLLM's own, whose handlers show it
 _said: list[int] = []  # by which process
@@ -111,8 +110,7 @@ def _hook_requests(defaults: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         if request is None or make is None:
             gone.append(f"{module}.{name}.{MADE_BY}")
             continue
-        if not hasattr(make, MARK):
-            setattr(request, MADE_BY, _with_defaults(make, defaults))
+        setattr(request, MADE_BY, _with_defaults(make, defaults))
         hooked.append(name)
     return hooked, gone
 
@@ -144,7 +142,6 @@ def _with_defaults(make: Callable[..., Any], defaults: Mapping[str, Any]) -> Cal
             setattr(parameters, name, unset[name])
         return parameters
 
-    setattr(made, MARK, True)
     return made
 
 
@@ -169,8 +166,6 @@ def _hook_start(defaults: Mapping[str, Any], hooked: list[str], gone: list[str])
     if arguments is None or create is None:
         _say(defaults, hooked, [*gone, "EngineArgs.create_engine_config"])
         return
-    if hasattr(create, MARK):
-        return
 
     @functools.wraps(create)
     def created(*positional: Any, **options: Any) -> Any:
@@ -184,7 +179,6 @@ def _hook_start(defaults: Mapping[str, Any], hooked: list[str], gone: list[str])
         _say(defaults, hooked, gone)
         return config
 
-    setattr(created, MARK, True)
     arguments.create_engine_config = created
 
 
