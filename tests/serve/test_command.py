@@ -267,7 +267,7 @@ def test_docker() -> None:
     assert {"--gpus", f"{OURS.folder.resolve()}:/model:ro", "VLLM_DEFAULT_THINKING_BUDGET=9"} <= set(words)
     assert words[-2:] == ["--max-num-seqs", "8"]
     sglang = shlex.split(make(engine=SGLANG).docker(OURS.folder))
-    assert sglang[sglang.index("lmsysorg/sglang:v0.5.23") + 1 :][:3] == ["python", "-m", "sglang.launch_server"]
+    assert sglang[sglang.index("lmsysorg/sglang:v0.5.23") + 1 :][:3] == ["python3", "-m", "sglang.launch_server"]
     assert "--gpus" not in make(machine=CPU).docker(OURS.folder).split()
 
 

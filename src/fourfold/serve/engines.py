@@ -92,7 +92,7 @@ ENGINES = {
     SGLANG: Engine(
         name=SGLANG,
         title="SGLang",
-        launch=("python", "-m", "sglang.launch_server", "--model-path"),
+        launch=("python3", "-m", "sglang.launch_server", "--model-path"),
         module=("-m", "sglang.launch_server", "--model-path"),
         known=((0, 5, 10), (0, 5, 23)),
         image="lmsysorg/sglang:v{version}",
