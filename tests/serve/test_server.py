@@ -13,8 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from deployments import CPU, OURS
+from fourfold import cli
 from fourfold.datatypes import FourfoldError
 from fourfold.serve import server
 from fourfold.serve.command import Command, Deployment, build
@@ -139,40 +141,42 @@ def test_a_port_that_is_taken() -> None:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def fourfold(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "fourfold", "serve", *map(str, arguments)]
-    variables = {**os.environ, "COLUMNS": "200"} | environment
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+def fourfold(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
 
 
 def test_print_is_the_command_alone_on_stdout(tmp_path: Path, example_model: Path) -> None:
-    process = fourfold(example_model, "--engine", "vllm", "--print", "--python", fake(tmp_path, ""), "--context", "512")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "vllm serve" in out and len(out.splitlines()) == 1
-    assert "4,096 blocks x 256 tokens" in err
+    python = fake(tmp_path, "")
+    shown = fourfold(example_model, "--engine", "vllm", "--print", "--python", python, "--context", "512")
+    assert shown.exit_code == 0, shown.stderr
+    assert "vllm serve" in shown.stdout and len(shown.stdout.splitlines()) == 1
+    assert "4,096 blocks x 256 tokens" in " ".join(shown.stderr.split())
 
 
 def test_problems_stop_it_before_a_start(tmp_path: Path, example_model: Path) -> None:
-    arguments = (example_model, "--engine", "vllm", "--python", fake(tmp_path, FAILS))
+    arguments = (example_model, "--engine", "vllm", "--python", fake(tmp_path, FAILS), "--log", tmp_path / "log")
     asked = ("--thinking-budget", 5)  # the environment has no plugin
-    process = fourfold(*arguments, *asked, "--log", tmp_path / "log")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "pip install --no-deps fourfold" in err
+    done = fourfold(*arguments, *asked)
+    assert done.exit_code == 2
+    assert "pip install --no-deps fourfold" in done.stderr
     assert not (tmp_path / "log").exists()
     printed = fourfold(*arguments, *asked, "--print")
-    out, err = printed.communicate(timeout=120)
-    assert (printed.returncode, len(out.splitlines())) == (1, 1)
-    assert "problem: " in err
+    assert (printed.exit_code, len(printed.stdout.splitlines())) == (1, 1)
+    assert "problem: " in printed.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_nothing(tmp_path: Path, example_model: Path) -> None:
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
-    process = fourfold(
-        example_model, "--engine", "vllm", "--port", free_port(), "--log", tmp_path / "log", "--mtp", 0,
-        "--python", fake(tmp_path, SERVES), MARK=mark,
-    )  # fmt: skip
+    words = [example_model, "--engine", "vllm", "--port", free_port(), "--log", tmp_path / "log", "--mtp", 0]
+    words += ["--python", fake(tmp_path, SERVES)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fourfold", "serve", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "MARK": mark},
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
