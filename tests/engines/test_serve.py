@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -226,8 +225,9 @@ def check_bench(server: Server, interpreter: Path, folder: Path, seen: dict[str,
     counts = [each["output_tokens"] for each in ours] + [each["total_output_tokens"] for each in theirs]
     assert set(counts) == {16 * 64}
     accepted = ours[0]["acceptance"]
-    assert accepted["rate"] == pytest.approx(theirs[0]["spec_decode_acceptance_rate"] / 100, rel=0.1)
-    assert accepted["mean_length"] == pytest.approx(theirs[0]["spec_decode_acceptance_length"], rel=0.1)
+    # Greedy, the same prompts: the same drafts to the last one, but for near ties that batches decide.
+    assert accepted["rate"] == pytest.approx(theirs[0]["spec_decode_acceptance_rate"] / 100, abs=0.01)
+    assert accepted["mean_length"] == pytest.approx(theirs[0]["spec_decode_acceptance_length"], abs=0.02)
     assert min(each["client_core_share_at_100_tokens_per_second"] for each in ours) < 0.05
     # verify drafts on other text: two rates of some hundred drafts each
     was = seen["accepted_tokens"] / seen["draft_tokens"]
@@ -236,11 +236,10 @@ def check_bench(server: Server, interpreter: Path, folder: Path, seen: dict[str,
 
 
 def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, float]:
-    """Of tokens/s, and of the time per token: medians over turns, each turn's two runs right after one another."""
-    pairs = list(zip(ours, theirs, strict=True))
-    speed = [our["output_tokens_per_second"] / their["output_throughput"] for our, their in pairs]
-    time_each = [our["time_per_output_token"]["mean"] / their["mean_tpot_ms"] * 1000 for our, their in pairs]
-    return statistics.median(speed), statistics.median(time_each)
+    """Of tokens/s, and of the time per token, in each bench's least disturbed run."""
+    speed = max(each["output_tokens_per_second"] for each in ours) / max(each["output_throughput"] for each in theirs)
+    fastest = min(each["time_per_output_token"]["mean"] for each in ours)
+    return speed, fastest / min(each["mean_tpot_ms"] for each in theirs) * 1000
 
 
 def vllm_bench(server: Server, interpreter: Path, prompts: Path, out: Path) -> dict[str, Any]:
