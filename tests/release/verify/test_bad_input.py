@@ -113,8 +113,15 @@ def test_a_damaged_log(copy: Broken, source: Path) -> None:
 # --- source -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["tokenizer", "config", "tensors"])
-def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("tokenizer", "its tokenizer_config.json are not"),
+        ("config", "its config.json are not"),
+        ("tensors", "its names, dtypes and shapes of tensors are not"),
+    ],
+)
+def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, change: str, named: str) -> None:
     other = shutil.copytree(source, tmp_path / "other")
     if change == "tokenizer":
         (other / "tokenizer_config.json").write_text("{}")
@@ -123,7 +130,7 @@ def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, cha
     else:
         checkpoints.edit(other, lambda tensors: tensors.pop("mtp.norm.weight"))
     before = (made[CT] / "verify.json").read_bytes() if (made[CT] / "verify.json").exists() else b""
-    assert "was not made from this source" in refused(made[CT], "--source", other)
+    assert f"was not made from this source: {named}" in refused(made[CT], "--source", other)
     after = (made[CT] / "verify.json").read_bytes() if (made[CT] / "verify.json").exists() else b""
     assert after == before
 

@@ -87,6 +87,7 @@ def open_release(folder: Path) -> Release:
         identity, trial, shards = state["identity"], state["partial"], state["output"]["shards"]
         recipe_digest, content = identity["recipe"], state["output"]["content"]
         assert isinstance(identity["source"], str) and isinstance(content, str)
+        assert isinstance(identity["parts"]["source"], dict)
         assert all(isinstance(shards[name]["sha256"], str) for name in shards)
     except (KeyError, TypeError, AssertionError) as error:
         raise FourfoldError(f"{folder / FINISHED}: not as fourfold writes it ({error!r}); quantize again") from None
