@@ -86,9 +86,9 @@ def test_another_recipe(copy: Broken) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq' is not supported; fourfold writes and verifies gptq"),
-        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        ({"quant_method": None}, "quant_method None is not supported"),
+        ({"quant_method": "awq"}, "quantized by 'awq', which is not read; wanted gptq"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "quantized by 'gptq' with 'marlin'"),
+        ({"quant_method": None}, "quantized by None, which is not read"),
         (None, "no quantization_config"),
     ],
 )
