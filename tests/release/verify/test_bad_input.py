@@ -24,6 +24,7 @@ import checkpoints
 import releases
 from broken import Copy
 from fourfold import cli
+from fourfold.quantize.journal import hold
 from fourfold.release.verify import engine as engines
 from fourfold.release.verify import process
 
@@ -314,8 +315,11 @@ def test_shared_memory_that_others_hold_stays(mark: str, tmp_path: Path) -> None
         path.unlink(missing_ok=True)
 
 
-def test_interrupt_ends_the_engine_too(copy: Broken, mark: str, tmp_path: Path) -> None:
-    """Ctrl-C on the command: exit code 130, no traceback, nothing of the engine left."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_ends_the_engine_too(
+    copy: Broken, mark: str, tmp_path: Path, number: int, code: int
+) -> None:
+    """Ctrl-C or `kill`, twice: no traceback, nothing of the engine left, the lock free."""
     out = copy(CT).folder
     command = [sys.executable, "-m", "fourfold", "verify", str(out), "--engine", "vllm"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "FOURFOLD_TEST": mark}
@@ -331,12 +335,18 @@ def test_interrupt_ends_the_engine_too(copy: Broken, mark: str, tmp_path: Path) 
             assert child.poll() is None and time.monotonic() < limit
             time.sleep(0.2)
         time.sleep(1.5)  # longer than LOOK_SECONDS
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
+        time.sleep(0.5)  # the engine ignores SIGTERM: the command is at its grace period
+        child.send_signal(number)
         _, said = child.communicate(timeout=60)
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     assert "Traceback" not in said
     assert marked(mark) == []
     assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()
+    (scratch,) = {Path(line) for line in (out / ".fourfold" / "verify-vllm-mtp.log").read_text().splitlines()}
+    assert not scratch.exists()
+    with hold(out):
+        pass
 
 
 def test_the_time_limit_of_the_command(
