@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = Path("/tmp")  # not TMPDIR: sockets are made there, and their paths may have no more than 107 characters
 TAIL_LINES = 15
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +65,44 @@ def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Ma
     begin = time.monotonic()
     try:
         with log.open("wb") as output:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **folders, **environment},
-                start_new_session=True,
-            )
-            family = _Family(child.pid)
+            family: _Family | None = None
             try:
+                with _undisturbed():
+                    child = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **folders, **environment},
+                        start_new_session=True,
+                    )
+                    family = _Family(child.pid)
                 timed_out = _wait(child, family, begin + limit_seconds)
             finally:
-                family.end()
-                child.wait()
+                if family is not None:
+                    with _undisturbed():
+                        family.end()
+                        child.wait()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Ended(returncode=child.returncode, timed_out=timed_out, seconds=time.monotonic() - begin, log=log)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end this process wait until the block is done: what it does must be whole, whoever is impatient."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _wait(child: subprocess.Popen[bytes], family: _Family, deadline: float) -> bool:
