@@ -409,23 +409,24 @@ def test_dry_run_writes_nothing(example_model: Path, tmp_path: Path) -> None:
 
 
 def test_trial_is_stopped_and_goes_on(example_model: Path, tmp_path: Path) -> None:
-    """A real run on one layer: Ctrl-C, the same command, and the same command once more."""
+    """A real run on one layer: `kill`, Ctrl-C, the same command, and the same command once more."""
     small = [option for value in SMALL for option in ("--set", value)]
     options = ["--devices", "cpu", "--layers", "0-0", "--json", *small]
     arguments = ["quantize", str(example_model), str(tmp_path / "out"), *options]
     command = [sys.executable, "-m", "fourfold", *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment(), **pipes) as child:
-        assert child.stdout is not None and child.stderr is not None
-        for line in child.stdout:
-            if json.loads(line)["stage"] == "attend":
-                child.send_signal(signal.SIGINT)
-                break
-        child.stdout.read()
-        said = child.stderr.read()
-    assert child.returncode == 130, said
-    assert "the same command goes on" in said
-    assert "Traceback" not in said
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(command, env=environment(), **pipes) as child:
+            assert child.stdout is not None and child.stderr is not None
+            for line in child.stdout:
+                if json.loads(line)["stage"] == "attend":
+                    child.send_signal(number)
+                    break
+            child.stdout.read()
+            said = child.stderr.read()
+        assert child.returncode == code, said
+        assert "the same command goes on" in said
+        assert "Traceback" not in said
     went_on = inside(*arguments)
     assert went_on.exit_code == 0, went_on.output
     summary = json.loads(went_on.stdout.splitlines()[-1])

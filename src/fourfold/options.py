@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NamedTuple
 
 import typer
@@ -17,8 +19,8 @@ from fourfold.datatypes import FourfoldError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted."
+CHECK_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as shells count: 128 and the signal
+EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted, 143 terminated."
 
 
 class EngineChoice(StrEnum):
@@ -128,21 +130,31 @@ def _field_names(path: Path) -> list[str] | None:
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as from a scheduler or `kill`: ended as Ctrl-C ends, nothing is left behind."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
 @contextmanager
 def answer(out: Path | None = None, go_on: str = "") -> Iterator[None]:
     """Give what went wrong one message on stderr and an exit code. A bug of ours keeps its traceback.
 
-    out: where run.log of a bug would be; go_on: what to say when the user interrupts.
+    out: where run.log of a bug would be; go_on: what to say to Ctrl-C and SIGTERM.
     """
     console = terminal.open_console(stderr=True)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except FourfoldError as error:
         console.print(f"Error: {terminal.paragraphs(error)}", style="red", soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. {go_on}".strip(), soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        how, code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
+        console.print(f"{how}. {go_on}".strip(), soft_wrap=True)
+        raise typer.Exit(code) from None
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
@@ -155,6 +167,8 @@ def answer(out: Path | None = None, go_on: str = "") -> Iterator[None]:
             soft_wrap=True,
         )
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- arguments and options -------------------------------------------------------------------------------------------

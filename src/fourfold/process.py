@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = Path("/tmp")  # not TMPDIR: sockets are made there, and their paths may have no more than 107 characters
 TAIL_LINES = 15
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +71,42 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     folders = {name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
     try:
         with log.open("wb") as output:
-            child = Child(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **folders, **environment},
-                    start_new_session=True,
-                ),
-                log,
-            )
+            child: Child | None = None
             try:
+                with _undisturbed():
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **folders, **environment},
+                        start_new_session=True,
+                    )
+                    child = Child(process, log)
                 yield child
             finally:
-                child.end()
+                if child is not None:
+                    with _undisturbed():
+                        child.end()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end this process wait until the block is done: what it does must be whole, whoever is impatient."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class Child:

@@ -126,8 +126,14 @@ class Recipe:
 
     def digest(self) -> str:
         """sha256 that names the run: of everything but the recipe's own name and description."""
-        content = {key: value for key, value in asdict(self).items() if key not in ("name", "description")}
-        return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_canonical(self._content()), sort_keys=True).encode()).hexdigest()
+
+    def values(self) -> dict[str, Any]:
+        """What the digest is of, in JSON types, by dotted keys as overrides have them."""
+        return dict(_flat(self._content()))
+
+    def _content(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "description")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +291,18 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_canonical(item) for item in value]
     return value if isinstance(value, bool | str) else float(value)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        entries = {key: value}
+        if isinstance(value, tuple) and any(isinstance(entry, dict) for entry in value):
+            entries = {f"{key}.{place}": entry for place, entry in enumerate(value)}
+        for name, entry in entries.items():
+            if isinstance(entry, dict):
+                yield from _flat(entry, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", list(entry) if isinstance(entry, tuple) else entry
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

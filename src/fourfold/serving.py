@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,13 @@ from fourfold import tables, terminal
 from fourfold.options import (
     CHECK_FAILED,
     EXIT_CODES,
-    INTERRUPTED,
     EngineChoice,
     EnginePython,
     Quiet,
     answer,
 )
 
+SIGNALLED = 128  # and the signal: as shells count
 SERVE_EXAMPLES = f"""\b
 Examples:
   fourfold serve ./release --engine vllm
@@ -229,8 +230,9 @@ def serve(
         if outcome.failure:
             console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
             raise typer.Exit(CHECK_FAILED)
-        console.print(f"stopped by {outcome.signal}; no process of it is left", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED if outcome.signal == "SIGINT" else 0)
+        name = signal.Signals(outcome.signal).name
+        console.print(f"stopped by {name}; no process of it is left", soft_wrap=True)
+        raise typer.Exit(SIGNALLED + outcome.signal)
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import checkpoints
 import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights, storage_format
+from fourfold.model.weights import Weights, readable_format
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[1] / "data"
@@ -116,11 +116,12 @@ def compressed(**changes: Any) -> dict[str, Any]:
         (compressed(strategy="tensor"), "by 'tensor'"),
         (compressed() | {"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
         ({"quant_method": "compressed-tensors"}, "without config_groups"),
+        (["int4"], "quantization_config is \\['int4'\\]; an object is wanted"),
     ],
 )
-def test_what_is_not_read_is_named(config: dict[str, Any], message: str) -> None:
+def test_what_is_not_read_is_named(config: object, message: str) -> None:
     with pytest.raises(FourfoldError, match=message):
-        storage_format({"quantization_config": config}, Path("release"))
+        readable_format({"quantization_config": config}, Path("release"))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_what_is_not_read_is_named(config: dict[str, Any], message: str) -> None
     ],
 )
 def test_what_is_read(config: dict[str, Any], format: str) -> None:
-    assert storage_format({"quantization_config": config}, Path("release")) == format
-    assert storage_format({}, Path("release")) is None
+    assert readable_format({"quantization_config": config}, Path("release")) == format
+    assert readable_format({}, Path("release")) is None
 
 
 Change = Callable[[dict[str, Tensor]], object]

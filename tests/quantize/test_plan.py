@@ -547,7 +547,7 @@ def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.Monke
 def test_one_stream_takes_less(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch)
     recipes = [load_recipe(name) for name in ("best", "fast")]
-    both, one = (make_plan(full, recipe, devices=("cuda",), memory_bytes=16 * GB).memory for recipe in recipes)
+    both, one = (make_plan(full, recipe, devices=("cuda",), memory_bytes=14 * GB).memory for recipe in recipes)
     assert one.chunk_experts > both.chunk_experts
     both, one = (make_plan(full, recipe, memory_bytes=20 * GB).memory for recipe in recipes)
     attend = [

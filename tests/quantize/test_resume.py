@@ -1,6 +1,7 @@
 """Kill the run anywhere, run the same command again: the tree is byte-identical to an undisturbed run's."""
 
-import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,28 +10,14 @@ from pathlib import Path
 import pytest
 
 import checkpoints
+import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.journal import hold
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
-RECIPE = """
-name = "small"
-[calibration]
-length = 128
-[[calibration.sources]]
-builtin = "general"
-rows = 8
-[heldout]
-windows = 2
-length = 128
-[solver]
-pool_rows = 256
-"""
 CHILD = Path(__file__).with_name("killed_run.py")
 Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
-# Not of the result.
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_bytes", "workers", "finished_at")
 
 
 def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:
@@ -42,28 +29,30 @@ def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> lis
     return [(int(ended), events) for _, ended, events in ends]
 
 
-def tree(out: Path) -> dict[str, bytes]:
-    """Every file's bytes, what is recorded of time and memory taken out."""
-    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    del found[".fourfold/run.log"], found[".fourfold/lock"]
-    state = json.loads(found["fourfold.json"])
-    found["fourfold.json"] = json.dumps({key: value for key, value in state.items() if key not in RECORDED}).encode()
-    table = [line.rsplit(b",", 1)[0] for line in found["quant_log.csv"].splitlines()]
-    assert table[0].endswith(b"scale_negative_share"), "the last column is `seconds`"
-    found["quant_log.csv"] = b"\n".join(table)
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """A model of two layers, its recipe, the number of events of a run, and the tree that it leaves."""
     folder = tmp_path_factory.mktemp("resume")
-    model, recipe, out = folder / "model", folder / "small.toml", folder / "whole"
+    model, recipe, out = folder / "model", releases.write_recipe(folder), folder / "whole"
     checkpoints.tiny(model, layers=2)
-    recipe.write_text(RECIPE)
     ((ended, events),) = run_children(model, recipe, [(out, 0)])
     assert ended == 0
-    return model, recipe, int(events), tree(out)
+    return model, recipe, int(events), releases.tree(out)
+
+
+@pytest.fixture(scope="module")
+def killed(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that was killed late, its first layer finished."""
+    model, recipe, events, _ = undisturbed
+    out = tmp_path_factory.mktemp("killed") / "out"
+    assert run_children(model, recipe, [(out, int(events * 0.8))])[0][0] == -signal.SIGKILL
+    return out
+
+
+@pytest.fixture
+def begun(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(killed, tmp_path / "out")
 
 
 def kill_and_go_on(undisturbed: Undisturbed, folder: Path, limits: list[int]) -> None:
@@ -74,7 +63,7 @@ def kill_and_go_on(undisturbed: Undisturbed, folder: Path, limits: list[int]) ->
     ends = [ended for ended, _ in run_children(model, recipe, jobs)]
     assert ends == [-signal.SIGKILL, 0] * len(limits)
     for limit in limits:
-        assert tree(folder / str(limit)) == wanted, f"killed at event {limit}"
+        assert releases.tree(folder / str(limit)) == wanted, f"killed at event {limit}"
 
 
 def test_killed_run_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -87,39 +76,54 @@ def test_killed_at_every_event(undisturbed: Undisturbed, tmp_path: Path) -> None
     kill_and_go_on(undisturbed, tmp_path, list(range(1, undisturbed[2])))
 
 
-def test_changed_recipe_and_source_are_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, events, _ = undisturbed
-    out = tmp_path / "out"
-    run_children(model, recipe, [(out, events // 2)])
-    with pytest.raises(FourfoldError, match="another recipe than"):
-        quantize(model, out, load_recipe(str(recipe), ["solver.damp=0.02"]))
-    with pytest.raises(FourfoldError, match="calibration"):
-        quantize(model, out, load_recipe(str(recipe), ["calibration.seed=7"]))
-    other = tmp_path / "other"
-    checkpoints.tiny(other, layers=2, seed=5)
+def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) -> None:
+    model, recipe, _, _ = undisturbed
+    assert refusal(model, begun, recipe, "solver.damp=0.02", "solver.order=natural", "name=other") == [
+        "recipe: solver.damp is 0.02, was 0.05; solver.order is 'natural', was 'activation'"
+    ]
+    seeded = refusal(model, begun, recipe, "calibration.seed=7")
+    assert [line.partition(" is ")[0] for line in seeded] == ["recipe: calibration.seed", "calibration: general"]
+    assert re.fullmatch(r"calibration: general is 'sha256 \w{16}', was 'sha256 \w{16}'", seeded[1])
+    more = refusal(model, begun, recipe, 'calibration.sources=[{builtin="general", rows=4}, {builtin="math", rows=4}]')
+    assert "calibration.sources.0.rows is 4, was 8; calibration.sources.1.rows is 4, was absent" in more[0]
+    assert refusal(model, begun, recipe, layers=range(1)) == ["layers: is 0-0, was 0-1"]
+
+
+def test_a_changed_source_is_refused_and_named(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
+    model, recipe, _, _ = undisturbed
+    other = shutil.copytree(model, tmp_path / "other")
     (other / "generation_config.json").write_text('{"eos_token_id": 3}')
-    with pytest.raises(FourfoldError, match="another source than"):
-        quantize(other, out, load_recipe(str(recipe)))
+    (other / "LICENSE").write_text("of another kind")
+    (line,) = refusal(other, begun, recipe)
+    sha = r"'sha256 \w{16}'"
+    assert re.fullmatch(rf"source: generation_config.json is {sha}, was {sha}; LICENSE is {sha}, was absent", line)
+    checkpoints.edit(other, lambda tensors: tensors.update({"mtp.norm.weight": tensors["mtp.norm.weight"].float()}))
+    assert "names, dtypes and shapes of tensors is" in refusal(other, begun, recipe)[0]
 
 
-def test_changed_weights_are_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def refusal(model: Path, out: Path, recipe: Path, *overrides: str, layers: range | None = None) -> list[str]:
+    """What is named as changed where a run is not let go on; nothing is touched."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "run.log"}
+    with pytest.raises(FourfoldError, match=r"begun with another .*--restart") as refused:
+        quantize(model, out, load_recipe(str(recipe), overrides), layers=layers)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}.items()
+    return [line.strip() for line in str(refused.value).splitlines()[1:]]
+
+
+def test_changed_weights_are_refused(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
     """Same headers, other bytes: found when the finished layer is read again."""
-    model, recipe, events, _ = undisturbed
-    out, other = tmp_path / "out", tmp_path / "other"
-    run_children(model, recipe, [(out, int(events * 0.8))])
-    checkpoints.tiny(other, layers=2, seed=5)
+    _, recipe, _, _ = undisturbed
+    checkpoints.tiny(tmp_path / "other", layers=2, seed=5)
     with pytest.raises(FourfoldError, match=r"layer 0.*not the bytes"):
-        quantize(other, out, load_recipe(str(recipe)))
+        quantize(tmp_path / "other", begun, load_recipe(str(recipe)))
 
 
-def test_restart_starts_over(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, events, wanted = undisturbed
-    out = tmp_path / "out"
-    run_children(model, recipe, [(out, events // 2)])
-    (out / "notes.md").write_text("mine")
-    quantize(model, out, load_recipe(str(recipe), ["scheme.signed=false"]), restart=True)
-    assert (out / "notes.md").read_text() == "mine"
-    assert tree(out).keys() - {"notes.md"} == wanted.keys()
+def test_restart_starts_over(undisturbed: Undisturbed, begun: Path) -> None:
+    model, recipe, _, wanted = undisturbed
+    (begun / "notes.md").write_text("mine")
+    quantize(model, begun, load_recipe(str(recipe), ["scheme.signed=false"]), restart=True)
+    assert (begun / "notes.md").read_text() == "mine"
+    assert releases.tree(begun).keys() - {"notes.md"} == wanted.keys()
 
 
 def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -129,8 +133,7 @@ def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path
     summary = quantize(model, out, load_recipe(str(recipe)))
     assert summary.projections == 2 * 4 * 3
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
-    with pytest.raises(FourfoldError, match="another recipe than"):
-        quantize(model, out, load_recipe(str(recipe), ["solver.passes=1"]))
+    assert refusal(model, out, recipe, "solver.passes=1") == ["recipe: solver.passes is 1, was 2"]
 
 
 def test_a_held_folder_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:

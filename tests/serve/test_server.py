@@ -96,7 +96,7 @@ def test_it_is_waited_for_probed_and_ended(tmp_path: Path, monkeypatch: pytest.M
 
     before = signal.getsignal(signal.SIGTERM)
     outcome = server.run(command(thinking_budget=50), fake(tmp_path, SERVES), tmp_path / "log", 20, ready)
-    assert (outcome.failure, outcome.signal) == ("", "SIGTERM")
+    assert (outcome.failure, outcome.signal) == ("", signal.SIGTERM)
     assert "told 15" in (tmp_path / "log").read_text()
     assert not marked(mark)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -122,7 +122,7 @@ def test_it_ends_by_itself_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     body = SERVES.replace("server.serve_forever()", "[server.handle_request() for _ in range(4)]; os._exit(3)")
     outcome = server.run(command(), fake(tmp_path, body), tmp_path / "log", 20, lambda *_: None)
     assert "exit code 3" in outcome.failure
-    assert outcome.signal == ""
+    assert outcome.signal == 0
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Weights:
                 f"{folder / 'config.json'}: model_type is {brief(raw.get('model_type'))}, the source's is "
                 f"{skeleton.family.model_type!r}; a release of the source is wanted"
             )
-        weights = cls(skeleton=skeleton, index=TensorIndex.open(folder), format=storage_format(raw, folder))
+        weights = cls(skeleton=skeleton, index=TensorIndex.open(folder), format=readable_format(raw, folder))
         problems = list(weights._problems())
         if problems:
             more = f" and {len(problems) - NAMES_SHOWN:,} more" if len(problems) > NAMES_SHOWN else ""
@@ -191,33 +191,42 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """How quantized projections are stored by config.json's `quantization_config`, None if it has none.
+    """The format (core/pack.py) of quantized projections by config.json's `quantization_config`, None if it has none.
 
-    Raises FourfoldError for a method, a width or a layout that is not read.
+    Raises FourfoldError for a method that is not known. Width and layout are for `readable_format`.
     """
     config = raw.get("quantization_config") or raw.get("compression_config")
     if config is None:
         return None
-    method = config.get("quant_method")
+    if not isinstance(config, dict):
+        raise FourfoldError(f"{folder / 'config.json'}: quantization_config is {brief(config)}; an object is wanted")
+    method, packing = config.get("quant_method"), str(config.get("packing_format", ""))
     if method == "compressed-tensors":
-        _check_compressed(config, folder)
         return "compressed-tensors"
-    packing = str(config.get("packing_format", ""))
     if method == "auto-round" and packing == "auto_round:auto_gptq":
-        config, method = {**config, "checkpoint_format": "gptq"}, "gptq"
+        return "gptq"
     stored = config.get("checkpoint_format", "gptq")
-    if method != "gptq" or stored not in ("gptq", "gptq_v2"):
-        found = f"{method!r}" + (f" with {brief(packing or stored)}" if method in ("gptq", "auto-round") else "")
-        raise FourfoldError(
-            f"{folder / 'config.json'}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
-            "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
-        )
-    if config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32":
+    if method == "gptq" and stored in ("gptq", "gptq_v2"):
+        return str(stored)
+    found = brief(method) + (f" with {brief(packing or stored)}" if method in ("gptq", "auto-round") else "")
+    raise FourfoldError(
+        f"{folder / 'config.json'}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
+        "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
+    )
+
+
+def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """storage_format of what `Weights` reads. Raises FourfoldError for a method, width or layout that it does not."""
+    format = storage_format(raw, folder)
+    config = raw.get("quantization_config") or raw.get("compression_config") or {}
+    if format == "compressed-tensors":
+        _check_compressed(config, folder)
+    elif format and (config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32"):
         raise FourfoldError(
             f"{folder / 'config.json'}: {brief(config.get('bits'))} bits packed in "
             f"{brief(config.get('pack_dtype', 'int32'))}; wanted 4 bits packed in int32"
         )
-    return str(stored)
+    return format
 
 
 def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:

@@ -58,6 +58,13 @@ class CalibrationRows:
     notes: tuple[str, ...]
     digest: str
 
+    def source_digests(self) -> dict[str, str]:
+        """sha256 of the rows of each source, by its name: which text has changed where `digest` has."""
+        places: dict[str, list[int]] = {}
+        for row, name in enumerate(self.source_R):
+            places.setdefault(name, []).append(row)
+        return {name: _digest(self.token_RT[rows]) for name, rows in places.items()}
+
     def to_json(self) -> dict[str, Any]:
         """For fourfold.json and the model card: everything but the tokens."""
         rows, length = self.token_RT.shape

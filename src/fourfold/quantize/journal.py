@@ -9,31 +9,17 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
 from fourfold.model.shards import SIDECARS, write_text
+from fourfold.quantize.identity import Identity, refuse_changes
 from fourfold.quantize.observe import Batches
 
 STATE = ".fourfold"
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What a run is: the same on a resume, or the run is refused. Digests are sha256 in hex."""
-
-    recipe: str
-    source: str
-    calibration: str
-    heldout: str
-    layers: str
-
-    def differences(self, before: Identity) -> list[str]:
-        fields = dataclasses.fields(self)
-        return [field.name for field in fields if getattr(self, field.name) != getattr(before, field.name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +154,6 @@ def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
     write_text(out / STATE / "run.json", json.dumps(state, indent=1))
 
 
-def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:
-    """Raise FourfoldError naming what is not as it was when OUT was begun."""
-    changed = identity.differences(before)
-    if changed:
-        raise FourfoldError(
-            f"{out}: begun with another {' and '.join(changed)} than this command gives; go on with the first one, "
-            "name another OUT, or start over with --restart"
-        )
-
-
 def _read_record(path: Path) -> ShardRecord:
     raw = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(ProjectionStatistics(**{**row, "method": Method(row["method"])}) for row in raw.pop("projections"))
@@ -190,8 +166,7 @@ def finished_identity(out: Path) -> Identity | None:
     if not path.exists():
         return None
     try:
-        raw: Mapping[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-        return Identity(**raw["identity"])
+        return Identity(**json.loads(path.read_text(encoding="utf-8"))["identity"])
     except (ValueError, KeyError, TypeError) as error:
         raise FourfoldError(f"{path}: cannot be read ({error}); start over with --restart") from None
 

@@ -20,7 +20,7 @@ from fourfold.datatypes import Action, FourfoldError, ShardRecord, TensorHeader
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import DOWN, GATE, UP, split_names
 from fourfold.model.layer import LayerTensors, read_layer
-from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, write_shard
+from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.quantize.plan import Plan, RestShard
 from fourfold.quantize.trace import READER, WRITER, Trace
 
@@ -212,13 +212,3 @@ class ReadAhead:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def source_digest(index: TensorIndex) -> str:
-    """sha256 of what decides the source before a weight is read: headers, config.json, tokenizer and other sidecars."""
-    sha = hashlib.sha256(index.digest.encode())
-    for name in ("config.json", *SIDECARS):
-        path = index.folder / name
-        if path.is_file():
-            sha.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return sha.hexdigest()

@@ -18,9 +18,9 @@ from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.quantize.finish import Measured, Summary
+from fourfold.quantize.identity import Identity, identify, refuse_changes
 from fourfold.quantize.journal import (
     STATE,
-    Identity,
     Journal,
     Settings,
     check_out,
@@ -30,7 +30,6 @@ from fourfold.quantize.journal import (
     hold,
     log,
     open_journal,
-    refuse_changes,
 )
 from fourfold.quantize.memory import give_back_free_memory
 from fourfold.quantize.observe import Batches, Traffic, observe
@@ -177,13 +176,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     calibration, heldout = texts
     for note in (*plan.warnings, *calibration.notes, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
-    identity = Identity(
-        recipe=plan.recipe.digest(),
-        source=output.source_digest(plan.index),
-        calibration=calibration.digest,
-        heldout=heldout.digest,
-        layers=f"{plan.solve.start}-{plan.solve.stop - 1}",
-    )
+    identity = identify(plan, calibration, heldout)
     memory = plan.memory
     settings = Settings(
         batches=Batches(memory.row_batch, memory.token_batch, memory.chunk_experts, memory.inputs),

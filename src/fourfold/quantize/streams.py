@@ -16,6 +16,7 @@ from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
 from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.memory import give_back_free_memory
 from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, pass_heldout_
 from fourfold.quantize.workers import Worker
 
@@ -181,4 +182,5 @@ def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics
         )
         next_T = token_T[1:].to(device)
         parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
+        give_back_free_memory()  # a row's logits may lie where the next one's do not fit: 0.6 GB in 16 rows
     return parts

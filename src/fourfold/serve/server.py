@@ -42,10 +42,10 @@ print(json.dumps([m.version(sys.argv[1]), any(v.startswith("fourfold.") for v in
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How serving ended. failure: why, if not by a signal to us; signal: name of the one that told us to stop."""
+    """How serving ended. failure: why, if not by a signal to us; signal: the one that told us to stop, 0: none."""
 
     failure: str
-    signal: str
+    signal: int
 
 
 def installed(python: Path, engine: str) -> tuple[Version, bool]:
@@ -125,9 +125,9 @@ def run(
             while not _wait(child, lambda: bool(told), limit_seconds) and child.running():
                 pass
         if not told:
-            return Outcome(failure=_why(command, child, limit_seconds), signal="")
+            return Outcome(failure=_why(command, child, limit_seconds), signal=0)
         _wait(child, lambda: len(told) > 1, STOP_SECONDS)  # a second signal ends it at once
-        return Outcome(failure="", signal=signal.Signals(told[0]).name)
+        return Outcome(failure="", signal=told[0])
 
 
 def _environment(own: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ import checkpoints
 import releases
 from broken import Copy
 from fourfold import cli, interpreter, process
+from fourfold.quantize.journal import hold
 
 Broken = Callable[[str], Copy]
 CT, GPTQ, V2 = releases.FORMATS
@@ -84,9 +85,9 @@ def test_another_recipe(copy: Broken) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq' is not supported; fourfold writes and verifies gptq"),
-        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        ({"quant_method": None}, "quant_method None is not supported"),
+        ({"quant_method": "awq"}, "quantized by 'awq', which is not read; wanted gptq"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "quantized by 'gptq' with 'marlin'"),
+        ({"quant_method": None}, "quantized by None, which is not read"),
         (None, "no quantization_config"),
     ],
 )
@@ -111,8 +112,15 @@ def test_a_damaged_log(copy: Broken, source: Path) -> None:
 # --- source -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["tokenizer", "config", "tensors"])
-def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("tokenizer", "its tokenizer_config.json are not"),
+        ("config", "its config.json are not"),
+        ("tensors", "its names, dtypes and shapes of tensors are not"),
+    ],
+)
+def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, change: str, named: str) -> None:
     other = shutil.copytree(source, tmp_path / "other")
     if change == "tokenizer":
         (other / "tokenizer_config.json").write_text("{}")
@@ -121,7 +129,7 @@ def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, cha
     else:
         checkpoints.edit(other, lambda tensors: tensors.pop("mtp.norm.weight"))
     before = (made[CT] / "verify.json").read_bytes() if (made[CT] / "verify.json").exists() else b""
-    assert "was not made from this source" in refused(made[CT], "--source", other)
+    assert f"was not made from this source: {named}" in refused(made[CT], "--source", other)
     after = (made[CT] / "verify.json").read_bytes() if (made[CT] / "verify.json").exists() else b""
     assert after == before
 
@@ -305,8 +313,11 @@ def test_shared_memory_that_others_hold_stays(mark: str, tmp_path: Path) -> None
         path.unlink(missing_ok=True)
 
 
-def test_interrupt_ends_the_engine_too(copy: Broken, mark: str, tmp_path: Path) -> None:
-    """Ctrl-C on the command: exit code 130, no traceback, nothing of the engine left."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_ends_the_engine_too(
+    copy: Broken, mark: str, tmp_path: Path, number: int, code: int
+) -> None:
+    """Ctrl-C or `kill`, twice: no traceback, nothing of the engine left, the lock free."""
     out = copy(CT).folder
     command = [sys.executable, "-m", "fourfold", "verify", str(out), "--engine", "vllm"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "FOURFOLD_TEST": mark}
@@ -322,12 +333,18 @@ def test_interrupt_ends_the_engine_too(copy: Broken, mark: str, tmp_path: Path) 
             assert child.poll() is None and time.monotonic() < limit
             time.sleep(0.2)
         time.sleep(1.5)  # longer than LOOK_SECONDS
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
+        time.sleep(0.5)  # the engine ignores SIGTERM: the command is at its grace period
+        child.send_signal(number)
         _, said = child.communicate(timeout=60)
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     assert "Traceback" not in said
     assert marked(mark) == []
     assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()
+    (scratch,) = {Path(line) for line in (out / ".fourfold" / "verify-vllm-mtp.log").read_text().splitlines()}
+    assert not scratch.exists()
+    with hold(out):
+        pass
 
 
 def test_the_time_limit_of_the_command(

@@ -13,11 +13,10 @@ from fourfold.core import pack
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import brief
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import read_config, storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, STATE, hold
 from fourfold.recipe import Recipe, load_recipe
-
-METHODS = {"gptq": ("gptq", "gptq_v2"), "compressed-tensors": ("compressed-tensors",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +86,7 @@ def open_release(folder: Path) -> Release:
         identity, trial, shards = state["identity"], state["partial"], state["output"]["shards"]
         recipe_digest, content = identity["recipe"], state["output"]["content"]
         assert isinstance(identity["source"], str) and isinstance(content, str)
+        assert isinstance(identity["parts"]["source"], dict)
         assert all(isinstance(shards[name]["sha256"], str) for name in shards)
     except (KeyError, TypeError, AssertionError) as error:
         raise FourfoldError(f"{folder / FINISHED}: not as fourfold writes it ({error!r}); quantize again") from None
@@ -101,14 +101,19 @@ def open_release(folder: Path) -> Release:
             f"{folder / 'recipe.toml'}: of another recipe: its digest is {recipe.digest()[:16]}..., the release was "
             f"made by {recipe_digest[:16]}...; bring the recipe.toml back that quantize wrote"
         )
-    raw = _read_object(folder / "config.json")
+    raw = read_config(folder)
+    format = storage_format(raw, folder)
+    if format is None:
+        raise FourfoldError(
+            f"{folder / 'config.json'}: no quantization_config, so nothing is quantized; the OUT of quantize is wanted"
+        )
     return Release(
         folder=folder,
         state=state,
         raw=raw,
         skeleton=Skeleton.of(raw, folder / "config.json"),
         recipe=recipe,
-        format=storage_format(raw, folder / "config.json"),
+        format=format,
     )
 
 
@@ -122,21 +127,6 @@ def _require_finished(folder: Path) -> None:
     with hold(folder):  # raises if a run is on
         pass
     raise FourfoldError(f"{folder}: partial: its run was interrupted; the same `fourfold quantize` command goes on")
-
-
-def storage_format(raw: Mapping[str, Any], path: Path) -> str:
-    """How config.json's quantization_config says that experts are stored. Raises FourfoldError for other methods."""
-    settings = raw.get("quantization_config")
-    if not isinstance(settings, dict):
-        raise FourfoldError(f"{path}: no quantization_config, so nothing is quantized; the OUT of quantize is wanted")
-    method = settings.get("quant_method")
-    formats = METHODS.get(method, ()) if isinstance(method, str) else ()
-    format = settings.get("checkpoint_format", "gptq") if method == "gptq" else method
-    if format not in formats:
-        known = ", ".join(name for names in METHODS.values() for name in names)
-        asked = f"quant_method {brief(method)}" + (f" with checkpoint_format {brief(format)}" if formats else "")
-        raise FourfoldError(f"{path}: {asked} is not supported; fourfold writes and verifies {known}")
-    return str(format)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

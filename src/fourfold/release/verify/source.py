@@ -13,7 +13,7 @@ from fourfold.model.checkpoint import DTYPES, TensorIndex
 from fourfold.model.family import split_names
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import claim_tensors
-from fourfold.quantize.output import source_digest
+from fourfold.quantize.identity import short, source_digest, source_parts
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.folder import Expected, Release
 from fourfold.release.verify.survey import KEPT, SPLIT, Origin, Survey
@@ -34,12 +34,13 @@ class Source:
 def open_source(release: Release, folder: Path) -> Source:
     """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
     skeleton, index = Skeleton.open(folder), TensorIndex.open(folder)
-    found, wanted = source_digest(index), release.state["identity"]["source"]
-    if found != wanted:
+    identity = release.state["identity"]
+    if source_digest(index) != identity["source"]:
+        found, wanted = {name: short(sha) for name, sha in source_parts(index).items()}, identity["parts"]["source"]
+        other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
         raise FourfoldError(
-            f"{folder}: {release.folder} was not made from this source: the digest of its headers, config.json, "
-            f"tokenizer and other files is {found[:16]}..., fourfold.json has {wanted[:16]}...; give the checkpoint "
-            "that was quantized"
+            f"{folder}: {release.folder} was not made from this source: its {', '.join(other)} are not those that "
+            "fourfold.json has digests of; give the checkpoint that was quantized"
         )
     origins: dict[str, Origin] = {}
     for claim in claim_tensors(skeleton, index, release.recipe):

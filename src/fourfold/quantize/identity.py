@@ -1,0 +1,104 @@
+"""What a run is made of: the same when it goes on, or the run is refused and told what has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.shards import SIDECARS
+from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
+from fourfold.quantize.plan import Plan
+
+HEADERS = "names, dtypes and shapes of tensors"
+DIGITS = 16  # of a sha256 that is only shown
+SHOWN = 8  # changes that a message names; the rest is a number
+Parts = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Digests (sha256 in hex) and layers decide. parts: of each of these fields by name, what it comes from by its own
+    name (a key of the recipe, a file of the source); in JSON types, and only to say what has changed.
+    """
+
+    recipe: str
+    source: str
+    calibration: str
+    heldout: str
+    layers: str
+    parts: Parts
+
+    def changes(self, before: Identity) -> list[str]:
+        """A line for each field that is not as before, with the old and the new value of all that is known of it."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "parts")
+        return [self._change(name, before) for name in names if getattr(self, name) != getattr(before, name)]
+
+    def _change(self, name: str, before: Identity) -> str:
+        old, new = before.parts.get(name, {}), self.parts.get(name, {})
+        changed = [
+            f"{key} is {_shown(new, key)}, was {_shown(old, key)}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
+        if not changed:
+            changed = [f"is {getattr(self, name)}, was {getattr(before, name)}"]
+        more = f" and {len(changed) - SHOWN:,} more" if len(changed) > SHOWN else ""
+        return f"{name}: {'; '.join(changed[:SHOWN])}{more}"
+
+
+def _shown(part: Mapping[str, Any], key: str) -> str:
+    return repr(part[key]) if key in part else "absent"
+
+
+def identify(plan: Plan, calibration: CalibrationRows, heldout: HeldoutRows) -> Identity:
+    source = source_parts(plan.index)
+    return Identity(
+        recipe=plan.recipe.digest(),
+        source=source_digest(plan.index),
+        calibration=calibration.digest,
+        heldout=heldout.digest,
+        layers=f"{plan.solve.start}-{plan.solve.stop - 1}",
+        parts={
+            "recipe": plan.recipe.values(),
+            "source": {name: short(digest) for name, digest in source.items()},
+            "calibration": {name: short(digest) for name, digest in calibration.source_digests().items()},
+            "heldout": heldout.protocol | {"token ids": short(heldout.digest)},
+        },
+    )
+
+
+def short(digest: str) -> str:
+    """A digest as people are shown it."""
+    return f"sha256 {digest[:DIGITS]}"
+
+
+def source_parts(index: TensorIndex) -> dict[str, str]:
+    """Digests of what decides the source before a weight is read: headers, config.json, tokenizer, other sidecars."""
+    parts = {HEADERS: index.digest}
+    for name in ("config.json", *SIDECARS):
+        path = index.folder / name
+        if path.is_file():
+            parts[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return parts
+
+
+def source_digest(index: TensorIndex) -> str:
+    """One digest of source_parts."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in source_parts(index).items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:
+    """Raise FourfoldError naming what is not as it was when OUT was begun."""
+    changes = identity.changes(before)
+    if changes:
+        raise FourfoldError(
+            f"{out}: begun with another {' and '.join(change.partition(':')[0] for change in changes)} than this "
+            "command gives; go on with the first one, name another OUT, or start over with --restart\n"
+            + "\n".join(f"  {change}" for change in changes)
+        )
