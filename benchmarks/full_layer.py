@@ -26,22 +26,25 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fourfold.core import gptq, grid, moments
+from fourfold.core.kernels import bf16
 from fourfold.datatypes import Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
 from fourfold.quantize import observe, solve, streams
 from fourfold.quantize.finish import peak_memory
+from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
 from fourfold.quantize.observe import Batches
 from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens
+MOMENTS = "bf16" if bf16.AVAILABLE or torch.cuda.is_available() else "fp32"
 # step: the functions it is made of (the outermost counts), the format whose GEMM rate it is held against
 STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "attention, router": ([(streams, "attend")], "bf16"),
-    "moments": ([(moments, "accumulate")], "fp32"),
-    "pools": ([(solve, "gate_up_pool"), (solve, "down_pool")], "fp32"),
+    "moments": ([(moments, "accumulate")], MOMENTS),
+    "pools": ([(solve, "gate_up_pool"), (solve, "down_pool")], MOMENTS),
     "activations for down": ([(observe, "expert_hidden")], "bf16"),
     "shrink": ([(moments, "shrink"), (moments, "shrink_cross")], "fp32"),
     "factor": ([(gptq, "factorize_")], "fp32"),
@@ -191,7 +194,8 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     """A layer's seconds by step, its arithmetic, peak memory and median relative error."""
     skeleton = make_skeleton(options.experts, options.topk, options.hidden, options.width)
     layer = make_layer(skeleton, device)
-    batches = Batches(rows=8, tokens=8192, experts=min(options.chunk, options.experts))
+    rows = (CPU_ATTEND_TOKENS if device.type == "cpu" else ATTEND_TOKENS) // ROW
+    batches = Batches(rows=rows, tokens=8192, experts=min(options.chunk, options.experts))
     both = make_streams(options.tokens, options.hidden, recipe.solver.asymmetric)
     clock, worker = Clock(device), alone(device)
     chunking = solve.Chunking(batches.experts, batches.inputs, "layers.0.mlp.experts.", ignore)

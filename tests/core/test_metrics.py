@@ -276,6 +276,18 @@ def test_a_step_counts_where_all_before_it_were_kept() -> None:
 # ---- errors and routing
 
 
+@pytest.mark.parametrize("inputs", [96, 80])
+def test_energy_is_the_proxy_of_the_weights_themselves(inputs: int) -> None:
+    """96 has the native way where the CPU can, 80 never."""
+    generator = torch.Generator().manual_seed(4)
+    weight_EPNK = torch.randn(2, 3, 21, inputs, generator=generator).bfloat16().float()
+    input_ETK = torch.randn(2, 200, inputs, generator=generator)
+    hessian_EKK = input_ETK.mT @ input_ETK
+    wanted_EP = torch.einsum("epnk,ekl,epnl->ep", weight_EPNK.double(), hessian_EKK.double(), weight_EPNK.double())
+    found_EP = metrics.energy(weight_EPNK, hessian_EKK)
+    assert torch.allclose(found_EP.double(), wanted_EP, rtol=1e-6)
+
+
 def test_proxy_rows_add_up_to_the_trace() -> None:
     problem = problems.make(inputs=64)
     error_ENK, hessian_EKK = problem.weight_ENK, problems.hessians(problem).float()

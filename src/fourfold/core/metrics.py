@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.core.kernels import bf16
+
 PANEL = 256  # columns of a Hessian that one GEMM goes through
 VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one time
 LIKELIEST = 5  # of top-5 agreement
@@ -41,6 +43,16 @@ def proxy_rows(error_ENK: Tensor, hessian_EKK: Tensor) -> Tensor:
         product_ENP.baddbmm_(error_ENK[..., :first], hessian_EKK[:, :first, panel], alpha=2)
         total_EN += product_ENP.mul_(error_ENP).sum(dim=-1)
     return total_EN
+
+
+def energy(weight_EPNK: Tensor, hessian_EKK: Tensor) -> Tensor:
+    """tr(W H W^T) of each of P matrices of an expert, [E, P]. weight_EPNK: fp32 that hold values of BF16."""
+    exact_EPNK = weight_EPNK.bfloat16()
+    if not bf16.fits(exact_EPNK[0, 0]) or hessian_EKK.dtype != torch.float32:
+        energy_EN = proxy_rows(weight_EPNK.flatten(1, 2), hessian_EKK)
+        return energy_EN.view(weight_EPNK.shape[:3]).sum(dim=2)
+    pairs = zip(exact_EPNK, hessian_EKK, strict=True)
+    return torch.tensor([[bf16.energy(w_NK, h_KK) for w_NK in w_PNK] for w_PNK, h_KK in pairs])
 
 
 def router_agreement(first_TA: Tensor, second_TA: Tensor) -> float:

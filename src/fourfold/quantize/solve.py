@@ -35,7 +35,7 @@ RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step 
 class Site:
     """One input site of a chunk of experts: the stack of projections that share it, and what is known of its inputs.
 
-    weight_ENK: fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run.
+    weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run.
     """
 
     projections: tuple[str, ...]
@@ -53,7 +53,7 @@ class Solved:
     error_EN: Tensor  # |W - Wq|^2 of each row
     weight_EN: Tensor  # |W|^2
     proxy_EN: Tensor  # its share of tr(Err H Err^T), H the expert's own mean, undamped
-    energy_EN: Tensor  # its share of tr(W H W^T)
+    energy_EP: Tensor  # tr(W H W^T) of each of its P projections
     level_E: Tensor  # mean of diag H
     tokens_E: Tensor
     effective_E: Tensor
@@ -275,12 +275,13 @@ def _judge(
     if unseen:
         hessian_EKK = hessian_EKK.clone()
         hessian_EKK[unseen] = site.pool_EKK.expand_as(hessian_EKK)[unseen]
+    projection_EPNK = weight_ENK.unflatten(1, (len(site.projections), -1))
     return Solved(
         group=group,
         error_EN=error_ENK.square().sum(dim=-1),
         weight_EN=weight_ENK.square().sum(dim=-1),
         proxy_EN=metrics.proxy_rows(error_ENK, hessian_EKK) * share_E[:, None],
-        energy_EN=metrics.proxy_rows(weight_ENK, hessian_EKK) * share_E[:, None],
+        energy_EP=metrics.energy(projection_EPNK, hessian_EKK) * share_E[:, None],
         level_E=hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
         tokens_E=own.count_E,
         effective_E=effective_E,
@@ -321,7 +322,8 @@ def _statistics(
     """Rows of the log; the stack's output rows are shared out among its projections."""
     width = solved.error_EN.shape[1] // len(projections)
     sums = [values_EN.unflatten(1, (-1, width)).sum(dim=2).tolist()
-            for values_EN in (solved.error_EN, solved.weight_EN, solved.proxy_EN, solved.energy_EN)]  # fmt: skip
+            for values_EN in (solved.error_EN, solved.weight_EN, solved.proxy_EN)]  # fmt: skip
+    sums.append(solved.energy_EP.tolist())
     scale_EPS = solved.group.scale_ENG.unflatten(1, (-1, width)).flatten(2)
     least, most = scale_EPS.abs().amin(dim=2).tolist(), scale_EPS.abs().amax(dim=2).tolist()
     negative = (scale_EPS < 0).float().mean(dim=2).tolist()

@@ -53,6 +53,15 @@ def add_products_(
     return energy_S
 
 
+def energy(weight_NK: Tensor, hessian_KK: Tensor) -> float:
+    """tr(W H W^T) as the sum of H times W^T W. weight_NK: BF16; hessian_KK: fp32, symmetric."""
+    gram_KK = torch.zeros_like(hessian_KK)
+    add_products_(gram_KK, None, weight_NK, None, torch.arange(len(weight_NK)), torch.ones(len(weight_NK)))
+    partial_K = torch.empty(len(hessian_KK))
+    over_rows(_dot_lower, len(hessian_KK), [gram_KK.numpy(), hessian_KK.numpy(), partial_K.numpy()])
+    return float(partial_K.sum(dtype=torch.float64))
+
+
 def _pack(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor, energy_S: Tensor) -> Ints:
     """[K / PANEL, words, PANEL], a word the values of two pairs; energy_S: where |x|^2 is written."""
     words = -(-len(token_S) // 2)
@@ -109,6 +118,16 @@ def _sum_of_squares(value: Floats) -> Any:
     for column in range(len(value)):
         total += value[column] * value[column]
     return total
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _dot_lower(first: int, last: int, left: Floats, right: Floats, partial: Floats) -> None:
+    """Sums of the products of two symmetric matrices, of which the left has its lower triangle alone, by rows."""
+    for row in range(first, last):
+        total = np.float32(0)
+        for column in range(row):
+            total += left[row, column] * right[row, column]
+        partial[row] = total + total + left[row, row] * right[row, row]
 
 
 def _add_tile_types(typing: Any, left: Any, right: Any, sums: Any, pitch: Any, words: Any) -> Any:
