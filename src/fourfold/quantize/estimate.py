@@ -1,13 +1,10 @@
-"""What a run takes, from sizes alone: operations and time by step, disk. Predictions, with their formulas."""
+"""What a run takes, from sizes alone: operations and temporaries by step, disk. Predictions, with their formulas."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
 COLUMNS = 128.0  # of a block in core/gptq
@@ -71,6 +68,11 @@ class Workload:
         return self.calibration_tokens * self.topk
 
     @property
+    def ends_bytes(self) -> int:
+        """Embeddings and output head, BF16."""
+        return 2 * self.vocabulary * self.hidden * BF16
+
+    @property
     def tokens_per_expert(self) -> float:
         return self.pairs / self.experts
 
@@ -131,12 +133,15 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def forward_flop(work: Workload, tokens: int, length: int) -> float:
-    """One pass of `tokens` tokens, in rows of `length`, through all layers; attention causal."""
+def rows_flop(work: Workload, tokens: int, length: int) -> float:
+    """One pass of `tokens` tokens, in rows of `length`, through all that is no routed expert; attention causal."""
     kept = 2.0 * tokens * work.kept_parameters
-    experts = work.routed_layers * 6.0 * tokens * work.topk * work.width * work.hidden
-    attention = work.full_attention_layers * 2.0 * tokens * length * work.attention_width
-    return kept + experts + attention
+    return kept + work.full_attention_layers * 2.0 * tokens * length * work.attention_width
+
+
+def experts_flop(work: Workload, tokens: int) -> float:
+    """One pass of `tokens` tokens through the routed experts."""
+    return work.routed_layers * 6.0 * tokens * work.topk * work.width * work.hidden
 
 
 def head_flop(work: Workload) -> float:
@@ -144,15 +149,19 @@ def head_flop(work: Workload) -> float:
     return 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
 
 
-def forward_bytes(work: Workload, tokens: int) -> float:
-    """Temporaries of one pass of `tokens` tokens through all layers, beside the operations above."""
-    attention = work.layers * tokens * work.attend_token_bytes
-    return attention + work.routed_layers * expert_traffic_bytes(work, tokens * work.topk)
+def rows_bytes(work: Workload, tokens: int) -> float:
+    """Temporaries of one pass of `tokens` tokens through all that is no routed expert, beside the operations above."""
+    return float(work.layers * tokens * work.attend_token_bytes)
 
 
-def expert_traffic_bytes(work: Workload, pairs: int) -> float:
-    """Of a layer's routed experts, BF16: inputs gathered, gate, up and their product, outputs sorted and unsorted."""
-    return float(pairs * (3 * work.hidden + 4 * work.width) * BF16)
+def experts_bytes(work: Workload, tokens: int) -> float:
+    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs."""
+    return float(work.routed_layers * tokens * work.topk * (2 * work.hidden + 4 * work.width) * BF16)
+
+
+def unsorted_bytes(work: Workload, tokens: int) -> float:
+    """Outputs put back to their tokens, BF16: as many places on every worker, its own or not."""
+    return float(work.routed_layers * tokens * work.topk * work.hidden * BF16)
 
 
 def head_bytes(work: Workload) -> float:
@@ -176,11 +185,15 @@ def moments_flop(work: Workload) -> float:
     return work.solved_layers * 2.0 * work.pairs * sum(inputs**2 for inputs, _ in work.sites)
 
 
-def pool_flop(work: Workload) -> float:
-    """gate_up: a GEMM over all tokens; down: the pool's rows through all experts' gate and up, then a a^T."""
-    gate_up = 2.0 * work.calibration_tokens * work.hidden**2
-    down = work.experts * work.pool_rows * (4.0 * work.width * work.hidden + 2.0 * work.width**2)
-    return work.solved_layers * (gate_up + down) * work.pooled
+def gate_up_pool_flop(work: Workload) -> float:
+    """A GEMM over all tokens."""
+    return work.solved_layers * 2.0 * work.calibration_tokens * work.hidden**2 * work.pooled
+
+
+def down_pool_flop(work: Workload) -> float:
+    """The pool's rows through all experts' gate and up, then a a^T."""
+    row = 4.0 * work.width * work.hidden + 2.0 * work.width**2
+    return _per_solve(work, work.pool_rows * row) * work.pooled
 
 
 def factor_flop(work: Workload) -> float:
@@ -213,123 +226,10 @@ def refinement_flop(work: Workload) -> float:
     return _per_solve(work, sum(2.0 * work.passes * outputs * inputs**2 for inputs, outputs in work.sites))
 
 
+def judge_flop(work: Workload) -> float:
+    """Errors and weights against the expert's own moments, for the log: one triangle of each."""
+    return _per_solve(work, sum(2.0 * outputs * inputs**2 for inputs, outputs in work.sites))
+
+
 def _per_solve(work: Workload, flop: float) -> float:
     return work.solved_layers * work.experts * flop
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """FLOP per second of one unit (a CPU core, a GPU) by kind of work; traffic, disk: bytes per second.
-
-    forward: BF16 GEMMs; traffic: temporaries between the GEMMs, which the many small operations of attention, experts
-    and output head write and read; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: GEMMs of the solve (TF32 on
-    a GPU); factor: Cholesky and triangular solves, fp32; elementwise: scale search and the in-block kernel.
-    """
-
-    forward: float
-    traffic: float
-    moments: float
-    gemm: float
-    factor: float
-    elementwise: float
-    disk: float
-    basis: str
-
-
-# CPU: GEMMs as measured one by one; traffic, moments and elementwise fitted to the CPU seconds by stage of the example
-# with `best` at 64 x 512 and 256 x 1024 tokens, on two cores of an AMD EPYC. GPU: an RTX 3060's data sheet and GEMMs.
-RATES = {
-    "cpu": Rates(
-        forward=190e9,
-        traffic=0.9e9,
-        moments=70e9,
-        gemm=80e9,
-        factor=40e9,
-        elementwise=20e9,
-        disk=1e9,
-        basis="cores of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 70-80 GFLOP/s fp32 and 0.9 GB/s of "
-        "temporaries each; disk at 1 GB/s",
-    ),
-    "cuda": Rates(
-        forward=17e12,
-        traffic=250e9,
-        moments=17e12,
-        gemm=6.4e12,
-        factor=4.4e12,
-        elementwise=3e12,
-        disk=1e9,
-        basis="GPU at the 17 TFLOP/s BF16 and 6.4 TF32 of an RTX 3060, disk at 1 GB/s",
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeStep:
-    """One kind of work of the whole run; kind: the rate of `Rates` that its operations go at."""
-
-    name: str
-    kind: str
-    pflop: float
-    traffic_bytes: float
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeEstimate:
-    """seconds: of the whole run, reading and writing behind the arithmetic; basis: of the figures."""
-
-    steps: tuple[TimeStep, ...]
-    read_seconds: float
-    write_seconds: float
-    basis: str
-
-    @property
-    def pflop(self) -> float:
-        return sum(step.pflop for step in self.steps)
-
-    @property
-    def compute_seconds(self) -> float:
-        return sum(step.seconds for step in self.steps)
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute_seconds, self.read_seconds + self.write_seconds)
-
-
-def estimate_time(work: Workload, devices: Sequence[str]) -> TimeEstimate:
-    """Operations and temporaries of each step over the constant rates of the devices' kind."""
-    kind = devices[0].partition(":")[0]
-    rates, units = RATES[kind], torch.get_num_threads() if kind == "cpu" else len(devices)
-    calibration = forward_flop(work, work.calibration_tokens, work.calibration_length)
-    heldout = 2 * forward_flop(work, work.heldout_tokens, work.heldout_length) + head_flop(work)
-    passed, held_bytes = forward_bytes(work, work.calibration_tokens), 2 * forward_bytes(work, work.heldout_tokens)
-    steps = (
-        ("source stream", "forward", calibration, passed),
-        ("release stream", "forward", calibration * work.asymmetric, passed * work.asymmetric),
-        ("held-out rows", "forward", heldout, held_bytes + head_bytes(work)),
-        ("activations for down", "forward", activations_flop(work), activations_bytes(work)),
-        ("moments", "moments", moments_flop(work), 0.0),
-        ("cross moments", "moments", moments_flop(work) * work.asymmetric, 0.0),
-        ("pools", "moments", pool_flop(work), 0.0),
-        ("factor", "factor", factor_flop(work), 0.0),
-        ("asymmetric target", "factor", target_flop(work), 0.0),
-        ("scale search", "elementwise", scales_flop(work), 0.0),
-        ("columns", "gemm", columns_flop(work), 0.0),
-        ("columns in a block", "elementwise", in_block_flop(work), 0.0),
-        ("refinement", "gemm", refinement_flop(work), 0.0),
-    )
-    return TimeEstimate(
-        steps=tuple(
-            TimeStep(
-                name=name,
-                kind=rate,
-                pflop=flop / 1e15,
-                traffic_bytes=moved,
-                seconds=(flop / getattr(rates, rate) + moved / rates.traffic) / units,
-            )
-            for name, rate, flop, moved in steps
-        ),
-        read_seconds=work.read_bytes / rates.disk,
-        write_seconds=work.write_bytes / rates.disk,
-        basis=f"a prediction from constants, start and texts not in it: {units} {rates.basis}",
-    )

@@ -20,9 +20,10 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import release_advice, run_advice
 from fourfold.quantize.calibrate import check_sources
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
-from fourfold.quantize.devices import check_device
-from fourfold.quantize.estimate import DiskPlan, TimeEstimate, Workload, estimate_time, plan_disk
+from fourfold.quantize.cost import TimeEstimate, estimate_time
+from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
+from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
 
 SHARD_BYTES = 5 * 10**9
@@ -118,6 +119,11 @@ class Plan:
             members.setdefault(claim.group, []).append(claim)
         return tuple(_group_row(group, members[group]) for group in GROUPS if group in members)
 
+    def timed(self, rates: Rates) -> Plan:
+        """The same plan, its time at these rates."""
+        time = estimate_time(self.work, self.memory.devices, rates, inputs=self.memory.inputs)
+        return dataclasses.replace(self, time=time)
+
     def require_disk(self) -> None:
         """Raises FourfoldError if OUT's disk cannot hold what this run writes."""
         if not self.disk.enough:
@@ -141,7 +147,8 @@ class Plan:
             "shards": {part.shard: part.bytes_after for part in self.parts},
             "memory": dataclasses.asdict(memory) | _figures(memory, "host_peak_bytes", "device_peak_bytes", "fits"),
             "disk": dataclasses.asdict(disk) | _figures(disk, "needed_bytes", "enough"),
-            "time": dataclasses.asdict(time) | _figures(time, "pflop", "compute_seconds", "seconds"),
+            "time": dataclasses.asdict(time)
+            | _figures(time, "pflop", "compute_seconds", "exchange_seconds", "seconds", "bound"),
             "warnings": list(self.warnings),
             "tensors": [_tensor_json(claim, part.shard) for part in self.parts for claim in part.claims],
         }
@@ -182,17 +189,15 @@ def make_plan(
     layers: range | None = None,
     out: Path | None = None,
 ) -> Plan:
-    """Plan a run.
+    """Plan a run, its time at the constants of the devices' kind (`Plan.timed`).
 
-    devices: one for each worker; memory_bytes, host_bytes: budgets, see memory.plan_memory; layers: a trial on these
+    devices: one for each worker, here or elsewhere; memory_bytes, host_bytes: budgets, see memory.plan_memory; layers: a trial on these
     alone.
     Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one message), a
     group does not divide a width, the tokenizer is missing or another model's, a source of text is missing or a test
-    set, or `layers` or a device do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
+    set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
     error.
     """
-    for device in dict.fromkeys(devices):
-        check_device(device)
     check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
     solve = _layer_range(layers, skeleton.layers)
@@ -222,7 +227,7 @@ def make_plan(
         work=work,
         memory=memory,
         disk=disk,
-        time=estimate_time(work, devices),
+        time=estimate_time(work, devices, inputs=memory.inputs),
         warnings=(*release_advice(skeleton, index, recipe), *run_advice(work, memory, disk)),
     )
 

@@ -1,0 +1,217 @@
+"""How quick this machine is: a few seconds of the run's own numeric functions on made-up numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourfold.core import gptq, grid, moments
+from fourfold.datatypes import Moments
+from fourfold.model.checkpoint import require_finite
+from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer, grouped_linear
+from fourfold.quantize.plan import Plan
+from fourfold.quantize.rates import RATES, Rates
+
+SECONDS, REPETITIONS = 0.2, 3  # a rate is measured for so long, and so often at least
+COLUMNS = 1024  # at most, of what is solved: a few milliseconds a step on a CPU core, and near a large one's rate
+STACK = {"cpu": 1, "cuda": 16}  # experts at a time
+PAIRS = 1024  # of each
+ATTEND_SECONDS = 0.2  # attention is tried with twice the rows until a pass takes so long
+LENGTH = 512  # of its rows, at most
+READ_BYTES = 2**26
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class _Gauge:
+    """A device and its clock: on a CPU the time of its one thread, whatever else the machine has to do."""
+
+    device: torch.device
+
+    def once(self, step: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            start = time.thread_time()
+            step()
+            return time.thread_time() - start
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def least(self, step: Callable[[], object]) -> float:
+        """Seconds of a step at its best, after one that warms up."""
+        self.once(step)
+        seconds: list[float] = []
+        while len(seconds) < REPETITIONS or sum(seconds) < SECONDS:
+            seconds.append(self.once(step))
+        return min(seconds)
+
+    def per_second(self, amount: float, step: Callable[[], object]) -> float:
+        return amount / self.least(step)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+
+def measure_rates(plan: Plan) -> Rates:
+    """Rates of this machine, per unit of the first device of a plan: of one core by one thread's own time, so that
+    they are those of a machine with nothing else to do; of one GPU by the clock.
+
+    Takes about three seconds on an idle CPU, longer on a GPU the first time, when its kernels are compiled. For the
+    disk's rate up to 64 MiB of a shard are read past the page cache, and dropped: no weight is looked at. Nothing is
+    written; the disk is taken to write as it reads. The network's rate and that of a disk that cannot be measured (a
+    sparse file, or a system without posix_fadvise) stay constants.
+    """
+    start = time.perf_counter()
+    device, threads = torch.device(plan.memory.devices[0]), torch.get_num_threads()
+    constants, gauge = RATES[device.type], _Gauge(device)
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            forward = _forward(gauge, plan)
+            traffic, solving = _traffic(gauge, plan, forward), _solve(gauge, plan)
+            link, thread = _link(gauge), _thread()
+    finally:
+        torch.set_num_threads(threads)
+    disk, disk_basis = _disk(plan)
+    disk = disk or constants.disk
+    here = "cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Rates(
+        forward=forward,
+        traffic=traffic,
+        **solving,
+        disk=disk,
+        thread=thread,
+        link=link,
+        host=constants.host,
+        network=constants.network,
+        basis=f"{here} of this machine as measured in {time.perf_counter() - start:.1f} s, with nothing else to do: "
+        f"{forward / 1e9:,.0f} GFLOP/s BF16, {solving['gemm'] / 1e9:,.0f} to {solving['moments'] / 1e9:,.0f} in the "
+        f"solve and {traffic / 1e9:.1f} GB/s of temporaries each; disk at {disk / 1e9:.1f} GB/s ({disk_basis}), hashed "
+        f"at {thread / 1e9:.1f} GB/s",
+    )
+
+
+def _forward(gauge: _Gauge, plan: Plan) -> float:
+    """Experts' BF16 products."""
+    work, count = plan.work, STACK[gauge.device.type]
+    hidden, outputs = min(work.hidden, 2 * COLUMNS), min(2 * work.width, COLUMNS)
+    input_TK, weight_ENK = gauge.normal(PAIRS, hidden).bfloat16(), gauge.normal(count, outputs, hidden).bfloat16()
+    token_S = torch.arange(PAIRS, device=gauge.device).repeat(count)
+    offsets = [PAIRS * expert for expert in range(count + 1)]
+    flop = 2.0 * count * PAIRS * hidden * outputs
+    return gauge.per_second(flop, lambda: grouped_linear(input_TK, token_S, offsets, weight_ENK))
+
+
+def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
+    """Temporaries of the model's own attention: what a pass takes beside its products at `forward`."""
+    work, layer = plan.work, _made_up_layer(gauge, plan)
+    length, rows = min(work.calibration_length, LENGTH), 1
+    parameters = sum(value.numel() for value in layer.module.parameters() if value.dim() == 2 and not value.is_meta)
+    hidden_RTD = gauge.normal(plan.memory.row_batch, length, work.hidden).bfloat16()
+    gauge.once(lambda: attend(layer, hidden_RTD[:1]))
+    while gauge.once(lambda: attend(layer, hidden_RTD[:rows])) < ATTEND_SECONDS and 2 * rows <= len(hidden_RTD):  # noqa: B023
+        rows *= 2
+    seconds = gauge.least(lambda: attend(layer, hidden_RTD[:rows]))
+    products = 2.0 * rows * length * parameters / forward
+    return rows * length * work.attend_token_bytes / max(seconds - products, seconds / 10)
+
+
+def _made_up_layer(gauge: _Gauge, plan: Plan) -> DecoderLayer:
+    """The model's first layer with routed experts, all weights alike."""
+    number = next(layer.index for layer in plan.layers if layer.routed)
+    shapes = {name: value.shape for name, value in plan.skeleton.empty_layer(number).state_dict().items()}
+    kept = {
+        name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items() if ".experts." not in name
+    }
+    none_ENK = torch.empty(0, 0, 0, dtype=torch.bfloat16)
+    return build_layer(plan.skeleton, number, LayerTensors(kept, none_ENK, none_ENK, digest=""), gauge.device)
+
+
+def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
+    """moments, factor, gemm and elementwise: core's own functions, with the recipe's settings, at the gate_up site."""
+    work, solver, scheme = plan.work, plan.recipe.solver, plan.recipe.scheme
+    count, (inputs, outputs) = STACK[gauge.device.type], work.sites[0]
+    inputs, outputs = min(inputs, COLUMNS), min(outputs, COLUMNS // 2)
+    group = scheme.group_size
+    offsets = [PAIRS * expert for expert in range(count + 1)]
+    input_TK = gauge.normal(count * PAIRS, inputs).bfloat16()
+    every_S, ones_S = torch.arange(len(input_TK), device=gauge.device), torch.ones(len(input_TK), device=gauge.device)
+    target_TK = input_TK.flip(0) if work.asymmetric else None
+
+    def accumulate() -> Moments:
+        return moments.accumulate(input_TK, target_TK, every_S, ones_S, offsets)
+
+    weight_ENK = gauge.normal(count, outputs, inputs)
+    hessian_EKK = accumulate().hessian_EKK / PAIRS
+    settings = gptq.Damping(delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=())
+    factor = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
+    search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
+                              signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
+    tried = solver.scale_steps * (1 + scheme.signed)
+    scale_ENG = grid.absmax_scales(weight_ENK, group, scheme.scale_dtype)
+    importance_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+
+    def factorize() -> None:
+        made = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
+        gptq.retarget(weight_ENK, hessian_EKK, made, 1.0)
+
+    def columns() -> None:
+        codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
+        gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, None)
+
+    product, square = count * outputs * inputs**2, count * inputs**2
+    return {
+        "moments": gauge.per_second(2.0 * PAIRS * square * (1 + work.asymmetric), accumulate),
+        "factor": gauge.per_second(square * inputs / 3 + 4.0 * product, factorize),
+        "gemm": gauge.per_second(3.0 * product, columns),
+        "elementwise": gauge.per_second(
+            5.0 * tried * count * outputs * inputs,
+            lambda: grid.search_scales(weight_ENK, importance_EK, group, search),
+        ),
+    }
+
+
+def _link(gauge: _Gauge) -> float:
+    """Of a copy from the host to the device."""
+    host = torch.zeros(READ_BYTES, dtype=torch.uint8)
+    away = torch.empty_like(host, device=gauge.device)
+    return gauge.per_second(READ_BYTES * (2 if host.device == away.device else 1), lambda: away.copy_(host))
+
+
+def _thread() -> float:
+    """Of what the reading thread does with a layer's bytes."""
+    values = torch.ones(2**23, dtype=torch.bfloat16)
+    raw = memoryview(values.view(torch.uint8).numpy())
+
+    def look() -> None:
+        hashlib.sha256(raw)
+        require_finite(values, "made up")
+
+    return _Gauge(torch.device("cpu")).per_second(values.nbytes, look)
+
+
+def _disk(plan: Plan) -> tuple[float | None, str]:
+    """Of the largest shard's first bytes, and what to say of it."""
+    sizes = {path: path.stat() for path in plan.index.folder.glob("*.safetensors")}
+    path = max(sizes, key=lambda path: sizes[path].st_size)
+    if sizes[path].st_blocks * 512 < sizes[path].st_size or not hasattr(os, "posix_fadvise"):
+        return None, "assumed"
+    return _read_rate(path), f"read past the page cache from {path.name}"
+
+
+def _read_rate(path: Path) -> float:
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, READ_BYTES, os.POSIX_FADV_DONTNEED)
+        start, read = time.perf_counter(), 0
+        while read < READ_BYTES and (piece := file.read(2**22)):
+            read += len(piece)
+        return read / (time.perf_counter() - start)
