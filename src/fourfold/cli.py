@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from fourfold.options import (
     EventsJson,
     Layers,
     Length,
+    MachineName,
     Memory,
     Model,
     Out,
@@ -45,6 +46,9 @@ from fourfold.options import (
     answer,
     choose_recipe,
 )
+
+if TYPE_CHECKING:
+    from fourfold.quantize.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +93,7 @@ def entry(
 Examples:
   fourfold plan Qwen/Qwen3.6-35B-A3B --devices cuda:0 --memory 10GiB
   fourfold plan ./model --recipe fast --json
+  fourfold plan ./model --machine rtx3060x4    # what it would take there
 
 {EXIT_CODES}"""
 )
@@ -99,17 +104,25 @@ def plan(
     calibration: CalibrationFile = None,
     devices: Devices = "auto",
     memory: Memory = None,
+    machine: MachineName = None,
     layers: Layers = None,
     as_json: PlanJson = False,
 ) -> None:
     """Say what quantize would do: every tensor, memory, disk and time.
 
-    Reads config.json, the tokenizer files and the safetensors headers; no weight is read and nothing is written but the
-    Hub cache. Warnings name what an engine would refuse, such as a tensor parallel size that cannot split the groups.
+    Reads config.json, the tokenizer files and the safetensors headers, and writes nothing but the Hub cache. The time
+    is a prediction: this machine is measured for some seconds, on made-up numbers and, for the disk, on 64 MiB of a
+    shard whose values nobody looks at. Warnings name what an engine would refuse, such as a tensor parallel size that
+    cannot split the groups.
     """
+    if machine is not None and devices != "auto":
+        raise typer.BadParameter("--machine and --devices exclude each other: another machine, or devices of this one")
     with answer():
         chosen = choose_recipe(recipe_name, overrides or [], calibration)
-        _print_plan(model, chosen, devices, memory, layers, out=None, as_json=as_json)
+        if machine is None:
+            _print_plan(model, chosen, devices, memory, layers, out=None, as_json=as_json)
+        else:
+            _print_plan_elsewhere(model, chosen, machine, memory, layers, as_json=as_json)
 
 
 @app.command(
@@ -197,11 +210,30 @@ def _print_plan(
     as_json: bool,
 ) -> None:
     from fourfold.quantize.devices import expand_devices
+    from fourfold.quantize.gauge import measure_rates
     from fourfold.quantize.plan import make_plan
 
     folder = _find(model, chosen, devices, out)
     budget = (memory or ALL_FREE)._asdict()
     made = make_plan(folder, chosen, devices=expand_devices(devices), **budget, layers=layers, out=out)
+    _show_plan(made.timed(measure_rates(made)), as_json=as_json)
+
+
+def _print_plan_elsewhere(
+    model: str, chosen: recipe.Recipe, machine: str, memory: Budget | None, layers: range | None, *, as_json: bool
+) -> None:
+    """Of a machine by its data sheet; nothing of this one is asked."""
+    from fourfold.quantize.plan import make_plan
+    from fourfold.quantize.rates import find_machine
+
+    sheet = find_machine(machine)
+    folder = _find(model, chosen, "cpu", None)
+    budget = memory or Budget(sheet.budget_bytes, sheet.host_budget_bytes)
+    made = make_plan(folder, chosen, devices=sheet.devices, **budget._asdict(), layers=layers)
+    _show_plan(made.timed(sheet.rates()), as_json=as_json)
+
+
+def _show_plan(made: Plan, *, as_json: bool) -> None:
     console = terminal.open_console()
     if as_json:
         terminal.json_line(console, made.to_json())

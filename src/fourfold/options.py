@@ -230,6 +230,15 @@ Memory = Annotated[
         "free now.",
     ),
 ]
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        metavar="NAME",
+        show_default=False,
+        help="Predict for another machine from its data sheet: rtx3060x4, h200 or a100x8. Left out: this machine.",
+    ),
+]
 TraceFile = Annotated[
     Path | None,
     typer.Option(

@@ -85,7 +85,7 @@ def _needs_table(plan: Plan) -> Table:
     table.add_row("batches", batches)
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
-    table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction)")
+    table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction), bound by {plan.time.bound}")
     return table
 
 

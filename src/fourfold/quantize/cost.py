@@ -62,9 +62,7 @@ class TimeEstimate:
 
     @property
     def seconds(self) -> float:
-        return self.start_seconds + max(
-            self.compute_seconds, self.read_seconds, self.write_seconds, self.disk_seconds
-        )
+        return self.start_seconds + max(self.compute_seconds, self.read_seconds, self.write_seconds, self.disk_seconds)
 
     @property
     def bound(self) -> str:
@@ -118,7 +116,9 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
         pairs = work.topk / workers if inputs != "device" else 1.0
         taken = calibration * work.hidden * BF16 * pairs * work.solved_layers + rows_bytes * work.routed_layers
         sums = (sums_bytes + sums_bytes / workers) * work.routed_layers * several
-        weights = work.layers * (work.layer_bytes - work.expert_bytes) + work.routed_layers * work.expert_bytes / workers
+        weights = (
+            work.layers * (work.layer_bytes - work.expert_bytes) + work.routed_layers * work.expert_bytes / workers
+        )
         link = rows + taken + sums + weights + work.solved_layers * work.shard_bytes / workers
         host = here * (link + sums_bytes / workers * (parts + 1) * work.routed_layers * several)
     return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, hosts))
@@ -226,5 +226,5 @@ def estimate_time(
         write_seconds=work.write_bytes / rates.reader,
         disk_seconds=(work.read_bytes + work.write_bytes) / rates.disk,
         workers=workers,
-        basis=f"a prediction: {units} {rates.basis}",
+        basis=f"a prediction from {rates.counted(units)}; {START_SECONDS:.0f} s for start and texts",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourfold.core import gptq, grid, moments
 from fourfold.datatypes import Moments
-from fourfold.model.checkpoint import require_finite
+from fourfold.model.checkpoint import raw_bytes, require_finite
 from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer, grouped_linear
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.rates import RATES, Rates
@@ -83,7 +83,6 @@ def measure_rates(plan: Plan) -> Rates:
         torch.set_num_threads(threads)
     disk, disk_basis = _disk(plan)
     disk = disk or constants.disk
-    here = "cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Rates(
         forward=forward,
         traffic=traffic,
@@ -93,7 +92,8 @@ def measure_rates(plan: Plan) -> Rates:
         link=link,
         host=constants.host,
         network=constants.network,
-        basis=f"{here} of this machine as measured in {time.perf_counter() - start:.1f} s, with nothing else to do: "
+        unit="core" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        basis=f"as measured here in {time.perf_counter() - start:.1f} s, with nothing else to do: "
         f"{forward / 1e9:,.0f} GFLOP/s BF16, {solving['gemm'] / 1e9:,.0f} to {solving['moments'] / 1e9:,.0f} in the "
         f"solve and {traffic / 1e9:.1f} GB/s of temporaries each; disk at {disk / 1e9:.1f} GB/s ({disk_basis}), hashed "
         f"at {thread / 1e9:.1f} GB/s",
@@ -190,10 +190,9 @@ def _link(gauge: _Gauge) -> float:
 def _thread() -> float:
     """Of what the reading thread does with a layer's bytes."""
     values = torch.ones(2**23, dtype=torch.bfloat16)
-    raw = memoryview(values.view(torch.uint8).numpy())
 
     def look() -> None:
-        hashlib.sha256(raw)
+        hashlib.sha256(raw_bytes(values))
         require_finite(values, "made up")
 
     return _Gauge(torch.device("cpu")).per_second(values.nbytes, look)

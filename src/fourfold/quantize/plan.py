@@ -1,6 +1,7 @@
 """What will happen, before it does: tensors claimed, shards named, memory, disk and time predicted.
 
-From config.json, the tokenizer files and the safetensors headers alone; no weight is read.
+From config.json, the tokenizer files and the safetensors headers alone; no weight is read. Rates of this machine are
+measured elsewhere (gauge.py).
 """
 
 from __future__ import annotations
@@ -191,12 +192,11 @@ def make_plan(
 ) -> Plan:
     """Plan a run, its time at the constants of the devices' kind (`Plan.timed`).
 
-    devices: one for each worker, here or elsewhere; memory_bytes, host_bytes: budgets, see memory.plan_memory; layers: a trial on these
-    alone.
+    devices: one for each worker, of this machine or another; memory_bytes, host_bytes: budgets, see memory.plan_memory
+    (wanted for another machine's); layers: a trial on these alone.
     Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one message), a
     group does not divide a width, the tokenizer is missing or another model's, a source of text is missing or a test
-    set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an
-    error.
+    set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
     """
     check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)

@@ -20,7 +20,7 @@ class Rates:
 
     disk: one after the other; thread: of one thread that hashes what it reads or writes and looks for what is no
     number; link: between the host and one GPU, or for a CPU's worker one pass over memory; host: the host's memory,
-    over all its workers; network: of one host, each way. basis: where the figures are from.
+    over all its workers; network: of one host, each way. unit: what it is called; basis: where the figures are from.
     """
 
     forward: float
@@ -34,12 +34,16 @@ class Rates:
     link: float
     host: float
     network: float
+    unit: str
     basis: str
 
     @property
     def reader(self) -> float:
         """Of the thread that reads layers: disk, then hash, then the look at every value, for each piece."""
         return 1 / (1 / self.disk + 1 / self.thread)
+
+    def counted(self, units: int) -> str:
+        return f"{units} x {self.unit}, {self.basis}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,8 @@ class DataSheet:
             link=self.link * SHARES["link"],
             host=self.host * SHARES["host"],
             network=self.network * SHARES["network"],
-            basis=f"{self.gpu} by data sheet, not measured ({_terms(self)}), of which "
+            unit=self.gpu,
+            basis=f"by data sheet, not measured ({_terms(self)}), of which "
             + ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items()),
         )
 
@@ -115,7 +120,7 @@ def _terms(sheet: DataSheet) -> str:
 
 MACHINES = {
     "rtx3060x4": DataSheet(  # GA106: 28 SMs at 1.78 GHz; 192-bit GDDR6; PCIe 4.0 x8; a desktop's two channels DDR4-3200
-        gpu="4 x RTX 3060 12 GB", count=4, bf16=25.5e12, fp32=12.7e12, memory=360e9, memory_bytes=12 * 2**30,
+        gpu="RTX 3060 12 GB", count=4, bf16=25.5e12, fp32=12.7e12, memory=360e9, memory_bytes=12 * 2**30,
         link=16e9, host=51e9, host_bytes=32 * 2**30, disk=3e9, network=1.25e9,
     ),
     "h200": DataSheet(  # SXM; PCIe 5.0 x16; twelve channels DDR5-4800
@@ -123,7 +128,7 @@ MACHINES = {
         link=64e9, host=460e9, host_bytes=256 * 2**30, disk=6e9, network=12.5e9,
     ),
     "a100x8": DataSheet(  # SXM; PCIe 4.0 x16; two sockets of eight channels DDR4-3200
-        gpu="8 x A100 80 GB", count=8, bf16=312e12, fp32=19.5e12, memory=2039e9, memory_bytes=80 * 2**30,
+        gpu="A100 80 GB", count=8, bf16=312e12, fp32=19.5e12, memory=2039e9, memory_bytes=80 * 2**30,
         link=32e9, host=409e9, host_bytes=1024 * 2**30, disk=6e9, network=12.5e9,
     ),
 }  # fmt: skip
@@ -151,7 +156,8 @@ RATES = {
         link=8e9,
         host=16e9,
         network=1.25e9,
-        basis="cores of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 40-70 GFLOP/s fp32 and 0.9 GB/s of "
+        unit="core",
+        basis="constants of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 40-70 GFLOP/s fp32 and 0.9 GB/s of "
         "temporaries each; disk at 1 GB/s",
     ),
     "cuda": MACHINES["rtx3060x4"].rates(),
