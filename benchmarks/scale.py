@@ -1,0 +1,319 @@
+"""How fourfold would scale: the cost model over 1 to 64 workers, for models and machines that are not here.
+
+    python benchmarks/scale.py --json benchmarks/results/scale.json --plot docs/images/scale.svg
+
+All figures but those of the check are predictions, from the functions that `fourfold plan` uses: cost.py (time,
+exchange), memory.py, rates.py (data sheets). The check holds the same functions, at the constants of this kind of CPU,
+against what was measured: the committed results of example.py, full_layer.py, workers.py and reference_machine.py,
+those of them that are there. With --run the example is planned and quantized here and now, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from example import overrides
+from gemm_rate import machine
+from matplotlib import pyplot
+from reference_machine import full_shape_config
+from speed import recipe_of
+
+from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange
+from fourfold.quantize.estimate import BF16, Workload
+from fourfold.quantize.memory import attend_token_bytes, plan_memory
+from fourfold.quantize.plan import make_plan
+from fourfold.quantize.rates import MACHINES
+from fourfold.recipe import Recipe, load_recipe
+
+pyplot.switch_backend("Agg")
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = "examples/tiny-qwen3.6-moe"
+WORKERS = (1, 2, 4, 8, 16, 32, 64)
+PER_HOST = {"rtx3060x4": 4, "h200": 8, "a100x8": 8}  # GPUs of one host, others are reached over the network
+WITHIN = 1.5  # a prediction over the measurement, or the other way round
+
+
+def qwen3_moe(**sizes: Any) -> dict[str, Any]:
+    """Experts of the sizes given; attention is Qwen3's, a stand-in where the model named has another."""
+    text = {"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 18_432}
+    return {"model_type": "qwen3_moe", "num_experts_per_tok": 8, **text, **sizes}
+
+
+MODELS = {
+    "Qwen3.6-35B-A3B": full_shape_config(40),
+    "235B-A22B class": qwen3_moe(
+        num_hidden_layers=94, num_experts=128, hidden_size=4096, moe_intermediate_size=1536, vocab_size=151_936
+    ),
+    "671B class": qwen3_moe(
+        num_hidden_layers=61, num_experts=256, hidden_size=7168, moe_intermediate_size=2048, vocab_size=129_280,
+        mlp_only_layers=[0, 1, 2],
+    ),
+    "1T class": qwen3_moe(
+        num_hidden_layers=61, num_experts=384, hidden_size=7168, moe_intermediate_size=2048, vocab_size=163_840,
+        mlp_only_layers=[0],
+    ),
+}  # fmt: skip
+
+
+def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
+    """The sizes of a run from config.json alone; without vision and MTP, which are copied."""
+    skeleton = Skeleton.of(raw, Path("config.json"))
+    text, solver = skeleton.text, recipe.solver
+    layers = [dict(skeleton.empty_layer(layer).state_dict()) for layer in range(skeleton.layers)]
+    kept = [sum(w.numel() for name, w in layer.items() if ".experts." not in name) for layer in layers]
+    matrices = [
+        sum(w.numel() for name, w in layer.items() if ".experts." not in name and w.dim() == 2) for layer in layers
+    ]
+    routed = [any(".experts." in name for name in layer) for layer in layers]
+    experts = 3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size
+    packed_bytes = int(experts * (0.5 + BF16 / recipe.scheme.group_size))
+    shards = [BF16 * count + packed_bytes * has for count, has in zip(kept, routed, strict=True)]
+    read_bytes = BF16 * (sum(kept) + experts * sum(routed))
+    ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16
+    return Workload(
+        hidden=text.hidden_size,
+        width=text.moe_intermediate_size,
+        experts=skeleton.experts,
+        topk=text.num_experts_per_tok,
+        vocabulary=text.vocab_size,
+        calibration_tokens=sum(source.rows for source in recipe.calibration.sources) * recipe.calibration.length,
+        calibration_length=recipe.calibration.length,
+        heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
+        heldout_length=recipe.heldout.length,
+        asymmetric=solver.asymmetric,
+        candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
+        passes=solver.passes,
+        pooled=solver.pool > 0,
+        pool_rows=solver.pool_rows,
+        layers=skeleton.layers,
+        routed_layers=sum(routed),
+        solved_layers=sum(routed),
+        full_attention_layers=sum(skeleton.layer_kind(layer) != "linear_attention" for layer in range(skeleton.layers)),
+        attention_width=text.num_attention_heads * text.head_dim,
+        kept_parameters=sum(matrices),
+        attend_token_bytes=attend_token_bytes(text),
+        layer_bytes=max(BF16 * (count + experts * has) for count, has in zip(kept, routed, strict=True)),
+        expert_bytes=BF16 * experts,
+        shard_bytes=max(shards),
+        writer_bytes=max(shards),
+        read_bytes=read_bytes + ends_bytes,
+        write_bytes=sum(shards) + ends_bytes,
+    )
+
+
+# --- simulation ----------------------------------------------------------------------------------------------------
+
+
+def simulate(work: Workload, name: str) -> Iterator[dict[str, Any]]:
+    """One model on more and more GPUs of one kind."""
+    sheet, alone = MACHINES[name], 0.0
+    for workers in WORKERS:
+        hosts = math.ceil(workers / PER_HOST[name])
+        devices = [f"cuda:{number}" for number in range(workers)]
+        memory = plan_memory(work, devices, sheet.budget_bytes, sheet.host_budget_bytes)
+        found = estimate_time(work, devices, sheet.rates(), inputs=memory.inputs, hosts=hosts)
+        moved = exchange(work, workers, on_cpu=False, inputs=memory.inputs, hosts=hosts)
+        alone = alone or found.seconds
+        yield {
+            "workers": workers,
+            "hosts": hosts,
+            "seconds": found.seconds,
+            "times_faster": alone / found.seconds,
+            "bound": found.bound,
+            "arithmetic_seconds": found.compute_seconds - found.exchange_seconds,
+            "exchange_seconds": found.exchange_seconds,
+            "read_seconds": found.read_seconds,
+            "link_bytes_of_a_worker": moved.link_bytes,
+            "wire_bytes_of_a_host": moved.wire_bytes,
+            "device_peak_bytes": memory.device_peak_bytes,
+            "host_peak_bytes": memory.host_peak_bytes,
+            "chunk_experts": memory.chunk_experts,
+            "inputs": memory.inputs,
+            "fits": memory.fits,
+        }
+
+
+def show(model: str, name: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{model} on {name} (prediction)")
+    head = ("workers", "minutes", "faster", "bound by", "link GB", "wire GB", "device GB", "host GB", "fits")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        cells = (
+            str(row["workers"]), f"{row['seconds'] / 60:.1f}", f"{row['times_faster']:.1f}", row["bound"],
+            *(f"{row[key] / 1e9:,.0f}" for key in ("link_bytes_of_a_worker", "wire_bytes_of_a_host")),
+            *(f"{row[key] / 1e9:,.1f}" for key in ("device_peak_bytes", "host_peak_bytes")),
+            "yes" if row["fits"] else "no",
+        )  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
+def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    pyplot.rcParams["svg.fonttype"] = "none"
+    figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(4 * len(MACHINES), 3.6), constrained_layout=True)
+    for axis, name in zip(axes, MACHINES, strict=True):
+        axis.loglog(WORKERS, WORKERS, "--", color="grey", label="N-fold")
+        for model, by_machine in found.items():
+            axis.loglog(WORKERS, [row["times_faster"] for row in by_machine[name]], "o-", markersize=3, label=model)
+        axis.set_title(f"{MACHINES[name].gpu}, {PER_HOST[name]} a host", fontsize=9)
+        axis.set_xlabel("workers")
+        axis.set_xticks(WORKERS, [str(count) for count in WORKERS])
+        axis.set_yticks(WORKERS, [str(count) for count in WORKERS])
+        axis.minorticks_off()
+    axes[0].set_ylabel("times faster than one (prediction)")
+    axes[0].legend(frameon=False, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+# --- check against measurements ------------------------------------------------------------------------------------
+
+
+def predicted(work: Workload, devices: list[str], threads: int, hosts: int = 1) -> TimeEstimate:
+    """At the constants of a CPU; threads: of each host's process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return estimate_time(work, devices, hosts=hosts)
+    finally:
+        torch.set_num_threads(before)
+
+
+def compared(what: str, wanted: float, measured: float, note: str) -> dict[str, Any]:
+    ratio = wanted / measured
+    within = 1 / WITHIN <= ratio <= WITHIN
+    return {"what": what, "predicted": wanted, "measured": measured, "ratio": ratio, "within": within, "note": note}
+
+
+def check() -> Iterator[dict[str, Any]]:
+    for name, checked in (
+        ("example", check_example), ("full_layer_best", check_full_layer), ("workers", check_workers),
+        ("reference_machine", check_reference_machine),
+    ):  # fmt: skip
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            yield from checked(json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_example(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for run in result["runs"]:
+        plan = make_plan(ROOT / EXAMPLE, load_recipe("best", overrides(run["rows"], run["length"])))
+        found = predicted(plan.work, ["cpu"], run["threads"])
+        what = f"example, {run['rows']} x {run['length']}, seconds"
+        yield compared(what, found.seconds, run["seconds"], f"load average {result['load_average'][0]:.1f} on 2 cores")
+
+
+def check_full_layer(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """No output head, and one row of held-out text."""
+    options = result["options"]
+    raw = full_shape_config(1)
+    raw["text_config"] |= {"layer_types": ["linear_attention"], "vocab_size": 1}
+    work = workload_of(raw, load_recipe(options["recipe"]))
+    work = dataclasses.replace(
+        work, calibration_tokens=options["tokens"], calibration_length=1024, heldout_tokens=1024, heldout_length=1024
+    )
+    found = predicted(work, ["cpu"], options["threads"])
+    yield compared("a full-shape layer, seconds", found.compute_seconds, result["seconds"], "machine partly busy")
+
+
+def check_workers(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How many times faster, where absolute seconds depend on what else the machine did."""
+    options = parsed(result["command"])
+    layers = int(options["layers"])
+    raw = full_shape_config(layers)
+    raw["text_config"] |= {
+        "num_experts": int(options["experts"]), "num_experts_per_tok": int(options["topk"]),
+        "layer_types": [options["layer-type"]] * layers, "vocab_size": 1,
+    }  # fmt: skip
+    work = workload_of(raw, recipe_of(options["recipe"], int(options["tokens"])))
+    alone = predicted(work, ["cpu"], 1).compute_seconds
+    ways = {"2 workers": (2, 2, 1), "2 ranks": (2, 1, 2), "4 workers": (4, 4, 1)}  # workers, threads, hosts
+    for name, (workers, threads, hosts) in ways.items():
+        if name in result["times_faster"]:
+            faster = alone / predicted(work, ["cpu"] * workers, threads, hosts).compute_seconds
+            yield compared(f"{name}, times faster", faster, result["times_faster"][name], result["command"])
+    yield compared("1 worker of 1 thread, seconds of layers", alone, result["runs"]["1 worker"]["wall_seconds"], "")
+
+
+def check_reference_machine(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    run, options = result["run"], parsed(result["command"])
+    recipe = load_recipe("best", [*overrides(run["rows"], run["length"]), "heldout.windows=1"])
+    work = workload_of(full_shape_config(int(options["layers"])), recipe)
+    found = predicted(work, ["cpu"] * 4, 2)
+    yield compared("full shape, 4 workers on 2 cores, seconds", found.seconds, run["wall_seconds"], result["machine"])
+
+
+def parsed(command: str) -> dict[str, str]:
+    """Flags of a command line, each with its value."""
+    words = shlex.split(command)
+    return {word.removeprefix("--"): words[place + 1] for place, word in enumerate(words) if word.startswith("--")}
+
+
+def run_example() -> Iterator[dict[str, Any]]:
+    """Planned with this machine's measured rates, then quantized: wall seconds, and CPU seconds over the cores."""
+    command, environment = [sys.executable, "-m", "fourfold"], os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    for rows, length in ((64, 512), (256, 1024)):
+        settings = [f"--set={setting}" for setting in overrides(rows, length)]
+        plan = [*command, "plan", EXAMPLE, "--devices", "cpu", "--json", *settings]
+        planned = subprocess.run(plan, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+        expected = json.loads(planned.stdout)["time"]
+        with tempfile.TemporaryDirectory() as folder:
+            before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            job = [*command, "quantize", EXAMPLE, f"{folder}/out", "--devices", "cpu", "--quiet", *settings]
+            subprocess.run(job, check=True, cwd=ROOT, env=environment)
+            wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / torch.get_num_threads()
+        note = f"wall {wall:.0f} s at a load of {os.getloadavg()[0]:.1f}; {expected['basis']}"
+        yield compared(f"example here, {rows} x {length}, CPU seconds over cores", expected["seconds"], cores, note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--run", action="store_true", help="plan and quantize the example here, too")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--plot", type=Path, help="and the speed-up curves there")
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe)
+    works = {model: workload_of(raw, recipe) for model, raw in MODELS.items()}
+    found = {model: {name: list(simulate(work, name)) for name in MACHINES} for model, work in works.items()}
+    for model, by_machine in found.items():
+        for name, rows in by_machine.items():
+            show(model, name, rows)
+    checks = [*check(), *(run_example() if options.run else ())]
+    print("\n| checked against a measurement | predicted | measured | ratio |\n|---|---|---|---|")
+    for row in checks:
+        print(f"| {row['what']} | {row['predicted']:,.1f} | {row['measured']:,.1f} | {row['ratio']:.2f} |")
+    figures = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine("cpu", torch.get_num_threads()),
+        "date": time.strftime("%Y-%m-%d"),
+        "rates": {name: sheet.rates().basis for name, sheet in MACHINES.items()},
+        "predictions": found,
+        "checks": checks,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(found, options.plot)
+    if not all(row["within"] for row in checks):
+        sys.exit(f"a prediction is off by more than a factor {WITHIN}")
+
+
+if __name__ == "__main__":
+    main()
