@@ -392,13 +392,26 @@ def test_plan(example_model: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for word in ("experts", "quantize", "MTP", "copy + split", "host memory", "time"):
         assert word in shown.stdout
+    assert "core, as measured here in" in shown.stdout
 
 
-def test_plan_json(example_model: Path) -> None:
-    shown = inside("plan", example_model, "--devices", "cpu", "--layers", "1-2", "--json")
+def test_plan_for_another_machine_as_json(example_model: Path) -> None:
+    shown = inside("plan", example_model, "--machine", "rtx3060x4", "--layers", "1-2", "--json")
     plan = json.loads(shown.stdout)
+    assert plan["memory"]["devices"] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert plan["memory"]["budget_bytes"] < 12 * 2**30
+    assert "4 x RTX 3060 12 GB, by data sheet, not measured" in plan["time"]["basis"]
     assert (plan["solve"], plan["partial"]) == ([1, 3], True)
     assert len(plan["tensors"]) == sum(row["tensors_before"] for row in plan["groups"])
+
+
+def test_a_plan_for_a_machine_that_is_not_known(example_model: Path) -> None:
+    unknown = inside("plan", example_model, "--machine", "h100")
+    assert unknown.exit_code == 2
+    assert "machine 'h100': wanted one of rtx3060x4, h200, a100x8; did you mean 'h200'?" in unknown.stderr
+    both = inside("plan", example_model, "--machine", "h200", "--devices", "cpu")
+    assert both.exit_code == 2
+    assert "--machine and --devices exclude each other" in both.stderr
 
 
 def test_dry_run_writes_nothing(example_model: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import devices, memory
 from fourfold.quantize import plan as plan_module
-from fourfold.quantize.estimate import RATES, Workload
+from fourfold.quantize.devices import expand_devices
+from fourfold.quantize.estimate import Workload
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.plan import GroupRow, Plan, make_plan
+from fourfold.quantize.rates import RATES
 from fourfold.recipe import Recipe, Source, load_recipe
 
 RECIPE = load_recipe("best")
@@ -375,15 +377,15 @@ def test_layers_that_are_not_there(tmp_path: Path, layers: range) -> None:
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:0", ""])
-def test_devices_that_do_not_exist(tmp_path: Path, device: str) -> None:
+def test_devices_that_do_not_exist(device: str) -> None:
     with pytest.raises(FourfoldError, match=r"wanted auto, all, cpu, cpu\*N, cuda:N"):
-        make_plan(tmp_path, RECIPE, devices=(device,))
+        expand_devices(device)
 
 
-def test_cuda_devices_that_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_devices_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(FourfoldError, match="shows torch 1 CUDA devices"):
-        make_plan(tmp_path, RECIPE, devices=("cuda:1",))
+        expand_devices("cuda:1")
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -462,8 +464,7 @@ def test_hidden_size_that_marlin_does_not_take(tmp_path: Path) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_everything_at_once_where_it_fits(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_gpu(monkeypatch)
+def test_everything_at_once_where_it_fits(full: Path) -> None:
     found = make_plan(full, RECIPE, devices=("cuda",), memory_bytes=100 * GB).memory
     assert (found.chunk_experts, found.fits, found.budget_bytes) == (256, True, 100 * GB)
     assert [stage.stage for stage in found.stages] == [
@@ -472,24 +473,23 @@ def test_everything_at_once_where_it_fits(full: Path, monkeypatch: pytest.Monkey
 
 
 def one_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 6)) -> None:
-    """A plan asks no more of a GPU than that it is there, and what it can."""
+    """What is asked of a GPU before it is used: that it is there, and what it can."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
 
 
-def test_gpus_without_bf16_or_kernels_are_refused(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_without_bf16_or_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     one_gpu(monkeypatch, (7, 5))
     with pytest.raises(FourfoldError, match="Old GPU has no BF16"):
-        make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
+        expand_devices("cuda:0")
     one_gpu(monkeypatch)
     monkeypatch.setattr(devices.cuda, "AVAILABLE", False)
     with pytest.raises(FourfoldError, match="triton is not installed"):
-        make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=GB)
+        expand_devices("cuda:0")
 
 
-def test_chunks_shrink_with_the_budget(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_gpu(monkeypatch)
+def test_chunks_shrink_with_the_budget(full: Path) -> None:
     chunks = []
     for budget in (100, 40, 20, 16, 14):
         found = make_plan(full, RECIPE, devices=("cuda:0",), memory_bytes=budget * GB).memory
@@ -535,8 +535,7 @@ def test_a_budget_that_is_too_small(full: Path) -> None:
     assert not warned(make_plan(full, RECIPE, memory_bytes=100 * GB), "memory: ")
 
 
-def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_gpu(monkeypatch)
+def test_on_the_cpu_the_device_is_the_host(full: Path) -> None:
     cpu = make_plan(full, RECIPE, memory_bytes=20 * GB).memory
     gpu = make_plan(full, RECIPE, memory_bytes=20 * GB, devices=("cuda",)).memory
     assert all(stage.host_bytes == stage.device_bytes for stage in cpu.stages)
@@ -544,8 +543,7 @@ def test_on_the_cpu_the_device_is_the_host(full: Path, monkeypatch: pytest.Monke
     assert gpu.host_peak_bytes < cpu.host_peak_bytes
 
 
-def test_one_stream_takes_less(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_gpu(monkeypatch)
+def test_one_stream_takes_less(full: Path) -> None:
     recipes = [load_recipe(name) for name in ("best", "fast")]
     both, one = (make_plan(full, recipe, devices=("cuda",), memory_bytes=14 * GB).memory for recipe in recipes)
     assert one.chunk_experts > both.chunk_experts
@@ -640,7 +638,8 @@ def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
     assert found["release stream"] == found["cross moments"] == found["asymmetric target"] == 0
     time = make_plan(full, RECIPE).time
     assert "prediction" in time.basis
-    assert time.seconds == max(time.compute_seconds, time.read_seconds + time.write_seconds)
+    behind = time.read_seconds, time.write_seconds, time.disk_seconds
+    assert time.seconds == time.start_seconds + max(time.compute_seconds, *behind)
     assert time.compute_seconds == pytest.approx(sum(step.seconds for step in time.steps))
 
 

@@ -19,7 +19,7 @@ from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.rates import RATES, Rates
 
-SECONDS, REPETITIONS = 0.2, 3  # a rate is measured for so long, and so often at least
+SECONDS, REPETITIONS = 0.15, 3  # a rate is measured for so long, and so often at least
 COLUMNS = 1024  # at most, of what is solved: a few milliseconds a step on a CPU core, and near a large one's rate
 STACK = {"cpu": 1, "cuda": 16}  # experts at a time
 PAIRS = 1024  # of each
@@ -65,7 +65,7 @@ def measure_rates(plan: Plan) -> Rates:
     """Rates of this machine, per unit of the first device of a plan: of one core by one thread's own time, so that
     they are those of a machine with nothing else to do; of one GPU by the clock.
 
-    Takes about three seconds on an idle CPU, longer on a GPU the first time, when its kernels are compiled. For the
+    Takes two to four seconds on an idle CPU, longer on a GPU the first time, when its kernels are compiled. For the
     disk's rate up to 64 MiB of a shard are read past the page cache, and dropped: no weight is looked at. Nothing is
     written; the disk is taken to write as it reads. The network's rate and that of a disk that cannot be measured (a
     sparse file, or a system without posix_fadvise) stay constants.
@@ -81,7 +81,7 @@ def measure_rates(plan: Plan) -> Rates:
             link, thread = _link(gauge), _thread()
     finally:
         torch.set_num_threads(threads)
-    disk, disk_basis = _disk(plan)
+    disk, disk_basis = disk_rate(plan)
     disk = disk or constants.disk
     return Rates(
         forward=forward,
@@ -117,10 +117,14 @@ def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
     length, rows = min(work.calibration_length, LENGTH), 1
     parameters = sum(value.numel() for value in layer.module.parameters() if value.dim() == 2 and not value.is_meta)
     hidden_RTD = gauge.normal(plan.memory.row_batch, length, work.hidden).bfloat16()
-    gauge.once(lambda: attend(layer, hidden_RTD[:1]))
-    while gauge.once(lambda: attend(layer, hidden_RTD[:rows])) < ATTEND_SECONDS and 2 * rows <= len(hidden_RTD):  # noqa: B023
+
+    def passed() -> float:
+        return gauge.once(lambda: attend(layer, hidden_RTD[:rows]))
+
+    passed()
+    while (seconds := passed()) < ATTEND_SECONDS and 2 * rows <= len(hidden_RTD):
         rows *= 2
-    seconds = gauge.least(lambda: attend(layer, hidden_RTD[:rows]))
+    seconds = min(seconds, passed())
     products = 2.0 * rows * length * parameters / forward
     return rows * length * work.attend_token_bytes / max(seconds - products, seconds / 10)
 
@@ -198,8 +202,8 @@ def _thread() -> float:
     return _Gauge(torch.device("cpu")).per_second(values.nbytes, look)
 
 
-def _disk(plan: Plan) -> tuple[float | None, str]:
-    """Of the largest shard's first bytes, and what to say of it."""
+def disk_rate(plan: Plan) -> tuple[float | None, str]:
+    """Bytes per second of the largest shard's first bytes, None where that says nothing; and what to say of it."""
     sizes = {path: path.stat() for path in plan.index.folder.glob("*.safetensors")}
     path = max(sizes, key=lambda path: sizes[path].st_size)
     if sizes[path].st_blocks * 512 < sizes[path].st_size or not hasattr(os, "posix_fadvise"):
