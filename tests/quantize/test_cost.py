@@ -123,6 +123,7 @@ def test_exchange_over_hosts(small: Workload) -> None:
     """Inputs and routing in log2 rounds of broadcasts; three quarters of the fp32 sums leave each of four hosts."""
     moved = exchange(small, 8, on_cpu=False, hosts=4)
     assert moved.wire_bytes == 2 * (200_000 + 1000 * 2 * 10) + 0.75 * 400_000
+    assert moved.host_bytes == 2 * (4 * 25_000 + 2 * 200_000 + 400_000 + 50_000 + 50_000 * (2 + 3 + 1))
     assert exchange(small, 8, on_cpu=False, hosts=2).wire_bytes < moved.wire_bytes
 
 
