@@ -15,7 +15,8 @@ class Rates:
     """FLOP or bytes per second. Those of the first group are of one unit: a CPU core, a GPU.
 
     forward: BF16 GEMMs; traffic: temporaries between the GEMMs, which the many small operations of attention, experts
-    and output head write and read; moments: BF16 in, fp32 out (fp32 GEMMs on a CPU); gemm: the solve's columns and
+    and output head write and read; moments: BF16 in, fp32 out, all of K x K
+    counted; gemm: the solve's columns and
     refinement, fp32; factor: Cholesky and triangular solves, fp32; elementwise: scale search, in-block kernel.
 
     disk: one after the other; thread: of one thread that hashes what it reads or writes and looks for what is no
@@ -141,23 +142,22 @@ def find_machine(name: str) -> DataSheet:
     return MACHINES[name]
 
 
-# CPU: GEMMs as measured one by one; traffic, moments and elementwise fitted to the CPU seconds by stage of the example
-# with `best` at 64 x 512 and 256 x 1024 tokens, on two cores of an AMD EPYC.
+# CPU: as gauge.py measured them for the full shape of Qwen3.6-35B-A3B on a core of an AMD EPYC.
 RATES = {
     "cpu": Rates(
-        forward=190e9,
-        traffic=0.9e9,
-        moments=70e9,
-        gemm=40e9,
-        factor=40e9,
-        elementwise=20e9,
+        forward=200e9,
+        traffic=1.0e9,
+        moments=190e9,
+        gemm=45e9,
+        factor=60e9,
+        elementwise=30e9,
         disk=1e9,
         thread=HASH_BYTES,
         link=8e9,
         host=16e9,
         network=1.25e9,
         unit="core",
-        basis="constants of an AMD EPYC with AVX-512 BF16: 190 GFLOP/s BF16, 40-70 GFLOP/s fp32 and 0.9 GB/s of "
+        basis="constants of an AMD EPYC with AVX-512 BF16: 200 GFLOP/s BF16, 45 to 190 in the solve and 1.0 GB/s of "
         "temporaries each; disk at 1 GB/s",
     ),
     "cuda": MACHINES["rtx3060x4"].rates(),
