@@ -23,8 +23,8 @@ SECONDS, REPETITIONS = 0.15, 3  # a rate is measured for so long, and so often a
 COLUMNS = 1024  # at most, of what is solved: a few milliseconds a step on a CPU core, and near a large one's rate
 STACK = {"cpu": 1, "cuda": 16}  # experts at a time
 PAIRS = 1024  # of each
-ATTEND_SECONDS = 0.2  # attention is tried with twice the rows until a pass takes so long
-LENGTH = 512  # of its rows, at most
+ATTEND_SECONDS = 0.2  # attention is tried with more and more tokens until a pass takes so long
+LENGTH = 512  # of a row that is tried first
 READ_BYTES = 2**26
 GROUP = 64
 
@@ -114,17 +114,20 @@ def _forward(gauge: _Gauge, plan: Plan) -> float:
 def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
     """Temporaries of the model's own attention: what a pass takes beside its products at `forward`."""
     work, layer = plan.work, _made_up_layer(gauge, plan)
-    length, rows = min(work.calibration_length, LENGTH), 1
     parameters = sum(value.numel() for value in layer.module.parameters() if value.dim() == 2 and not value.is_meta)
-    hidden_RTD = gauge.normal(plan.memory.row_batch, length, work.hidden).bfloat16()
+    length, rows, most = min(work.calibration_length, LENGTH), 1, plan.memory.row_batch
+    hidden_RTD = gauge.normal(most, work.calibration_length, work.hidden).bfloat16()
 
     def passed() -> float:
-        return gauge.once(lambda: attend(layer, hidden_RTD[:rows]))
+        return gauge.once(lambda: attend(layer, hidden_RTD[:rows, :length]))
 
     passed()
-    while (seconds := passed()) < ATTEND_SECONDS and 2 * rows <= len(hidden_RTD):
-        rows *= 2
-    seconds = min(seconds, passed())
+    while (seconds := passed()) < ATTEND_SECONDS and (length < work.calibration_length or 2 * rows <= most):
+        if length < work.calibration_length:
+            length = work.calibration_length
+        else:
+            rows *= 2
+    seconds = min(seconds, *(passed() for _ in range(1 + int(ATTEND_SECONDS / seconds))))
     products = 2.0 * rows * length * parameters / forward
     return rows * length * work.attend_token_bytes / max(seconds - products, seconds / 10)
 
