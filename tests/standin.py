@@ -113,7 +113,6 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
             finally:
                 with lock:
                     stand_in.at_once -= 1
-            self.close_connection = True
 
         def stream(self, number: int) -> None:
             if stand_in.status != 200:
@@ -121,7 +120,7 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
+            self.send_header("Connection", "close")  # sets close_connection too
             self.end_headers()
             for part in stand_in.parts(number):
                 if isinstance(part, float):

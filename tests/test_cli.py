@@ -421,6 +421,7 @@ def test_dry_run_writes_nothing(example_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_trial_is_stopped_and_goes_on(example_model: Path, tmp_path: Path) -> None:
     """A real run on one layer: `kill`, Ctrl-C, the same command, and the same command once more."""
     small = [option for value in SMALL for option in ("--set", value)]

@@ -168,7 +168,7 @@ def test_summary() -> None:
         "KL divergence, mean     0.01230 nats",
         "same most likely token  95.00%",
         "time                    1 min 02 s",
-        "peak memory             host 1.8 GB, cuda:0 2.0 GB",
+        "peak memory             host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
         "note: a note",
     ]
 

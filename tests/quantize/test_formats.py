@@ -342,7 +342,9 @@ def summary_of(out: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("form", releases.FORMATS)
+@pytest.mark.parametrize(
+    "form", ["compressed-tensors", *(pytest.param(form, marks=pytest.mark.slow) for form in ("gptq", "gptq_v2"))]
+)
 def test_the_examples_release(
     example_model: Path, small: MakeRecipe, tmp_path: Path, golden: Callable[[str, str], None], form: str
 ) -> None:

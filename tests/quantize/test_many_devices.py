@@ -189,6 +189,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_ranks_do_what_workers_do(source: Path, on_two: Path, small_file: Path, tmp_path: Path) -> None:
     done = torchrun(source, small_file, tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -225,6 +225,7 @@ def test_a_damaged_shard_is_not_gone_on_with(source: Path, small: MakeRecipe, tm
         releases.run(source, tmp_path / "out", small())
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     """A kernel's ru_maxrss begins with it: a run started from a big process would be taken for a big one."""
     ballast = bytearray(10**9)

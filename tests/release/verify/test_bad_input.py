@@ -313,7 +313,9 @@ def test_shared_memory_that_others_hold_stays(mark: str, tmp_path: Path) -> None
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_to_the_command_ends_the_engine_too(
     copy: Broken, mark: str, tmp_path: Path, number: int, code: int
 ) -> None:
