@@ -48,10 +48,12 @@ def test_figures_of_a_good_server() -> None:
         assert level["requests"] == {"asked": 6, "ok": 6, "failed": {}, "said": {}}
         assert (level["prompt_tokens"], level["output_tokens"]) == (42, 36)
         assert level["output_tokens_per_second"] == pytest.approx(36 / level["seconds"])
-        assert 0.1 <= level["time_to_first_token"]["p50"] < 0.15  # the chunk with the role alone is no token
-        assert 0.01 <= level["time_per_output_token"]["p50"] < 0.02  # 0.05 s for the five that follow
-        assert 0.05 <= level["time_between_chunks"]["p50"] < 0.1
-        assert level["seconds"] == pytest.approx(6 / concurrency * 0.15, rel=0.5)
+        # A busy machine only adds to what the server waits.
+        assert level["time_to_first_token"]["p50"] >= 0.1  # the chunk with the role alone is no token
+        assert level["time_per_output_token"]["p50"] >= 0.01  # 0.05 s for the five that follow
+        assert level["time_between_chunks"]["p50"] >= 0.05
+        assert level["time_per_output_token"]["p50"] < level["time_between_chunks"]["p50"]
+        assert level["seconds"] >= 6 / concurrency * 0.15
         # 6 requests of 10 drafts between the scrapes, whatever was counted before and for the warm-up
         assert level["acceptance"] == {
             "rate": 66 / 120, "mean_length": 1 + 66 / 60, "by_position": [0.6, 0.5], "drafts": 60, "draft_tokens": 120,
@@ -107,7 +109,7 @@ def test_a_level_is_bounded_in_time() -> None:
     stand_in = StandIn(parts=lambda number: (0.2, *GOOD))
     found, events = run(stand_in, requests=50, level_seconds=0.5)
     (level,) = found["levels"]
-    assert level["seconds"] < 2
+    assert level["seconds"] < 9  # all 50 would take 10
     assert 0 < level["requests"]["ok"] < 5
     assert level["requests"]["ok"] + level["requests"]["failed"]["not answered in time"] == 50
     assert any("stopped after 0.5 s" in event.text for event in events)
