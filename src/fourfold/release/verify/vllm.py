@@ -102,7 +102,7 @@ def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> It
     if runs.source is None:
         yield skip(ENGINE, SCORES, "--source is wanted to compare with")
     elif runs.source.failure:
-        way_out = f"If the source does not fit this machine, verify with --engine alone: that is what '{STORED}' is for"
+        way_out = f"If the source does not fit this machine, verify without --source: '{STORED}' is for that"
         yield judge(ENGINE, SCORES, [f"the source did not run: {runs.source.failure}\n{way_out}"], "")
     else:
         yield check_scores(runs.plain.content, runs.source.content, kl_mean)
