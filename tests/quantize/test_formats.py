@@ -143,7 +143,7 @@ def test_sidecars_are_copied_and_nothing_else_lies_there(source: Path, release: 
     for name in sidecars:
         assert (release / name).read_bytes() == (source / name).read_bytes(), name
     ours = {"config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
-            "fourfold.json", ".fourfold/run.log", ".fourfold/lock"}  # fmt: skip
+            "reference.json", "fourfold.json", ".fourfold/run.log", ".fourfold/lock"}  # fmt: skip
     ours |= {f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
     files = {str(path.relative_to(release)) for path in release.rglob("*") if path.is_file()}
     assert files == ours | sidecars

@@ -12,7 +12,7 @@ import pytest
 import checkpoints
 import releases
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.journal import hold
+from fourfold.quantize.journal import clear, hold
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
@@ -124,6 +124,8 @@ def test_restart_starts_over(undisturbed: Undisturbed, begun: Path) -> None:
     quantize(model, begun, load_recipe(str(recipe), ["scheme.signed=false"]), restart=True)
     assert (begun / "notes.md").read_text() == "mine"
     assert releases.tree(begun).keys() - {"notes.md"} == wanted.keys()
+    clear(begun)
+    assert {path.name for path in begun.iterdir()} == {"notes.md", ".fourfold"}
 
 
 def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_a_trial_writes_its_layers_and_says_that_it_is_one(
     assert (out / LAYER_SHARDS[0]).read_bytes() == (release / LAYER_SHARDS[0]).read_bytes()
     state, figures = releases.read_json(out / "fourfold.json"), releases.read_json(out / "metrics.json")
     assert (state["partial"], state["layers"], state["metrics"]) == (True, "0-0", {})
+    assert not (out / "reference.json").exists()
     assert figures["summary"] is None and [drift["layer"] for drift in figures["layers"]] == [0]
     index = releases.read_json(out / "model.safetensors.index.json")
     assert set(index["weight_map"].values()) == {LAYER_SHARDS[0]}

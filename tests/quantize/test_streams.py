@@ -18,7 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import checkpoints
 import releases
 import whole
+from fourfold.quantize.reference import Reference, read_reference
 from fourfold.recipe import CALIBRATION_TEXTS, Recipe, load_recipe
+from fourfold.release.verify.check import Status
+from fourfold.release.verify.vllm import check_reference
 
 PREFIX = "model.language_model."
 WINDOWS, LENGTH = 8, 256
@@ -36,13 +39,17 @@ Log = list[dict[str, str]]
 @dataclass(frozen=True)
 class Compared:
     metrics: dict[str, Any]
+    reference: Reference
     source: whole.Seen
     release: whole.Seen
+    misread: whole.Seen
 
 
 @pytest.fixture(scope="module")
 def compared(example_model: Path, small: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """metrics.json of the example's release, and both whole models in transformers on the same windows."""
+    """metrics.json and reference.json of the example's release, and both whole models in transformers on the same
+    windows; misread: the release with zero points read one too low, on the reference's text.
+    """
     out = tmp_path_factory.mktemp("example") / "out"
     recipe = small(f"heldout.windows={WINDOWS}", f"heldout.length={LENGTH}", "solver.passes=0", 'solver.scale="absmax"')
     releases.run(example_model, out, recipe)
@@ -51,8 +58,14 @@ def compared(example_model: Path, small: MakeRecipe, tmp_path_factory: pytest.Te
     token_RT = torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
     model = AutoModelForImageTextToText.from_pretrained(example_model, dtype=torch.bfloat16)
     source = whole.see(model, token_RT)
-    whole.take_experts_(model, releases.tensors(out))
-    return Compared(releases.read_json(out / "metrics.json"), source, whole.see(model, token_RT))
+    found, figures = releases.tensors(out), releases.read_json(out / "metrics.json")
+    reference = read_reference(out)
+    assert reference is not None
+    whole.take_experts_(model, found)
+    release = whole.see(model, token_RT)
+    raised = {name: releases.raise_codes(value) for name, value in found.items() if name.endswith("weight_packed")}
+    whole.take_experts_(model, found | raised)
+    return Compared(figures, reference, source, release, whole.see(model, torch.tensor([reference.tokens])))
 
 
 def test_perplexities_are_those_of_the_whole_models(compared: Compared) -> None:
@@ -92,6 +105,47 @@ def test_protocol_says_how_it_was_measured(compared: Compared) -> None:
     protocol = compared.metrics["protocol"]
     assert (protocol["windows"], protocol["window"], protocol["predictions_per_window"]) == (WINDOWS, LENGTH, 255)
     assert not protocol["bos"] and protocol["windows_available"] >= WINDOWS
+
+
+# --- what engines are compared with ---------------------------------------------------------------
+
+
+def test_reference_is_what_the_whole_release_gives(compared: Compared) -> None:
+    """The windows are longer than the reference: what comes after a token does not reach back."""
+    reference, last = compared.reference, 63
+    text_P = compared.release.next_P[:last]
+    assert reference.tokens[1:] == text_P.tolist() and len(reference.tokens) == 64
+    log_PV = compared.release.log_PV[:last]
+    found_P = torch.tensor(reference.logprobs, dtype=torch.float64)
+    error_P = (found_P - log_PV.gather(1, text_P[:, None])[:, 0]).abs()
+    assert error_P.mean() < 0.01 and error_P.max() < 0.1  # BF16, in batches of other shapes
+    token_PL, value_PL = torch.tensor(reference.likeliest), torch.tensor(reference.likeliest_logprobs)
+    assert token_PL.shape == value_PL.shape == (last, 20)
+    assert (value_PL.diff(dim=1) <= 0).all() and (value_PL.double().exp().sum(dim=1) < 1).all()
+    assert (value_PL - log_PV.gather(1, token_PL)).abs().mean() < 0.01
+    best_PL = log_PV.topk(20, dim=1).indices
+    assert (best_PL[:, 0] == token_PL[:, 0]).double().mean() > 0.95
+    assert (best_PL[:, :, None] == token_PL[:, None, :]).any(dim=2).double().mean() > 0.95
+    # It is the release's, not the source's.
+    away_P = (found_P - compared.source.log_PV[:last].gather(1, text_P[:, None])[:, 0]).abs()
+    assert away_P.mean() > 3 * error_P.mean()
+
+
+def answer(seen: whole.Seen, reference: Reference) -> dict[str, Any]:
+    """As an engine without noise would say what a whole model makes of the reference's text."""
+    log_PV = seen.log_PV[: len(reference.logprobs)]
+    scored = log_PV.gather(1, torch.tensor(reference.tokens[1:])[:, None])[:, 0].tolist()
+    best = log_PV.topk(20, dim=1).indices.tolist()
+    quiet = {"logprobs": [[-1.0]], "logprobs_again": [[-1.0]]}
+    return {"prompt_logprobs": [[-1.0], scored], "prompt_likeliest": [[[0]], best]} | quiet
+
+
+def test_an_engine_that_reads_zero_points_as_another_format_fails(compared: Compared) -> None:
+    """By the stored reference alone, without the source; one that reads them right passes."""
+    sound = check_reference(answer(compared.release, compared.reference), compared.reference)
+    assert sound.status is Status.PASS and sound.data["mean"] < 0.01
+    wrong = check_reference(answer(compared.misread, compared.reference), compared.reference)
+    assert wrong.status is Status.FAIL and wrong.data["mean"] > 2 * wrong.data["limit"], wrong
 
 
 # --- the log, against the shards ------------------------------------------------------------------

@@ -27,6 +27,7 @@ from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.reference import REFERENCE, Reference
 from fourfold.quantize.trace import Span, waited
 from fourfold.quantize.workers import gil_enabled
 from fourfold.recipe import dump_recipe
@@ -57,11 +58,12 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Held-out metrics of a run: statistics over positions (None for a partial output) and drift by layer; what each
-    worker did when.
+    """Held-out metrics of a run: statistics over positions and log-probabilities for engines (None for a partial
+    output), drift by layer; what each worker did when.
     """
 
     statistics: metrics.Statistics | None
+    reference: Reference | None
     drifts: tuple[StreamDrift, ...]
     spans: tuple[Span, ...]
 
@@ -88,6 +90,8 @@ def finish(
         INDEX_NAME: index_json(index),
         "config.json": dump({**plan.skeleton.raw, "quantization_config": quantization_config(plan)}),
     }
+    if measured.reference is not None:
+        texts_by_name[REFERENCE] = measured.reference.to_json()
     for name in SIDECARS:
         if (plan.index.folder / name).is_file():
             tell("finish", text=name)

@@ -17,6 +17,7 @@ from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, Shar
 from fourfold.model.shards import SIDECARS, write_text
 from fourfold.quantize.identity import Identity, refuse_changes
 from fourfold.quantize.observe import Batches
+from fourfold.quantize.reference import REFERENCE
 
 STATE = ".fourfold"
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
@@ -184,7 +185,7 @@ def log(out: Path, text: str) -> None:
 def clear(out: Path) -> None:
     """Remove what fourfold wrote into OUT, and nothing else."""
     names = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
-             *SIDECARS)  # fmt: skip
+             REFERENCE, *SIDECARS)  # fmt: skip
     written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in names), *out.glob(".*.tmp")]
     written += [*_records_folder(out).glob("*"), *(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
     for path in written:

@@ -224,7 +224,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     """Both streams through all layers; every layer solved once, in this run or an earlier one."""
     plan, batches = job.plan, job.journal.settings.batches
     drifts: list[StreamDrift] = []
-    statistics = None
+    statistics, reference = None, None
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         both = streams.embed(worker, plan.index, plan.skeleton, token_ids, plan.recipe.solver.asymmetric)
@@ -258,9 +258,10 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
-            statistics = streams.measure(worker, plan.index, plan.skeleton, both[0].heldout, both[1].heldout)
+            heldout = both[0].heldout, both[1].heldout
+            statistics, reference = streams.measure(worker, plan.index, plan.skeleton, *heldout)
     spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
-    return Measured(statistics, tuple(drifts), tuple(span for part in spans for span in part))
+    return Measured(statistics, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
 
 def solve(

@@ -18,6 +18,7 @@ from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.memory import give_back_free_memory
 from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, pass_heldout_
+from fourfold.quantize.reference import Reference, make_reference
 from fourfold.quantize.workers import Worker
 
 
@@ -151,12 +152,16 @@ def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
 
 def measure(
     worker: Worker, index: TensorIndex, skeleton: Skeleton, source: Rows, release: Rows
-) -> metrics.Statistics:
-    """All workers' held-out rows of both streams after the last layer, compared; the head is the source's for both."""
+) -> tuple[metrics.Statistics, Reference | None]:
+    """All workers' held-out rows of both streams after the last layer, compared; the head is the source's for both.
+
+    The reference is of the release's first row, from the leading worker, which has it; None from the others.
+    """
     norm_D, head_VD = worker.once(lambda: _read_head(index, skeleton))
     head = build_head(skeleton, norm_D, head_VD, worker.device)
+    reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
     parts = worker.everyone(_compared((head, head), (source, release)))
-    return metrics.join([row for part in parts for row in part])
+    return metrics.join([row for part in parts for row in part]), reference
 
 
 def _read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:

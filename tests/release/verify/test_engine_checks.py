@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fourfold.quantize.reference import Reference
 from fourfold.release.verify import image, sglang, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
 from fourfold.release.verify.engine import Answer
@@ -18,10 +19,16 @@ CONTENT: dict[str, Any] = {
     "loads": {"Target": LOAD, "Draft": LOAD}, "decode_tokens_per_second": 100.0,
     "tokens": [[5, 6, 7], [8, 9, 10]], "margins": [[1.0, 0.05, 2.0], [1.0, 1.0, 1.0]],
     "logprobs": [[-1.0, -2.0, -1.0], [-1.0, -1.0, -1.0]], "logprobs_again": [[-1.0, -2.03, -1.0], [-1.0, -1.0, -1.0]],
-    "prompt_logprobs": [[-3.0, -2.0], [-1.0, -4.0]],
+    "prompt_logprobs": [[-3.0, -2.0], [-1.0, -4.0]], "prompt_likeliest": [[[1, 2], [3, 4]], [[2, 9], [7, 3]]],
     "image": {"tokens": [1, 2], "margins": [1.0, 1.0]},
     "drafts": {"drafts": 40, "draft_tokens": 80, "accepted_tokens": 50, "accepted_by_position": [30, 20]},
 }  # fmt: skip
+REFERENCE = Reference(
+    tokens=[1, 2, 3],
+    logprobs=[-1.0, -4.0],
+    likeliest=[[2, 9], [3, 9]],
+    likeliest_logprobs=[[-1.0, -1.5], [-1.0, -2.0]],
+)
 LOG = """(MainProcess pid=1) INFO 11-25 15:42:28 [model.py:2152] Using max model len 128
 (MainProcess pid=1) INFO 11-25 15:43:07 [int_wna16.py:356] Using 'ZEN_CPU' WNA16 MoE backend.
 (MainProcess pid=1) INFO 11-25 15:43:07 [int_wna16.py:356] Using 'ZEN_CPU' WNA16 MoE backend.
@@ -49,7 +56,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 def test_all_is_well(log: Path) -> None:
     runs = vllm.Runs(plain=answer(log), drafting=answer(log), source=answer(log))
-    found = by_name(list(vllm.checks(runs, 0.001)))
+    found = by_name(list(vllm.checks(runs, 0.001, REFERENCE)))
     assert {check.status for check in found.values()} == {Status.PASS}
     facts = found[vllm.LOADS].data
     assert facts["kernels"] == ["Using 'ZEN_CPU' WNA16 MoE backend.", "Using ZentorchExpertsInt4"]
@@ -59,15 +66,15 @@ def test_all_is_well(log: Path) -> None:
 
 def test_an_image_that_gives_other_tokens_than_the_source(log: Path) -> None:
     other = answer(log, image={"tokens": [1, 9], "margins": [1.0, 1.0]})
-    found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=other), 0.001)))
+    found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=other), 0.001, REFERENCE)))
     assert found[vllm.IMAGE].status is Status.FAIL
     runs = vllm.Runs(plain=answer(log), drafting=None, source=other, no_image="no vision here")
-    found = by_name(list(vllm.checks(runs, 0.001)))
+    found = by_name(list(vllm.checks(runs, 0.001, REFERENCE)))
     assert (found[vllm.IMAGE].status, found[vllm.IMAGE].evidence) == (Status.NOT_RUN, "no vision here")
 
 
 def test_without_draft_and_source(log: Path) -> None:
-    found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=None), 0.001)))
+    found = by_name(list(vllm.checks(vllm.Runs(plain=answer(log), drafting=None, source=None), 0.001, REFERENCE)))
     assert {name for name, check in found.items() if check.status is Status.NOT_RUN} == {
         vllm.TIES, vllm.ACCEPTED, vllm.SCORES, vllm.IMAGE,
     }  # fmt: skip
@@ -80,16 +87,18 @@ def test_an_engine_that_does_not_start(log: Path) -> None:
         vllm.Runs(plain=failed, drafting=failed, source=None),
         vllm.Runs(plain=failed, drafting=answer(log), source=None),
     ):
-        found = by_name(list(vllm.checks(runs, 0.001)))
+        found = by_name(list(vllm.checks(runs, 0.001, REFERENCE)))
         assert found.pop(vllm.LOADS).status is Status.FAIL
         assert {check.status for check in found.values()} == {Status.NOT_RUN}
 
 
 def test_a_source_that_does_not_run_fails_with_the_way_out(log: Path) -> None:
     runs = vllm.Runs(plain=answer(log), drafting=None, source=Answer(log=log, failure="ended by SIGKILL"))
-    check = by_name(list(vllm.checks(runs, 0.001)))[vllm.SCORES]
+    found = by_name(list(vllm.checks(runs, 0.001, REFERENCE)))
+    check = found[vllm.SCORES]
     assert check.status is Status.FAIL
-    assert "without --source" in check.evidence
+    assert "verify without --source" in check.evidence and vllm.STORED in check.evidence
+    assert found[vllm.STORED].status is Status.PASS
 
 
 @pytest.mark.parametrize("model", ["Target", "Draft"])
@@ -138,6 +147,22 @@ def test_log_probabilities_far_from_the_source() -> None:
         assert check.status is status
         assert check.data["mean"] == pytest.approx(distance)
     assert vllm.check_scores(content(), content(), None).status is Status.NOT_RUN
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_log_probabilities_far_from_the_stored_ones(sign: int) -> None:
+    limit = 2 * (0.02 + 0.03 / 6)
+    for distance, status in ((0.9 * limit, Status.PASS), (1.1 * limit, Status.FAIL)):
+        moved = [[-99.0, -99.0], [value + sign * distance for value in REFERENCE.logprobs]]
+        check = vllm.check_reference(content(prompt_logprobs=moved), REFERENCE)
+        assert check.status is status
+        assert f"differ by {distance:.4f} on average" in check.evidence
+        assert (check.data["same_best"], check.data["shared_best"]) == (1, 0.75)
+    one = vllm.check_reference(content(prompt_logprobs=[[-1.0, -4.0 + 1.8 * limit]]), REFERENCE)
+    assert (one.status, one.data["mean"]) == (Status.PASS, pytest.approx(0.9 * limit))
+    assert one.data["most"] == pytest.approx(1.8 * limit)
+    none = vllm.check_reference(content(), None)
+    assert none.status is Status.NOT_RUN and "no reference.json" in none.evidence
 
 
 @pytest.mark.parametrize(

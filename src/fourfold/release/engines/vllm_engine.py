@@ -35,6 +35,7 @@ DEFAULTED = (
     "q_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
 IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
+LIKELIEST = 20  # ids of the most likely tokens at each place of a prompt; vLLM gives no more unless told at the start
 CANDIDATES = 2  # log-probabilities are asked for the two most likely tokens: their distance tells near ties
 
 
@@ -82,15 +83,21 @@ def scores(output: Any) -> list[float]:
     return [step[token].logprob for token, step in pairs if step]
 
 
+def likeliest(output: Any) -> list[list[int]]:
+    """At each prompt token but the first, the most likely ones, best first. vLLM adds the token that is there."""
+    return [sorted(step, key=lambda token: step[token].rank)[:LIKELIEST] for step in output.prompt_logprobs if step]
+
+
 def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Score the prompts, then go on greedily from each."""
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST)
     scored = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=CANDIDATES)
     outputs = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
     generated = [output.outputs[0] for output in outputs]
     return {
         "prompt_logprobs": [scores(output) for output in scored],
+        "prompt_likeliest": [likeliest(output) for output in scored],
         "tokens": [list(output.token_ids) for output in generated],
         "logprobs": [
             [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]

@@ -16,6 +16,7 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import read_config, storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.quantize.reference import Reference, read_reference
 from fourfold.recipe import Recipe, load_recipe
 
 
@@ -34,7 +35,9 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """state: fourfold.json; raw: config.json; format: as its quantization_config has it (core/pack.py)."""
+    """state: fourfold.json; raw: config.json; format: as its quantization_config has it (core/pack.py); reference: None
+    in releases of versions that wrote none.
+    """
 
     folder: Path
     state: Mapping[str, Any]
@@ -42,6 +45,7 @@ class Release:
     skeleton: Skeleton
     recipe: Recipe
     format: str
+    reference: Reference | None
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -76,7 +80,7 @@ def open_release(folder: Path) -> Release:
     """Read what a finished release says of itself.
 
     Raises FourfoldError for a folder that holds none: not finished or being written, a trial, another recipe's
-    recipe.toml, a quantization that fourfold does not write.
+    recipe.toml, a quantization that fourfold does not write, a reference.json that is none.
     """
     if not folder.is_dir():
         raise FourfoldError(f"{folder}: no such folder; the OUT of `fourfold quantize` is wanted")
@@ -114,6 +118,7 @@ def open_release(folder: Path) -> Release:
         skeleton=Skeleton.of(raw, folder / "config.json"),
         recipe=recipe,
         format=format,
+        reference=read_reference(folder),
     )
 
 

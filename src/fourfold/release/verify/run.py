@@ -147,7 +147,7 @@ def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator
     draft = has_draft(release.skeleton, TensorIndex.open(release.folder).headers)
     runs = vllm.run(engine, release, model, texts, draft)
     kl_mean = release.state["metrics"].get("kl_mean")
-    yield from vllm.checks(runs, kl_mean)
+    yield from vllm.checks(runs, kl_mean, release.reference)
     if kl_mean is None or runs.plain.failure:
         yield skip(Level.ENGINE, IMAGE, "nothing to judge it by")
     else:
@@ -155,11 +155,14 @@ def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator
 
 
 def prompts(release: Release) -> list[list[int]]:
-    """Token ids of text that is never calibrated on: windows of the bundled held-out text, far from each other."""
+    """Token ids of text that is never calibrated on: windows of the bundled held-out text, far from each other, and
+    last the text of the release's reference, if it has one.
+    """
     tokenizer = load_tokenizer(release.folder)
     text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:PROMPT_CHARACTERS]
     ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < PROMPTS * PROMPT_TOKENS:
         raise FourfoldError(f"{release.folder}: its tokenizer makes {len(ids)} tokens of the held-out text, too few")
     starts = (place * len(ids) // PROMPTS for place in range(PROMPTS))
-    return [list(ids[start : start + PROMPT_TOKENS]) for start in starts]
+    windows = [list(ids[start : start + PROMPT_TOKENS]) for start in starts]
+    return windows if release.reference is None else [*windows, release.reference.tokens]
