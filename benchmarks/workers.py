@@ -34,7 +34,6 @@ RUNS = {  # devices, threads of the process, ranks
     "1 worker": ("cpu", 1, 1),
     "2 workers": ("cpu*2", 2, 1),
     "2 ranks": ("cpu", 1, 2),
-    "1 worker of 2 threads": ("cpu", 2, 1),
 }
 
 

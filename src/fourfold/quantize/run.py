@@ -31,7 +31,7 @@ from fourfold.quantize.journal import (
     log,
     open_journal,
 )
-from fourfold.quantize.memory import give_back_free_memory
+from fourfold.quantize.memory import device_budget, give_back_free_memory
 from fourfold.quantize.observe import Batches, Traffic, observe
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
@@ -135,7 +135,10 @@ def quantize(
     """
     team = Team([torch.device(name) for name in expand_devices(machine.devices)], join_ranks())
     team.agree(lambda: check_out(out, model))
-    plan = make_plan(model, recipe, devices=team.names, memory_bytes=machine.memory_bytes,
+    memory_bytes = machine.memory_bytes
+    if memory_bytes is None:
+        memory_bytes = team.least(device_budget([str(device) for device in team.devices]))
+    plan = make_plan(model, recipe, devices=team.names, memory_bytes=memory_bytes,
                      host_bytes=machine.host_bytes, layers=layers, out=out)  # fmt: skip
     plan.require_disk()
     watch = Watch(progress if team.leads else ignore, plan.solve.stop)

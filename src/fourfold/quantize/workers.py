@@ -103,6 +103,10 @@ class Team:
         """Outside `run`: what `make` gives in the leading process, in every process. Its FourfoldError likewise."""
         return make() if self.ranks is None else self.ranks.agree(make)
 
+    def least(self, value: int) -> int:
+        """Outside `run`: the smallest of all processes' values."""
+        return value if self.ranks is None else min(self.ranks.everyone(value))
+
     def run(self, job: Callable[[Worker], T]) -> T:
         """Run a job on every worker, each on a thread of its own; what the first of this process returns.
 
