@@ -78,7 +78,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
         part = name.partition("layers.")[2].partition(".")[0] if ".layers." in name else "rest"
         shard = f"model-{part}.safetensors"
         values = partial(random_values, name, shape, number)
-        shards.setdefault(shard, []).append(OutputTensor(name, "BF16", tuple(shape), values))
+        shards.setdefault(shard, []).append(OutputTensor(name=name, dtype="BF16", shape=tuple(shape), data=values))
         weight_map[name] = shard
     for shard, tensors in shards.items():
         write_shard(folder, shard, tensors)
