@@ -109,13 +109,13 @@ def attend_batch_bytes(work: Workload, rows: int) -> int:
 
 
 def expert_batch_bytes(work: Workload, tokens: int, workers: int = 1) -> int:
-    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, outputs
-    unsorted, BF16; their sum, fp32.
+    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, as they are
+    computed and in the pairs' order, outputs unsorted, BF16; their sum, fp32.
     """
     pairs = tokens * work.topk
     own = pairs if workers == 1 else min(int(pairs * SKEW) // workers, pairs)
     gathered = min(own, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
-    return (own * (work.width + work.hidden) + pairs * work.hidden + gathered) * BF16 + tokens * work.hidden * (
+    return (own * (work.width + 2 * work.hidden) + pairs * work.hidden + gathered) * BF16 + tokens * work.hidden * (
         BF16 + (FP32 if workers == 1 else 3 * FP32)  # several: the sum on the host, and this worker's rows of all sums
     )
 
