@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold import __version__, recipe, serving, tables, terminal
+from fourfold import __version__, recipe, serving, shipping, tables, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
@@ -343,6 +343,8 @@ def verify(
 
 app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
 app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
+app.command(epilog=shipping.INSPECT_EXAMPLES)(shipping.inspect)
+app.command(epilog=shipping.CONVERT_EXAMPLES)(shipping.convert)
 
 
 @recipe_app.command("list", epilog="Example: fourfold recipe list")

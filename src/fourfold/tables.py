@@ -15,6 +15,8 @@ from fourfold.terminal import clock_text, memory_text, paragraphs, plain
 if TYPE_CHECKING:
     from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
+    from fourfold.release.convert import Converted
+    from fourfold.release.inspect import Inspection
     from fourfold.release.verify.check import Verdict
     from fourfold.serve.command import Command
     from fourfold.serve.probe import Probed
@@ -240,6 +242,65 @@ def _show_engine(console: Console, engine: Mapping[str, Any]) -> None:
     show_facts(console, facts)
 
 
+# --- checkpoints of any maker ------------------------------------------------------------------------------------
+
+
+def show_inspection(console: Console, found: Inspection) -> None:
+    """Groups of tensors, how int4 is stored, the draft head, engines, traps."""
+    made_by = f", made by {plain(found.made_by)}" if found.made_by else ""
+    title = f"{plain(found.folder)}: {plain(found.model_type)}, {found.tensors:,} tensors in {found.shards:,} shards"
+    console.print(Text(title + made_by, style="bold"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    table.add_column("tensors", footer="all")
+    table.add_column("stored as")
+    table.add_column("count", justify="right", footer=f"{found.tensors:,}")
+    table.add_column("size", justify="right", footer=decimal(found.size_bytes))
+    for row in found.groups:
+        table.add_row(row.group, plain(" + ".join(row.stored)), f"{row.tensors:,}", decimal(row.size_bytes))
+    console.print(table)
+    show_facts(console, _stored_facts(found))
+    for engine in found.engines:
+        said, style = ("takes it", "green") if engine.takes else ("does not take it", "bold red")
+        gpus = f" on {engine.gpus} or more" if engine.gpus else ""
+        console.print(Text.assemble((engine.engine, "bold"), ": ", (said, style), gpus), soft_wrap=True)
+        for line in filter(None, (engine.command, *engine.notes)):
+            console.print(f"  {paragraphs(line)}", soft_wrap=True)
+    if found.unknown:
+        console.print(f"engines: not known ({paragraphs(found.unknown)})", soft_wrap=True)
+    for trap in found.traps:
+        console.print(Text.assemble(("trap: ", "yellow"), paragraphs(trap)), soft_wrap=True)
+
+
+def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    if one := found.quantized:
+        where = ", ".join(f"{count:,} in {group}" for group, count in one.by_group.items())
+        yield "int4", f"{one.method}, format {one.format}: {one.projections:,} projections ({where})"
+        sizes, dtypes = ", ".join(map(str, one.group_sizes)), ", ".join(one.scale_dtypes)
+        seen = f"in {one.looked_at:,} projections looked at {one.negative:.0%} are negative, {one.rounded:.0%} no BF16"
+        yield "scales", f"one for {sizes} inputs, {dtypes}; {seen}"
+    else:
+        yield "int4", "nothing that is read as such"
+    yield "draft head (MTP)", f"{found.draft}, {decimal(found.draft_bytes)}" if found.draft else "none"
+
+
+def show_converted(console: Console, found: Converted) -> None:
+    """What a conversion came to."""
+    scales = found.scales
+    share = f"{scales.changed:,} of {scales.total:,} rounded to BF16 values"
+    if scales.changed:
+        share += f", by {scales.largest:.2%} at most" + (f"; {scales.zero:,} were zero" if scales.zero else "")
+    facts = [
+        ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections, same codes"),
+        ("scales", share),
+        ("draft experts", f"{found.split} stacks split into a tensor per expert" if found.split else "as they were"),
+        ("size of tensors", f"{decimal(found.bytes_before)} -> {decimal(found.bytes_after)}"),
+        ("time", clock_text(found.seconds)),
+    ]
+    if found.left_out:
+        facts.append(("left out", f"{', '.join(found.left_out)}: true of the bytes before, or not known"))
+    show_facts(console, facts)
+
+
 # --- serving -----------------------------------------------------------------------------------------------------
 
 BAR_WIDTH = 40
@@ -308,9 +369,7 @@ def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[st
     beside = between("decode_tokens_per_second", "{:.0f}")
     yield "tokens/s of a request, p50", [f"{one['p50']:,.1f}" if one else "" for one in decode], beside
     for key in MILLISECONDS:
-        cells = [
-            f"{one[key]['p50'] * 1000:,.1f} / {one[key]['p99'] * 1000:,.1f}" if one[key] else "" for one in levels
-        ]
+        cells = [f"{one[key]['p50'] * 1000:,.1f} / {one[key]['p99'] * 1000:,.1f}" if one[key] else "" for one in levels]
         yield f"{key.replace('_', ' ')}, ms p50/p99", cells, ""
     accepted = [one["acceptance"] for one in levels]
     if any(accepted):

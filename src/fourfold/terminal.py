@@ -29,6 +29,9 @@ STAGES = {  # what a stage is called where its own name says too little
     "copy": "copying other tensors",
     "finish": "finishing",
     "verify": "reading every byte",
+    "convert": "converting",
+    "compare": "comparing",
+    "publish": "reading every byte",
     "engine": "running the engine",
 }
 BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at

@@ -16,6 +16,7 @@ CODES_AND_SCALES = {
     "gptq": ("qweight", "scales"),
     "gptq_v2": ("qweight", "scales"),
 }  # all that unpack looks at
+SCALE_DTYPES = {"compressed-tensors": torch.bfloat16, "gptq": torch.float16, "gptq_v2": torch.float16}
 KEPT_PATTERNS = (
     "lm_head",
     "re:.*visual.*",
@@ -51,17 +52,31 @@ def unpack_codes(words_ENW: Tensor) -> Tensor:
 def pack(group: QuantizedGroup, format: str) -> dict[str, Tensor]:
     """A stack of projections as a release stores it: tensor suffix -> stack [E, ...]. See tensor_shapes."""
     experts, outputs, inputs = group.codes_ENK.shape
-    words_ENW = pack_codes(group.codes_ENK)
+    codes, scales = CODES_AND_SCALES[format]
+    stored = {
+        codes: relayout(pack_codes(group.codes_ENK), "compressed-tensors", format),
+        scales: relayout(group.scale_ENG, "compressed-tensors", format).to(SCALE_DTYPES[format]),
+    }
+    beside = companions(format, outputs, inputs, group.scale_ENG.shape[-1])
+    return stored | {suffix: value.expand(experts, *value.shape).clone() for suffix, value in beside.items()}
+
+
+def relayout(stored: Tensor, format: str, wanted: str) -> Tensor:
+    """Codes or scales [..., rows, columns] as one format stores them, in the order of another, element for element.
+
+    compressed-tensors has a row for each output feature, the formats of GPTQ a column.
+    """
+    same = (format == "compressed-tensors") == (wanted == "compressed-tensors")
+    return stored if same else stored.mT.contiguous()
+
+
+def companions(format: str, outputs: int, inputs: int, groups: int) -> dict[str, Tensor]:
+    """What is stored beside codes and scales of a projection [N, K]: by suffix, the same for all of its shape."""
     if format == "compressed-tensors":
-        shape_E2 = torch.tensor([outputs, inputs]).expand(experts, 2).clone()
-        return {"weight_packed": words_ENW, "weight_scale": group.scale_ENG.bfloat16(), "weight_shape": shape_E2}
-    groups = group.scale_ENG.shape[-1]
-    index_K = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
+        return {"weight_shape": torch.tensor([outputs, inputs])}
     return {
-        "qweight": words_ENW.mT.contiguous(),
-        "scales": group.scale_ENG.mT.contiguous().half(),
-        "qzeros": torch.full((experts, groups, outputs // 8), ZERO_WORDS[format], dtype=torch.int32),
-        "g_idx": index_K.expand(experts, inputs).clone(),
+        "qzeros": torch.full((groups, outputs // 8), ZERO_WORDS[format], dtype=torch.int32),
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
     }
 
 

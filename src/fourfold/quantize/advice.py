@@ -16,19 +16,23 @@ TENSOR_PARALLEL = (2, 4, 8)
 
 def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md)."""
-    text, size = skeleton.text, recipe.scheme.group_size
-    yield from _tensor_parallel(text.moe_intermediate_size, size, recipe.format)
+    yield from storage_advice(skeleton, has_draft(skeleton, index.headers), recipe.format, recipe.scheme.group_size)
+
+
+def storage_advice(skeleton: Skeleton, draft: bool, format: str, group_size: int) -> Iterator[str]:
+    """What engines will make of a release. draft: whether it has a draft head."""
+    text = skeleton.text
+    yield from _tensor_parallel(text.moe_intermediate_size, group_size, format)
     if text.hidden_size % 128:
         yield f"hidden_size = {text.hidden_size} is no multiple of 128, as the engines' Marlin kernels need"
-    draft = has_draft(skeleton, index.headers)
     if skeleton.family.mtp_prefix and not draft:
         yield (
-            "no MTP tensors in the source: the release cannot draft its own tokens; vLLM loads it with MTP "
+            "no MTP tensors in the checkpoint: a release of it cannot draft its own tokens; vLLM loads it with MTP "
             "switched on without an error and accepts 0 drafts"
         )
-    if draft and recipe.format != "compressed-tensors":
+    if draft and format != "compressed-tensors":
         yield (
-            f"format {recipe.format} with MTP: SGLang drops the draft head's experts without a word; for "
+            f"format {format} with MTP: SGLang drops the draft head's experts without a word; for "
             "drafts in SGLang take format compressed-tensors (vLLM runs both)"
         )
 

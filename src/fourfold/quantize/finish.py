@@ -13,7 +13,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,14 @@ def finish(
     out, records = journal.out, journal.records
     projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
+    dense = (layer.index for layer in plan.layers if not layer.routed)
+    settings = quantization_config(plan.recipe.format, plan.recipe.scheme.group_size, dense)
     texts_by_name = {
         "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),
         "metrics.json": dump(metrics_json(texts[1], measured)),
         INDEX_NAME: index_json(index),
-        "config.json": dump({**plan.skeleton.raw, "quantization_config": quantization_config(plan)}),
+        "config.json": dump({**plan.skeleton.raw, "quantization_config": settings}),
     }
     if measured.reference is not None:
         texts_by_name[REFERENCE] = measured.reference.to_json()
@@ -116,13 +118,12 @@ def finish(
     return read_summary(out)
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """config.json's `quantization_config`. Layers without routed experts are kept, and named: engines would take their
-    MLPs for quantized ones. The formats of GPTQ name what is quantized instead, by a pattern.
+def quantization_config(format: str, group_size: int, dense: Iterable[int]) -> dict[str, Any]:
+    """config.json's `quantization_config`. Layers without routed experts (`dense`) are kept, and named: engines would
+    take their MLPs for quantized ones. The formats of GPTQ name what is quantized instead, by a pattern.
     """
-    config = pack.quantization_config(plan.recipe.format, plan.recipe.scheme.group_size)
+    config = pack.quantization_config(format, group_size)
     if "ignore" in config:
-        dense = (layer.index for layer in plan.layers if not layer.routed)
         config["ignore"] += [f"re:.*layers\\.{layer}\\.mlp\\..*" for layer in dense]
     return config
 
@@ -174,11 +175,14 @@ def fourfold_json(
         "recipe": plan.recipe.name,
         "format": plan.recipe.format,
         "model_type": plan.skeleton.family.model_type,
-        "source": {"headers": plan.index.digest, "content": _digest(records, "source_digest")},
+        "source": {
+            "headers": plan.index.digest,
+            "content": joined_digest({record.shard: record.source_digest for record in records}),
+        },
         "calibration": calibration.to_json(),
         "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
         "output": {
-            "content": _digest(records, "sha256"),
+            "content": joined_digest({record.shard: record.sha256 for record in records}),
             "shards": {record.shard: {"bytes": record.size_bytes, "sha256": record.sha256} for record in records},
             "tensor_bytes": sum(header.size_bytes for header in index.headers.values()),
         },
@@ -207,8 +211,9 @@ def device_names(devices: Sequence[str]) -> dict[str, str]:
     return names | {device: torch.cuda.get_device_name(device) for device in devices if device != "cpu"}
 
 
-def _digest(records: tuple[ShardRecord, ...], field: str) -> str:
-    lines = "".join(f"{record.shard} {getattr(record, field)}\n" for record in records)
+def joined_digest(digests: Mapping[str, str]) -> str:
+    """One digest of those of several shards, in their order."""
+    lines = "".join(f"{shard} {digest}\n" for shard, digest in digests.items())
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

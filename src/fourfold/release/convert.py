@@ -1,0 +1,381 @@
+"""A release in another storage: the same codes, without calibration and without its source. docs/releases.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import fourfold
+from fourfold.core import grid, pack
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.model.checkpoint import DTYPES, INDEX_NAME, TensorIndex, raw_bytes, require_finite
+from fourfold.model.family import split_names
+from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, copy_file, write_shard, write_text
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import Weights, read_config
+from fourfold.quantize.finish import dump, index_json, joined_digest, quantization_config
+from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.recipe import Recipe, dump_recipe
+from fourfold.release.stored import Projection, Stored, generalized, layout_problems, take_stock
+from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.verify.rules import config_problems
+
+FORMATS = tuple(pack.CODES_AND_SCALES)
+GROUP_SIZES = (32, 64, 128)
+RECORD = "conversion.json"  # of a release that is not ours; fourfold.json has it of ours
+RECIPE, LOG, METRICS = "recipe.toml", "quant_log.csv", "metrics.json"
+SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
+
+
+@dataclass
+class Scales:
+    """What became of the scales: changed of total, by at most `largest` of the value before; zero: there were."""
+
+    total: int = 0
+    changed: int = 0
+    zero: int = 0
+    largest: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        moved = (after - before).abs()
+        self.total += before.numel()
+        self.changed += int((moved != 0).sum())
+        self.zero += int((before == 0).sum())
+        ratio = moved[before != 0] / before[before != 0].abs()
+        self.largest = max(self.largest, float(ratio.max()) if ratio.numel() else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion came to. before, after: formats; split: stacks of draft experts, now a tensor per expert;
+    content: digest of OUT's shards as its fourfold.json has it, "" if it is not ours; left_out: files of OUT that NEW
+    has not.
+    """
+
+    out: str
+    new: str
+    before: str
+    after: str
+    projections: int
+    split: int
+    scales: Scales
+    bytes_before: int
+    bytes_after: int
+    content: str
+    seconds: float
+    left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the release: nothing of this machine."""
+        kept = ("before", "after", "projections", "split", "scales", "content")
+        fields = self.to_json()
+        return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
+
+
+def ignore(event: Event) -> None:
+    """A progress callback for those who do not watch."""
+
+
+def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -> Converted:
+    """Write the release in `out`, ours or another tool's, into the new folder `new` in another format.
+
+    Codes stay as they are, scales are rounded to BF16 values that FP16 holds too, stacks of draft experts are split.
+    Memory does not grow with the release. Raises FourfoldError, before anything is written, if `out` is not read as
+    int4, is asymmetric, has groups that the format cannot tell, or `new` is there or does not fit the disk.
+    """
+    started = time.perf_counter()
+    job = _open(out, format, progress)
+    _check_new(out, new, job)
+    temporary = new.with_name(f".{new.name}.converting")
+    with hold(temporary):
+        try:
+            converted = _write(job, temporary, new, started)
+            shutil.rmtree(temporary / STATE)
+            temporary.rename(new)
+        except OSError as error:
+            raise FourfoldError(f"{new}: cannot be made of {temporary} ({error.strerror})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return converted
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """One conversion. release: what OUT says of itself, None if it is not ours."""
+
+    skeleton: Skeleton
+    stored: Stored
+    release: Release | None
+    format: str
+    progress: Progress
+    scales: Scales = dataclasses.field(default_factory=Scales)
+    done_bytes: int = 0
+
+    @property
+    def before(self) -> str:
+        assert self.stored.format is not None
+        return self.stored.format
+
+    @property
+    def index(self) -> TensorIndex:
+        return self.stored.index
+
+    @property
+    def group_size(self) -> int:
+        return next(iter(self.stored.projections.values())).group_size
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(header.size_bytes for header in self.index.headers.values())
+
+    def tick(self, count: int) -> None:
+        self.done_bytes += count
+        total, done = max(self.total_bytes // 10**6, 1), self.done_bytes // 10**6
+        self.progress(Event(kind="stage", stage="convert", done=min(done, total), total=total, unit="MB"))
+
+
+def _open(out: Path, format: str, progress: Progress) -> _Job:
+    """OUT with its headers, configuration and the layout of every projection checked."""
+    if format not in FORMATS:
+        raise FourfoldError(f"format {format!r}: wanted one of {', '.join(FORMATS)}")
+    if not out.is_dir():
+        raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
+    release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
+    raw = read_config(out)
+    raw = {key: value for key, value in raw.items() if key != "compression_config"}
+    skeleton = Skeleton.of(raw, out / "config.json")
+    weights = Weights.open(out, skeleton)
+    stored = take_stock(weights.index, weights.format)
+    if not stored.projections:
+        raise FourfoldError(
+            f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
+        )
+    job = _Job(skeleton=skeleton, stored=stored, release=release, format=format, progress=progress)
+    _check_groups(out, stored)
+    _check_layout(job)
+    return job
+
+
+def _check_groups(out: Path, stored: Stored) -> None:
+    sizes = sorted({projection.group_size for projection in stored.projections.values()})
+    if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
+        found = ", ".join(map(str, sizes))
+        wanted = ", ".join(map(str, GROUP_SIZES))
+        raise FourfoldError(
+            f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
+        )
+
+
+def _check_layout(job: _Job) -> None:
+    """Zero points and orders of groups: small, so all are read before anything is written."""
+    code, scale = pack.CODES_AND_SCALES[job.before]
+    for projection in job.stored.projections.values():
+        beside = [suffix for suffix in projection.suffixes if suffix not in (code, scale)]
+        tensors = {suffix: job.index.read(projection.name + suffix) for suffix in beside}
+        for problem in layout_problems(tensors, projection, job.before):
+            raise FourfoldError(
+                f"{job.index.folder}: {projection.name.rstrip('.')}: {problem}. In a symmetric format with plain "
+                "groups the same codes would be other weights, so it cannot be converted; quantize it anew"
+            )
+
+
+def _check_new(out: Path, new: Path, job: _Job) -> None:
+    if new.exists() and (not new.is_dir() or any(new.iterdir())):
+        raise FourfoldError(f"{new}: NEW is there and not empty; name a new folder")
+    there = next(folder for folder in new.absolute().parents if folder.exists())
+    if not there.is_dir() or out.resolve() in (new.resolve(), *new.resolve().parents):
+        raise FourfoldError(f"{new}: NEW must be a folder that can be made, and not in OUT")
+    free, wanted = shutil.disk_usage(there).free, job.total_bytes + SPARE_BYTES
+    if free < wanted:
+        raise FourfoldError(f"{new}: {wanted:,} bytes are wanted, {free:,} are free there; make room")
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
+    """All files of the converted release; the record of the conversion last."""
+    for path in folder.iterdir():  # of a conversion that was killed
+        if path.name != STATE:
+            path.unlink()
+    shards = _write_shards(job, folder)
+    index = TensorIndex.open_shards(folder, [shard.name for shard in shards])
+    for name in SIDECARS:
+        if (job.index.folder / name).is_file():
+            copy_file(job.index.folder / name, folder / name)
+    write_text(folder / INDEX_NAME, index_json(index))
+    settings = _settings(job, take_stock(index, job.format))
+    write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
+    converted = Converted(
+        out=str(job.index.folder),
+        new=str(new),
+        before=job.before,
+        after=job.format,
+        projections=len(job.stored.projections),
+        split=sum(name not in index.headers for name in job.stored.kept),
+        scales=job.scales,
+        bytes_before=job.total_bytes,
+        bytes_after=sum(header.size_bytes for header in index.headers.values()),
+        content=job.release.state["output"]["content"] if job.release else "",
+        seconds=time.perf_counter() - started,
+    )
+    if job.release is None:
+        write_text(folder / RECORD, dump(converted.record()))
+    else:
+        _write_ours(job.release, folder, shards, converted)
+    return dataclasses.replace(converted, left_out=_left_out(job.index.folder, folder))
+
+
+def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
+    """Files beside the weights that are only in OUT: they were true of its bytes alone, or are not known."""
+    there = {path.name for path in out.iterdir() if not path.name.startswith(".") and path.suffix != ".safetensors"}
+    return tuple(sorted(there - {path.name for path in folder.iterdir()}))
+
+
+def _write_shards(job: _Job, folder: Path) -> list[WrittenShard]:
+    """A shard for each of OUT's, in the same order, numbered; each projection where its codes were."""
+    shards: dict[str, list[OutputTensor]] = {}
+    code = pack.CODES_AND_SCALES[job.before][0]
+    for projection in job.stored.projections.values():
+        shard = job.index.header(projection.name + code).shard
+        shards.setdefault(shard, []).extend(_projection(job, projection))
+    for name, header in job.stored.kept.items():
+        shards.setdefault(header.shard, []).extend(_kept(job, name))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return [write_shard(folder, name, shards[shard]) for name, shard in zip(names, sorted(shards), strict=True)]
+
+
+def _projection(job: _Job, projection: Projection) -> Iterator[OutputTensor]:
+    """A projection's tensors in the other format; codes and scales are read when their turn comes."""
+    stems = zip(pack.CODES_AND_SCALES[job.before], pack.CODES_AND_SCALES[job.format], (_codes, _scales), strict=True)
+    size = projection.group_size
+    stored = pack.tensor_shapes(job.format, projection.outputs, projection.inputs, size)
+    for suffix, after, read in stems:
+        dtype, shape = stored[after]
+        name = projection.name + suffix
+        yield OutputTensor(name=projection.name + after, dtype=dtype, shape=shape, data=partial(read, job, name))
+    beside = pack.companions(job.format, projection.outputs, projection.inputs, projection.groups)
+    for suffix, value in beside.items():
+        yield OutputTensor.of(projection.name + suffix, value)
+
+
+def _codes(job: _Job, name: str) -> Iterator[memoryview]:
+    words = job.index.read(name)
+    job.tick(words.nbytes)
+    yield raw_bytes(pack.relayout(words, job.before, job.format))
+
+
+def _scales(job: _Job, name: str) -> Iterator[memoryview]:
+    before = job.index.read(name)
+    require_finite(before, name)
+    job.tick(before.nbytes)
+    after = grid.stored(before.float(), "bf16")
+    job.scales.add(before.float(), after)
+    yield raw_bytes(pack.relayout(after.to(pack.SCALE_DTYPES[job.format]), job.before, job.format))
+
+
+def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
+    """A tensor as it is, or a stack of draft experts as a tensor for each: rows of it, bit for bit."""
+    header, prefix = job.index.header(name), job.skeleton.family.mtp_prefix
+    if not (prefix and name.startswith(prefix) and len(header.shape) == 3 and ".mlp.experts." in name):
+        yield OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
+        return
+    _, rows, inputs = header.shape
+    row_bytes = inputs * DTYPES[header.dtype].itemsize
+    for part, expert, place in split_names(name, header.shape):
+        count = place.stop - place.start
+        data = partial(_rows, job, name, (expert * rows + place.start) * row_bytes, count * row_bytes)
+        yield OutputTensor(name=part, dtype=header.dtype, shape=(count, inputs), data=data)
+
+
+def _copied(job: _Job, name: str) -> Iterator[memoryview]:
+    for chunk in job.index.chunks(name):
+        job.tick(len(chunk))
+        yield chunk
+
+
+def _rows(job: _Job, name: str, start: int, size_bytes: int) -> Iterator[memoryview]:
+    content = memoryview(bytearray(size_bytes))
+    job.index.read_range(name, start, content)
+    job.tick(size_bytes)
+    yield content
+
+
+# --- what is said of it -------------------------------------------------------------------------------------------
+
+
+def _settings(job: _Job, after: Stored) -> dict[str, Any]:
+    """quantization_config: as quantize writes it, but where another tool has quantized more or less than experts."""
+    skeleton = job.skeleton
+    dense = [layer for layer in range(skeleton.layers) if not skeleton.is_routed(layer)]
+    settings = quantization_config(job.format, job.group_size, dense)
+    quantized, kept = after.quantized_modules, after.kept_modules
+    draft = any(name.startswith(skeleton.family.mtp_prefix) for name in kept) if skeleton.family.mtp_prefix else False
+    if config_problems(settings, job.group_size, quantized=quantized, kept=kept, draft=draft):
+        patterns = _exclusions(quantized, kept)
+        if job.format == "compressed-tensors":
+            settings["ignore"] = [f"re:{pattern}" for pattern in patterns]
+        else:
+            settings["dynamic"] = {f"-:{pattern}": {} for pattern in patterns}
+    problems = config_problems(settings, job.group_size, quantized=quantized, kept=kept, draft=draft)
+    assert not problems, problems
+    return settings
+
+
+def _exclusions(quantized: Collection[str], kept: Collection[str]) -> list[str]:
+    """Patterns, as few as will do, that match every kept module and no quantized one: first those of whole blocks,
+    which engines that join projections (q, k and v) match too, then a module of all layers, then of one.
+    """
+    blocks = [pattern.removeprefix("re:") for pattern in pack.KEPT_PATTERNS]
+    chosen: list[str] = []
+    for module in kept:
+        if any(re.match(pattern, module) for pattern in chosen):
+            continue
+        tried = (*blocks, f"{generalized(module)}$", f"{re.escape(module)}$")
+        chosen.append(
+            next(
+                pattern
+                for pattern in tried
+                if re.match(pattern, module) and not any(re.match(pattern, other) for other in quantized)
+            )
+        )
+    return chosen
+
+
+def _write_ours(release: Release, folder: Path, shards: list[WrittenShard], converted: Converted) -> None:
+    """What fourfold says of its own release, true of the new bytes. Metrics stay only if no scale has changed."""
+    exact = not converted.scales.changed
+    recipe = _recipe(release.recipe, converted.after)
+    write_text(folder / RECIPE, dump_recipe(recipe))
+    for name in (LOG, METRICS) if exact else (LOG,):
+        if (release.folder / name).is_file():
+            copy_file(release.folder / name, folder / name)
+    state, identity = dict(release.state), dict(release.state["identity"])
+    identity |= {"recipe": recipe.digest(), "parts": {**identity["parts"], "recipe": recipe.values()}}
+    output = {
+        "content": joined_digest({shard.name: shard.sha256 for shard in shards}),
+        "shards": {shard.name: {"bytes": shard.size_bytes, "sha256": shard.sha256} for shard in shards},
+        "tensor_bytes": converted.bytes_after,
+    }
+    state |= {"format": converted.after, "identity": identity, "output": output}
+    state |= {"converted": [*state.get("converted", []), converted.record()]}
+    if not exact:
+        state["metrics"] = {}
+    write_text(folder / FINISHED, dump(state))
+
+
+def _recipe(recipe: Recipe, format: str) -> Recipe:
+    scheme = dataclasses.replace(recipe.scheme, scale_dtype="bf16")
+    return dataclasses.replace(recipe, format=format, scheme=scheme)

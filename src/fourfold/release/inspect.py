@@ -1,0 +1,356 @@
+"""Any checkpoint, whoever made it: what is quantized and how, its draft head, engines, traps. docs/releases.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.core import pack
+from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.family import FAMILIES, Family
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import read_config, readable_format
+from fourfold.quantize.advice import storage_advice
+from fourfold.quantize.claims import GROUPS
+from fourfold.quantize.journal import FINISHED, STATE
+from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
+from fourfold.release.verify.rules import config_problems
+from fourfold.serve.command import Command, Deployment, build
+from fourfold.serve.engines import ENGINES
+from fourfold.serve.machine import Gpu, Machine
+from fourfold.serve.served import Served, open_served
+
+OTHER = "other"
+INT4 = "int4"
+DRAFT = "mtp."
+HOST_BYTES = 64 * 2**30
+# Machines that a command is made for, least memory first: (GPUs, GiB of each), with sizes that are sold.
+MACHINES = ((1, 12), (1, 16), (1, 24), (2, 16), (1, 32), (4, 12), (1, 48), (1, 80), (2, 80), (4, 80), (8, 80), (8, 141))
+CAPABILITY = (8, 6)
+TRANSFORMERS = {  # as docs/formats.md has them
+    None: (True, "loads it as any BF16 model; the draft head is ignored"),
+    "compressed-tensors": (True, "loads it, with the compressed-tensors package; exact; the draft head is ignored"),
+    "gptq": (False, "asks for optimum and gptqmodel, and fails on fused experts with them"),
+    "gptq_v2": (False, "asks for optimum and gptqmodel, and fails on fused experts with them"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """Tensors of one part of the model. stored: what they are kept as, most bytes first."""
+
+    group: str
+    tensors: int
+    projections: int
+    size_bytes: int
+    stored: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """How int4 projections are stored. method: config.json's word; by_group: how many are in which group of tensors;
+    group_sizes: of inputs that share a scale; looked_at: projections whose values were read; of these: negative, share
+    of scales below zero; rounded, of scales that a BF16 engine rounds.
+    """
+
+    method: str
+    format: str
+    projections: int
+    by_group: Mapping[str, int]
+    group_sizes: tuple[int, ...]
+    scale_dtypes: tuple[str, ...]
+    looked_at: int
+    negative: float
+    rounded: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRow:
+    """Whether an engine takes it. gpus: the smallest machine of MACHINES that it fits, "" where it does not."""
+
+    engine: str
+    takes: bool
+    gpus: str
+    command: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """draft: layout of the draft head's experts, "fused" or "per expert"; "" without one. made_by: what its files say.
+    engines: empty where the model or its quantization is not known, `unknown` says why then.
+    """
+
+    folder: str
+    model_type: str
+    tensors: int
+    shards: int
+    size_bytes: int
+    groups: tuple[GroupRow, ...]
+    quantized: Quantized | None
+    draft: str
+    draft_bytes: int
+    made_by: str
+    engines: tuple[EngineRow, ...]
+    unknown: str
+    traps: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def inspect(folder: Path) -> Inspection:
+    """Look at a checkpoint: config.json, all headers, and the values of one expert in each layer.
+
+    Raises FourfoldError for a folder that holds no safetensors checkpoint; what is unusual about one that does, a model
+    or a quantization that is not known too, is said in the result.
+    """
+    raw, index = read_config(folder), TensorIndex.open(folder)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    format, unknown = _format(raw, folder)
+    stored = take_stock(index, format)
+    traps = list(_traps_of_files(folder))
+    sample = _Sample.of(stored)
+    traps += sample.problems
+    draft = _draft_layout(index.headers)
+    engines: tuple[EngineRow, ...] = ()
+    if not unknown:
+        try:
+            served = open_served(folder)
+            skeleton = Skeleton.of({k: v for k, v in raw.items() if k != "compression_config"}, folder / "config.json")
+        except FourfoldError as error:
+            unknown = str(error)
+        else:
+            engines = tuple(_engines(served))
+            traps += _traps(raw, stored, served, skeleton, draft)
+    return Inspection(
+        folder=str(folder),
+        model_type=str(raw.get("model_type")),
+        tensors=len(index.headers),
+        shards=len({header.shard for header in index.headers.values()}),
+        size_bytes=sum(header.size_bytes for header in index.headers.values()),
+        groups=tuple(_groups(stored, family)),
+        quantized=_quantized(raw, stored, sample, family),
+        draft=draft,
+        draft_bytes=sum(header.size_bytes for name, header in index.headers.items() if _in_draft(name)),
+        made_by=_maker(folder, raw),
+        engines=engines,
+        unknown=unknown,
+        traps=tuple(traps),
+    )
+
+
+def _format(raw: Mapping[str, Any], folder: Path) -> tuple[str | None, str]:
+    """The storage that is read, and why it is not."""
+    try:
+        return readable_format(raw, folder), ""
+    except FourfoldError as error:
+        return None, str(error)
+
+
+def _settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _maker(folder: Path, raw: Mapping[str, Any]) -> str:
+    """Who made it, by what lies there."""
+    if (folder / FINISHED).is_file():
+        return "fourfold"
+    if (folder / STATE).is_dir():
+        return "fourfold, not finished"
+    meta = _settings(raw).get("meta")
+    maker = meta.get("quantizer") if isinstance(meta, dict) else None
+    return ", ".join(map(str, maker)) if isinstance(maker, list) else str(maker or "")
+
+
+# --- what is stored -----------------------------------------------------------------------------------------------
+
+
+def _in_draft(name: str) -> bool:
+    return name.startswith(DRAFT)
+
+
+def _draft_layout(headers: Mapping[str, TensorHeader]) -> str:
+    draft = [name for name in headers if _in_draft(name)]
+    fused = any(name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")) for name in draft)
+    return "" if not draft else "fused" if fused else "per expert"
+
+
+def _group(name: str, family: Family | None) -> str:
+    """The group of quantize/claims.GROUPS that a tensor is in; names of a family that is not known are guessed at."""
+    if ".experts." in name and not _in_draft(name):
+        return "experts"
+    markers = (family or next(iter(FAMILIES.values()))).groups
+    return next((group for group, marker, _ in markers if marker in name), OTHER)
+
+
+def _groups(stored: Stored, family: Family | None) -> Iterator[GroupRow]:
+    parts = {name + suffix for name, projection in stored.projections.items() for suffix in projection.suffixes}
+    members: dict[str, dict[str, int]] = {}
+    counts: dict[str, int] = {}
+    for name, header in stored.index.headers.items():
+        group = _group(name, family)
+        kind = INT4 if name in parts else header.dtype
+        sizes = members.setdefault(group, {})
+        sizes[kind] = sizes.get(kind, 0) + header.size_bytes
+        counts[group] = counts.get(group, 0) + 1
+    projections = _by_group(stored, family)
+    for group in (*GROUPS, OTHER):
+        if group in members:
+            sizes = members[group]
+            yield GroupRow(
+                group=group,
+                tensors=counts[group],
+                projections=projections.get(group, 0),
+                size_bytes=sum(sizes.values()),
+                stored=tuple(sorted(sizes, key=lambda kind: -sizes[kind])),
+            )
+
+
+def _by_group(stored: Stored, family: Family | None) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name in stored.projections:
+        group = _group(name, family)
+        found[group] = found.get(group, 0) + 1
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Values of one projection of each kind in each layer. scales: how many; of these, below zero; no BF16 values."""
+
+    looked_at: int
+    scales: int
+    negative: int
+    rounded: int
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, stored: Stored) -> _Sample:
+        looked_at = scales = negative = rounded = 0
+        odd: list[str] = []
+        for projection in _first_of_each(stored):
+            assert stored.format is not None
+            tensors = stored.read(projection)
+            scale = tensors[pack.CODES_AND_SCALES[stored.format][1]].float()
+            scales += scale.numel()
+            negative += int((scale < 0).sum())
+            rounded += int((scale.to(torch.bfloat16).float() != scale).sum())
+            problems = list(layout_problems(tensors, projection, stored.format))
+            odd += [f"{projection.name.rstrip('.')}: {problem}" for problem in problems]
+            looked_at += 1
+        more = f" (the same in {len(odd) - 1:,} more of {looked_at:,} that were looked at)" if len(odd) > 1 else ""
+        found = [f"{odd[0]}{more}; convert and verify do not take it"] if odd else []
+        if rounded:
+            found.append(
+                f"{rounded / scales:.0%} of the scales are no BF16 values: a BF16 engine rounds them, so that "
+                "what it runs is not what was measured; `fourfold convert` rounds them once, and says by how much"
+            )
+        return cls(looked_at=looked_at, scales=scales, negative=negative, rounded=rounded, problems=tuple(found))
+
+
+def _first_of_each(stored: Stored) -> list[Projection]:
+    """One projection for each name that is left without numbers of experts."""
+    seen: dict[str, Projection] = {}
+    for name, projection in stored.projections.items():
+        head, mark, tail = name.partition(".experts.")
+        seen.setdefault(head + mark + tail.partition(".")[2] if mark else name, projection)
+    return list(seen.values())
+
+
+def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample, family: Family | None) -> Quantized | None:
+    if not stored.projections or stored.format is None:
+        return None
+    suffix = pack.CODES_AND_SCALES[stored.format][1]
+    headers = stored.index.headers
+    return Quantized(
+        method=str(_settings(raw).get("quant_method")),
+        format=stored.format,
+        projections=len(stored.projections),
+        by_group=_by_group(stored, family),
+        group_sizes=tuple(sorted({projection.group_size for projection in stored.projections.values()})),
+        scale_dtypes=tuple(sorted({headers[name + suffix].dtype for name in stored.projections})),
+        looked_at=sample.looked_at,
+        negative=sample.negative / max(sample.scales, 1),
+        rounded=sample.rounded / max(sample.scales, 1),
+    )
+
+
+# --- who takes it -------------------------------------------------------------------------------------------------
+
+
+def _engines(served: Served) -> Iterator[EngineRow]:
+    for engine in ENGINES.values():
+        command, gpus = _smallest(served, engine.name)
+        takes = not command.problems
+        yield EngineRow(
+            engine=f"{engine.title} {'.'.join(map(str, command.version))}",
+            takes=takes,
+            gpus=gpus if takes else "",
+            command=command.text() if takes else "",
+            notes=(*command.problems, *command.notes),
+        )
+    takes, said = TRANSFORMERS[served.format]
+    yield EngineRow(engine="transformers", takes=takes, gpus="", command="", notes=(said,))
+
+
+def _smallest(served: Served, engine: str) -> tuple[Command, str]:
+    """The command on the smallest machine that it has no problems on, or on the last one."""
+    for count, gib in MACHINES:
+        size = gib * 2**30
+        gpu = Gpu(name=f"{gib} GiB", total_bytes=size, free_bytes=size, capability=CAPABILITY)
+        command = build(served, Machine(gpus=(gpu,) * count, host_bytes=HOST_BYTES), Deployment(engine=engine))
+        if not command.problems:
+            break
+    return command, f"{count} x {gib} GiB"
+
+
+# --- traps --------------------------------------------------------------------------------------------------------
+
+
+def _traps_of_files(folder: Path) -> Iterator[str]:
+    """Of what lies beside the weights."""
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
+    if pickles:
+        yield f"{pickles[0]} lies beside the safetensors: loading a pickle can run any code; nothing here reads it"
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        yield "no tokenizer: engines do not start without one"
+
+
+def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Skeleton, draft: str) -> Iterator[str]:
+    """Of how it is quantized, for engines that would load it."""
+    settings = _settings(raw)
+    if skeleton.has_mtp and not draft and stored.format is None:
+        yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
+    if stored.format is None or not stored.projections:
+        return
+    if settings.get("quant_method") in ("gptq", "compressed-tensors"):
+        said = config_problems(
+            settings,
+            served.group_size,
+            quantized=stored.quantized_modules,
+            kept=stored.kept_modules,
+            draft=bool(draft),
+        )
+        yield from (f"quantization_config: {problem}" for problem in said)
+    if served.group_size:
+        yield from storage_advice(skeleton, bool(draft), stored.format, served.group_size)
+    if stored.format == "compressed-tensors":
+        return
+    if draft == "fused":
+        yield (
+            "draft experts in one stack: SGLang stops at KeyError 'model.layers.0.mlp.experts.w2_weight' if it "
+            "drafts; `fourfold convert OUT NEW --format compressed-tensors` makes a release whose drafts it loads"
+        )
+    elif draft:
+        yield "`fourfold convert OUT NEW --format compressed-tensors` makes a release whose drafts SGLang loads"
+    if stored.format == "gptq_v2":
+        yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers, with no error"
+    yield "SGLang takes it with --quantization moe_wna16 only: its own choice, gptq_marlin, asserts FP16 activations"

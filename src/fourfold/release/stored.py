@@ -1,0 +1,122 @@
+"""What a checkpoint stores, by its headers and whoever wrote it: int4 projections, and all other tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.core import pack
+from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.weights import SUFFIXES
+
+SHAPE = "weight_shape"  # beside the suffixes that are read: of no use to a reader, compressed-tensors has it
+CENTRE = 0  # a zero point of 8, as a code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """name: without suffix, with a dot at its end; [N, K] = outputs, inputs; suffixes: those that are there."""
+
+    name: str
+    outputs: int
+    inputs: int
+    groups: int
+    suffixes: tuple[str, ...]
+
+    @property
+    def group_size(self) -> int:
+        return self.inputs // self.groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """format: of core/pack.py, None where nothing is int4; projections: by name; kept: every other tensor by name."""
+
+    index: TensorIndex
+    format: str | None
+    projections: Mapping[str, Projection]
+    kept: Mapping[str, TensorHeader]
+
+    @property
+    def quantized_modules(self) -> list[str]:
+        return sorted(name.rstrip(".") for name in self.projections)
+
+    @property
+    def kept_modules(self) -> list[str]:
+        """Linear modules that are not int4, stacks of experts by their names too."""
+        return [
+            name.removesuffix(".weight")
+            for name, header in sorted(self.kept.items())
+            if len(header.shape) == 2 and name.endswith(".weight") and "embed" not in name
+        ]
+
+    def read(self, projection: Projection) -> dict[str, Tensor]:
+        """All that is stored of a projection, by suffix."""
+        return {suffix: self.index.read(projection.name + suffix) for suffix in projection.suffixes}
+
+
+def take_stock(index: TensorIndex, format: str | None) -> Stored:
+    """Sort a checkpoint's tensors. Raises FourfoldError for a projection whose parts do not fit each other."""
+    projections: dict[str, Projection] = {}
+    if format is not None:
+        codes = pack.CODES_AND_SCALES[format][0]
+        for name in sorted(index.headers):
+            if name.endswith(f".{codes}"):
+                projection = _projection(index, name.removesuffix(codes), format)
+                projections[projection.name] = projection
+    parts = {name + suffix for name, projection in projections.items() for suffix in projection.suffixes}
+    kept = {name: header for name, header in index.headers.items() if name not in parts}
+    return Stored(index=index, format=format, projections=projections, kept=kept)
+
+
+def _projection(index: TensorIndex, name: str, format: str) -> Projection:
+    codes, scales = pack.CODES_AND_SCALES[format]
+    word, scale = index.headers[name + codes], index.headers.get(name + scales)
+    if scale is None or len(scale.shape) != 2 or len(word.shape) != 2 or word.dtype != "I32":
+        found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
+        raise FourfoldError(
+            f"{index.folder}: {name}{codes} is {word.dtype} {list(word.shape)} and {name}{scales} is {found}; wanted "
+            "int32 words and a scale for each group, both of two dimensions"
+        )
+    by_row = format == "compressed-tensors"
+    outputs, words = word.shape if by_row else reversed(word.shape)
+    groups = scale.shape[1 if by_row else 0]
+    if not groups or words * 8 % groups:
+        raise FourfoldError(
+            f"{index.folder}: {name}{scales} is {list(scale.shape)}: {groups} groups of {words * 8:,} inputs; wanted a "
+            "number of groups that divides them"
+        )
+    there = tuple(suffix for suffix in (*SUFFIXES[format], SHAPE) if name + suffix in index.headers)
+    return Projection(name=name, outputs=outputs, inputs=words * 8, groups=groups, suffixes=there)
+
+
+def layout_problems(tensors: Mapping[str, Tensor], projection: Projection, format: str) -> Iterator[str]:
+    """Why a projection is no plain symmetric one: zero points that are not 8, groups of inputs that do not follow.
+
+    tensors: by suffix; what is absent is as it should be.
+    """
+    zeros, index = None, tensors.get("weight_g_idx", tensors.get("g_idx"))
+    if "qzeros" in tensors:
+        zeros = pack.unpack_codes(tensors["qzeros"]) + (1 if format == "gptq" else 0)
+    elif "weight_zero_point" in tensors:
+        zeros = pack.unpack_codes(tensors["weight_zero_point"].mT).mT[: projection.outputs]
+    if zeros is not None and (wrong := int((zeros != CENTRE).sum())):
+        least, most = int(zeros.min()) + 8, int(zeros.max()) + 8
+        if least == most:
+            yield f"all zero points are {least}, wanted 8: does checkpoint_format say gptq of gptq_v2, or the reverse?"
+            return
+        yield f"{wrong:,} of {zeros.numel():,} zero points are not 8: it was quantized asymmetrically"
+    if index is not None and not torch.equal(
+        index.long().flatten(), torch.arange(projection.inputs) // projection.group_size
+    ):
+        yield "its groups are not of inputs that follow each other: it was quantized in an order of its own (desc_act)"
+
+
+def generalized(module: str) -> str:
+    """A regular expression for a module in each layer: numbers between dots are any."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
