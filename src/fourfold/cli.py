@@ -345,6 +345,8 @@ app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
 app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
 app.command(epilog=shipping.INSPECT_EXAMPLES)(shipping.inspect)
 app.command(epilog=shipping.CONVERT_EXAMPLES)(shipping.convert)
+app.command(epilog=shipping.COMPARE_EXAMPLES)(shipping.compare)
+app.command(epilog=shipping.PUBLISH_EXAMPLES)(shipping.publish)
 
 
 @recipe_app.command("list", epilog="Example: fourfold recipe list")

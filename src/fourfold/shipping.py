@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fourfold import tables, terminal
-from fourfold.options import EXIT_CODES, Quiet, answer
+from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer
 
 INSPECT_EXAMPLES = f"""\b
 Examples:
@@ -21,6 +21,19 @@ CONVERT_EXAMPLES = f"""\b
 Examples:
   fourfold convert ./release ./release-gptq --format gptq
   fourfold convert someone/Qwen3.6-35B-A3B-GPTQ-Int4 ./mended --format compressed-tensors
+
+{EXIT_CODES}"""
+
+COMPARE_EXAMPLES = f"""\b
+Examples:
+  fourfold compare ./release ./release-gptq
+  fourfold compare ./release ./other --equal --json
+
+{EXIT_CODES}"""
+PUBLISH_EXAMPLES = f"""\b
+Examples:
+  fourfold publish ./release me/Qwen3.6-35B-A3B-int4 --dry-run
+  fourfold publish ./release me/Qwen3.6-35B-A3B-int4 --private
 
 {EXIT_CODES}"""
 
@@ -98,3 +111,82 @@ def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, 
             terminal.json_line(console, found.to_json())
         elif not quiet:
             tables.show_converted(console, found)
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+First = Annotated[str, typer.Argument(metavar="A", show_default=False, help="A checkpoint: folder, or org/name.")]
+Second = Annotated[str, typer.Argument(metavar="B", show_default=False, help="Another, in whatever storage.")]
+MustBeEqual = Annotated[bool, typer.Option("--equal", help="Exit with 1 unless every weight is the same.")]
+CompareJson = Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")]
+
+
+def compare(
+    first: First, second: Second, equal: MustBeEqual = False, quiet: Quiet = False, as_json: CompareJson = False
+) -> None:
+    """Compare two checkpoints: tensors, codes, scales, and what was measured of them.
+
+    Storage is looked through: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a stack
+    equals the same in a tensor of its own.
+    """
+    with answer():
+        console = terminal.open_console()
+        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from fourfold.model.hub import resolve_model
+        from fourfold.release.compare import compare as run
+
+        folders = [resolve_model(model, progress=not (quiet or as_json)) for model in (first, second)]
+        with terminal.watch(console, manner) as progress:
+            found = run(folders[0], folders[1], progress=progress)
+        if as_json:
+            terminal.json_line(console, found.to_json())
+        elif not quiet:
+            tables.show_comparison(console, found)
+        if equal and not found.same:
+            raise typer.Exit(CHECK_FAILED)
+
+
+# --- publish ---------------------------------------------------------------------------------------------------------
+
+Repo = Annotated[str, typer.Argument(metavar="REPO", show_default=False, help="org/name on the Hub; made if need be.")]
+Private = Annotated[bool, typer.Option("--private", help="Make it private; refuse one that is there and public.")]
+Branch = Annotated[str, typer.Option("--branch", metavar="NAME", help="Branch of REPO; made if need be.")]
+Force = Annotated[
+    str,
+    typer.Option(
+        "--force",
+        metavar="REASON",
+        show_default=False,
+        help="Publish although verify has not passed for these bytes. The card shows the reason.",
+    ),
+]
+PublishDryRun = Annotated[bool, typer.Option("--dry-run", help="Print every file, its size and sha256; send nothing.")]
+PublishJson = Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")]
+
+
+def publish(
+    out: Release,
+    repo: Repo,
+    private: Private = False,
+    branch: Branch = "main",
+    force: Force = "",
+    dry_run: PublishDryRun = False,
+    quiet: Quiet = False,
+    as_json: PublishJson = False,
+) -> None:
+    """Upload a release to the Hub: the very bytes that verify has passed, its card, a tag.
+
+    Nothing is sent before every file is hashed. An upload that was interrupted goes on by the same command. `hf auth
+    login` holds the token; fourfold does not ask for it and never prints it.
+    """
+    with answer(None, "What was sent is kept: the same command goes on."):
+        console = terminal.open_console()
+        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from fourfold.release.publish import publish as run
+
+        with terminal.watch(console, manner) as progress:
+            found = run(out, repo, private=private, branch=branch, force=force, dry_run=dry_run, progress=progress)
+        if as_json:
+            terminal.json_line(console, found.to_json())
+        elif not quiet:
+            tables.show_published(console, found, dry_run)

@@ -15,8 +15,10 @@ from fourfold.terminal import clock_text, memory_text, paragraphs, plain
 if TYPE_CHECKING:
     from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
+    from fourfold.release.compare import Comparison
     from fourfold.release.convert import Converted
     from fourfold.release.inspect import Inspection
+    from fourfold.release.publish import Published
     from fourfold.release.verify.check import Verdict
     from fourfold.serve.command import Command
     from fourfold.serve.probe import Probed
@@ -299,6 +301,58 @@ def show_converted(console: Console, found: Converted) -> None:
     if found.left_out:
         facts.append(("left out", f"{', '.join(found.left_out)}: true of the bytes before, or not known"))
     show_facts(console, facts)
+
+
+NAMES_SHOWN = 8
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """What is the same, what is not, metrics side by side."""
+    scales = found.scales
+    facts = [
+        ("A", f"{found.first}: {found.formats[0] or 'not int4'}"),
+        ("B", f"{found.second}: {found.formats[1] or 'not int4'}"),
+        ("other tensors", f"{found.equal:,} equal, {len(found.different):,} different"),
+        ("int4 projections", f"{found.projections:,}, {found.projections_changed:,} with other codes"),
+        ("codes changed", f"{found.codes_changed:,} of {found.codes:,}"),
+        ("scales changed", f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"),
+    ]
+    for label, names in (("different", found.different), ("only A", found.only_first), ("only B", found.only_second)):
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+            facts.append((label, ", ".join(names[:NAMES_SHOWN]) + more))
+    show_facts(console, facts)
+    if found.metrics:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("measured", "A", "B"):
+            table.add_column(name, justify="left" if name == "measured" else "right")
+        for name, pair in found.metrics.items():
+            table.add_row(plain(name), *("" if value is None else f"{value:.6g}" for value in pair))
+        console.print(table)
+        if found.same_protocol is False:
+            console.print("measured by different protocols: these figures cannot be compared", style="yellow")
+    said, style = ("every weight is the same", "green") if found.same else ("not the same", "bold")
+    console.print(said, style=style)
+
+
+def show_published(console: Console, found: Published, dry_run: bool) -> None:
+    """Every file in a dry run; where it lies now."""
+    if dry_run:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("file", overflow="fold")
+        table.add_column("bytes", justify="right", no_wrap=True)
+        table.add_column("sha256", overflow="fold")
+        for file in found.files:
+            table.add_row(plain(file.name), f"{file.size_bytes:,}", file.sha256)
+        console.print(table)
+    total = sum(file.size_bytes for file in found.files)
+    what = "would be sent to" if dry_run else "are at"
+    where = found.url or f"{found.repo}, branch {found.branch}"
+    console.print(f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}", soft_wrap=True)
+    if found.tag:
+        console.print(f"tag {plain(found.tag)}", soft_wrap=True)
+    for problem in found.unverified:
+        console.print(Text.assemble(("not verified: ", "yellow"), plain(problem)), soft_wrap=True)
 
 
 # --- serving -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class Verdict:
     """All checks of one call, in order.
 
     asked: levels that the command asked for; engine: what an engine said of itself, None if none was asked for;
-    content: of fourfold.json, so that a reader can tell whether OUT is still what was verified.
+    content: of fourfold.json, files: sha256 of each file beside the shards, so that a reader can tell whether OUT is
+    still what was verified.
     """
 
     out: str
@@ -70,6 +71,7 @@ class Verdict:
     engine: dict[str, Any] | None
     bytes_read: int
     seconds: dict[str, float]
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -81,6 +83,7 @@ class Verdict:
         return {
             "passed": self.passed,
             "content": self.content,
+            "files": self.files,
             "levels": [str(level) for level in self.asked],
             "checks": [check.to_json() for check in self.checks],
             "engine": self.engine,

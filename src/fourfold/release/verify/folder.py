@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,34 @@ from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, STATE, hold
 from fourfold.quantize.reference import Reference, read_reference
 from fourfold.recipe import Recipe, load_recipe
+
+SHARD_SUFFIX = ".safetensors"
+DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
+DOCUMENTS = ("verify.json", "metrics.json", "bench.json")  # for people: may be made after verify, no engine reads them
+
+
+def visible_files(folder: Path) -> list[str]:
+    """All files of a release, by paths in it; what is hidden is of no release."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Those beside the shards that engines may read or that fourfold goes by."""
+    return [
+        name
+        for name in visible_files(folder)
+        if not name.endswith((SHARD_SUFFIX, *DOCUMENT_SUFFIXES)) and name not in DOCUMENTS
+    ]
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """sha256 and size of a file. Raises FourfoldError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+    except OSError as error:
+        raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from fourfold.recipe import HELDOUT_TEXTS, TEXT
 from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
 from fourfold.release.verify.engine import Engine, environment
-from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.verify.folder import Release, hash_file, loaded_files, open_release
 from fourfold.release.verify.image import IMAGE, check_image
 from fourfold.release.verify.projection import Storage
 from fourfold.release.verify.source import Source, open_source
@@ -69,6 +69,7 @@ def verify(
         verdict = Verdict(
             out=str(out),
             content=release.state["output"]["content"],
+            files={name: hash_file(out / name)[0] for name in loaded_files(out)},
             asked=(Level.FILES, *([Level.SOURCE] if model else []), *([Level.ENGINE] if engine else [])),
             checks=tuple(checks),
             engine=facts,

@@ -1,0 +1,194 @@
+"""Two checkpoints beside each other: tensors, codes, scales and metrics, whatever their storage. docs/releases.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.core import pack
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.model.checkpoint import CHUNK_BYTES, DTYPES, TensorIndex, raw_bytes
+from fourfold.model.family import split_names
+from fourfold.model.weights import read_config, readable_format
+from fourfold.release.convert import METRICS, Scales
+from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
+
+STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Values of a tensor that is not int4, or rows of a stack of experts: bytes of `tensor` from `start` on."""
+
+    tensor: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What two checkpoints have in common. formats: None where nothing is int4.
+
+    equal: tensors that are not int4 and the same to the bit, stacks of experts counted as a tensor for each; different:
+    those that are not, and int4 ones that cannot be compared code by code; only_first, only_second: by name;
+    projections: int4 in both; codes, codes_changed, projections_changed, scales: of them; metrics: a figure of
+    metrics.json in both, by name; same_protocol: both were measured alike, None where one was not.
+    """
+
+    first: str
+    second: str
+    formats: tuple[str | None, str | None]
+    equal: int = 0
+    different: list[str] = field(default_factory=list)
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    projections: int = 0
+    codes: int = 0
+    codes_changed: int = 0
+    projections_changed: int = 0
+    scales: Scales = field(default_factory=Scales)
+    metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    same_protocol: bool | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether every weight is the same. How it is stored, and what is said of it beside, may differ."""
+        lists = self.different or self.only_first or self.only_second
+        return not (lists or self.codes_changed or self.scales.changed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"same": self.same} | dataclasses.asdict(self)
+
+
+def ignore(event: Event) -> None:
+    """A progress callback for those who do not watch."""
+
+
+def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Comparison:
+    """Compare every weight of two checkpoints, quantized or not, by any maker.
+
+    Memory does not grow with them. Raises FourfoldError for a folder that is no checkpoint, or one that is quantized in
+    a way that is not read.
+    """
+    stocks = _open(first), _open(second)
+    found = Comparison(first=str(first), second=str(second), formats=(stocks[0].format, stocks[1].format))
+    pieces = _pieces(stocks[0]), _pieces(stocks[1])
+    names = [
+        {*piece, *(f"{name}weight" for name in stock.projections)} for piece, stock in zip(pieces, stocks, strict=True)
+    ]
+    found.only_first, found.only_second = sorted(names[0] - names[1]), sorted(names[1] - names[0])
+    common = sorted(names[0] & names[1])
+    for place, name in enumerate(common):
+        if name in pieces[0] and name in pieces[1]:
+            _compare_pieces(found, name, stocks, (pieces[0][name], pieces[1][name]))
+        elif name in pieces[0] or name in pieces[1]:
+            found.different.append(name)
+        else:
+            stem = name.removesuffix("weight")
+            _compare_projections(found, stocks, (stocks[0].projections[stem], stocks[1].projections[stem]))
+        progress(Event(kind="stage", stage="compare", done=place + 1, total=len(common), unit="tensors"))
+    _compare_metrics(found, first, second)
+    return found
+
+
+def _open(folder: Path) -> Stored:
+    return take_stock(TensorIndex.open(folder), readable_format(read_config(folder), folder))
+
+
+def _pieces(stored: Stored) -> dict[str, Piece]:
+    """Everything that is not int4, stacks of experts as a piece for each, so that both layouts have the same names."""
+    found: dict[str, Piece] = {}
+    for name, header in stored.kept.items():
+        if not name.endswith(STACKS) or len(header.shape) != 3:
+            found[name] = Piece(tensor=name, start=0, shape=header.shape, dtype=header.dtype)
+            continue
+        _, rows, inputs = header.shape
+        row_bytes = inputs * DTYPES[header.dtype].itemsize
+        for part, expert, place in split_names(name, header.shape):
+            start, shape = (expert * rows + place.start) * row_bytes, (place.stop - place.start, inputs)
+            found[part] = Piece(tensor=name, start=start, shape=shape, dtype=header.dtype)
+    return found
+
+
+def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored], pieces: tuple[Piece, Piece]) -> None:
+    one, other = pieces
+    same = (one.shape, one.dtype) == (other.shape, other.dtype)
+    size = torch.Size(one.shape).numel() * DTYPES[one.dtype].itemsize
+    for start in range(0, size if same else 0, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, size - start)
+        parts = [torch.empty(count, dtype=torch.uint8) for _ in stocks]
+        for stock, piece, part in zip(stocks, pieces, parts, strict=True):
+            stock.index.read_range(piece.tensor, piece.start + start, raw_bytes(part))
+        same = same and torch.equal(*parts)
+    if same:
+        found.equal += 1
+    else:
+        found.different.append(name)
+
+
+def _compare_projections(
+    found: Comparison, stocks: tuple[Stored, Stored], projections: tuple[Projection, Projection]
+) -> None:
+    tensors = [stock.read(projection) for stock, projection in zip(stocks, projections, strict=True)]
+    (one, other), name = projections, f"{projections[0].name}weight"
+    formats = [str(stock.format) for stock in stocks]
+    found.projections += 1
+    if (one.outputs, one.inputs, one.groups) != (other.outputs, other.inputs, other.groups):
+        found.different.append(name)
+        return
+    plain = [not any(layout_problems(*rest)) for rest in zip(tensors, projections, formats, strict=True)]
+    if not all(plain):  # zero points or an order of groups: the weights themselves say whether it is the same
+        weights = [_dequantize(part, format) for part, format in zip(tensors, formats, strict=True)]
+        if not torch.equal(*weights):
+            found.different.append(name)
+        return
+    words, scales = zip(*(_in_rows(part, format) for part, format in zip(tensors, formats, strict=True)), strict=True)
+    changed = 0
+    if not torch.equal(*words):
+        changed = int((pack.unpack_codes(words[0]) != pack.unpack_codes(words[1])).sum())
+    found.codes += words[0].numel() * 8
+    found.codes_changed += changed
+    found.projections_changed += changed > 0
+    found.scales.add(*scales)
+
+
+def _in_rows(tensors: Mapping[str, Tensor], format: str) -> tuple[Tensor, Tensor]:
+    """Codes in words and scales in fp32, a row for each output feature."""
+    codes, scales = (tensors[suffix] for suffix in pack.CODES_AND_SCALES[format])
+    wanted = "compressed-tensors"
+    return pack.relayout(codes, format, wanted), pack.relayout(scales.float(), format, wanted)
+
+
+def _dequantize(tensors: Mapping[str, Tensor], format: str) -> Tensor:
+    return pack.dequantize({suffix: value[None] for suffix, value in tensors.items()}, format)
+
+
+def _compare_metrics(found: Comparison, first: Path, second: Path) -> None:
+    """metrics.json of both, where they have one."""
+    measured = [_metrics(folder) for folder in (first, second)]
+    summaries = [one.get("summary") or {} for one in measured]
+    for name in dict.fromkeys([*summaries[0], *summaries[1]]):
+        pair = tuple(summary.get(name) for summary in summaries)
+        if all(isinstance(value, int | float | None) for value in pair):
+            found.metrics[name] = (pair[0], pair[1])
+    if all(measured):
+        found.same_protocol = measured[0].get("protocol") == measured[1].get("protocol")
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FourfoldError(f"{path}: not JSON ({error}); bring the original back, or remove it") from None
+    return content if isinstance(content, dict) else {}

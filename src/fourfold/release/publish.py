@@ -1,0 +1,249 @@
+"""A verified release on the Hugging Face Hub: exactly the bytes that verify saw, its card, a tag. docs/releases.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.model.hub import SECRET
+from fourfold.model.shards import write_text
+from fourfold.quantize.finish import joined_digest
+from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.release.verify.folder import SHARD_SUFFIX, hash_file, loaded_files, visible_files
+from fourfold.release.verify.run import VERDICT
+
+CARD = "README.md"
+MAIN = "main"
+TAG_DIGITS = 12
+NOTICE = re.compile(r"<!-- fourfold: not verified -->\n.*?<!-- /fourfold -->\n\n?", re.DOTALL)
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What was or, in a dry run, would be sent. unverified: why it is not as verify saw it; "" if it is.
+
+    tag: names the weights, "" of a folder that fourfold did not make; commit, url: "" in a dry run.
+    """
+
+    repo: str
+    branch: str
+    files: tuple[PublishedFile, ...]
+    unverified: tuple[str, ...]
+    reason: str
+    tag: str
+    commit: str = ""
+    url: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def ignore(event: Event) -> None:
+    """A progress callback for those who do not watch."""
+
+
+def publish(
+    out: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    branch: str = MAIN,
+    force: str = "",
+    dry_run: bool = False,
+    progress: Progress = ignore,
+) -> Published:
+    """Upload a release. force: why it may go out although verify has not passed for these bytes; lands in the card.
+
+    Nothing is sent before every file is hashed and found to be what verify saw. Goes on where it was interrupted. A dry
+    run sends and writes nothing. Raises FourfoldError, without any token in it, if the release has no card, is not
+    verified and not forced, the repository has shards of another release or is public where private was asked for, or
+    the Hub refuses.
+    """
+    if not out.is_dir():
+        raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
+    if not (out / CARD).is_file():
+        raise FourfoldError(f"{out}: no {CARD}, which is the card that people see; `fourfold report {out}` writes it")
+    reason = " ".join(force.split())
+    with hold(out) if (out / STATE).is_dir() else nullcontext():
+        hashed = {name: _hash(out, name, progress) for name in visible_files(out)}
+        problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}))
+        if problems and not reason:
+            raise FourfoldError(
+                f"{out}: not published: {'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}. `fourfold "
+                'verify` first, or --force "REASON", which the card will show'
+            )
+        card = _card((out / CARD).read_text(encoding="utf-8"), reason if problems else "")
+        content = card.encode()
+        hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        published = Published(
+            repo=repo,
+            branch=branch,
+            files=tuple(hashed[name] for name in sorted(hashed)),
+            unverified=problems,
+            reason=reason if problems else "",
+            tag=_tag(out),
+        )
+        if dry_run:
+            return published
+        if content != (out / CARD).read_bytes():
+            write_text(out / CARD, card)
+        try:
+            return _send(out, published, private)
+        except (OSError, RuntimeError, ValueError, HTTPError) as error:  # RuntimeError: hf_xet's
+            raise FourfoldError(f"{repo}: {SECRET.sub('…', _explain(error, repo))}") from None
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------
+
+
+def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
+    sha256, size = hash_file(out / name)
+    progress(Event(kind="stage", stage="publish", text=name))
+    return PublishedFile(name=name, size_bytes=size, sha256=sha256)
+
+
+def _unverified(out: Path, digests: Mapping[str, str]) -> Iterator[str]:
+    """Why these files are not what verify saw and passed."""
+    state, verdict = _read(out / FINISHED), _read(out / VERDICT)
+    if not verdict:
+        yield f"there is no {VERDICT}: it was never verified"
+        return
+    if not verdict.get("passed"):
+        yield f"{VERDICT} says that a check failed"
+    seen = verdict.get("files")
+    if not isinstance(seen, dict):
+        yield f"{VERDICT} does not say which files it is about"
+        return
+    shards = {name: shard.get("sha256", "") for name, shard in state.get("output", {}).get("shards", {}).items()}
+    if joined_digest(shards) != verdict.get("content"):
+        yield f"{FINISHED} and {VERDICT} are of different shards"
+    wanted = {**shards, **seen}
+    there = {name for name in digests if name.endswith(SHARD_SUFFIX)} | set(loaded_files(out))
+    for name in sorted(there | wanted.keys()):
+        if name not in digests:
+            yield f"{name} was verified and is not there"
+        elif name not in wanted:
+            yield f"{name} was not there when it was verified"
+        elif digests[name] != wanted[name]:
+            yield f"{name} has changed since it was verified"
+
+
+def _card(text: str, reason: str) -> str:
+    """The card with the reason why it was published unverified below its front matter, or without one of before."""
+    text = NOTICE.sub("", text)
+    if not reason:
+        return text
+    said = re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(reason, quote=False))
+    warning = f"> **Published without passing `fourfold verify`.** {said}"
+    notice = f"<!-- fourfold: not verified -->\n{warning}\n<!-- /fourfold -->\n\n"
+    front = FRONT_MATTER.match(text)
+    place = front.end() if front else 0
+    return text[:place] + notice + text[place:]
+
+
+def _tag(out: Path) -> str:
+    content = _read(out / FINISHED).get("output", {}).get("content", "")
+    return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FourfoldError(f"{path}: not JSON ({error}); verify the release again") from None
+    return content if isinstance(content, dict) else {}
+
+
+# --- sending ------------------------------------------------------------------------------------------------------
+
+
+def _send(out: Path, published: Published, private: bool) -> Published:
+    """Repository, branch, files, a look at what arrived, tag."""
+    api, repo, branch = HfApi(), published.repo, published.branch
+    api.create_repo(repo, private=True if private else None, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise FourfoldError(
+            f"{repo}: is there and public, --private was asked for; change that on its page, or another REPO"
+        )
+    if branch != MAIN:
+        api.create_branch(repo, branch=branch, exist_ok=True)
+    ours = {file.name for file in published.files}
+    stale = sorted(
+        name for name in api.list_repo_files(repo, revision=branch) if name.endswith(SHARD_SUFFIX) and name not in ours
+    )
+    if stale:
+        raise FourfoldError(
+            f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
+            "too; delete them there, or publish into another --branch or REPO"
+        )
+    done = api.upload_folder(
+        repo_id=repo,
+        folder_path=out,
+        revision=branch,
+        allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)],
+        ignore_patterns=[".*", "*/.*"],
+        commit_message=f"Release {published.tag}".strip(),
+    )
+    _check_arrived(api, published, done.oid)
+    if published.tag:
+        api.create_tag(repo, tag=published.tag, revision=done.oid, exist_ok=True)
+    return dataclasses.replace(published, commit=done.oid, url=f"{constants.ENDPOINT}/{repo}/tree/{branch}")
+
+
+def _check_arrived(api: HfApi, published: Published, commit: str) -> None:
+    """Sizes of all files on the Hub, and hashes of the large ones, which it keeps by their sha256."""
+    tree = api.list_repo_tree(published.repo, recursive=True, revision=commit)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    for file in published.files:
+        found = there.get(file.name)
+        if found is None or found.size != file.size_bytes or (found.lfs and found.lfs.sha256 != file.sha256):
+            what = "is not there" if found is None else f"has {found.size:,} bytes, or others"
+            raise FourfoldError(
+                f"{published.repo}: {file.name} {what} after the upload, {file.size_bytes:,} were sent; publish again"
+            )
+
+
+def _explain(error: Exception, repo: str) -> str:
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, HFValidationError):
+        return "no name of a repository; wanted org/name, of letters, digits, '-', '_' and '.'"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "not logged in: `hf auth login` with a token that may write, or HF_TOKEN"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+            return (
+                f"the Hub answered {status}: this account may not write {page}. `hf auth login` with a token that has "
+                "write access to it, or mend HF_TOKEN where that is set"
+            )
+        return f"the Hub answered {status} ({error.server_message or 'no reason given'}). The same command goes on"
+    return f"the upload broke off ({type(error).__name__}: {error}). The same command goes on"
