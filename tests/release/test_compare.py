@@ -1,0 +1,110 @@
+"""Two checkpoints beside each other: storage is looked through, each difference is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import checkpoints
+import foreign
+import releases
+from fourfold import cli
+from fourfold.datatypes import FourfoldError
+from fourfold.release.compare import Comparison, compare
+from fourfold.release.convert import convert
+
+CT, GPTQ, V2 = releases.FORMATS
+NAME = "model.language_model.layers.1.mlp.experts.2.down_proj."
+Altered = Callable[[Path], Path]
+
+
+@pytest.mark.parametrize("other", [CT, GPTQ, V2])
+def test_the_same_in_another_storage(shipped: dict[str, Path], other: str) -> None:
+    found = compare(shipped[CT], shipped[other])
+    assert found.same
+    assert (found.projections, found.codes_changed, found.scales.changed) == (24, 0, 0)
+    assert found.codes == 24 * 128 * 128
+    summary = json.loads((shipped[CT] / "metrics.json").read_text())["summary"]
+    assert found.metrics["kl_mean"] == (summary["kl_mean"], summary["kl_mean"]) and found.same_protocol
+
+
+def test_draft_experts_in_a_stack(tmp_path: Path) -> None:
+    stack, split = (checkpoints.tiny(tmp_path / mtp, mtp=mtp) for mtp in ("fused", "split"))
+    assert compare(stack, split).same
+    name = "mtp.layers.0.mlp.experts.3.up_proj.weight"
+    checkpoints.edit(split, lambda tensors: tensors[name].view(-1)[-1:].add_(1))
+    assert compare(stack, split).different == [name]
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], object], to: Path) -> Comparison:
+    checkpoints.edit(to, change)
+    return compare(folder, to)
+
+
+def test_codes_and_scales(shipped: dict[str, Path], altered: Altered) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{NAME}qweight"].view(torch.uint8).view(-1)[:3] ^= 0x11  # two codes of each byte
+        tensors[f"{NAME}scales"].view(-1)[7] *= 1.5
+
+    found = edited(shipped[CT], change, altered(shipped[GPTQ]))
+    assert not found.same
+    assert (found.codes_changed, found.projections_changed, found.different) == (6, 1, [])
+    assert (found.scales.changed, found.scales.largest) == (1, 0.5)
+
+
+def test_names(shipped: dict[str, Path], altered: Altered) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["extra"] = torch.zeros(2)
+        tensors["mtp.norm.weight"] = tensors["mtp.norm.weight"].bfloat16()
+        del tensors["mtp.fc.weight"]
+
+    found = edited(shipped[CT], change, altered(shipped[CT]))
+    assert (found.only_first, found.only_second) == (["mtp.fc.weight"], ["extra"])
+    assert found.different == ["mtp.norm.weight"] and not found.same
+
+
+def test_a_release_beside_its_source(shipped: dict[str, Path], shipped_source: Path) -> None:
+    found = compare(shipped[CT], shipped_source)
+    assert len(found.different) == 24 and all(".mlp.experts." in name for name in found.different)
+    assert (found.projections, found.only_first, found.only_second, found.same_protocol) == (0, [], [], None)
+
+
+def test_asymmetric_weights_are_compared_by_value(gptqmodel: dict[str, Path], altered: Altered) -> None:
+    other = altered(gptqmodel["asymmetric"])
+    assert compare(gptqmodel["asymmetric"], other).same
+    stem = "model.language_model.layers.0.mlp.experts.0.up_proj."
+    found = edited(gptqmodel["asymmetric"], lambda tensors: tensors[f"{stem}qzeros"][0, :1].add_(1), other)
+    assert found.different == [f"{stem}weight"]
+
+
+def test_rounded_scales(tmp_path: Path) -> None:
+    old = foreign.make(tmp_path / "old", "symmetric")
+    done = convert(old, tmp_path / "new", CT)
+    found = compare(old, tmp_path / "new")
+    assert found.scales == done.scales and found.codes_changed == 0 and found.different == []
+
+
+def test_command(shipped: dict[str, Path], shipped_source: Path) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, ["compare", *map(str, arguments)])
+        return done.exit_code, done.output
+
+    code, shown = run(shipped[CT], shipped[V2], "--equal")
+    assert code == 0 and "every weight is the same" in shown and "kl_mean" in shown
+    assert run(shipped[CT], shipped_source)[0] == 0
+    code, shown = run(shipped[CT], shipped_source, "--equal", "--json")
+    assert code == 1 and json.loads(shown.splitlines()[-1])["same"] is False
+    assert run(shipped[CT], shipped_source.parent)[0] == 2
+
+
+def test_bad_metrics(shipped: dict[str, Path], altered: Altered) -> None:
+    other = altered(shipped[CT])
+    (other / "metrics.json").write_text("{")
+    with pytest.raises(FourfoldError, match=r"metrics\.json: not JSON"):
+        compare(shipped[CT], other)

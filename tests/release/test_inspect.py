@@ -1,0 +1,99 @@
+"""What is said of checkpoints of several makers, by what is known of the files that were written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+import foreign
+from fourfold.datatypes import FourfoldError
+from fourfold.release.inspect import Inspection, inspect
+
+
+def engines(found: Inspection) -> dict[str, bool]:
+    return {row.engine.partition(" ")[0]: row.takes for row in found.engines}
+
+
+def trapped(found: Inspection, word: str) -> bool:
+    return any(word in trap for trap in found.traps)
+
+
+def test_our_release(shipped: dict[str, Path]) -> None:
+    found = inspect(shipped["compressed-tensors"])
+    assert found.quantized is not None
+    assert (found.made_by, found.quantized.format, found.quantized.projections) == (
+        "fourfold",
+        "compressed-tensors",
+        24,
+    )
+    assert found.quantized.by_group == {"experts": 24}
+    assert (found.quantized.group_sizes, found.quantized.scale_dtypes) == ((128,), ("BF16",))
+    assert (found.quantized.looked_at, found.quantized.rounded) == (6, 0)
+    assert 0.2 < found.quantized.negative < 0.8
+    assert found.draft == "per expert"
+    assert engines(found) == {"vLLM": True, "SGLang": True, "transformers": True}
+    commands = {row.engine.partition(" ")[0]: row.command for row in found.engines}
+    assert "--speculative-config" in commands["vLLM"] and "EAGLE" in commands["SGLang"]
+    assert {row.gpus for row in found.engines[:2]} == {"1 x 12 GiB"}
+    assert not trapped(found, "quantization_config")
+    rows = {row.group: row for row in found.groups}
+    assert (rows["experts"].stored, rows["experts"].tensors, rows["experts"].projections) == (("int4",), 72, 24)
+    assert rows["MTP"].tensors == 17 + 3 * 4 and rows["MTP"].size_bytes == found.draft_bytes
+    assert sum(row.size_bytes for row in found.groups) == found.size_bytes
+    index = json.loads((shipped["compressed-tensors"] / "model.safetensors.index.json").read_text())
+    assert found.size_bytes == index["metadata"]["total_size"]
+    json.dumps(found.to_json())
+
+
+def test_a_release_of_gptqmodel(tmp_path: Path) -> None:
+    found = inspect(foreign.to_v2(foreign.make(tmp_path / "old", "symmetric")))
+    assert found.quantized is not None
+    assert (found.quantized.format, found.quantized.group_sizes, found.draft) == ("gptq_v2", (64,), "fused")
+    assert found.quantized.rounded > 0.5 and trapped(found, "of the scales are no BF16 values")
+    assert engines(found)["transformers"] is False
+    (sglang,) = (row for row in found.engines if row.engine.startswith("SGLang"))
+    assert "--quantization moe_wna16" in sglang.command and "EAGLE" not in sglang.command
+    for word in ("w2_weight", "Intel AMX", "--format compressed-tensors", "dynamic does not exclude"):
+        assert trapped(found, word), word
+
+
+def test_zero_points_and_order(gptqmodel: dict[str, Path]) -> None:
+    assert trapped(inspect(gptqmodel["asymmetric"]), "quantized asymmetrically")
+
+
+def test_bf16(example_model: Path, tmp_path: Path) -> None:
+    found = inspect(example_model)
+    assert (found.quantized, found.draft, found.unknown) == (None, "fused", "")
+    assert engines(found) == {"vLLM": True, "SGLang": True, "transformers": True}
+    without = checkpoints.tiny(tmp_path / "lost", mtp=None)
+    checkpoints.edit_json(without / "config.json", lambda raw: raw["text_config"].update(mtp_num_hidden_layers=1))
+    assert trapped(inspect(without), "config.json names a draft head that is not there")
+
+
+def test_what_is_not_known(tmp_path: Path) -> None:
+    """Another quantization, another model: what can be seen is still said."""
+    model = checkpoints.tiny(tmp_path / "model")
+    settings = {"quant_method": "awq", "bits": 4}
+    checkpoints.edit_json(model / "config.json", lambda raw: raw.update(quantization_config=settings))
+    found = inspect(model)
+    assert "'awq'" in found.unknown and found.engines == ()
+    assert found.groups[0].group == "experts"
+    checkpoints.edit_json(model / "config.json", lambda raw: raw.update(model_type="mixtral", quantization_config=None))
+    found = inspect(model)
+    assert found.model_type == "mixtral" and "fourfold knows" in found.unknown
+    (model / "adapter.bin").touch()
+    (model / "tokenizer.json").unlink()
+    assert trapped(inspect(model), "adapter.bin") and trapped(inspect(model), "no tokenizer")
+    with pytest.raises(FourfoldError, match=r"no config\.json"):
+        inspect(tmp_path)
+
+
+def test_a_release_that_is_not_whole(shipped: dict[str, Path], tmp_path: Path) -> None:
+    old = foreign.make(tmp_path / "old", "symmetric")
+    checkpoints.edit(old, lambda tensors: tensors.pop("model.language_model.layers.0.mlp.gate.weight"))
+    found = inspect(old)
+    assert "layers.0.mlp.gate.weight is missing" in found.unknown
+    assert found.quantized is not None and found.engines == ()

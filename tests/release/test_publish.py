@@ -1,0 +1,294 @@
+"""Publishing to a small Hub of our own on the loopback device, through the real huggingface_hub."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import hf_api
+from huggingface_hub.utils import close_session
+from typer.testing import CliRunner
+
+from fourfold import cli
+from fourfold.datatypes import FourfoldError
+from fourfold.release.publish import publish
+from fourfold.release.verify.run import verify
+
+TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
+CARD = "---\nlicense: apache-2.0\n---\n\n# A release\n"
+Altered = Callable[[Path], Path]
+
+
+class Hub(ThreadingHTTPServer):
+    """Branches with files, kept as the Hub keeps them: small ones in commits, shards by their sha256 (LFS)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.branches: dict[str, dict[str, bytes]] = {}
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.large: dict[str, bytes] = {}
+        self.tags: dict[str, str] = {}
+        self.private = False
+        self.asked: list[str] = []
+        self.refuse = 0
+        self.lose = ""
+
+    def tree(self, revision: str) -> list[dict[str, Any]]:
+        files = self.branches.get(revision, self.commits.get(revision, {}))
+        entries = []
+        for name, content in files.items():
+            if name == self.lose:
+                continue
+            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            if name.endswith(".safetensors"):
+                sha256 = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 1}
+            entries.append(entry)
+        return entries
+
+    def commit(self, revision: str, lines: list[dict[str, Any]]) -> str:
+        files = dict(self.branches[revision])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.large[value["oid"]]
+        self.branches[revision] = files
+        oid = hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
+        self.commits[oid] = files
+        return oid
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def _answer(self, status: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        self.server.large[self.path.rpartition("/")[2]] = content
+        self._answer(200, {})
+
+    def do_GET(self) -> None:
+        path, hub = unquote(urlsplit(self.path).path), self.server
+        hub.asked.append(f"GET {path}")
+        if path.startswith("/api/models/me/model/tree/"):
+            self._answer(200, hub.tree(path.rpartition("/tree/")[2]))
+        elif path.startswith("/api/models/me/model"):
+            revision = path.partition("/revision/")[2] or "main"
+            names = [{"rfilename": entry["path"]} for entry in hub.tree(revision)]
+            self._answer(200, {"id": "me/model", "sha": "a" * 40, "private": hub.private, "siblings": names})
+        else:
+            self._answer(404, {})
+
+    def do_POST(self) -> None:
+        path, body, hub = unquote(urlsplit(self.path).path), self._body(), self.server
+        hub.asked.append(f"POST {path}")
+        if hub.refuse:
+            self._answer(hub.refuse, {"error": f"refused, said with Bearer {TOKEN}"})
+        elif path == "/api/repos/create":
+            if hub.branches:
+                self._answer(409, {"error": "there already", "url": f"{self.headers['Host']}/me/model"})
+                return
+            hub.branches, hub.private = {"main": {}}, bool(json.loads(body).get("private"))
+            self._answer(200, {"url": f"http://{self.headers['Host']}/me/model"})
+        elif path == "/api/validate-yaml":
+            self._answer(200, {"errors": [], "warnings": []})
+        elif "/branch/" in path:
+            hub.branches.setdefault(path.rpartition("/branch/")[2], dict(hub.branches["main"]))
+            self._answer(200, {})
+        elif "/tag/" in path:
+            hub.tags[json.loads(body)["tag"]] = path.rpartition("/tag/")[2]
+            self._answer(200, {})
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
+            files = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                for name, mode in zip(names, modes, strict=True)
+            ]
+            self._answer(200, {"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            self._answer(
+                200, {"transfer": "basic", "objects": [self._place(one) for one in json.loads(body)["objects"]]}
+            )
+        elif "/commit/" in path:
+            revision = path.rpartition("/commit/")[2]
+            oid = hub.commit(revision, [json.loads(line) for line in body.splitlines()])
+            self._answer(200, {"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{oid}", "commitOid": oid})
+        else:
+            self._answer(404, {})
+
+    def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if wanted["oid"] in self.server.large:
+            return wanted
+        href = f"http://{self.headers['Host']}/large/{wanted['oid']}"
+        return {**wanted, "actions": {"upload": {"href": href, "header": {}}}}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # large files by LFS, which we speak
+        monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits before it asks again
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        close_session()
+        yield server
+        server.shutdown()
+        close_session()
+
+
+@pytest.fixture
+def verified(shipped: dict[str, Path], altered: Altered) -> Path:
+    """A release that verify has passed, with a card and what report leaves beside it."""
+    out = altered(shipped["compressed-tensors"])
+    assert verify(out).passed
+    (out / "README.md").write_text(CARD, encoding="utf-8")
+    (out / "report.html").write_text("<p>", encoding="utf-8")
+    return out
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def refused(out: Path, **options: Any) -> str:
+    with pytest.raises(FourfoldError) as raised:
+        publish(out, "me/model", **options)
+    assert TOKEN not in str(raised.value)
+    return str(raised.value)
+
+
+def test_the_very_bytes(hub: Hub, verified: Path) -> None:
+    found = publish(verified, "me/model", private=True)
+    assert hub.branches["main"] == visible(verified)
+    assert hub.private and (found.unverified, found.reason) == ((), "")
+    content = json.loads((verified / "fourfold.json").read_text())["output"]["content"]
+    assert hub.tags == {f"fourfold-{content[:12]}": found.commit}
+    assert found.url.endswith("/me/model/tree/main")
+    uploads = len(hub.large)
+    assert publish(verified, "me/model").commit == found.commit and len(hub.large) == uploads
+    assert not [name for name in hub.branches["main"] if name.startswith(".")]
+
+
+def test_a_branch(hub: Hub, verified: Path) -> None:
+    publish(verified, "me/model", branch="four-bits")
+    assert hub.branches["four-bits"] == visible(verified) and hub.branches["main"] == {}
+
+
+def test_dry_run(hub: Hub, verified: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in verified.rglob("*")}
+    shown = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run", "--json"])
+    assert shown.exit_code == 0, shown.output
+    files = json.loads(shown.output.splitlines()[-1])["files"]
+    assert {file["name"]: (file["size_bytes"], file["sha256"]) for file in files} == {
+        name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in visible(verified).items()
+    }
+    assert hub.asked == []
+    assert {path: path.stat().st_mtime_ns for path in verified.rglob("*") if path.name != "lock"} == {
+        path: when for path, when in before.items() if path.name != "lock"
+    }
+    table = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run"])
+    assert "would be sent to" in table.output and "README.md" in table.output
+
+
+def append(name: str) -> Callable[[Path], object]:
+    def change(out: Path) -> None:
+        with (out / name).open("ab") as file:
+            file.write(b" ")
+
+    return change
+
+
+def failing(out: Path) -> None:
+    verdict = json.loads((out / "verify.json").read_text())
+    (out / "verify.json").write_text(json.dumps(verdict | {"passed": False}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (append("config.json"), "config.json has changed since it was verified"),
+        (append("model-00001-of-00003.safetensors"), "model-00001-of-00003.safetensors has changed"),
+        (append("fourfold.json"), "fourfold.json has changed"),
+        (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json was verified and is not there"),
+        (lambda out: (out / "more.safetensors").touch(), "more.safetensors was not there when it was verified"),
+        (lambda out: (out / "modeling.py").touch(), "modeling.py was not there"),
+        (lambda out: (out / "verify.json").unlink(), "there is no verify.json"),
+        (failing, "a check failed"),
+        (lambda out: (out / "README.md").unlink(), "`fourfold report"),
+    ],
+)
+def test_what_verify_has_not_seen(hub: Hub, verified: Path, change: Callable[[Path], object], said: str) -> None:
+    change(verified)
+    assert said in refused(verified)
+    assert hub.asked == []
+
+
+def test_forced(hub: Hub, verified: Path) -> None:
+    """The reason is in the card, below its front matter, as text; gone when it is verified again."""
+    append("config.json")(verified)
+    found = publish(verified, "me/model", force="<script>the\n *GPU* is on order")
+    card = hub.branches["main"]["README.md"].decode()
+    assert card.startswith("---\nlicense: apache-2.0\n---\n<!-- fourfold: not verified -->\n> **Published without")
+    assert r"&lt;script&gt;the \*GPU\* is on order" in card and card.endswith("\n# A release\n")
+    assert found.unverified == ("config.json has changed since it was verified",)
+    publish(verified, "me/model", force="another reason")
+    assert hub.branches["main"]["README.md"].decode().count("Published without") == 1
+    verify(verified)
+    publish(verified, "me/model", force="of no use")
+    assert hub.branches["main"]["README.md"].decode() == CARD
+
+
+def test_the_hub_says_no(hub: Hub, verified: Path) -> None:
+    hub.refuse = 403
+    assert "may not write" in refused(verified)
+    hub.refuse = 500
+    assert "the Hub answered 500" in refused(verified)
+    hub.refuse = 0
+    assert "no name of a repository" in refused_name(verified)
+    hub.lose = "tokenizer.json"
+    assert "tokenizer.json is not there after the upload" in refused(verified)
+    assert hub.tags == {}
+
+
+def refused_name(out: Path) -> str:
+    with pytest.raises(FourfoldError) as raised:
+        publish(out, "me/no//name")
+    return str(raised.value)
+
+
+def test_what_is_there_already(hub: Hub, verified: Path) -> None:
+    hub.branches = {"main": {"model-00001-of-00009.safetensors": b"of another release"}}
+    assert "has 1 shards of another release on main" in refused(verified)
+    hub.branches = {"main": {}}
+    assert "public, --private was asked for" in refused(verified, private=True)
+    assert hub.branches == {"main": {}}
