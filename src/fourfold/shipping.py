@@ -182,8 +182,12 @@ def publish(
     with answer(None, "What was sent is kept: the same command goes on."):
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from huggingface_hub.utils import disable_progress_bars
+
         from fourfold.release.publish import publish as run
 
+        if quiet or as_json:
+            disable_progress_bars()
         with terminal.watch(console, manner) as progress:
             found = run(out, repo, private=private, branch=branch, force=force, dry_run=dry_run, progress=progress)
         if as_json:

@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("after", releases.FORMATS)
 @pytest.mark.parametrize("before", releases.FORMATS)
 def test_as_if_it_had_been_quantized_so(shipped: dict[str, Path], tmp_path: Path, before: str, after: str) -> None:
-    """Every file is what quantize wrote in that format, to the byte, but for fourfold.json, which says what was done."""
+    """Every file is what quantize wrote in that format, to the byte; fourfold.json says what was done."""
     found = convert(shipped[before], tmp_path / "new", after)
     wanted, made = files(shipped[after]), files(tmp_path / "new")
     states = [json.loads(content.pop("fourfold.json")) for content in (wanted, made)]

@@ -108,9 +108,9 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(hub.refuse, {"error": f"refused, said with Bearer {TOKEN}"})
         elif path == "/api/repos/create":
             if hub.branches:
-                self._answer(409, {"error": "there already", "url": f"{self.headers['Host']}/me/model"})
+                self._answer(409, {"error": "there already", "url": f"http://{self.headers['Host']}/me/model"})
                 return
-            hub.branches, hub.private = {"main": {}}, bool(json.loads(body).get("private"))
+            hub.branches, hub.private = {"main": {}}, "private" in (json.loads(body).get("visibility"), *json.loads(body))
             self._answer(200, {"url": f"http://{self.headers['Host']}/me/model"})
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})

@@ -116,6 +116,8 @@ def publish(
             write_text(out / CARD, card)
         try:
             return _send(out, published, private)
+        except FourfoldError:  # a ValueError too
+            raise
         except (OSError, RuntimeError, ValueError, HTTPError) as error:  # RuntimeError: hf_xet's
             raise FourfoldError(f"{repo}: {SECRET.sub('…', _explain(error, repo))}") from None
 
