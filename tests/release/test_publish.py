@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             if hub.branches:
                 self._answer(409, {"error": "there already", "url": f"http://{self.headers['Host']}/me/model"})
                 return
-            hub.branches, hub.private = {"main": {}}, "private" in (json.loads(body).get("visibility"), *json.loads(body))
+            hub.branches, hub.private = {"main": {}}, json.loads(body).get("visibility") == "private"
             self._answer(200, {"url": f"http://{self.headers['Host']}/me/model"})
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
