@@ -182,7 +182,7 @@ def publish(
     with answer(None, "What was sent is kept: the same command goes on."):
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         from fourfold.release.publish import publish as run
 

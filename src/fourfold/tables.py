@@ -338,13 +338,8 @@ def show_comparison(console: Console, found: Comparison) -> None:
 def show_published(console: Console, found: Published, dry_run: bool) -> None:
     """Every file in a dry run; where it lies now."""
     if dry_run:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("file", overflow="fold")
-        table.add_column("bytes", justify="right", no_wrap=True)
-        table.add_column("sha256", overflow="fold")
-        for file in found.files:
-            table.add_row(plain(file.name), f"{file.size_bytes:,}", file.sha256)
-        console.print(table)
+        for file in found.files:  # a line each however narrow the terminal: for grep, and beside sha256sum
+            console.print(f"{file.sha256}  {file.size_bytes:>15,}  {plain(file.name)}", soft_wrap=True)
     total = sum(file.size_bytes for file in found.files)
     what = "would be sent to" if dry_run else "are at"
     where = found.url or f"{found.repo}, branch {found.branch}"

@@ -24,6 +24,7 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights, read_config
 from fourfold.quantize.finish import dump, index_json, joined_digest, quantization_config
 from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.quantize.reference import REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.release.stored import Projection, Stored, generalized, layout_problems, take_stock
 from fourfold.release.verify.folder import Release, open_release
@@ -359,7 +360,7 @@ def _write_ours(release: Release, folder: Path, shards: list[WrittenShard], conv
     exact = not converted.scales.changed
     recipe = _recipe(release.recipe, converted.after)
     write_text(folder / RECIPE, dump_recipe(recipe))
-    for name in (LOG, METRICS) if exact else (LOG,):
+    for name in (LOG, METRICS, REFERENCE) if exact else (LOG,):
         if (release.folder / name).is_file():
             copy_file(release.folder / name, folder / name)
     state, identity = dict(release.state), dict(release.state["identity"])
