@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fourfold import __version__, recipe, serving, tables, terminal
+from fourfold import __version__, recipe, reporting, serving, tables, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
@@ -309,6 +309,7 @@ def verify(
             raise typer.Exit(CHECK_FAILED)
 
 
+app.command(epilog=reporting.REPORT_EXAMPLES)(reporting.report)
 app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
 app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
 

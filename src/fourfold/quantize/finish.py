@@ -23,6 +23,7 @@ import fourfold
 from fourfold.core import metrics, pack
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
 from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
+from fourfold.model.hub import hub_name
 from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
@@ -170,7 +171,11 @@ def fourfold_json(
         "recipe": plan.recipe.name,
         "format": plan.recipe.format,
         "model_type": plan.skeleton.family.model_type,
-        "source": {"headers": plan.index.digest, "content": _digest(records, "source_digest")},
+        "source": {
+            "hub": hub_name(plan.index.folder),
+            "headers": plan.index.digest,
+            "content": _digest(records, "source_digest"),
+        },
         "calibration": calibration.to_json(),
         "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
         "output": {
