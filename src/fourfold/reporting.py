@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fourfold import terminal
+from fourfold.datatypes import FourfoldError
 from fourfold.options import EXIT_CODES, Release, answer
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fourfold.serve.machine import Machine
     from fourfold.serve.served import Served
 
+LIBRARIES = ("matplotlib", "vl_convert")  # of the extra `report`
 CARD_GPUS, CARD_GPU_BYTES, CARD_CAPABILITY = (1, 2, 4, 8), 24 * 2**30, (8, 9)  # what commands on a card are for
 REPORT_EXAMPLES = f"""\b
 Examples:
@@ -68,19 +71,25 @@ def report(
     base_model: BaseModel = None,
     license: LicenceName = None,
 ) -> None:
-    """Write a release's model card, README.md with plots, and report.html: every projection, to look at and search.
+    """Write a release's model card with plots, and report.html: every projection, to look at and search.
 
     Reads only what quantize, evaluate, verify and bench left in OUT (bench.json if it is there); measures nothing. What
     is not there is named as not measured.
     """
     with answer():
         from fourfold.release.report.about import About
-        from fourfold.release.report.write import write
+
+        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+            raise FourfoldError(f"report needs {' and '.join(missing)}: pip install 'fourfold[report]'")
+        from fourfold.release.report.write import CARD, FIGURES, PAGE, write
 
         about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
+        records = write(out, about, recommend, against)
         console = terminal.open_console()
-        for path, text in write(out, about, recommend, against):
-            console.print(f"{terminal.plain(path)}: {text}", soft_wrap=True)
+        for name, what in ((CARD, "model card"), (FIGURES, "its plots"), (PAGE, "every projection, for a browser")):
+            console.print(f"{terminal.plain(out / name)}: {what}", soft_wrap=True)
+        for what, way in records.missing:
+            console.print(f"not measured: {what} ({way})", soft_wrap=True)
 
 
 def recommend(records: Records, about: About) -> list[Serving]:

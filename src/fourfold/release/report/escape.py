@@ -53,7 +53,8 @@ def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> Markdown:
     """A table whose cells are escaped unless they are Markdown. Columns of numbers are aligned right."""
     cells = [[str(finalize(cell)) for cell in row] for row in rows]
     columns = list(zip(*cells, strict=True)) if cells else [()] * len(header)
-    rule = ["---:" if any(column) and all(NUMBER.match(cell) for cell in column if cell) else "---" for column in columns]
+    numbers = (any(column) and all(NUMBER.match(cell) for cell in column if cell) for column in columns)
+    rule = ["---:" if right else "---" for right in numbers]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells)))
 
 
