@@ -42,7 +42,7 @@ def _other(records: Records, against: Records) -> str:
 def _spec(title: str, says: str, values: Sequence[dict[str, Any]], **rest: Any) -> Spec:
     return {
         "$schema": SCHEMA,
-        "title": title,
+        "usermeta": {"title": title},  # above the chart, in the page's own words, where lines can break
         "description": says,
         "width": "container",
         "height": HEIGHT,
@@ -59,7 +59,7 @@ def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str]) -> Spec:
     tips = [{"field": name} for name in tooltip]
     return {
         "mark": {"type": "line", "point": True},
-        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": {**colour}, "tooltip": tips},
+        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": {**colour, "legend": None}, "tooltip": tips},
     }
 
 
@@ -237,12 +237,11 @@ def heat_map(layers: int) -> Spec:
         "width": "container",
         "height": max(160, min(14 * layers, 560)),
         "data": {"name": "cells"},
-        "mark": {"type": "rect", "cursor": "pointer"},
+        "mark": {"type": "rect", "cursor": "pointer", "tooltip": {"content": "data"}, "aria": False},  # 10,000 of them
         "encoding": {
             "x": _axis("expert", "ordinal", "expert", axis={"labelOverlap": True, "labelAngle": 0, "ticks": False}),
             "y": _axis("layer", "ordinal", "layer", axis={"labelOverlap": True, "ticks": False}),
             "color": _axis("value", "quantitative", ""),
-            "tooltip": [{"field": name} for name in ("layer", "expert", "projection", "method", "tokens", "shown")],
         },
     }
 

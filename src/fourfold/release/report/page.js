@@ -16,7 +16,7 @@ function look() {
     view: { stroke: line },
     title: { color: front, fontSize: 15, anchor: "start" },
     axis: { labelColor: front, titleColor: faint, gridColor: line, domainColor: faint, tickColor: faint, labelFontSize: 12 },
-    legend: { labelColor: front, titleColor: faint, orient: "bottom", columns: 3, labelFontSize: 12 },
+    legend: { labelColor: front, titleColor: faint, orient: "bottom", columns: innerWidth < 600 ? 2 : 3, labelFontSize: 12 },
     range: { category: dark.matches
       ? ["#8ab4f8", "#fdd663", "#f28b82", "#81c995", "#c58af9", "#78d9ec"]
       : ["#0b57d0", "#b06000", "#b3261e", "#146c2e", "#7b1fa2", "#00696d"] },
@@ -139,7 +139,6 @@ function cells(field, projection) {
     found.push({
       layer: rows.layer[row], expert: rows.expert[row], projection: rows.projections[projection],
       method: rows.methods[rows.method[row]], tokens: rows.tokens[row], value,
-      shown: field === "method" ? value : short(value),
     });
   }
   return found;
@@ -158,7 +157,6 @@ async function drawMap() {
   let values = cells(field, projection);
   if (data.maps[field].scale === "log") values = values.filter((cell) => cell.value > 0);
   spec.encoding.color = colours(field);
-  spec.encoding.tooltip[5].title = data.maps[field].title;
   spec.data = { values };
   spec.description = `${data.maps[field].title} of ${rows.projections[projection]}: experts across, layers down`;
   element("map").setAttribute("aria-label", spec.description);

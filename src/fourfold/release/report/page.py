@@ -25,7 +25,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
     """The page. Same inputs and the same version of vl-convert-python, same text."""
     rows, other = records.projections, against.projections if against else ()
     maps = [*MAPS, *([RATIO] if against else [])]
-    data = {
+    data: dict[str, Any] = {
         "rows": columns(rows, other),
         "charts": charts(records, against),
         "map": heat_map(len(records.by_layer())),
@@ -42,7 +42,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         checks=[] if records.verdict is None else records.verdict["checks"],
         stale=records.stale,
         missing=records.missing,
-        charts=list(data["charts"]),
+        charts=[(id, chart["usermeta"]["title"]) for id, chart in data["charts"].items()],
         maps=maps,
         projections=data["rows"]["projections"],
         count=len(rows),

@@ -84,7 +84,8 @@ def _experts(figure: Figure, records: Records) -> None:
             errors[place][row.expert] = max(row.relative_error, LEAST_ERROR, known if known == known else 0)
     names = list(layers)
     extent = (-0.5, width - 0.5, names[-1] + 0.5, names[0] - 0.5)
-    scales = (SymLogNorm(linthresh=1, vmin=0), LogNorm())
+    least = min(row.tokens for row in records.projections)
+    scales = (SymLogNorm(linthresh=1, vmin=least), LogNorm())
     both = zip(figure.subplots(1, 2, sharey=True), (tokens, errors), ("tokens", "output error"), scales, strict=True)
     for axes, values, title, scale in both:
         image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=scale, extent=extent)
