@@ -15,6 +15,7 @@ from fourfold.recipe import load_recipe
 from fourfold.release.verify.run import verify
 from hostile import Change
 
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")

@@ -200,7 +200,8 @@ def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> N
     assert tags <= ours
     assert set(re.findall(r'src="([^"]*)"', shown)) == {"figures/errors.png"}
     links = set(re.findall(r'href="([^"]*)"', shown))
-    assert all(link.startswith(("https://huggingface.co/Qwen/Small", "https://arxiv.org/", "quant_log", "report.html")) for link in links)
+    allowed = ("https://huggingface.co/Qwen/Small", "https://arxiv.org/", "quant_log", "report.html")
+    assert all(link.startswith(allowed) for link in links)
     assert "alert(1)" in shown, "it is shown, as text"
     assert "49" not in part(text, "Calibration"), "and no template"
 
@@ -228,7 +229,7 @@ def rows(edit: Callable[[list[str]], list[str]]) -> Callable[[str], str]:
         ("verify.json", lambda text: text[:-9], "cannot be read as JSON"),
     ],
 )
-def test_a_file_that_is_not_as_written_is_named(release: Path, name: str, edit: Callable[[str], str], said: str) -> None:
+def test_a_file_not_as_written_is_named(release: Path, name: str, edit: Callable[[str], str], said: str) -> None:
     path = release / name
     path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(FourfoldError, match=re.escape(said)) as raised:
