@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
 from fourfold.datatypes import FourfoldError
 from fourfold.recipe import HELDOUT_TEXTS
@@ -85,7 +85,9 @@ def card_data(records: Records, about: About) -> ModelCardData:
     vision = "vision_config" in records.release.raw
     found = licence(records, about)
     results = list(eval_results(records))
-    own = {"license_name": "license-of-the-base-model", "license_link": "LICENSE"} if found.name == OTHER else {}
+    own: dict[str, Any] = {}
+    if found.name == OTHER:  # the Hub wants more of these
+        own = {"license_name": "license-of-the-base-model", "license_link": "LICENSE"}
     return ModelCardData(
         base_model=about.base_model,
         base_model_relation="quantized" if about.base_model else None,

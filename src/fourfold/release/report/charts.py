@@ -24,7 +24,7 @@ RATIO = ("ratio", "output error, of the other release's", "log")
 
 def charts(records: Records, against: Records | None) -> dict[str, Spec]:
     """By the id of the page's element: each has a title and a description for those who do not see it."""
-    named = [("this release", records), *([(_other(records, against), against)] if against else [])]
+    named = [("this release", records), *([(other_name(records, against), against)] if against else [])]
     found = {"errors": errors(records), "coverage": coverage(records)}
     if any(one.metrics for _, one in named):
         found["drift"] = drift(named)
@@ -34,7 +34,8 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
     return found | {"seconds": seconds(named), "memory": memory(named)}
 
 
-def _other(records: Records, against: Records) -> str:
+def other_name(records: Records, against: Records) -> str:
+    """What the second release is called beside the first."""
     name = against.release.folder.resolve().name
     return f"{name} (the other)" if name == records.release.folder.resolve().name else name
 

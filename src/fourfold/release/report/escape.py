@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # What begins a construct of CommonMark or GitHub's dialect: anywhere; at the start of text; and links without brackets.
@@ -49,7 +50,7 @@ def block(text: str, language: str) -> Markdown:
     return Markdown(f"{fence}{language}\n{lines}\n{fence}")
 
 
-def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> Markdown:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
     """A table whose cells are escaped unless they are Markdown. Columns of numbers are aligned right."""
     cells = [[str(finalize(cell)) for cell in row] for row in rows]
     columns = list(zip(*cells, strict=True)) if cells else [()] * len(header)

@@ -148,7 +148,7 @@ function colours(field) {
   const { title, scale } = data.maps[field];
   if (field === "method") return { field: "value", type: "nominal", title };
   const type = scale === "log" ? "log" : scale;
-  return { field: "value", type: "quantitative", title, scale: { type, scheme: "viridis" }, legend: { gradientLength: 240 } };
+  return { field: "value", type: "quantitative", title, scale: { type, scheme: "viridis" }, legend: { gradientLength: 300, tickCount: 4, labelOverlap: true } };
 }
 
 async function drawMap() {

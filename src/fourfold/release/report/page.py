@@ -11,9 +11,9 @@ import jinja2
 import vl_convert
 
 from fourfold.release.report.about import About
-from fourfold.release.report.card import FIGURES, UNMEASURED
-from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map
+from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
+from fourfold.release.report.quality import FIGURES, UNMEASURED
 from fourfold.release.report.records import Records
 from fourfold.release.report.units import clock, size
 
@@ -38,6 +38,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
     return environment.get_template("page.html.jinja").render(
         name=clean(about.name.rpartition("/")[2]),
         facts=_facts(records, about),
+        named=["this release", *([other_name(records, against)] if against else [])],
         quality=_quality(records, against),
         checks=[] if records.verdict is None else records.verdict["checks"],
         stale=records.stale,

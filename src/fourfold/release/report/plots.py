@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fourfold.release.report.records import Records
 
 INCHES, DPI = 8.0, 200  # 1,600 pixels: twice the width of a card's text
-STYLE = {"font.family": "DejaVu Sans", "font.size": 11, "axes.grid": True, "grid.alpha": 0.35}
+STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 11, "axes.grid": True, "grid.alpha": 0.35}
 COLOURS = ("#0b57d0", "#b06000", "#146c2e")
 LEAST_ERROR = 1e-12  # where a log scale begins for an error of nothing
 
@@ -56,7 +58,7 @@ def _drift(figure: Figure, layers: list[dict[str, float]], routed: list[dict[str
     right.plot([row["layer"] for row in routed], agreement, "o-", ms=3, color=COLOURS[1])
     right.set(xlabel="layer", ylabel="the same experts, %")
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _errors(figure: Figure, records: Records) -> None:
@@ -68,7 +70,7 @@ def _errors(figure: Figure, records: Records) -> None:
             heights = [max(of(errors), LEAST_ERROR) for errors in found]
             axes.plot(list(layers), heights, style, ms=3, color=colour, label=f"{name}, {words}")
     axes.set(xlabel="layer", ylabel="relative output error", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(ncols=3, fontsize=9)
 
 
@@ -91,8 +93,8 @@ def _experts(figure: Figure, records: Records) -> None:
         image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=scale, extent=extent)
         axes.set(xlabel="expert", title=title)
         axes.grid(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes).ax.yaxis.set_minor_formatter(NullFormatter())
         axes.label_outer()
     figure.axes[0].set_ylabel("layer")
