@@ -76,17 +76,18 @@ class Records:
         """All tensors of the release by kind; the routed experts' first."""
         family, layers = self.release.skeleton.family, self.release.skeleton.layers
         experts = tuple(family.experts_prefix(layer) for layer in range(layers))
-        count, size, reasons = Counter[str](), Counter[str](), {EXPERTS: ""}
+        count, size, reasons = Counter[str](), Counter[str](), {EXPERTS: {""}}
         for name, header in self.headers.items():
             group, reason = EXPERTS, ""
             if not name.startswith(experts):
                 found = ((group, reason) for group, marker, reason in family.groups if marker in name)
                 group, reason = next(found, ("other", "kept as it was"))
-            reasons.setdefault(group, reason)
+            reasons.setdefault(group, set()).add(reason)
             count[group] += 1
             size[group] += header.size_bytes
         named = (name for name in reasons if count[name])
-        return tuple(Group(name, name == EXPERTS, reasons[name], count[name], size[name]) for name in named)
+        why = {name: "; ".join(sorted(found)) for name, found in reasons.items()}
+        return tuple(Group(name, name == EXPERTS, why[name], count[name], size[name]) for name in named)
 
     def by_layer(self) -> dict[int, list[Projection]]:
         found = defaultdict(list)
