@@ -37,6 +37,7 @@ from fourfold.model.shards import OutputTensor, copy_file, write_shard, write_te
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import output
 from fourfold.quantize.finish import dump, index_json, peak_memory, quant_log
+from fourfold.quantize.identity import source_digest, source_parts
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.recipe import dump_recipe, load_recipe
 from fourfold.release.verify.run import verify
@@ -104,7 +105,8 @@ def make_release(source: Path, out: Path) -> None:
     write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
     state = {
         "partial": False,
-        "identity": {"recipe": recipe.digest(), "source": output.source_digest(plan.index)},
+        "identity": {"recipe": recipe.digest(), "source": source_digest(plan.index)}
+        | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.index)}},
         "output": {"content": "", "shards": shards},
         "metrics": {},
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold import __version__, recipe, serving, shipping, tables, terminal
+from fourfold import __version__, recipe, reporting, serving, shipping, tables, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
@@ -341,6 +341,7 @@ def verify(
             raise typer.Exit(CHECK_FAILED)
 
 
+app.command(epilog=reporting.REPORT_EXAMPLES)(reporting.report)
 app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
 app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
 app.command(epilog=shipping.INSPECT_EXAMPLES)(shipping.inspect)

@@ -32,6 +32,13 @@ UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats in subfolders, 
 SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)  # "?": signed addresses
 
 
+def hub_name(folder: Path) -> str | None:
+    """org/name of a folder in the Hub's cache, `models--org--name/snapshots/REVISION`; None for any other."""
+    parts = folder.absolute().parts
+    match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", parts[-3]) if len(parts) > 3 else None
+    return f"{match[1]}/{match[2]}" if match and parts[-2] == "snapshots" else None
+
+
 class _Silent(tqdm):
     """No progress bar: huggingface_hub shows one of its bars also where nobody looks."""
 

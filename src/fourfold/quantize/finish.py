@@ -23,6 +23,7 @@ import fourfold
 from fourfold.core import metrics, pack
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
 from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
+from fourfold.model.hub import hub_name
 from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.journal import FINISHED, Journal, close
@@ -176,6 +177,7 @@ def fourfold_json(
         "format": plan.recipe.format,
         "model_type": plan.skeleton.family.model_type,
         "source": {
+            "hub": hub_name(plan.index.folder),
             "headers": plan.index.digest,
             "content": joined_digest({record.shard: record.source_digest for record in records}),
         },

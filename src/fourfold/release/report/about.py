@@ -1,0 +1,162 @@
+"""What a card says of itself to the Hub: its front matter, by huggingface_hub's own classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
+from fourfold.datatypes import FourfoldError
+from fourfold.recipe import HELDOUT_TEXTS
+from fourfold.release.report.records import Records
+
+UNKNOWN, OTHER = "unknown", "other"  # as the Hub calls a licence that is not known, and one that is not on its list
+LICENCES = (  # what the text of a licence holds, and the Hub's name for it
+    (("Apache License", "Version 2.0"), "apache-2.0"),
+    (("MIT License", "Permission is hereby granted, free of charge"), "mit"),
+)
+SHOWN_METRICS = (  # of metrics.json's summary: the Hub's type, and what people call it
+    ("perplexity_release", "perplexity", "perplexity"),
+    ("kl_mean", "kl_divergence", "mean KL divergence from the BF16 model (nats)"),
+    ("top1_agreement", "accuracy", "same likeliest token as the BF16 model"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What no file of a release says, or may be said otherwise.
+
+    name: of the repository, org/name, or the folder's own; base_model: org/name, None: not known; licence: the Hub's
+    name of one, None: as the release's LICENSE has it.
+    """
+
+    name: str
+    base_model: str | None = None
+    licence: str | None = None
+
+    def of(self, records: Records) -> About:
+        """With the base model that quantize was given by its name on the Hub, unless another is said.
+
+        Raises FourfoldError for names that the Hub does not take.
+        """
+        said = dataclasses.replace(self, base_model=self.base_model or records.state["source"].get("hub"))
+        said._check()
+        return said
+
+    def _check(self) -> None:
+        for option, value in (("--repo", self.name if "/" in self.name else None), ("--base-model", self.base_model)):
+            try:
+                if value is not None:
+                    validate_repo_id(value)
+            except HFValidationError:
+                raise FourfoldError(f"{option} {value!r}: wanted org/name, as the Hub has it") from None
+        if self.base_model is not None and "/" not in self.base_model:
+            raise FourfoldError(f"--base-model {self.base_model!r}: wanted org/name, as the Hub has it")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """name: the Hub's; origin: where that is from, for people."""
+
+    name: str
+    origin: str
+
+
+def licence(records: Records, about: About) -> Licence:
+    """Of the source, as far as it is known: none is guessed."""
+    text = records.licence_text
+    if about.licence is not None:
+        return Licence(about.licence, "as its publisher states")
+    if text is None:
+        return Licence(UNKNOWN, "the source came without a LICENSE file: see the base model's own page")
+    for marks, name in LICENCES:
+        if all(mark in text for mark in marks):
+            return Licence(name, "as in the source's LICENSE file, which is part of this release")
+    return Licence(OTHER, "see the source's LICENSE file, which is part of this release")
+
+
+def card_data(records: Records, about: About) -> ModelCardData:
+    """The front matter. What is not known is left out, but for the licence, which is then named unknown."""
+    vision = "vision_config" in records.release.raw
+    found = licence(records, about)
+    results = list(eval_results(records))
+    own: dict[str, Any] = {}
+    if found.name == OTHER:  # the Hub wants more of these
+        own = {"license_name": "license-of-the-base-model", "license_link": "LICENSE"}
+    return ModelCardData(
+        base_model=about.base_model,
+        base_model_relation="quantized" if about.base_model else None,
+        license=found.name,
+        language=["en"] if _english(records) else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if vision else "text-generation",
+        tags=tags(records),
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=about.name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **own,
+    )
+
+
+def tags(records: Records) -> list[str]:
+    format = records.release.format
+    names = ["fourfold", "int4", "4-bit", "quantized", "moe", "compressed-tensors" if "tensors" in format else "gptq"]
+    methods = {row.method for row in records.projections}
+    names += ["gptq"] if methods & {"gptq", "diag"} else []
+    names += ["vllm", "sglang"]
+    names += ["conversational"] if (records.release.folder / "chat_template.jinja").is_file() else []
+    return list(dict.fromkeys(names))
+
+
+def _english(records: Records) -> bool:
+    """Whether quality was measured on the built-in English text. Of the model's other languages no file tells."""
+    heldout = records.release.recipe.heldout.builtin
+    return bool(records.metrics and records.metrics["measured_by"] == "quantize" and heldout in HELDOUT_TEXTS) or (
+        _builtin_text(records) is not None
+    )
+
+
+def _builtin_text(records: Records) -> str | None:
+    text = str(records.metrics["protocol"].get("text")) if records.metrics else ""
+    return text if text.startswith("wikitext-2") else None
+
+
+def eval_results(records: Records) -> Iterator[EvalResult]:
+    """What was measured, as the Hub's model index has it."""
+    if records.metrics is None:
+        return
+    protocol, summary = records.metrics["protocol"], records.metrics["summary"]
+    text = str(protocol.get("text"))
+    arguments = {name: protocol[name] for name in ("window", "stride", "windows") if name in protocol}
+    for key, kind, name in SHOWN_METRICS:
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type="wikitext" if _builtin_text(records) else "text",
+            dataset_name=text,
+            dataset_args=arguments,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=float(f"{summary[key]:.6g}"),
+        )
+    for task, figures in _tasks(records).items():
+        for metric, value in figures["figures"].items():
+            if "stderr" not in metric and isinstance(value, float):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=task,
+                    dataset_name=task,
+                    metric_type=metric.partition(",")[0],
+                    metric_name=f"{metric}, {figures['shots']} shots",
+                    metric_value=float(f"{value:.6g}"),
+                )
+
+
+def _tasks(records: Records) -> dict[str, Any]:
+    asked = (records.metrics or {}).get("tasks") or {}
+    tasks: dict[str, Any] = asked.get("tasks", {})
+    return tasks

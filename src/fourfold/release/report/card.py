@@ -1,0 +1,349 @@
+"""The model card: a template, filled from the records alone. Whatever the records say is escaped as it goes in."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCard
+
+from fourfold.datatypes import FourfoldError
+from fourfold.release.report.about import About, card_data, licence
+from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
+from fourfold.release.report.quality import UNMEASURED, quality
+from fourfold.release.report.records import EXPERTS, Projection, Records
+from fourfold.release.report.units import clock, size, stages
+
+METHODS = (
+    ("Frantar and others 2022, GPTQ", "2210.17323"),
+    ("Li and others 2025, GPTAQ: solving on what the quantized layers before put out", "2504.02692"),
+    ("Leviathan, Kalman and Matias 2023, speculative decoding: how drafts are judged", "2211.17192"),
+)
+METHOD_WORDS = {
+    "gptq": "GPTQ",
+    "diag": "GPTQ with the diagonal of H, since H could not be factored",
+    "rtn": "rounded to nearest, by the recipe's fallback rule",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A command as `fourfold serve` gives it. machine: what it is for; problems: why it would not run."""
+
+    title: str
+    text: str
+    machine: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def card(records: Records, about: About, commands: Sequence[Serving], figures: Mapping[str, str]) -> str:
+    """README.md. figures: path from the release's folder -> what a plot shows. Same inputs, same text.
+
+    Raises FourfoldError if huggingface_hub does not read from it what was written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        autoescape=False,  # finalize does it, as Markdown wants
+    )
+    data = card_data(records, about)
+    context = (
+        _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
+    )
+    body = environment.get_template("card.md.jinja").render(
+        **context,
+        name=about.name.rpartition("/")[2],
+        figures=[(Markdown(path), prose(words)) for path, words in figures.items()],
+        commands=[_command(command) for command in commands],
+        limits=list(_limits(records, commands)),
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body)
+    text = f"---\n{data.to_yaml()}\n---\n\n{body.rstrip()}\n"
+    read = ModelCard(text)
+    if str(read.data) != str(data) or read.text.strip() != body.strip():
+        raise FourfoldError(f"{about.name}: huggingface_hub does not read the card's front matter as it was written")
+    return text
+
+
+def _command(command: Serving) -> dict[str, Any]:
+    return {
+        "title": command.title,
+        "text": block(command.text, "sh"),
+        "machine": command.machine,
+        "problems": "; ".join(command.problems),
+        "notes": command.notes,
+    }
+
+
+# --- what it is ---------------------------------------------------------------------------------------------------
+
+
+def _head(records: Records, about: About) -> dict[str, Any]:
+    state, scheme = records.state, records.release.recipe.scheme
+    base = about.base_model or ""
+    if base:
+        base = Markdown(f"[{prose(base)}](https://huggingface.co/{base})")
+    before, after = state["source_tensor_bytes"], state["output"]["tensor_bytes"]
+    summary = records.metrics["summary"] if records.metrics else None
+    lost = (
+        f"perplexity {summary['perplexity_source']:.3f} → {summary['perplexity_release']:.3f}, "
+        f"KL {summary['kl_mean']:.5f} nats"
+        if summary
+        else UNMEASURED
+    )
+    text = records.release.skeleton.text
+    rows: list[tuple[object, ...]] = [
+        ("base model", base or "not stated"),
+        ("architecture", f"{records.release.skeleton.family.architecture}, {records.release.skeleton.layers} layers"),
+        ("context", f"{text.max_position_embeddings:,} tokens"),
+        ("quantized", f"{state['projections']:,} expert projections, {', '.join(_methods(state['methods']))}"),
+        ("format", f"{records.release.format}, int4, groups of {scheme.group_size}, symmetric"),
+        ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
+        ("quality", lost),
+        ("verified", _brief_verdict(records)),
+    ]
+    groups: list[tuple[object, ...]] = [
+        (
+            group.name,
+            "int4" if group.quantized else "kept",
+            f"{group.tensors:,}",
+            size(group.size_bytes),
+            f"{state['projections']:,} projections" if group.quantized else group.reason,
+        )
+        for group in records.groups()
+    ]
+    return {
+        "base": base or "A Mixture-of-Experts checkpoint",
+        "version": state["fourfold"],
+        "glance": table(("", ""), rows),
+        "groups": table(("tensors", "", "count", "bytes", "why"), groups),
+        "group_size": scheme.group_size,
+        "signed": ", scales with a sign" if scheme.signed else "",
+        "format": records.release.format,
+        "scale_dtype": scheme.scale_dtype.upper(),
+        "stale": records.stale,
+    }
+
+
+def _methods(methods: Mapping[str, int]) -> Iterator[str]:
+    total = sum(methods.values())
+    for name, count in methods.items():
+        yield f"{count / total:.2%} {METHOD_WORDS.get(name, name)}"
+
+
+def _brief_verdict(records: Records) -> str:
+    verdict = records.verdict
+    if verdict is None:
+        return "no" if not records.stale else "no: other bytes were"
+    run = Markdown(", ".join(verdict["levels"]))
+    return f"{'passed' if verdict['passed'] else 'FAILED'}: {run}"
+
+
+# --- layers and experts -------------------------------------------------------------------------------------------
+
+
+def _layers(records: Records) -> dict[str, Any]:
+    drift = {row["layer"]: row for row in (records.metrics or {}).get("layers", ())}
+    by_layer = records.by_layer()
+    layers = sorted(by_layer.keys() | drift.keys())
+    rows = [_layer_row(layer, by_layer.get(layer, []), drift.get(layer)) for layer in layers]
+    header = (
+        "layer", "drift", "routers agree", "output error, median", "most", "loss, mean", "tokens of an expert, least",
+        "median", "not GPTQ",
+    )  # fmt: skip
+    return {"layers": len(rows), "by_layer": table(header, rows), "cold": _cold(records)}
+
+
+def _layer_row(layer: int, rows: Sequence[Projection], drift: Mapping[str, Any] | None) -> tuple[object, ...]:
+    said = ("", "")
+    if drift is not None:
+        agreement = drift["router_agreement"]
+        said = (f"{drift['hidden_error']:.4f}", "" if agreement is None else f"{agreement:.2%}")
+    if not rows:
+        return (layer, *said, "no routed experts", "", "", "", "", "")
+    errors = [row.relative_error for row in rows]
+    losses = [row.gptqmodel_loss for row in rows if row.gptqmodel_loss is not None]
+    tokens = list({row.expert: row.tokens for row in rows}.values())
+    other = sum(row.method != "gptq" for row in rows)
+    return (
+        layer,
+        *said,
+        f"{median(errors):.5f}",
+        f"{max(errors):.5f}",
+        f"{sum(losses) / len(losses):.3g}" if losses else "",
+        f"{min(tokens):,}",
+        f"{median(tokens):,.0f}",
+        other or "",
+    )
+
+
+def _cold(records: Records) -> str:
+    experts = {(row.layer, row.expert): row.tokens for row in records.projections}
+    never = sum(tokens == 0 for tokens in experts.values())
+    cold = records.cold()
+    solver = records.release.recipe.solver
+    said = (
+        f"Of {len(experts):,} experts (layer by layer) {never:,} met no calibration token; the median met "
+        f"{median(experts.values()):,.0f}. "
+    )
+    if solver.pool:
+        said += (
+            f"Every projection is solved on its own tokens' statistics and on its layer's, which count for "
+            f"{solver.pool:g} x its input features in tokens: {len(cold):,} of {len(records.projections):,} "
+            f"projections know more from their layer than from tokens of their own. "
+        )
+    if solver.fallback_share:
+        said += f"Experts with under {solver.fallback_share:.2%} of the calibration tokens were rounded to nearest. "
+    return said + "Methods: " + ", ".join(_methods(records.state["methods"])) + "."
+
+
+# --- where it is from ---------------------------------------------------------------------------------------------
+
+
+def _origin(records: Records, about: About) -> dict[str, Any]:
+    state, found = records.state, licence(records, about)
+    calibration = state["calibration"]
+    sources: list[tuple[object, ...]] = [
+        (one["name"], one["licence"] or "not stated", f"{one['rows']:,}", f"{one['documents']:,}", f"{one['tokens']:,}")
+        for one in calibration["sources"]
+    ]
+    shards = [(code(name), size(one["bytes"]), code(one["sha256"])) for name, one in state["output"]["shards"].items()]
+    digests: list[tuple[object, ...]] = [
+        ("recipe", code(state["identity"]["recipe"])),
+        ("source: headers, config.json, tokenizer", code(state["identity"]["source"])),
+        ("source: all bytes that were read", code(state["source"]["content"])),
+        ("calibration tokens", code(state["identity"]["calibration"])),
+        ("held-out tokens", code(state["identity"]["heldout"])),
+        ("this release", code(state["output"]["content"])),
+    ]
+    return {
+        "calibration": f"{calibration['rows']:,} rows of {calibration['length']:,} tokens, drawn with a fixed seed "
+        f"({records.release.recipe.calibration.seed}).",
+        "sources": table(("source", "licence", "rows", "documents", "tokens to draw from"), sources),
+        "made": _made(state),
+        "reproduce": _reproduce(records, about),
+        "digests": Markdown(table(("sha256", ""), digests) + "\n\n" + table(("file", "bytes", "sha256"), shards)),
+        "methods": [Markdown(f"{what}: [arXiv {paper}](https://arxiv.org/abs/{paper})") for what, paper in METHODS],
+        "licence": found.name,
+        "licence_origin": found.origin,
+        "transformers": _transformers(about, "vision_config" in records.release.raw),
+        "sampling": _sampling(records.sampling),
+    }
+
+
+def _made(state: Mapping[str, Any]) -> Markdown:
+    devices = ", ".join(f"{place}: {name}" for place, name in state["devices"].items())
+    memory = ", ".join(f"{place} {size(peak)}" for place, peak in state["peak_memory_bytes"].items())
+    versions = ", ".join(f"{name} {found}" for name, found in state["versions"].items())
+    seconds = state["seconds"]
+    rows: list[tuple[object, ...]] = [
+        ("machine", devices),
+        ("workers", len(state["workers"])),
+        ("time of the last start", clock(sum(seconds.values()))),
+        ("by stage", ", ".join(f"{name} {clock(took)}" for name, took in stages(seconds))),
+        ("peak memory", memory),
+        ("recipe", f"{state['recipe']} (recipe.toml)"),
+        ("versions", f"fourfold {state['fourfold']}, {versions}"),
+        ("finished", state["finished_at"]),
+    ]
+    return table(("", ""), rows)
+
+
+def _reproduce(records: Records, about: About) -> Markdown:
+    model = about.base_model or "MODEL"
+    install = f"pip install fourfold=={records.state['fourfold']}"
+    text = f"{install}\nfourfold quantize {shlex.quote(model)} ./release --recipe recipe.toml"
+    return Markdown(block(text, "sh") + "\n\n`recipe.toml` is in this repository.")
+
+
+def _transformers(about: About, vision: bool) -> Markdown:
+    model = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    lines = (
+        f"from transformers import {model}, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({about.name!r})\n"
+        f'model = {model}.from_pretrained({about.name!r}, device_map="auto")'
+    )
+    return block(lines, "python")
+
+
+def _sampling(sampling: Mapping[str, Any]) -> str:
+    if not sampling:
+        return "generation_config.json names none: see the base model's own page."
+    said = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    return f"Of generation_config.json, which engines take where a request says nothing: {said}."
+
+
+# --- what is proved, and what is not ------------------------------------------------------------------------------
+
+
+def _verdict(records: Records) -> dict[str, Any]:
+    return _checks(records.verdict) | _bench(records.bench)
+
+
+def _checks(verdict: Mapping[str, Any] | None) -> dict[str, Any]:
+    if verdict is None:
+        return {"verified": None, "engine": None}
+    rows = [(one["level"], one["name"], one["status"], one["evidence"]) for one in verdict["checks"]]
+    engine = verdict.get("engine")
+    said = "No engine was run."
+    if engine:
+        speed = engine.get("decode_tokens_per_second")
+        said = f"Engine: {engine['engine']} on {engine['device']}, torch {engine['torch']}" + (
+            f", {speed:.1f} tokens/s one after another" if isinstance(speed, float) else ""
+        )
+    return {"verified": table(("level", "check", "", "what was seen"), rows), "engine": said}
+
+
+def _bench(bench: Mapping[str, Any] | None) -> dict[str, Any]:
+    if bench is None:
+        return {"bench": None, "bench_how": None}
+    rows: list[tuple[object, ...]] = []
+    for level in bench["levels"]:
+        decode, first, accepted = level["decode_tokens_per_second"], level["time_to_first_token"], level["acceptance"]
+        rows.append(
+            (
+                level["concurrency"],
+                f"{level['requests']['ok']}/{level['requests']['asked']}",
+                f"{level['output_tokens_per_second']:,.1f}",
+                f"{decode['p50']:,.1f}" if decode else "",
+                f"{first['p50'] * 1000:,.0f} / {first['p99'] * 1000:,.0f}" if first else "",
+                f"{accepted['rate']:.1%}" if accepted else "",
+                f"{accepted['mean_length']:.2f}" if accepted else "",
+            )
+        )
+    header = (
+        "at one time", "answered", "tokens/s, all", "of a request, p50", "first token, ms p50/p99", "drafts accepted",
+        "tokens a step",
+    )  # fmt: skip
+    load = bench["load"]
+    pool = ", ".join(f"{name} {value}" for name, value in (bench.get("pool") or {}).items())
+    how = (
+        f"Engine {bench['engine'] or 'not known'}, model {bench['model']}, {load['output_tokens']} tokens a request, "
+        f"temperature {load['temperature']:g}, prompts {load['prompts']}" + (f"; KV cache: {pool}" if pool else "")
+    )
+    return {"bench": table(header, rows), "bench_how": how + ", by `fourfold bench`."}
+
+
+def _limits(records: Records, commands: Sequence[Serving]) -> Iterator[object]:
+    yield from records.state["calibration"]["notes"]
+    if records.release.format != "compressed-tensors":
+        yield (
+            f"SGLang skips the draft experts of a {records.release.format} release without an error: serve it there "
+            "without drafts, or in vLLM"
+        )
+    if records.verdict and not records.verdict["passed"]:
+        failed = [one["name"] for one in records.verdict["checks"] if one["status"] == "fail"]
+        yield f"verification failed: {', '.join(failed)}"
+    kept = sum(group.size_bytes for group in records.groups() if group.name != EXPERTS)
+    yield f"{size(kept)} are kept in BF16; only routed experts are int4"
+    for what, way in records.missing:
+        yield Markdown(f"{prose(what)}: not measured ({code(way)})")

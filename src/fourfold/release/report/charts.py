@@ -1,0 +1,275 @@
+"""Charts of the page, as Vega-Lite specifications with their data in them. Colours of text and axes are the page's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from fourfold.release.report.records import Projection, Records
+
+Spec = dict[str, Any]
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is fetched
+HEIGHT = 240
+# Quantities of quant_log.csv that an expert x layer map shows: field, words, scale of colours.
+MAPS = (
+    ("tokens", "calibration tokens", "symlog"),
+    ("relative_error", "output error", "log"),
+    ("weight_error", "weight error", "linear"),
+    ("loss", "loss, as GPTQModel logs it", "log"),
+    ("method", "method", "ordinal"),
+)
+RATIO = ("ratio", "output error, of the other release's", "log")
+
+
+def charts(records: Records, against: Records | None) -> dict[str, Spec]:
+    """By the id of the page's element: each has a title and a description for those who do not see it."""
+    named = [("this release", records), *([(other_name(records, against), against)] if against else [])]
+    found = {"errors": errors(records), "coverage": coverage(records)}
+    if any(one.metrics for _, one in named):
+        found["drift"] = drift(named)
+        found["routers"] = routers(named)
+        found["divergence"] = divergence(named)
+        found["entropy"] = entropy(named)
+    return found | {"seconds": seconds(named), "memory": memory(named)}
+
+
+def other_name(records: Records, against: Records) -> str:
+    """What the second release is called beside the first."""
+    name = against.release.folder.resolve().name
+    return f"{name} (the other)" if name == records.release.folder.resolve().name else name
+
+
+def _spec(title: str, says: str, values: Sequence[dict[str, Any]], **rest: Any) -> Spec:
+    return {
+        "$schema": SCHEMA,
+        "usermeta": {"title": title},  # above the chart, in the page's own words, where lines can break
+        "description": says,
+        "width": "container",
+        "height": HEIGHT,
+        "data": {"values": list(values)},
+        **rest,
+    }
+
+
+def _axis(field: str, kind: str, title: str, **rest: Any) -> Spec:
+    return {"field": field, "type": kind, "title": title, **rest}
+
+
+def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str]) -> Spec:
+    tips = [{"field": name} for name in tooltip]
+    return {
+        "mark": {"type": "line", "point": True},
+        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": {**colour, "legend": None}, "tooltip": tips},
+    }
+
+
+def _layer_axis() -> Spec:
+    return _axis("layer", "quantitative", "layer", axis={"tickMinStep": 1, "format": "d"})
+
+
+def errors(records: Records) -> Spec:
+    """Median and largest output error of each layer and projection."""
+    values = []
+    for layer, rows in records.by_layer().items():
+        for name in dict.fromkeys(row.projection for row in rows):
+            found = [row.relative_error for row in rows if row.projection == name]
+            for what, value in (("median", median(found)), ("largest", max(found))):
+                values.append({"layer": layer, "series": f"{name}, {what}", "error": value or None})
+    return _spec(
+        "Output error by layer and projection",
+        "Lines: median and largest relative output error of the experts of each layer, for gate, up and down.",
+        values,
+        **_lines(
+            _layer_axis(),
+            _axis("error", "quantitative", "output error", scale={"type": "log"}),
+            _axis("series", "nominal", ""),
+            ("layer", "series", "error"),
+        ),
+    )
+
+
+def coverage(records: Records) -> Spec:
+    """How the calibration tokens of a layer are spread over its experts."""
+    values = []
+    for layer, rows in records.by_layer().items():
+        tokens = sorted({row.expert: row.tokens for row in rows}.values())
+        for what, share in (("least", 0.0), ("10 %", 0.1), ("median", 0.5), ("90 %", 0.9), ("most", 1.0)):
+            values.append({"layer": layer, "experts": what, "tokens": tokens[round(share * (len(tokens) - 1))]})
+    return _spec(
+        "Router coverage: tokens that an expert met",
+        "Lines: least, tenth, median, nine tenths and most calibration tokens of the experts of each layer.",
+        values,
+        **_lines(
+            _layer_axis(),
+            _axis("tokens", "quantitative", "tokens", scale={"type": "symlog"}),
+            _axis("experts", "nominal", "of experts", sort=["most", "90 %", "median", "10 %", "least"]),
+            ("layer", "experts", "tokens"),
+        ),
+    )
+
+
+Named = Sequence[tuple[str, Records]]
+
+
+def _by_layer(named: Named, field: str) -> Iterator[dict[str, Any]]:
+    for name, records in named:
+        for row in (records.metrics or {}).get("layers", ()):
+            if row[field] is not None:
+                yield {"layer": row["layer"], "release": name, "value": row[field]}
+
+
+def drift(named: Named) -> Spec:
+    return _spec(
+        "Hidden-state drift by layer",
+        "Lines: how far the hidden states after each layer are from the BF16 model's, as a share of their norm.",
+        list(_by_layer(named, "hidden_error")),
+        **_lines(
+            _layer_axis(), _axis("value", "quantitative", "drift"), _axis("release", "nominal", ""),
+            ("layer", "release", "value"),
+        ),
+    )  # fmt: skip
+
+
+def routers(named: Named) -> Spec:
+    return _spec(
+        "Router agreement by layer",
+        "Lines: share of the experts that both the BF16 model and the release chose for a token.",
+        list(_by_layer(named, "router_agreement")),
+        **_lines(
+            _layer_axis(),
+            _axis("value", "quantitative", "the same experts", axis={"format": ".1%"}, scale={"zero": False}),
+            _axis("release", "nominal", ""),
+            ("layer", "release", "value"),
+        ),
+    )
+
+
+def _bars(x: Spec, y: Spec, tooltip: Sequence[str]) -> Spec:
+    encoding = {
+        "x": x, "y": y, "yOffset": {"field": "release"}, "color": _axis("release", "nominal", ""),
+        "tooltip": [{"field": name} for name in tooltip],
+    }  # fmt: skip
+    return {"mark": {"type": "point", "filled": True, "size": 90}, "encoding": encoding}
+
+
+def divergence(named: Named) -> Spec:
+    """As far as metrics.json has the distribution: its mean, quantiles and largest value."""
+    values = []
+    for name, records in named:
+        summary = (records.metrics or {}).get("summary") or {}
+        for key, what in (("median", "median"), ("mean", "mean"), ("p90", "90 %"), ("p99", "99 %"), ("max", "largest")):
+            if summary.get(f"kl_{key}"):
+                values.append({"of positions": what, "release": name, "nats": summary[f"kl_{key}"]})
+    order = ["median", "mean", "90 %", "99 %", "largest"]
+    return _spec(
+        "KL divergence from the BF16 model",
+        "Points: median, mean, 90 and 99 percent quantile and largest divergence over all positions of the text.",
+        values,
+        **_bars(
+            _axis("nats", "quantitative", "nats", scale={"type": "log"}),
+            _axis("of positions", "nominal", "", sort=order),
+            ("release", "of positions", "nats"),
+        ),
+    )
+
+
+def entropy(named: Named) -> Spec:
+    values = []
+    for name, records in named:
+        for bucket in (records.metrics or {}).get("by_entropy") or ():
+            if bucket["positions"] and bucket["kl_mean"] > 0:
+                end = "" if bucket["to"] is None else f"{bucket['to']:g}"
+                where = f"{bucket['from']:g}\N{EN DASH}{end}"
+                values.append({"entropy": where, "release": name, "nats": bucket["kl_mean"], "n": bucket["positions"]})
+    order = list(dict.fromkeys(value["entropy"] for value in values))
+    return _spec(
+        "Mean KL by the BF16 model's entropy",
+        "Points: mean divergence of the positions where the BF16 model's entropy is in each range of nats.",
+        values,
+        **_bars(
+            _axis("nats", "quantitative", "nats", scale={"type": "log"}),
+            _axis("entropy", "nominal", "entropy, nats", sort=order),
+            ("release", "entropy", "nats", "n"),
+        ),
+    )
+
+
+def seconds(named: Named) -> Spec:
+    values = [
+        {"stage": stage, "release": name, "seconds": took}
+        for name, records in named
+        for stage, took in records.state["seconds"].items()
+    ]
+    return _spec(
+        "Time by stage",
+        "Bars: seconds of each stage of quantization, of the last start.",
+        values,
+        **{
+            **_bars(
+                _axis("seconds", "quantitative", "seconds"), _axis("stage", "nominal", "", sort="-x"),
+                ("release", "stage", "seconds"),
+            ),
+            "mark": "bar",
+        },
+    )  # fmt: skip
+
+
+def memory(named: Named) -> Spec:
+    values = [
+        {"place": f"{place}, {what}", "release": name, "GB": count / 1e9}
+        for name, records in named
+        for what, key in (("peak", "peak_memory_bytes"), ("planned", "planned_memory_bytes"))
+        for place, count in records.state.get(key, {}).items()
+    ]
+    return _spec(
+        "Memory, planned and used",
+        "Bars: gigabytes of the host and of each GPU, as the plan said and as they were at their peak.",
+        values,
+        **{**_bars(_axis("GB", "quantitative", "GB"), _axis("place", "nominal", ""), ("release", "place", "GB")),
+           "mark": "bar"},
+    )  # fmt: skip
+
+
+def heat_map(layers: int) -> Spec:
+    """Experts across, layers down; the page puts the values of one projection in, and the scale of colours."""
+    return {
+        "$schema": SCHEMA,
+        "width": "container",
+        "height": max(160, min(14 * layers, 560)),
+        "data": {"name": "cells"},
+        "mark": {"type": "rect", "cursor": "pointer", "tooltip": {"content": "data"}, "aria": False},  # 10,000 of them
+        "encoding": {
+            "x": _axis("expert", "ordinal", "expert", axis={"labelOverlap": True, "labelAngle": 0, "ticks": False}),
+            "y": _axis("layer", "ordinal", "layer", axis={"labelOverlap": True, "ticks": False}),
+            "color": _axis("value", "quantitative", ""),
+        },
+    }
+
+
+def columns(rows: Sequence[Projection], other: Sequence[Projection]) -> dict[str, Any]:
+    """quant_log.csv by column. Names are places in `projections` and `methods`; ratio: of another release's error."""
+    projections, methods = list(dict.fromkeys(r.projection for r in rows)), list(dict.fromkeys(r.method for r in rows))
+    theirs = {(row.layer, row.expert, row.projection): row.relative_error for row in other}
+    found: dict[str, Any] = {
+        "projections": projections,
+        "methods": methods,
+        "layer": [row.layer for row in rows],
+        "expert": [row.expert for row in rows],
+        "projection": [projections.index(row.projection) for row in rows],
+        "method": [methods.index(row.method) for row in rows],
+        "tokens": [row.tokens for row in rows],
+        "effective_tokens": [row.effective_tokens for row in rows],
+        "relative_error": [row.relative_error for row in rows],
+        "weight_error": [row.weight_error for row in rows],
+        "loss": [row.gptqmodel_loss for row in rows],
+        "damping": [row.damping for row in rows],
+        "passes": [row.passes for row in rows],
+    }
+    if other:
+        found["ratio"] = [_ratio(row, theirs.get((row.layer, row.expert, row.projection))) for row in rows]
+    return found
+
+
+def _ratio(row: Projection, theirs: float | None) -> float | None:
+    return float(f"{row.relative_error / theirs:.6g}") if theirs else None

@@ -1,0 +1,203 @@
+// The map, the table and the charts. Text reaches the page through textContent and Vega alone.
+const data = JSON.parse(document.getElementById("data").textContent);
+const rows = data.rows, count = rows.layer.length;
+const element = (id) => document.getElementById(id);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+// --- the look of charts -----------------------------------------------------------------------------------------
+
+function look() {
+  const css = getComputedStyle(document.documentElement);
+  const colour = (name) => css.getPropertyValue(name).trim();
+  const [front, faint, line] = [colour("--front"), colour("--faint"), colour("--line")];
+  return {
+    background: "transparent",
+    font: "system-ui, sans-serif",
+    view: { stroke: line },
+    title: { color: front, fontSize: 15, anchor: "start" },
+    axis: { labelColor: front, titleColor: faint, gridColor: line, domainColor: faint, tickColor: faint, labelFontSize: 12 },
+    legend: { labelColor: front, titleColor: faint, orient: "bottom", columns: innerWidth < 600 ? 2 : 3, labelFontSize: 12 },
+    range: { category: dark.matches
+      ? ["#8ab4f8", "#fdd663", "#f28b82", "#81c995", "#c58af9", "#78d9ec"]
+      : ["#0b57d0", "#b06000", "#b3261e", "#146c2e", "#7b1fa2", "#00696d"] },
+  };
+}
+
+// ast: expressions are interpreted, so that the page's policy need not allow `eval`.
+const embed = (id, spec, renderer) =>
+  window.vegaEmbed(element(id), spec, { actions: false, ast: true, renderer, config: look(), hover: false });
+
+async function drawCharts() {
+  for (const [id, spec] of Object.entries(data.charts)) await embed(id, spec, "svg");
+}
+
+// --- the table: only rows in sight are elements -------------------------------------------------------------------
+
+const short = (value) => (value === null ? "" : Number(value).toPrecision(4));
+const whole = (value) => value.toLocaleString("en");
+const columns = [
+  ["layer", String], ["expert", String], ["projection", (value) => rows.projections[value]],
+  ["method", (value) => rows.methods[value]], ["tokens", whole], ["effective_tokens", short], ["relative_error", short],
+  ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
+];
+if (rows.ratio) columns.push(["ratio", short]);
+const ROW = 28, SPARE = 8; // pixels of a row; rows beyond those in sight
+const names = Array.from({ length: count }, (_, row) =>
+  `layer ${rows.layer[row]} expert ${rows.expert[row]} ${rows.projections[rows.projection[row]]} ${rows.methods[rows.method[row]]} `);
+const table = element("table"), head = element("head"), space = element("space");
+let shown = [], order = { column: null, falling: false };
+
+function buildHead() {
+  document.documentElement.style.setProperty("--columns", columns.length);
+  table.setAttribute("aria-colcount", columns.length);
+  for (const [name] of columns) {
+    const cell = document.createElement("div"), button = document.createElement("button");
+    cell.setAttribute("role", "columnheader");
+    cell.setAttribute("aria-sort", "none");
+    cell.dataset.column = name;
+    button.type = "button";
+    button.textContent = name.replaceAll("_", " ");
+    button.addEventListener("click", () => sortBy(name));
+    cell.append(button);
+    head.append(cell);
+  }
+}
+
+function sortBy(name) {
+  order = { column: name, falling: order.column === name && !order.falling };
+  for (const cell of head.children) {
+    const mine = cell.dataset.column === name, way = order.falling ? "descending" : "ascending";
+    cell.setAttribute("aria-sort", mine ? way : "none");
+    cell.firstChild.textContent = cell.dataset.column.replaceAll("_", " ") + (mine ? (order.falling ? " ▼" : " ▲") : "");
+  }
+  arrange();
+}
+
+// "layer 3 expert 17 down": a number after `layer` or `expert` is that one; any other word is part of a name.
+function matcher(text) {
+  const wanted = text.toLowerCase().replace(/\b(layer|expert)\s+(\d+)/g, "$1=$2").split(/\s+/).filter(Boolean);
+  const exact = [], parts = [];
+  for (const word of wanted) {
+    const [name, number] = word.split("=");
+    if (number !== undefined && (name === "layer" || name === "expert")) exact.push([rows[name], Number(number)]);
+    else parts.push(word);
+  }
+  return (row) => exact.every(([column, value]) => column[row] === value) && parts.every((part) => names[row].includes(part));
+}
+
+function arrange() {
+  const fits = matcher(element("search").value);
+  shown = [];
+  for (let row = 0; row < count; row++) if (fits(row)) shown.push(row);
+  if (order.column !== null) {
+    const values = rows[order.column], sign = order.falling ? -1 : 1;
+    shown.sort((a, b) => (values[a] === null) - (values[b] === null) || sign * (values[a] - values[b]) || a - b);
+  }
+  element("found").textContent = `${whole(shown.length)} ${shown.length === 1 ? "row" : "rows"}`;
+  table.setAttribute("aria-rowcount", shown.length + 1);
+  space.style.height = `${shown.length * ROW}px`;
+  table.scrollTop = 0;
+  paint();
+}
+
+function paint() {
+  const first = Math.max(0, Math.floor(table.scrollTop / ROW) - SPARE);
+  const last = Math.min(shown.length, Math.ceil((table.scrollTop + table.clientHeight) / ROW) + SPARE);
+  const lines = [];
+  for (let place = first; place < last; place++) {
+    const line = document.createElement("div");
+    line.className = "row";
+    line.setAttribute("role", "row");
+    line.setAttribute("aria-rowindex", place + 2);
+    line.style.top = `${place * ROW}px`;
+    for (const [name, form] of columns) {
+      const cell = document.createElement("span");
+      cell.setAttribute("role", "cell");
+      cell.textContent = form(rows[name][shown[place]]);
+      line.append(cell);
+    }
+    lines.push(line);
+  }
+  space.replaceChildren(...lines);
+}
+
+function search(text) {
+  element("search").value = text;
+  arrange();
+}
+
+// --- the map ------------------------------------------------------------------------------------------------------
+
+const layers = [...new Set(rows.layer)].sort((a, b) => a - b), experts = [...new Set(rows.expert)].sort((a, b) => a - b);
+let cursor = null; // [place in layers, place in experts]
+
+function cells(field, projection) {
+  const found = [];
+  for (let row = 0; row < count; row++) {
+    if (rows.projection[row] !== projection) continue;
+    const value = field === "method" ? rows.methods[rows.method[row]] : rows[field][row];
+    found.push({
+      layer: rows.layer[row], expert: rows.expert[row], projection: rows.projections[projection],
+      method: rows.methods[rows.method[row]], tokens: rows.tokens[row], value,
+    });
+  }
+  return found;
+}
+
+function colours(field) {
+  const { title, scale } = data.maps[field];
+  if (field === "method") return { field: "value", type: "nominal", title };
+  const type = scale === "log" ? "log" : scale;
+  return { field: "value", type: "quantitative", title, scale: { type, scheme: "viridis" }, legend: { gradientLength: 300, tickCount: 4, labelOverlap: true } };
+}
+
+async function drawMap() {
+  const field = element("map-field").value, projection = Number(element("map-projection").value);
+  const spec = structuredClone(data.map);
+  let values = cells(field, projection);
+  if (data.maps[field].scale === "log") values = values.filter((cell) => cell.value > 0);
+  spec.encoding.color = colours(field);
+  spec.data = { values };
+  spec.description = `${data.maps[field].title} of ${rows.projections[projection]}: experts across, layers down`;
+  element("map").setAttribute("aria-label", spec.description);
+  const { view } = await embed("map", spec, "canvas");
+  view.addEventListener("click", (event, item) => {
+    if (item && item.datum && item.datum.expert !== undefined) choose(item.datum.layer, item.datum.expert);
+  });
+  element("map").dataset.drawn = `${field} ${projection}`;
+}
+
+function choose(layer, expert) {
+  search(`layer ${layer} expert ${expert}`);
+  element("map-said").textContent = `Layer ${layer}, expert ${expert}: its rows are in the table.`;
+  element("projections").scrollIntoView({ block: "nearest" });
+}
+
+function moveCursor(event) {
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  if (event.key === "Enter" && cursor) return choose(layers[cursor[0]], experts[cursor[1]]);
+  if (!(event.key in steps)) return;
+  event.preventDefault();
+  const [down, right] = cursor ? steps[event.key] : [0, 0], [layer, expert] = cursor ?? [0, 0];
+  cursor = [Math.min(Math.max(layer + down, 0), layers.length - 1), Math.min(Math.max(expert + right, 0), experts.length - 1)];
+  const at = [layers[cursor[0]], experts[cursor[1]]], projection = Number(element("map-projection").value);
+  const row = names.findIndex((_, i) => rows.layer[i] === at[0] && rows.expert[i] === at[1] && rows.projection[i] === projection);
+  const field = element("map-field").value;
+  const value = row < 0 ? "not quantized" : field === "method" ? rows.methods[rows.method[row]] : short(rows[field][row]);
+  element("map-said").textContent = `Layer ${at[0]}, expert ${at[1]}: ${data.maps[field].title} ${value}`;
+}
+
+// --- start --------------------------------------------------------------------------------------------------------
+
+buildHead();
+arrange();
+element("search").addEventListener("input", arrange);
+element("clear").addEventListener("click", () => search(""));
+table.addEventListener("scroll", () => requestAnimationFrame(paint));
+addEventListener("resize", paint);
+element("map").addEventListener("keydown", moveCursor);
+for (const id of ["map-field", "map-projection"]) element(id).addEventListener("change", drawMap);
+dark.addEventListener("change", () => { drawMap(); drawCharts(); });
+await drawMap();
+await drawCharts();
+document.documentElement.dataset.ready = "yes";

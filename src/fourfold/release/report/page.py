@@ -1,0 +1,85 @@
+"""report.html: one file that needs no network. Tables are Jinja's, charts Vega-Lite's, the rest is page.js."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from fourfold.release.report.about import About
+from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
+from fourfold.release.report.escape import clean, script_json
+from fourfold.release.report.quality import FIGURES, UNMEASURED
+from fourfold.release.report.records import Records
+from fourfold.release.report.units import clock, size
+
+HERE = Path(__file__).parent
+LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite and Vega-Embed leaves to the page
+
+
+def page(records: Records, about: About, against: Records | None = None) -> str:
+    """The page. Same inputs and the same version of vl-convert-python, same text."""
+    rows, other = records.projections, against.projections if against else ()
+    maps = [*MAPS, *([RATIO] if against else [])]
+    data: dict[str, Any] = {
+        "rows": columns(rows, other),
+        "charts": charts(records, against),
+        "map": heat_map(len(records.by_layer())),
+        "maps": {field: {"title": title, "scale": scale} for field, title, scale in maps},
+    }
+    library, script = vl_convert.javascript_bundle(LIBRARY), (HERE / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    return environment.get_template("page.html.jinja").render(
+        name=clean(about.name.rpartition("/")[2]),
+        facts=_facts(records, about),
+        named=["this release", *([other_name(records, against)] if against else [])],
+        quality=_quality(records, against),
+        checks=[] if records.verdict is None else records.verdict["checks"],
+        stale=records.stale,
+        missing=records.missing,
+        charts=[(id, chart["usermeta"]["title"]) for id, chart in data["charts"].items()],
+        maps=maps,
+        projections=data["rows"]["projections"],
+        count=len(rows),
+        data=script_json(data),
+        library=library,
+        script=script,
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+        hashes=" ".join(_digest(text) for text in (library, script)),
+    )
+
+
+def _digest(text: str) -> str:
+    """What a page's policy calls a script that it may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _facts(records: Records, about: About) -> list[tuple[str, str]]:
+    state = records.state
+    summary = records.metrics["summary"] if records.metrics else None
+    verdict = records.verdict
+    return [
+        ("base model", about.base_model or "not stated"),
+        ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
+        ("size", f"{size(state['source_tensor_bytes'])} \N{RIGHTWARDS ARROW} {size(state['output']['tensor_bytes'])}"),
+        ("projections", f"{state['projections']:,}"),
+        ("KL, mean", f"{summary['kl_mean']:.5f} nats" if summary else UNMEASURED),
+        ("perplexity, of BF16's", f"{summary['perplexity_ratio']:.5f}" if summary else UNMEASURED),
+        ("time", clock(sum(state["seconds"].values()))),
+        ("verified", ("no" if verdict is None else ", ".join(verdict["levels"]) if verdict["passed"] else "FAILED")),
+    ]
+
+
+def _quality(records: Records, against: Records | None) -> list[tuple[str, list[str]]]:
+    """Rows of the table of metrics: words, and a cell for each release."""
+    both = [records] if against is None else [records, against]
+    parts: list[Any] = [one.metrics["summary"] if one.metrics else None for one in both]
+    return [
+        (words, [form.format(part[key]) if part else UNMEASURED for part in parts]) for key, words, form in FIGURES
+    ]

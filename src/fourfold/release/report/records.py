@@ -1,0 +1,219 @@
+"""What earlier stages left in a release: read and checked, nothing measured. A file that is not there is None."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.release.verify.folder import Release, open_release
+
+LOG, METRICS, VERDICT, BENCH = "quant_log.csv", "metrics.json", "verify.json", "bench.json"
+EXPERTS = "routed experts"
+SUMMARY = (
+    "positions", "perplexity_source", "perplexity_release", "perplexity_ratio", "kl_mean", "kl_median", "kl_p90",
+    "kl_p99", "kl_max", "top1_agreement", "top5_agreement", "entropy_source",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A row of quant_log.csv, as far as it is shown: see ProjectionStatistics for what its fields mean."""
+
+    layer: int
+    expert: int
+    projection: str
+    method: str
+    weight_error: float
+    relative_error: float
+    gptqmodel_loss: float | None
+    tokens: int
+    effective_tokens: float
+    damping: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one kind: what was done with them and why, how many there are now and their bytes."""
+
+    name: str
+    quantized: bool
+    reason: str
+    tensors: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """release: fourfold.json, config.json, recipe.toml; verdict: of these very bytes, else None and `stale`.
+
+    missing: (what was not measured, the command that does it).
+    """
+
+    release: Release
+    headers: Mapping[str, TensorHeader]
+    projections: tuple[Projection, ...]
+    metrics: Mapping[str, Any] | None
+    verdict: Mapping[str, Any] | None
+    stale: bool
+    bench: Mapping[str, Any] | None
+    sampling: Mapping[str, Any]
+    licence_text: str | None
+    missing: tuple[tuple[str, str], ...]
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        return self.release.state
+
+    def groups(self) -> tuple[Group, ...]:
+        """All tensors of the release by kind; the routed experts' first."""
+        family, layers = self.release.skeleton.family, self.release.skeleton.layers
+        experts = tuple(family.experts_prefix(layer) for layer in range(layers))
+        count, size, reasons = Counter[str](), Counter[str](), {EXPERTS: {""}}
+        for name, header in self.headers.items():
+            group, reason = EXPERTS, ""
+            if not name.startswith(experts):
+                found = ((group, reason) for group, marker, reason in family.groups if marker in name)
+                group, reason = next(found, ("other", "kept as it was"))
+            reasons.setdefault(group, set()).add(reason)
+            count[group] += 1
+            size[group] += header.size_bytes
+        named = (name for name in reasons if count[name])
+        why = {name: "; ".join(sorted(found)) for name, found in reasons.items()}
+        return tuple(Group(name, name == EXPERTS, why[name], count[name], size[name]) for name in named)
+
+    def by_layer(self) -> dict[int, list[Projection]]:
+        found = defaultdict(list)
+        for row in self.projections:
+            found[row.layer].append(row)
+        return dict(sorted(found.items()))
+
+    def pool_tokens(self, row: Projection) -> float:
+        """How many tokens the layer's statistics count for in this projection's: the recipe's pool times its inputs."""
+        text = self.release.skeleton.text
+        inputs = text.moe_intermediate_size if row.projection == "down_proj" else text.hidden_size
+        return float(self.release.recipe.solver.pool * inputs)
+
+    def cold(self) -> list[Projection]:
+        """Projections whose statistics are more the layer's than their own tokens'."""
+        return [row for row in self.projections if row.effective_tokens < self.pool_tokens(row)]
+
+
+def read_records(folder: Path) -> Records:
+    """Raises FourfoldError for a folder that is no finished release, or a file that is not as fourfold writes it."""
+    release = open_release(folder)
+    metrics = read_object(folder / METRICS)
+    if metrics is not None:
+        check_metrics(folder / METRICS, metrics)
+    verdict, bench = read_object(folder / VERDICT), read_object(folder / BENCH)
+    if verdict is not None:
+        require(folder / VERDICT, verdict, ("passed", "content", "levels", "checks"))
+    if bench is not None:
+        require(folder / BENCH, bench, ("model", "engine", "load", "levels"))
+    stale = verdict is not None and verdict["content"] != release.state["output"]["content"]
+    sampling = read_object(folder / "generation_config.json") or {}
+    licence = folder / "LICENSE"
+    return Records(
+        release=release,
+        headers=TensorIndex.open(folder).headers,
+        projections=tuple(read_log(folder / LOG)),
+        metrics=metrics,
+        verdict=None if stale else verdict,
+        stale=stale,
+        bench=bench,
+        sampling={name: sampling[name] for name in SAMPLED if name in sampling},
+        licence_text=licence.read_text(encoding="utf-8", errors="replace") if licence.is_file() else None,
+        missing=tuple(_missing(metrics, None if stale else verdict, bench)),
+    )
+
+
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+
+
+def _missing(
+    metrics: Mapping[str, Any] | None, verdict: Mapping[str, Any] | None, bench: Mapping[str, Any] | None
+) -> Iterable[tuple[str, str]]:
+    """What was not measured, and the command that does."""
+    if metrics is None or metrics["measured_by"] != "evaluate":
+        yield "quality beyond what quantize measured", "fourfold evaluate OUT --source MODEL"
+    if metrics is None or not metrics.get("drafts"):
+        yield "acceptance of the draft head's tokens", "fourfold evaluate OUT --source MODEL"
+    if metrics is None or not metrics.get("tasks"):
+        yield "tasks of lm-eval", "fourfold evaluate OUT --source MODEL --tasks NAMES --url URL"
+    levels = () if verdict is None else verdict["levels"]
+    for level, words in (("files", ""), ("source", " --source MODEL"), ("engine", " --engine vllm")):
+        if level not in levels:
+            yield f"verification of level {level}", f"fourfold verify OUT{words}"
+    if bench is None:
+        yield "speed of a server", "fourfold bench URL --out OUT/bench.json"
+
+
+def read_log(path: Path) -> Iterable[Projection]:
+    """Rows of quant_log.csv. Raises FourfoldError naming the line that is not one."""
+    names = [field.name for field in fields(ProjectionStatistics)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FourfoldError(f"{path}: cannot be read ({error}); bring back the one that quantize wrote") from None
+    rows = csv.reader(text.splitlines())
+    header = next(rows, [])
+    if header != names:
+        raise FourfoldError(f"{path}: its columns are {', '.join(header)[:200]}; wanted {', '.join(names)}")
+    for number, row in enumerate(rows, 2):
+        try:
+            yield _projection(dict(zip(names, row, strict=True)))
+        except ValueError as error:
+            raise FourfoldError(f"{path}: line {number}: {error}; bring back the one that quantize wrote") from None
+
+
+def _projection(row: Mapping[str, str]) -> Projection:
+    return Projection(
+        layer=int(row["layer"]),
+        expert=int(row["expert"]),
+        projection=row["projection"],
+        method=row["method"],
+        weight_error=float(row["weight_error"]),
+        relative_error=float(row["relative_error"]),
+        gptqmodel_loss=float(row["gptqmodel_loss"]) if row["gptqmodel_loss"] else None,
+        tokens=int(row["tokens"]),
+        effective_tokens=float(row["effective_tokens"]),
+        damping=float(row["damping"]),
+        passes=int(row["passes"]),
+    )
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if there is no such file. Raises FourfoldError for anything else."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FourfoldError(f"{path}: cannot be read as JSON ({error}); make it anew, or remove it") from None
+    if not isinstance(content, dict):
+        raise FourfoldError(f"{path}: a JSON object is wanted; make it anew, or remove it")
+    return content
+
+
+def check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Raises FourfoldError unless all that a card shows of metrics.json is there, in its shape."""
+    require(path, metrics, ("measured_by", "protocol", "summary", "layers"))
+    against = metrics.get("against")
+    for part in (metrics, *([against] if against else [])):
+        require(path, part, ("summary", "layers"))
+        require(path, part["summary"], SUMMARY)
+        for layer in part["layers"]:
+            require(path, layer, ("layer", "hidden_error", "router_agreement"))
+
+
+def require(path: Path, content: Any, names: Iterable[str]) -> None:
+    missing = [name for name in names if not isinstance(content, Mapping) or name not in content]
+    if missing:
+        raise FourfoldError(f"{path}: lacks {', '.join(missing)}; make it anew, or remove it")

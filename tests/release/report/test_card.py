@@ -1,0 +1,237 @@
+"""The card: what the Hub reads from it, what it says and does not say, and that nothing can be smuggled into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
+
+import releases
+from fourfold.datatypes import FourfoldError
+from fourfold.release.report.about import About, licence
+from fourfold.release.report.card import card
+from fourfold.release.report.records import read_records
+from fourfold.reporting import recommend
+from hostile import HOSTILE, Change
+
+ABOUT = About(name="me/small-int4", base_model="Qwen/Small")
+LEVEL = {
+    "concurrency": 4, "requests": {"asked": 16, "ok": 16, "failed": {}, "said": {}}, "output_tokens_per_second": 210.5,
+    "decode_tokens_per_second": {"p50": 61.5}, "time_to_first_token": {"p50": 0.2, "p99": 0.4},
+    "acceptance": {"rate": 0.81, "mean_length": 2.62, "by_position": [0.93, 0.85]},
+}  # fmt: skip
+BENCH = {
+    "model": "small", "engine": "vllm", "pool": {"tokens": 1234},
+    "load": {"output_tokens": 128, "temperature": 0, "prompts": "built-in"}, "levels": [LEVEL],
+}  # fmt: skip
+
+
+def write_card(folder: Path, about: About = ABOUT) -> str:
+    records = read_records(folder)
+    return card(records, about.of(records), recommend(records, about), {"figures/errors.png": "errors"})
+
+
+def part(text: str, title: str) -> str:
+    """What is under a heading, down to the next of its rank."""
+    marks = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    assert marks, title
+    rest = text[marks.end() :]
+    following = re.search(rf"^#{{2,{len(marks[1])}}} ", rest, re.MULTILINE)
+    return rest[: following.start()] if following else rest
+
+
+def test_the_hub_reads_its_front_matter(finished: Path) -> None:
+    data = ModelCard(write_card(finished)).data.to_dict()
+    assert data["base_model"] == "Qwen/Small"
+    assert data["base_model_relation"] == "quantized"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "other" and data["license_link"] == "LICENSE"
+    assert {"int4", "gptq", "compressed-tensors", "vllm", "moe"} <= set(data["tags"])
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "small-int4"
+    summary = releases.read_json(finished / "metrics.json")["summary"]
+    found = {result.metric_type: result.metric_value for result in results}
+    assert found == pytest.approx(
+        {
+            "perplexity": summary["perplexity_release"],
+            "kl_divergence": summary["kl_mean"],
+            "accuracy": summary["top1_agreement"],
+        },
+        rel=1e-5,
+    )
+    assert results[0].dataset_args == {"window": 128, "stride": 128, "windows": 2}
+
+
+def test_it_has_what_the_records_say(finished: Path) -> None:
+    text, state = write_card(finished), releases.read_json(finished / "fourfold.json")
+    quantized = part(text, "What is quantized, and what is kept")
+    assert re.search(r"routed experts \| int4 \| 72 ", quantized), "24 projections, each of three tensors"
+    stored = releases.tensors(finished)
+    counts = [int(row.split("|")[3].replace(",", "")) for row in quantized.split("\n") if "| kept |" in row]
+    assert sum(counts) + 72 == len(stored)
+    quality = part(text, "Quality")
+    assert f"{state['metrics']['perplexity_release']:.4f}" in quality
+    assert "2 windows, of 128 tokens, stride 128" in quality and " to " in quality
+    assert "CC BY-SA 3.0" in part(text, "Calibration")
+    made = part(text, "How it was made")
+    assert state["versions"]["torch"] in made and "peak memory" in made
+    for digest in (state["identity"]["recipe"], state["output"]["content"], state["source"]["content"]):
+        assert digest in part(text, "Reproduce")
+    assert len(re.findall(r"^\| \d ", part(text, "Layer by layer"), re.MULTILINE)) == 2
+    assert "sha256 | pass" in part(text, "What was verified")
+    assert "MTP split" in part(text, "What was verified")
+
+
+def test_serving_commands_are_those_of_serve(finished: Path) -> None:
+    serving = part(write_card(finished), "Serving")
+    vllm = re.search(r"^vllm serve .*$", serving, re.MULTILINE)
+    assert vllm
+    assert vllm[0].startswith("vllm serve me/small-int4 --served-model-name me/small-int4 ")
+    assert '"method":"mtp"' in vllm[0]
+    assert "moe_wna16" not in serving, "compressed-tensors: engines read the method from config.json"
+    assert len(re.findall(r"^python3 -m sglang.launch_server", serving, re.MULTILINE)) == 2
+    assert str(finished) not in serving, "the publisher's folders are nobody's business"
+
+
+def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
+    for name in ("metrics.json", "verify.json"):
+        (release / name).unlink()
+    text = write_card(release, About(name="small"))
+    data = ModelCard(text).data.to_dict()
+    assert "model-index" not in data and "base_model" not in data and "language" not in data
+    assert part(text, "Quality").strip().startswith("Not measured.")
+    assert part(text, "What was verified").strip() == "Not verified."
+    assert part(text, "Speed of a server").strip() == "Not measured."
+    limits = part(text, "Known limits")
+    for command in ("fourfold evaluate", "fourfold verify OUT`", "--engine vllm", "fourfold bench"):
+        assert command in limits
+    assert "| base model | not stated |" in text
+
+
+def test_a_verdict_on_other_bytes_is_not_shown(release: Path, change: Change) -> None:
+    change("verify.json", lambda verdict: verdict.update(content="0" * 64))
+    text = write_card(release)
+    assert "verify.json is of other bytes" in text
+    assert part(text, "What was verified").strip() == "Not verified."
+
+
+def test_a_failed_check_is_said_first(release: Path, change: Change) -> None:
+    def fail(verdict: Any) -> None:
+        verdict["passed"] = False
+        verdict["checks"][0]["status"] = "fail"
+
+    change("verify.json", fail)
+    text = write_card(release)
+    assert "| verified | FAILED: files, source |" in text
+    assert "verification failed: index" in part(text, "Known limits")
+
+
+def test_bench_and_drafts_are_shown_where_they_were_measured(release: Path, change: Change) -> None:
+    (release / "bench.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    rule = {"by_position": [0.75, 0.5], "mean_length": 2.25, "interval": [2.1, 2.4]}
+    drafts = {
+        "protocol": {"prompts": 8, "steps": 2, "text": "its own"},
+        "source": {"greedy": rule, "sampled": rule},
+        "release": {"greedy": rule, "sampled": rule},
+    }
+    change("metrics.json", lambda metrics: metrics.update(drafts=drafts, measured_by="evaluate"))
+    text = write_card(release)
+    assert "| this release | greedy | 75.0% / 50.0% | 2.250 | 2.100 to 2.400 |" in text
+    assert "| 4 | 16/16 | 210.5 | 61.5 | 200 / 400 | 81.0% | 2.62 |" in text
+    assert "fourfold bench URL" not in part(text, "Known limits")
+
+
+def test_the_same_inputs_give_the_same_card(finished: Path) -> None:
+    assert write_card(finished) == write_card(finished)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Apache License\n  Version 2.0, January 2004", "apache-2.0"),
+        ("MIT License\n\nPermission is hereby granted, free of charge, to", "mit"),
+        ("Some other licence", "other"),
+        (None, "unknown"),
+    ],
+)
+def test_a_licence_is_read_and_not_guessed(release: Path, text: str | None, name: str) -> None:
+    (release / "LICENSE").unlink()
+    if text is not None:
+        (release / "LICENSE").write_text(text, encoding="utf-8")
+    assert licence(read_records(release), ABOUT).name == name
+    assert ModelCard(write_card(release)).data.to_dict()["license"] == name
+
+
+def test_the_base_model_is_the_one_that_quantize_was_given_on_the_hub(release: Path, change: Change) -> None:
+    change("fourfold.json", lambda state: state["source"].update(hub="Qwen/FromTheHub"))
+    assert ModelCard(write_card(release, About(name="x"))).data.to_dict()["base_model"] == "Qwen/FromTheHub"
+    assert ModelCard(write_card(release)).data.to_dict()["base_model"] == "Qwen/Small"
+
+
+def poison(state: Any) -> None:
+    state["calibration"]["sources"][0] |= {"name": HOSTILE, "licence": HOSTILE}
+    state["calibration"]["notes"] = [HOSTILE]
+    state["devices"] = {"cpu": HOSTILE}
+    state["versions"]["torch"] = HOSTILE
+    state["output"]["shards"] = {HOSTILE: {"bytes": 1, "sha256": HOSTILE}}
+    state["finished_at"] = HOSTILE
+
+
+def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> None:
+    change("fourfold.json", poison)
+    change("metrics.json", lambda metrics: metrics["protocol"].update(text=HOSTILE))
+    change("verify.json", lambda verdict: verdict["checks"][0].update(name=HOSTILE, evidence=HOSTILE))
+    (release / "bench.json").write_text(json.dumps(BENCH | {"model": HOSTILE, "engine": HOSTILE}), encoding="utf-8")
+    text = write_card(release)
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "other" and data["base_model"] == "Qwen/Small"
+    assert data["model-index"][0]["results"][0]["dataset"]["name"] == HOSTILE, "YAML gives back what went in"
+    shown = MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
+    tags = set(re.findall(r"<\s*/?([a-zA-Z][a-zA-Z0-9]*)", shown))
+    ours = set("h1 h2 h3 p table thead tbody tr th td ul li code pre a img details summary strong".split())
+    assert tags <= ours
+    assert set(re.findall(r'src="([^"]*)"', shown)) == {"figures/errors.png"}
+    links = set(re.findall(r'href="([^"]*)"', shown))
+    allowed = ("https://huggingface.co/Qwen/Small", "https://arxiv.org/", "quant_log", "report.html")
+    assert all(link.startswith(allowed) for link in links)
+    assert "alert(1)" in shown, "it is shown, as text"
+    assert "49" not in part(text, "Calibration"), "and no template"
+
+
+@pytest.mark.parametrize("name", ["a b/c", "../x", "o/n/x", "o/<b>", "o/n\nlicense: mit", "-/x"])
+def test_names_that_the_hub_does_not_take_are_refused(finished: Path, name: str) -> None:
+    for about in (About(name="x", base_model=name), About(name=name)):
+        with pytest.raises(FourfoldError, match="wanted org/name"):
+            about.of(read_records(finished))
+
+
+def rows(edit: Callable[[list[str]], list[str]]) -> Callable[[str], str]:
+    return lambda text: "\n".join(edit(text.split("\n")))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("quant_log.csv", rows(lambda lines: ["layer,expert", *lines[1:]]), "its columns are layer, expert"),
+        ("quant_log.csv", rows(lambda lines: [lines[0], lines[1].replace(",", ",x", 1), *lines[2:]]), "line 2: "),
+        ("quant_log.csv", rows(lambda lines: [*lines[:3], "1,2"]), "line 4: "),
+        ("metrics.json", lambda text: "[]", "a JSON object is wanted"),
+        ("metrics.json", lambda text: text.replace("kl_mean", "kl_moan"), "lacks kl_mean"),
+        ("verify.json", lambda text: "{}", "lacks passed"),
+        ("verify.json", lambda text: text[:-9], "cannot be read as JSON"),
+    ],
+)
+def test_a_file_not_as_written_is_named(release: Path, name: str, edit: Callable[[str], str], said: str) -> None:
+    path = release / name
+    path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(FourfoldError, match=re.escape(said)) as raised:
+        read_records(release)
+    assert str(path) in str(raised.value)

@@ -1,0 +1,278 @@
+"""report.html: what is in the file; and in a real browser, what a reader can do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vl_convert
+
+from fourfold.release.report.about import About
+from fourfold.release.report.charts import RATIO
+from fourfold.release.report.page import page
+from fourfold.release.report.plots import plots
+from fourfold.release.report.records import Projection, Records, read_records
+from hostile import HOSTILE, Change
+
+ABOUT = About(name="me/small-int4")
+# Of what a reader does, at the best of three tries. In the table it takes some 30 ms, so that a busy machine passes; a
+# map of 10,240 cells drawn anew takes some 200 ms on two busy cores, and is held to what would be noticed as broken.
+LIMIT_MS, MAP_LIMIT_MS = 200, 1000
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Waits until what an action caused is on the screen; its milliseconds.
+TIMED = """async () => {
+  const begin = performance.now();
+  ACTION;
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  return performance.now() - begin;
+}"""
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of each script by its type."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.lasttag == "script" and self.scripts:
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = (attributes, text + data)
+
+    @property
+    def data(self) -> Any:
+        return json.loads(next(text for attributes, text in self.scripts if attributes.get("id") == "data"))
+
+
+def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
+    """With as many projections as Qwen3.6-35B-A3B has: 30,720."""
+    draw = random.Random(0)
+    found = [
+        Projection(
+            layer=layer,
+            expert=expert,
+            projection=projection,
+            method="gptq",
+            weight_error=draw.uniform(0.1, 0.2),
+            relative_error=draw.lognormvariate(-6, 0.7),
+            gptqmodel_loss=draw.lognormvariate(-9, 1),
+            tokens=int(draw.lognormvariate(7, 1)),
+            effective_tokens=float(draw.randrange(1000)),
+            damping=0.05,
+            passes=2,
+        )
+        for layer in range(layers)
+        for expert in range(experts)
+        for projection in ("down_proj", "gate_proj", "up_proj")
+    ]
+    return dataclasses.replace(records, projections=tuple(found))
+
+
+def test_it_is_one_file_that_asks_no_one(finished: Path) -> None:
+    text = page(read_records(finished), ABOUT)
+    found = Page(text)
+    assert not [tag for tag, _ in found.elements if tag in ("link", "iframe", "img", "object", "base")]
+    assert not [attributes for tag, attributes in found.elements if tag == "script" and "src" in attributes]
+    policy = next(a["content"] for t, a in found.elements if t == "meta" and a.get("http-equiv"))
+    assert policy and policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-eval" not in policy and "http" not in policy
+    assert len(text) < 2_000_000
+
+
+def test_every_projection_is_in_it(finished: Path) -> None:
+    records = read_records(finished)
+    rows = Page(page(records, ABOUT)).data["rows"]
+    for place, row in enumerate(records.projections):
+        assert (rows["layer"][place], rows["expert"][place]) == (row.layer, row.expert)
+        assert rows["projections"][rows["projection"][place]] == row.projection
+        assert rows["methods"][rows["method"][place]] == row.method
+        assert rows["relative_error"][place] == row.relative_error
+    assert len(rows["layer"]) == 24
+
+
+def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> None:
+    records = read_records(finished)
+    charts = Page(page(records, ABOUT, records)).data["charts"]
+    assert set(charts) == {
+        "errors", "coverage", "drift", "routers", "divergence", "entropy", "seconds", "memory",
+    }  # fmt: skip
+    for spec in charts.values():
+        assert spec["description"] and spec["usermeta"]["title"] and spec["data"]["values"]
+        assert vl_convert.vegalite_to_vega(spec)["marks"]
+
+
+def test_a_second_release_is_shown_beside(finished: Path) -> None:
+    records = read_records(finished)
+    halves = tuple(dataclasses.replace(row, relative_error=row.relative_error / 2) for row in records.projections[:-1])
+    data = Page(page(records, ABOUT, dataclasses.replace(records, projections=halves))).data
+    assert data["rows"]["ratio"] == [*[pytest.approx(2, rel=1e-5)] * 23, None], "no row of its own, no ratio"
+    assert RATIO[0] in data["maps"]
+    assert len({value["release"] for value in data["charts"]["drift"]["data"]["values"]}) == 2
+
+
+def test_without_metrics_there_is_no_chart_of_them(finished: Path) -> None:
+    records = dataclasses.replace(read_records(finished), metrics=None)
+    text = page(records, ABOUT)
+    assert set(Page(text).data["charts"]) == {"errors", "coverage", "seconds", "memory"}
+    assert "not measured" in text
+
+
+def test_nothing_can_be_smuggled_into_a_page(release: Path, change: Change) -> None:
+    change("verify.json", lambda verdict: verdict["checks"][0].update(name=HOSTILE, evidence=HOSTILE))
+    records = read_records(release)
+    row = dataclasses.replace(records.projections[0], projection=HOSTILE, method=HOSTILE)
+    hostile = dataclasses.replace(records, projections=(row, *records.projections[1:]))
+    plain, found = Page(page(records, ABOUT)), Page(page(hostile, About(name=HOSTILE)))
+    assert [tag for tag, _ in found.elements if tag in ("script", "img")] == ["script"] * 3
+    assert {tag for tag, _ in found.elements} == {tag for tag, _ in plain.elements}
+    assert HOSTILE in found.data["rows"]["projections"]
+
+
+def test_the_same_inputs_give_the_same_page_and_plots(finished: Path) -> None:
+    records = read_records(finished)
+    assert page(records, ABOUT) == page(records, ABOUT)
+    first, second = list(plots(records)), list(plots(records))
+    assert first == second
+    assert [name for name, _, _ in first] == ["drift.png", "errors.png", "experts.png"]
+    assert all(content.startswith(b"\x89PNG") for _, _, content in first)
+
+
+def test_a_plot_of_nothing_is_not_drawn(finished: Path) -> None:
+    names = [name for name, _, _ in plots(dataclasses.replace(read_records(finished), metrics=None))]
+    assert names == ["errors.png", "experts.png"]
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} on PATH, so report.html was not opened in one")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser was driven")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def big(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = read_records(finished)
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page(many(records), ABOUT, many(records)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def opened(browser: Any, big: Path) -> Iterator[Any]:
+    """The page, drawn. Whatever it complains of, or asks of others, fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield from _open(context, big)
+
+
+def _open(context: Any, path: Path) -> Iterator[Any]:
+    said: list[str] = []
+    shown = context.new_page()
+    shown.on("console", lambda message: said.append(message.text))
+    shown.on("pageerror", lambda error: said.append(str(error)))
+    shown.on("request", lambda request: said.append(request.url))
+    shown.goto(path.as_uri())
+    shown.wait_for_selector("html[data-ready=yes]", timeout=60_000)
+    yield shown
+    context.close()
+    assert said == [path.as_uri()]
+
+
+@pytest.mark.browser
+def test_a_click_on_the_map_shows_the_experts_rows(opened: Any) -> None:
+    box = opened.locator("#map canvas").bounding_box()
+    opened.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
+    opened.wait_for_function("document.getElementById('found').textContent === '3 rows'")
+    layer, expert = re.findall(r"\d+", opened.input_value("#search"))
+    cells = opened.locator("#space .row").all_inner_texts()
+    assert [row.split("\n")[:3] for row in cells] == [
+        [layer, expert, name] for name in ("down_proj", "gate_proj", "up_proj")
+    ]
+
+
+@pytest.mark.browser
+def test_the_map_goes_by_keyboard(opened: Any) -> None:
+    opened.focus("#map")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown"):
+        opened.keyboard.press(key)
+    assert opened.inner_text("#map-said").startswith("Layer 1, expert 2: calibration tokens ")
+    opened.keyboard.press("Enter")
+    assert opened.input_value("#search") == "layer 1 expert 2"
+    assert opened.inner_text("#found") == "3 rows"
+
+
+@pytest.mark.browser
+def test_search_and_sort(opened: Any) -> None:
+    opened.fill("#search", "layer 3 up_proj")
+    assert opened.inner_text("#found") == "256 rows"
+    opened.click("#head button:has-text('relative error')")
+    found = opened.locator("#space .row span:nth-child(7)").all_inner_texts()
+    assert [float(value) for value in found] == sorted(float(value) for value in found)
+    opened.click("#head button:has-text('relative error')")
+    assert float(opened.locator("#space .row span:nth-child(7)").first.inner_text()) > float(found[-1])
+    opened.click("#clear")
+    assert opened.inner_text("#found") == "30,720 rows"
+    assert opened.locator("#space .row").count() < 60, "only rows in sight are elements"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("action", "limit"),
+    [
+        ("const s = document.getElementById('search'); s.value = 'up'; s.dispatchEvent(new Event('input'))", LIMIT_MS),
+        ("document.querySelectorAll('#head button')[6].click()", LIMIT_MS),
+        ("document.getElementById('table').scrollTop = 400000", LIMIT_MS),
+        ("const m = document.getElementById('map'), s = document.getElementById('map-field');"
+        "s.value = s.value === 'loss' ? 'relative_error' : 'loss'; const want = s.value + ' 0';"
+        "s.dispatchEvent(new Event('change'));"
+        "while (m.dataset.drawn !== want) await new Promise((done) => setTimeout(done, 1))", MAP_LIMIT_MS),
+    ],
+    ids=["search", "sort", "scroll", "map"],
+)
+def test_30720_rows_are_quick(opened: Any, action: str, limit: int) -> None:
+    taken = [opened.evaluate(TIMED.replace("ACTION", action)) for _ in range(3)]
+    assert min(taken) < limit, taken
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(browser: Any, big: Path, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    for shown in _open(context, big):
+        assert shown.evaluate("document.documentElement.scrollWidth") == 390
+        back = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@pytest.mark.browser
+def test_hostile_names_are_text_in_a_browser(browser: Any, finished: Path, tmp_path: Path) -> None:
+    records = read_records(finished)
+    row = dataclasses.replace(records.projections[0], projection=HOSTILE, method=HOSTILE)
+    path = tmp_path / "report.html"
+    path.write_text(page(dataclasses.replace(records, projections=(row, *records.projections[1:])), ABOUT), "utf-8")
+    for shown in _open(browser.new_context(), path):
+        assert shown.locator("img").count() == 0
+        assert HOSTILE.split("\n")[0] in shown.locator("#space .row").first.inner_text()
