@@ -262,7 +262,7 @@ HANG = """
     if "child" not in sys.argv:
         for session in (False, True):  # one child in our session, one in its own; both orphans' parents soon
             subprocess.Popen([sys.argv[0], "x", "child"], start_new_session=session)
-    print(os.environ["TMPDIR"], flush=True)
+    os.write(1, (os.environ["TMPDIR"] + "\\n").encode())  # in one piece: several processes write here
     time.sleep(600)
 """
 
