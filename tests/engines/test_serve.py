@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 import fourfold
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 
@@ -297,7 +298,8 @@ def test_two_ranks(python: Find, example_model: Path, tmp_path: Path) -> None:
     small = ["calibration.length=256", "heldout.windows=4", "heldout.length=256", "solver.passes=0"]
     sources = 'calibration.sources=[{builtin="general", rows=24}, {builtin="code", rows=8}]'
     out = tmp_path / "release"
-    quantize(example_model, out, load_recipe("fast", [sources, *small, "scheme.group_size=64"]), memory_bytes=2 * 2**30)
+    recipe = load_recipe("fast", [sources, *small, "scheme.group_size=64"])
+    quantize(example_model, out, recipe, machine=Machine(memory_bytes=2 * 2**30))
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with running(out, python("vllm"), tmp_path / "log", "--tp", 2, **bound) as server:
         assert server.pool() == (8192, 256, 524_288)
