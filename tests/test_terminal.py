@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fourfold import tables, terminal
+from fourfold import tables, terminal, units
 from fourfold.datatypes import Event
 from fourfold.release.verify.check import Level, Verdict, judge, skip
 from fourfold.terminal import Manner, Pace
@@ -49,7 +49,7 @@ def run_layer(tell: Any, clock: Clock, layer: int, seconds: float, *, layers: in
     [(0.04, "0.0 s"), (12.34, "12.3 s"), (61, "1 min 01 s"), (3599.7, "1 h 00 min"), (15_600, "4 h 20 min")],
 )
 def test_clock_text(seconds: float, text: str) -> None:
-    assert terminal.clock_text(seconds) == text
+    assert units.clock_text(seconds) == text
 
 
 def test_time_left_is_the_mean_of_the_last_solved_layers() -> None:

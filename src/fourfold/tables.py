@@ -10,7 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.terminal import clock_text, memory_text, paragraphs, plain
+from fourfold.terminal import memory_text, paragraphs, plain
+from fourfold.units import clock_text
 
 if TYPE_CHECKING:
     from fourfold.quantize.finish import Summary

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from fourfold.datatypes import Event
 from fourfold.datatypes import Progress as Callback
+from fourfold.units import clock_text
 
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
 STAGES = {  # what a stage is called where its own name says too little
@@ -59,16 +60,6 @@ def plain(text: object) -> str:
 def paragraphs(text: object) -> str:
     """The same, line breaks kept."""
     return "\n".join(plain(line) for line in str(text).splitlines())
-
-
-def clock_text(seconds: float) -> str:
-    """12.3 s, 4 min 05 s, 1 h 02 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def memory_text(memory_bytes: Mapping[str, int]) -> str:

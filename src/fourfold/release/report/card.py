@@ -18,7 +18,7 @@ from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
 from fourfold.release.report.quality import UNMEASURED, quality
 from fourfold.release.report.records import EXPERTS, Projection, Records
-from fourfold.release.report.units import clock, size, stages
+from fourfold.units import clock_text, size, stages
 
 METHODS = (
     ("Frantar and others 2022, GPTQ", "2210.17323"),
@@ -248,8 +248,8 @@ def _made(state: Mapping[str, Any]) -> Markdown:
     rows: list[tuple[object, ...]] = [
         ("machine", devices),
         ("workers", len(state["workers"])),
-        ("time of the last start", clock(sum(seconds.values()))),
-        ("by stage", ", ".join(f"{name} {clock(took)}" for name, took in stages(seconds))),
+        ("time of the last start", clock_text(sum(seconds.values()))),
+        ("by stage", ", ".join(f"{name} {clock_text(took)}" for name, took in stages(seconds))),
         ("peak memory", memory),
         ("recipe", f"{state['recipe']} (recipe.toml)"),
         ("versions", f"fourfold {state['fourfold']}, {versions}"),

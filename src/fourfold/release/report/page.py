@@ -15,7 +15,7 @@ from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_ma
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.quality import FIGURES, UNMEASURED
 from fourfold.release.report.records import Records
-from fourfold.release.report.units import clock, size
+from fourfold.units import clock_text, size
 
 HERE = Path(__file__).parent
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite and Vega-Embed leaves to the page
@@ -71,7 +71,7 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
         ("projections", f"{state['projections']:,}"),
         ("KL, mean", f"{summary['kl_mean']:.5f} nats" if summary else UNMEASURED),
         ("perplexity, of BF16's", f"{summary['perplexity_ratio']:.5f}" if summary else UNMEASURED),
-        ("time", clock(sum(state["seconds"].values()))),
+        ("time", clock_text(sum(state["seconds"].values()))),
         ("verified", ("no" if verdict is None else ", ".join(verdict["levels"]) if verdict["passed"] else "FAILED")),
     ]
 

@@ -15,7 +15,7 @@ def size(count: int) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
 
 
-def clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     """12.3 s, 4 min 05 s, 1 h 02 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
