@@ -230,8 +230,7 @@ def serve(
         if outcome.failure:
             console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
             raise typer.Exit(CHECK_FAILED)
-        name = signal.Signals(outcome.signal).name
-        console.print(f"stopped by {name}; no process of it is left", soft_wrap=True)
+        console.print(f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left", soft_wrap=True)
         raise typer.Exit(SIGNALLED + outcome.signal)
 
 
