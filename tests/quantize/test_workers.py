@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.devices import expand_devices, one_device
+from fourfold.quantize.devices import expand_devices, gil_advice, gil_enabled, one_device
 from fourfold.quantize.trace import Trace, waited
-from fourfold.quantize.workers import Team, Worker, alone, deal, gil_advice, gil_enabled
+from fourfold.quantize.workers import Team, Worker, alone, deal
 
 CPU = torch.device("cpu")
 

@@ -26,11 +26,11 @@ from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
 from fourfold.model.hub import hub_name
 from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
+from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.journal import FINISHED, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.reference import REFERENCE, Reference
 from fourfold.quantize.trace import Span, waited
-from fourfold.quantize.workers import gil_enabled
 from fourfold.recipe import dump_recipe
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")

@@ -16,7 +16,7 @@ import torch
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
-from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices
+from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
 from fourfold.quantize.finish import Measured, Summary
 from fourfold.quantize.identity import Identity, identify, refuse_changes
 from fourfold.quantize.journal import (
@@ -38,7 +38,7 @@ from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
 from fourfold.quantize.solve import Chunking, join_results, solve_layer
 from fourfold.quantize.trace import write_trace
-from fourfold.quantize.workers import Team, Worker, gil_advice
+from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]

@@ -8,8 +8,6 @@ same code with nothing to exchange. Workers meet in the same order everywhere; n
 from __future__ import annotations
 
 import math
-import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -369,21 +367,6 @@ class Worker:
     def _rows_of_ranks(self, ends: Sequence[int]) -> list[slice]:
         firsts = [0, *accumulate(self.team.counts)]
         return [slice(ends[first], ends[last]) for first, last in pairwise(firsts)]
-
-
-def gil_enabled() -> bool:
-    """Whether threads take turns at Python's own work. A free-threaded Python says so itself (3.13 and later)."""
-    ask = getattr(sys, "_is_gil_enabled", None)
-    return ask is None or bool(ask())
-
-
-def gil_advice() -> Iterator[str]:
-    """A note where a free-threaded Python has its GIL on after all: some extension module wants it."""
-    if sysconfig.get_config_var("Py_GIL_DISABLED") and gil_enabled():
-        yield (
-            "this Python can run threads side by side, but a module has switched its GIL back on; PYTHON_GIL=0 keeps "
-            "it off. Results are the same"
-        )
 
 
 def alone(device: torch.device) -> Worker:
