@@ -161,8 +161,9 @@ def test_a_plot_of_nothing_is_not_drawn(finished: Path) -> None:
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """For this module alone: as long as Playwright is on, its event loop runs in the main thread, and no other can."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} on PATH, so report.html was not opened in one")
