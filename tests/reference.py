@@ -297,7 +297,7 @@ def proxy(error_NK: Array, hessian_KK: Array) -> float:
     return float(np.trace(error_NK @ hessian_KK @ error_NK.T))
 
 
-# ---- the metric of the rows (section 9)
+# ---- the metric of the rows (section 13)
 
 
 def row_metric(metric_NN: Array, odamp: float) -> Array:
