@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, ModelCard, constants, snapshot_download
+from huggingface_hub import DryRunFileInfo, constants, metadata_load, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
     DryRunError,
     GatedRepoError,
@@ -47,10 +47,10 @@ def stated_terms(folder: Path) -> dict[str, Any]:
     Without what it does not say, or says in no form of the Hub's; a card that cannot be read says nothing.
     """
     try:
-        data = ModelCard.load(folder / CARD).data
+        stated = metadata_load(folder / CARD) or {}
     except (OSError, ValueError, YAMLError):  # no card, or not one of the Hub's: it is not ours to mend
         return {}
-    found = {name: data.get(name) for name in ("license", "license_name", "license_link", "language")}
+    found = {name: stated.get(name) for name in ("license", "license_name", "license_link", "language")}
     found["language"] = [found["language"]] if isinstance(found["language"], str) else found["language"]
     texts = {name: value for name, value in found.items() if name != "language" and isinstance(value, str)}
     languages = found["language"] if isinstance(found["language"], list) else []
