@@ -1,4 +1,4 @@
-"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6, 7 and 8.
+"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6 to 8 and 13.
 
 Everything is fp32; callers leave TF32 off.
 """
@@ -6,13 +6,17 @@ Everything is fp32; callers leave TF32 off.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fourfold.core import grid
-from fourfold.core.kernels import cpu, cuda
+from fourfold.core.kernels import cpu, cpu_rows, cuda, cuda_rows
 from fourfold.core.moments import damping
+
+if TYPE_CHECKING:
+    from fourfold.core.guidance import RowFactor
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
 PANEL = 256  # columns of the Cholesky factor between two GEMMs over all that are behind them
@@ -117,7 +121,7 @@ def _permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
     """Rows and columns of each expert in an order."""
     if hessian_EKK.device.type == "cpu" and hessian_EKK.dtype == torch.float32:
         return cpu.permute(hessian_EKK, order_EK)
-    return _take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
+    return take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
 
 
 def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,33 +165,69 @@ def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float
     return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
 
 
-def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor:
-    """Codes int8 [E, N, K] that minimise tr(Err H Err^T) one column after the other, each step exactly.
+def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: RowFactor | None = None) -> Tensor:
+    """Codes int8 [E, N, K] that minimise tr(H_O Err H Err^T) one column after the other, each step exactly.
 
     GPTQ (arXiv 2210.17323) without an inverse: t_j = w_j + sum_{i<j} Err_i M_ij is its updated weight at column j.
+    rows: a metric H_O of the rows, by which a row also makes up for what earlier rows left over; None is H_O = 1, and
+    so are its codes.
     Left-looking: one GEMM over all earlier errors per block of columns. Columns lie one after the other in memory
     (of the result too, and best of the target): a reordered column is then a row that is copied.
     """
     inputs = target_ENK.shape[-1]
     group_EK = factor.order_EK // (inputs // scale_ENG.shape[-1])
-    ordered_EKN = _take(target_ENK.mT, factor.order_EK)
+    if rows is not None:
+        order_EN = rows.order_EN.expand(target_ENK.shape[:2])
+        target_ENK, scale_ENG = take(target_ENK, order_EN), take(scale_ENG, order_EN)
+    ordered_EKN = take(target_ENK.mT, factor.order_EK)
     error_EKN, codes_EKN = torch.empty_like(ordered_EKN), torch.empty_like(ordered_EKN, dtype=torch.int8)
     for start in range(0, inputs, BLOCK):
         block = slice(start, min(start + BLOCK, inputs))
         weight_EBN = ordered_EKN[:, block]
-        scale_EBN = _take(scale_ENG.mT, group_EK[:, block])
+        scale_EBN = take(scale_ENG.mT, group_EK[:, block])
         target_EBN = torch.baddbmm(weight_EBN, factor.unit_EKK[:, :start, block].mT, error_EKN[:, :start])
-        unit_EBB = factor.unit_EKK[:, block, block]
-        codes_ENB, error_ENB = inblock(target_EBN.mT, weight_EBN.mT, unit_EBB, scale_EBN.mT)
+        given = target_EBN.mT, weight_EBN.mT, factor.unit_EKK[:, block, block], scale_EBN.mT
+        codes_ENB, error_ENB = inblock(*given) if rows is None else inblock_by_rows(*given, rows.unit_ENN)
         codes_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
-    return _take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
+    codes_ENK = take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
+    return codes_ENK if rows is None else take(codes_ENK, order_EN.argsort(dim=1))
 
 
-def _take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
+def take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
     """Row place_EK[e, k] of each expert's rows, one after the other; as many as there are places."""
     first_E1 = torch.arange(len(values_EKN), device=place_EK.device)[:, None] * values_EKN.shape[1]
     taken_SN = values_EKN.flatten(0, 1).index_select(0, (place_EK + first_E1).flatten())
     return taken_SN.view(*place_EK.shape, -1)
+
+
+def inblock_by_rows(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`inblock` with rows in order, each on its target and weight plus c_r = sum_{i<r} M_ir Err_i of earlier rows.
+
+    unit_ENN: M, of the rows; what is on and below its diagonal is not read. Returns (codes int8, Err + c): the second
+    is what later columns are fed. No input is changed.
+    """
+    kernel = inblock_by_rows_torch
+    if target_ENB.dtype == torch.float32:
+        kernel = cuda_rows.inblock_by_rows if target_ENB.is_cuda else cpu_rows.inblock_by_rows
+    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB, unit_ENN)
+
+
+def inblock_by_rows_torch(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for any device and dtype, a row at a time: what the native kernels are held against."""
+    codes_ENB, fed_ENB = torch.empty_like(target_ENB, dtype=torch.int8), torch.empty_like(target_ENB)
+    error_ENB = torch.empty_like(target_ENB)
+    for row in range(target_ENB.shape[1]):
+        here = slice(row, row + 1)
+        left_E1B = unit_ENN[:, :row, here].mT @ error_ENB[:, :row]
+        codes_ENB[:, here], fed_ENB[:, here] = inblock_torch(
+            target_ENB[:, here] + left_E1B, weight_ENB[:, here] + left_E1B, feedback_EBB, scale_ENB[:, here]
+        )
+        error_ENB[:, here] = weight_ENB[:, here] - codes_ENB[:, here] * scale_ENB[:, here]
+    return codes_ENB, fed_ENB
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,17 +262,23 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]  # target_EKN, and what a step cha
 
 
 def refine(
-    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None
-) -> tuple[Tensor, Tensor]:
-    """Coordinate descent on scales and codes, group after group: the proxy tr(Err H Err^T) never rises.
+    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None,
+    rows: RowFactor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Coordinate descent on scales and codes, group after group: the proxy tr(H_O Err H Err^T) never rises.
 
-    hessian_EKK: damped, symmetric. refit: how scales may move; None leaves them alone.
+    hessian_EKK: damped, symmetric. refit: how scales may move; None leaves them alone. rows: a metric H_O of the rows,
+    which are then refined one after the other in each group; None is H_O = 1, and so is its result.
     Returns new (codes_ENK int8, scale_ENG). Columns lie one after the other here: see solve_codes.
     """
     size = target_ENK.shape[-1] // scale_ENG.shape[-1]
     step = refine_group_torch_
     if target_ENK.device.type == "cpu" and target_ENK.dtype == torch.float32:
         step = cpu.refine_group_
+    if rows is not None:
+        order_EN = rows.order_EN.expand(target_ENK.shape[:2])
+        target_ENK, codes_ENK, scale_ENG = (take(each, order_EN) for each in (target_ENK, codes_ENK, scale_ENG))
+        relative_ENN = rows.metric_ENN / rows.metric_ENN.diagonal(dim1=-2, dim2=-1)[:, None]
     target_EKN = target_ENK.mT.contiguous()
     code_EKN = torch.empty_like(target_EKN).copy_(codes_ENK.mT)
     scale_EGN = scale_ENG.mT.clone(memory_format=torch.contiguous_format)
@@ -241,10 +287,18 @@ def refine(
     for _ in range(passes):
         for group in range(scale_EGN.shape[1]):
             block = slice(group * size, (group + 1) * size)
+            hessian_EBB = hessian_EKK[:, block, block]
             gradient_EBN = torch.bmm(hessian_EKK[:, block], error_EKN)
-            product_EBN = torch.bmm(hessian_EKK[:, block, block], code_EKN[:, block])
-            step(group, gradient_EBN, product_EBN, hessian_EKK[:, block, block], state, refit)
-    return code_EKN.to(torch.int8).mT.contiguous(), scale_EGN.mT.contiguous()
+            product_EBN = torch.bmm(hessian_EBB, code_EKN[:, block])
+            if rows is None:
+                step(group, gradient_EBN, product_EBN, hessian_EBB, state, refit)
+            else:
+                refine_by_rows_(group, (gradient_EBN, product_EBN, hessian_EBB), relative_ENN, state, refit)
+    codes_ENK, scale_ENG = code_EKN.to(torch.int8).mT, scale_EGN.mT
+    if rows is not None:
+        place_EN = order_EN.argsort(dim=1)
+        codes_ENK, scale_ENG = take(codes_ENK, place_EN), take(scale_ENG, place_EN)
+    return codes_ENK.contiguous(), scale_ENG.contiguous()
 
 
 def refine_group_torch_(
@@ -271,6 +325,35 @@ def refine_group_torch_(
     scale_EBN = scale_EGN[:, group, None].expand_as(ahead_EBN)
     codes_ENB, error_ENB = inblock(ahead_EBN.mT, weight_EBN.mT, feedback_EBB, scale_EBN.mT)
     code_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
+
+
+Block = tuple[Tensor, Tensor, Tensor]  # of a group: gradient_EBN (H Err), product_EBN (H codes), hessian_EBB
+
+
+def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+    """Scales, then codes of one row after the other in a group, in place, the newest errors in all other rows.
+
+    relative_ENN: H_ir / H_rr of the rows' metric: row r's error in its own units is x = Err_r + sum_{i != r} Err_i H_ir
+    / H_rr, and x is refined as a row without a metric is. block's gradient is changed: it follows the errors.
+    """
+    kernel_ = refine_by_rows_torch_
+    if relative_ENN.dtype == torch.float32:
+        kernel_ = cuda_rows.refine_by_rows_ if relative_ENN.is_cuda else cpu_rows.refine_by_rows_
+    kernel_(group, block, relative_ENN, state, refit)
+
+
+def refine_by_rows_torch_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+    """The same for any device and dtype: what the native kernels are held against."""
+    gradient_EBN, product_EBN, hessian_EBB = block
+    target_EKN, error_EKN, code_EKN, scale_EGN = state
+    columns = slice(group * hessian_EBB.shape[-1], (group + 1) * hessian_EBB.shape[-1])
+    for row in range(gradient_EBN.shape[2]):
+        here = slice(row, row + 1)
+        before_EB1 = error_EKN[:, columns, here].clone()
+        own_state = target_EKN[..., here], error_EKN[..., here], code_EKN[..., here], scale_EGN[..., here]
+        own_EB1 = gradient_EBN @ relative_ENN[..., here]
+        refine_group_torch_(group, own_EB1, product_EBN[..., here].clone(), hessian_EBB, own_state, refit)
+        gradient_EBN[..., here] += hessian_EBB @ (error_EKN[:, columns, here] - before_EB1)
 
 
 def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:
