@@ -8,6 +8,7 @@ those of `toml` read as recipes.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -179,3 +180,18 @@ def test_page(name: str, desk: Path, request: pytest.FixtureRequest) -> None:
                 run(command)
         elif block.language == "python":
             exec(compile(block.text, name, "exec"), names)
+
+
+@pytest.mark.slow
+def test_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code cells, in order, in the folder where Jupyter runs them."""
+    monkeypatch.chdir(ROOT / "examples")
+    notebook = json.loads(Path("quantize.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    shutil.rmtree(names["OUT"].parent)
+    said = capsys.readouterr().out
+    assert "layer 3: hidden error" in said
+    assert "kl_mean" in said
