@@ -28,7 +28,7 @@ from fourfold.release.tasks import Tasks
 SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "numba", "llvmlite", "pyarrow",
          "psutil", "httpx2", "jinja2", "matplotlib", "triton")  # fmt: skip
-MODULES = 330  # 245 as this was written, with Typer 0.29 and Rich 15; torch alone brings over 1,000
+MODULES = 420  # 245 as this was written, 345 where pydantic is, which Typer then loads; torch alone brings over 1,000
 SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
 
 

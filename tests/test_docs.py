@@ -116,6 +116,13 @@ def test_targets_and_scripts_exist(name: str) -> None:
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], line
 
 
+def test_every_page_has_its_place_on_the_site() -> None:
+    made = {"reference/cli.md", "reference/recipe.md", "reference/python.md"}
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} | made
+    named = re.findall(r'= "([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(pages)
+
+
 def test_recipes_are_read(tmp_path: Path) -> None:
     read = 0
     for page in PAGES:
