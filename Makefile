@@ -54,9 +54,9 @@ check: $(INSTALLED) docs  ## lint, types, which room imports which, and the docu
 docs: $(INSTALLED)  ## the documentation's site, into build/site
 	$(BIN)/python docs/make_site.py
 
-audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyPI
+audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyPI; one that it does not know is an error
 	$(BIN)/python -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
-	$(BIN)/python -m pip freeze --exclude-editable >build/audit/installed.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/audit/installed.txt
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about an hour the first time

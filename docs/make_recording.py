@@ -29,11 +29,11 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": str(WIDTH)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "examples").symlink_to(ROOT / "examples")
-        for words in (["quantize", MODEL, "release"], ["verify", "release", "--source", MODEL]):
-            console.print(Text.assemble(("$ ", "green"), (f"fourfold {' '.join(words)}", "bold")))
-            command = [sys.executable, "-m", "fourfold", *words]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            console.print(Text(done.stdout.rstrip()))
+        words = ["quantize", MODEL, "release"]
+        console.print(Text.assemble(("$ ", "green"), (f"fourfold {' '.join(words)}", "bold")))
+        command = [sys.executable, "-m", "fourfold", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        console.print(Text(done.stdout.rstrip()))
     picture = console.export_svg(title="fourfold", unique_id="fourfold")
     PICTURE.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
 
