@@ -108,7 +108,8 @@ def test_options_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_targets_and_scripts_exist(name: str) -> None:
     text, makefile = (ROOT / name).read_text(encoding="utf-8"), (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE):
+    commands = [command for block in blocks(ROOT / name) if block.language == "bash" for command in block.commands]
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", "\n".join([*commands, *re.findall("`[^`]+`", text)]), re.M):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for line in re.findall(r"python3? ((?:benchmarks|docs|examples|tests)/[^`\n]+)", text.replace("\\\n", " ")):
         script, *words = shlex.split(line, comments=True)
