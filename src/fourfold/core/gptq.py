@@ -6,6 +6,7 @@ Everything is fp32; callers leave TF32 off.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from fourfold.core import grid
 from fourfold.core.kernels import cpu, cuda
 from fourfold.core.moments import damping
 
+if TYPE_CHECKING:
+    from fourfold.core.guidance import RowFactor
+
 BLOCK = 128  # columns between two GEMMs over all earlier errors
+ROWS = 64  # rows of a metric between two GEMMs over all earlier rows' errors
 PANEL = 256  # columns of the Cholesky factor between two GEMMs over all that are behind them
 
 
@@ -117,7 +122,7 @@ def _permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
     """Rows and columns of each expert in an order."""
     if hessian_EKK.device.type == "cpu" and hessian_EKK.dtype == torch.float32:
         return cpu.permute(hessian_EKK, order_EK)
-    return _take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
+    return take(hessian_EKK, order_EK).gather(2, order_EK[:, None, :].expand_as(hessian_EKK))
 
 
 def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,33 +166,80 @@ def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float
     return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
 
 
-def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor) -> Tensor:
-    """Codes int8 [E, N, K] that minimise tr(Err H Err^T) one column after the other, each step exactly.
+def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: RowFactor | None = None) -> Tensor:
+    """Codes int8 [E, N, K] that minimise tr(H_O Err H Err^T) one column after the other, each step exactly.
 
     GPTQ (arXiv 2210.17323) without an inverse: t_j = w_j + sum_{i<j} Err_i M_ij is its updated weight at column j.
+    rows: a metric H_O of the rows, by which a row also makes up for what earlier rows left over; None is H_O = 1, and
+    so are its codes.
     Left-looking: one GEMM over all earlier errors per block of columns. Columns lie one after the other in memory
     (of the result too, and best of the target): a reordered column is then a row that is copied.
     """
     inputs = target_ENK.shape[-1]
     group_EK = factor.order_EK // (inputs // scale_ENG.shape[-1])
-    ordered_EKN = _take(target_ENK.mT, factor.order_EK)
+    if rows is not None:
+        order_EN = rows.order_EN.expand(target_ENK.shape[:2])
+        target_ENK, scale_ENG = take(target_ENK, order_EN), take(scale_ENG, order_EN)
+    ordered_EKN = take(target_ENK.mT, factor.order_EK)
     error_EKN, codes_EKN = torch.empty_like(ordered_EKN), torch.empty_like(ordered_EKN, dtype=torch.int8)
     for start in range(0, inputs, BLOCK):
         block = slice(start, min(start + BLOCK, inputs))
         weight_EBN = ordered_EKN[:, block]
-        scale_EBN = _take(scale_ENG.mT, group_EK[:, block])
+        scale_EBN = take(scale_ENG.mT, group_EK[:, block])
         target_EBN = torch.baddbmm(weight_EBN, factor.unit_EKK[:, :start, block].mT, error_EKN[:, :start])
-        unit_EBB = factor.unit_EKK[:, block, block]
-        codes_ENB, error_ENB = inblock(target_EBN.mT, weight_EBN.mT, unit_EBB, scale_EBN.mT)
+        given = target_EBN.mT, weight_EBN.mT, factor.unit_EKK[:, block, block], scale_EBN.mT
+        codes_ENB, error_ENB = inblock(*given) if rows is None else inblock_by_rows(*given, rows.unit_ENN)
         codes_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
-    return _take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
+    codes_ENK = take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
+    return codes_ENK if rows is None else take(codes_ENK, order_EN.argsort(dim=1))
 
 
-def _take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
+def take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
     """Row place_EK[e, k] of each expert's rows, one after the other; as many as there are places."""
     first_E1 = torch.arange(len(values_EKN), device=place_EK.device)[:, None] * values_EKN.shape[1]
     taken_SN = values_EKN.flatten(0, 1).index_select(0, (place_EK + first_E1).flatten())
     return taken_SN.view(*place_EK.shape, -1)
+
+
+def inblock_by_rows(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`inblock` with rows in order, each on its target and weight plus c_r = sum_{i<r} M_ir Err_i of earlier rows.
+
+    Returns (codes int8, Err + c): the second is what later columns are fed.
+    """
+    unit_ENN = unit_ENN.expand(len(target_ENB), -1, -1)
+    codes_EBN, fed_EBN = torch.empty_like(target_ENB.mT, dtype=torch.int8), torch.empty_like(target_ENB.mT)
+    error_EBN = torch.empty_like(fed_EBN)
+    for start in range(0, target_ENB.shape[1], ROWS):
+        tile = slice(start, start + ROWS)
+        carried_ERB = torch.bmm(error_EBN[..., :start], unit_ENN[:, :start, tile]).mT
+        part = target_ENB[:, tile], weight_ENB[:, tile], carried_ERB, feedback_EBB, scale_ENB[:, tile]
+        codes_ERB, fed_ERB = intile_torch(*part, unit_ENN[:, tile, tile])
+        codes_EBN[..., tile], fed_EBN[..., tile] = codes_ERB.mT, fed_ERB.mT
+        error_EBN[..., tile] = (weight_ENB[:, tile] - codes_ERB * scale_ENB[:, tile]).mT
+    return codes_EBN.mT, fed_EBN.mT
+
+
+def intile_torch(
+    target_ERB: Tensor, weight_ERB: Tensor, carried_ERB: Tensor, feedback_EBB: Tensor, scale_ERB: Tensor,
+    unit_ERR: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A tile of rows and columns, a row at a time, for any device and dtype. See inblock_by_rows.
+
+    carried_ERB: what the rows before the tile left over. unit's diagonal and lower triangle are not read.
+    """
+    codes_ERB, error_ERB = torch.empty_like(target_ERB, dtype=torch.int8), torch.zeros_like(target_ERB)
+    fed_ERB = torch.empty_like(target_ERB)
+    for row in range(target_ERB.shape[1]):
+        here = slice(row, row + 1)
+        left_E1B = carried_ERB[:, here] + torch.bmm(unit_ERR[:, :row, here].mT, error_ERB[:, :row])
+        weight_E1B, scale_E1B = weight_ERB[:, here], scale_ERB[:, here]
+        codes_ERB[:, here], fed_ERB[:, here] = inblock_torch(
+            target_ERB[:, here] + left_E1B, weight_E1B + left_E1B, feedback_EBB, scale_E1B
+        )
+        error_ERB[:, here] = weight_E1B - codes_ERB[:, here] * scale_E1B
+    return codes_ERB, fed_ERB
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,17 +274,22 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]  # target_EKN, and what a step cha
 
 
 def refine(
-    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None
-) -> tuple[Tensor, Tensor]:
-    """Coordinate descent on scales and codes, group after group: the proxy tr(Err H Err^T) never rises.
+    target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None,
+    rows: RowFactor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Coordinate descent on scales and codes, group after group: the proxy tr(H_O Err H Err^T) never rises.
 
-    hessian_EKK: damped, symmetric. refit: how scales may move; None leaves them alone.
+    hessian_EKK: damped, symmetric. refit: how scales may move; None leaves them alone. rows: a metric H_O of the rows,
+    which are then refined one after the other in each group; None is H_O = 1, and so is its result.
     Returns new (codes_ENK int8, scale_ENG). Columns lie one after the other here: see solve_codes.
     """
     size = target_ENK.shape[-1] // scale_ENG.shape[-1]
     step = refine_group_torch_
     if target_ENK.device.type == "cpu" and target_ENK.dtype == torch.float32:
         step = cpu.refine_group_
+    if rows is not None:
+        order_EN = rows.order_EN.expand(target_ENK.shape[:2])
+        target_ENK, codes_ENK, scale_ENG = (take(each, order_EN) for each in (target_ENK, codes_ENK, scale_ENG))
     target_EKN = target_ENK.mT.contiguous()
     code_EKN = torch.empty_like(target_EKN).copy_(codes_ENK.mT)
     scale_EGN = scale_ENG.mT.clone(memory_format=torch.contiguous_format)
@@ -241,10 +298,43 @@ def refine(
     for _ in range(passes):
         for group in range(scale_EGN.shape[1]):
             block = slice(group * size, (group + 1) * size)
+            hessian_EBB = hessian_EKK[:, block, block]
             gradient_EBN = torch.bmm(hessian_EKK[:, block], error_EKN)
-            product_EBN = torch.bmm(hessian_EKK[:, block, block], code_EKN[:, block])
-            step(group, gradient_EBN, product_EBN, hessian_EKK[:, block, block], state, refit)
-    return code_EKN.to(torch.int8).mT.contiguous(), scale_EGN.mT.contiguous()
+            product_EBN = torch.bmm(hessian_EBB, code_EKN[:, block])
+            if rows is None:
+                step(group, gradient_EBN, product_EBN, hessian_EBB, state, refit)
+            else:
+                refine_rows_torch_(group, gradient_EBN, product_EBN, hessian_EBB, state, refit, rows.metric_ENN, 1)
+    codes_ENK, scale_ENG = code_EKN.to(torch.int8).mT, scale_EGN.mT
+    if rows is not None:
+        place_EN = order_EN.argsort(dim=1)
+        codes_ENK, scale_ENG = take(codes_ENK, place_EN), take(scale_ENG, place_EN)
+    return codes_ENK.contiguous(), scale_ENG.contiguous()
+
+
+def refine_rows_torch_(
+    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None,
+    metric_ENN: Tensor, together: int,
+) -> None:  # fmt: skip
+    """`refine_group_torch_` with a metric of the rows, so many rows at a time, the newest errors everywhere else.
+
+    metric_ENN: rows in the order in which they lie here. Rows that are refined together do not see each other, so each
+    takes L_r = sum |H_ri| over them for its own H_rr, which no step of all of them can outdo: together = 1 is exact.
+    gradient_EBN and product_EBN are changed.
+    """
+    target_EKN, error_EKN, code_EKN, scale_EGN = state
+    size = hessian_EBB.shape[-1]
+    block = slice(group * size, (group + 1) * size)
+    parts = -(-metric_ENN.shape[-1] // together)
+    for first in range(parts):
+        part = slice(first, None, parts)  # far from each other in the order, so that they have little in common
+        bound_ER1 = metric_ENN[:, part, part].abs().sum(dim=2, keepdim=True)
+        relative_ENR = (metric_ENN[:, part] / bound_ER1).mT
+        own_EBR = torch.bmm(gradient_EBN, relative_ENR.expand(len(gradient_EBN), -1, -1))
+        before_EBR = error_EKN[:, block, part].clone()
+        own_state = target_EKN[..., part], error_EKN[..., part], code_EKN[..., part], scale_EGN[..., part]
+        refine_group_torch_(group, own_EBR, product_EBN[..., part], hessian_EBB, own_state, refit)
+        gradient_EBN[..., part] += torch.bmm(hessian_EBB, error_EKN[:, block, part] - before_EBR)
 
 
 def refine_group_torch_(
