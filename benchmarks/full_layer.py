@@ -31,7 +31,7 @@ from fourfold.datatypes import Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
-from fourfold.quantize import observe, solve, streams
+from fourfold.quantize import observe, site, solve, streams
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
 from fourfold.quantize.observe import Batches
@@ -52,7 +52,7 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "scale search": ([(grid, "search_scales")], "fp32"),
     "columns": ([(gptq, "solve_codes")], "fp32"),
     "refinement": ([(gptq, "refine")], "fp32"),
-    "errors for the log": ([(solve, "_judge")], "fp32"),
+    "errors for the log": ([(site, "_judge")], "fp32"),
     "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
     "advance": ([(streams, "advance")], "bf16"),
 }

@@ -22,6 +22,8 @@ from fourfold.units import clock_text
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
 STAGES = {  # what a stage is called where its own name says too little
     "calibrate": "reading calibration text",
+    "forward": "guidance, forward",
+    "backward": "guidance, backward",
     "embed": "embedding rows",
     "restore": "reading back",
     "measure": "measuring on held-out text",
@@ -35,6 +37,7 @@ STAGES = {  # what a stage is called where its own name says too little
     "publish": "reading every byte",
     "engine": "running the engine",
 }
+SWEEP = ("forward", "backward")  # before the loop: its layers are gone through once more
 BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at
 
 
@@ -87,7 +90,8 @@ class Pace:
         now = self._clock()
         if event.kind == "stage":
             self._began.setdefault((event.layer, event.stage), now)
-            if event.layer > self.layer:  # not `!=`: the writer is still busy with the layer before
+            # Not `!=`: the writer is still busy with the layer before.
+            if event.layer > self.layer and event.stage not in SWEEP:
                 self.layer, self._layer_began, self._solved = event.layer, now, False
             self._solved |= event.stage == "solve"
         elif event.kind == "layer":

@@ -10,6 +10,7 @@ TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and ind
 COLUMNS = 128.0  # of a block in core/gptq
 BF16, FP32 = 2, 4
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
+SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
 ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens per hidden dimension on
 
 
@@ -93,8 +94,8 @@ class Workload:
 class DiskPlan:
     """Room that OUT takes.
 
-    swept_bytes: hidden states that the sweep before the loop keeps, gone before a shard is written; curvature_bytes:
-    what it leaves until the run is finished.
+    swept_bytes: hidden states that the sweep before the loop has still to keep, gone before a shard is written;
+    curvature_bytes: what it leaves until the run is finished.
     tensor_bytes: what the index calls total_size; output_bytes: with headers, logs and copied files;
     temp_bytes: the largest shard, which is written under a temporary name; present_bytes: shards of this plan
     that OUT holds already; free_bytes: where OUT is or will be, None if OUT is not known.
@@ -137,9 +138,8 @@ def plan_disk(
     tensor_bytes = sum(shard_bytes.values())
     output_bytes = tensor_bytes + tensors * TENSOR_OVERHEAD_BYTES + sidecar_bytes
     present = [out / shard for shard in shard_bytes if (out / shard).is_file()] if out else []
-    between = work.swept_layers + 1  # hidden states before every layer but the first, behind the last, and gradients
     return DiskPlan(
-        swept_bytes=work.guidance_tokens * work.hidden * BF16 * between,
+        swept_bytes=0 if present else _swept_bytes(work, out),
         curvature_bytes=work.solved_layers * work.hidden**2 * FP32 if work.guidance_tokens else 0,
         tensor_bytes=tensor_bytes,
         output_bytes=output_bytes,
@@ -147,6 +147,13 @@ def plan_disk(
         present_bytes=min(sum(path.stat().st_size for path in present), output_bytes),
         free_bytes=None if out is None else _free_bytes(out),
     )
+
+
+def _swept_bytes(work: Workload, out: Path | None) -> int:
+    """Hidden states before every layer but the first and behind the last, and gradients, less what is there already."""
+    kept = work.guidance_tokens * work.hidden * BF16 * (work.swept_layers + 1)
+    there = sum(path.stat().st_size for path in (out / SWEPT).glob("*")) if out else 0
+    return max(kept - there, 0)
 
 
 def damping_by_rule(work: Workload) -> float:

@@ -1,4 +1,4 @@
-"""The sweep before the loop: what the rest of the source does with a layer's outputs, from the gradient of the end loss.
+"""The sweep before the loop: what the rest of the source makes of a layer's outputs, by the gradient of the end loss.
 
 Guidance rows go forward through the source, every layer's input kept in OUT; then, from the last layer to the first,
 the gradient rows go back through each layer, recomputed from its kept input. What stays is a matrix for each layer with
@@ -61,6 +61,11 @@ class Left:
     forward: range
     backward: range
     from_head: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """In the order in which they are read."""
+        return *self.forward, *self.backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +297,7 @@ def _write_layer(
             layer=number,
             sha256=written.sha256,
             source_digest=source_digest,
-            predicted_share=guidance.predicted_share(curvature_DD),
+            predicted_share=guidance.predicted_share(curvature_DD, row_damping(guide.plan)),
         )
         write_text(_record_path(guide.folder, number), json.dumps(dataclasses.asdict(record)))
     _replace_rows(guide.folder, number, gradient_RTD)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
 from fourfold.model.shards import SIDECARS, write_text
+from fourfold.quantize.estimate import SWEPT
 from fourfold.quantize.identity import Identity, refuse_changes
 from fourfold.quantize.observe import Batches
 from fourfold.quantize.reference import REFERENCE
@@ -125,7 +126,7 @@ def close(out: Path) -> None:
 
 def sweep_folder(out: Path) -> Path:
     """What the sweep before the loop keeps (guide.py)."""
-    return out / STATE / "guidance"
+    return out / SWEPT
 
 
 def _records_folder(out: Path) -> Path:
