@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid
-from fourfold.core.kernels import cpu, cuda
+from fourfold.core.kernels import cpu, cpu_rows, cuda, cuda_rows
 from fourfold.core.moments import damping
 
 if TYPE_CHECKING:
@@ -201,45 +201,48 @@ def take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
     return taken_SN.view(*place_EK.shape, -1)
 
 
+Tile = tuple[Tensor, Tensor, Tensor]  # columns first, [E, B, N]: targets, weights, scales; or codes, fed, error
+
+
 def inblock_by_rows(
     target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`inblock` with rows in order, each on its target and weight plus c_r = sum_{i<r} M_ir Err_i of earlier rows.
 
-    Returns (codes int8, Err + c): the second is what later columns are fed.
+    unit_ENN: M, of the rows; what is on and below its diagonal is not read. Returns (codes int8, Err + c): the second
+    is what later columns are fed. Tiles of rows, with one GEMM over all earlier rows' errors before each.
     """
-    unit_ENN = unit_ENN.expand(len(target_ENB), -1, -1)
-    codes_EBN, fed_EBN = torch.empty_like(target_ENB.mT, dtype=torch.int8), torch.empty_like(target_ENB.mT)
-    error_EBN = torch.empty_like(fed_EBN)
-    for start in range(0, target_ENB.shape[1], ROWS):
-        tile = slice(start, start + ROWS)
-        carried_ERB = torch.bmm(error_EBN[..., :start], unit_ENN[:, :start, tile]).mT
-        part = target_ENB[:, tile], weight_ENB[:, tile], carried_ERB, feedback_EBB, scale_ENB[:, tile]
-        codes_ERB, fed_ERB = intile_torch(*part, unit_ENN[:, tile, tile])
-        codes_EBN[..., tile], fed_EBN[..., tile] = codes_ERB.mT, fed_ERB.mT
-        error_EBN[..., tile] = (weight_ENB[:, tile] - codes_ERB * scale_ENB[:, tile]).mT
+    step_ = solve_tile_torch_
+    if target_ENB.dtype == torch.float32:
+        step_ = cuda_rows.solve_tile_ if target_ENB.is_cuda else cpu_rows.solve_tile_
+    target_EBN, weight_EBN, scale_EBN = (each.mT.contiguous() for each in (target_ENB, weight_ENB, scale_ENB))
+    error_EBN, fed_EBN = torch.empty_like(target_EBN), torch.empty_like(target_EBN)
+    codes_EBN = torch.empty_like(target_EBN, dtype=torch.int8)
+    feedback_EBB, wide_ENN = feedback_EBB.contiguous(), unit_ENN.expand(len(target_EBN), -1, -1)
+    for start in range(0, target_EBN.shape[2], ROWS):
+        carried_EBR = torch.bmm(error_EBN[..., :start], wide_ENN[:, :start, start : start + ROWS])
+        given, results = (target_EBN, weight_EBN, scale_EBN), (codes_EBN, fed_EBN, error_EBN)
+        step_(start, carried_EBR, given, feedback_EBB, unit_ENN, results)
     return codes_EBN.mT, fed_EBN.mT
 
 
-def intile_torch(
-    target_ERB: Tensor, weight_ERB: Tensor, carried_ERB: Tensor, feedback_EBB: Tensor, scale_ERB: Tensor,
-    unit_ERR: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A tile of rows and columns, a row at a time, for any device and dtype. See inblock_by_rows.
+def solve_tile_torch_(
+    start: int, carried_EBR: Tensor, given: Tile, feedback_EBB: Tensor, unit_ENN: Tensor, results: Tile
+) -> None:
+    """One tile, a row at a time, for any device and dtype: what the native kernels are held against.
 
-    carried_ERB: what the rows before the tile left over. unit's diagonal and lower triangle are not read.
+    Rows from start on, as many as carried_EBR has, which is what all rows before them left over. results are changed.
     """
-    codes_ERB, error_ERB = torch.empty_like(target_ERB, dtype=torch.int8), torch.zeros_like(target_ERB)
-    fed_ERB = torch.empty_like(target_ERB)
-    for row in range(target_ERB.shape[1]):
-        here = slice(row, row + 1)
-        left_E1B = carried_ERB[:, here] + torch.bmm(unit_ERR[:, :row, here].mT, error_ERB[:, :row])
-        weight_E1B, scale_E1B = weight_ERB[:, here], scale_ERB[:, here]
-        codes_ERB[:, here], fed_ERB[:, here] = inblock_torch(
-            target_ERB[:, here] + left_E1B, weight_E1B + left_E1B, feedback_EBB, scale_E1B
+    codes_EBN, fed_EBN, error_EBN = results
+    for row in range(carried_EBR.shape[2]):
+        here, tile = slice(start + row, start + row + 1), slice(start, start + row)
+        target_EB1, weight_EB1, scale_EB1 = (each[..., here] for each in given)
+        left_EB1 = carried_EBR[..., row : row + 1] + error_EBN[..., tile] @ unit_ENN[:, tile, here]
+        code_E1B, fed_E1B = inblock_torch(
+            (target_EB1 + left_EB1).mT, (weight_EB1 + left_EB1).mT, feedback_EBB, scale_EB1.mT
         )
-        error_ERB[:, here] = weight_E1B - codes_ERB[:, here] * scale_E1B
-    return codes_ERB, fed_ERB
+        codes_EBN[..., here], fed_EBN[..., here] = code_E1B.mT, fed_E1B.mT
+        error_EBN[..., here] = weight_EB1 - code_E1B.mT * scale_EB1
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,6 +293,7 @@ def refine(
     if rows is not None:
         order_EN = rows.order_EN.expand(target_ENK.shape[:2])
         target_ENK, codes_ENK, scale_ENG = (take(each, order_EN) for each in (target_ENK, codes_ENK, scale_ENG))
+        relative_ENN = rows.metric_ENN / rows.metric_ENN.diagonal(dim1=-2, dim2=-1)[:, None]
     target_EKN = target_ENK.mT.contiguous()
     code_EKN = torch.empty_like(target_EKN).copy_(codes_ENK.mT)
     scale_EGN = scale_ENG.mT.clone(memory_format=torch.contiguous_format)
@@ -304,37 +308,12 @@ def refine(
             if rows is None:
                 step(group, gradient_EBN, product_EBN, hessian_EBB, state, refit)
             else:
-                refine_rows_torch_(group, gradient_EBN, product_EBN, hessian_EBB, state, refit, rows.metric_ENN, 1)
+                refine_by_rows_(group, (gradient_EBN, product_EBN, hessian_EBB), relative_ENN, state, refit)
     codes_ENK, scale_ENG = code_EKN.to(torch.int8).mT, scale_EGN.mT
     if rows is not None:
         place_EN = order_EN.argsort(dim=1)
         codes_ENK, scale_ENG = take(codes_ENK, place_EN), take(scale_ENG, place_EN)
     return codes_ENK.contiguous(), scale_ENG.contiguous()
-
-
-def refine_rows_torch_(
-    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None,
-    metric_ENN: Tensor, together: int,
-) -> None:  # fmt: skip
-    """`refine_group_torch_` with a metric of the rows, so many rows at a time, the newest errors everywhere else.
-
-    metric_ENN: rows in the order in which they lie here. Rows that are refined together do not see each other, so each
-    takes L_r = sum |H_ri| over them for its own H_rr, which no step of all of them can outdo: together = 1 is exact.
-    gradient_EBN and product_EBN are changed.
-    """
-    target_EKN, error_EKN, code_EKN, scale_EGN = state
-    size = hessian_EBB.shape[-1]
-    block = slice(group * size, (group + 1) * size)
-    parts = -(-metric_ENN.shape[-1] // together)
-    for first in range(parts):
-        part = slice(first, None, parts)  # far from each other in the order, so that they have little in common
-        bound_ER1 = metric_ENN[:, part, part].abs().sum(dim=2, keepdim=True)
-        relative_ENR = (metric_ENN[:, part] / bound_ER1).mT
-        own_EBR = torch.bmm(gradient_EBN, relative_ENR.expand(len(gradient_EBN), -1, -1))
-        before_EBR = error_EKN[:, block, part].clone()
-        own_state = target_EKN[..., part], error_EKN[..., part], code_EKN[..., part], scale_EGN[..., part]
-        refine_group_torch_(group, own_EBR, product_EBN[..., part], hessian_EBB, own_state, refit)
-        gradient_EBN[..., part] += torch.bmm(hessian_EBB, error_EKN[:, block, part] - before_EBR)
 
 
 def refine_group_torch_(
@@ -361,6 +340,48 @@ def refine_group_torch_(
     scale_EBN = scale_EGN[:, group, None].expand_as(ahead_EBN)
     codes_ENB, error_ENB = inblock(ahead_EBN.mT, weight_EBN.mT, feedback_EBB, scale_EBN.mT)
     code_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
+
+
+Block = tuple[Tensor, Tensor, Tensor]  # of a group: gradient_EBN (H Err), product_EBN (H codes), hessian_EBB
+
+
+def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+    """Scales, then codes of one row after the other in a group, in place, the newest errors in all other rows.
+
+    relative_ENN: H_ir / H_rr of the rows' metric: row r's error in its own units is x = Err_r + sum_{i != r} Err_i H_ir
+    / H_rr, and x is refined as a row without a metric is. block's gradient is changed: it follows the errors. Tiles of
+    rows, with one GEMM over all rows before each.
+    """
+    gradient_EBN, product_EBN, hessian_EBB = block
+    step_ = refine_tile_torch_
+    if gradient_EBN.dtype == torch.float32:
+        step_ = cuda_rows.refine_tile_ if gradient_EBN.is_cuda else cpu_rows.refine_tile_
+    block = gradient_EBN, product_EBN, hessian_EBB.contiguous()
+    wide_ENN = relative_ENN.expand(len(gradient_EBN), -1, -1)
+    for start in range(0, gradient_EBN.shape[2], ROWS):
+        carried_EBR = torch.bmm(gradient_EBN, wide_ENN[..., start : start + ROWS])
+        step_(group, start, carried_EBR, block, relative_ENN, state, refit)
+
+
+def refine_tile_torch_(
+    group: int, start: int, carried_EBR: Tensor, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None
+) -> None:
+    """Rows from start on, for any device and dtype: what the native kernels are held against.
+
+    carried_EBR: x times H, of as many rows as it has, before the first of them moves.
+    """
+    gradient_EBN, product_EBN, hessian_EBB = block
+    target_EKN, error_EKN, code_EKN, scale_EGN = state
+    columns = slice(group * hessian_EBB.shape[-1], (group + 1) * hessian_EBB.shape[-1])
+    change_EBR = torch.zeros_like(carried_EBR)  # of the gradient of each row
+    for row in range(carried_EBR.shape[2]):
+        here, tile = slice(start + row, start + row + 1), slice(start, start + row)
+        before_EB1 = error_EKN[:, columns, here].clone()
+        own_EB1 = carried_EBR[..., row : row + 1] + change_EBR[..., :row] @ relative_ENN[:, tile, here]
+        own_state = target_EKN[..., here], error_EKN[..., here], code_EKN[..., here], scale_EGN[..., here]
+        refine_group_torch_(group, own_EB1, product_EBN[..., here].clone(), hessian_EBB, own_state, refit)
+        change_EBR[..., row : row + 1] = hessian_EBB @ (error_EKN[:, columns, here] - before_EB1)
+    gradient_EBN[..., start : start + carried_EBR.shape[2]] += change_EBR
 
 
 def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:

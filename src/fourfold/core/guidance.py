@@ -1,7 +1,7 @@
 """The metric of the rows: what the rest of the model makes of an expert's outputs. docs/numerics.md section 9.
 
 With it an error costs tr(H_O Err H Err^T), H_O [N, N] the second moment of the end loss's gradient at the projection's
-output: a Kronecker-factored Fisher metric. Only its shape matters: a multiple of it, or of the identity, changes no code.
+output: a Kronecker-factored Fisher metric. Only its shape matters, and a multiple of the identity is no metric.
 """
 
 from __future__ import annotations

@@ -49,11 +49,14 @@ def refine_group_(
     """See gptq.refine_group_torch_. Neither gradient nor product is changed."""
     diagonal_EB = hessian_EBB.diagonal(dim1=-2, dim2=-1).contiguous()
     own = gradient_EBN, product_EBN, hessian_EBB / diagonal_EB[:, None], diagonal_EB
-    # refit, signed, bits of an fp32 mantissa that the stored dtype lacks
-    rule = (refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16))
     rows = gradient_EBN.shape[0] * gradient_EBN.shape[2]
     arrays = [tuple(tensor.numpy() for tensor in tensors) for tensors in (own, state)]
-    over_rows(_refine_group, rows, [group, rule, *arrays])
+    over_rows(_refine_group, rows, [group, refit_rule(refit), *arrays])
+
+
+def refit_rule(refit: Refit | None) -> tuple[bool, bool, np.int32]:
+    """Whether scales move, whether to negative ones, bits of an fp32 mantissa that the stored dtype lacks."""
+    return refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16)
 
 
 def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
@@ -72,9 +75,9 @@ def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor
     return scale_NG
 
 
-def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any]) -> None:
-    """Run a kernel over all rows, in as many parts as torch has threads."""
-    step = -(-rows // (torch.get_num_threads() * LANES)) * LANES
+def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any], together: int = LANES) -> None:
+    """Run a kernel over all rows, in as many parts as torch has threads; a part has a multiple of together rows."""
+    step = -(-rows // (torch.get_num_threads() * together)) * together
     spans = list(pairwise([*range(0, rows, step), rows]))
     if len(spans) == 1:
         kernel(0, rows, *arrays)
@@ -151,7 +154,7 @@ def _refine_group(
                 slope[lane] += ahead[column, lane] * code[column, lane]
                 curvature[lane] += step[column, lane] * code[column, lane]
         if rule[0]:
-            _move_scales(scales[expert, group, part], slope, curvature, moved, rule[1], rule[2])
+            move_scales(scales[expert, group, part], slope, curvature, moved, rule[1], rule[2])
         _load(chosen, scales[expert, group, part])
         for column in range(columns):
             _load(wanted, target[expert, start + column, part])
@@ -174,7 +177,7 @@ def _refine_group(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _move_scales(
+def move_scales(
     scale: Floats, slope: Floats, curvature: Floats, moved: Floats, signed: bool, dropped: np.int32
 ) -> None:
     """gptq._refit of up to LANES rows: scale is changed, moved is by how much. dropped: bits, see round_bits."""

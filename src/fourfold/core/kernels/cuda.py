@@ -29,19 +29,19 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 FUSED = {"enable_fp_fusion": True}  # triton's default is about to change, and says so
 
 
-def _jit(kernel: Callable[..., Any]) -> Any:
+def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-def _blocks(count: int, size: int) -> int:
+def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
 # ---- numbers
 
 
-@_jit
-def _code(value):
+@jit
+def code_of(value):
     """clamp(rint(value), -8, 7), half to even: past 1.5 * 2^23 fp32 has no room for a fraction.
 
     Clamped first, to the same end, as the sum rounds so only below 2^22. libdevice's rint is not for the interpreter.
@@ -49,22 +49,22 @@ def _code(value):
     return (tl.minimum(tl.maximum(value, -8.0), 7.0) + 12582912.0) - 12582912.0
 
 
-@_jit
-def _round_bf16(value):
+@jit
+def round_bf16(value):
     """fp32 rounded to BF16, half to even, in fp32; finite values. The interpreter's own cast cuts bits off."""
     bits = value.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return bits.to(tl.float32, bitcast=True)
 
 
-@_jit
-def _stored(scale, FP16: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
+@jit
+def stored(scale, FP16: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
     """grid.stored."""
     magnitude = tl.minimum(tl.maximum(tl.abs(scale), LEAST), MOST)
     if FP16:
         magnitude = magnitude.to(tl.float16).to(tl.float32)
     else:
-        magnitude = _round_bf16(magnitude)
+        magnitude = round_bf16(magnitude)
     return tl.where(scale < 0, -magnitude, magnitude)
 
 
@@ -74,7 +74,7 @@ PAIRS_PER_STEP = 64  # pairs between two loads of a tile's two strips
 TILE = 128  # rows and columns of a tile of the sums
 
 
-@_jit
+@jit
 def _scaled(input_ptr, source_ptr, token, root, column, inside, CROSS: tl.constexpr, INTERPRET: tl.constexpr):
     """bf16(sqrt(w) x), or bf16(sqrt(w) (source - x)), of a strip [pairs, columns]; 0 outside.
 
@@ -86,12 +86,12 @@ def _scaled(input_ptr, source_ptr, token, root, column, inside, CROSS: tl.conste
         value = source - value
     value = value * root[:, None]
     if INTERPRET:
-        return _round_bf16(value)
+        return round_bf16(value)
     else:
         return value.to(tl.bfloat16)
 
 
-@_jit
+@jit
 def _second_moments(
     input_ptr, source_ptr, token_ptr, root_ptr, offset_ptr, sum_ptr, inputs,
     CROSS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
@@ -127,7 +127,7 @@ def _second_moments(
                 tl.store(mirrored, tl.trans(total), mask=(column < inputs)[:, None] & (row < inputs)[None, :])
 
 
-@_jit
+@jit
 def _token_sums(
     input_ptr, token_ptr, weight_ptr, root_ptr, offset_ptr, weight_sum_ptr, energy2_ptr, inputs,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
@@ -165,7 +165,7 @@ def accumulate(
     input_TK, token_S, weight_S = input_TK.contiguous(), token_S.contiguous(), weight_S.contiguous()
     root_S = weight_S.sqrt()
     if offsets[-1] > offsets[0]:
-        tiles = _blocks(inputs, TILE)
+        tiles = blocks(inputs, TILE)
         for sum_EKK, source_TK in ((hessian_EKK, None), (cross_EKK, target_TK)):
             if sum_EKK is None:
                 continue
@@ -187,7 +187,7 @@ ROWS_PER_PROGRAM = 64
 SUB_BLOCK = 16  # columns solved one by one before a GEMM over the block; tl.dot's least
 
 
-@_jit
+@jit
 def _column_loop(
     target_ptr, weight_ptr, feedback_ptr, scale_ptr, codes_ptr, error_ptr, rows, columns,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
@@ -218,7 +218,7 @@ def _column_loop(
             wanted_j = tl.sum(tl.where(here, wanted, 0.0), axis=1)
             weight_j = tl.sum(tl.where(here, weight, 0.0), axis=1)
             scale_j = tl.sum(tl.where(here, scale, 0.0), axis=1)
-            code_j = _code(tl.div_rn(wanted_j, scale_j))
+            code_j = code_of(tl.div_rn(wanted_j, scale_j))
             error_j = weight_j - code_j * scale_j
             ahead = tl.load(
                 feedback_ptr + (first + j) * columns + column, mask=(sub > j) & (column < columns), other=0.0
@@ -240,7 +240,7 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     error_ENB = torch.empty(target_ENB.shape, device=target_ENB.device)
     if codes_ENB.numel():
         block = max(triton.next_power_of_2(columns), SUB_BLOCK)
-        _column_loop[(_blocks(rows, ROWS_PER_PROGRAM), experts)](
+        _column_loop[(blocks(rows, ROWS_PER_PROGRAM), experts)](
             target_ENB.contiguous(), weight_ENB.contiguous(), feedback_EBB.contiguous(), scale_ENB.contiguous(),
             codes_ENB, error_ENB, rows, columns, ROWS=ROWS_PER_PROGRAM, BLOCK=block, SUB=SUB_BLOCK, num_warps=8,
             **FUSED,
@@ -254,7 +254,7 @@ ROWS_PER_SEARCH = 32
 SMALLEST, LARGEST = 2.0**-17, 65280.0  # magnitudes that grid.stored keeps
 
 
-@_jit
+@jit
 def _scale_search(
     weight_ptr, importance_ptr, factor_ptr, scale_ptr, rows, groups, group_size, steps,
     SIGNED: tl.constexpr, FP16: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
@@ -274,8 +274,8 @@ def _scale_search(
     for step in range(0, steps):
         factor = tl.load(factor_ptr + step)
         for side in tl.static_range(0, 2 if SIGNED else 1):
-            candidate = _stored(base * (factor if side == 0 else -factor), FP16, LEAST, MOST)
-            code = _code(weight * tl.div_rn(1.0, candidate)[:, None])
+            candidate = stored(base * (factor if side == 0 else -factor), FP16, LEAST, MOST)
+            code = code_of(weight * tl.div_rn(1.0, candidate)[:, None])
             error = code * candidate[:, None] - weight
             cost = tl.sum(error * error * importance[None, :], axis=1)
             scale = tl.where(cost < best, candidate, scale)
@@ -290,7 +290,7 @@ def search_scales(weight_ENK: Tensor, importance_EK: Tensor, group_size: int, se
     scale_ENG = torch.empty(experts, rows, groups, device=weight_ENK.device)
     factors = torch.linspace(search.low, search.high, search.steps).to(weight_ENK.device)
     if scale_ENG.numel():
-        _scale_search[(_blocks(rows, ROWS_PER_SEARCH), groups, experts)](
+        _scale_search[(blocks(rows, ROWS_PER_SEARCH), groups, experts)](
             weight_ENK.contiguous(), importance_EK.contiguous(), factors, scale_ENG, rows, groups, group_size,
             search.steps, SIGNED=search.signed, FP16=search.dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
             ROWS=ROWS_PER_SEARCH, SIZE=triton.next_power_of_2(group_size), **FUSED,
@@ -303,7 +303,7 @@ def search_scales(weight_ENK: Tensor, importance_EK: Tensor, group_size: int, se
 WORDS_PER_PROGRAM = 512
 
 
-@_jit
+@jit
 def _pack(codes_ptr, words_ptr, count, WORDS: tl.constexpr):
     word, nibble = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS), tl.arange(0, 8)
     codes = tl.load(codes_ptr + word[:, None] * 8 + nibble[None, :], mask=(word < count)[:, None], other=0)
@@ -320,5 +320,5 @@ def pack_codes(codes_ENK: Tensor) -> Tensor:
     words_ENW = torch.empty(experts, outputs, inputs // 8, dtype=torch.int32, device=codes_ENK.device)
     count = words_ENW.numel()
     if count:
-        _pack[(_blocks(count, WORDS_PER_PROGRAM),)](codes_ENK.contiguous(), words_ENW, count, WORDS=WORDS_PER_PROGRAM)
+        _pack[(blocks(count, WORDS_PER_PROGRAM),)](codes_ENK.contiguous(), words_ENW, count, WORDS=WORDS_PER_PROGRAM)
     return words_ENW
