@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 
 import checkpoints
 import releases
-
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
