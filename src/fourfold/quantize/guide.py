@@ -158,7 +158,9 @@ def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
             layer, tensors = _take(worker, guide, number)
             hidden_RTD = _inputs(worker, guide, number)
             pushed_RTD, weight_T = _through_layer(layer, guide, hidden_RTD, gradient_RTD, tick)
-        curvature_DD = None if weight_T is None else _curvature(worker, layer, gradient_RTD, weight_T)
+        curvature_DD = None
+        if weight_T is not None and number in guided_layers(guide.plan):
+            curvature_DD = _curvature(worker, layer, gradient_RTD, weight_T)
         all_RTD, _ = worker.gather([pushed_RTD])
         if worker.leads:
             guide.writer.submit(partial(_write_layer, guide, number, tensors.digest, curvature_DD, all_RTD))

@@ -84,6 +84,9 @@ def solve_layer(
     token_P = random_tokens(tokens, recipe.solver.pool_rows, seed=layer.index).to(observed.input_TD.device)
     with clock("moments"):
         pool_KK = gate_up_pool(worker, observed, recipe.solver.router_weighted)
+    down_rows = None
+    if curvature is not None:
+        down_rows = guidance.factorize_rows(curvature.moment_DD[None], curvature.damping)
     job = _Job(
         layer=layer,
         observed=observed,
@@ -93,7 +96,7 @@ def solve_layer(
         pool_KK=pool_KK,
         pool_PD=observed.input_TD[token_P].to(device),
         curvature=curvature,
-        down_rows=curvature and guidance.factorize_rows(curvature.moment_DD[None], curvature.damping),
+        down_rows=down_rows,
         released=(torch.empty_like(layer.stacks[0]), torch.empty_like(layer.stacks[1])),
     )
     tensors: dict[str, Tensor] = {}
