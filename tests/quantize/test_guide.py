@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -216,14 +217,18 @@ def test_curvatures_are_symmetric_and_positive(swept: Path) -> None:
         assert found_DD.diagonal().min() > 0
 
 
-def test_curvatures_are_those_of_the_whole_model(model: Path, swept: Path) -> None:
-    """In BF16, with its rounding; the other layers' are far from it."""
-    whole = whole_model(model, token_rows(), uniform(token_rows()), torch.bfloat16)
+def test_curvatures_are_those_of_the_whole_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole sweep in float32: in BF16 a label that lies on the edge becomes its neighbour."""
+    for name, build in (("build_layer", build_layer), ("build_head", build_head)):
+        monkeypatch.setattr(guide, name, partial(build, dtype=torch.float32))
+    monkeypatch.setattr(guide, "read_embedding", lambda *where: read_embedding(*where).float())
+    run_sweep(model, tmp_path, guided())
+    whole = whole_model(model, token_rows(), uniform(token_rows()), torch.float32)
     for layer in range(3):
-        wanted_DD, found_DD = whole.curvature(layer), curvature(swept, layer).double()
-        assert (found_DD - wanted_DD).norm() < 0.1 * wanted_DD.norm(), f"layer {layer}"
-        others = [whole.curvature(other) for other in range(3) if other != layer]
-        assert all((found_DD - other_DD).norm() > 0.2 * other_DD.norm() for other_DD in others)
+        wanted_DD, found_DD = whole.curvature(layer), curvature(tmp_path, layer).double()
+        assert (found_DD - wanted_DD).norm() < 0.005 * wanted_DD.norm(), f"layer {layer}"  # gradients are rounded once
 
 
 @pytest.mark.parametrize("last", range(8))

@@ -2,7 +2,7 @@
 
 Guidance rows go forward through the source, every layer's input kept in OUT; then, from the last layer to the first,
 the gradient rows go back through each layer, recomputed from its kept input. What stays is a matrix for each layer with
-routed experts, its curvature: docs/numerics.md, section 14. An interrupted sweep goes on at the layer it reached.
+routed experts, its curvature: docs/numerics.md, section 9. An interrupted sweep goes on at the layer it reached.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _repeatable(worker: Worker) -> Iterator[None]:
     if worker.device.type != "cuda":
         yield
         return
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     worker.everyone(None)  # the switch is of the process
