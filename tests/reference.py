@@ -297,6 +297,90 @@ def proxy(error_NK: Array, hessian_KK: Array) -> float:
     return float(np.trace(error_NK @ hessian_KK @ error_NK.T))
 
 
+# ---- the metric of the rows (section 13)
+
+
+def row_metric(metric_NN: Array, odamp: float) -> Array:
+    """Scaled to a mean diagonal of 1, then damped."""
+    return damp(metric_NN / (np.trace(metric_NN) / len(metric_NN)), odamp, "diagonal", 1e-4)
+
+
+def two_sided_proxy(error_NK: Array, hessian_KK: Array, metric_NN: Array) -> float:
+    """tr(H_O Err H Err^T)."""
+    return float(np.trace(metric_NN @ error_NK @ hessian_KK @ error_NK.T))
+
+
+def two_sided_term(error_NK: Array, unit_NN: Array, unit_KK: Array, row: int, column: int) -> float:
+    """(M_O^T Err M) at one place: what is to be made small there. Later rows and columns have no part in it."""
+    return float(unit_NN[: row + 1, row] @ error_NK[: row + 1, : column + 1] @ unit_KK[: column + 1, column])
+
+
+def two_sided_ldlq(
+    weight_NK: Array, scale_NG: Array, hessian_KK: Array, metric_NN: Array, order: Sequence[int], rows: Sequence[int]
+) -> Codes:
+    """Row after row, column after column: the code that leaves the least of its place's term, by its definition."""
+    unit_KK, _ = unit_factor(hessian_KK[np.ix_(order, order)])
+    unit_NN, _ = unit_factor(metric_NN[np.ix_(rows, rows)])
+    weight_NK = weight_NK[np.ix_(rows, order)]
+    scale_NK = spread(scale_NG, weight_NK.shape[1])[np.ix_(rows, order)]
+    codes_NK, error_NK = np.zeros(weight_NK.shape, dtype=np.int64), np.zeros(weight_NK.shape)
+    for row, column in np.ndindex(*weight_NK.shape):
+        error_NK[row, column] = weight_NK[row, column]  # of a code of 0
+        wanted = two_sided_term(error_NK, unit_NN, unit_KK, row, column)
+        code = min(max(round(wanted / scale_NK[row, column]), -8), 7)
+        error_NK[row, column] -= code * scale_NK[row, column]
+        codes_NK[row, column] = code
+    natural_NK = np.empty_like(codes_NK)
+    natural_NK[np.ix_(rows, order)] = codes_NK
+    return natural_NK
+
+
+@dataclass
+class TwoSided:
+    """A problem and its state, in natural order."""
+
+    target_NK: Array
+    codes_NK: Codes
+    scale_NG: Array
+    hessian_KK: Array
+    metric_NN: Array
+
+    def error_NK(self) -> Array:
+        return self.target_NK - dequantize(self.codes_NK, self.scale_NG)
+
+    def slope(self, direction_NK: Array) -> tuple[float, float]:
+        """<direction, Err> and <direction, direction> under the two metrics."""
+        moved_NK = self.metric_NN @ direction_NK @ self.hessian_KK
+        return float((moved_NK * self.error_NK()).sum()), float((moved_NK * direction_NK).sum())
+
+
+def two_sided_descent(problem: TwoSided, rows: Sequence[int], passes: int, dtype: str) -> None:
+    """One coordinate at a time to the minimum of tr(H_O Err H Err^T), in place.
+
+    Group after group, in each row after row: the row's scale (dtype "" leaves it), then its codes from left to right.
+    """
+    outputs, inputs = problem.target_NK.shape
+    size = inputs // problem.scale_NG.shape[1]
+    for _, group, row in itertools.product(range(passes), range(problem.scale_NG.shape[1]), rows):
+        columns = range(group * size, (group + 1) * size)
+        if dtype:
+            direction_NK = np.zeros((outputs, inputs))
+            direction_NK[row, columns] = problem.codes_NK[row, columns]
+            along, curvature = problem.slope(direction_NK)
+            now = problem.scale_NG[row, group]
+            best = now + along / curvature if curvature > 0 else now
+            rounded = stored(float(best), dtype)
+            if abs(rounded - best) < abs(now - best):
+                problem.scale_NG[row, group] = rounded
+        for column in columns:
+            direction_NK = np.zeros((outputs, inputs))
+            direction_NK[row, column] = 1
+            along, curvature = problem.slope(direction_NK)
+            scale = problem.scale_NG[row, group]
+            wanted = problem.codes_NK[row, column] + along / curvature / scale
+            problem.codes_NK[row, column] = min(max(round(wanted), -8), 7)
+
+
 # ---- storage (FORMAT.md 1 to 3)
 
 

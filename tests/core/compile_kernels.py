@@ -1,4 +1,4 @@
-"""Compile core/kernels/cuda.py's kernels for a GPU that need not be there; one JSON object per kernel on stdout.
+"""Compile the Triton kernels of core/kernels for a GPU that need not be there; one JSON object per kernel on stdout.
 
     python tests/core/compile_kernels.py 90
 """
@@ -16,18 +16,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fourfold.core.kernels import cuda
+from fourfold.core.gptq import ROWS
+from fourfold.core.kernels import cuda, cuda_rows
 
 MOMENTS = {"TILE": cuda.TILE, "STEP": cuda.PAIRS_PER_STEP, "INTERPRET": False}
 LOOP = {"ROWS": cuda.ROWS_PER_PROGRAM, "BLOCK": 128, "SUB": cuda.SUB_BLOCK}
 SCALES = {"SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST, "ROWS": cuda.ROWS_PER_SEARCH,
           "SIZE": 128}  # fmt: skip
+TILE = {"ROWS": ROWS, "BLOCK": 128}
+REFIT = {"REFIT": True, "SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST}
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda._second_moments, MOMENTS | {"CROSS": False}, 8),
     (cuda._second_moments, MOMENTS | {"CROSS": True}, 8),
     (cuda._token_sums, {"COLUMNS": 256, "STEP": 16, "INTERPRET": False}, 4),
     (cuda._column_loop, LOOP, 8),
     (cuda._scale_search, SCALES, 4),
+    (cuda_rows._solve_tile, TILE, cuda_rows.WARPS),
+    (cuda_rows._refine_tile, TILE | REFIT, cuda_rows.WARPS),
     (cuda._pack, {"WORDS": cuda.WORDS_PER_PROGRAM}, 4),
 ]
 POINTERS = {"input_ptr": "*bf16", "source_ptr": "*bf16", "token_ptr": "*i64", "offset_ptr": "*i32", "codes_ptr": "*i8",
@@ -43,7 +48,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, capabilit
         constexprs={(names.index(name),): value for name, value in constants.items()},
         # as at a launch: pointers and sizes that are multiples of 16
         attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
-               if name not in constants and name not in ("steps", "count")},
+               if name not in constants and name not in ("steps", "count", "group", "groups")},
     )  # fmt: skip
     options = {"num_warps": warps, **cuda.FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

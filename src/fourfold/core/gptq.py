@@ -1,4 +1,4 @@
-"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6, 7 and 8.
+"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6 to 8 and 13.
 
 Everything is fp32; callers leave TF32 off.
 """

@@ -1,4 +1,4 @@
-"""The metric of the rows: what the rest of the model makes of an expert's outputs. docs/numerics.md section 9.
+"""The metric of the rows: what the rest of the model makes of an expert's outputs. docs/numerics.md section 13.
 
 With it an error costs tr(H_O Err H Err^T), H_O [N, N] the second moment of the end loss's gradient at the projection's
 output: a Kronecker-factored Fisher metric. Only its shape matters, and a multiple of the identity is no metric.
@@ -38,6 +38,7 @@ def factorize_rows(metric_ENN: Tensor, odamp: float) -> RowFactor:
     metric_ENN: symmetric, positive semidefinite up to rounding; 0 stands for no preference. odamp: share of the
     diagonal that is added to it. Raises NotFinite for the first expert whose metric is not finite. A metric without a
     factor is replaced by its diagonal: a value in the result, and the codes of no metric.
+    Peak: four stacks [E, N, N] above the argument; the result holds two.
     """
     mean_E = metric_ENN.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     if not mean_E.isfinite().all():
