@@ -114,7 +114,7 @@ class Solver:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """A metric for the rows of a projection, from the gradient of the end loss (docs/numerics.md, section 9).
+    """A metric for the rows of a projection, from the gradient of the end loss (docs/numerics.md, section 13).
 
     tokens: of the calibration rows that go backward through the source, by whole rows (0 = no guidance);
     sites: "both" or "down" alone; damp: of the metric's diagonal (0 = by tokens per hidden dimension).
