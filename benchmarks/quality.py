@@ -182,14 +182,16 @@ class Bench:
         return self._judge
 
     def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
-        """seconds, cpu_seconds: from the first layer to the last; making rows and measuring are left out."""
+        """seconds, cpu_seconds: from the first layer to the last, guidance's too; making rows and measuring are left out.
+        """
         begun: dict[str, tuple[float, float]] = {}
 
         def tell(event: Event) -> None:
             begun.setdefault(event.stage, (time.perf_counter(), time.process_time()))
 
         summary = quantize(self.model, out, recipe, progress=tell)
-        wall, cpu = (end - start for start, end in zip(begun["embed"], begun["measure"], strict=True))
+        start_at = begun.get("forward", begun["embed"])
+        wall, cpu = (end - start for start, end in zip(start_at, begun["measure"], strict=True))
         rounded = summary.methods.get("rtn", 0)
         return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded}
 

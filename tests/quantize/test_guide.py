@@ -284,6 +284,33 @@ def test_damaged_curvatures_and_other_sources_are_refused(swept: Path, tmp_path:
         read_curvature(out, 1, record["source_digest"])
 
 
+def test_long_gradients_are_shortened_alone() -> None:
+    """To ten times the median of their own row, direction and all others as they were."""
+    gradient_RTD = torch.zeros(2, 5, 4)
+    gradient_RTD[0, :, 0] = torch.tensor([1.0, 2.0, 3.0, 30.0, 31.0])
+    gradient_RTD[1, :, 1] = torch.tensor([0.1, 0.1, 0.1, -7.0, 0.0])
+    quieted_RTD = guide.quiet(gradient_RTD)
+    torch.testing.assert_close(quieted_RTD[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 30.0, 30.0]))
+    torch.testing.assert_close(quieted_RTD[1, :, 1], torch.tensor([0.1, 0.1, 0.1, -1.0, 0.0]))
+
+
+def test_a_token_without_an_embedding_does_not_take_a_curvature_over(model: Path, swept: Path, tmp_path: Path) -> None:
+    """Its state is next to nothing, and every norm makes a thousand times as much of it."""
+    silent = shutil.copytree(model, tmp_path / "model")
+    tokens = token_rows()[:, 7]
+
+    def silence(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("embed_tokens.weight")]:
+            tensors[name][tokens] = 0
+
+    checkpoints.edit(silent, silence)
+    whole = whole_model(silent, token_rows(), uniform(token_rows()), torch.float32)
+    run_sweep(silent, tmp_path, guided())
+    for layer in (0, 1):
+        usual, found = (curvature(out, layer).diagonal().sum() for out in (swept, tmp_path))
+        assert whole.curvature(layer).trace() > 100 * usual and found < 4 * usual
+
+
 def test_guidance_rows_are_spread_over_all_sources() -> None:
     token_RT = torch.arange(10)[:, None].expand(10, 4)
     assert spread_rows(token_RT, 12)[:, 0].tolist() == [0, 3, 6]
