@@ -295,7 +295,7 @@ def test_long_gradients_are_shortened_alone() -> None:
 
 
 def test_a_token_without_an_embedding_does_not_take_a_curvature_over(model: Path, swept: Path, tmp_path: Path) -> None:
-    """Its state is next to nothing, and every norm makes a thousand times as much of it."""
+    """Its state is next to nothing, and a norm makes a thousand times as much of it."""
     silent = shutil.copytree(model, tmp_path / "model")
     tokens = token_rows()[:, 7]
 
@@ -306,9 +306,8 @@ def test_a_token_without_an_embedding_does_not_take_a_curvature_over(model: Path
     checkpoints.edit(silent, silence)
     whole = whole_model(silent, token_rows(), uniform(token_rows()), torch.float32)
     run_sweep(silent, tmp_path, guided())
-    for layer in (0, 1):
-        usual, found = (curvature(out, layer).diagonal().sum() for out in (swept, tmp_path))
-        assert whole.curvature(layer).trace() > 100 * usual and found < 4 * usual
+    usual, found = (curvature(out, 0).diagonal().sum() for out in (swept, tmp_path))
+    assert whole.curvature(0).trace() > 1000 * usual and found < 4 * usual
 
 
 def test_guidance_rows_are_spread_over_all_sources() -> None:

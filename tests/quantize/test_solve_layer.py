@@ -350,7 +350,7 @@ def test_guidance_changes_the_sites_that_it_is_for(
     differing = {name.split(".")[-2] for name in result.tensors
                  if not torch.equal(found.tensors[name], result.tensors[name])}  # fmt: skip
     assert differing == set(changed)
-    assert all(0.3 < cost / plain < 1 for cost, plain in found.guided.values())
+    assert all(0.1 < cost / plain < 0.8 for cost, plain in found.guided.values())
     assert set(found.guided) == ({"down"} if sites == "down" else {"gate_up", "down"})
 
 
