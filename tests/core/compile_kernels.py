@@ -16,14 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fourfold.core.gptq import ROWS
 from fourfold.core.kernels import cuda, cuda_rows
 
 MOMENTS = {"TILE": cuda.TILE, "STEP": cuda.PAIRS_PER_STEP, "INTERPRET": False}
 LOOP = {"ROWS": cuda.ROWS_PER_PROGRAM, "BLOCK": 128, "SUB": cuda.SUB_BLOCK}
 SCALES = {"SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST, "ROWS": cuda.ROWS_PER_SEARCH,
           "SIZE": 128}  # fmt: skip
-TILE = {"ROWS": ROWS, "BLOCK": 128}
+TILE = {"ROWS": cuda_rows.ROWS, "BLOCK": 128}
 REFIT = {"REFIT": True, "SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST}
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda._second_moments, MOMENTS | {"CROSS": False}, 8),

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fourfold.core.guidance import RowFactor
 
 BLOCK = 128  # columns between two GEMMs over all earlier errors
-ROWS = 64  # rows of a metric between two GEMMs over all earlier rows' errors
 PANEL = 256  # columns of the Cholesky factor between two GEMMs over all that are behind them
 
 
@@ -201,48 +200,34 @@ def take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
     return taken_SN.view(*place_EK.shape, -1)
 
 
-Tile = tuple[Tensor, Tensor, Tensor]  # columns first, [E, B, N]: targets, weights, scales; or codes, fed, error
-
-
 def inblock_by_rows(
     target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`inblock` with rows in order, each on its target and weight plus c_r = sum_{i<r} M_ir Err_i of earlier rows.
 
     unit_ENN: M, of the rows; what is on and below its diagonal is not read. Returns (codes int8, Err + c): the second
-    is what later columns are fed. Tiles of rows, with one GEMM over all earlier rows' errors before each.
+    is what later columns are fed. No input is changed.
     """
-    step_ = solve_tile_torch_
+    kernel = inblock_by_rows_torch
     if target_ENB.dtype == torch.float32:
-        step_ = cuda_rows.solve_tile_ if target_ENB.is_cuda else cpu_rows.solve_tile_
-    target_EBN, weight_EBN, scale_EBN = (each.mT.contiguous() for each in (target_ENB, weight_ENB, scale_ENB))
-    error_EBN, fed_EBN = torch.empty_like(target_EBN), torch.empty_like(target_EBN)
-    codes_EBN = torch.empty_like(target_EBN, dtype=torch.int8)
-    feedback_EBB, wide_ENN = feedback_EBB.contiguous(), unit_ENN.expand(len(target_EBN), -1, -1)
-    for start in range(0, target_EBN.shape[2], ROWS):
-        carried_EBR = torch.bmm(error_EBN[..., :start], wide_ENN[:, :start, start : start + ROWS])
-        given, results = (target_EBN, weight_EBN, scale_EBN), (codes_EBN, fed_EBN, error_EBN)
-        step_(start, carried_EBR, given, feedback_EBB, unit_ENN, results)
-    return codes_EBN.mT, fed_EBN.mT
+        kernel = cuda_rows.inblock_by_rows if target_ENB.is_cuda else cpu_rows.inblock_by_rows
+    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB, unit_ENN)
 
 
-def solve_tile_torch_(
-    start: int, carried_EBR: Tensor, given: Tile, feedback_EBB: Tensor, unit_ENN: Tensor, results: Tile
-) -> None:
-    """One tile, a row at a time, for any device and dtype: what the native kernels are held against.
-
-    Rows from start on, as many as carried_EBR has, which is what all rows before them left over. results are changed.
-    """
-    codes_EBN, fed_EBN, error_EBN = results
-    for row in range(carried_EBR.shape[2]):
-        here, tile = slice(start + row, start + row + 1), slice(start, start + row)
-        target_EB1, weight_EB1, scale_EB1 = (each[..., here] for each in given)
-        left_EB1 = carried_EBR[..., row : row + 1] + error_EBN[..., tile] @ unit_ENN[:, tile, here]
-        code_E1B, fed_E1B = inblock_torch(
-            (target_EB1 + left_EB1).mT, (weight_EB1 + left_EB1).mT, feedback_EBB, scale_EB1.mT
+def inblock_by_rows_torch(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for any device and dtype, a row at a time: what the native kernels are held against."""
+    codes_ENB, fed_ENB = torch.empty_like(target_ENB, dtype=torch.int8), torch.empty_like(target_ENB)
+    error_ENB = torch.empty_like(target_ENB)
+    for row in range(target_ENB.shape[1]):
+        here = slice(row, row + 1)
+        left_E1B = unit_ENN[:, :row, here].mT @ error_ENB[:, :row]
+        codes_ENB[:, here], fed_ENB[:, here] = inblock_torch(
+            target_ENB[:, here] + left_E1B, weight_ENB[:, here] + left_E1B, feedback_EBB, scale_ENB[:, here]
         )
-        codes_EBN[..., here], fed_EBN[..., here] = code_E1B.mT, fed_E1B.mT
-        error_EBN[..., here] = weight_EB1 - code_E1B.mT * scale_EB1
+        error_ENB[:, here] = weight_ENB[:, here] - codes_ENB[:, here] * scale_ENB[:, here]
+    return codes_ENB, fed_ENB
 
 
 def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,39 +334,26 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
     """Scales, then codes of one row after the other in a group, in place, the newest errors in all other rows.
 
     relative_ENN: H_ir / H_rr of the rows' metric: row r's error in its own units is x = Err_r + sum_{i != r} Err_i H_ir
-    / H_rr, and x is refined as a row without a metric is. block's gradient is changed: it follows the errors. Tiles of
-    rows, with one GEMM over all rows before each.
+    / H_rr, and x is refined as a row without a metric is. block's gradient is changed: it follows the errors.
     """
-    gradient_EBN, product_EBN, hessian_EBB = block
-    step_ = refine_tile_torch_
-    if gradient_EBN.dtype == torch.float32:
-        step_ = cuda_rows.refine_tile_ if gradient_EBN.is_cuda else cpu_rows.refine_tile_
-    block = gradient_EBN, product_EBN, hessian_EBB.contiguous()
-    wide_ENN = relative_ENN.expand(len(gradient_EBN), -1, -1)
-    for start in range(0, gradient_EBN.shape[2], ROWS):
-        carried_EBR = torch.bmm(gradient_EBN, wide_ENN[..., start : start + ROWS])
-        step_(group, start, carried_EBR, block, relative_ENN, state, refit)
+    kernel_ = refine_by_rows_torch_
+    if relative_ENN.dtype == torch.float32:
+        kernel_ = cuda_rows.refine_by_rows_ if relative_ENN.is_cuda else cpu_rows.refine_by_rows_
+    kernel_(group, block, relative_ENN, state, refit)
 
 
-def refine_tile_torch_(
-    group: int, start: int, carried_EBR: Tensor, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None
-) -> None:
-    """Rows from start on, for any device and dtype: what the native kernels are held against.
-
-    carried_EBR: x times H, of as many rows as it has, before the first of them moves.
-    """
+def refine_by_rows_torch_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+    """The same for any device and dtype: what the native kernels are held against."""
     gradient_EBN, product_EBN, hessian_EBB = block
     target_EKN, error_EKN, code_EKN, scale_EGN = state
     columns = slice(group * hessian_EBB.shape[-1], (group + 1) * hessian_EBB.shape[-1])
-    change_EBR = torch.zeros_like(carried_EBR)  # of the gradient of each row
-    for row in range(carried_EBR.shape[2]):
-        here, tile = slice(start + row, start + row + 1), slice(start, start + row)
+    for row in range(gradient_EBN.shape[2]):
+        here = slice(row, row + 1)
         before_EB1 = error_EKN[:, columns, here].clone()
-        own_EB1 = carried_EBR[..., row : row + 1] + change_EBR[..., :row] @ relative_ENN[:, tile, here]
         own_state = target_EKN[..., here], error_EKN[..., here], code_EKN[..., here], scale_EGN[..., here]
+        own_EB1 = gradient_EBN @ relative_ENN[..., here]
         refine_group_torch_(group, own_EB1, product_EBN[..., here].clone(), hessian_EBB, own_state, refit)
-        change_EBR[..., row : row + 1] = hessian_EBB @ (error_EKN[:, columns, here] - before_EB1)
-    gradient_EBN[..., start : start + carried_EBR.shape[2]] += change_EBR
+        gradient_EBN[..., here] += hessian_EBB @ (error_EKN[:, columns, here] - before_EB1)
 
 
 def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:

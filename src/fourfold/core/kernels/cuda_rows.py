@@ -1,52 +1,64 @@
-"""Triton kernels for rows that see each other through a metric: tiles of the solve and of its refinement.
+"""Triton kernels for rows that see each other through a metric: the solve and its refinement, row after row.
 
-The contracts are those of the torch functions of the same name in gptq.py. All experts of a call run side by side, the
-rows of one after each other: what a program is serial in, it shortens by solving along antidiagonals and, in
-refinement, by going from one code that changes straight to the next.
+The contracts are those of gptq.py's functions of the same name. A program has a tile of one expert's rows. What is
+serial in it is short: antidiagonals in the solve, in refinement the way from one code that changes to the next.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fourfold.core.kernels.cuda import FUSED, LARGEST, SMALLEST, SUB_BLOCK, code_of, jit, stored, tl, triton
 
 if TYPE_CHECKING:
-    from fourfold.core.gptq import Block, Refit, State, Tile
+    from fourfold.core.gptq import Block, Refit, State
 
+ROWS = 64  # of a tile, with a GEMM over all other rows before each
 WARPS = 8
 
 
-def solve_tile_(
-    start: int, carried_EBR: Tensor, given: Tile, feedback_EBB: Tensor, unit_ENN: Tensor, results: Tile
-) -> None:
-    """gptq.solve_tile_torch_. Sums are in another order, so a code differs where it is a tie but for rounding."""
-    experts, columns, count = carried_EBR.shape
-    _solve_tile[(experts,)](
-        *given, carried_EBR, feedback_EBB, unit_ENN, *results, start, count, given[0].shape[2], columns,
-        0 if len(unit_ENN) == 1 else unit_ENN[0].numel(), ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS,
-        **FUSED,
-    )  # fmt: skip
+def inblock_by_rows(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gptq.inblock_by_rows. Sums are in another order, so a code differs where it is a tie but for rounding."""
+    given = tuple(each.mT.contiguous() for each in (target_ENB, weight_ENB, scale_ENB))
+    codes_EBN, fed_EBN = torch.empty_like(given[0], dtype=torch.int8), torch.empty_like(given[0])
+    error_EBN, feedback_EBB, unit_ENN = torch.empty_like(given[0]), feedback_EBB.contiguous(), unit_ENN.contiguous()
+    experts, columns, rows = given[0].shape
+    wide_ENN, stride = unit_ENN.expand(experts, -1, -1), 0 if len(unit_ENN) == 1 else rows * rows
+    for start in range(0, rows, ROWS):
+        carried_EBR = torch.bmm(error_EBN[..., :start], wide_ENN[:, :start, start : start + ROWS])
+        count = carried_EBR.shape[2]
+        _solve_tile[(experts,)](
+            *given, carried_EBR, feedback_EBB, unit_ENN, codes_EBN, fed_EBN, error_EBN, start, count, rows, columns,
+            stride, ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS, **FUSED,
+        )  # fmt: skip
+    return codes_EBN.mT, fed_EBN.mT
 
 
-def refine_tile_(
-    group: int, start: int, carried_EBR: Tensor, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None
-) -> None:
-    """gptq.refine_tile_torch_, likewise."""
-    experts, columns, count = carried_EBR.shape
-    groups, rows = state[3].shape[1:]
-    _refine_tile[(experts,)](
-        *state, carried_EBR, *block, relative_ENN, start, count, group, groups, rows, columns,
-        0 if len(relative_ENN) == 1 else relative_ENN[0].numel(), REFIT=refit is not None,
-        SIGNED=refit is None or refit.signed, FP16=refit is not None and refit.dtype == "fp16", LEAST=SMALLEST,
-        MOST=LARGEST, ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS, **FUSED,
-    )  # fmt: skip
+def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+    """gptq.refine_by_rows_, likewise."""
+    gradient_EBN, product_EBN, hessian_EBB = block
+    hessian_EBB, relative_ENN = hessian_EBB.contiguous(), relative_ENN.contiguous()
+    experts, columns, rows = gradient_EBN.shape
+    wide_ENN, stride = relative_ENN.expand(experts, -1, -1), 0 if len(relative_ENN) == 1 else rows * rows
+    for start in range(0, rows, ROWS):
+        carried_EBR = torch.bmm(gradient_EBN, wide_ENN[..., start : start + ROWS])
+        count = carried_EBR.shape[2]
+        _refine_tile[(experts,)](
+            *state, carried_EBR, gradient_EBN, product_EBN, hessian_EBB, relative_ENN, start, count, group,
+            state[3].shape[1], rows, columns, stride, REFIT=refit is not None, SIGNED=refit is None or refit.signed,
+            FP16=refit is not None and refit.dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
+            ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS, **FUSED,
+        )  # fmt: skip
 
 
 def _size(count: int) -> int:
-    return max(triton.next_power_of_2(count), SUB_BLOCK)
+    size: int = triton.next_power_of_2(count)
+    return max(size, SUB_BLOCK)
 
 
 @jit
