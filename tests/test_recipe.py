@@ -298,11 +298,11 @@ def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
 
 def test_every_rule_names_a_field() -> None:
     homes = {"scheme": Scheme, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
-             "heldout": Heldout, "": Recipe}  # fmt: skip
+             "guidance": Guidance, "heldout": Heldout, "": Recipe}  # fmt: skip
     for rule in (*CHOICES, *RANGES):
         home, _, name = rule.rpartition(".")
         assert name in {field.name for field in dataclasses.fields(homes[home])}, rule
-    for home in (Scheme, Solver, Calibration, Source, Heldout):
+    for home in (Scheme, Solver, Guidance, Calibration, Source, Heldout):
         for field in dataclasses.fields(home):  # a number without a range would let nonsense through
             prefix = {known: key for key, known in homes.items()}[home]
             assert field.type not in ("int", "float") or f"{prefix}.{field.name}" in {**RANGES, **CHOICES}, field.name
