@@ -127,7 +127,7 @@ def bench(server: Server, out: Path, *words: object) -> dict[str, Any]:
     return found
 
 
-def test_one_flow(made: Made, python: Find, tmp_path: Path) -> None:
+def test_one_flow(made: Made, python: Find, example_model: Path, tmp_path: Path) -> None:
     """Quantized -> verified -> served with drafts -> asked -> measured -> stopped."""
     out, interpreter = made("compressed-tensors"), python("vllm")
     verified = subprocess.run(
@@ -144,6 +144,7 @@ def test_one_flow(made: Made, python: Find, tmp_path: Path) -> None:
         assert server.pool() == (4096, 256, 262_144)
         assert "predicted: 4,096 blocks of 256, 262,144 tokens" in server.said
         check_stream(server)
+        check_tasks(server, example_model, tmp_path)
         check_bench(server, interpreter, tmp_path, seen)
         process = server.process
     assert process.returncode == 128 + signal.SIGTERM
@@ -186,6 +187,32 @@ def check_stream(server: Server) -> None:
                 thought += "".join(choice["delta"].get("reasoning") or "" for choice in chunk["choices"])
     assert thought
     assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] <= usage["completion_tokens"] <= 48
+
+
+def check_tasks(server: Server, source: Path, folder: Path) -> None:
+    """lm-eval's two ways of asking: what is written, and the likelihoods of what could be."""
+    questions = folder / "questions.jsonl"
+    lines = [json.dumps({"q": f"{a} + 1", "wrong": str(a), "right": str(a + 1)}) for a in range(4)]
+    questions.write_text("\n".join(lines) + "\n")
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {questions}}}}}\ntest_split: test\n"
+    common += 'doc_to_text: "{{q}} = "\nmetadata: {version: 1}\n'
+    written = 'task: written\noutput_type: generate_until\ndoc_to_target: "{{right}}"\n'
+    written += "generation_kwargs: {until: [' '], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n"
+    chosen = 'task: chosen\noutput_type: multiple_choice\ndoc_to_choice: "{{[wrong, right]}}"\ndoc_to_target: 1\n'
+    chosen += "metric_list: [{metric: acc}]\n"
+    for name, text in (("written", written), ("chosen", chosen)):
+        (folder / f"{name}.yaml").write_text(text + common)
+    words = ["evaluate", server.out, "--source", source, "--windows", 1, "--length", 64, "--no-drafts", "--devices"]
+    words += ["cpu", "--url", server.url, "--tasks", f"{folder / 'written.yaml'},{folder / 'chosen.yaml'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fourfold", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((server.out / "metrics.json").read_text())["tasks"]
+    assert found["model"] == server.out.name
+    assert {name: task["samples"] for name, task in found["tasks"].items()} == {"written": 4, "chosen": 4}
+    assert 0 <= found["tasks"]["chosen"]["figures"]["acc,none"] <= 1
+    assert 0 <= found["tasks"]["written"]["figures"]["exact_match,none"] <= 1
 
 
 def check_defaults(server: Server, interpreter: Path) -> None:

@@ -39,9 +39,9 @@ WANTED = {
     SHARD: save({"a": torch.arange(1000.0)}),
     "tokenizer.json": b"{}",
     "LICENSE": b"Apache-2.0",
+    "README.md": b"# card",
 }
 UNWANTED = {
-    "README.md": b"# card",
     "pytorch_model.bin": b"pickle",
     "model.gguf": b"GGUF",
     "consolidated.safetensors": b"again",
@@ -336,3 +336,23 @@ def test_failures_in_the_middle(monkeypatch: pytest.MonkeyPatch, error: Exceptio
     monkeypatch.setattr(hub, "snapshot_download", fail)
     message = refused("org/model")
     assert said in message and "Amz" not in message
+
+
+@pytest.mark.parametrize(
+    ("card", "terms"),
+    [
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\n# M", {"license": "apache-2.0", "language": ["en"]}),
+        (
+            "---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\nlanguage: [en, zh]\n---\n",
+            {"license": "other", "license_name": "their-own", "license_link": "LICENSE", "language": ["en", "zh"]},
+        ),
+        ("---\nlicense: [1, 2]\nlanguage: {a: 1}\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("# No front matter", {}),
+        (None, {}),
+    ],
+)
+def test_terms_are_those_of_the_models_card(tmp_path: Path, card: str | None, terms: dict[str, object]) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert hub.stated_terms(tmp_path) == terms

@@ -210,6 +210,7 @@ def test_the_digest_follows_the_tokens(tmp_path: Path, tokenizer: PreTrainedToke
     assert calibrate._digest(small.token_RT) != first.digest  # the shape counts, too
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_in_another_process(tokenizer: PreTrainedTokenizerBase) -> None:
     overrides = ["calibration.length=64", *(f"calibration.sources.{index}.rows=3" for index in range(4))]
     here = [collect(load_recipe("best", overrides), tokenizer).digest, heldout(load_recipe("best"), tokenizer).digest]

@@ -146,6 +146,7 @@ def test_a_dataset_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch
     assert asked == {"names": ("org/name", "en"), "split": "train", "revision": "abc", "streaming": True}
 
 
+@pytest.mark.slow
 def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     broken = {"text": ["a", "b"], "image": [{"bytes": b"no image", "path": None}] * 2}

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, constants, snapshot_download
+from huggingface_hub import DryRunFileInfo, constants, metadata_load, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
     DryRunError,
     GatedRepoError,
@@ -22,12 +22,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RevisionNotFoundError,
 )
 from huggingface_hub.utils.tqdm import tqdm
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import INDEX_NAME
 from fourfold.model.shards import SIDECARS
 
-WANTED = ["config.json", INDEX_NAME, "*.safetensors", *SIDECARS]
+CARD = "README.md"
+WANTED = ["config.json", INDEX_NAME, "*.safetensors", CARD, *SIDECARS]
 UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats in subfolders, Mistral's second copy
 SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)  # "?": signed addresses
 
@@ -37,6 +39,23 @@ def hub_name(folder: Path) -> str | None:
     parts = folder.absolute().parts
     match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", parts[-3]) if len(parts) > 3 else None
     return f"{match[1]}/{match[2]}" if match and parts[-2] == "snapshots" else None
+
+
+def stated_terms(folder: Path) -> dict[str, Any]:
+    """What the model's card in its folder says of licence and languages: license, license_name, license_link, language.
+
+    Without what it does not say, or says in no form of the Hub's; a card that cannot be read says nothing.
+    """
+    try:
+        stated = metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, YAMLError):  # no card, or not one of the Hub's: it is not ours to mend
+        return {}
+    found = {name: stated.get(name) for name in ("license", "license_name", "license_link", "language")}
+    found["language"] = [found["language"]] if isinstance(found["language"], str) else found["language"]
+    texts = {name: value for name, value in found.items() if name != "language" and isinstance(value, str)}
+    languages = found["language"] if isinstance(found["language"], list) else []
+    spoken = [one for one in languages if isinstance(one, str)]
+    return texts | ({"language": spoken} if spoken else {})
 
 
 class _Silent(tqdm):

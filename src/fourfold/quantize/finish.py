@@ -23,7 +23,7 @@ import fourfold
 from fourfold.core import metrics, pack
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
 from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
-from fourfold.model.hub import hub_name
+from fourfold.model.hub import hub_name, stated_terms
 from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
@@ -179,6 +179,7 @@ def fourfold_json(
         "model_type": plan.skeleton.family.model_type,
         "source": {
             "hub": hub_name(plan.index.folder),
+            "terms": stated_terms(plan.index.folder),
             "headers": plan.index.digest,
             "content": joined_digest({record.shard: record.source_digest for record in records}),
         },

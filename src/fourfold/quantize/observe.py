@@ -92,18 +92,19 @@ def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, t
     experts. What the experts are given is gathered from all workers.
     """
     hidden_RTD = rows.hidden_RTD
-    inputs: list[Tensor] = []
+    # In one piece from the start: pieces that are put together later lie twice in memory then.
+    own_RTD = worker.room(tuple(hidden_RTD.shape), hidden_RTD.dtype) if layer.is_routed else None
     choices: list[Routing] = []
     for batch in _batches(len(hidden_RTD), batches.rows):
         output_RTD, input_TD, routing = attend(layer, hidden_RTD[batch].to(layer.device))
         hidden_RTD[batch] = output_RTD.to(hidden_RTD.device)
-        if input_TD is not None and routing is not None:
-            inputs.append(input_TD.to(hidden_RTD.device))
+        if own_RTD is not None and input_TD is not None and routing is not None:
+            own_RTD[batch] = input_TD.view(output_RTD.shape)
             choices.append(routing.to(hidden_RTD.device))
         tick(output_RTD.shape[0] * output_RTD.shape[1])
-    if not layer.is_routed:
+    if own_RTD is None:
         return Traffic(rows, (), None, None)
-    return _gather(worker, rows, inputs, choices)
+    return _gather(worker, rows, [own_RTD.flatten(0, 1)], choices)
 
 
 def _gather(worker: Worker, rows: Rows, inputs: list[Tensor], choices: list[Routing]) -> Traffic:

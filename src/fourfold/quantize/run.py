@@ -274,6 +274,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             layers = layer, release_layer
             both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
         drifts.append(drift)
+        del layer, layers, release_layer, tensors, traffic  # or they lie beside the next layer's until it has its own
         if worker.leads:
             job.watch.finished(number, drift)
     if worker.leads:

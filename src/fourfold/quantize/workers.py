@@ -279,13 +279,17 @@ class Worker:
 
     # ---- gather
 
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory for rows that are to be gathered: of a worker alone, that in which they then stay."""
+        return self.team.allocate(shape, dtype) if self.size == 1 else torch.empty(shape, dtype=dtype)
+
     def gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         """The rows of all workers, in order of rank, and how many are of each.
 
         parts: this worker's rows, in pieces, which are taken out of the list as they are copied. The rows are in one
         piece of host memory that this process's workers share; what a worker alone has in one piece stays where it is.
         """
-        if self.size == 1 and len(parts) == 1 and not self.team.spill:
+        if self.size == 1 and len(parts) == 1:
             return parts[0], (len(parts.pop()),)
         known = self.everyone((parts[0].shape[1:], parts[0].dtype) if parts else None)
         shape, dtype = next(like for like in known if like is not None)  # a worker may have no rows

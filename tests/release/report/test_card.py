@@ -182,6 +182,16 @@ def test_a_licence_is_read_and_not_guessed(release: Path, text: str | None, name
     assert ModelCard(write_card(release)).data.to_dict()["license"] == name
 
 
+def test_terms_of_the_source_are_those_of_its_card(release: Path, change: Change) -> None:
+    """The card's before a LICENSE file's text, the publisher's own word before both."""
+    stated = {"license": "other", "license_name": "their-own", "license_link": "LICENSE", "language": ["en", "zh"]}
+    change("fourfold.json", lambda state: state["source"].update(terms=stated))
+    data = ModelCard(write_card(release)).data.to_dict()
+    assert {name: data[name] for name in stated} == stated
+    said = ModelCard(write_card(release, About(name="x", licence="mit"))).data.to_dict()
+    assert said["license"] == "mit" and "license_name" not in said
+
+
 def test_the_base_model_is_the_one_that_quantize_was_given_on_the_hub(release: Path, change: Change) -> None:
     change("fourfold.json", lambda state: state["source"].update(hub="Qwen/FromTheHub"))
     assert ModelCard(write_card(release, About(name="x"))).data.to_dict()["base_model"] == "Qwen/FromTheHub"
@@ -191,6 +201,7 @@ def test_the_base_model_is_the_one_that_quantize_was_given_on_the_hub(release: P
 def poison(state: Any) -> None:
     state["calibration"]["sources"][0] |= {"name": HOSTILE, "licence": HOSTILE}
     state["calibration"]["notes"] = [HOSTILE]
+    state["source"]["terms"] = {"license": HOSTILE, "language": [HOSTILE]}
     state["devices"] = {"cpu": HOSTILE}
     state["versions"]["torch"] = HOSTILE
     state["output"]["shards"] = {HOSTILE: {"bytes": 1, "sha256": HOSTILE}}
@@ -204,7 +215,7 @@ def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> N
     (release / "bench.json").write_text(json.dumps(BENCH | {"model": HOSTILE, "engine": HOSTILE}), encoding="utf-8")
     text = write_card(release)
     data = ModelCard(text).data.to_dict()
-    assert data["license"] == "other" and data["base_model"] == "Qwen/Small"
+    assert data["license"] == HOSTILE and data["base_model"] == "Qwen/Small"
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == HOSTILE, "YAML gives back what went in"
     shown = MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
     tags = set(re.findall(r"<\s*/?([a-zA-Z][a-zA-Z0-9]*)", shown))

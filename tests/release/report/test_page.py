@@ -158,6 +158,7 @@ def test_nothing_can_be_smuggled_into_a_page(release: Path, change: Change) -> N
     assert HOSTILE in found.data["rows"]["projections"]
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_page_and_plots(finished: Path) -> None:
     records = read_records(finished)
     assert page(records, ABOUT) == page(records, ABOUT)
@@ -217,6 +218,7 @@ def _open(context: Any, path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_a_click_on_the_map_shows_the_experts_rows(opened: Any) -> None:
     box = opened.locator("#map canvas").bounding_box()
     opened.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
@@ -229,6 +231,7 @@ def test_a_click_on_the_map_shows_the_experts_rows(opened: Any) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_map_goes_by_keyboard(opened: Any) -> None:
     opened.focus("#map")
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown"):
@@ -240,6 +243,7 @@ def test_the_map_goes_by_keyboard(opened: Any) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_search_and_sort(opened: Any) -> None:
     opened.fill("#search", "layer 3 up_proj")
     assert opened.inner_text("#found") == "256 rows"
@@ -267,6 +271,7 @@ def test_search_and_sort(opened: Any) -> None:
     ],
     ids=["search", "sort", "scroll", "map"],
 )
+@pytest.mark.slow
 def test_30720_rows_are_quick(opened: Any, action: str, limit: int) -> None:
     taken = [opened.evaluate(TIMED.replace("ACTION", action)) for _ in range(3)]
     assert min(taken) < limit, taken
@@ -274,6 +279,7 @@ def test_30720_rows_are_quick(opened: Any, action: str, limit: int) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_a_phone_shows_it_without_scrolling_sideways(browser: Any, big: Path, scheme: str) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     for shown in _open(context, big):
@@ -283,6 +289,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Any, big: Path, sc
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_hostile_names_are_text_in_a_browser(browser: Any, finished: Path, tmp_path: Path) -> None:
     records = read_records(finished)
     row = dataclasses.replace(records.projections[0], projection=HOSTILE, method=HOSTILE)

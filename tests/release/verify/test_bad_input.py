@@ -286,6 +286,7 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return f"{os.getpid()}-{tmp_path.name}"
 
 
+@pytest.mark.slow
 def test_a_hanging_engine_is_ended_with_all_it_started(mark: str, tmp_path: Path) -> None:
     command = [str(fake_python(tmp_path, HANG)), "script"]
     ended = process.run(command, tmp_path / "log", 3, {"FOURFOLD_TEST": mark})
@@ -335,6 +336,7 @@ def test_shared_memory_that_others_hold_stays(mark: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )
+@pytest.mark.slow
 def test_a_signal_to_the_command_ends_the_engine_too(
     copy: Broken, mark: str, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -61,23 +61,28 @@ class About:
 
 @dataclass(frozen=True)
 class Licence:
-    """name: the Hub's; origin: where that is from, for people."""
+    """name: the Hub's; origin: where that is from, for people; more: what the Hub wants of one not on its list."""
 
     name: str
     origin: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 def licence(records: Records, about: About) -> Licence:
     """Of the source, as far as it is known: none is guessed."""
-    text = records.licence_text
+    text, stated = records.licence_text, records.state["source"].get("terms", {})
     if about.licence is not None:
         return Licence(about.licence, "as its publisher states")
+    if "license" in stated:
+        more = {name: stated[name] for name in ("license_name", "license_link") if name in stated}
+        return Licence(stated["license"], "as the base model's card states", more)
     if text is None:
-        return Licence(UNKNOWN, "the source came without a LICENSE file: see the base model's own page")
+        return Licence(UNKNOWN, "neither a card nor a LICENSE file came with the source: see the base model's own page")
     for marks, name in LICENCES:
         if all(mark in text for mark in marks):
             return Licence(name, "as in the source's LICENSE file, which is part of this release")
-    return Licence(OTHER, "see the source's LICENSE file, which is part of this release")
+    more = {"license_name": "license-of-the-base-model", "license_link": "LICENSE"}
+    return Licence(OTHER, "see the source's LICENSE file, which is part of this release", more)
 
 
 def card_data(records: Records, about: About) -> ModelCardData:
@@ -85,21 +90,19 @@ def card_data(records: Records, about: About) -> ModelCardData:
     vision = "vision_config" in records.release.raw
     found = licence(records, about)
     results = list(eval_results(records))
-    own: dict[str, Any] = {}
-    if found.name == OTHER:  # the Hub wants more of these
-        own = {"license_name": "license-of-the-base-model", "license_link": "LICENSE"}
+    languages = records.state["source"].get("terms", {}).get("language") or (["en"] if _english(records) else None)
     return ModelCardData(
         base_model=about.base_model,
         base_model_relation="quantized" if about.base_model else None,
         license=found.name,
-        language=["en"] if _english(records) else None,
+        language=languages,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if vision else "text-generation",
         tags=tags(records),
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=about.name.rpartition("/")[2] if results else None,
         eval_results=results or None,
-        **own,
+        **found.more,
     )
 
 
