@@ -30,8 +30,8 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda._token_sums, {"COLUMNS": 256, "STEP": 16, "INTERPRET": False}, 4),
     (cuda._column_loop, LOOP, 8),
     (cuda._scale_search, SCALES, 4),
-    (cuda_rows._solve_tile, TILE, cuda_rows.WARPS),
-    (cuda_rows._refine_tile, TILE | REFIT, cuda_rows.WARPS),
+    (cuda_rows._solve_tile, TILE, cuda_rows.SOLVE_WARPS),
+    (cuda_rows._refine_tile, TILE | REFIT, cuda_rows.REFINE_WARPS),
     (cuda._pack, {"WORDS": cuda.WORDS_PER_PROGRAM}, 4),
 ]
 POINTERS = {"input_ptr": "*bf16", "source_ptr": "*bf16", "token_ptr": "*i64", "offset_ptr": "*i32", "codes_ptr": "*i8",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fourfold.core.gptq import Block, Refit, State
 
 ROWS = 64  # of a tile, with a GEMM over all other rows before each
-WARPS = 8
+SOLVE_WARPS, REFINE_WARPS = 8, 4  # with which no register is spilled
 
 
 def inblock_by_rows(
@@ -34,7 +34,7 @@ def inblock_by_rows(
         count = carried_EBR.shape[2]
         _solve_tile[(experts,)](
             *given, carried_EBR, feedback_EBB, unit_ENN, codes_EBN, fed_EBN, error_EBN, start, count, rows, columns,
-            stride, ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS, **FUSED,
+            stride, ROWS=_size(count), BLOCK=_size(columns), num_warps=SOLVE_WARPS, **FUSED,
         )  # fmt: skip
     return codes_EBN.mT, fed_EBN.mT
 
@@ -52,7 +52,7 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
             *state, carried_EBR, gradient_EBN, product_EBN, hessian_EBB, relative_ENN, start, count, group,
             state[3].shape[1], rows, columns, stride, REFIT=refit is not None, SIGNED=refit is None or refit.signed,
             FP16=refit is not None and refit.dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
-            ROWS=_size(count), BLOCK=_size(columns), num_warps=WARPS, **FUSED,
+            ROWS=_size(count), BLOCK=_size(columns), num_warps=REFINE_WARPS, **FUSED,
         )  # fmt: skip
 
 
