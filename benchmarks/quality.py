@@ -182,8 +182,7 @@ class Bench:
         return self._judge
 
     def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
-        """seconds, cpu_seconds: from the first layer to the last, guidance's too; making rows and measuring are left out.
-        """
+        """seconds, cpu_seconds: from the first layer, of guidance if any, to the last; rows and measuring left out."""
         begun: dict[str, tuple[float, float]] = {}
 
         def tell(event: Event) -> None:
