@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 import problems
 import reference
-from fourfold.core import pack
+from fourfold.core import guidance, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
 from fourfold.quantize import site, solve
@@ -407,6 +407,32 @@ def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Obs
     changed_PN = neurons(observed.input_TD[:50].double(), gate_up_ENK[2])
     wanted_NN = changed_PN.T @ changed_PN / 50
     assert (pool_ENN[2] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
+
+
+def test_row_moments_are_shrunk_to_the_experts_pool(
+    layer: DecoderLayer, observed: Observed, curvature: solve.Curvature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the inputs' moments are, n0 half of the rows; random rows are all of the layer's here."""
+    seen: list[Tensor] = []
+    original = guidance.gate_up_metric
+
+    def watch(down_ENK: Tensor, curvature_DD: Tensor, moment_ERR: Tensor) -> Tensor:
+        seen.append(moment_ERR)
+        return original(down_ENK, curvature_DD, moment_ERR)
+
+    monkeypatch.setattr(guidance, "gate_up_metric", watch)
+    solve_with(layer, observed, guided("both"), curvature=curvature)
+    for expert in (1, 3):
+        pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
+        input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
+        changed_SN = neurons(input_SD, layer.stacks[0][expert]).float().numpy()
+        own = reference.moments(changed_SN, changed_SN, observed.pairs.weight_S[pairs].float().square().numpy())
+        pool_PN = neurons(observed.input_TD.double(), layer.stacks[0][expert]).numpy()
+        wanted_NN, _ = reference.shrink(
+            own, pool_PN.T @ pool_PN / TOKENS, 0.5 * 2 * WIDTH, effective=True, trace_matched=True
+        )
+        error_NN = problems.array(seen[0][expert]) - wanted_NN
+        assert np.linalg.norm(error_NN) < 0.01 * np.linalg.norm(wanted_NN), expert
 
 
 def neurons(input_SD: Tensor, gate_up_NK: Tensor) -> Tensor:
