@@ -199,7 +199,8 @@ def _sweep_steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple
     moved = (estimate.rows_bytes(work, tokens) + estimate.experts_bytes(work, tokens)) * layers
     forward, head = estimate.sweep_flop(work), estimate.sweep_head_flop(work)
     yield "sweep forward", "forward", (_Part(forward, moved, share),)
-    yield "sweep backward", "forward", (_Part(2 * forward, 2 * moved, share),)  # once more, and the gradient back
+    # Once more and the gradient back, which weights have no part in; autograd goes over what it has kept once more.
+    yield "sweep backward", "forward", (_Part(2 * forward, 3 * moved, share),)
     yield "end loss", "gemm", (_Part(head, estimate.head_bytes(work) * tokens / (2 * work.heldout_tokens), share),)
     yield "curvatures", "moments", (_Part(estimate.curvature_flop(work), 0.0, share),)
 

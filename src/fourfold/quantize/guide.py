@@ -132,7 +132,7 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
         assert hidden_RTD is not None
         output_RTD = torch.empty_like(hidden_RTD)
         with stage("forward", number, guide.token_RT.numel(), "tokens") as tick:
-            layer, _ = _take(worker, guide, number)
+            layer = _take(worker, guide, number)[0]
             for batch in _batches(guide, hidden_RTD):
                 passed_RTD, _ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
                 output_RTD[batch] = passed_RTD.to(output_RTD.device)
@@ -142,6 +142,7 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
         all_RTD, _ = worker.gather([hidden_RTD])
         if worker.leads:
             guide.writer.submit(partial(_write_rows, guide.folder, INPUT, number + 1, all_RTD))
+        del layer, all_RTD  # or they lie beside the next ones
     if worker.leads:
         guide.writer.join()
     worker.everyone(None)
@@ -166,6 +167,7 @@ def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
         if worker.leads:
             guide.writer.submit(partial(_write_layer, guide, number, tensors.digest, curvature_DD, all_RTD))
         gradient_RTD = pushed_RTD
+        del layer, tensors, hidden_RTD, pushed_RTD, all_RTD  # or they lie beside the next ones
 
 
 def _through_layer(
