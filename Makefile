@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine check bench-quality bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package check docs audit bench-quality bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -43,10 +43,21 @@ test-engine: $(INSTALLED)  ## real vLLM and SGLang's loader: built once into .en
 	tests/engines/make_sglang.sh $(ENGINES)/sglang $(ENGINES)/vllm
 	$(BIN)/python -m pytest -m engine $(ARGS)
 
-check: $(INSTALLED)  ## lint, types, and which room imports which
+test-package:  ## wheel and sdist; the wheel in empty environments, with the lowest and the newest versions it allows
+	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/package
+
+check: $(INSTALLED) docs  ## lint, types, which room imports which, and the documentation without a warning
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(INSTALLED)  ## the documentation's site, into build/site
+	$(BIN)/python docs/make_site.py
+
+audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyPI; one that it does not know is an error
+	$(BIN)/python -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about an hour the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)

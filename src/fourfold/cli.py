@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fourfold import __version__, recipe, reporting, serving, shipping, tables, terminal
+from fourfold import __version__, api, recipe, reporting, serving, shipping, tables, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
     EXIT_CODES,
     Against,
-    Budget,
     CalibrationFile,
     Device,
     Devices,
@@ -46,9 +44,6 @@ from fourfold.options import (
     answer,
     choose_recipe,
 )
-
-if TYPE_CHECKING:
-    from fourfold.quantize.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,14 +110,11 @@ def plan(
     shard whose values nobody looks at. Warnings name what an engine would refuse, such as a tensor parallel size that
     cannot split the groups.
     """
-    if machine is not None and devices != "auto":
-        raise typer.BadParameter("--machine and --devices exclude each other: another machine, or devices of this one")
     with answer():
         chosen = choose_recipe(recipe_name, overrides or [], calibration)
-        if machine is None:
-            _print_plan(model, chosen, devices, memory, layers, out=None, as_json=as_json)
-        else:
-            _print_plan_elsewhere(model, chosen, machine, memory, layers, as_json=as_json)
+        budget = (memory or ALL_FREE)._asdict()
+        asked = {"recipe": chosen, "devices": devices, **budget, "machine": machine, "layers": layers}
+        _print_plan(model, asked, as_json=as_json)
 
 
 @app.command(
@@ -157,83 +149,25 @@ def quantize(
     go_on = f"Finished layers are kept: the same command{' without --restart' if restart else ''} goes on."
     with answer(out, go_on):
         chosen = choose_recipe(recipe_name, overrides or [], calibration)
+        asked = {"recipe": chosen, "devices": devices, **(memory or ALL_FREE)._asdict(), "layers": layers}
         if dry_run:
-            _print_plan(model, chosen, devices, memory, layers, out=out, as_json=as_json)
+            _print_plan(model, asked | {"out": out}, as_json=as_json)
             return
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
-        from fourfold.quantize.devices import Machine
-        from fourfold.quantize.run import quantize as run
-
-        folder = _find(model, chosen, devices, out, progress=not quiet)
         with terminal.watch(console, manner) as progress:
-            summary = run(
-                folder,
-                out,
-                chosen,
-                machine=Machine(devices=devices, **(memory or ALL_FREE)._asdict()),
-                layers=layers,
-                restart=restart,
-                trace=trace,
-                progress=progress,
-            )
+            summary = api.quantize(model, out, **asked, restart=restart, trace=trace, progress=progress)
         if manner is terminal.Manner.JSON:
             terminal.json_line(console, {"kind": "summary", "data": summary.to_json()})
         elif manner is not terminal.Manner.QUIET:
             tables.show_summary(console, summary)
 
 
-def _find(
-    model: str, chosen: recipe.Recipe, devices: str, out: Path | None, *, progress: bool = True
-) -> Path:
-    """The model's folder. What can be wrong with the rest is found before a model is downloaded."""
-    from fourfold.model.hub import resolve_model
-    from fourfold.quantize.calibrate import check_sources
-    from fourfold.quantize.devices import expand_devices, under_torchrun
-    from fourfold.quantize.journal import check_out
-
-    expand_devices(devices)
-    check_sources(chosen)
-    if out is not None and not under_torchrun():
-        check_out(out, Path(model))
-    return resolve_model(model, progress=progress)
-
-
-def _print_plan(
-    model: str,
-    chosen: recipe.Recipe,
-    devices: str,
-    memory: Budget | None,
-    layers: range | None,
-    *,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    from fourfold.quantize.devices import expand_devices
-    from fourfold.quantize.gauge import measure_rates
-    from fourfold.quantize.plan import make_plan
-
-    folder = _find(model, chosen, devices, out)
-    budget = (memory or ALL_FREE)._asdict()
-    made = make_plan(folder, chosen, devices=expand_devices(devices), **budget, layers=layers, out=out)
-    _show_plan(made.timed(measure_rates(made)), as_json=as_json)
-
-
-def _print_plan_elsewhere(
-    model: str, chosen: recipe.Recipe, machine: str, memory: Budget | None, layers: range | None, *, as_json: bool
-) -> None:
-    """Of a machine by its data sheet; nothing of this one is asked."""
-    from fourfold.quantize.plan import make_plan
-    from fourfold.quantize.rates import find_machine
-
-    sheet = find_machine(machine)
-    folder = _find(model, chosen, "cpu", None)
-    budget = memory or Budget(sheet.budget_bytes, sheet.host_budget_bytes)
-    made = make_plan(folder, chosen, devices=sheet.devices, **budget._asdict(), layers=layers)
-    _show_plan(made.timed(sheet.rates()), as_json=as_json)
-
-
-def _show_plan(made: Plan, *, as_json: bool) -> None:
+def _print_plan(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
+    """asked: arguments of `api.plan`. Progress goes to stderr, as the plan is all that stdout has."""
+    errors = terminal.open_console(stderr=True)
+    with terminal.watch(errors, terminal.choose(errors, as_json=False, quiet=False)) as progress:
+        made = api.plan(model, **asked, progress=progress)
     console = terminal.open_console()
     if as_json:
         terminal.json_line(console, made.to_json())
@@ -269,27 +203,21 @@ def evaluate(
     Perplexity, KL divergence, equal tokens, drift and routing by layer, and how many drafts of the MTP head are kept go
     into OUT/metrics.json. Works layer by layer, and for releases of GPTQModel, llm-compressor and AutoRound too.
     """
-    if (tasks is None) != (url is None):
-        raise typer.BadParameter("--tasks and --url go together: which tasks, and the server to ask")
     with answer():
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
-        from fourfold.model.hub import resolve_model
-        from fourfold.quantize.devices import one_device
-        from fourfold.release.evaluate import Protocol, read_state
-        from fourfold.release.evaluate import evaluate as run
-        from fourfold.release.tasks import Tasks as Asked
-
-        device = one_device(devices)
-        read_state(out)  # before a model is downloaded
         with terminal.watch(console, manner) as progress:
-            found = run(
+            found = api.evaluate(
                 out,
-                resolve_model(source, progress=not quiet),
-                protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
-                against=resolve_model(against, progress=not quiet) if against else None,
-                tasks=Asked(names=tuple(tasks.split(",")), url=url) if tasks and url else None,
-                device=device,
+                source=source,
+                text=text,
+                windows=windows,
+                length=length,
+                against=against,
+                drafts=drafts,
+                tasks=tasks.split(",") if tasks else (),
+                url=url,
+                devices=devices,
                 progress=progress,
             )
         if manner is terminal.Manner.JSON:
@@ -320,19 +248,12 @@ def verify(
     Writes verify.json into OUT. Files alone are always checked; --source and --engine add a level each. Exit code 0
     says that all that was asked for has passed.
     """
-    if python is not None and engine is None:
-        raise typer.BadParameter("--python is of use with --engine only; wanted both, or neither")
     with answer(out):
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=False)
-        from fourfold.model.hub import resolve_model
-        from fourfold.release.verify.run import Asked
-        from fourfold.release.verify.run import verify as run
-
-        model = None if source is None else resolve_model(source, progress=not as_json)
-        asked = None if engine is None else Asked(name=engine.value, python=python, limit_seconds=timeout * 60)
+        name = None if engine is None else engine.value
         with terminal.watch(console, manner) as progress:
-            verdict = run(out, model=model, engine=asked, progress=progress)
+            verdict = api.verify(out, source=source, engine=name, python=python, timeout=timeout, progress=progress)
         if as_json:
             terminal.json_line(console, verdict.to_json())
         else:

@@ -50,8 +50,9 @@ class Event:
     """Something a long job tells whoever watches it: the terminal, a JSON-lines reader, a test.
 
     kind: "note" (text to show once), "stage" (a stage of a layer begins or advances), "layer" (a layer is finished),
-    "done" (the job is finished). stage: calibrate, embed, read, attend, solve, restore, advance, measure, finish; in
-    the sweep before the loop: forward, backward; on the writer's thread, beside these: copy, write, record, recorded.
+    "done" (the job is finished). stage: gauge (of a plan), calibrate, embed, read, attend, solve, restore, advance,
+    measure, finish; in the sweep before the loop: forward, backward; on the writer's thread, beside these: copy, write,
+    record, recorded.
     done, total: progress of the stage in `unit`s (0, 0 when unknown). data: figures for machines (JSON types only).
     """
 
@@ -68,6 +69,10 @@ class Event:
 
 Progress = Callable[[Event], None]
 Tick = Callable[[int], None]  # so many more tokens (or experts) of a stage are through
+
+
+def ignore(event: Event) -> None:
+    """A progress callback for those who do not watch."""
 
 
 @dataclass(frozen=True, kw_only=True)

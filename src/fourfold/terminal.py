@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from fourfold.datatypes import Event
+from fourfold.datatypes import Event, ignore
 from fourfold.datatypes import Progress as Callback
 from fourfold.units import clock_text
 
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
 STAGES = {  # what a stage is called where its own name says too little
+    "gauge": "measuring this machine",
     "calibrate": "reading calibration text",
     "forward": "guidance, forward",
     "backward": "guidance, backward",
@@ -209,6 +210,9 @@ def choose(console: Console, *, as_json: bool, quiet: bool) -> Manner:
 @contextmanager
 def watch(console: Console, manner: Manner, clock: Callable[[], float] = time.monotonic) -> Iterator[Callback]:
     """A progress callback that shows events in the given manner. Events may come from several threads."""
+    if manner is Manner.QUIET:
+        yield ignore
+        return
     lock, pace = threading.Lock(), Pace(clock)
     bars = Bars(console, pace) if manner is Manner.LIVE else None
     shown = bars or Lines(console, pace)
@@ -217,7 +221,7 @@ def watch(console: Console, manner: Manner, clock: Callable[[], float] = time.mo
         with lock:
             if manner is Manner.JSON:
                 json_line(console, asdict(event))
-            elif manner is not Manner.QUIET:
+            else:
                 pace.follow(event)
                 shown.show(event)
 

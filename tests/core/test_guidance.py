@@ -401,7 +401,9 @@ def test_native_refinement_by_rows_is_torchs(
     relative_ENN = made["metric_ENN"] / made["metric_ENN"].diagonal(dim1=1, dim2=2)[:, None]
     target_EKN, scale_EGN = made["weight_EKN"], made["scale_EGN"]
     wide_EKN = scale_EGN.repeat_interleave(columns, dim=1)
-    code_EKN = ((target_EKN + 5 * made["noise_EKN"]) / wide_EKN).round().clamp(-8, 7)
+    code_EKN = ((target_EKN + 5 * made["noise_EKN"]) / wide_EKN).round()
+    code_EKN[..., 0] *= -1  # whose scale would become negative, where it may
+    code_EKN.clamp_(-8, 7)
     block = slice(columns, 2 * columns)
     hessian_EBB = made["hessian_EKK"][:, block, block]
     outcomes: list[tuple[Tensor, ...]] = []

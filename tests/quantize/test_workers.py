@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.datatypes import FourfoldError
+from fourfold.quantize import workers
 from fourfold.quantize.devices import expand_devices, gil_advice, gil_enabled, one_device
 from fourfold.quantize.trace import Trace, waited
 from fourfold.quantize.workers import Team, Worker, alone, deal
@@ -159,7 +160,7 @@ def test_a_worker_alone_needs_no_name_in_its_errors() -> None:
 
 
 def test_a_worker_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourfold.quantize.workers.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)
     release = threading.Event()
 
     def job(worker: Worker) -> None:

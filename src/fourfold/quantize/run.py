@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick
+from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
@@ -57,10 +57,6 @@ Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
 BothTraffic = tuple[Traffic, Traffic | None]  # of source and release
 
 NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
-
-
-def ignore(event: Event) -> None:
-    """A progress callback for those who do not watch."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import pack
-from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import CHUNK_BYTES, DTYPES, TensorIndex, raw_bytes
 from fourfold.model.family import split_names
 from fourfold.model.weights import read_config, readable_format
@@ -66,10 +66,6 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return {"same": self.same} | dataclasses.asdict(self)
-
-
-def ignore(event: Event) -> None:
-    """A progress callback for those who do not watch."""
 
 
 def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Comparison:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fourfold
 from fourfold.core import grid, pack
-from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import DTYPES, INDEX_NAME, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
 from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, copy_file, write_shard, write_text
@@ -83,10 +83,6 @@ class Converted:
         kept = ("before", "after", "projections", "split", "scales", "content")
         fields = self.to_json()
         return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
-
-
-def ignore(event: Event) -> None:
-    """A progress callback for those who do not watch."""
 
 
 def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -> Converted:

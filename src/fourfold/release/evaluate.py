@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fourfold.core import metrics
-from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift
+from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
 from fourfold.model.head import Head
 from fourfold.model.shards import write_text
 from fourfold.model.skeleton import Skeleton
@@ -21,7 +21,7 @@ from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.devices import check_device
 from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import FINISHED, STATE
-from fourfold.quantize.run import Watch, ignore
+from fourfold.quantize.run import Watch
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
 from fourfold.release import drafts

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from huggingface_hub.hf_api import RepoFile
 
-from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.hub import SECRET
 from fourfold.model.shards import write_text
 from fourfold.quantize.finish import joined_digest
@@ -63,10 +63,6 @@ class Published:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def ignore(event: Event) -> None:
-    """A progress callback for those who do not watch."""
 
 
 def publish(

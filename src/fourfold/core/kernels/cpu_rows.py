@@ -167,10 +167,11 @@ def _refine_tile(
             at = start + row
             factors = relative[expert % len(relative), start, at:]
             _spread(slope[row], 0, row, factors, relative.shape[2] * FLOAT_BYTES, change)
-            gained[0], curvature[0], moved[0] = 0, 0, 0
+            along, curving = np.float32(0), np.float32(0)
             for column in range(columns):
-                gained[0] += slope[row, column] * code[row, column]
-                curvature[0] += curved[row, column] * code[row, column]
+                along += slope[row, column] * code[row, column]
+                curving += curved[row, column] * code[row, column]
+            gained[0], curvature[0], moved[0] = along, curving, 0
             if rule[0]:
                 move_scales(scales[expert, group, at : at + 1], gained, curvature, moved, rule[1], rule[2])
             size, shift = scales[expert, group, at], moved[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold import process
-from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.interpreter import find_python
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.shards import write_text
@@ -38,10 +38,6 @@ class Asked:
     name: str
     python: Path | None
     limit_seconds: float
-
-
-def ignore(event: Event) -> None:
-    """A progress callback for those who do not watch."""
 
 
 def verify(

@@ -1,0 +1,235 @@
+"""fourfold from Python: the four stages that make a release. The command line stands on these functions.
+
+Arguments are named as the flags are. A model is a folder, or org/name or org/name@revision of the Hub. `progress` is
+told every `Event`, from several threads; where it is given, download bars of the Hub are shown on stderr as well. What
+a user can mend is raised as `FourfoldError`, before the first expensive step wherever it can be known by then.
+
+Imports wait for a call: `import fourfold` must stay quick, and work beside an engine that has no other part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+
+if TYPE_CHECKING:
+    from fourfold.quantize.finish import Summary
+    from fourfold.quantize.plan import Plan
+    from fourfold.recipe import Recipe
+    from fourfold.release.verify.check import Verdict
+
+
+def plan(
+    model: str | Path,
+    *,
+    recipe: Recipe | str | Path = "best",
+    devices: str = "auto",
+    memory_bytes: int | None = None,
+    host_bytes: int | None = None,
+    machine: str | None = None,
+    layers: range | None = None,
+    out: Path | None = None,
+    progress: Progress = ignore,
+) -> Plan:
+    """What `quantize` would do: every tensor with what becomes of it, memory, disk and time.
+
+    Reads config.json, the tokenizer files and the safetensors headers, and writes nothing but the Hub's cache. Measures
+    this machine for some seconds; with `machine`, another one is predicted from its data sheet and nothing is measured.
+
+    Args:
+        recipe: the name of a preset, the path of a .toml file, or what `fourfold.recipe.load_recipe` gives.
+        devices: "auto", "all", "cpu", "cpu*4", "cuda:0,cuda:1": a worker for each.
+        memory_bytes: what the run may take on each GPU, or on the CPU; None for what is free.
+        host_bytes: the same of the host's memory.
+        machine: "rtx3060x4", "h200" or "a100x8"; excludes `devices`.
+        layers: a trial on these alone, counted from 0.
+        out: where the release would go, if free disk space is to be looked at.
+        progress: is told that the machine is being measured.
+
+    Raises:
+        FourfoldError: headers, config.json, tokenizer or recipe do not fit each other; no such model, layers,
+            devices or machine.
+    """
+    if machine is not None and devices != "auto":
+        raise FourfoldError("--machine and --devices exclude each other: another machine, or devices of this one")
+    from fourfold.quantize.devices import expand_devices
+    from fourfold.quantize.gauge import measure_rates
+    from fourfold.quantize.plan import make_plan
+    from fourfold.quantize.rates import find_machine
+
+    chosen = _recipe(recipe)
+    sheet = None if machine is None else find_machine(machine)
+    folder = _find(model, chosen, "cpu" if sheet else devices, out, progress)
+    workers: Sequence[str] = sheet.devices if sheet else expand_devices(devices)
+    if sheet and memory_bytes is None and host_bytes is None:
+        memory_bytes, host_bytes = sheet.budget_bytes, sheet.host_budget_bytes
+    made = make_plan(
+        folder, chosen, devices=workers, memory_bytes=memory_bytes, host_bytes=host_bytes, layers=layers, out=out
+    )
+    if sheet:
+        return made.timed(sheet.rates())
+    progress(Event(kind="stage", stage="gauge"))
+    return made.timed(measure_rates(made))
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | str | Path = "best",
+    devices: str = "auto",
+    memory_bytes: int | None = None,
+    host_bytes: int | None = None,
+    layers: range | None = None,
+    restart: bool = False,
+    trace: Path | None = None,
+    progress: Progress = ignore,
+) -> Summary:
+    """Quantize a BF16 checkpoint into the folder `out`, or go on where an earlier call was cut off.
+
+    On the same devices a run that was cut off ends with the same bytes as one that was not. Under torchrun every
+    process calls this with the same arguments.
+
+    Args:
+        recipe, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial is marked partial.
+        restart: drop what an earlier run left in `out`.
+        trace: write there what each worker did when, for chrome://tracing or ui.perfetto.dev.
+        progress: is told stages and finished layers, with the drift and the peak memory so far.
+
+    Returns:
+        What the run came to: projections by method, bytes, held-out metrics, seconds, peak memory.
+
+    Raises:
+        FourfoldError: as `plan`; source, recipe or text are not those that `out` was begun with; the disk is too small.
+            What is finished stays in `out`.
+    """
+    from fourfold.quantize.devices import Machine
+    from fourfold.quantize.run import quantize as run
+
+    out, chosen = Path(out), _recipe(recipe)
+    folder = _find(model, chosen, devices, out, progress)
+    taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes)
+    return run(
+        folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress
+    )
+
+
+def evaluate(
+    out: str | Path,
+    *,
+    source: str | Path,
+    text: Path | None = None,
+    windows: int | None = None,
+    length: int = 2048,
+    against: str | Path | None = None,
+    drafts: bool = True,
+    tasks: Sequence[str] = (),
+    url: str | None = None,
+    devices: str = "auto",
+    progress: Progress = ignore,
+) -> dict[str, Any]:
+    """Measure what a release lost against the checkpoint it was made of, on held-out text, layer by layer.
+
+    Reads releases of GPTQModel, llm-compressor and AutoRound too. Writes OUT/metrics.json.
+
+    Args:
+        out: folder of a finished release.
+        source: the BF16 checkpoint.
+        text: .txt, or .jsonl or .parquet with a field `text`; None for the built-in text.
+        windows: so many of the text; None for up to 64.
+        length: tokens of a window.
+        against: a second release, measured in the same pass.
+        drafts: run the draft (MTP) heads, too.
+        tasks: names of lm-eval's tasks, for the server at `url`; both or neither.
+        devices: one: "auto", "cpu" or "cuda:N".
+        progress: is told stages and finished layers.
+
+    Returns:
+        What stands in metrics.json.
+
+    Raises:
+        FourfoldError: the release is unfinished, partial, of another source, of a quantization that is not read, or
+            calibrated on the text; the server does not answer.
+    """
+    if bool(tasks) != bool(url):
+        raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
+    from fourfold.quantize.devices import one_device
+    from fourfold.release.evaluate import Protocol, read_state
+    from fourfold.release.evaluate import evaluate as run
+    from fourfold.release.tasks import Tasks
+
+    device = one_device(devices)
+    read_state(Path(out))  # before a model is downloaded
+    return run(
+        Path(out),
+        _resolve(source, progress),
+        protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
+        against=None if against is None else _resolve(against, progress),
+        tasks=Tasks(names=tuple(tasks), url=url) if url else None,
+        device=device,
+        progress=progress,
+    )
+
+
+def verify(
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    engine: str | None = None,
+    python: Path | None = None,
+    timeout: float = 60,
+    progress: Progress = ignore,
+) -> Verdict:
+    """Check a release: its files, every tensor against the source, a run in a real engine. Writes OUT/verify.json.
+
+    Args:
+        out: folder of a finished release.
+        source: the checkpoint it was made of: every tensor is compared with it.
+        engine: "vllm" (loads and runs it) or "sglang" (loads it).
+        python: interpreter of the engine's environment; None for the first on PATH that has it.
+        timeout: minutes that each start of the engine may take.
+        progress: is told how many bytes are read, and that the engine runs.
+
+    Returns:
+        All checks with what was seen; `passed` says whether what was asked for has passed.
+
+    Raises:
+        FourfoldError: `out` is no finished release, is being written, or was not made of `source`; `python` runs no
+            Python, or is given without an engine.
+    """
+    if python is not None and engine is None:
+        raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
+    from fourfold.release.verify.run import Asked
+    from fourfold.release.verify.run import verify as run
+
+    model = None if source is None else _resolve(source, progress)
+    asked = None if engine is None else Asked(name=engine, python=python, limit_seconds=timeout * 60)
+    return run(Path(out), model=model, engine=asked, progress=progress)
+
+
+def _recipe(recipe: Recipe | str | Path) -> Recipe:
+    from fourfold.recipe import Recipe, load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+
+
+def _resolve(model: str | Path, progress: Progress) -> Path:
+    from fourfold.model.hub import resolve_model
+
+    return resolve_model(str(model), progress=progress is not ignore)
+
+
+def _find(model: str | Path, recipe: Recipe, devices: str, out: Path | None, progress: Progress) -> Path:
+    """The model's folder. What can be wrong with the rest is found before a model is downloaded."""
+    from fourfold.quantize.calibrate import check_sources
+    from fourfold.quantize.devices import expand_devices, under_torchrun
+    from fourfold.quantize.journal import check_out
+
+    expand_devices(devices)
+    check_sources(recipe)
+    if out is not None and not under_torchrun():
+        check_out(out, Path(model))
+    return _resolve(model, progress)

@@ -1,0 +1,121 @@
+"""fourfold from Python: what `import fourfold` offers, and that it is what the command line does."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import fourfold
+import releases
+from fourfold import api, cli
+from fourfold.datatypes import ignore
+from fourfold.quantize.finish import Summary
+from fourfold.quantize.plan import Plan
+from fourfold.recipe import Recipe, load_recipe
+from fourfold.release.verify.check import Verdict
+
+STAGES = ("plan", "quantize", "evaluate", "verify")
+SHOWN = {"help", "as_json", "quiet", "dry_run"}  # flags of what a terminal shows
+CALLED = {"memory": ["memory_bytes", "host_bytes"], "recipe_name": ["recipe"], "overrides": [], "calibration": []}
+
+
+def test_import_brings_no_other_package() -> None:
+    """Of vLLM's environment, too, where the plugin is and none of the dependencies."""
+    code = "import fourfold, sys; print(json.dumps([name for name in sys.modules if '.' not in name]))"
+    child = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(child.stdout)) - {"fourfold"}
+    before = subprocess.run(
+        [sys.executable, "-c", "import json, sys; print(json.dumps(list(sys.modules)))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded - set(json.loads(before.stdout)) <= sys.stdlib_module_names
+
+
+def test_a_function_keeps_its_name_when_the_room_of_that_name_is_loaded() -> None:
+    from fourfold.quantize import journal  # noqa: PLC0415  # what would take the name
+
+    assert journal.STATE
+    assert fourfold.quantize is api.quantize
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_is_typed_documented_and_watched(name: str) -> None:
+    stage = getattr(fourfold, name)
+    known = {"Recipe": Recipe, "Summary": Summary, "Plan": Plan, "Verdict": Verdict}
+    hints = typing.get_type_hints(stage, localns=known)
+    parameters = inspect.signature(stage).parameters
+    assert set(hints) == {*parameters, "return"}
+    assert parameters["progress"].default is ignore
+    text = inspect.getdoc(stage) or ""
+    assert "Raises:\n    FourfoldError: " in text
+    assert [parameter for parameter in parameters if parameter not in text and parameter != "model"] == []
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_arguments_are_the_flags(name: str) -> None:
+    command: Any = typer.main.get_command(cli.app)
+    flags = [parameter.name for parameter in command.commands[name].params if parameter.name not in SHOWN]
+    wanted = {argument for flag in flags for argument in CALLED.get(flag, [flag])}
+    found = set(inspect.signature(getattr(fourfold, name)).parameters)
+    assert found - wanted == ({"out", "progress"} if name == "plan" else {"progress"})  # out: of quantize --dry-run
+    assert wanted <= found
+
+
+def test_plan_for_another_machine(example_model: Path) -> None:
+    """Nothing is measured, so nothing is told."""
+    told: list[fourfold.Event] = []
+    planned = fourfold.plan(example_model, recipe="fast", machine="rtx3060x4", layers=range(2), progress=told.append)
+    assert (planned.recipe.name, planned.solve, planned.partial) == ("fast", range(2), True)
+    assert len(planned.memory.devices) == 4
+    assert told == []
+
+
+def test_plan_takes_a_recipe_of_ones_own(example_model: Path) -> None:
+    told: list[fourfold.Event] = []
+    recipe = load_recipe("best", ["solver.passes=0"])
+    planned = fourfold.plan(str(example_model), recipe=recipe, devices="cpu", progress=told.append)
+    assert planned.recipe == recipe
+    assert "measured here" in planned.time.basis
+    assert [event.stage for event in told] == ["gauge"]
+
+
+def test_stages_one_after_another(tmp_path: Path) -> None:
+    """Small, but real: two layers of random weights."""
+    model, out, told = releases.make_source(tmp_path / "model"), tmp_path / "out", list[fourfold.Event]()
+    recipe = releases.write_recipe(tmp_path)
+    summary = fourfold.quantize(model, str(out), recipe=recipe, devices="cpu", progress=told.append)
+    assert (summary.partial, set(summary.methods)) == (False, {"gptq"})
+    assert [event.layer for event in told if event.kind == "layer"] == [0, 1]
+    verdict = fourfold.verify(str(out), source=str(model))
+    assert verdict.passed
+    found = fourfold.evaluate(out, source=model, windows=1, length=32, drafts=False, devices="cpu")
+    assert found["measured_by"] == "evaluate"
+    assert json.loads((out / "metrics.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: fourfold.plan("m", machine="h200", devices="cpu"), "exclude each other"),
+        (lambda: fourfold.plan("m", recipe="bset"), "did you mean 'best'?"),
+        (lambda: fourfold.quantize("nowhere", "out", devices="cpu"), "no such folder"),
+        (lambda: fourfold.evaluate("out", source="m", tasks=["gsm8k"]), "go together"),
+        (lambda: fourfold.evaluate("nowhere", source="m"), "the folder of a finished release is wanted"),
+        (lambda: fourfold.verify("nowhere"), "nowhere"),
+        (lambda: fourfold.verify("out", python=Path("python")), "wanted both, or neither"),
+    ],
+)
+def test_mistakes(call: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fourfold.FourfoldError) as refused:
+        call()
+    assert said in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
