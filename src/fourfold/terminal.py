@@ -129,7 +129,7 @@ def stage_text(event: Event) -> str:
 
 
 class Lines:
-    """One line per layer and per stage outside the layers, for logs and pipes."""
+    """One line per layer and per stage outside the loop over them, for logs and pipes."""
 
     def __init__(self, console: Console, pace: Pace) -> None:
         self.console, self.pace = console, pace
@@ -140,7 +140,7 @@ class Lines:
             self._say(f"note: {paragraphs(event.text)}")
         elif event.kind == "layer":
             self._say(layer_line(event, self.pace))
-        elif event.kind == "stage" and event.layer < 0 and event.stage != self._last_stage:
+        elif event.kind == "stage" and (event.layer < 0 or event.stage in SWEEP) and event.stage != self._last_stage:
             self._last_stage = event.stage
             self._say(stage_text(event))
 
