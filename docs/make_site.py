@@ -24,7 +24,7 @@ from typing import Any
 import typer
 
 import fourfold
-from fourfold import cli, options
+from fourfold import bundled, cli, options
 from fourfold import recipe as recipes
 from fourfold.datatypes import Event
 from fourfold.quantize.finish import Summary
@@ -119,7 +119,7 @@ def recipe_page() -> str:
             if field.name not in TABLES and f"{name}.{field.name}" not in TABLES
         ]  # fmt: skip
         parts.append(table(("key", "`best`" if values else "left out", "values", ""), rows))
-    texts = {"calibration": recipes.CALIBRATION_TEXTS, "held-out": recipes.HELDOUT_TEXTS}
+    texts = {"calibration": bundled.CALIBRATION_TEXTS, "held-out": bundled.HELDOUT_TEXTS}
     rows = [
         (f"`{name}`", use, text.title, text.licence) for use, bundle in texts.items() for name, text in bundle.items()
     ]

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 import checkpoints
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.finish import Summary
 from fourfold.quantize.run import quantize
-from fourfold.recipe import HELDOUT_TEXTS, TEXT, Recipe
+from fourfold.recipe import Recipe
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from fourfold import cli
-from fourfold.recipe import CALIBRATION_TEXTS, TEXT, load_recipe
+from fourfold.bundled import CALIBRATION_TEXTS, TEXT
+from fourfold.recipe import load_recipe
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(

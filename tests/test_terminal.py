@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fourfold import tables, terminal, units
+from fourfold import terminal, units
 from fourfold.datatypes import Event
 from fourfold.release.verify.check import Level, Verdict, judge, skip
+from fourfold.tables.run import show_evaluation, show_summary, show_verdict
 from fourfold.terminal import Manner, Pace
 
 
@@ -173,7 +174,7 @@ def test_summary() -> None:
         workers=(),
         notes=("a note",),
     )
-    tables.show_summary(to, summary)  # type: ignore[arg-type]
+    show_summary(to, summary)  # type: ignore[arg-type]
     assert [line.rstrip() for line in printed(to).splitlines()] == [
         "output                  release[1]",
         "projections             192 (190 gptq, 2 diag)",
@@ -208,7 +209,7 @@ def evaluated(**more: Any) -> dict[str, Any]:
 
 def test_evaluation_shows_source_and_release() -> None:
     to = console()
-    tables.show_evaluation(to, evaluated())
+    show_evaluation(to, evaluated())
     shown = printed(to)
     figures = ("10.0000 +-1.0000", "10.1000", "0.00100 +-0.00020", "98.00%", "0.0345", "96.00%")
     for words in (*figures, "a text: 4 windows"):
@@ -223,7 +224,7 @@ def test_evaluation_shows_drafts_tasks_and_a_second_release() -> None:
     row = {"figures": {"exact_match,none": 0.5}, "samples": 20}
     found = evaluated(against=second, drafts={"source": drafted, "release": None}, tasks={"tasks": {"gsm8k": row}})
     to = console()
-    tables.show_evaluation(to, found)
+    show_evaluation(to, found)
     shown = printed(to)
     for words in ("0.750 0.500 0.250", "2.50", "no draft head", "0.9000", "exact_match,none 0.5000 (20 samples)"):
         assert words in shown, words
@@ -247,7 +248,7 @@ def test_verdict_names_level_check_status_and_evidence() -> None:
     facts: dict[str, Any] = {"out": "out", "content": "", "bytes_read": 1, "seconds": {"files": 61.0}}
     asked = (Level.FILES, Level.ENGINE)
     to = console()
-    tables.show_verdict(to, Verdict(checks=checks, engine=engine, asked=asked, **facts))
+    show_verdict(to, Verdict(checks=checks, engine=engine, asked=asked, **facts))
     lines = [" ".join(line.split()) for line in printed(to).splitlines()]
     assert "files index pass [bold]5 tensors" in lines
     assert "sidecars not run no source" in lines
@@ -257,5 +258,5 @@ def test_verdict_names_level_check_status_and_evidence() -> None:
     assert "decoding 50 tokens/s, with MTP 75" in lines
     assert lines[-1] == "1 of 3 checks failed"
     to = console()
-    tables.show_verdict(to, Verdict(checks=checks[:2], engine=None, asked=asked[:1], **facts))
+    show_verdict(to, Verdict(checks=checks[:2], engine=None, asked=asked[:1], **facts))
     assert printed(to).splitlines()[-1] == "all checks passed: files (1 min 01 s)"

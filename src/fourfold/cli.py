@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fourfold import __version__, api, recipe, reporting, serving, shipping, tables, terminal
+from fourfold import __version__, api, recipe, reporting, serving, shipping, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
@@ -44,6 +44,8 @@ from fourfold.options import (
     answer,
     choose_recipe,
 )
+from fourfold.tables.facts import show_facts
+from fourfold.tables.run import show_evaluation, show_plan, show_summary, show_verdict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,7 +162,7 @@ def quantize(
         if manner is terminal.Manner.JSON:
             terminal.json_line(console, {"kind": "summary", "data": summary.to_json()})
         elif manner is not terminal.Manner.QUIET:
-            tables.show_summary(console, summary)
+            show_summary(console, summary)
 
 
 def _print_plan(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
@@ -172,7 +174,7 @@ def _print_plan(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         terminal.json_line(console, made.to_json())
     else:
-        tables.show_plan(console, made)
+        show_plan(console, made)
 
 
 @app.command(
@@ -223,7 +225,7 @@ def evaluate(
         if manner is terminal.Manner.JSON:
             terminal.json_line(console, {"kind": "metrics", "data": found})
         elif manner is not terminal.Manner.QUIET:
-            tables.show_evaluation(console, found)
+            show_evaluation(console, found)
 
 
 @app.command(
@@ -257,7 +259,7 @@ def verify(
         if as_json:
             terminal.json_line(console, verdict.to_json())
         else:
-            tables.show_verdict(console, verdict)
+            show_verdict(console, verdict)
         if not verdict.passed:
             raise typer.Exit(CHECK_FAILED)
 
@@ -275,7 +277,7 @@ app.command(epilog=shipping.PUBLISH_EXAMPLES)(shipping.publish)
 def list_recipes() -> None:
     """List the presets that ship with fourfold."""
     with answer():
-        tables.show_facts(
+        show_facts(
             terminal.open_console(), [(name, recipe.load_recipe(name).description) for name in recipe.recipe_names()]
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fourfold import tables, terminal
+from fourfold import terminal
 from fourfold.options import (
     CHECK_FAILED,
     EXIT_CODES,
@@ -20,6 +20,7 @@ from fourfold.options import (
     Quiet,
     answer,
 )
+from fourfold.tables.server import show_bench, show_command, show_ready
 
 SIGNALLED = 128  # and the signal: as shells count
 SERVE_EXAMPLES = f"""\b
@@ -219,13 +220,13 @@ def serve(
         served = open_served(resolve_model(out), Path(out).name)
         command, interpreter = prepare(served, wanted, python, starts=not (print_only or docker), container=docker)
         console = terminal.open_console(stderr=True)
-        tables.show_command(console, command)
+        show_command(console, command)
         if print_only or docker:
             typer.echo(command.docker(served.folder) if docker else command.text())
             raise typer.Exit(CHECK_FAILED if command.problems else 0)
         path = log or log_file(served.folder, engine.value)
         console.print(f"starting; the engine's log: {terminal.plain(path)}", soft_wrap=True)
-        show = partial(tables.show_ready, console, command)
+        show = partial(show_ready, console, command)
         outcome = run(command, interpreter, path, timeout * 60, show)
         if outcome.failure:
             console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
@@ -314,6 +315,6 @@ def bench(
         if as_json:
             terminal.json_line(console, found)
         elif not quiet:
-            tables.show_bench(console, found)
+            show_bench(console, found)
         if any(level["requests"]["failed"] for level in found["levels"]):
             raise typer.Exit(CHECK_FAILED)

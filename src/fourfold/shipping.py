@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fourfold import tables, terminal
+from fourfold import terminal
 from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer
+from fourfold.tables.release import show_comparison, show_converted, show_inspection, show_published
 
 INSPECT_EXAMPLES = f"""\b
 Examples:
@@ -69,7 +70,7 @@ def inspect(folder: Checkpoint, as_json: InspectJson = False) -> None:
         if as_json:
             terminal.json_line(console, found.to_json())
         else:
-            tables.show_inspection(console, found)
+            show_inspection(console, found)
 
 
 # --- convert ---------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, 
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
-            tables.show_converted(console, found)
+            show_converted(console, found)
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def compare(
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
-            tables.show_comparison(console, found)
+            show_comparison(console, found)
         if equal and not found.same:
             raise typer.Exit(CHECK_FAILED)
 
@@ -193,4 +194,4 @@ def publish(
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
-            tables.show_published(console, found, dry_run)
+            show_published(console, found, dry_run)

@@ -303,6 +303,13 @@ def test_the_module_is_imported_without_triton(monkeypatch: pytest.MonkeyPatch) 
     assert module.triton is None and module.INTERPRETED is False and callable(module.accumulate)
 
 
+def test_core_is_imported_without_triton() -> None:
+    """In a process of its own, as an installation without a GPU has it: every room of kernels, and who calls them."""
+    code = "import sys; sys.modules['triton'] = None; from fourfold.core import gptq, grid, moments, pack"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [86, 90])
 def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 import fourfold
+from fourfold.bundled import TEXT
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import calibrate
 from fourfold.quantize.calibrate import CalibrationRows, check_sources, collect, heldout, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated, shingles
-from fourfold.recipe import TEXT, Calibration, Heldout, Recipe, Source, load_recipe
+from fourfold.recipe import Calibration, Heldout, Recipe, Source, load_recipe
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-qwen3.6-moe"
 END = 0  # <|endoftext|>

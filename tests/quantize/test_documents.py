@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fourfold.bundled import CALIBRATION_TEXTS, HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize import documents as module
 from fourfold.quantize.contamination import FRAGMENT_CHARACTERS, fragments, refuse_heldout, refuse_test_sets
 from fourfold.quantize.documents import Document, read_documents, source_name
-from fourfold.recipe import CALIBRATION_TEXTS, HELDOUT_TEXTS, TEXT, Calibration, Source, load_recipe
+from fourfold.recipe import Calibration, Source, load_recipe
 
 CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import checkpoints
 import releases
 import whole
+from fourfold.bundled import CALIBRATION_TEXTS
 from fourfold.quantize.reference import Reference, read_reference
-from fourfold.recipe import CALIBRATION_TEXTS, Recipe, load_recipe
+from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.verify.check import Status
 from fourfold.release.verify.vllm import check_reference
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.core import metrics
 from fourfold.model.head import logits
 from fourfold.model.mtp import Drafts, read_draft_head
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
-from fourfold.recipe import HELDOUT_TEXTS, TEXT
 from fourfold.release import drafts
 from fourfold.release.sweep import Compute
 

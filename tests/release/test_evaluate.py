@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import checkpoints
 import releases
 import whole
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import FourfoldError
-from fourfold.recipe import HELDOUT_TEXTS, TEXT, load_recipe
+from fourfold.recipe import load_recipe
 from fourfold.release import drafts
 from fourfold.release.evaluate import Protocol, evaluate
 

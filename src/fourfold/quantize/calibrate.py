@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, Tick
 from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets, shingles
 from fourfold.quantize.documents import (
@@ -25,7 +26,7 @@ from fourfold.quantize.documents import (
     read_documents,
     source_name,
 )
-from fourfold.recipe import HELDOUT_TEXTS, TEXT, Calibration, Heldout, Recipe, Source
+from fourfold.recipe import Calibration, Heldout, Recipe, Source
 
 OVER_READ = 4  # a file or dataset is read until it gave so many times the tokens wanted; rows are drawn from all
 BATCH = 64  # documents tokenized at once

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fourfold.bundled import TEXT
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.documents import Document, source_name
-from fourfold.recipe import TEXT, Calibration, Source
+from fourfold.recipe import Calibration, Source
 
 # Benchmarks whose every split is scored, whatever its name (gpqa, ifeval and aime call theirs "train").
 SCORED_WHOLE = (

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fourfold.bundled import CALIBRATION_TEXTS, TEXT
 from fourfold.datatypes import FourfoldError
-from fourfold.recipe import CALIBRATION_TEXTS, TEXT, Source
+from fourfold.recipe import Source
 
 SHUFFLE_BUFFER = 256  # documents read ahead of a Hub dataset: its first ones are often of one kind
 

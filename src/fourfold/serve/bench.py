@@ -16,8 +16,8 @@ from typing import Any
 import httpx2
 
 from fourfold import __version__
+from fourfold.bundled import TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress
-from fourfold.recipe import TEXT
 from fourfold.serve import client
 from fourfold.serve.client import Reply
 from fourfold.serve.metrics import OFF, Scrape, acceptance, changes

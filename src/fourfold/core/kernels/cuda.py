@@ -22,7 +22,7 @@ try:
     import triton
     from triton import language as tl
 except ModuleNotFoundError:  # torch's CPU builds come without it, and nothing here is called then
-    triton = None
+    triton = tl = None
 
 AVAILABLE = triton is not None
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret

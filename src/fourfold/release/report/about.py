@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
+from fourfold.bundled import HELDOUT_TEXTS
 from fourfold.datatypes import FourfoldError
-from fourfold.recipe import HELDOUT_TEXTS
 from fourfold.release.report.records import Records
 
 UNKNOWN, OTHER = "unknown", "other"  # as the Hub calls a licence that is not known, and one that is not on its list

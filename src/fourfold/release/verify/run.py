@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold import process
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.interpreter import find_python
 from fourfold.model.checkpoint import TensorIndex
@@ -17,7 +18,6 @@ from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.claims import has_draft
 from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import STATE, hold
-from fourfold.recipe import HELDOUT_TEXTS, TEXT
 from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
 from fourfold.release.verify.engine import Engine, environment

@@ -1,0 +1,31 @@
+"""Two columns of facts, and warnings. Text from files is never markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.terminal import paragraphs, plain
+
+
+def facts_table() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def show_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Two columns: what, and what is said of it."""
+    table = facts_table()
+    for name, said in facts:
+        table.add_row(plain(name), plain(said))
+    console.print(table)
+
+
+def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), paragraphs(warning)), soft_wrap=True)

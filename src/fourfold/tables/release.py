@@ -1,0 +1,124 @@
+"""What the terminal shows of checkpoints, and of what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.tables.facts import show_facts
+from fourfold.terminal import paragraphs, plain
+from fourfold.units import clock_text
+
+if TYPE_CHECKING:
+    from fourfold.release.compare import Comparison
+    from fourfold.release.convert import Converted
+    from fourfold.release.inspect import Inspection
+    from fourfold.release.publish import Published
+
+
+def show_inspection(console: Console, found: Inspection) -> None:
+    """Groups of tensors, how int4 is stored, the draft head, engines, traps."""
+    made_by = f", made by {plain(found.made_by)}" if found.made_by else ""
+    title = f"{plain(found.folder)}: {plain(found.model_type)}, {found.tensors:,} tensors in {found.shards:,} shards"
+    console.print(Text(title + made_by, style="bold"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    table.add_column("tensors", footer="all")
+    table.add_column("stored as")
+    table.add_column("count", justify="right", footer=f"{found.tensors:,}")
+    table.add_column("size", justify="right", footer=decimal(found.size_bytes))
+    for row in found.groups:
+        table.add_row(row.group, plain(" + ".join(row.stored)), f"{row.tensors:,}", decimal(row.size_bytes))
+    console.print(table)
+    show_facts(console, _stored_facts(found))
+    for engine in found.engines:
+        said, style = ("takes it", "green") if engine.takes else ("does not take it", "bold red")
+        gpus = f" on {engine.gpus} or more" if engine.gpus else ""
+        console.print(Text.assemble((engine.engine, "bold"), ": ", (said, style), gpus), soft_wrap=True)
+        for line in filter(None, (engine.command, *engine.notes)):
+            console.print(f"  {paragraphs(line)}", soft_wrap=True)
+    if found.unknown:
+        console.print(f"engines: not known ({paragraphs(found.unknown)})", soft_wrap=True)
+    for trap in found.traps:
+        console.print(Text.assemble(("trap: ", "yellow"), paragraphs(trap)), soft_wrap=True)
+
+
+def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    if one := found.quantized:
+        where = ", ".join(f"{count:,} in {group}" for group, count in one.by_group.items())
+        yield "int4", f"{one.method}, format {one.format}: {one.projections:,} projections ({where})"
+        sizes, dtypes = ", ".join(map(str, one.group_sizes)), ", ".join(one.scale_dtypes)
+        seen = f"in {one.looked_at:,} projections looked at {one.negative:.0%} are negative, {one.rounded:.0%} no BF16"
+        yield "scales", f"one for {sizes} inputs, {dtypes}; {seen}"
+    else:
+        yield "int4", "nothing that is read as such"
+    yield "draft head (MTP)", f"{found.draft}, {decimal(found.draft_bytes)}" if found.draft else "none"
+
+
+def show_converted(console: Console, found: Converted) -> None:
+    """What a conversion came to."""
+    scales = found.scales
+    share = f"{scales.changed:,} of {scales.total:,} rounded to BF16 values"
+    if scales.changed:
+        share += f", by {scales.largest:.2%} at most" + (f"; {scales.zero:,} were zero" if scales.zero else "")
+    facts = [
+        ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections, same codes"),
+        ("scales", share),
+        ("draft experts", f"{found.split} stacks split into a tensor per expert" if found.split else "as they were"),
+        ("size of tensors", f"{decimal(found.bytes_before)} -> {decimal(found.bytes_after)}"),
+        ("time", clock_text(found.seconds)),
+    ]
+    if found.left_out:
+        facts.append(("left out", f"{', '.join(found.left_out)}: true of the bytes before, or not known"))
+    show_facts(console, facts)
+
+
+NAMES_SHOWN = 8
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """What is the same, what is not, metrics side by side."""
+    scales = found.scales
+    facts = [
+        ("A", f"{found.first}: {found.formats[0] or 'not int4'}"),
+        ("B", f"{found.second}: {found.formats[1] or 'not int4'}"),
+        ("other tensors", f"{found.equal:,} equal, {len(found.different):,} different"),
+        ("int4 projections", f"{found.projections:,}, {found.projections_changed:,} with other codes"),
+        ("codes changed", f"{found.codes_changed:,} of {found.codes:,}"),
+        ("scales changed", f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"),
+    ]
+    for label, names in (("different", found.different), ("only A", found.only_first), ("only B", found.only_second)):
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+            facts.append((label, ", ".join(names[:NAMES_SHOWN]) + more))
+    show_facts(console, facts)
+    if found.metrics:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("measured", "A", "B"):
+            table.add_column(name, justify="left" if name == "measured" else "right")
+        for name, pair in found.metrics.items():
+            table.add_row(plain(name), *("" if value is None else f"{value:.6g}" for value in pair))
+        console.print(table)
+        if found.same_protocol is False:
+            console.print("measured by different protocols: these figures cannot be compared", style="yellow")
+    said, style = ("every weight is the same", "green") if found.same else ("not the same", "bold")
+    console.print(said, style=style)
+
+
+def show_published(console: Console, found: Published, dry_run: bool) -> None:
+    """Every file in a dry run; where it lies now."""
+    if dry_run:
+        for file in found.files:  # a line each however narrow the terminal: for grep, and beside sha256sum
+            console.print(f"{file.sha256}  {file.size_bytes:>15,}  {plain(file.name)}", soft_wrap=True)
+    total = sum(file.size_bytes for file in found.files)
+    what = "would be sent to" if dry_run else "are at"
+    where = found.url or f"{found.repo}, branch {found.branch}"
+    console.print(f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}", soft_wrap=True)
+    if found.tag:
+        console.print(f"tag {plain(found.tag)}", soft_wrap=True)
+    for problem in found.unverified:
+        console.print(Text.assemble(("not verified: ", "yellow"), plain(problem)), soft_wrap=True)

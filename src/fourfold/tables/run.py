@@ -1,0 +1,220 @@
+"""What the terminal shows of plans, finished runs, evaluations, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.tables.facts import facts_table, show_facts, show_warnings
+from fourfold.terminal import memory_text, paragraphs, plain
+from fourfold.units import clock_text
+
+if TYPE_CHECKING:
+    from fourfold.quantize.finish import Summary
+    from fourfold.quantize.plan import Plan
+    from fourfold.release.verify.check import Verdict
+
+METRICS = {  # key of Summary.metrics: what it is called, how it is written
+    "perplexity_source": ("perplexity, source", "{:.4f}"),
+    "perplexity_release": ("perplexity, release", "{:.4f}"),
+    "kl_mean": ("KL divergence, mean", "{:.5f} nats"),
+    "kl_median": ("KL divergence, median", "{:.5f} nats"),
+    "kl_p99": ("KL divergence, 99th percentile", "{:.5f} nats"),
+    "top1_agreement": ("same most likely token", "{:.2%}"),
+}
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """The table of tensor groups; memory, disk and time; warnings."""
+    family, recipe = plan.skeleton.family, plan.recipe
+    console.print(Text(f"{plain(plan.index.folder)}: {family.model_type}, {len(plan.layers)} layers", style="bold"))
+    console.print(
+        f"recipe {plain(recipe.name)}: {recipe.format}, groups of {recipe.scheme.group_size}, "
+        f"{plan.projections:,} expert projections" + _trial(plan)
+    )
+    console.print(_groups_table(plan))
+    console.print(_needs_table(plan))
+    console.print(f"time: {plain(plan.time.basis)}", style="dim", soft_wrap=True)
+    show_warnings(console, plan.warnings)
+
+
+def _trial(plan: Plan) -> str:
+    if not plan.partial:
+        return ""
+    return f"; a trial on layers {plan.solve.start}-{plan.solve.stop - 1}, its output is partial"
+
+
+def _groups_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    rows = plan.groups()
+    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+    table.add_column("tensors", footer="all")
+    table.add_column("what happens")
+    table.add_column("before", justify="right", footer=f"{sum(row.tensors_before for row in rows):,}")
+    table.add_column("after", justify="right", footer=f"{sum(row.tensors_after for row in rows):,}")
+    table.add_column("size", justify="right", footer=decimal(before))
+    table.add_column("size after", justify="right", footer=decimal(after))
+    for row in rows:
+        tensors = f"{row.tensors_before:,}", f"{row.tensors_after:,}"
+        sizes = decimal(row.bytes_before), decimal(row.bytes_after)
+        table.add_row(plain(row.group), plain(row.action), *tensors, *sizes)
+    return table
+
+
+def _needs_table(plan: Plan) -> Table:
+    memory, disk = plan.memory, plan.disk
+    table = facts_table()
+    table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
+    devices = ", ".join(memory.devices)
+    if not memory.on_cpu:
+        table.add_row(f"memory of each of {devices}", f"{decimal(memory.device_peak_bytes)} at the peak")
+    elif len(memory.devices) > 1:
+        worker = max(stage.worker_bytes for stage in memory.stages)
+        table.add_row("of it each worker's", f"{decimal(worker)} at the peak, {len(memory.devices)} workers")
+    host = f", {decimal(memory.host_budget_bytes)} on the host" if memory.host_budget_bytes else ""
+    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {devices}{host}")
+    batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
+    table.add_row("batches", batches)
+    free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
+    table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
+    if disk.swept_bytes:
+        swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
+        table.add_row("of it the sweep's", swept)
+    table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction), bound by {plan.time.bound}")
+    return table
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    """What a run came to: where it lies, sizes, held-out metrics, time and memory."""
+    table = facts_table()
+    table.add_row("output", plain(summary.out) + (" (partial: a trial, no engine loads it)" if summary.partial else ""))
+    methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
+    table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
+    sizes = f"{decimal(summary.bytes_before)} -> {decimal(summary.bytes_after)}"
+    if summary.bytes_before:
+        sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
+    table.add_row("size of tensors", sizes)
+    for key, (label, form) in METRICS.items():
+        if key in summary.metrics:
+            table.add_row(label, form.format(summary.metrics[key]))
+    resumed = " since it went on" if "restore" in summary.seconds else ""
+    table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
+    planned = memory_text(summary.planned_memory_bytes)
+    table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
+    if len(summary.workers) > 1:
+        busy = (f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
+                for worker in summary.workers)  # fmt: skip
+        table.add_row("busy", ", ".join(busy) + "; the rest is waiting for the other workers")
+    console.print(table)
+    for note in summary.notes:
+        console.print(f"note: {paragraphs(note)}", soft_wrap=True)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+EVALUATED = {  # key in metrics.json's summary: what it is called, how it is written
+    "perplexity_ratio": ("  over the source's", "{:.4f}"),
+    "kl_mean": ("KL divergence, mean", "{:.5f}"),
+    "kl_median": ("  median", "{:.5f}"),
+    "kl_p90": ("  90th percentile", "{:.5f}"),
+    "kl_p99": ("  99th percentile", "{:.5f}"),
+    "kl_max": ("  largest", "{:.3f}"),
+    "top1_agreement": ("same likeliest token", "{:.2%}"),
+    "top5_agreement": ("same likeliest five", "{:.2%}"),
+}
+
+
+def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+    """The table of metrics.json: source, release and, where there is one, the second release."""
+    releases = [found, *filter(None, [found.get("against")])]
+    names = ["source", "release", *(plain(release["name"]) for release in releases[1:])]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    sure = [_with_interval(release, "perplexity_release", "{:.4f}") for release in releases]
+    table.add_row("perplexity", _with_interval(found, "perplexity_source", "{:.4f}"), *sure)
+    for key, (label, form) in EVALUATED.items():
+        table.add_row(label, "", *(_with_interval(release, key, form) for release in releases))
+    last = [release["layers"][-1] for release in releases]
+    table.add_row("last hidden states, error", "", *(f"{row['hidden_error']:.4f}" for row in last))
+    least = [[row["router_agreement"] for row in release["layers"] if row["router_agreement"]] for release in releases]
+    table.add_row("routers agree, least", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
+    if found["drafts"]:
+        drafted = [found["drafts"]["source"], found["drafts"]["release"], *(r["drafts"] for r in releases[1:])]
+        for rule, label in (("greedy", "drafts kept"), ("sampled", "  sampling")):
+            table.add_row(label, *(_kept(one, rule) for one in drafted))
+            table.add_row("  tokens a step", *(_length(one, rule) for one in drafted))
+    console.print(table)
+    protocol = found["protocol"]
+    console.print(
+        f"{plain(protocol['text'])}: {protocol['windows']} windows of {protocol['window']} tokens, no BOS; "
+        "+- half of the 95 % interval over windows",
+        style="dim",
+        soft_wrap=True,
+    )
+    show_facts(console, _tasks(found))
+
+
+def _with_interval(release: Mapping[str, Any], key: str, form: str) -> str:
+    text, ends = form.format(release["summary"][key]), (release["intervals"] or {}).get(key)
+    return f"{text} +-{form.format((ends[1] - ends[0]) / 2)}" if ends else text
+
+
+def _kept(drafted: Mapping[str, Any] | None, rule: str) -> str:
+    return " ".join(f"{share:.3f}" for share in drafted[rule]["by_position"]) if drafted else "no draft head"
+
+
+def _length(drafted: Mapping[str, Any] | None, rule: str) -> str:
+    return f"{drafted[rule]['mean_length']:.2f}" if drafted else ""
+
+
+def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for task, row in (found.get("tasks") or {}).get("tasks", {}).items():
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in row["figures"].items() if isinstance(value, float))
+        yield task, f"{figures} ({row['samples']} samples)"
+
+
+# --- verdict -----------------------------------------------------------------------------------------------------
+
+STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
+
+
+def show_verdict(console: Console, verdict: Verdict) -> None:
+    """A row for each check: level, name, what came of it, what was seen; then what an engine is, and the verdict."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("level", "check", "", "seen"):
+        table.add_column(name, no_wrap=name != "seen")
+    before = ""
+    for check in verdict.checks:
+        status = Text(check.status, style=STATUS_STYLES[check.status])
+        level, before = check.level if check.level != before else "", check.level
+        table.add_row(level, plain(check.name), status, paragraphs(check.evidence))
+    console.print(table)
+    if verdict.engine:
+        _show_engine(console, verdict.engine)
+    failed = sum(check.status == "fail" for check in verdict.checks)
+    if verdict.passed:
+        asked = ", ".join(verdict.asked)
+        console.print(f"all checks passed: {asked} ({clock_text(sum(verdict.seconds.values()))})", style="green")
+    else:
+        console.print(f"{failed} of {len(verdict.checks)} checks failed", style="bold red")
+
+
+def _show_engine(console: Console, engine: Mapping[str, Any]) -> None:
+    speed = f"{engine['decode_tokens_per_second']:,.0f} tokens/s"
+    if engine["decode_tokens_per_second_mtp"]:
+        speed += f", with MTP {engine['decode_tokens_per_second_mtp']:,.0f}"
+    facts = [
+        ("engine", f"{engine['engine']}, torch {engine['torch']}, {engine['device']}"),
+        ("kernels", "; ".join(line.removeprefix("Using ").rstrip(".") for line in engine["kernels"])),
+        ("start", f"{engine['start_seconds']:.1f} s, of which weights {engine['load_seconds']:.1f} s"),
+        ("KV cache", f"{engine['kv_cache_tokens']:,} tokens"),
+        ("decoding", speed),
+    ]
+    show_facts(console, facts)

@@ -1,0 +1,113 @@
+"""What the terminal shows of an engine's command, of its server, and of a load on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.tables.facts import facts_table, show_facts
+from fourfold.terminal import paragraphs, plain
+from fourfold.units import clock_text
+
+if TYPE_CHECKING:
+    from fourfold.serve.command import Command
+    from fourfold.serve.probe import Probed
+
+
+# --- serving -----------------------------------------------------------------------------------------------------
+
+BAR_WIDTH = 40
+MILLISECONDS = ("time_to_first_token", "time_per_output_token", "time_between_chunks")
+
+
+def show_command(console: Console, command: Command) -> None:
+    """What a server's command will come to: its cache, problems, notes."""
+    console.print(Text(f"{command.engine.title} {'.'.join(map(str, command.version))}: {plain(command.name)}", "bold"))
+    for line in command.forecast.lines():
+        console.print(plain(line), soft_wrap=True)
+    for problem in command.problems:
+        console.print(Text.assemble(("problem: ", "bold red"), paragraphs(problem)), soft_wrap=True)
+    for note in command.notes:
+        console.print(f"note: {paragraphs(note)}", soft_wrap=True)
+
+
+def show_ready(console: Console, command: Command, seconds: float, probed: Probed) -> None:
+    """That a server is ready, what its probe found, its cache beside the forecast."""
+    ready = f"ready after {clock_text(seconds)}: {plain(command.url)}/v1, model {plain(command.name)}"
+    console.print(ready, style="green", soft_wrap=True)
+    table = facts_table()
+    table.add_column()
+    for finding in probed.findings:
+        said, style = {True: ("alive", "green"), False: ("NOT ALIVE", "bold red"), None: ("not seen", "yellow")}[
+            finding.alive
+        ]
+        table.add_row(plain(finding.what), Text(said, style), paragraphs(finding.seen))
+    console.print(table)
+    if probed.pool:
+        told = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
+        console.print(f"KV cache: {told}; predicted: {command.forecast.brief()}", soft_wrap=True)
+    console.print("Ctrl-C stops it", style="dim")
+
+
+def show_bench(console: Console, found: Mapping[str, Any]) -> None:
+    """A column for each concurrency, the reference's figures beside them where it is that model; then a drawing."""
+    levels, card = found["levels"], found["card"] or {}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("concurrency", no_wrap=True)
+    for level in levels:
+        table.add_column(str(level["concurrency"]), justify="right")
+    table.add_column(f"card: {plain(card['engine'])}" if card else "")
+    for label, cells, beside in _bench_rows(levels, card):
+        table.add_row(label, *cells, beside)
+    console.print(table)
+    _draw(console, [(level["concurrency"], level["output_tokens_per_second"]) for level in levels])
+    facts = [("model", f"{found['model']} at {found['url']}"), ("metrics", f"{found['engine']}: {found['metrics']}")]
+    if found["pool"]:
+        facts.append(("KV cache", ", ".join(f"{name} {value:,}" for name, value in found["pool"].items())))
+    show_facts(console, facts)
+    for level in levels:
+        for outcome, count in level["requests"]["failed"].items():
+            said = level["requests"]["said"].get(outcome, "")
+            text = f"concurrency {level['concurrency']}: {count} x {plain(outcome)} {paragraphs(said)}"
+            console.print(text, style="red", soft_wrap=True)
+
+
+def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:
+    def between(key: str, form: str) -> str:
+        return "-".join(form.format(value) for value in card[key]) if key in card else ""
+
+    yield "requests, in full", [f"{one['requests']['ok']}/{one['requests']['asked']}" for one in levels], ""
+    yield "tokens/s, all", [f"{one['output_tokens_per_second']:,.1f}" for one in levels], ""
+    decode = [one["decode_tokens_per_second"] for one in levels]
+    beside = between("decode_tokens_per_second", "{:.0f}")
+    yield "tokens/s of a request, p50", [f"{one['p50']:,.1f}" if one else "" for one in decode], beside
+    for key in MILLISECONDS:
+        cells = [f"{one[key]['p50'] * 1000:,.1f} / {one[key]['p99'] * 1000:,.1f}" if one[key] else "" for one in levels]
+        yield f"{key.replace('_', ' ')}, ms p50/p99", cells, ""
+    accepted = [one["acceptance"] for one in levels]
+    if any(accepted):
+        rates = [f"{a['rate']:.1%}" if a else "" for a in accepted]
+        yield "drafts accepted", rates, between("acceptance_rate", "{:.0%}")
+        places = [" ".join(f"{share:.2f}" for share in a["by_position"]) if a else "" for a in accepted]
+        yield "  by position", places, " ".join(f"{share:.2f}" for share in card.get("acceptance_by_position", ()))
+        lengths = [f"{a['mean_length']:.2f}" if a else "" for a in accepted]
+        yield "  tokens a step", lengths, between("acceptance_length", "{:.1f}")
+    for key, label, form in (
+        ("cache_usage_peak", "KV cache used, most", "{:.1%}"),
+        ("preemptions", "preemptions", "{:,}"),
+        ("prefix_hit_rate", "prefix cache hits", "{:.1%}"),
+    ):
+        if any(key in one["server"] for one in levels):
+            yield label, [form.format(one["server"][key]) if key in one["server"] else "" for one in levels], ""
+
+
+def _draw(console: Console, points: list[tuple[int, float]]) -> None:
+    """Throughput against concurrency."""
+    most = max((rate for _, rate in points), default=0)
+    for concurrency, rate in points:
+        bar = "█" * round(BAR_WIDTH * rate / most) if most else ""
+        console.print(f"{concurrency:>5} {bar} {rate:,.1f} tokens/s")
