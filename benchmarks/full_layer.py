@@ -25,13 +25,13 @@ from gemm_rate import machine, measure_rates
 from torch import Tensor
 from transformers import AutoConfig
 
-from fourfold.core import gptq, grid, moments
+from fourfold.core import gptq, grid, guidance, moments
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
-from fourfold.quantize import observe, solve, streams
+from fourfold.quantize import observe, site, solve, streams
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
 from fourfold.quantize.observe import Batches
@@ -49,10 +49,14 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "shrink": ([(moments, "shrink"), (moments, "shrink_cross")], "fp32"),
     "factor": ([(gptq, "factorize_")], "fp32"),
     "asymmetric target": ([(gptq, "retarget")], "fp32"),
+    "row metric": (
+        [(solve, "row_moments"), (solve, "row_pool"), (guidance, "gate_up_metric"), (guidance, "factorize_rows")],
+        MOMENTS,
+    ),
     "scale search": ([(grid, "search_scales")], "fp32"),
     "columns": ([(gptq, "solve_codes")], "fp32"),
     "refinement": ([(gptq, "refine")], "fp32"),
-    "errors for the log": ([(solve, "_judge")], "fp32"),
+    "errors for the log": ([(site, "_judge")], "fp32"),
     "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
     "advance": ([(streams, "advance")], "bf16"),
 }
@@ -122,6 +126,14 @@ def make_streams(tokens: int, hidden: int, asymmetric: bool) -> tuple[streams.St
     return streams.Stream(rows, heldout), streams.Stream(release, Rows(heldout.token_RT, heldout.hidden_RTD.clone()))
 
 
+def make_curvature(recipe: Recipe, hidden: int, device: torch.device) -> solve.Curvature | None:
+    """Of gradients that share directions, if the recipe has guidance."""
+    if not recipe.guidance.tokens:
+        return None
+    gradient_TD = make_rows(4, ROW, hidden, seed=5).hidden_RTD.flatten(0, 1).float().to(device)
+    return solve.Curvature(gradient_TD.T @ gradient_TD / len(gradient_TD), damping=0.05)
+
+
 class Clock:
     """Seconds by step, of functions wrapped while a layer is measured; a step within a step is the outer one's."""
 
@@ -173,6 +185,7 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
     expert_forward = pairs * 6.0 * hidden * width
     heldout = 2 * ROW
     candidates = solver.scale_steps * (1 + recipe.scheme.signed)
+    guided = recipe.guidance.tokens > 0
     return {
         "attention, router": 2.0 * options.tokens * both * kept_parameters,
         "moments": pairs * squares * (1.0 + 2.0 * solver.asymmetric),  # of x x^T one triangle
@@ -181,6 +194,7 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
         "shrink": 0.0,
         "factor": experts * sum(inputs**3 for inputs, _ in sites) / 3.0,
         "asymmetric target": 4.0 * products * solver.asymmetric,
+        "row metric": (pairs + experts * solver.pool_rows) * (4.0 * hidden * width + 4.0 * width**2) * guided,
         "scale search": experts * weights * 7.0 * candidates if solver.scale == "search" else 0.0,
         "columns": 1.0 * products,
         "refinement": 2.0 * solver.passes * products,
@@ -198,12 +212,14 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     batches = Batches(rows=rows, tokens=8192, experts=min(options.chunk, options.experts))
     both = make_streams(options.tokens, options.hidden, recipe.solver.asymmetric)
     clock, worker = Clock(device), alone(device)
+    curvature = make_curvature(recipe, options.hidden, device)
     chunking = solve.Chunking(batches.experts, batches.inputs, "layers.0.mlp.experts.", ignore)
     start = clock.now()
     with clock.watching(), torch.no_grad():
         traffic = streams.attend(worker, layer, both, batches, ignore)
         layer = streams.own_experts(worker, layer, traffic)
-        result = solve.solve_layer(worker, layer, observe.observe(layer, *traffic, batches.inputs), recipe, chunking)
+        seen = observe.observe(layer, *traffic, batches.inputs)
+        result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
         streams.advance(worker, (layer, release_layer), traffic, both, batches, ignore)
     seconds = clock.now() - start

@@ -36,7 +36,7 @@ from fourfold.datatypes import Event
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
-from fourfold.recipe import Recipe, load_recipe
+from fourfold.recipe import HELDOUT_TEXTS, Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -50,11 +50,12 @@ PEER, RTN = "gptqmodel", "rtn"
 
 @dataclass(frozen=True)
 class Method:
-    """A preset and what is changed in it; no preset is GPTQModel."""
+    """A preset and what is changed in it; no preset is GPTQModel. code_alone: calibrated on nothing else."""
 
     name: str
     preset: str = ""
     overrides: tuple[str, ...] = ()
+    code_alone: bool = False
 
 
 def less(ingredient: str, *overrides: str) -> Method:
@@ -67,6 +68,10 @@ METHODS = (
     Method("card", "card"),
     Method("fast", "fast"),
     Method("best", "best"),
+    Method("guided", "guided"),
+    Method("guided down only", "guided", ("guidance.sites=down",)),
+    Method("best on code", "best", code_alone=True),
+    Method("guided on code", "guided", code_alone=True),
     less("asymmetric target", "solver.alpha=0"),
     less("pool", "solver.pool=0"),
     less("effective tokens", "solver.effective_tokens=false"),
@@ -107,6 +112,12 @@ REQUIREMENTS = (
     Requirement(PEER, "card", "forced_kl_mean", 16_384, 1.10),
     Requirement(PEER, "card", "forced_kl_mean", 65_536, 1.10),
     Requirement("best", "fast", "forced_kl_mean", 65_536, 0.80, least_layers=16),
+    Requirement("guided", "best", "forced_kl_mean", 65_536, 0.78),
+    Requirement("guided", "best", "kl_median", 65_536, 0.78),
+    Requirement("guided", PEER, "forced_kl_mean", 65_536, 0.50),
+    Requirement("guided down only", "best", "forced_kl_mean", 65_536, 0.85),
+    Requirement("guided down only", "best", "kl_median", 65_536, 0.85),
+    Requirement("guided on code", "best on code", "forced_kl_mean", 65_536, 1.0),
 )
 
 
@@ -116,11 +127,11 @@ REQUIREMENTS = (
 class Bench:
     """One model, its held-out rows, and the cache of runs. The judge is made when the first run is missing."""
 
-    def __init__(self, model: Path, cache: Path) -> None:
+    def __init__(self, model: Path, cache: Path, text: str) -> None:
         self.model, self.cache = model, cache
         self.skeleton = Skeleton.open(model)
         self.tokenizer = calibrate.load_tokenizer(model)
-        windows = (f"heldout.windows={HELDOUT_WINDOWS}", f"heldout.length={ROW_TOKENS}")
+        windows = (f"heldout.windows={HELDOUT_WINDOWS}", f"heldout.length={ROW_TOKENS}", f"heldout.builtin={text}")
         self.heldout = calibrate.heldout(load_recipe("best", windows), self.tokenizer)
         self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
         source = ROOT / "src/fourfold"
@@ -137,6 +148,8 @@ class Bench:
         preset = method.preset or "card"
         rows = shares(tokens // ROW_TOKENS, [source.rows for source in load_recipe(preset).calibration.sources])
         overrides = [f"calibration.sources.{place}.rows={count}" for place, count in enumerate(rows)]
+        if method.code_alone:
+            overrides = [f'calibration.sources=[{{builtin="code", rows={tokens // ROW_TOKENS}}}]']
         overrides += [f"calibration.length={ROW_TOKENS}", f"calibration.seed={seed}", f"format={STORAGE}"]
         overrides += ["heldout.windows=2", f"heldout.length={ROW_TOKENS}"]  # the judge has more
         if preset == "card":
@@ -169,14 +182,15 @@ class Bench:
         return self._judge
 
     def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
-        """seconds, cpu_seconds: from the first layer to the last; making rows and measuring are left out."""
+        """seconds, cpu_seconds: from the first layer, of guidance if any, to the last; rows and measuring left out."""
         begun: dict[str, tuple[float, float]] = {}
 
         def tell(event: Event) -> None:
             begun.setdefault(event.stage, (time.perf_counter(), time.process_time()))
 
         summary = quantize(self.model, out, recipe, progress=tell)
-        wall, cpu = (end - start for start, end in zip(begun["embed"], begun["measure"], strict=True))
+        start_at = begun.get("forward", begun["embed"])
+        wall, cpu = (end - start for start, end in zip(start_at, begun["measure"], strict=True))
         rounded = summary.methods.get("rtn", 0)
         return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded}
 
@@ -336,10 +350,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 16_384, 65_536])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--text", choices=list(HELDOUT_TEXTS), default="wikitext-2-test", help="that is held out")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as GPTQModel: CPU seconds are then comparable, and cores can be shared
-    bench = Bench(options.model.resolve(), ROOT / ".cache/quality")
+    bench = Bench(options.model.resolve(), ROOT / ".cache/quality", options.text)
     runs: list[dict[str, Any]] = []
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     for tokens in options.tokens:

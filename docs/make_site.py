@@ -39,6 +39,7 @@ TABLES = {  # of a recipe: TOML name of each table, and what reads it
     "": recipes.Recipe,
     "scheme": recipes.Scheme,
     "solver": recipes.Solver,
+    "guidance": recipes.Guidance,
     "calibration": recipes.Calibration,
     "calibration.sources": recipes.Source,
     "heldout": recipes.Heldout,

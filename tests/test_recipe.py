@@ -18,6 +18,7 @@ from fourfold.recipe import (
     CHOICES,
     RANGES,
     Calibration,
+    Guidance,
     Heldout,
     Recipe,
     Scheme,
@@ -42,7 +43,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_presets_are_these() -> None:
-    assert recipe_names() == ("best", "card", "fast", "release")
+    assert recipe_names() == ("best", "card", "fast", "guided", "release")
     for name in recipe_names():
         assert load_recipe(name).name == recipe_path(name).stem == name
         assert load_recipe(name).description
@@ -50,7 +51,7 @@ def test_presets_are_these() -> None:
 
 def test_best_is_what_the_dataclasses_say_and_the_card_calibrates_on() -> None:
     best = load_recipe("best")
-    assert (best.scheme, best.solver, best.heldout) == (Scheme(), Solver(), Heldout())
+    assert (best.scheme, best.solver, best.guidance, best.heldout) == (Scheme(), Solver(), Guidance(), Heldout())
     assert best.format == Recipe().format == "compressed-tensors"
     assert [(source.builtin, source.rows) for source in best.calibration.sources] == [*FOUR_SOURCES]
     assert dataclasses.replace(best.calibration, sources=()) == Calibration()
@@ -68,6 +69,40 @@ def test_fast_differs_from_best_in_one_field() -> None:
     best, fast = load_recipe("best"), load_recipe("fast")
     solver = dataclasses.replace(best.solver, asymmetric=False)
     assert fast == dataclasses.replace(best, solver=solver, name=fast.name, description=fast.description)
+
+
+def test_guided_differs_from_best_in_guidance() -> None:
+    best, guided = load_recipe("best"), load_recipe("guided")
+    assert guided.guidance == Guidance(tokens=65_536, sites="both", damp=0.0)
+    same = dataclasses.replace(best, guidance=guided.guidance, name=guided.name, description=guided.description)
+    assert guided == same and guided.digest() != best.digest()
+
+
+def test_guidance_that_is_off_is_no_part_of_a_recipe() -> None:
+    """Releases that were made before there was any go on, and are verified, by the digest they have."""
+    best = load_recipe("best", ["guidance.sites=down", "guidance.damp=0.1"])
+    assert best.digest() == load_recipe("best").digest()
+    assert not any(key.startswith("guidance") for key in best.values())
+    assert "guidance" not in tomllib.loads(dump_recipe(load_recipe("best")))
+    assert tomllib.loads(dump_recipe(load_recipe("guided")))["guidance"] == dataclasses.asdict(
+        load_recipe("guided").guidance
+    )
+    assert load_recipe("best").digest() == "5d2a2ba225ea5bd00ac51f1f574bb32298f3ba88c43e87fda173e00128b3aaf6"
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("guidance.sites=up", r"guidance.sites.*'up'.*one of 'both', 'down'"),
+        ("guidance.tokens=-1", r"guidance.tokens.*a number from 0"),
+        ("guidance.damp=2", r"guidance.damp.*a number from 0 to 1"),
+        ("guidance.tokens=many", r"guidance.tokens.*many"),
+        ("guidance.token=1", r"guidance.tokens"),
+    ],
+)
+def test_guidance_that_is_wrong(override: str, wanted: str) -> None:
+    with pytest.raises(FourfoldError, match=wanted):
+        load_recipe("guided", [override])
 
 
 def test_card_is_the_reference() -> None:
@@ -254,7 +289,7 @@ def test_one_clear_error_for_an_override(override: str, said: str) -> None:
 def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
     with pytest.raises(FourfoldError, match=r"'bset': neither a preset nor a file; did you mean 'best'\?"):
         load_recipe("bset")
-    with pytest.raises(FourfoldError, match="neither a preset nor a file; presets are best, card, fast, release"):
+    with pytest.raises(FourfoldError, match="neither a preset nor a file; presets are best, card, fast, guided, "):
         load_recipe(str(tmp_path / "none.toml"))
     (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
     with pytest.raises(FourfoldError, match=r"latin\.toml: not TOML"):
@@ -263,11 +298,11 @@ def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
 
 def test_every_rule_names_a_field() -> None:
     homes = {"scheme": Scheme, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
-             "heldout": Heldout, "": Recipe}  # fmt: skip
+             "guidance": Guidance, "heldout": Heldout, "": Recipe}  # fmt: skip
     for rule in (*CHOICES, *RANGES):
         home, _, name = rule.rpartition(".")
         assert name in {field.name for field in dataclasses.fields(homes[home])}, rule
-    for home in (Scheme, Solver, Calibration, Source, Heldout):
+    for home in (Scheme, Solver, Guidance, Calibration, Source, Heldout):
         for field in dataclasses.fields(home):  # a number without a range would let nonsense through
             prefix = {known: key for key, known in homes.items()}[home]
             assert field.type not in ("int", "float") or f"{prefix}.{field.name}" in {**RANGES, **CHOICES}, field.name
@@ -276,7 +311,7 @@ def test_every_rule_names_a_field() -> None:
 # ---- writing and naming
 
 
-@pytest.mark.parametrize("name", ["best", "card", "fast", "release"])
+@pytest.mark.parametrize("name", ["best", "card", "fast", "guided", "release"])
 def test_dump_reads_back_equal(tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name, ["heldout.path=held.txt", "calibration.sources.1.path=b.parquet"])
     text = dump_recipe(recipe)
@@ -321,5 +356,5 @@ def test_digest_names_the_work_not_the_recipe() -> None:
     for override in ("solver.damp=0.06", "scheme.signed=false", "calibration.seed=1", "heldout.windows=8",
                      "calibration.sources.0.rows=103", "format=gptq"):  # fmt: skip
         digests.add(load_recipe("best", [override]).digest())
-    assert len(digests) == 10
+    assert len(digests) == 11
     assert all(len(digest) == 64 for digest in digests)

@@ -68,6 +68,21 @@ def test_time_left_is_the_mean_of_the_last_solved_layers() -> None:
     assert pace.left_seconds == 0
 
 
+def test_the_sweep_before_the_loop_has_layers_of_its_own() -> None:
+    """A line for each way; the loop's layers are timed as without it."""
+    clock, to = Clock(), console()
+    pace = Pace(clock)
+    lines = terminal.Lines(to, pace)
+    for stage, layer in (("forward", 0), ("forward", 1), ("backward", -1), ("backward", 1), ("backward", 0)):
+        event = Event(kind="stage", stage=stage, layer=layer, layers=2)
+        pace.follow(event)
+        lines.show(event)
+        clock.now += 30
+    assert printed(to).splitlines() == ["guidance, forward", "guidance, backward"]
+    run_layer(pace.follow, clock, 0, 5, layers=2)
+    assert (pace.layer_seconds, pace.left_seconds) == (5, 5)
+
+
 def test_speed_is_that_of_the_stage() -> None:
     clock = Clock()
     pace = Pace(clock)

@@ -51,7 +51,8 @@ class Event:
 
     kind: "note" (text to show once), "stage" (a stage of a layer begins or advances), "layer" (a layer is finished),
     "done" (the job is finished). stage: gauge (of a plan), calibrate, embed, read, attend, solve, restore, advance,
-    measure, finish; on the writer's thread, beside these: copy, write, record, recorded.
+    measure, finish; in the sweep before the loop: forward, backward; on the writer's thread, beside these: copy, write,
+    record, recorded.
     done, total: progress of the stage in `unit`s (0, 0 when unknown). data: figures for machines (JSON types only).
     """
 
@@ -185,7 +186,8 @@ class LayerResult:
 
     tensors: final tensor names -> packed tensors; gate_up_ENK, down_ENK: dequantized from exactly those tensors, in
     the compute dtype (None of them is written); projections: a row of the log each; seconds: by stage; chunk: experts
-    that were solved at a time at the end, 0 where there was nothing to solve.
+    that were solved at a time at the end, 0 where there was nothing to solve; guided: by input site, what the errors of
+    a few experts cost in the metric of their rows, with guidance and without it.
     """
 
     tensors: dict[str, Tensor]
@@ -194,6 +196,7 @@ class LayerResult:
     projections: tuple[ProjectionStatistics, ...]
     seconds: dict[str, float]
     chunk: int
+    guided: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +204,8 @@ class ShardRecord:
     """What the journal keeps of a written shard; added after the shard is durable.
 
     layer: the decoder layer in it, -1 for a shard of the rest; sha256: of the file; source_digest: sha256 of the
-    source tensors' bytes as they were read; projections: rows of quant_log.csv; seconds: by stage.
+    source tensors' bytes as they were read; projections: rows of quant_log.csv; seconds: by stage; guided: by input
+    site, the share of the error that guidance left, measured on a few experts.
     """
 
     shard: str
@@ -211,3 +215,4 @@ class ShardRecord:
     source_digest: str
     seconds: dict[str, float] = field(default_factory=dict)
     projections: tuple[ProjectionStatistics, ...] = ()
+    guided: dict[str, float] = field(default_factory=dict)

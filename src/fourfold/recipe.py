@@ -113,6 +113,19 @@ class Solver:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """A metric for the rows of a projection, from the gradient of the end loss (docs/numerics.md, section 13).
+
+    tokens: of the calibration rows that go backward through the source, by whole rows (0 = no guidance);
+    sites: "both" or "down" alone; damp: of the metric's diagonal (0 = by tokens per hidden dimension).
+    """
+
+    tokens: int = 0
+    sites: str = "both"
+    damp: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The whole of what `quantize` is to do. Machine matters (devices, memory) are flags, not recipe."""
 
@@ -121,6 +134,7 @@ class Recipe:
     format: str = "compressed-tensors"
     scheme: Scheme = field(default_factory=Scheme)
     solver: Solver = field(default_factory=Solver)
+    guidance: Guidance = field(default_factory=Guidance)
     calibration: Calibration = field(default_factory=Calibration)
     heldout: Heldout = field(default_factory=Heldout)
 
@@ -133,7 +147,8 @@ class Recipe:
         return dict(_flat(self._content()))
 
     def _content(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "description")}
+        left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 ORIGINS = ("builtin", "path", "dataset")
@@ -147,9 +162,12 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "solver.order": ("activation", "group-aware", "natural"),
     "solver.scale": ("search", "absmax"),
     "solver.scale_weights": ("conditional", "diagonal"),
+    "guidance.sites": ("both", "down"),
     "calibration.sources.kind": ("text", "chat"),
 }
 RANGES: dict[str, tuple[float, float]] = {
+    "guidance.tokens": (0, 2**24),
+    "guidance.damp": (0, 1),
     "solver.alpha": (0, 1),
     "solver.pool": (0, 1024),
     "solver.pool_rows": (1, 2**20),
@@ -216,9 +234,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """TOML that `load_recipe` reads back as an equal recipe; complete, so it reproduces the run.
 
-    Left out are empty strings, which mean "not given", and what a bundled text decides by itself.
+    Left out are empty strings, which mean "not given", what a bundled text decides by itself, and guidance where the
+    preset `best` has none either.
     """
     table = asdict(recipe)
+    if recipe.guidance == Guidance():
+        del table["guidance"]
     sources = table["calibration"].pop("sources")
     text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
     for source in sources:

@@ -23,6 +23,8 @@ PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear
 STAGES = {  # what a stage is called where its own name says too little
     "gauge": "measuring this machine",
     "calibrate": "reading calibration text",
+    "forward": "guidance, forward",
+    "backward": "guidance, backward",
     "embed": "embedding rows",
     "restore": "reading back",
     "measure": "measuring on held-out text",
@@ -36,6 +38,7 @@ STAGES = {  # what a stage is called where its own name says too little
     "publish": "reading every byte",
     "engine": "running the engine",
 }
+SWEEP = ("forward", "backward")  # before the loop: its layers are gone through once more
 BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at
 
 
@@ -88,7 +91,8 @@ class Pace:
         now = self._clock()
         if event.kind == "stage":
             self._began.setdefault((event.layer, event.stage), now)
-            if event.layer > self.layer:  # not `!=`: the writer is still busy with the layer before
+            # Not `!=`: the writer is still busy with the layer before.
+            if event.layer > self.layer and event.stage not in SWEEP:
                 self.layer, self._layer_began, self._solved = event.layer, now, False
             self._solved |= event.stage == "solve"
         elif event.kind == "layer":
@@ -125,7 +129,7 @@ def stage_text(event: Event) -> str:
 
 
 class Lines:
-    """One line per layer and per stage outside the layers, for logs and pipes."""
+    """One line per layer and per stage outside the loop over them, for logs and pipes."""
 
     def __init__(self, console: Console, pace: Pace) -> None:
         self.console, self.pace = console, pace
@@ -136,7 +140,7 @@ class Lines:
             self._say(f"note: {paragraphs(event.text)}")
         elif event.kind == "layer":
             self._say(layer_line(event, self.pace))
-        elif event.kind == "stage" and event.layer < 0 and event.stage != self._last_stage:
+        elif event.kind == "stage" and (event.layer < 0 or event.stage in SWEEP) and event.stage != self._last_stage:
             self._last_stage = event.stage
             self._say(stage_text(event))
 

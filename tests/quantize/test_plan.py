@@ -643,6 +643,84 @@ def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
     assert time.compute_seconds == pytest.approx(sum(step.seconds for step in time.steps))
 
 
+# --- guidance --------------------------------------------------------------------------------------
+
+GUIDED = load_recipe("guided")
+
+
+def test_a_sweep_is_planned(full: Path) -> None:
+    """65,536 tokens of 262,144: a quarter of a forward pass, twice that back; 10.7 GB of hidden states and 0.7 GB."""
+    plan, best = make_plan(full, GUIDED), make_plan(full, RECIPE)
+    steps = {step.name: step.pflop for step in plan.time.steps}
+    assert steps["sweep forward"] == pytest.approx(1.35 / 4, rel=0.1)
+    assert steps["sweep backward"] == 2 * steps["sweep forward"]
+    assert steps["end loss"] == pytest.approx(6 * 65_536 * 248_320 * 2048 / 1e15)
+    assert steps["curvatures"] == pytest.approx(40 * 2 * 65_536 * 2048**2 / 1e15)
+    pairs = 262_144 * 8 + 256 * 2048
+    assert steps["row moments"] == pytest.approx(40 * pairs * (4 * 512 * 2048 + 2 * 1024**2) / 1e15)
+    assert steps["row feedback"] == pytest.approx(40 * 256 * 5 * (1024**2 * 2048 + 2048**2 * 512) / 1e15)
+    assert steps.keys() > {step.name for step in best.time.steps}
+    assert plan.time.seconds > best.time.seconds
+    assert plan.work.read_bytes - best.work.read_bytes == pytest.approx(2 * 67e9, rel=0.1)
+    assert plan.disk.swept_bytes == 65_536 * 2048 * 2 * 41
+    assert plan.disk.curvature_bytes == 40 * 2048**2 * 4
+    assert plan.disk.needed_bytes == best.disk.needed_bytes + plan.disk.curvature_bytes
+    assert (best.disk.swept_bytes, best.disk.curvature_bytes) == (0, 0)
+    down_alone = make_plan(full, load_recipe("guided", ["guidance.sites=down"]))
+    down = {step.name: step.pflop for step in down_alone.time.steps}
+    assert down["row moments"] == 0 and down["row feedback"] == pytest.approx(steps["row feedback"] / 2)
+
+
+def test_a_sweep_larger_than_the_release_decides_the_disk(tmp_path: Path) -> None:
+    model, out = checkpoints.tiny(tmp_path / "model"), tmp_path / "out"
+    plan = make_plan(model, GUIDED, out=out)
+    assert plan.disk.needed_bytes == plan.disk.swept_bytes + plan.disk.curvature_bytes > plan.disk.output_bytes
+    (out / ".fourfold/guidance").mkdir(parents=True)
+    (out / ".fourfold/guidance/input-00001.safetensors").write_bytes(bytes(1000))
+    assert make_plan(model, GUIDED, out=out).disk.swept_bytes == plan.disk.swept_bytes - 1000
+    (out / plan.layers[0].shard).write_bytes(bytes(1000))
+    assert make_plan(model, GUIDED, out=out).disk.swept_bytes == 0
+
+
+def test_memory_of_a_guided_run(full: Path) -> None:
+    for workers in (("cpu",), ("cuda:0", "cuda:1")):
+        plans = [make_plan(full, recipe, devices=workers, memory_bytes=20 * GB) for recipe in (RECIPE, GUIDED)]
+        best, guided = (plan.memory for plan in plans)
+        assert guided.fits and [stage.stage for stage in guided.stages] == ["sweep", *(s.stage for s in best.stages)]
+        assert guided.chunk_experts <= best.chunk_experts
+    work = plans[1].work
+    gate_up, down = memory.row_metric_bytes(work)
+    assert gate_up > 5 * 1024**2 * 4 + down and memory.row_metric_bytes(plans[0].work) == (0, 0)
+    assert memory.curvature_bytes(work) == 5 * 2048**2 * 4 and memory.curvature_bytes(plans[0].work) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "damping"), [(65_536, None), (65_535, "0.2"), (16_384, "0.2"), (16_383, "0.3"), (1, "0.3")]
+)
+def test_few_gradients_are_damped_more_and_it_is_said(full: Path, tokens: int, damping: str | None) -> None:
+    """Of 2048 dimensions; tokens are those of whole rows of 1024."""
+    plan = make_plan(full, load_recipe("guided", [f"guidance.tokens={tokens}"]))
+    assert plan.work.guidance_tokens == max(tokens // 1024, 1) * 1024
+    said = warned(plan, "few gradients: ")
+    assert bool(said) == (damping is not None)
+    if damping:
+        assert f"damped by {damping} rather than 0.05" in said[0]
+    chosen = load_recipe("guided", [f"guidance.tokens={tokens}", "guidance.damp=0.1"])
+    assert not warned(make_plan(full, chosen), "few gradients: ")
+
+
+def test_there_are_no_more_guidance_rows_than_calibration_rows(full: Path) -> None:
+    assert make_plan(full, load_recipe("guided", ["guidance.tokens=10000000"])).work.guidance_tokens == 256 * 1024
+
+
+def test_another_activation_is_guided_at_down_alone(tmp_path: Path) -> None:
+    model = checkpoints.tiny(tmp_path, family="qwen3_moe")
+    checkpoints.edit_json(model / "config.json", lambda config: config.update(hidden_act="gelu"))
+    with pytest.raises(FourfoldError, match=r"guidance.sites = 'both'.*'gelu'; take 'down'"):
+        make_plan(model, GUIDED)
+    make_plan(model, load_recipe("guided", ["guidance.sites=down"]))
+
+
 # --- as data --------------------------------------------------------------------------------------
 
 

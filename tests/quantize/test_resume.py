@@ -32,8 +32,19 @@ def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> lis
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """A model of two layers, its recipe, the number of events of a run, and the tree that it leaves."""
-    folder = tmp_path_factory.mktemp("resume")
+    return run_undisturbed(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same with guidance."""
+    return run_undisturbed(tmp_path_factory.mktemp("guided"), "[guidance]\ntokens = 512\n")
+
+
+def run_undisturbed(folder: Path, more: str = "") -> Undisturbed:
+    """more: what is added to the recipe."""
     model, recipe, out = folder / "model", releases.write_recipe(folder), folder / "whole"
+    recipe.write_text(recipe.read_text(encoding="utf-8") + more, encoding="utf-8")
     checkpoints.tiny(model, layers=2)
     ((ended, events),) = run_children(model, recipe, [(out, 0)])
     assert ended == 0
@@ -68,6 +79,17 @@ def kill_and_go_on(undisturbed: Undisturbed, folder: Path, limits: list[int]) ->
 
 def test_killed_run_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
     kill_and_go_on(undisturbed, tmp_path, [int(undisturbed[2] * part) for part in (0.2, 0.4, 0.6, 0.8, 0.97)])
+
+
+def test_killed_sweep_goes_on(guided: Undisturbed, tmp_path: Path) -> None:
+    """On the way back: the last layer has been passed; events 4 to 9 are the sweep's."""
+    kill_and_go_on(guided, tmp_path, [8])
+
+
+@pytest.mark.slow
+def test_killed_at_every_event_of_a_sweep(guided: Undisturbed, tmp_path: Path) -> None:
+    """And of the loop's first layer, which needs what the sweep left."""
+    kill_and_go_on(guided, tmp_path, list(range(3, 16)))
 
 
 @pytest.mark.slow

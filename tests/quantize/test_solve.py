@@ -19,7 +19,7 @@ import problems
 import reference
 from fourfold.core import grid, metrics, moments, pack
 from fourfold.datatypes import FourfoldError, Method, Moments, QuantizedGroup
-from fourfold.quantize.solve import Site, Solved, solve_site
+from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
 from problems import GROUP, Problem
 

@@ -15,13 +15,13 @@ from torch.nn.functional import silu
 
 import problems
 import reference
-from fourfold.core import pack
+from fourfold.core import guidance, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
-from fourfold.quantize import solve
-from fourfold.quantize.observe import Observed, Traffic, observe
+from fourfold.quantize import site, solve
+from fourfold.quantize.observe import Observed, Traffic, make_chunk, observe, row_moments, row_pool
 from fourfold.quantize.workers import alone
-from fourfold.recipe import Recipe, load_recipe
+from fourfold.recipe import Guidance, Recipe, load_recipe
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, GROUP = 4, 64, 96, 240, 32
 PREFIX = "model.layers.2.mlp.experts."
@@ -74,13 +74,14 @@ def observed() -> Observed:
 
 
 def solve_with(
-    layer: DecoderLayer, observed: Observed, recipe: Recipe, experts: int = EXPERTS, inputs: str = "device"
-) -> LayerResult:
+    layer: DecoderLayer, observed: Observed, recipe: Recipe, experts: int = EXPERTS, inputs: str = "device",
+    curvature: solve.Curvature | None = None,
+) -> LayerResult:  # fmt: skip
     if not recipe.solver.asymmetric:
         observed = replace(observed, target_TD=None)
     ticks = list[int]()
     chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
-    result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking)
+    result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
     assert sum(ticks) == EXPERTS and max(ticks) == experts
     return result
 
@@ -311,6 +312,135 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     error = {alpha: (output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD).norm()
              for alpha, result in released.items()}  # fmt: skip
     assert error[1.0] < 0.9 * error[0.0]
+
+
+# ---- guidance
+
+
+def curved(moment_DD: Tensor) -> solve.Curvature:
+    return solve.Curvature(moment_DD, damping=0.05)
+
+
+def guided(sites: str) -> Recipe:
+    return replace(recipe(), guidance=Guidance(tokens=512, sites=sites))
+
+
+@pytest.fixture(scope="module")
+def curvature() -> solve.Curvature:
+    """Of gradients that share directions, as those of a model do."""
+    gradient_TD = normal(512, HIDDEN, seed=6) * torch.arange(1, HIDDEN + 1) ** -0.7 @ normal(HIDDEN, HIDDEN, seed=7)
+    return curved(gradient_TD.T @ gradient_TD / 512)
+
+
+def test_a_curvature_without_a_shape_changes_nothing(
+    layer: DecoderLayer, observed: Observed, result: LayerResult
+) -> None:
+    found = solve_with(layer, observed, guided("down"), curvature=curved(3 * torch.eye(HIDDEN)))
+    assert all(torch.equal(found.tensors[name], result.tensors[name]) for name in result.tensors)
+    cost, plain = found.guided["down"]
+    assert cost == pytest.approx(plain) and found.guided.keys() == {"down"} and result.guided == {}
+
+
+@pytest.mark.parametrize(("sites", "changed"), [("down", ("down_proj",)), ("both", PROJECTIONS)])
+def test_guidance_changes_the_sites_that_it_is_for(
+    layer: DecoderLayer, observed: Observed, result: LayerResult, curvature: solve.Curvature, sites: str,
+    changed: tuple[str, ...],
+) -> None:  # fmt: skip
+    found = solve_with(layer, observed, guided(sites), curvature=curvature)
+    differing = {name.split(".")[-2] for name in result.tensors
+                 if not torch.equal(found.tensors[name], result.tensors[name])}  # fmt: skip
+    assert differing == set(changed)
+    assert all(0.1 < cost / plain < 0.8 for cost, plain in found.guided.values())
+    assert set(found.guided) == ({"down"} if sites == "down" else {"gate_up", "down"})
+
+
+def test_the_gain_that_is_told_is_that_of_the_written_codes(
+    layer: DecoderLayer, observed: Observed, curvature: solve.Curvature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At down, of the two experts that are judged, against the target and moments that the solve had: from float64."""
+    posed: list[Any] = []
+    original = site._gain
+
+    def watch(*arguments: Any) -> Any:
+        posed.append(arguments[0])
+        return original(*arguments)
+
+    monkeypatch.setattr(site, "_gain", watch)
+    found = solve_with(layer, observed, guided("down"), curvature=curvature)
+    down = posed[1]
+    metric_NN = curvature.moment_DD.double() / curvature.moment_DD.diagonal().double().mean()
+    diagonal_N = metric_NN.diagonal()
+    diagonal_N += 0.05 * diagonal_N + 1e-4 * diagonal_N.median()
+    wanted = 0.0
+    for expert in range(2):
+        error_NK = down.target_ENK[expert].double() - torch.from_numpy(on_disk(found, expert, "down_proj"))
+        wanted += float(torch.trace(metric_NN @ error_NK @ down.hessian_EKK[expert].double() @ error_NK.T))
+    assert found.guided["down"][0] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_chunks_do_not_matter_to_guidance(
+    layer: DecoderLayer, observed: Observed, curvature: solve.Curvature, experts: int
+) -> None:
+    whole = solve_with(layer, observed, guided("both"), curvature=curvature)
+    for inputs in ("device", "host"):
+        found = solve_with(layer, observed, guided("both"), experts, inputs, curvature)
+        assert all(torch.equal(found.tensors[name], whole.tensors[name]) for name in whole.tensors)
+        assert found.guided["down"] == pytest.approx(whole.guided["down"], rel=1e-4)
+
+
+def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Observed) -> None:
+    """Router weights squared, gate and up of each pair's own expert, derivatives by autograd in float64."""
+    chunk = make_chunk(observed, range(1, 4), False, "device")
+    gate_up_ENK = layer.stacks[0][1:4]
+    found = row_moments(chunk, gate_up_ENK)
+    assert found.count_E[2] == 0 and not found.hessian_EKK[2].any()
+    for place, expert in enumerate((1, 2)):
+        pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
+        input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
+        weight_S = observed.pairs.weight_S[pairs].double().square()
+        changed_SN = neurons(input_SD, gate_up_ENK[place])
+        wanted_NN = torch.einsum("s,sn,sm->nm", weight_S, changed_SN, changed_SN)
+        assert (found.hessian_EKK[place] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
+        assert found.weight_E[place] == pytest.approx(float(weight_S.sum()), rel=1e-5)
+    pool_ENN = row_pool(gate_up_ENK, observed.input_TD[:50])
+    changed_PN = neurons(observed.input_TD[:50].double(), gate_up_ENK[2])
+    wanted_NN = changed_PN.T @ changed_PN / 50
+    assert (pool_ENN[2] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
+
+
+def test_row_moments_are_shrunk_to_the_experts_pool(
+    layer: DecoderLayer, observed: Observed, curvature: solve.Curvature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the inputs' moments are, n0 half of the rows; random rows are all of the layer's here."""
+    seen: list[Tensor] = []
+    original = guidance.gate_up_metric
+
+    def watch(down_ENK: Tensor, curvature_DD: Tensor, moment_ERR: Tensor) -> Tensor:
+        seen.append(moment_ERR)
+        return original(down_ENK, curvature_DD, moment_ERR)
+
+    monkeypatch.setattr(guidance, "gate_up_metric", watch)
+    solve_with(layer, observed, guided("both"), curvature=curvature)
+    for expert in (1, 3):
+        pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
+        input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
+        changed_SN = neurons(input_SD, layer.stacks[0][expert]).float().numpy()
+        own = reference.moments(changed_SN, changed_SN, observed.pairs.weight_S[pairs].float().square().numpy())
+        pool_PN = neurons(observed.input_TD.double(), layer.stacks[0][expert]).numpy()
+        wanted_NN, _ = reference.shrink(
+            own, pool_PN.T @ pool_PN / TOKENS, 0.5 * 2 * WIDTH, effective=True, trace_matched=True
+        )
+        error_NN = problems.array(seen[0][expert]) - wanted_NN
+        assert np.linalg.norm(error_NN) < 0.01 * np.linalg.norm(wanted_NN), expert
+
+
+def neurons(input_SD: Tensor, gate_up_NK: Tensor) -> Tensor:
+    """How each neuron's output changes with its gate and its up, [S, 2I]: rows lie as those of gate_up do."""
+    gate_up_SN = (input_SD @ gate_up_NK.double().T).requires_grad_()
+    gate_SI, up_SI = gate_up_SN.chunk(2, dim=1)
+    (changed_SN,) = torch.autograd.grad((silu(gate_SI) * up_SI).sum(), gate_up_SN)
+    return changed_SN
 
 
 # ---- what is not finite

@@ -41,3 +41,32 @@ def logits(head: Head, hidden_ND: Tensor) -> Tensor:
         place = slice(first, first + VOCABULARY_CHUNK)
         logits_NV[:, place] = hidden_ND @ weight_VD[place].float().T
     return logits_NV
+
+
+def sampled_gradient(head: Head, hidden_ND: Tensor, uniform_N: Tensor) -> Tensor:
+    """dL/d hidden of L = -sum log p(label), each position's label drawn from the head's own softmax. [N, D].
+
+    hidden_ND: before the norm; uniform_N: float64 in [0, 1), where each position's label lies among the tokens in
+    order. Logits in chunks of the vocabulary, twice: for their sums, then for the labels and (p - label) W.
+    """
+    with torch.enable_grad():
+        hidden_ND = hidden_ND.detach().requires_grad_()
+        normed_ND = head.norm(hidden_ND)
+    state_ND = normed_ND.detach().float()
+    parts = [slice(first, first + VOCABULARY_CHUNK) for first in range(0, len(head.weight_VD), VOCABULARY_CHUNK)]
+    sums = [(state_ND @ head.weight_VD[part].float().T).logsumexp(dim=1) for part in parts]
+    total_N1 = torch.stack(sums).logsumexp(dim=0)[:, None]
+    gradient_ND = torch.zeros_like(state_ND)
+    label_N = torch.zeros_like(uniform_N, dtype=torch.int64)
+    below_N1 = torch.zeros_like(uniform_N)[:, None]
+    for part in parts:
+        weight_CD = head.weight_VD[part].float()
+        share_NC = (state_ND @ weight_CD.T).sub_(total_N1).exp_()
+        gradient_ND.addmm_(share_NC, weight_CD)
+        below_NC = share_NC.double().cumsum(dim=1).add_(below_N1)
+        label_N += (below_NC <= uniform_N[:, None]).sum(dim=1)
+        below_N1 = below_NC[:, -1:]
+    label_N.clamp_(max=len(head.weight_VD) - 1)  # shares add up to 1 but for rounding
+    gradient_ND -= head.weight_VD[label_N].float()
+    (pushed_ND,) = torch.autograd.grad(normed_ND, hidden_ND, gradient_ND.to(normed_ND.dtype))
+    return pushed_ND

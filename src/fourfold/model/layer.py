@@ -238,14 +238,30 @@ def expert_hidden(
     input_TD: Tensor, pairs: Pairs, gate_up_ENK: Tensor, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """silu(gate) * up of each pair, [S, I] in the compute dtype. gate_up_ENK: of exactly the experts of `pairs`."""
-    count, width = len(pairs.token_S), gate_up_ENK.shape[1] // 2
-    hidden_SI = torch.empty(count, width, dtype=input_TD.dtype, device=input_TD.device)
+    width = gate_up_ENK.shape[1] // 2
+    return of_gate_up(input_TD, pairs, gate_up_ENK, width, lambda gate_up_SN: activate(gate_up_SN, activation))
+
+
+def activate(gate_up_SN: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """silu(gate) * up, [..., I]."""
+    gate_SI, up_SI = gate_up_SN.chunk(2, dim=-1)
+    return activation(gate_SI) * up_SI
+
+
+def of_gate_up(
+    input_TD: Tensor, pairs: Pairs, gate_up_ENK: Tensor, width: int, make: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `make` gives for gate and up [S, 2I] of each pair, [S, width], for a batch of pairs at a time.
+
+    gate_up_ENK: of exactly the experts of `pairs`.
+    """
+    count = len(pairs.token_S)
+    made_SX = torch.empty(count, width, dtype=input_TD.dtype, device=input_TD.device)
     for first in range(0, count, PAIRS_PER_BATCH):
         last = min(first + PAIRS_PER_BATCH, count)
         offsets = [min(max(offset, first), last) - first for offset in pairs.offsets]
-        gate_up_SN = grouped_linear(input_TD, pairs.token_S[first:last], offsets, gate_up_ENK)
-        hidden_SI[first:last] = activation(gate_up_SN[:, :width]) * gate_up_SN[:, width:]
-    return hidden_SI
+        made_SX[first:last] = make(grouped_linear(input_TD, pairs.token_S[first:last], offsets, gate_up_ENK))
+    return made_SX
 
 
 def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tensor:
@@ -261,3 +277,25 @@ def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tens
     unsorted_SD = output_SD.new_zeros(routing.index_TA.numel(), output_SD.shape[1])
     unsorted_SD[pairs.slot_S] = output_SD
     return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1, dtype=torch.float32)
+
+
+def pass_rows(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Routing | None]:
+    """Rows through a layer whose experts are all its own: its output [R, T, D], and the routing if it has experts."""
+    output_RTD, input_TD, routing = attend(layer, hidden_RTD)
+    if input_TD is None or routing is None:
+        return output_RTD, None
+    experts_TD = run_experts(layer, input_TD, routing).to(output_RTD.dtype)
+    return output_RTD + experts_TD.view_as(output_RTD), routing
+
+
+def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> tuple[Tensor, Routing | None]:
+    """The gradient of a loss at a layer's input, from that at its output, by autograd: weights are frozen, the choice
+    of experts is fixed, its weights are not.
+
+    hidden_RTD: the layer's input, all experts its own. Returns (gradient [R, T, D], the routing if it has experts).
+    """
+    with torch.enable_grad():
+        hidden_RTD = hidden_RTD.detach().requires_grad_()
+        output_RTD, routing = pass_rows(layer, hidden_RTD)
+        (pushed_RTD,) = torch.autograd.grad(output_RTD, hidden_RTD, gradient_RTD)
+    return pushed_RTD, None if routing is None else Routing(routing.index_TA, routing.weight_TA.detach())

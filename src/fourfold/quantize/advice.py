@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import has_draft
-from fourfold.quantize.estimate import DiskPlan, Workload
+from fourfold.quantize.estimate import ROW_DAMPING, DiskPlan, Workload, damping_by_rule
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.recipe import Recipe
 
@@ -55,13 +55,21 @@ def _tensor_parallel(width: int, size: int, storage: str) -> Iterator[str]:
     )
 
 
-def run_advice(work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[str]:
+def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[str]:
     """About this run on this machine."""
     if work.tokens_per_expert < work.hidden / 2:
         yield (
             f"small calibration: {work.calibration_tokens:,} tokens, top {work.topk} of {work.experts} "
             f"experts, are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
             f"{work.hidden // 2:,}; more rows in calibration.sources help"
+        )
+    damping = damping_by_rule(work)
+    if work.guidance_tokens and not recipe.guidance.damp and damping > ROW_DAMPING[0][1]:
+        yield (
+            f"few gradients: {work.guidance_tokens:,} guidance tokens are "
+            f"{work.guidance_tokens / work.hidden:,.1f} for each of {work.hidden:,} hidden dimensions, fewer than "
+            f"{ROW_DAMPING[0][0]}, so that their metric is damped by {damping:g} rather than {ROW_DAMPING[0][1]:g}; "
+            "more guidance.tokens help, as far as there are calibration rows"
         )
     for problem in memory.problems:
         yield f"memory: {problem}; fewer rows or another device help"

@@ -168,6 +168,7 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     calibration = work.calibration_tokens, work.calibration_length, rows
     heldout = passed(work.heldout_tokens, work.heldout_length, windows, 2)
     head = _Part(estimate.head_flop(work), estimate.head_bytes(work), windows)
+    yield from _sweep_steps(work, workers)
     yield "source stream", "forward", passed(*calibration, 1)
     yield "release stream", "forward", passed(*calibration, int(work.asymmetric))
     yield "held-out rows", "forward", (*heldout, head)
@@ -182,7 +183,26 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     yield "columns", "gemm", solved(estimate.columns_flop(work))
     yield "columns in a block", "elementwise", solved(estimate.in_block_flop(work))
     yield "refinement", "gemm", solved(estimate.refinement_flop(work))
+    if work.guidance_tokens:
+        yield "row moments", "moments", solved(estimate.sensitivities_flop(work))
+        yield "row factor", "factor", solved(estimate.row_factor_flop(work))
+        yield "row feedback", "gemm", solved(estimate.row_feedback_flop(work))
     yield "errors for the log", "moments", solved(estimate.judge_flop(work))
+
+
+def _sweep_steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part, ...]]]:
+    """Of the sweep before the loop: rows are split, and each worker has all experts for them."""
+    tokens = work.guidance_tokens
+    if not tokens:
+        return
+    share, layers = _busiest(tokens // work.calibration_length, workers), work.swept_layers / work.layers
+    moved = (estimate.rows_bytes(work, tokens) + estimate.experts_bytes(work, tokens)) * layers
+    forward, head = estimate.sweep_flop(work), estimate.sweep_head_flop(work)
+    yield "sweep forward", "forward", (_Part(forward, moved, share),)
+    # Once more and the gradient back, which weights have no part in; autograd goes over what it has kept once more.
+    yield "sweep backward", "forward", (_Part(2 * forward, 3 * moved, share),)
+    yield "end loss", "gemm", (_Part(head, estimate.head_bytes(work) * tokens / (2 * work.heldout_tokens), share),)
+    yield "curvatures", "moments", (_Part(estimate.curvature_flop(work), 0.0, share),)
 
 
 def estimate_time(

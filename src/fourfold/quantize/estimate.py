@@ -10,6 +10,8 @@ TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and ind
 COLUMNS = 128.0  # of a block in core/gptq
 BF16, FP32 = 2, 4
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
+SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
+ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens per hidden dimension on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class Workload:
 
     hidden D, width I, experts E, topk A, vocabulary V.
     layers: that rows go through; routed_layers: those with experts; solved_layers: those whose experts are quantized.
+    guidance_tokens: that go backward before the loop, 0 without guidance; guidance_sites: both, or down alone.
+    swept_layers: that they go through, all of the model.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
     group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
@@ -39,6 +43,9 @@ class Workload:
     passes: int
     pooled: bool
     pool_rows: int
+    guidance_tokens: int
+    guidance_sites: str
+    swept_layers: int
     layers: int
     routed_layers: int
     solved_layers: int
@@ -63,6 +70,12 @@ class Workload:
         return (self.hidden, 2 * self.width), (self.width, self.hidden)
 
     @property
+    def guided_sites(self) -> tuple[bool, bool]:
+        """Whether the rows of gate_up and down have a metric."""
+        guided = self.guidance_tokens > 0
+        return guided and self.guidance_sites == "both", guided
+
+    @property
     def pairs(self) -> int:
         """(token, expert) pairs of the calibration rows."""
         return self.calibration_tokens * self.topk
@@ -81,11 +94,15 @@ class Workload:
 class DiskPlan:
     """Room that OUT takes.
 
+    swept_bytes: hidden states that the sweep before the loop has still to keep, gone before a shard is written;
+    curvature_bytes: what it leaves until the run is finished.
     tensor_bytes: what the index calls total_size; output_bytes: with headers, logs and copied files;
     temp_bytes: the largest shard, which is written under a temporary name; present_bytes: shards of this plan
     that OUT holds already; free_bytes: where OUT is or will be, None if OUT is not known.
     """
 
+    swept_bytes: int
+    curvature_bytes: int
     tensor_bytes: int
     output_bytes: int
     temp_bytes: int
@@ -94,7 +111,7 @@ class DiskPlan:
 
     @property
     def needed_bytes(self) -> int:
-        return self.output_bytes - self.present_bytes + self.temp_bytes
+        return max(self.output_bytes - self.present_bytes + self.temp_bytes, self.swept_bytes) + self.curvature_bytes
 
     @property
     def enough(self) -> bool:
@@ -114,18 +131,34 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB"
 
 
-def plan_disk(shard_bytes: dict[str, int], tensors: int, sidecar_bytes: int, out: Path | None) -> DiskPlan:
+def plan_disk(
+    work: Workload, shard_bytes: dict[str, int], tensors: int, sidecar_bytes: int, out: Path | None
+) -> DiskPlan:
     """shard_bytes: by shard to be written; tensors: in all of them; sidecar_bytes: tokenizer and configs."""
     tensor_bytes = sum(shard_bytes.values())
     output_bytes = tensor_bytes + tensors * TENSOR_OVERHEAD_BYTES + sidecar_bytes
     present = [out / shard for shard in shard_bytes if (out / shard).is_file()] if out else []
     return DiskPlan(
+        swept_bytes=0 if present else _swept_bytes(work, out),
+        curvature_bytes=work.solved_layers * work.hidden**2 * FP32 if work.guidance_tokens else 0,
         tensor_bytes=tensor_bytes,
         output_bytes=output_bytes,
         temp_bytes=max(shard_bytes.values()),
         present_bytes=min(sum(path.stat().st_size for path in present), output_bytes),
         free_bytes=None if out is None else _free_bytes(out),
     )
+
+
+def _swept_bytes(work: Workload, out: Path | None) -> int:
+    """Hidden states before every layer but the first and behind the last, and gradients, less what is there already."""
+    kept = work.guidance_tokens * work.hidden * BF16 * (work.swept_layers + 1)
+    there = sum(path.stat().st_size for path in (out / SWEPT).glob("*")) if out else 0
+    return max(kept - there, 0)
+
+
+def damping_by_rule(work: Workload) -> float:
+    """Of the rows' metric, by how many gradients it is made from."""
+    return next(damping for least, damping in ROW_DAMPING if work.guidance_tokens >= least * work.hidden)
 
 
 def _free_bytes(out: Path) -> int:
@@ -229,6 +262,44 @@ def refinement_flop(work: Workload) -> float:
 def judge_flop(work: Workload) -> float:
     """Errors and weights against the expert's own moments, for the log: one triangle of each."""
     return _per_solve(work, sum(2.0 * outputs * inputs**2 for inputs, outputs in work.sites))
+
+
+def sweep_flop(work: Workload) -> float:
+    """Guidance rows once through all layers of the source."""
+    tokens = work.guidance_tokens
+    passed = rows_flop(work, tokens, work.calibration_length) + experts_flop(work, tokens)
+    return passed * work.swept_layers / work.layers
+
+
+def sweep_head_flop(work: Workload) -> float:
+    """The end loss's gradient: logits twice, and what they come from once."""
+    return 6.0 * work.guidance_tokens * work.vocabulary * work.hidden
+
+
+def curvature_flop(work: Workload) -> float:
+    """delta delta^T of every guidance token and layer, as full GEMMs."""
+    return work.solved_layers * 2.0 * work.guidance_tokens * work.hidden**2
+
+
+def sensitivities_flop(work: Workload) -> float:
+    """Gate and up once more, and the second moments of what they let through: of gate_up's rows."""
+    rows = 2 * work.width
+    pairs = work.pairs + work.pool_rows * work.experts * work.pooled
+    return work.solved_layers * pairs * (4.0 * work.width * work.hidden + 2.0 * rows**2) * work.guided_sites[0]
+
+
+def row_factor_flop(work: Workload) -> float:
+    """Wd^T C Wd and a Cholesky for each expert at gate_up; one Cholesky for a layer at down."""
+    width, hidden = work.width, work.hidden
+    gate_up = 2.0 * width * hidden**2 + 2.0 * width**2 * hidden + (2 * width) ** 3 / 3
+    return _per_solve(work, gate_up) * work.guided_sites[0] + work.solved_layers * hidden**3 / 3 * work.guided_sites[1]
+
+
+def row_feedback_flop(work: Workload) -> float:
+    """What the rows behind take over from those before: in the solve, and twice as much in each refinement pass."""
+    each = ((1.0 + 2.0 * work.passes) * outputs**2 * inputs * guided
+            for (inputs, outputs), guided in zip(work.sites, work.guided_sites, strict=True))  # fmt: skip
+    return _per_solve(work, sum(each))
 
 
 def _per_solve(work: Workload, flop: float) -> float:

@@ -25,6 +25,7 @@ from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
 from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
 from fourfold.model.hub import hub_name, stated_terms
 from fourfold.model.shards import SIDECARS, copy_file, write_text
+from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.journal import FINISHED, Journal, close
@@ -189,6 +190,7 @@ def fourfold_json(
             "shards": {record.shard: {"bytes": record.size_bytes, "sha256": record.sha256} for record in records},
             "tensor_bytes": sum(header.size_bytes for header in index.headers.values()),
         },
+        **_guidance(journal, plan),
         "source_tensor_bytes": sum(claim.header.size_bytes for claim in written),
         "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
         "devices": device_names(plan.memory.devices),
@@ -197,6 +199,14 @@ def fourfold_json(
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def _guidance(journal: Journal, plan: Plan) -> dict[str, Any]:
+    """What a recipe with guidance promised and what it came to, by layer."""
+    if not guide.guided_layers(plan):
+        return {}
+    measured = {record.layer: record.guided for record in journal.records}
+    return {"guidance": guide.to_json(plan, guide.read_records(plan, journal.out), measured)}
 
 
 def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
 from fourfold.model.shards import SIDECARS, write_text
+from fourfold.quantize.estimate import SWEPT
 from fourfold.quantize.identity import Identity, refuse_changes
 from fourfold.quantize.observe import Batches
 from fourfold.quantize.reference import REFERENCE
@@ -115,11 +116,17 @@ class Journal:
 
 def close(out: Path) -> None:
     """The run is finished and its records are folded into fourfold.json: remove them. The log stays."""
-    records = _records_folder(out)
-    for path in [*records.glob("*"), out / STATE / "run.json"]:
+    records, swept = _records_folder(out), sweep_folder(out)
+    for path in [*records.glob("*"), *swept.glob("*"), out / STATE / "run.json"]:
         path.unlink(missing_ok=True)
-    if records.is_dir():
-        records.rmdir()
+    for folder in (records, swept):
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def sweep_folder(out: Path) -> Path:
+    """What the sweep before the loop keeps (guide.py)."""
+    return out / SWEPT
 
 
 def _records_folder(out: Path) -> Path:
@@ -187,6 +194,7 @@ def clear(out: Path) -> None:
     names = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
              REFERENCE, *SIDECARS)  # fmt: skip
     written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in names), *out.glob(".*.tmp")]
-    written += [*_records_folder(out).glob("*"), *(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
+    written += [*_records_folder(out).glob("*"), *sweep_folder(out).glob("*")]
+    written += [*(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
     for path in written:
         path.unlink(missing_ok=True)

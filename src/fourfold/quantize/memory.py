@@ -25,6 +25,9 @@ FREE_MARGIN = 0.10  # of free memory, left alone where no budget is given
 SQUARES = 4  # fp32 [K, K] per expert at the solve's peak: own H, shrunk H, and two in core/gptq.factorize_
 STACKS = 6  # fp32 [N, K] per expert: weight, target, ordered, error, codes, one temporary
 LOGITS = 6  # fp32 [T, vocabulary chunk] in core/metrics: two models' and what their sums take
+ROW_SQUARES = 5  # fp32 [N, N] where rows have a metric: moments, pool, metric, and two in core's factor
+ROW_STACKS = 2  # fp32 [N, K] beside STACKS: what earlier rows leave over, and one temporary
+KEPT = 2  # times what an attention batch has at one time: what autograd keeps of it, of linear attention (full: less)
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
 ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any GPU busy
 CPU_ATTEND_TOKENS = 2_048  # likewise a CPU: of four times as many, a third of the time went into fresh memory pages
@@ -69,9 +72,33 @@ def activation_bytes(work: Workload) -> int:
     return pairs + (pool if work.pooled else 0)
 
 
+def row_metric_bytes(work: Workload) -> tuple[int, int]:
+    """Of one expert at each site, where rows have a metric (core/guidance): of down only the feedback, as its metric is
+    the layer's. At gate_up also what the metric is made from, for the expert's pairs and the pool's rows.
+    """
+    rows = 2 * work.width
+    stacks = tuple(ROW_STACKS * outputs * inputs * FP32 for inputs, outputs in work.sites)
+    pairs = int(work.tokens_per_expert * SKEW) * rows * (2 * BF16 + FP32)
+    pool = work.pool_rows * rows * (2 * BF16 + 2 * FP32) * work.pooled
+    gate_up = stacks[0] + ROW_SQUARES * rows**2 * FP32 + max(pairs, pool)
+    return gate_up * work.guided_sites[0], stacks[1] * work.guided_sites[1]
+
+
+def curvature_bytes(work: Workload) -> int:
+    """A layer's curvature and its factor."""
+    return ROW_SQUARES * work.hidden**2 * FP32 if work.guidance_tokens else 0
+
+
+def site_bytes(work: Workload) -> tuple[int, int]:
+    """Of one expert in the solve of gate_up and of down."""
+    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
+    metrics = row_metric_bytes(work)
+    return gate_up + metrics[0], down + metrics[1]
+
+
 def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
-    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
+    gate_up, down = site_bytes(work)
     return max(gate_up, down + activation_bytes(work))
 
 
@@ -129,6 +156,27 @@ def measure_bytes(work: Workload) -> int:
     """The output head, a chunk of it in fp32, and that chunk's logits of one held-out row in both streams."""
     columns = min(VOCABULARY_CHUNK, work.vocabulary)
     return embedding_bytes(work) + columns * (work.hidden + LOGITS * work.heldout_length) * FP32
+
+
+def sweep_rows(rows: int) -> int:
+    """Rows that go backward through a layer at one time. rows: of an attention batch."""
+    return max(rows // KEPT, 1)
+
+
+def sweep_bytes(work: Workload, rows: int, workers: int) -> tuple[int, int]:
+    """Of the sweep before the loop: guidance rows that lie on the host, and a worker's batch on its device, which
+    autograd keeps; the head's chunks, and the rows whose gradients become a curvature.
+
+    rows: of an attention batch.
+    """
+    hidden = work.guidance_tokens * (work.hidden * BF16 + 8)
+    tokens = sweep_rows(rows) * work.calibration_length
+    through = KEPT * tokens * work.attend_token_bytes + 2 * expert_batch_bytes(work, tokens)
+    pooled = min(work.guidance_tokens // workers, PAIRS_PER_PIECE) * work.hidden * 2 * FP32
+    pooled += hidden // workers + 2 * work.hidden**2 * FP32
+    columns = min(VOCABULARY_CHUNK, work.vocabulary)
+    head = columns * (work.hidden + LOGITS * work.calibration_length) * FP32
+    return 4 * hidden, max(through, pooled, head)  # before and behind a layer, gathered, and what is being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +277,7 @@ def plan_memory(
         if not on_cpu and inputs == "device" and left < inputs_bytes(work) + chunk_bytes(work):
             inputs = "host"
         left -= inputs_bytes(work) if inputs == "device" and not on_cpu else 0
-    left = max(left - solved_bytes(work) // workers, 0)
+    left = max(left - solved_bytes(work) // workers - curvature_bytes(work), 0)
     attend_tokens = CPU_ATTEND_TOKENS if on_cpu else ATTEND_TOKENS
     rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
     while rows > 1 and attend_batch_bytes(work, rows) > left:
@@ -241,7 +289,7 @@ def plan_memory(
     gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
     most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
     if on_cpu:
-        most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(work, *site) for site in work.sites), 1))
+        most = min(most, max(CPU_CHUNK_BYTES // max(site_bytes(work)), 1))
     sizes = Sizes(chunk=_ceil_div(own, _ceil_div(own, most)), tokens=tokens, rows=rows, inputs=inputs)
     return MemoryPlan(
         devices=tuple(devices),
@@ -305,6 +353,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[Stage
     gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
     gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
     moments = sizes.chunk * (max(gate_up, down + activation_bytes(work)) + gathered)
+    kept += curvature_bytes(work)
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {
         "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
@@ -315,6 +364,11 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[Stage
         "write": (resident, own),
         "measure": (start + embedding_bytes(work), measure_bytes(work) - (embedding_bytes(work) if on_cpu else 0)),
     }
+    if work.guidance_tokens:
+        lying, batch = sweep_bytes(work, sizes.rows, workers)
+        ends = max(2 * work.layer_bytes, embedding_bytes(work))
+        whole = 0 if on_cpu else CUDA_CONTEXT_BYTES + max(work.layer_bytes, embedding_bytes(work))
+        stages = {"sweep": (HOST_BASELINE_BYTES + lying + ends, whole + batch)} | stages
     return tuple(
         StageMemory(
             stage=stage,

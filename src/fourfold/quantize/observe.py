@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fourfold.core import metrics, moments
+from fourfold.core import guidance, metrics, moments
 from fourfold.datatypes import Moments, Rows, StreamDrift, Tick
 from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
     Routing,
+    activate,
     attend,
     expert_hidden,
+    of_gate_up,
     run_experts,
     sort_pairs,
 )
@@ -309,14 +311,33 @@ def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Ten
     gate_up_ENK: of the chunk's experts; input_PD: what the tokens bring to any expert. Neurons of different experts do
     not correspond, so each expert has a pool of its own.
     """
-    width = gate_up_ENK.shape[1] // 2
-    gate_up_EPN = torch.matmul(input_PD, gate_up_ENK.transpose(1, 2))
-    hidden_EPI = layer.activation(gate_up_EPN[..., :width]) * gate_up_EPN[..., width:]
-    experts, rows = hidden_EPI.shape[:2]
+    return _pool_of_random(gate_up_ENK, input_PD, lambda gate_up_EPN: activate(gate_up_EPN, layer.activation))
+
+
+def row_moments(chunk: Chunk, gate_up_ENK: Tensor) -> Moments:
+    """Moments of how gate and up change what an expert puts out (core/guidance.sensitivities), K = 2I, tokens weighted
+    by their router weights squared. gate_up_ENK: of the chunk's experts, the source weights.
+    """
+    rows = gate_up_ENK.shape[1]
+    changed_SN = of_gate_up(chunk.input_TD, chunk.pairs, gate_up_ENK, rows, guidance.sensitivities)
+    every_S = torch.arange(len(changed_SN), device=changed_SN.device)
+    weight_S = chunk.pairs.weight_S.float().square()
+    return moments.accumulate(changed_SN, None, every_S, weight_S, list(chunk.pairs.offsets))
+
+
+def row_pool(gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:
+    """The same of random tokens that all weigh the same, their mean: fp32 [E, 2I, 2I]. See down_pool."""
+    return _pool_of_random(gate_up_ENK, input_PD, guidance.sensitivities)
+
+
+def _pool_of_random(gate_up_ENK: Tensor, input_PD: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of x x^T over random tokens, x what `make` gives for gate and up of a token, of each expert: [E, K, K]."""
+    made_EPK = make(torch.matmul(input_PD, gate_up_ENK.transpose(1, 2)))
+    experts, rows = made_EPK.shape[:2]
     # Every row of every expert is a pair, and all weigh the same.
     own = moments.accumulate(
-        hidden_EPI.flatten(0, 1), None, torch.arange(experts * rows, device=hidden_EPI.device),
-        torch.ones(experts * rows, device=hidden_EPI.device), [rows * expert for expert in range(experts + 1)],
+        made_EPK.flatten(0, 1), None, torch.arange(experts * rows, device=made_EPK.device),
+        torch.ones(experts * rows, device=made_EPK.device), [rows * expert for expert in range(experts + 1)],
     )  # fmt: skip
     return own.hessian_EKK.div_(rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -184,16 +184,19 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
 
 
 class ReadAhead:
-    """Reads the next layer on a thread while this one is worked on. Layers are taken in order."""
+    """Reads the next layer on a thread while this one is worked on. Layers are taken in the order of `layers`."""
 
-    def __init__(self, plan: Plan, trace: Trace) -> None:
-        self._plan, self._trace = plan, trace
+    def __init__(self, plan: Plan, trace: Trace, layers: Iterable[int]) -> None:
+        self._plan, self._trace, self._layers = plan, trace, iter(layers)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
-        self._next: Future[LayerTensors] = self._read(0)
+        self._next = self._read()
 
-    def _read(self, layer: int) -> Future[LayerTensors]:
+    def _read(self) -> tuple[int, Future[LayerTensors]] | None:
+        layer = next(self._layers, None)
+        if layer is None:
+            return None
         kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.action is Action.COPY]
-        return self._pool.submit(self._run, layer, kept)
+        return layer, self._pool.submit(self._run, layer, kept)
 
     def _run(self, layer: int, kept: list[str]) -> LayerTensors:
         start = time.time()
@@ -202,9 +205,9 @@ class ReadAhead:
         return tensors
 
     def take(self, layer: int) -> LayerTensors:
-        tensors = self._next.result()
-        if layer + 1 < self._plan.solve.stop:
-            self._next = self._read(layer + 1)
+        assert self._next is not None and self._next[0] == layer, f"layer {layer} is out of turn"
+        tensors = self._next[1].result()
+        self._next = self._read()
         return tensors
 
     def __enter__(self) -> ReadAhead:

@@ -202,6 +202,7 @@ def make_plan(
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
     solve = _layer_range(layers, skeleton.layers)
     _check_widths(skeleton, recipe)
+    _check_activation(skeleton, recipe)
     _check_tokenizer(model, int(skeleton.text.vocab_size))
     layer_plans, rest = _lay_out(skeleton, index, claim_tensors(skeleton, index, recipe))
     partial = len(solve) < skeleton.layers
@@ -211,6 +212,7 @@ def make_plan(
     work = _workload(skeleton, recipe, layer_plans, solve, written)
     memory = plan_memory(work, devices, memory_bytes, host_bytes)
     disk = plan_disk(
+        work,
         {part.shard: part.bytes_after for part in written},
         sum(claim.tensors_after for part in written for claim in part.claims),
         sum((model / name).stat().st_size for name in SIDECARS if (model / name).is_file()),
@@ -228,7 +230,7 @@ def make_plan(
         memory=memory,
         disk=disk,
         time=estimate_time(work, devices, inputs=memory.inputs),
-        warnings=(*release_advice(skeleton, index, recipe), *run_advice(work, memory, disk)),
+        warnings=(*release_advice(skeleton, index, recipe), *run_advice(recipe, work, memory, disk)),
     )
 
 
@@ -255,6 +257,15 @@ def _check_widths(skeleton: Skeleton, recipe: Recipe) -> None:
         if width % size:
             fitting = next((f"take {group}" for group in (128, 64, 32) if width % group == 0), "no group fits")
             raise FourfoldError(f"scheme.group_size = {size} does not divide {name} = {width}; {fitting}")
+
+
+def _check_activation(skeleton: Skeleton, recipe: Recipe) -> None:
+    """What the metric of gate_up's rows is written for."""
+    guidance, found = recipe.guidance, skeleton.text.hidden_act
+    if guidance.tokens and guidance.sites == "both" and found != "silu":
+        raise FourfoldError(
+            f"guidance.sites = 'both' is for experts with hidden_act = 'silu', config.json has {found!r}; take 'down'"
+        )
 
 
 def _check_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -324,7 +335,9 @@ def _workload(
 ) -> Workload:
     text, solver, run = skeleton.text, recipe.solver, layers[: solve.stop]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rows = sum(source.rows for source in recipe.calibration.sources)
+    rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
+    guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
+    swept = [layer.bytes_before for layer in layers] if guided else []
     ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16  # embeddings, output head
     splits = [claim for part in written for claim in part.claims if claim.action is Action.SPLIT]
     return Workload(
@@ -333,8 +346,8 @@ def _workload(
         experts=skeleton.experts,
         topk=text.num_experts_per_tok,
         vocabulary=text.vocab_size,
-        calibration_tokens=rows * recipe.calibration.length,
-        calibration_length=recipe.calibration.length,
+        calibration_tokens=rows * length,
+        calibration_length=length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
@@ -342,6 +355,9 @@ def _workload(
         passes=solver.passes,
         pooled=solver.pool > 0,
         pool_rows=solver.pool_rows,
+        guidance_tokens=guided,
+        guidance_sites=recipe.guidance.sites,
+        swept_layers=len(swept),
         layers=len(run),
         routed_layers=sum(layer.routed for layer in run),
         solved_layers=sum(layers[index].routed for index in solve),
@@ -353,7 +369,7 @@ def _workload(
         expert_bytes=3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size * BF16,
         shard_bytes=max(layer.bytes_after for layer in run),
         writer_bytes=max(*(layer.bytes_after for layer in run), sum(claim.bytes_after for claim in splits)),
-        read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes,
+        read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
         write_bytes=sum(part.bytes_after for part in written),
     )
 

@@ -18,6 +18,18 @@ from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
 from fourfold.quantize.finish import Measured, Summary
+from fourfold.quantize.guide import (
+    Guide,
+    Left,
+    guided_layers,
+    prediction,
+    read_curvature,
+    read_records,
+    row_damping,
+    spread_rows,
+    sweep,
+    what_is_left,
+)
 from fourfold.quantize.identity import Identity, identify, refuse_changes
 from fourfold.quantize.journal import (
     STATE,
@@ -31,12 +43,12 @@ from fourfold.quantize.journal import (
     log,
     open_journal,
 )
-from fourfold.quantize.memory import device_budget, give_back_free_memory
+from fourfold.quantize.memory import device_budget, give_back_free_memory, sweep_rows
 from fourfold.quantize.observe import Batches, Traffic, observe
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
-from fourfold.quantize.solve import Chunking, join_results, solve_layer
+from fourfold.quantize.solve import Chunking, Curvature, join_results, solve_layer
 from fourfold.quantize.trace import write_trace
 from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
@@ -94,6 +106,7 @@ class Job:
     ahead: ReadAhead
     writer: Writer
     watch: Watch
+    left: Left | None  # of the sweep before the loop; None without guidance
 
     @contextmanager
     def stage(self, worker: Worker, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
@@ -190,8 +203,10 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
         watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, team.names)))
     team.threads = journal.settings.threads
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
-    with ReadAhead(plan, team.trace) as ahead, Writer(team.trace) as writer:
-        job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch)
+    left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
+    order = [*(left.layers if left else ()), *range(plan.solve.stop)]
+    with ReadAhead(plan, team.trace, order) as ahead, Writer(team.trace) as writer:
+        job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
         measured = team.run(partial(run_layers, job))
     if not team.leads:
         return team.agree(lambda: finish.read_summary(out))
@@ -220,10 +235,14 @@ def _other_devices(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def run_layers(job: Job, worker: Worker) -> Measured:
-    """Both streams through all layers; every layer solved once, in this run or an earlier one."""
+    """Both streams through all layers; every layer solved once, in this run or an earlier one. A recipe with guidance
+    has the source swept before.
+    """
     plan, batches = job.plan, job.journal.settings.batches
     drifts: list[StreamDrift] = []
     statistics, reference = None, None
+    if job.left is not None:
+        look_ahead(job, worker, job.left)
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         both = streams.embed(worker, plan.index, plan.skeleton, token_ids, plan.recipe.solver.asymmetric)
@@ -264,6 +283,19 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     return Measured(statistics, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
 
+def look_ahead(job: Job, worker: Worker, left: Left) -> None:
+    """The sweep before the loop, and what it promises."""
+    batch_rows = sweep_rows(job.journal.settings.batches.rows)
+    token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
+    guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, left=left, ahead=job.ahead,
+                  writer=job.writer)  # fmt: skip
+    sweep(worker, guide, partial(job.stage, worker))
+    if worker.leads:
+        records = read_records(job.plan, job.out)
+        shares: dict[str, object] = {str(record.layer): record.predicted_share for record in records}
+        job.watch.progress(Event(kind="note", text=prediction(records), data={"predicted_share": shares}))
+
+
 def solve(
     job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors, traffic: BothTraffic
 ) -> DecoderLayer:
@@ -278,7 +310,11 @@ def solve(
         with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
             observed = observe(layer, *traffic, batches.inputs)
-            result = solve_layer(worker, layer, observed, job.plan.recipe, chunking)
+            curvature = None
+            if job.left is not None:
+                moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))
+                curvature = Curvature(moment_DD.to(layer.device), row_damping(job.plan))
+            result = solve_layer(worker, layer, observed, job.plan.recipe, chunking, curvature)
     parts = worker.collect(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None))
     if worker.leads:
         whole = join_results(parts)
@@ -321,6 +357,7 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
             source_digest=tensors.digest,
             seconds=result.seconds | {"write": time.perf_counter() - start},
             projections=result.projections,
+            guided={site: found / plain for site, (found, plain) in result.guided.items() if plain},
         )
     )
     job.watch.tell("recorded", layer_plan.index)

@@ -8,15 +8,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from fourfold.core import gptq, grid, metrics, moments, pack
-from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, QuantizedGroup, Tick
+from fourfold.core import grid, guidance, moments, pack
+from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.observe import (
+    Chunk,
     Observed,
     down_moments,
     down_pool,
@@ -24,41 +26,25 @@ from fourfold.quantize.observe import (
     gate_up_pool,
     make_chunk,
     random_tokens,
+    row_moments,
+    row_pool,
 )
+from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
-RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
+GUIDED = ("gate_up", "down")  # what the sites are called in Guided
+JUDGED = 2  # experts of a worker and layer that are solved without guidance too, to see what it gains
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One input site of a chunk of experts: the stack of projections that share it, and what is known of its inputs.
-
-    weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run.
+@dataclass(frozen=True)
+class Curvature:
+    """A layer's, on its device: second moment of the end loss's gradient at its output. damping: of the metrics that
+    are made from it.
     """
 
-    projections: tuple[str, ...]
-    weight_ENK: Tensor
-    moments: Moments
-    pool_EKK: Tensor
-    calibration_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solved:
-    """A site's codes and scales, and for the log what is known per expert, and per row of the stack."""
-
-    group: QuantizedGroup
-    error_EN: Tensor  # |W - Wq|^2 of each row
-    weight_EN: Tensor  # |W|^2
-    proxy_EN: Tensor  # its share of tr(Err H Err^T), H the expert's own mean, undamped
-    energy_EP: Tensor  # tr(W H W^T) of each of its P projections
-    level_E: Tensor  # mean of diag H
-    tokens_E: Tensor
-    effective_E: Tensor
-    damping_E: Tensor
-    methods: tuple[Method, ...]
+    moment_DD: Tensor
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -85,9 +71,10 @@ class _Clock:
 
 
 def solve_layer(
-    worker: Worker, layer: DecoderLayer, observed: Observed, recipe: Recipe, chunking: Chunking
-) -> LayerResult:
-    """Quantize a layer's own experts, the chunks' results put together.
+    worker: Worker, layer: DecoderLayer, observed: Observed, recipe: Recipe, chunking: Chunking,
+    curvature: Curvature | None = None,
+) -> LayerResult:  # fmt: skip
+    """Quantize a layer's own experts, the chunks' results put together. curvature: None without guidance.
 
     A device that runs out of memory goes on with chunks of half the size: the same codes, `LayerResult.chunk` says it.
     Raises FourfoldError naming the layer and the expert whose moments are not finite, and where one is too many.
@@ -97,6 +84,9 @@ def solve_layer(
     token_P = random_tokens(tokens, recipe.solver.pool_rows, seed=layer.index).to(observed.input_TD.device)
     with clock("moments"):
         pool_KK = gate_up_pool(worker, observed, recipe.solver.router_weighted)
+    down_rows = None
+    if curvature is not None:
+        down_rows = guidance.factorize_rows(curvature.moment_DD[None], curvature.damping)
     job = _Job(
         layer=layer,
         observed=observed,
@@ -105,10 +95,13 @@ def solve_layer(
         clock=clock,
         pool_KK=pool_KK,
         pool_PD=observed.input_TD[token_P].to(device),
+        curvature=curvature,
+        down_rows=down_rows,
         released=(torch.empty_like(layer.stacks[0]), torch.empty_like(layer.stacks[1])),
     )
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
+    guided: Guided = {}
     first, size = 0, chunking.experts
     while first < len(layer.owned):
         places = range(first, min(first + size, len(layer.owned)))
@@ -118,11 +111,12 @@ def solve_layer(
             continue
         tensors |= solved[0]
         rows += solved[1]
+        guided = add_guided(guided, solved[2])
         first = places.stop
         chunking.tick(len(places))
     each = sum(clock.seconds.values()) / max(len(rows), 1)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
-    return LayerResult(tensors, *job.released, tuple(rows), dict(clock.seconds), size)
+    return LayerResult(tensors, *job.released, tuple(rows), dict(clock.seconds), size, guided)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +130,20 @@ class _Job:
     clock: _Clock
     pool_KK: Tensor
     pool_PD: Tensor
+    curvature: Curvature | None
+    down_rows: guidance.RowFactor | None
     released: tuple[Tensor, Tensor]
 
 
-Part = tuple[dict[str, Tensor], list[ProjectionStatistics]]
+Guided = dict[str, tuple[float, float]]  # Solved.guided by site
+Part = tuple[dict[str, Tensor], list[ProjectionStatistics], Guided]
+
+
+def add_guided(first: Guided, second: Guided) -> Guided:
+    """Sums of both."""
+    sites = dict.fromkeys([*first, *second])
+    pairs = {site: (first.get(site, (0.0, 0.0)), second.get(site, (0.0, 0.0))) for site in sites}
+    return {site: (one[0] + two[0], one[1] + two[1]) for site, (one, two) in pairs.items()}
 
 
 def _within_memory(job: _Job, places: range) -> Part | None:
@@ -167,6 +171,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
     place, experts = slice(places.start, places.stop), layer.owned[places.start : places.stop]
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
+    guided: Guided = {}
     chunk = make_chunk(job.observed, places, solver.router_weighted, job.chunking.inputs)
     for which, projections in enumerate(((GATE, UP), (DOWN,))):
         with clock("moments"):
@@ -176,6 +181,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
                 used_ENK = (job.released if solver.asymmetric else layer.stacks)[0][place]
                 site_moments = down_moments(chunk, layer, used_ENK)
                 pool_EKK = down_pool(layer, used_ENK, job.pool_PD)
+            row_metric = job.down_rows if which else _gate_up_rows(job, chunk, place)
         with clock("solve"):
             site = Site(
                 projections=projections,
@@ -183,14 +189,35 @@ def _solve_chunk(job: _Job, places: range) -> Part:
                 moments=site_moments,
                 pool_EKK=pool_EKK,
                 calibration_tokens=len(job.observed.input_TD),
+                rows=row_metric,
+                judged=max(min(JUDGED, places.stop) - places.start, 0),
             )
-            solved = _solve_named(site, job.recipe, layer.index, experts)
+            with _named_experts(layer, place):
+                solved = solve_site(site, job.recipe)
             packed = _pack(solved.group, projections, job.recipe.format)
             released_ENK = job.released[which]
             released_ENK[place] = _unpack(packed, job.recipe.format).to(released_ENK.dtype)
             tensors |= _named(job.chunking.prefix, experts, packed)
             rows += _statistics(layer.index, experts, projections, solved, solver)
-    return tensors, rows
+            if row_metric is not None:
+                guided[GUIDED[which]] = solved.guided
+    return tensors, rows, guided
+
+
+def _gate_up_rows(job: _Job, chunk: Chunk, place: slice) -> guidance.RowFactor | None:
+    """The metric of the rows of a chunk's gate_up, None where only down is guided."""
+    curvature, solver = job.curvature, job.recipe.solver
+    if curvature is None or job.recipe.guidance.sites == "down":
+        return None
+    gate_up_ENK, down_ENK = (stack[place] for stack in job.layer.stacks)
+    own, pool_ERR = row_moments(chunk, gate_up_ENK), row_pool(gate_up_ENK, job.pool_PD)
+    n0 = solver.pool * gate_up_ENK.shape[1]
+    with _named_experts(job.layer, place):
+        moment_ERR, _ = moments.shrink(
+            own, pool_ERR, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
+        )
+        metric_ERR = guidance.gate_up_metric(down_ENK.float(), curvature.moment_DD, moment_ERR)
+        return guidance.factorize_rows(metric_ERR, curvature.damping)
 
 
 def join_results(parts: Sequence[LayerResult]) -> LayerResult:
@@ -201,93 +228,18 @@ def join_results(parts: Sequence[LayerResult]) -> LayerResult:
         tensors |= part.tensors
         seconds |= {stage: max(spent, seconds.get(stage, 0.0)) for stage, spent in part.seconds.items()}
     rows = sorted((row for part in parts for row in part.projections), key=lambda row: row.expert)
-    return LayerResult(tensors, None, None, tuple(rows), seconds, min(part.chunk for part in parts))
+    guided: Guided = reduce(add_guided, (part.guided for part in parts))
+    return LayerResult(tensors, None, None, tuple(rows), seconds, min(part.chunk for part in parts), guided)
 
 
-def _solve_named(site: Site, recipe: Recipe, layer: int, experts: Sequence[int]) -> Solved:
+@contextmanager
+def _named_experts(layer: DecoderLayer, place: slice) -> Iterator[None]:
+    """Moments that are not finite as an error that names layer and expert."""
     try:
-        return solve_site(site, recipe)
+        yield
     except moments.NotFinite as error:
-        named = moments.NotFinite(experts[error.expert])
-        raise FourfoldError(f"layer {layer}, {named}") from None
-
-
-def solve_site(site: Site, recipe: Recipe) -> Solved:
-    """Codes and scales of one site's stack, by the recipe. docs/numerics.md."""
-    solver, scheme = recipe.solver, recipe.scheme
-    weight_ENK, size = site.weight_ENK, scheme.group_size
-    n0 = solver.pool * weight_ENK.shape[-1]
-    hessian_EKK, effective_E = moments.shrink(
-        site.moments, site.pool_EKK, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
-    )
-    damping = gptq.Damping(
-        delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
-    )
-    factor = gptq.factorize_(hessian_EKK, damping, solver.order, size)
-    target_ENK = weight_ENK
-    if site.moments.cross_EKK is not None and solver.alpha:
-        cross_EKK = moments.shrink_cross(site.moments, effective_E, n0)
-        target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha)
-        del cross_EKK
-    if solver.scale == "search":
-        conditional = solver.scale_weights == "conditional"
-        importance_EK = factor.natural_pivot() if conditional else hessian_EKK.diagonal(dim1=-2, dim2=-1)
-        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
-                                  signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
-        scale_ENG = grid.search_scales(target_ENK, importance_EK, size, search)
-    else:
-        scale_ENG = grid.absmax_scales(target_ENK, size, scheme.scale_dtype)
-    codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, factor)
-    if solver.passes:
-        refit = gptq.Refit(dtype=scheme.scale_dtype, signed=scheme.signed) if solver.refine_scales else None
-        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, solver.passes, refit)
-    methods = [Method.DIAGONAL if failed else Method.GPTQ for failed in factor.diagonal_E.tolist()]
-    group = QuantizedGroup(codes_ENK, scale_ENG)
-    del hessian_EKK
-    if solver.fallback_share:
-        rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
-        group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme.scale_dtype)
-    return _judge(site, group, factor.delta_E, effective_E, tuple(methods))
-
-
-def _round_few(
-    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], scale_dtype: str
-) -> tuple[QuantizedGroup, list[Method]]:
-    """Round to nearest the experts that the recipe's fallback rule names."""
-    size = weight_ENK.shape[-1] // group.scale_ENG.shape[-1]
-    scale_ENG = grid.absmax_scales(weight_ENK, size, scale_dtype)
-    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
-    where_E11 = rounded_E[:, None, None]
-    rounded = QuantizedGroup(
-        torch.where(where_E11, codes_ENK, group.codes_ENK), torch.where(where_E11, scale_ENG, group.scale_ENG)
-    )
-    return rounded, [Method.RTN if few else method for few, method in zip(rounded_E.tolist(), methods, strict=True)]
-
-
-def _judge(
-    site: Site, group: QuantizedGroup, damping_E: Tensor, effective_E: Tensor, methods: tuple[Method, ...]
-) -> Solved:
-    """Errors against the source weights, with each expert's own mean moments (the pool where no token came)."""
-    weight_ENK, own = site.weight_ENK, site.moments
-    error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
-    unseen = (own.weight_E == 0).nonzero().flatten().tolist()
-    hessian_EKK, share_E = own.hessian_EKK, 1 / own.weight_E.where(own.weight_E > 0, 1.0)
-    if unseen:
-        hessian_EKK = hessian_EKK.clone()
-        hessian_EKK[unseen] = site.pool_EKK.expand_as(hessian_EKK)[unseen]
-    projection_EPNK = weight_ENK.unflatten(1, (len(site.projections), -1))
-    return Solved(
-        group=group,
-        error_EN=error_ENK.square().sum(dim=-1),
-        weight_EN=weight_ENK.square().sum(dim=-1),
-        proxy_EN=metrics.proxy_rows(error_ENK, hessian_EKK) * share_E[:, None],
-        energy_EP=metrics.energy(projection_EPNK, hessian_EKK) * share_E[:, None],
-        level_E=hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
-        tokens_E=own.count_E,
-        effective_E=effective_E,
-        damping_E=damping_E,
-        methods=methods,
-    )
+        named = moments.NotFinite(layer.owned[place][error.expert])
+        raise FourfoldError(f"layer {layer.index}, {named}") from None
 
 
 def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: str) -> dict[str, dict[str, Tensor]]:

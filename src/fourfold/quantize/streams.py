@@ -48,7 +48,7 @@ def embed(
     """A worker's rows in both streams before the first layer, where they are equal: calibration rows are shared until
     they differ. texts: token ids of all calibration and all held-out rows.
     """
-    embedding_VD = worker.once(lambda: _embedding(index, skeleton))
+    embedding_VD = worker.once(lambda: read_embedding(index, skeleton))
     calibration_RT, heldout_RT = (text_RT[worker.share(len(text_RT))] for text_RT in texts)
     calibration = Rows(calibration_RT, embedding_VD[calibration_RT])
     source = Stream(calibration=calibration, heldout=Rows(heldout_RT, embedding_VD[heldout_RT]))
@@ -59,7 +59,8 @@ def embed(
     return source, release
 
 
-def _embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
+def read_embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
+    """The embedding matrix [V, D]. Raises FourfoldError for NaN or Inf in it."""
     name = f"{skeleton.family.text_prefix}embed_tokens.weight"
     embedding_VD = index.read(name)
     require_finite(embedding_VD, name)
@@ -82,12 +83,12 @@ def attend(
     source, release = streams
     assert source.calibration is not None
     source_traffic = attend_(worker, layer, source.calibration, batches, tick)
-    _require_numbers(layer, _own_inputs(worker, source_traffic), source_traffic.rows.hidden_RTD)
+    require_numbers(layer, _own_inputs(worker, source_traffic), source_traffic.rows.hidden_RTD)
     if release.calibration is None:
         return source_traffic, None
     if release.calibration is not source.calibration:
         release_traffic = attend_(worker, layer, release.calibration, batches, tick)
-        _require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
+        require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
         return source_traffic, release_traffic
     rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
     return source_traffic, dataclasses.replace(source_traffic, rows=rows)
@@ -121,7 +122,7 @@ def advance(
     )
     (drift,) = pass_rows_(worker, layers, (source.heldout, release.heldout), batches, tick)
     for layer, stream in zip(layers, (source, release), strict=True):
-        _require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
+        require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
     return (source, release), drift
 
 
@@ -134,12 +135,12 @@ def pass_rows_(
     """
     drifts = pass_heldout_(worker, layers, rows, batches, tick)
     for layer, stream in zip(layers, rows, strict=True):
-        _require_numbers(layer, stream.hidden_RTD)
+        require_numbers(layer, stream.hidden_RTD)
     return drifts
 
 
-def _require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
-    """Weights are checked when they are read; what they put out can still be too large for BF16."""
+def require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
+    """Weights are checked when they are read; what they put out can still be too large for BF16: a FourfoldError."""
     for state in states:
         if state is None or not state.numel() or all(math.isfinite(extreme) for extreme in state.aminmax()):
             continue
@@ -157,14 +158,15 @@ def measure(
 
     The reference is of the release's first row, from the leading worker, which has it; None from the others.
     """
-    norm_D, head_VD = worker.once(lambda: _read_head(index, skeleton))
+    norm_D, head_VD = worker.once(lambda: read_head(index, skeleton))
     head = build_head(skeleton, norm_D, head_VD, worker.device)
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
     parts = worker.everyone(_compared((head, head), (source, release)))
     return metrics.join([row for part in parts for row in part]), reference
 
 
-def _read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
+def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
+    """The last norm [D] and the output head [V, D]. Raises FourfoldError for NaN or Inf in the head."""
     prefix, tied = skeleton.family.text_prefix, skeleton.config.tie_word_embeddings
     head_VD = index.read(f"{prefix}embed_tokens.weight" if tied else "lm_head.weight")
     require_finite(head_VD, "lm_head.weight")

@@ -82,6 +82,9 @@ def _needs_table(plan: Plan) -> Table:
     table.add_row("batches", batches)
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
+    if disk.swept_bytes:
+        swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
+        table.add_row("of it the sweep's", swept)
     table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction), bound by {plan.time.bound}")
     return table
 

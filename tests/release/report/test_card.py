@@ -70,6 +70,18 @@ def test_the_hub_reads_its_front_matter(finished: Path) -> None:
     assert results[0].dataset_args == {"window": 128, "stride": 128, "windows": 2}
 
 
+def test_it_says_what_guidance_left_of_the_error(release: Path, change: Change) -> None:
+    assert "Guidance" not in write_card(release)
+    measured = {"down": 0.66}, {"down": 0.61, "gate_up": 0.725}
+    layers = [{"layer": layer, "predicted": 0.7, "measured": found} for layer, found in enumerate(measured)]
+    change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": layers}))
+    said = part(write_card(release), "Layer by layer")
+    assert re.search(r"\| 0 \| 0.70 \| 0.66 \| +\|", said) and re.search(r"\| 1 \| 0.70 \| 0.61 \| 0.7[23] \|", said)
+    change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": [{"layer": 0}]}))
+    with pytest.raises(FourfoldError, match=r"fourfold.json: lacks predicted, measured"):
+        read_records(release)
+
+
 def test_it_has_what_the_records_say(finished: Path) -> None:
     text, state = write_card(finished), releases.read_json(finished / "fourfold.json")
     quantized = part(text, "What is quantized, and what is kept")

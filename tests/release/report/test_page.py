@@ -117,6 +117,20 @@ def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> N
         assert vl_convert.vegalite_to_vega(spec)["marks"]
 
 
+def guide(release: Path, change: Change) -> Records:
+    layers = [{"layer": layer, "predicted": 0.7, "measured": {"gate_up": 0.72, "down": 0.66}} for layer in range(2)]
+    change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": layers}))
+    return read_records(release)
+
+
+def test_guidance_has_a_chart(release: Path, change: Change) -> None:
+    spec = Page(page(guide(release, change), ABOUT)).data["charts"]["guidance"]
+    assert vl_convert.vegalite_to_vega(spec)["marks"]
+    assert {(value["layer"], value["series"], value["share"]) for value in spec["data"]["values"]} == {
+        (layer, *row) for layer in (0, 1) for row in (("down, predicted", 0.7), ("down", 0.66), ("gate_up", 0.72))
+    }
+
+
 def test_a_second_release_is_shown_beside(finished: Path) -> None:
     records = read_records(finished)
     halves = tuple(dataclasses.replace(row, relative_error=row.relative_error / 2) for row in records.projections[:-1])

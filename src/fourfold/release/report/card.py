@@ -160,7 +160,24 @@ def _layers(records: Records) -> dict[str, Any]:
         "layer", "drift", "routers agree", "output error, median", "most", "loss, mean", "tokens of an expert, least",
         "median", "not GPTQ",
     )  # fmt: skip
-    return {"layers": len(rows), "by_layer": table(header, rows), "cold": _cold(records)}
+    return {
+        "layers": len(rows), "by_layer": table(header, rows), "cold": _cold(records), "guidance": _guidance(records),
+    }  # fmt: skip
+
+
+def _guidance(records: Records) -> Markdown | None:
+    """What guidance left of the error, by layer."""
+    if records.guidance is None:
+        return None
+    rows = [
+        (row["layer"], f"{row['predicted']:.2f}", *(_share(row["measured"].get(site)) for site in ("down", "gate_up")))
+        for row in records.guidance["layers"]
+    ]
+    return table(("layer", "down, predicted", "down", "gate and up"), rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _layer_row(layer: int, rows: Sequence[Projection], drift: Mapping[str, Any] | None) -> tuple[object, ...]:

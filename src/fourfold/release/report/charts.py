@@ -26,6 +26,8 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
     """By the id of the page's element: each has a title and a description for those who do not see it."""
     named = [("this release", records), *([(other_name(records, against), against)] if against else [])]
     found = {"errors": errors(records), "coverage": coverage(records)}
+    if records.guidance is not None:
+        found["guidance"] = guidance(records)
     if any(one.metrics for _, one in named):
         found["drift"] = drift(named)
         found["routers"] = routers(named)
@@ -107,6 +109,24 @@ def coverage(records: Records) -> Spec:
             ("layer", "experts", "tokens"),
         ),
     )
+
+
+def guidance(records: Records) -> Spec:
+    """What guidance was predicted to leave of each layer's error, and what it left."""
+    assert records.guidance is not None
+    values = []
+    for row in records.guidance["layers"]:
+        shares = {"down, predicted": row["predicted"], **row["measured"]}
+        values += [{"layer": row["layer"], "series": name, "share": share} for name, share in shares.items()]
+    return _spec(
+        "Guidance: share of the error that it left",
+        "Lines: error with guidance over error without it, in the measure of the end loss, predicted and measured.",
+        values,
+        **_lines(
+            _layer_axis(), _axis("share", "quantitative", "share of the error", scale={"zero": False}),
+            _axis("series", "nominal", ""), ("layer", "series", "share"),
+        ),
+    )  # fmt: skip
 
 
 Named = Sequence[tuple[str, Records]]

@@ -12,6 +12,7 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.quantize.journal import FINISHED
 from fourfold.release.verify.folder import Release, open_release
 
 LOG, METRICS, VERDICT, BENCH = "quant_log.csv", "metrics.json", "verify.json", "bench.json"
@@ -72,6 +73,11 @@ class Records:
     def state(self) -> Mapping[str, Any]:
         return self.release.state
 
+    @property
+    def guidance(self) -> Mapping[str, Any] | None:
+        """By how much it was predicted to gain and did, by layer: guide.to_json. None of a release without."""
+        return self.state.get("guidance")
+
     def groups(self) -> tuple[Group, ...]:
         """All tensors of the release by kind; the routed experts' first."""
         family, layers = self.release.skeleton.family, self.release.skeleton.layers
@@ -112,6 +118,8 @@ def read_records(folder: Path) -> Records:
     metrics = read_object(folder / METRICS)
     if metrics is not None:
         check_metrics(folder / METRICS, metrics)
+    if release.state.get("guidance") is not None:
+        check_guidance(folder / FINISHED, release.state["guidance"])
     verdict, bench = read_object(folder / VERDICT), read_object(folder / BENCH)
     if verdict is not None:
         require(folder / VERDICT, verdict, ("passed", "content", "levels", "checks"))
@@ -211,6 +219,13 @@ def check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
         require(path, part["summary"], SUMMARY)
         for layer in part["layers"]:
             require(path, layer, ("layer", "hidden_error", "router_agreement"))
+
+
+def check_guidance(path: Path, guidance: Any) -> None:
+    """The same of what fourfold.json says of guidance."""
+    require(path, guidance, ("tokens", "layers"))
+    for layer in guidance["layers"]:
+        require(path, layer, ("layer", "predicted", "measured"))
 
 
 def require(path: Path, content: Any, names: Iterable[str]) -> None:

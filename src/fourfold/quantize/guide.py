@@ -1,0 +1,388 @@
+"""The sweep before the loop: what the rest of the source makes of a layer's outputs, by the gradient of the end loss.
+
+Guidance rows go forward through the source, every layer's input kept in OUT; then, from the last layer to the first,
+the gradient rows go back through each layer, recomputed from its kept input. What stays is a matrix for each layer with
+routed experts, its curvature: docs/numerics.md, section 13. An interrupted sweep goes on at the layer it reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fourfold.core import guidance, moments
+from fourfold.datatypes import FourfoldError, Tick
+from fourfold.model.head import build_head, sampled_gradient
+from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
+from fourfold.model.shards import OutputTensor, write_shard, write_text
+from fourfold.quantize.estimate import damping_by_rule
+from fourfold.quantize.journal import sweep_folder
+from fourfold.quantize.output import ReadAhead, Writer, sha256_file
+from fourfold.quantize.plan import Plan
+from fourfold.quantize.streams import read_embedding, read_head, require_numbers
+from fourfold.quantize.workers import Worker
+
+INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
+HIDDEN, MATRIX = "hidden_RTD", "curvature_DD"  # tensors in these files
+LOUDEST = 10.0  # of a row's median: a token's gradient is made no longer
+HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
+
+Stage = Callable[[str, int, int, str], AbstractContextManager[Tick]]  # name, layer, how many, of what
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureRecord:
+    """What is kept beside a layer's finished curvature. sha256: of its file; source_digest: of the layer's tensors;
+    predicted_share: of the error of down that guidance is predicted to leave.
+    """
+
+    layer: int
+    sha256: str
+    source_digest: str
+    predicted_share: float
+
+
+@dataclass(frozen=True)
+class Left:
+    """Layers that are still to be gone through, in this order. A sweep that is done has none.
+
+    from_head: no gradient has left the head yet.
+    """
+
+    forward: range
+    backward: range
+    from_head: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """In the order in which they are read."""
+        return *self.forward, *self.backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """A sweep. token_RT: guidance rows, of all workers; batch_rows: that go through a layer at one time."""
+
+    plan: Plan
+    out: Path
+    token_RT: Tensor
+    batch_rows: int
+    left: Left
+    ahead: ReadAhead
+    writer: Writer
+
+    @property
+    def folder(self) -> Path:
+        return sweep_folder(self.out)
+
+
+def guided_layers(plan: Plan) -> tuple[int, ...]:
+    """Layers whose curvature is wanted: those whose experts are solved. None where the recipe has no guidance."""
+    return tuple(layer for layer in plan.solve if plan.layers[layer].routed and plan.work.guidance_tokens)
+
+
+def what_is_left(plan: Plan, out: Path) -> Left:
+    """What an earlier run has left of the sweep, from the files in OUT. Makes their folder."""
+    folder, layers, wanted = sweep_folder(out), len(plan.layers), guided_layers(plan)
+    if all(_record_path(folder, layer).is_file() for layer in wanted):
+        return Left(range(0), range(0), False)
+    folder.mkdir(exist_ok=True)
+    gradients, inputs = (
+        [place for place in range(layers + 1) if _path(folder, kind, place).is_file()] for kind in (GRADIENT, INPUT)
+    )
+    if gradients:
+        return Left(range(0), range(gradients[0] - 1, wanted[0] - 1, -1), False)
+    return Left(range(max(inputs, default=0), layers), range(layers - 1, wanted[0] - 1, -1), True)
+
+
+def spread_rows(token_RT: Tensor, tokens: int) -> Tensor:
+    """Whole rows of so many tokens in all, evenly from all rows, which lie by source."""
+    count = tokens // token_RT.shape[1]
+    return token_RT[torch.arange(count) * len(token_RT) // count]
+
+
+def sweep(worker: Worker, guide: Guide, stage: Stage) -> None:
+    """The curvature of every layer that is to be solved, durable in OUT; the work is where `guide.left` says.
+
+    Rows are split over workers, each with all experts of the layer in work. Raises FourfoldError naming the layer
+    whose outputs or gradients are no numbers.
+    """
+    _forward(worker, guide, stage)
+    _backward(worker, guide, stage)
+    if worker.leads:
+        guide.writer.join()
+        for path in [*guide.folder.glob(f"{INPUT}-*"), *guide.folder.glob(f"{GRADIENT}-*")]:
+            path.unlink()  # what the last layer to be gone through needed
+    worker.everyone(None)
+
+
+def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
+    hidden_RTD = _inputs(worker, guide, guide.left.forward.start) if guide.left.forward else None
+    for number in guide.left.forward:
+        assert hidden_RTD is not None
+        output_RTD = torch.empty_like(hidden_RTD)
+        with stage("forward", number, guide.token_RT.numel(), "tokens") as tick:
+            layer = _take(worker, guide, number)[0]
+            for batch in _batches(guide, hidden_RTD):
+                passed_RTD, _ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
+                output_RTD[batch] = passed_RTD.to(output_RTD.device)
+                tick(passed_RTD.shape[0] * passed_RTD.shape[1])
+        require_numbers(layer, output_RTD)
+        hidden_RTD = output_RTD
+        all_RTD, _ = worker.gather([hidden_RTD])
+        if worker.leads:
+            guide.writer.submit(partial(_write_rows, guide.folder, INPUT, number + 1, all_RTD))
+        del layer, all_RTD  # or they lie beside the next ones
+    if worker.leads:
+        guide.writer.join()
+    worker.everyone(None)
+
+
+def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
+    if not guide.left.backward:
+        return
+    if guide.left.from_head:
+        gradient_RTD = _from_head(worker, guide, stage)
+    else:
+        gradient_RTD = _own_rows(worker, guide, GRADIENT, guide.left.backward.start + 1)
+    for number in guide.left.backward:
+        with stage("backward", number, guide.token_RT.numel(), "tokens") as tick, _repeatable(worker):
+            layer, tensors = _take(worker, guide, number)
+            hidden_RTD = _inputs(worker, guide, number)
+            pushed_RTD, weight_T = _through_layer(layer, guide, hidden_RTD, gradient_RTD, tick)
+        curvature_DD = None
+        if weight_T is not None and number in guided_layers(guide.plan):
+            curvature_DD = _curvature(worker, layer, gradient_RTD, weight_T)
+        all_RTD, _ = worker.gather([pushed_RTD])
+        if worker.leads:
+            guide.writer.submit(partial(_write_layer, guide, number, tensors.digest, curvature_DD, all_RTD))
+        gradient_RTD = pushed_RTD
+        del layer, tensors, hidden_RTD, pushed_RTD, all_RTD  # or they lie beside the next ones
+
+
+def _through_layer(
+    layer: DecoderLayer, guide: Guide, hidden_RTD: Tensor, gradient_RTD: Tensor, tick: Tick
+) -> tuple[Tensor, Tensor | None]:
+    """A worker's gradient rows at the input of a layer, from those at its output; and what each token weighs in the
+    layer's curvature: the sum of its experts' squared router weights, fp32 [T]. None of a dense layer.
+    """
+    pushed_RTD = torch.empty_like(gradient_RTD)
+    weights: list[Tensor] = []
+    for batch in _batches(guide, hidden_RTD):
+        rows = hidden_RTD[batch].to(layer.device), gradient_RTD[batch].to(layer.device)
+        batch_RTD, routing = push_back(layer, *rows)
+        pushed_RTD[batch] = quiet(batch_RTD).to(pushed_RTD.device)
+        if routing is not None:
+            weights.append(routing.weight_TA.float().square().sum(dim=1))
+        tick(batch_RTD.shape[0] * batch_RTD.shape[1])
+    if not layer.is_routed:
+        return pushed_RTD, None
+    return pushed_RTD, torch.cat(weights) if weights else torch.zeros(0, device=layer.device)
+
+
+def quiet(gradient_RTD: Tensor) -> Tensor:
+    """The same where a token's gradient is longer than LOUDEST times its row's median, shortened to that.
+
+    A token whose hidden state is next to nothing, as one that was never trained, is blown up by every norm: a thousand
+    times with an epsilon of 1e-6, in every layer again. That is so for errors smaller than the state only, and such a
+    token would be all that a curvature knows.
+    """
+    length_RT1 = gradient_RTD.float().norm(dim=-1, keepdim=True)
+    most_R11 = LOUDEST * length_RT1.median(dim=-2, keepdim=True).values
+    factor_RT1 = torch.where(length_RT1 > most_R11, most_R11 / length_RT1, 1.0)
+    return (gradient_RTD.float() * factor_RT1).to(gradient_RTD.dtype)
+
+
+def _curvature(worker: Worker, layer: DecoderLayer, gradient_RTD: Tensor, weight_T: Tensor) -> Tensor:
+    """Weighted mean of delta delta^T over all workers' tokens, fp32 [D, D].
+
+    delta, the gradient at what a MoE block puts out, is the gradient at the layer's output: what comes before the block
+    is added to it.
+    """
+    gradient_TD = gradient_RTD.flatten(0, 1).to(layer.device)
+    total_DD = worker.total(moments.pool(gradient_TD, weight_T))
+    curvature_DD = total_DD / worker.total(weight_T.sum())
+    if not curvature_DD.diagonal().sum().isfinite():
+        raise FourfoldError(
+            f"layer {layer.index}: gradients of the end loss at its output are no numbers, so that it cannot be "
+            "guided; take a recipe with guidance.tokens = 0"
+        )
+    return curvature_DD
+
+
+def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
+    """A worker's gradient rows behind the last layer. One random number for each position decides its label."""
+    plan, place = guide.plan, len(guide.plan.layers)
+    hidden_RTD = _inputs(worker, guide, place)
+    gradient_RTD = torch.empty_like(hidden_RTD)
+    generator = torch.Generator().manual_seed(plan.recipe.calibration.seed)
+    uniform_RT = torch.rand(guide.token_RT.shape, dtype=torch.float64, generator=generator)
+    uniform_RT = uniform_RT[worker.share(len(uniform_RT))]
+    with stage("backward", -1, guide.token_RT.numel(), "tokens") as tick:
+        norm_D, head_VD = worker.once(lambda: read_head(plan.index, plan.skeleton))
+        head = build_head(plan.skeleton, norm_D, head_VD, worker.device)
+        for row, uniform_T in enumerate(uniform_RT):
+            row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
+            gradient_RTD[row] = quiet(row_TD).to(gradient_RTD.device)
+            tick(len(row_TD))
+    all_RTD, _ = worker.gather([gradient_RTD])
+    if worker.leads:
+        guide.writer.submit(partial(_replace_rows, guide.folder, place, all_RTD))
+    return gradient_RTD
+
+
+@contextmanager
+def _repeatable(worker: Worker) -> Iterator[None]:
+    """On GPUs, sums of a backward pass in one order, for all workers of this process: torch's default is quicker, and
+    differs from run to run.
+    """
+    if worker.device.type != "cuda":
+        yield
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    worker.everyone(None)  # the switch is of the process
+    torch.use_deterministic_algorithms(False)
+
+
+def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
+    """The next layer with all its experts, on the worker's device."""
+    tensors = worker.once(partial(guide.ahead.take, number))
+    layer = build_layer(guide.plan.skeleton, number, tensors, worker.device)
+    return layer.owning(layer.owned) if layer.is_routed else layer, tensors
+
+
+def _batches(guide: Guide, hidden_RTD: Tensor) -> Iterator[slice]:
+    for first in range(0, len(hidden_RTD), guide.batch_rows):
+        yield slice(first, first + guide.batch_rows)
+
+
+def _inputs(worker: Worker, guide: Guide, place: int) -> Tensor:
+    """A worker's rows before layer `place`: embedded, or kept."""
+    if place:
+        return _own_rows(worker, guide, INPUT, place)
+    embedding_VD = worker.once(lambda: read_embedding(guide.plan.index, guide.plan.skeleton))
+    return embedding_VD[guide.token_RT[worker.share(len(guide.token_RT))]]
+
+
+# ---- files
+
+
+def _path(folder: Path, kind: str, place: int) -> Path:
+    return folder / f"{kind}-{place:05d}.safetensors"
+
+
+def _record_path(folder: Path, layer: int) -> Path:
+    return _path(folder, CURVATURE, layer).with_suffix(".json")
+
+
+def _own_rows(worker: Worker, guide: Guide, kind: str, place: int) -> Tensor:
+    with safe_open(_path(guide.folder, kind, place), "pt") as file:
+        rows_RTD: Tensor = file.get_slice(HIDDEN)[worker.share(len(guide.token_RT))]
+    return rows_RTD
+
+
+def _write_rows(folder: Path, kind: str, place: int, hidden_RTD: Tensor) -> None:
+    write_shard(folder, _path(folder, kind, place).name, [OutputTensor.of(HIDDEN, hidden_RTD)])
+
+
+def _replace_rows(folder: Path, place: int, gradient_RTD: Tensor) -> None:
+    """The gradient before layer `place` takes the place of what it was made from."""
+    _write_rows(folder, GRADIENT, place, gradient_RTD)
+    for path in (_path(folder, INPUT, place), _path(folder, GRADIENT, place + 1)):
+        path.unlink(missing_ok=True)
+
+
+def _write_layer(
+    guide: Guide, number: int, source_digest: str, curvature_DD: Tensor | None, gradient_RTD: Tensor
+) -> None:
+    """On the writer's thread: a layer's curvature, its record when that is durable, then the gradient before it."""
+    if curvature_DD is not None:
+        name = _path(guide.folder, CURVATURE, number).name
+        written = write_shard(guide.folder, name, [OutputTensor.of(MATRIX, curvature_DD)])
+        record = CurvatureRecord(
+            layer=number,
+            sha256=written.sha256,
+            source_digest=source_digest,
+            predicted_share=guidance.predicted_share(curvature_DD, row_damping(guide.plan)),
+        )
+        write_text(_record_path(guide.folder, number), json.dumps(dataclasses.asdict(record)))
+    _replace_rows(guide.folder, number, gradient_RTD)
+
+
+def read_records(plan: Plan, out: Path) -> tuple[CurvatureRecord, ...]:
+    """Of all layers that a finished sweep has guided. Raises FourfoldError for one that cannot be read."""
+    return tuple(_read_record(out, layer) for layer in guided_layers(plan))
+
+
+def _read_record(out: Path, layer: int) -> CurvatureRecord:
+    path = _record_path(sweep_folder(out), layer)
+    try:
+        return CurvatureRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise FourfoldError(f"{path}: the sweep's record cannot be read ({error}); start over with --restart") from None
+
+
+def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
+    """A layer's finished curvature, fp32 [D, D]. source_digest: of the layer as it is now.
+
+    Raises FourfoldError if the file or the source is not what it was.
+    """
+    record, path = _read_record(out, layer), _path(sweep_folder(out), CURVATURE, layer)
+    found = sha256_file(path)
+    if found != record.sha256:
+        raise FourfoldError(
+            f"{path}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; the file was changed or damaged. "
+            "Start over with --restart"
+        )
+    if source_digest != record.source_digest:
+        raise FourfoldError(
+            f"layer {layer}: the source holds not the bytes that its curvature was made from; bring the first source "
+            "back, or start over with --restart"
+        )
+    with safe_open(path, "pt") as file:
+        curvature_DD: Tensor = file.get_tensor(MATRIX)
+    return curvature_DD
+
+
+# ---- what is said of it
+
+
+def prediction(records: tuple[CurvatureRecord, ...]) -> str:
+    """By layer, for people."""
+    shares = ", ".join(f"{record.layer}: {record.predicted_share:.2f}" for record in records)
+    text = f"guidance is predicted to leave this share of down's error, by layer: {shares}"
+    idle = [record.layer for record in records if record.predicted_share > HARDLY]
+    if idle:
+        which = "any layer" if len(idle) == len(records) else f"layers {', '.join(map(str, idle))}"
+        text += f"; it will not pay in {which}"
+    return text
+
+
+def to_json(plan: Plan, records: tuple[CurvatureRecord, ...], measured: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """For fourfold.json. measured: by layer and site, the share of the error that guidance left."""
+    return {
+        "tokens": plan.work.guidance_tokens,
+        "sites": plan.recipe.guidance.sites,
+        "damping": row_damping(plan),
+        "layers": [
+            {"layer": record.layer, "predicted": record.predicted_share, "measured": measured.get(record.layer, {})}
+            for record in records
+        ],
+    }
+
+
+def row_damping(plan: Plan) -> float:
+    """What is added to the diagonal of the rows' metric, of itself."""
+    return plan.recipe.guidance.damp or damping_by_rule(plan.work)
