@@ -24,7 +24,7 @@ from fourfold.quantize.plan import GroupRow, Plan, make_plan
 from fourfold.quantize.rates import RATES
 from fourfold.recipe import Recipe, Source, load_recipe
 
-RECIPE = load_recipe("best")
+RECIPE, GUIDED = load_recipe("best"), load_recipe("guided")
 GB = 10**9
 LAYER = "model.language_model.layers."
 Tensors = dict[str, torch.Tensor]
@@ -504,6 +504,7 @@ def test_chunks_on_a_cpu_stay_near_its_caches(full: Path, tmp_path: Path) -> Non
     assert make_plan(full, RECIPE, memory_bytes=100 * GB).memory.chunk_experts == 1
     small = checkpoints.tiny(tmp_path / "model", experts=16)
     assert make_plan(small, RECIPE, memory_bytes=100 * GB).memory.chunk_experts == 16
+    assert make_plan(small, GUIDED, memory_bytes=100 * GB).memory.chunk_experts == 16
 
 
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,8 +645,6 @@ def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
 
 
 # --- guidance --------------------------------------------------------------------------------------
-
-GUIDED = load_recipe("guided")
 
 
 def test_a_sweep_is_planned(full: Path) -> None:

@@ -89,17 +89,11 @@ def curvature_bytes(work: Workload) -> int:
     return ROW_SQUARES * work.hidden**2 * FP32 if work.guidance_tokens else 0
 
 
-def site_bytes(work: Workload) -> tuple[int, int]:
-    """Of one expert in the solve of gate_up and of down."""
-    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
-    metrics = row_metric_bytes(work)
-    return gate_up + metrics[0], down + metrics[1]
-
-
 def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
-    gate_up, down = site_bytes(work)
-    return max(gate_up, down + activation_bytes(work))
+    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
+    gate_up_rows, down_rows = row_metric_bytes(work)
+    return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work))
 
 
 def gather_bytes(work: Workload) -> int:
@@ -289,7 +283,7 @@ def plan_memory(
     gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
     most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
     if on_cpu:
-        most = min(most, max(CPU_CHUNK_BYTES // max(site_bytes(work)), 1))
+        most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(work, *site) for site in work.sites), 1))
     sizes = Sizes(chunk=_ceil_div(own, _ceil_div(own, most)), tokens=tokens, rows=rows, inputs=inputs)
     return MemoryPlan(
         devices=tuple(devices),
