@@ -80,13 +80,16 @@ class Scheme:
 class Solver:
     """How codes and scales are found; every ingredient is one field (docs/numerics.md).
 
-    asymmetric: solve on the release stream's inputs towards the source stream's outputs;
+    asymmetric: solve on the release stream's inputs towards the source stream's outputs; alpha: how much of that
+    correction is taken;
     router_weighted: tokens weigh by their router weight; pool: n0 = pool * K effective tokens of the layer's
     statistics are mixed into each expert's (0 = none); effective_tokens: count loud tokens as few;
     trace_matched: the pool is scaled to each expert's loudness; pool_rows: random rows for `down`'s pool;
-    damp_kind: "diagonal" (relative per channel) or "mean" (of the mean of the diagonal);
+    damp: share of the diagonal that is added to it; damp_kind: "diagonal" (relative per channel) or "mean" (of the mean
+    of the diagonal); damp_floor: share of the median that is added besides, for channels that are nearly dead;
     order: "activation" or "group-aware" or "natural"; scale: "search" or "absmax";
-    scale_weights: "conditional" (the factor's D) or "diagonal" (diag H);
+    scale_weights: "conditional" (the factor's D) or "diagonal" (diag H); scale_low: least scale that is searched, as a
+    multiple of the absmax one; scale_high: the largest; scale_steps: how many between, ends included;
     passes: refinement passes; refine_scales: they move scales too;
     fallback_share: an expert with fewer than this share of all calibration tokens is rounded (0 = never).
     """
