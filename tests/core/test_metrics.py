@@ -248,6 +248,19 @@ def test_buckets_of_entropy_share_out_all_positions() -> None:
     assert metrics.by_entropy(sure)[-1] == {"from": 4.0, "to": None, "positions": 0}
 
 
+def test_a_position_is_in_the_bin_of_its_divergence() -> None:
+    statistics = random_statistics(6, 300)
+    kl_T = statistics.kl_T.clone()
+    kl_T[: len(metrics.KL_EDGES)] = torch.tensor(metrics.KL_EDGES, dtype=kl_T.dtype)  # an edge begins a bin
+    kl_T[-2:] = torch.tensor([-1e-9, 1e3])
+    rows = metrics.kl_histogram(dataclasses.replace(statistics, kl_T=kl_T))
+    assert sum(row["positions"] for row in rows) == 300
+    assert [row["to"] for row in rows] == [row["from"] for row in rows[1:]] + [None]
+    for row in rows[1:]:
+        here = [kl for kl in kl_T.double().tolist() if row["from"] <= kl < (row["to"] or math.inf)]
+        assert row["positions"] == len(here)
+
+
 # ---- drafts
 
 

@@ -23,7 +23,8 @@ from fourfold.release.evaluate import Protocol, evaluate
 
 WINDOWS, LENGTH = 4, 256
 CHEAP = ("solver.passes=0", 'solver.scale="absmax"')
-SECTIONS = {"measured_by", "protocol", "summary", "intervals", "by_entropy", "layers"}  # of quantize's metrics.json
+# of quantize's metrics.json
+SECTIONS = {"measured_by", "protocol", "summary", "intervals", "by_entropy", "kl_histogram", "layers"}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,7 @@ def test_figures_are_those_of_whole_models(
     low, high = found["intervals"]["kl_mean"]
     assert low < summary["kl_mean"] < high
     assert sum(row["positions"] for row in found["by_entropy"]) == WINDOWS * (LENGTH - 1)
+    assert sum(row["positions"] for row in found["kl_histogram"]) == WINDOWS * (LENGTH - 1)
 
 
 def test_it_finds_what_quantize_measured(out: Path, source: Path, recipe: Path) -> None:

@@ -13,6 +13,7 @@ from fourfold.core.kernels import bf16
 PANEL = 256  # columns of a Hessian that one GEMM goes through
 VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one time
 LIKELIEST = 5  # of top-5 agreement
+KL_EDGES = (0.0, *(10 ** (step / 4) for step in range(-28, 5)))  # nats; four bins a decade, the last one open
 ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats; a bucket from each to the next, the last one open
 RESAMPLES, CONFIDENCE, BOOTSTRAP_SEED = 1000, 0.95, 0
 BOOTSTRAP_ELEMENTS = 2**20  # of a float64 temporary: 8 MB
@@ -176,6 +177,7 @@ def measurements(statistics: Statistics, window: int) -> dict[str, Any]:
         "summary": summarize(statistics),
         "intervals": intervals(statistics, window),
         "by_entropy": by_entropy(statistics),
+        "kl_histogram": kl_histogram(statistics),
     }
 
 
@@ -251,6 +253,15 @@ def by_entropy(statistics: Statistics) -> list[dict[str, Any]]:
             }
         rows.append(row)
     return rows
+
+
+def kl_histogram(statistics: Statistics) -> list[dict[str, Any]]:
+    """Positions by their KL: `from` up to, but not including, `to`. Rounding makes some a little less than 0."""
+    edges = torch.tensor(KL_EDGES[1:], dtype=torch.float64)
+    bin_T = torch.bucketize(statistics.kl_T.double(), edges, right=True)
+    counts = bin_T.bincount(minlength=len(KL_EDGES)).tolist()
+    ends = zip(KL_EDGES, (*KL_EDGES[1:], None), counts, strict=True)
+    return [{"from": low, "to": high, "positions": count} for low, high, count in ends]
 
 
 # ---- drafts

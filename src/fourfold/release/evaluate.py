@@ -30,8 +30,8 @@ from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
 METRICS = "metrics.json"
 WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
-MEASURED = ("measured_by", "source", "protocol", "calibration_overlap", "summary", "intervals", "by_entropy", "layers",
-            "drafts", "against")  # fmt: skip
+MEASURED = ("measured_by", "source", "protocol", "calibration_overlap", "summary", "intervals", "by_entropy",
+            "kl_histogram", "layers", "drafts", "against")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

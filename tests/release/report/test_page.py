@@ -110,7 +110,7 @@ def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> N
     records = read_records(finished)
     charts = Page(page(records, ABOUT, records)).data["charts"]
     assert set(charts) == {
-        "errors", "coverage", "drift", "routers", "divergence", "entropy", "seconds", "memory",
+        "errors", "coverage", "drift", "routers", "divergence", "distribution", "entropy", "seconds", "memory",
     }  # fmt: skip
     for spec in charts.values():
         assert spec["description"] and spec["usermeta"]["title"] and spec["data"]["values"]

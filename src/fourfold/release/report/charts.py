@@ -32,6 +32,7 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
         found["drift"] = drift(named)
         found["routers"] = routers(named)
         found["divergence"] = divergence(named)
+        found["distribution"] = distribution(named)
         found["entropy"] = entropy(named)
     return found | {"seconds": seconds(named), "memory": memory(named)}
 
@@ -173,8 +174,29 @@ def _bars(x: Spec, y: Spec, tooltip: Sequence[str]) -> Spec:
     return {"mark": {"type": "point", "filled": True, "size": 90}, "encoding": encoding}
 
 
+def distribution(named: Named) -> Spec:
+    values = []
+    for name, records in named:
+        bins = (records.metrics or {}).get("kl_histogram") or ()
+        total = sum(one["positions"] for one in bins)
+        used = [place for place, one in enumerate(bins) if one["positions"]]
+        for one in bins[used[0] : used[-1] + 1] if used else ():
+            low, high = one["from"] or one["to"], one["to"] or one["from"]  # the first begins at 0, the last is open
+            values.append({"nats": (low * high) ** 0.5, "release": name, "share": one["positions"] / total})
+    return _spec(
+        "Distribution of the KL divergence",
+        "Lines: share of the text's positions by their divergence from the BF16 model, four ranges to a decade.",
+        values,
+        **_lines(
+            _axis("nats", "quantitative", "nats", scale={"type": "log"}, axis={"format": "~e"}),
+            _axis("share", "quantitative", "share of positions", axis={"format": ".0%"}),
+            _axis("release", "nominal", ""),
+            ("release", "nats", "share"),
+        ),
+    )
+
+
 def divergence(named: Named) -> Spec:
-    """As far as metrics.json has the distribution: its mean, quantiles and largest value."""
     values = []
     for name, records in named:
         summary = (records.metrics or {}).get("summary") or {}
