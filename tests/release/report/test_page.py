@@ -114,7 +114,8 @@ def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> N
     }  # fmt: skip
     for spec in charts.values():
         assert spec["description"] and spec["usermeta"]["title"] and spec["data"]["values"]
-        assert vl_convert.vegalite_to_vega(spec)["marks"]
+        vega = vl_convert.vegalite_to_vega(spec)
+        assert vega["marks"] and len(vega["legends"]) == 1, f"{spec['usermeta']['title']}: whose line is whose?"
 
 
 def guide(release: Path, change: Change) -> Records:

@@ -63,7 +63,7 @@ def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str]) -> Spec:
     tips = [{"field": name} for name in tooltip]
     return {
         "mark": {"type": "line", "point": True},
-        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": {**colour, "legend": None}, "tooltip": tips},
+        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": colour, "tooltip": tips},
     }
 
 
@@ -97,7 +97,7 @@ def coverage(records: Records) -> Spec:
     values = []
     for layer, rows in records.by_layer().items():
         tokens = sorted({row.expert: row.tokens for row in rows}.values())
-        for what, share in (("least", 0.0), ("10 %", 0.1), ("median", 0.5), ("90 %", 0.9), ("most", 1.0)):
+        for what, share in (("most", 1.0), ("90 %", 0.9), ("median", 0.5), ("10 %", 0.1), ("least", 0.0)):
             values.append({"layer": layer, "experts": what, "tokens": tokens[round(share * (len(tokens) - 1))]})
     return _spec(
         "Router coverage: tokens that an expert met",
@@ -106,7 +106,7 @@ def coverage(records: Records) -> Spec:
         **_lines(
             _layer_axis(),
             _axis("tokens", "quantitative", "tokens", scale={"type": "symlog"}),
-            _axis("experts", "nominal", "of experts", sort=["most", "90 %", "median", "10 %", "least"]),
+            _axis("experts", "nominal", "of experts", sort=None),
             ("layer", "experts", "tokens"),
         ),
     )
