@@ -81,6 +81,7 @@ def test_killed_run_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
     kill_and_go_on(undisturbed, tmp_path, [int(undisturbed[2] * part) for part in (0.2, 0.4, 0.6, 0.8, 0.97)])
 
 
+@pytest.mark.slow
 def test_killed_sweep_goes_on(guided: Undisturbed, tmp_path: Path) -> None:
     """On the way back: the last layer has been passed; events 4 to 9 are the sweep's."""
     kill_and_go_on(guided, tmp_path, [8])

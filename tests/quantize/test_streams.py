@@ -207,6 +207,7 @@ def test_fast_is_best_on_one_stream(source: Path, release: Path, tmp_path: Path,
     assert 0 < summary.metrics["kl_mean"] < 0.05
 
 
+@pytest.mark.slow
 def test_card_rounds_what_is_below_its_share_and_best_nothing(source: Path, tmp_path: Path) -> None:
     share = 0.5  # about half of the experts of this model get fewer
     releases.run(source, tmp_path / "out", preset("card", f"solver.fallback_share={share}"))

@@ -142,6 +142,7 @@ def test_results_of_lm_eval_0_4_13() -> None:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+@pytest.mark.slow
 def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"q": "1 + 1", "a": "2"}\n{"q": "2 + 2", "a": "4"}\n', encoding="utf-8")
@@ -154,6 +155,7 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+@pytest.mark.slow
 def test_a_task_that_it_does_not_know_ends_with_its_words(url: str, example_model: Path) -> None:
     with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task ended with exit code"):
         tasks.run_tasks(Tasks(names=("no-such-task",), url=url), example_model)

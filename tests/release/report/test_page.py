@@ -148,6 +148,7 @@ def test_without_metrics_there_is_no_chart_of_them(finished: Path) -> None:
     assert "not measured" in text
 
 
+@pytest.mark.slow
 def test_nothing_can_be_smuggled_into_a_page(release: Path, change: Change) -> None:
     change("verify.json", lambda verdict: verdict["checks"][0].update(name=HOSTILE, evidence=HOSTILE))
     records = read_records(release)
