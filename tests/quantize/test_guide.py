@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -31,7 +32,7 @@ from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, w
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import read_embedding, read_head
-from fourfold.quantize.workers import Team
+from fourfold.quantize.workers import Team, alone
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -403,3 +404,13 @@ def test_guidance_loses_a_fifth_less_on_the_example(example_model: Path, tmp_pat
         releases.run(example_model, tmp_path / preset, load_recipe(preset, text))
         lost[preset] = judge.judge(tmp_path / preset)["forced_kl_mean"]
     assert lost["guided"] <= 0.80 * lost["best"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool) -> None:
+    """Of a GPU's worker; none is needed for the switches, which are the whole process's."""
+    with contextlib.suppress(ZeroDivisionError), guide._repeatable(alone(torch.device("cuda"))):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert 1 / (not fails)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -249,11 +249,15 @@ def _repeatable(worker: Worker) -> Iterator[None]:
     if worker.device.type != "cuda":
         yield
         return
+    # On, it would fill every empty tensor first; torch's stubs do not know the switch.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    worker.everyone(None)  # the switch is of the process
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+        worker.everyone(None)  # the switches are of the process
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
