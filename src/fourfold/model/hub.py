@@ -50,12 +50,14 @@ def stated_terms(folder: Path) -> dict[str, Any]:
         stated = metadata_load(folder / CARD) or {}
     except (OSError, ValueError, YAMLError):  # no card, or not one of the Hub's: it is not ours to mend
         return {}
-    found = {name: stated.get(name) for name in ("license", "license_name", "license_link", "language")}
-    found["language"] = [found["language"]] if isinstance(found["language"], str) else found["language"]
-    texts = {name: value for name, value in found.items() if name != "language" and isinstance(value, str)}
-    languages = found["language"] if isinstance(found["language"], list) else []
-    spoken = [one for one in languages if isinstance(one, str)]
-    return texts | ({"language": spoken} if spoken else {})
+    names = ("license", "license_name", "license_link")
+    terms: dict[str, Any] = {name: stated[name] for name in names if isinstance(stated.get(name), str)}
+    languages = stated.get("language")
+    if isinstance(languages, str | list):
+        spoken = [one for one in ([languages] if isinstance(languages, str) else languages) if isinstance(one, str)]
+        terms |= {"language": spoken} if spoken else {}
+    return terms
+
 
 
 class _Silent(tqdm):
