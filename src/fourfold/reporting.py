@@ -53,7 +53,7 @@ LicenceName = Annotated[
         "--license",
         metavar="NAME",
         show_default=False,
-        help="The Hub's name of the licence. Left out: as the source's LICENSE file has it, else unknown.",
+        help="The Hub's name of the licence. Left out: as the source's card or LICENSE file has it.",
     ),
 ]
 Beside = Annotated[
