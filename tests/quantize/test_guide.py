@@ -290,9 +290,9 @@ def test_long_gradients_are_shortened_alone() -> None:
     gradient_RTD = torch.zeros(2, 5, 4)
     gradient_RTD[0, :, 0] = torch.tensor([1.0, 2.0, 3.0, 30.0, 31.0])
     gradient_RTD[1, :, 1] = torch.tensor([0.1, 0.1, 0.1, -7.0, 0.0])
-    quieted_RTD = guide.quiet(gradient_RTD)
-    torch.testing.assert_close(quieted_RTD[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 30.0, 30.0]))
-    torch.testing.assert_close(quieted_RTD[1, :, 1], torch.tensor([0.1, 0.1, 0.1, -1.0, 0.0]))
+    clipped_RTD = guide.clip(gradient_RTD)
+    torch.testing.assert_close(clipped_RTD[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 30.0, 30.0]))
+    torch.testing.assert_close(clipped_RTD[1, :, 1], torch.tensor([0.1, 0.1, 0.1, -1.0, 0.0]))
 
 
 def test_a_token_without_an_embedding_does_not_take_a_curvature_over(model: Path, swept: Path, tmp_path: Path) -> None:

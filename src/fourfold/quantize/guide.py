@@ -34,7 +34,7 @@ from fourfold.quantize.workers import Worker
 
 INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
 HIDDEN, MATRIX = "hidden_RTD", "curvature_DD"  # tensors in these files
-LOUDEST = 10.0  # of a row's median: a token's gradient is made no longer
+LONGEST = 10.0  # of a row's median: a token's gradient is made no longer
 HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 Stage = Callable[[str, int, int, str], AbstractContextManager[Tick]]  # name, layer, how many, of what
@@ -181,7 +181,7 @@ def _through_layer(
     for batch in _batches(guide, hidden_RTD):
         rows = hidden_RTD[batch].to(layer.device), gradient_RTD[batch].to(layer.device)
         batch_RTD, routing = push_back(layer, *rows)
-        pushed_RTD[batch] = quiet(batch_RTD).to(pushed_RTD.device)
+        pushed_RTD[batch] = clip(batch_RTD).to(pushed_RTD.device)
         if routing is not None:
             weights.append(routing.weight_TA.float().square().sum(dim=1))
         tick(batch_RTD.shape[0] * batch_RTD.shape[1])
@@ -190,15 +190,15 @@ def _through_layer(
     return pushed_RTD, torch.cat(weights) if weights else torch.zeros(0, device=layer.device)
 
 
-def quiet(gradient_RTD: Tensor) -> Tensor:
-    """The same where a token's gradient is longer than LOUDEST times its row's median, shortened to that.
+def clip(gradient_RTD: Tensor) -> Tensor:
+    """Gradients [..., T, D] clipped: one longer than LONGEST times the median of its row's tokens is shortened to that.
 
     A token whose hidden state is next to nothing, as one that was never trained, is blown up by every norm: a thousand
     times with an epsilon of 1e-6, in every layer again. That is so for errors smaller than the state only, and such a
     token would be all that a curvature knows.
     """
     length_RT1 = gradient_RTD.float().norm(dim=-1, keepdim=True)
-    most_R11 = LOUDEST * length_RT1.median(dim=-2, keepdim=True).values
+    most_R11 = LONGEST * length_RT1.median(dim=-2, keepdim=True).values
     factor_RT1 = torch.where(length_RT1 > most_R11, most_R11 / length_RT1, 1.0)
     return (gradient_RTD.float() * factor_RT1).to(gradient_RTD.dtype)
 
@@ -233,7 +233,7 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
         head = build_head(plan.skeleton, norm_D, head_VD, worker.device)
         for row, uniform_T in enumerate(uniform_RT):
             row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
-            gradient_RTD[row] = quiet(row_TD).to(gradient_RTD.device)
+            gradient_RTD[row] = clip(row_TD).to(gradient_RTD.device)
             tick(len(row_TD))
     all_RTD, _ = worker.gather([gradient_RTD])
     if worker.leads:
