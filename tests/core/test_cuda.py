@@ -303,6 +303,7 @@ def test_the_module_is_imported_without_triton(monkeypatch: pytest.MonkeyPatch) 
     assert module.triton is None and module.INTERPRETED is False and callable(module.accumulate)
 
 
+@pytest.mark.slow
 def test_core_is_imported_without_triton() -> None:
     """In a process of its own, as an installation without a GPU has it: every room of kernels, and who calls them."""
     code = "import sys; sys.modules['triton'] = None; from fourfold.core import gptq, grid, moments, pack"

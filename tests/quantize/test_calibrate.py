@@ -231,6 +231,7 @@ def test_rows_are_the_same_in_another_process(tokenizer: PreTrainedTokenizerBase
 # ---- too little text
 
 
+@pytest.mark.slow
 def test_a_short_bundled_text_hands_its_rows_to_the_others(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = collect(load_recipe("best", ["calibration.length=2048"]), tokenizer)
     assert rows.token_RT.shape == (256, 2048)

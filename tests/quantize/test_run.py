@@ -133,6 +133,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_going_on_keeps_the_sizes_of_the_first_start(source: Path, small: MakeRecipe, tmp_path: Path) -> None:
     """Batches and threads decide the order of sums, so a resumed run has those of its first start."""
     releases.run(source, tmp_path / "whole", small(), machine=Machine(memory_bytes=1))

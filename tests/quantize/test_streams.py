@@ -199,7 +199,7 @@ def preset(name: str, *overrides: str) -> Recipe:
     return load_recipe(name, ["calibration.length=128", *rows, "heldout.windows=2", "heldout.length=128", *overrides])
 
 
-@pytest.mark.parametrize("storage", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("storage", ["compressed-tensors", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_fast_is_best_on_one_stream(source: Path, release: Path, tmp_path: Path, storage: str) -> None:
     summary = releases.run(source, tmp_path / "out", preset("fast", f'format="{storage}"'))
     log = check_log(tmp_path / "out", source, experts=4, pairs=16 * 128 * 2)

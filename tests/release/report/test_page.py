@@ -124,6 +124,7 @@ def guide(release: Path, change: Change) -> Records:
     return read_records(release)
 
 
+@pytest.mark.slow
 def test_guidance_has_a_chart(release: Path, change: Change) -> None:
     spec = Page(page(guide(release, change), ABOUT)).data["charts"]["guidance"]
     assert vl_convert.vegalite_to_vega(spec)["marks"]
