@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fourfold.quantize import estimate
-from fourfold.quantize.estimate import BF16, FP32, Workload
+from fourfold.quantize.estimate import BF16, FP32, Workload, inputs_bytes
 from fourfold.quantize.rates import RATES, Rates
 
 START_SECONDS = 8.0  # interpreter and imports, texts into tokens: seen on two cores of an AMD EPYC
@@ -103,37 +103,39 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
     tokens, of which each takes its own rows. So most of a link's bytes do not shrink as workers are added.
     """
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
-    calibration = work.calibration_streams * work.calibration_tokens
     rows_bytes, sums_bytes = tokens * work.hidden * BF16, tokens * work.hidden * FP32
+    gap_bytes = work.has_gap * work.calibration_tokens * work.hidden * BF16
     here, several = workers // hosts, workers > 1
     parts = here + hosts - 1  # sums that each worker adds up, one of each worker here and of each other host
     if on_cpu:
         routed = (2 * rows_bytes + 2 * rows_bytes / workers + sums_bytes / workers * (parts + 1)) * several
+        routed += (gap_bytes + 2 * gap_bytes / workers) * several
         link = work.routed_layers * routed
         host = here * link
     else:
         rows = rows_bytes / workers * (2 * work.layers + 2 * work.routed_layers)
         pairs = work.topk / workers if inputs != "device" else 1.0
-        taken = calibration * work.hidden * BF16 * pairs * work.solved_layers + rows_bytes * work.routed_layers
+        taken = inputs_bytes(work) * pairs * work.solved_layers + rows_bytes * work.routed_layers
         sums = (sums_bytes + sums_bytes / workers) * work.routed_layers * several
         weights = (
             work.layers * (work.layer_bytes - work.expert_bytes) + work.routed_layers * work.expert_bytes / workers
         )
         link = rows + taken + sums + weights + work.solved_layers * work.shard_bytes / workers
         host = here * (link + sums_bytes / workers * (parts + 1) * work.routed_layers * several)
-    return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, hosts))
+    return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, gap_bytes, hosts))
 
 
-def _wire_bytes(work: Workload, tokens: int, hosts: int) -> float:
+def _wire_bytes(work: Workload, tokens: int, gap_bytes: int, hosts: int) -> float:
     """ranks.py over gloo: a broadcast of each host's inputs and routing, which goes out in rounds that double who has
     it; fp32 sums from each to each; packed tensors to the first.
     """
     if hosts == 1:
         return 0.0
     others = (hosts - 1) / hosts
-    given = tokens * (work.hidden * BF16 + work.topk * CHOICE_BYTES) * math.ceil(math.log2(hosts))
+    given = tokens * (work.hidden * BF16 + work.topk * CHOICE_BYTES) + gap_bytes
     summed = tokens * work.hidden * FP32 * others
-    return work.routed_layers * (given + summed) + work.solved_layers * work.shard_bytes * others
+    exchanged = work.routed_layers * (given * math.ceil(math.log2(hosts)) + summed)
+    return exchanged + work.solved_layers * work.shard_bytes * others
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     yield "activations for down", "forward", solved(estimate.activations_flop(work), estimate.activations_bytes(work))
     yield "moments", "moments", solved(estimate.moments_flop(work))
     yield "cross moments", "moments", solved(estimate.moments_flop(work) * work.asymmetric)
+    yield "gap between the streams", "gemm", solved(estimate.gap_flop(work))
     pools = _Part(estimate.gate_up_pool_flop(work), 0.0, rows), _Part(estimate.down_pool_flop(work), 0.0, experts)
     yield "pools", "moments", pools
     yield "factor", "factor", solved(estimate.factor_flop(work))

@@ -39,6 +39,7 @@ class Workload:
     heldout_tokens: int
     heldout_length: int
     asymmetric: bool
+    residual: bool
     candidates: int
     passes: int
     pooled: bool
@@ -63,6 +64,15 @@ class Workload:
     @property
     def calibration_streams(self) -> int:
         return 2 if self.asymmetric else 1
+
+    @property
+    def inputs_per_token(self) -> int:
+        """Vectors of D that a layer's experts are learnt from: each stream's input, and the gap between the streams."""
+        return self.calibration_streams + self.has_gap
+
+    @property
+    def has_gap(self) -> bool:
+        return self.asymmetric and self.residual
 
     @property
     def sites(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -166,6 +176,11 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def inputs_bytes(work: Workload) -> int:
+    """What the experts are learnt from, of all calibration tokens."""
+    return work.inputs_per_token * work.calibration_tokens * work.hidden * BF16
+
+
 def rows_flop(work: Workload, tokens: int, length: int) -> float:
     """One pass of `tokens` tokens, in rows of `length`, through all that is no routed expert; attention causal."""
     kept = 2.0 * tokens * work.kept_parameters
@@ -216,6 +231,11 @@ def activations_flop(work: Workload) -> float:
 def moments_flop(work: Workload) -> float:
     """x x^T of every pair at both sites, as full GEMMs. The cross moment takes as much again."""
     return work.solved_layers * 2.0 * work.pairs * sum(inputs**2 for inputs, _ in work.sites)
+
+
+def gap_flop(work: Workload) -> float:
+    """What the rows lack times the activations of every pair, in fp32."""
+    return work.solved_layers * 2.0 * work.pairs * work.width * work.hidden * work.has_gap
 
 
 def gate_up_pool_flop(work: Workload) -> float:

@@ -16,7 +16,7 @@ import torch
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
-from fourfold.quantize.estimate import Workload, gigabytes
+from fourfold.quantize.estimate import Workload, gigabytes, inputs_bytes
 
 BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 760 * 10**6  # torch and transformers 530, tokenized text 70; native kernels, free heap
@@ -43,10 +43,10 @@ def rows_bytes(work: Workload) -> int:
 
 
 def traffic_bytes(work: Workload) -> int:
-    """Kept of each stream's calibration rows until the layer is solved: MoE inputs, routing, sorted pairs."""
+    """Kept of the calibration rows until the layer is solved: what experts are learnt from, routing, sorted pairs."""
     routing = work.topk * (8 + BF16)
     pairs = work.topk * (8 + 8 + BF16)
-    return work.calibration_streams * work.calibration_tokens * (work.hidden * BF16 + routing + pairs)
+    return inputs_bytes(work) + work.calibration_streams * work.calibration_tokens * (routing + pairs)
 
 
 def embedding_bytes(work: Workload) -> int:
@@ -89,11 +89,16 @@ def curvature_bytes(work: Workload) -> int:
     return ROW_SQUARES * work.hidden**2 * FP32 if work.guidance_tokens else 0
 
 
+def gap_bytes(work: Workload) -> int:
+    """Of one expert: what its outputs are to make up for. fp32."""
+    return work.has_gap * work.hidden * work.width * FP32
+
+
 def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
     gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
     gate_up_rows, down_rows = row_metric_bytes(work)
-    return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work))
+    return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work) + gap_bytes(work))
 
 
 def gather_bytes(work: Workload) -> int:
@@ -311,14 +316,9 @@ def _ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def inputs_bytes(work: Workload) -> int:
-    """The experts' inputs of all calibration rows, in one or two streams."""
-    return work.calibration_streams * work.calibration_tokens * work.hidden * BF16
-
-
 def chunk_inputs_bytes(work: Workload) -> int:
     """Of one expert in a chunk: its tokens' inputs, where they are brought from elsewhere."""
-    return int(work.calibration_streams * work.tokens_per_expert * SKEW) * work.hidden * BF16
+    return int(work.inputs_per_token * work.tokens_per_expert * SKEW) * work.hidden * BF16
 
 
 def _resident_bytes(work: Workload) -> int:
@@ -346,7 +346,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[Stage
     solved = solved_bytes(work) // workers
     gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
     gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
-    moments = sizes.chunk * (max(gate_up, down + activation_bytes(work)) + gathered)
+    moments = sizes.chunk * (max(gate_up, down + activation_bytes(work) + gap_bytes(work)) + gathered)
     kept += curvature_bytes(work)
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {

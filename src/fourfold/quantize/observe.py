@@ -63,7 +63,8 @@ class Observed:
     input_TD: the experts' inputs, of all workers' tokens, on the layer's device or on the host; counts: tokens of each
     worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where the target
     is asymmetric, or None. In the first layer both streams' inputs are one tensor; those of down differ there all the
-    same.
+    same. gap_TD: what the source's rows have over the release's before the experts' output is added, over the sum of
+    the token's router weights, where down is to make up for it; None in the first layer, where it is nothing.
     """
 
     input_TD: Tensor
@@ -71,20 +72,46 @@ class Observed:
     routing: Routing
     pairs: Pairs
     target_TD: Tensor | None
+    gap_TD: Tensor | None
 
 
-def observe(layer: DecoderLayer, source: Traffic, release: Traffic | None, inputs: str) -> Observed:
-    """What a layer's own experts are learnt from; one tensor stays one. inputs: see Batches."""
+def observe(
+    worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None, inputs: str, residual: bool
+) -> Observed:
+    """What a layer's own experts are learnt from; one tensor stays one. inputs: see Batches; residual: with the gap
+    between the streams' rows.
+    """
     traffic = source if release is None else release
     assert traffic.input_TD is not None and traffic.routing is not None
     device = layer.stacks[0].device
     place = device if inputs == "device" else torch.device("cpu")
     input_TD, routing = traffic.input_TD.to(place), traffic.routing.to(device)
-    target_TD = None
+    target_TD = gap_TD = None
     if release is not None and source.input_TD is not None:
-        target_TD = input_TD if source.input_TD is traffic.input_TD else source.input_TD.to(place)
+        first = source.input_TD is traffic.input_TD
+        target_TD = input_TD if first else source.input_TD.to(place)
+        gap_TD = _gap(worker, source, release).to(place) if residual and not first else None
     pairs = sort_pairs(routing, layer.owned, layer.experts)
-    return Observed(input_TD, traffic.counts, routing, pairs, target_TD)
+    return Observed(input_TD, traffic.counts, routing, pairs, target_TD, gap_TD)
+
+
+def _gap(worker: Worker, source: Traffic, release: Traffic) -> Tensor:
+    """Source less release at all workers' tokens, on the host. Divided by the sum of a token's router weights, so that
+    what each of its experts adds comes to all of it.
+    """
+    assert release.routing is not None
+    source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
+    own_RTD = worker.room(tuple(source_RTD.shape), source_RTD.dtype)
+    own_TD = torch.sub(source_RTD, release_RTD, out=own_RTD).flatten(0, 1)
+    weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
+    own_TD.div_(weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32))
+    return worker.gather([own_TD])[0]
+
+
+def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
+    """Where a worker's tokens lie among all workers'. counts: tokens of each."""
+    first = sum(counts[: worker.rank])
+    return slice(first, first + counts[worker.rank])
 
 
 def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
@@ -236,8 +263,8 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 class Chunk:
     """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.
 
-    input_TD: MoE inputs that the moments use; target_TD: the source stream's inputs of the same tokens, or None;
-    weight_S: w of each pair (router weight, or one).
+    input_TD: MoE inputs that the moments use; target_TD, gap_TD: see Observed, of the same tokens; weight_S: w of each
+    pair (router weight, or one).
     """
 
     experts: range  # places among the worker's own
@@ -245,18 +272,21 @@ class Chunk:
     weight_S: Tensor
     input_TD: Tensor
     target_TD: Tensor | None
+    gap_TD: Tensor | None
 
 
 def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
     """inputs: see Batches; from the host each pair's own input is brought."""
     pairs = observed.pairs.of_experts(experts)
-    input_TD, target_TD = observed.input_TD, observed.target_TD
+    input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
     if inputs != "device":
         device, token_S = pairs.token_S.device, pairs.token_S.cpu()
         same = target_TD is input_TD
         input_TD = input_TD[token_S].to(device)
         if target_TD is not None:
             target_TD = input_TD if same else target_TD[token_S].to(device)
+        if gap_TD is not None:
+            gap_TD = gap_TD[token_S].to(device)
         pairs = dataclasses.replace(pairs, token_S=torch.arange(len(token_S), device=device))
     weight_S = pairs.weight_S.float()
     return Chunk(
@@ -265,6 +295,7 @@ def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs
         weight_S=weight_S if router_weighted else torch.ones_like(weight_S),
         input_TD=input_TD,
         target_TD=target_TD,
+        gap_TD=gap_TD,
     )
 
 
@@ -273,8 +304,7 @@ def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> T
 
     Each worker adds up its own tokens.
     """
-    first = sum(observed.counts[: worker.rank])
-    own = slice(first, first + observed.counts[worker.rank])
+    own = own_tokens(worker, observed.counts)
     weight_T = observed.routing.weight_TA.float().sum(dim=1)
     if not router_weighted:
         weight_T = torch.ones_like(weight_T)
@@ -294,15 +324,20 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     """Moments of the activations silu(gate) * up, K = I.
 
     gate_up_ENK: of the chunk's experts, the weights that the moments use (dequantized for the release stream).
-    With a target, its activations come from the source stream's inputs and the source weights, same pairs.
+    With a target, its activations come from the source stream's inputs and the source weights, same pairs. What down
+    puts out is added to the rows, so that it can make up for their gap too.
     """
     hidden_SI = expert_hidden(chunk.input_TD, chunk.pairs, gate_up_ENK, layer.activation)
     target_SI = None
     if chunk.target_TD is not None:
         source_ENK = layer.stacks[0][chunk.experts.start : chunk.experts.stop]
         target_SI = expert_hidden(chunk.target_TD, chunk.pairs, source_ENK, layer.activation)
-    every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
-    return moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, list(chunk.pairs.offsets))
+    every_S, offsets = torch.arange(len(hidden_SI), device=hidden_SI.device), list(chunk.pairs.offsets)
+    own = moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, offsets)
+    if chunk.gap_TD is None:
+        return own
+    gap_EDI = moments.gap(chunk.gap_TD, chunk.pairs.token_S, hidden_SI, chunk.weight_S, offsets)
+    return dataclasses.replace(own, gap_ENK=gap_EDI)
 
 
 def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:

@@ -351,6 +351,7 @@ def _workload(
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
+        residual=solver.residual,
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,

@@ -309,7 +309,7 @@ def solve(
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
-            observed = observe(layer, *traffic, batches.inputs)
+            observed = observe(worker, layer, *traffic, batches.inputs, job.plan.recipe.solver.residual)
             curvature = None
             if job.left is not None:
                 moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))

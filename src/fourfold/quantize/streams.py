@@ -17,7 +17,7 @@ from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.memory import give_back_free_memory
-from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, pass_heldout_
+from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import Reference, make_reference
 from fourfold.quantize.workers import Worker
 
@@ -95,8 +95,7 @@ def attend(
 
 
 def _own_inputs(worker: Worker, traffic: Traffic) -> Tensor | None:
-    first = sum(traffic.counts[: worker.rank])
-    return None if traffic.input_TD is None else traffic.input_TD[first : first + traffic.counts[worker.rank]]
+    return None if traffic.input_TD is None else traffic.input_TD[own_tokens(worker, traffic.counts)]
 
 
 def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> DecoderLayer:
