@@ -182,7 +182,7 @@ def run_sweep(
     (out / ".fourfold").mkdir(parents=True, exist_ok=True)
     left, team = what_is_left(plan, out), Team([CPU] * workers)
     token_RT = token_rows(plan.work.guidance_tokens // LENGTH)
-    with ReadAhead(plan, team.trace, left.layers) as ahead, Writer(team.trace) as writer:
+    with ReadAhead(plan, team.trace, left.layers, team.links) as ahead, Writer(team.trace) as writer:
         job = Guide(plan=plan, out=out, token_RT=token_RT, batch_rows=1, left=left, ahead=ahead, writer=writer)
         team.run(lambda worker: sweep(worker, job, stages(tell if worker.leads else lambda *_: None)))
     return plan

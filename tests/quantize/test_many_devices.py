@@ -118,7 +118,7 @@ def fail_in(layer: int, rank: int, error: BaseException, monkeypatch: pytest.Mon
     original = solve._solve_chunk
 
     def failing(job: Any, places: range) -> Any:
-        if (job.layer.index, job.clock._worker.rank) == (layer, rank):
+        if (job.layer.index, job.clock.worker.rank) == (layer, rank):
             raise error
         return original(job, places)
 

@@ -294,7 +294,7 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
     traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
-    seen = observe(layer, traffic, replace(traffic), "device")
+    seen = observe(layer, traffic, replace(traffic))
     assert seen.target_TD is seen.input_TD
     released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
     plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))

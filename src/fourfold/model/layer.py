@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 from transformers.activations import ACT2FN
 
-from fourfold.model.checkpoint import TensorIndex, require_finite
+from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
 from fourfold.model.skeleton import Skeleton, take_traffic
+
+Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
 
@@ -110,13 +112,18 @@ class DecoderLayer:
 
     def owning(self, owned: tuple[int, ...]) -> DecoderLayer:
         """The same layer with these of its experts alone, on its device."""
-        if len(owned) == self.experts:
-            stacks = self.stacks
-        else:
-            index_E = torch.tensor(owned)
-            stacks = self.stacks[0][index_E], self.stacks[1][index_E]
-        own = (stack.to(self.device) for stack in stacks)
-        return dataclasses.replace(self, owned=owned, gate_up_ENK=next(own), down_ENK=next(own))
+        gate_up_ENK, down_ENK = (_moved(stack, owned, self.device) for stack in self.stacks)
+        return dataclasses.replace(self, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+
+
+def _moved(stack_ENK: Tensor, owned: Sequence[int], device: torch.device) -> Tensor:
+    """Some experts of a stack, each copied straight to the device; the whole stack as it is where it lies there."""
+    if len(owned) == len(stack_ENK):
+        return stack_ENK.to(device, non_blocking=True)
+    own_ENK = stack_ENK.new_empty(len(owned), *stack_ENK.shape[1:], device=device)
+    for own_NK, expert in zip(own_ENK, owned, strict=True):
+        own_NK.copy_(stack_ENK[expert], non_blocking=True)
+    return own_ENK
 
 
 @dataclass(frozen=True)
@@ -133,16 +140,21 @@ class LayerTensors:
     digest: str
 
 
-def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str]) -> LayerTensors:
+def read_layer(
+    index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str], room: Room = torch.empty
+) -> LayerTensors:
     """Read one layer, once, experts straight into their stacks from either layout on disk.
 
-    kept_names: the layer's tensors that are no routed experts.
+    kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
     Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
     """
     prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
     sha = hashlib.sha256()
 
     def read(name: str, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            header = index.header(name)
+            out = room(header.shape, dtype=DTYPES[header.dtype])
         tensor = index.read(name, out=out, sha=sha)
         require_finite(tensor, name)
         return tensor
@@ -153,8 +165,8 @@ def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: I
         gate_up_ENK, down_ENK = read(f"{experts_prefix}gate_up_proj"), read(f"{experts_prefix}down_proj")
     elif skeleton.is_routed(layer):
         width, hidden = skeleton.text.moe_intermediate_size, skeleton.text.hidden_size
-        gate_up_ENK = torch.empty(skeleton.experts, 2 * width, hidden, dtype=torch.bfloat16)
-        down_ENK = torch.empty(skeleton.experts, hidden, width, dtype=torch.bfloat16)
+        gate_up_ENK = room((skeleton.experts, 2 * width, hidden), dtype=torch.bfloat16)
+        down_ENK = room((skeleton.experts, hidden, width), dtype=torch.bfloat16)
         for expert in range(skeleton.experts):
             expert_prefix = f"{experts_prefix}{expert}."
             read(f"{expert_prefix}gate_proj.weight", gate_up_ENK[expert, :width])

@@ -205,7 +205,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
     left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
     order = [*(left.layers if left else ()), *range(plan.solve.stop)]
-    with ReadAhead(plan, team.trace, order) as ahead, Writer(team.trace) as writer:
+    with ReadAhead(plan, team.trace, order, team.links) as ahead, Writer(team.trace) as writer:
         job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
         measured = team.run(partial(run_layers, job))
     if not team.leads:
@@ -251,16 +251,16 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     for layer_plan in plan.layers[: plan.solve.stop]:
         number = layer_plan.index
         with job.stage(worker, "read", number):
-            tensors = worker.once(partial(job.ahead.take, number))  # was read while the layer before was worked on
-            layer = build_layer(plan.skeleton, number, tensors, worker.device)
+            taken = worker.once(partial(job.ahead.take, number))  # was read while the layer before was worked on
+            layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
         tokens = worker.size * streams.attended_tokens(*both)
         with job.stage(worker, "attend", number, tokens, "tokens") as tick:
             traffic = streams.attend(worker, layer, both, batches, tick)
             layer = streams.own_experts(worker, layer, traffic)
         if layer_plan.shard in job.journal:
-            release_layer = restore_layer(job, worker, layer_plan, layer, tensors)
+            release_layer = restore_layer(job, worker, layer_plan, layer, taken.tensors)
         elif number in plan.solve:
-            release_layer = solve(job, worker, layer_plan, layer, tensors, traffic)
+            release_layer = solve(job, worker, layer_plan, layer, taken.tensors, traffic)
         else:
             release_layer = layer
         if number + 1 == plan.solve.stop:
@@ -270,7 +270,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             layers = layer, release_layer
             both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
         drifts.append(drift)
-        del layer, layers, release_layer, tensors, traffic  # or they lie beside the next layer's until it has its own
+        del layer, layers, release_layer, taken, traffic  # or they lie beside the next layer's until it has its own
         if worker.leads:
             job.watch.finished(number, drift)
     if worker.leads:
@@ -309,7 +309,7 @@ def solve(
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
-            observed = observe(layer, *traffic, batches.inputs)
+            observed = observe(layer, *traffic)
             curvature = None
             if job.left is not None:
                 moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))

@@ -49,14 +49,20 @@ def embed(
     they differ. texts: token ids of all calibration and all held-out rows.
     """
     embedding_VD = worker.once(lambda: read_embedding(index, skeleton))
-    calibration_RT, heldout_RT = (text_RT[worker.share(len(text_RT))] for text_RT in texts)
-    calibration = Rows(calibration_RT, embedding_VD[calibration_RT])
-    source = Stream(calibration=calibration, heldout=Rows(heldout_RT, embedding_VD[heldout_RT]))
-    release = Stream(
-        calibration=calibration if asymmetric else None,
-        heldout=Rows(heldout_RT, source.heldout.hidden_RTD.clone()),
-    )
-    return source, release
+
+    def embedded(token_RT: Tensor) -> Rows:
+        hidden_RTD = worker.link.room((*token_RT.shape, embedding_VD.shape[1]), embedding_VD.dtype)
+        torch.index_select(embedding_VD, 0, token_RT.flatten(), out=hidden_RTD.flatten(0, 1))
+        return Rows(token_RT, hidden_RTD)
+
+    calibration, heldout = (embedded(text_RT[worker.share(len(text_RT))]) for text_RT in texts)
+    source = Stream(calibration=calibration, heldout=heldout)
+    return source, Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
+
+
+def _copied(worker: Worker, rows: Rows) -> Rows:
+    hidden_RTD = worker.link.room(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
+    return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD))
 
 
 def read_embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
@@ -90,8 +96,7 @@ def attend(
         release_traffic = attend_(worker, layer, release.calibration, batches, tick)
         require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
         return source_traffic, release_traffic
-    rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
-    return source_traffic, dataclasses.replace(source_traffic, rows=rows)
+    return source_traffic, dataclasses.replace(source_traffic, rows=_copied(worker, source_traffic.rows))
 
 
 def _own_inputs(worker: Worker, traffic: Traffic) -> Tensor | None:

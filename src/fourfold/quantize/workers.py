@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
+from fourfold.quantize.link import Link
 from fourfold.quantize.ranks import Ranks
 from fourfold.quantize.trace import Trace
 
@@ -61,6 +62,7 @@ class Team:
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.devices, self.ranks = tuple(devices), ranks
+        self.links = tuple(map(Link, devices))
         self.threads = max(torch.get_num_threads() // len(devices), 1)
         self.trace = Trace()
         self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
@@ -82,7 +84,7 @@ class Team:
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory that all workers of this process write to; a file without a name where `spill` says so."""
         if self.spill is None:
-            return torch.empty(shape, dtype=dtype, pin_memory=self.devices[0].type == "cuda")
+            return self.links[0].room(shape, dtype)
         with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".inputs-") as file:
             flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
         return flat.view(shape)
@@ -136,6 +138,8 @@ class Team:
         state = self._states[place]
         try:
             torch.set_num_threads(self.threads)
+            if worker.device.type == "cuda":
+                torch.cuda.set_device(worker.device.index or 0)  # of this thread: Triton launches there
             with torch.no_grad():
                 result = job(worker)
             if place == 0:
@@ -230,6 +234,18 @@ class Team:
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """Rows of all workers, in order of rank, in one piece of host memory that this process's workers share.
+
+    counts: of each worker; own_TX: where a worker puts its own, before `Worker.gathered`.
+    """
+
+    all_TX: Tensor
+    counts: tuple[int, ...]
+    own_TX: Tensor
+
+
+@dataclass(frozen=True)
 class Worker:
     """One of a team, on its own thread. Every verb is called by all workers in the same order."""
 
@@ -248,6 +264,10 @@ class Worker:
     @property
     def device(self) -> torch.device:
         return self.team.devices[self.place]
+
+    @property
+    def link(self) -> Link:
+        return self.team.links[self.place]
 
     @property
     def name(self) -> str:
@@ -279,32 +299,39 @@ class Worker:
 
     # ---- gather
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory for rows that are to be gathered: of a worker alone, that in which they then stay."""
-        return self.team.allocate(shape, dtype) if self.size == 1 else torch.empty(shape, dtype=dtype)
+    def room(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Gathering:
+        """For `count` rows of this worker, which it has still to make, and those of all others."""
+        counts = tuple(self.everyone(count))
+        first, last = sum(counts[: self.rank]), sum(counts[: self.rank + 1])
+        all_TX = self.once(lambda: self.team.allocate((sum(counts), *shape), dtype))
+        return Gathering(all_TX, counts, all_TX[first:last])
+
+    def gathered(self, room: Gathering) -> tuple[Tensor, tuple[int, ...]]:
+        """The rows of all workers, when each has put its own there, and how many are of each."""
+        ranks, ends = self.team.ranks, [0, *accumulate(room.counts)]
+        self.team.meet(
+            self.place, None, lambda _: ranks.fill_(room.all_TX, self._rows_of_ranks(ends)) if ranks else None
+        )
+        return room.all_TX, room.counts
 
     def gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         """The rows of all workers, in order of rank, and how many are of each.
 
-        parts: this worker's rows, in pieces, which are taken out of the list as they are copied. The rows are in one
-        piece of host memory that this process's workers share; what a worker alone has in one piece stays where it is.
+        parts: this worker's rows, in pieces, which are taken out of the list as they are copied; what a worker alone
+        has in one piece stays where it is.
         """
         if self.size == 1 and len(parts) == 1:
             return parts[0], (len(parts.pop()),)
         known = self.everyone((parts[0].shape[1:], parts[0].dtype) if parts else None)
         shape, dtype = next(like for like in known if like is not None)  # a worker may have no rows
-        counts = tuple(self.everyone(sum(map(len, parts))))
-        ends = [0, *accumulate(counts)]
-        all_TX = self.once(lambda: self.team.allocate((ends[-1], *shape), dtype))
-        start = ends[self.rank]
+        room = self.room(sum(map(len, parts)), shape, dtype)
+        start = 0
         parts.reverse()
         while parts:
             part = parts.pop()
-            all_TX[start : start + len(part)] = part
+            room.own_TX[start : start + len(part)] = part
             start += len(part)
-        ranks = self.team.ranks
-        self.team.meet(self.place, None, lambda _: ranks.fill_(all_TX, self._rows_of_ranks(ends)) if ranks else None)
-        return all_TX, counts
+        return self.gathered(room)
 
     def once(self, make: Callable[[], T]) -> T:
         """What `make` gives, made once in each process and shared by its workers."""
@@ -338,9 +365,9 @@ class Worker:
     # ---- sum
 
     def sum(self, partial_TD: Tensor, counts: Sequence[int]) -> Tensor:
-        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank.
+        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank, on the host.
 
-        partial_TD: for the rows of every worker, in order of rank; counts: rows of each worker.
+        partial_TD: on the host, for the rows of every worker, in order of rank; counts: rows of each worker.
         """
         if self.size == 1:
             return partial_TD
@@ -351,12 +378,12 @@ class Worker:
             return partials if ranks is None else ranks.reduce(partials, self._rows_of_ranks(ends))
 
         mine = slice(ends[self.rank], ends[self.rank + 1])
-        partials = self.team.meet(self.place, partial_TD.cpu(), combine)
+        partials = self.team.meet(self.place, partial_TD, combine)
         first = ends[self.team.first] if ranks else 0
         total_TD = partials[0][mine.start - first : mine.stop - first].clone()
         for partial in partials[1:]:
             total_TD += partial[mine.start - first : mine.stop - first]
-        return total_TD.to(self.device)
+        return total_TD
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum of all workers' values, added in order of rank, on this worker's device."""
