@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import embedding_bag, grouped_mm
 from transformers.activations import ACT2FN
 
 from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
@@ -138,6 +139,10 @@ class LayerTensors:
     gate_up_ENK: Tensor | None
     down_ENK: Tensor | None
     digest: str
+
+    def without_experts(self) -> LayerTensors:
+        """What the layer's shard is still made from when its experts are with their owners."""
+        return dataclasses.replace(self, gate_up_ENK=None, down_ENK=None)
 
 
 def read_layer(
@@ -286,9 +291,30 @@ def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tens
     hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)
     every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
     output_SD = grouped_linear(hidden_SI, every_S, pairs.offsets, down_ENK).mul_(pairs.weight_S[:, None])
-    unsorted_SD = output_SD.new_zeros(routing.index_TA.numel(), output_SD.shape[1])
-    unsorted_SD[pairs.slot_S] = output_SD
-    return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1, dtype=torch.float32)
+    summed_TD: Tensor = _SumByToken.apply(  # type: ignore[no-untyped-call]
+        output_SD, pairs.slot_S, routing.index_TA.shape
+    )
+    return summed_TD
+
+
+class _SumByToken(torch.autograd.Function):
+    """Outputs [S, D] of pairs, summed by token in the order of its choices: fp32 [T, D], zero where a token has none.
+
+    slot_S: of each pair in the flattened routing, whose shape is (T, A). The gradient is a gather; embedding_bag's own
+    is made for pairs that occur more than once, and on a GPU torch knows no repeatable one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output_SD: Tensor, slot_S: Tensor, shape: tuple[int, int]) -> Tensor:
+        tokens, choices = shape
+        ctx.dtype, ctx.token_S = output_SD.dtype, slot_S // choices
+        sorted_S, order_S = torch.sort(slot_S)
+        first_T = torch.searchsorted(sorted_S, choices * torch.arange(tokens, device=slot_S.device))
+        return embedding_bag(order_S, output_SD.float(), first_T, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_TD.to(ctx.dtype)[ctx.token_S], None, None
 
 
 def pass_rows(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Routing | None]:

@@ -99,8 +99,9 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
     """What workers.py and observe.py move, of all layers. inputs: see observe.Batches; a worker on a CPU has none.
 
     A layer's rows go to their worker and back, and what its experts are given goes out to all; each worker then takes
-    the inputs of all tokens, for its moments and once more for its experts' outputs, and gives fp32 sums for all
-    tokens, of which each takes its own rows. So most of a link's bytes do not shrink as workers are added.
+    the inputs of all tokens, once where they stay on its device, and gives fp32 sums for all tokens, which are added up
+    on the host. So most of a link's bytes do not shrink as workers are added. A worker alone keeps held-out rows'
+    inputs, and gives its outputs in BF16.
     """
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
     calibration = work.calibration_streams * work.calibration_tokens
@@ -112,10 +113,11 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
         link = work.routed_layers * routed
         host = here * link
     else:
-        rows = rows_bytes / workers * (2 * work.layers + 2 * work.routed_layers)
-        pairs = work.topk / workers if inputs != "device" else 1.0
-        taken = calibration * work.hidden * BF16 * pairs * work.solved_layers + rows_bytes * work.routed_layers
-        sums = (sums_bytes + sums_bytes / workers) * work.routed_layers * several
+        given = rows_bytes if several else calibration * work.hidden * BF16
+        rows = (2 * work.layers * rows_bytes + work.routed_layers * given) / workers
+        pairs = calibration * work.hidden * BF16 * work.topk / workers if inputs != "device" else 0.0
+        taken = pairs * work.solved_layers + given * work.routed_layers
+        sums = (sums_bytes if several else rows_bytes) * work.routed_layers
         weights = (
             work.layers * (work.layer_bytes - work.expert_bytes) + work.routed_layers * work.expert_bytes / workers
         )
@@ -151,7 +153,7 @@ def _busiest(count: int, workers: int) -> float:
 
 
 def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part, ...]]]:
-    """Name, kind and parts. Rows are split, experts owned; outputs are put back to their tokens by every worker."""
+    """Name, kind and parts. Rows are split, experts owned."""
     rows = _busiest(work.calibration_tokens // work.calibration_length, workers)
     windows = _busiest(work.heldout_tokens // work.heldout_length, workers)
     experts = _busiest(work.experts, workers)
@@ -159,7 +161,7 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     def passed(tokens: int, length: int, share: float, times: int) -> tuple[_Part, ...]:
         own = estimate.rows_flop(work, tokens, length), estimate.rows_bytes(work, tokens)
         routed = estimate.experts_flop(work, tokens), estimate.experts_bytes(work, tokens)
-        parts = (*own, share), (*routed, experts), (0.0, estimate.unsorted_bytes(work, tokens), 1.0)
+        parts = (*own, share), (*routed, experts)
         return tuple(_Part(times * flop, times * moved, busiest) for flop, moved, busiest in parts)
 
     def solved(flop: float, moved: float = 0.0) -> tuple[_Part, ...]:

@@ -188,13 +188,8 @@ def rows_bytes(work: Workload, tokens: int) -> float:
 
 
 def experts_bytes(work: Workload, tokens: int) -> float:
-    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs."""
-    return float(work.routed_layers * tokens * work.topk * (2 * work.hidden + 4 * work.width) * BF16)
-
-
-def unsorted_bytes(work: Workload, tokens: int) -> float:
-    """Outputs put back to their tokens, BF16: as many places on every worker, its own or not."""
-    return float(work.routed_layers * tokens * work.topk * work.hidden * BF16)
+    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs, and these by token."""
+    return float(work.routed_layers * tokens * work.topk * (3 * work.hidden + 4 * work.width) * BF16)
 
 
 def head_bytes(work: Workload) -> float:

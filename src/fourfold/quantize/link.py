@@ -106,6 +106,12 @@ class Link:
         if fetched is not None:
             yield fetched
 
+    def give_back(self) -> None:
+        """Pinned memory that nobody uses any more, of all workers; torch keeps it, and before 2.11 for good."""
+        empty = getattr(torch.accelerator, "empty_host_cache", None)
+        if self._streams is not None and empty is not None:
+            empty()
+
     def settle(self) -> None:
         """Wait until all that was put and fetched is there."""
         self._wait_for_all_but(0)

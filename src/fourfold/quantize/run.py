@@ -256,11 +256,12 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         tokens = worker.size * streams.attended_tokens(*both)
         with job.stage(worker, "attend", number, tokens, "tokens") as tick:
             traffic = streams.attend(worker, layer, both, batches, tick)
-            layer = streams.own_experts(worker, layer, traffic)
+            layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
+        del taken  # its experts, which are with their owners
         if layer_plan.shard in job.journal:
-            release_layer = restore_layer(job, worker, layer_plan, layer, taken.tensors)
+            release_layer = restore_layer(job, worker, layer_plan, layer, tensors)
         elif number in plan.solve:
-            release_layer = solve(job, worker, layer_plan, layer, taken.tensors, traffic)
+            release_layer = solve(job, worker, layer_plan, layer, tensors, traffic)
         else:
             release_layer = layer
         if number + 1 == plan.solve.stop:
@@ -270,7 +271,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             layers = layer, release_layer
             both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
         drifts.append(drift)
-        del layer, layers, release_layer, taken, traffic  # or they lie beside the next layer's until it has its own
+        del layer, layers, release_layer, traffic  # or they lie beside the next layer's until it has its own
         if worker.leads:
             job.watch.finished(number, drift)
     if worker.leads:

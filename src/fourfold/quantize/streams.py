@@ -163,7 +163,12 @@ def measure(
 
     The reference is of the release's first row, from the leading worker, which has it; None from the others.
     """
-    norm_D, head_VD = worker.once(lambda: read_head(index, skeleton))
+
+    def ends() -> tuple[Tensor, Tensor]:
+        worker.link.give_back()  # what the layers took
+        return read_head(index, skeleton)
+
+    norm_D, head_VD = worker.once(ends)
     head = build_head(skeleton, norm_D, head_VD, worker.device)
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
     parts = worker.everyone(_compared((head, head), (source, release)))
