@@ -12,7 +12,7 @@ import torch
 
 import checkpoints
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange
+from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange, patience_seconds
 from fourfold.quantize.estimate import Workload
 from fourfold.quantize.gauge import disk_rate, measure_rates
 from fourfold.quantize.plan import Plan, make_plan
@@ -127,6 +127,19 @@ def test_exchange_over_hosts(small: Workload) -> None:
     assert moved.wire_bytes == 2 * (200_000 + 1000 * 2 * 10) + 0.75 * 400_000
     assert moved.host_bytes == 2 * (3 * 25_000 + 200_000 + 400_000 + 50_000 * (2 + 3 + 1))
     assert exchange(small, 8, on_cpu=False, hosts=2).wire_bytes < moved.wire_bytes
+
+
+# --- hanging ----------------------------------------------------------------------------------------
+
+
+def test_patience_is_twice_a_planned_layer(full: Plan) -> None:
+    """On four GPUs a layer takes seconds, on two cores minutes; a disk of 10 MB/s is waited for."""
+    work = full.work
+    assert patience_seconds(work, estimate_time(work, gpus(4))) < 60
+    slow = estimate_time(work, ["cpu"])
+    assert patience_seconds(work, slow) == 2 * slow.compute_seconds / 40 > 180
+    found = patience_seconds(work, estimate_time(work, gpus(4), dataclasses.replace(RATES["cuda"], disk=10e6)))
+    assert found > 4 * (work.write_bytes - 40 * work.shard_bytes) / 10e6 > 180
 
 
 # --- machines ---------------------------------------------------------------------------------------

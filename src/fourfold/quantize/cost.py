@@ -13,6 +13,7 @@ from fourfold.quantize.estimate import BF16, FP32, Workload
 from fourfold.quantize.rates import RATES, Rates
 
 START_SECONDS = 8.0  # interpreter and imports, texts into tokens: seen on two cores of an AMD EPYC
+SLOWER = 2  # than a whole layer is planned to take: a worker without a sign of life for so long hangs
 CHOICE_BYTES = 8 + BF16  # an expert's number and its router weight, of one (token, expert) pair
 
 
@@ -250,3 +251,12 @@ def estimate_time(
         workers=workers,
         basis=f"a prediction from {rates.counted(units)}; {START_SECONDS:.0f} s for start and texts",
     )
+
+
+def patience_seconds(work: Workload, time: TimeEstimate) -> float:
+    """How long a worker may go without a sign of life, of which it gives many in a layer. It may also wait for
+    embeddings to be read, or for all that lies outside the layers to be written.
+    """
+    layer = max(time.compute_seconds, time.read_seconds, time.write_seconds, time.disk_seconds) / work.layers
+    rest = 1 - work.solved_layers * work.shard_bytes / work.write_bytes  # of what is written
+    return SLOWER * max(layer, time.start_seconds, time.write_seconds * 2 * rest)

@@ -16,6 +16,7 @@ import torch
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
+from fourfold.quantize.cost import patience_seconds
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
 from fourfold.quantize.finish import Measured, Summary
 from fourfold.quantize.guide import (
@@ -202,6 +203,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     if journal.settings.devices != team.names:
         watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, team.names)))
     team.threads = journal.settings.threads
+    team.patience_seconds = max(team.patience_seconds, patience_seconds(plan.work, plan.time))
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
     left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
     order = [*(left.layers if left else ()), *range(plan.solve.stop)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,7 +171,7 @@ def measure(
     norm_D, head_VD = worker.once(ends)
     head = build_head(skeleton, norm_D, head_VD, worker.device)
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
-    parts = worker.everyone(_compared((head, head), (source, release)))
+    parts = worker.everyone(_compared((head, head), (source, release), worker.beat))
     return metrics.join([row for part in parts for row in part]), reference
 
 
@@ -185,11 +185,13 @@ def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
 
 def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statistics:
     """Last norm and output head over the rows of two streams (source, release), the head in vocabulary chunks."""
-    return metrics.join(_compared(heads, rows))
+    return metrics.join(_compared(heads, rows, lambda: None))
 
 
-def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics.Statistics]:
-    """Of each row."""
+def _compared(
+    heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]
+) -> list[metrics.Statistics]:
+    """Of each row. beat: called after each."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     parts = []
@@ -200,4 +202,5 @@ def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics
         next_T = token_T[1:].to(device)
         parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
         give_back_free_memory()  # a row's logits may lie where the next one's do not fit: 0.6 GB in 16 rows
+        beat()
     return parts

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from fourfold.quantize.trace import Trace
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 900.0  # without a sign of life, while others wait: a worker hangs
+PATIENCE_SECONDS = 180.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
+LOOKS = 4  # in that time
 GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
 
 
@@ -38,11 +39,13 @@ class Stopped(Exception):
 
 @dataclass
 class _State:
-    """Where a worker is. beat: time of its last sign of life."""
+    """Where a worker is. beats: its signs of life; seen: how many at the last look; silent: looks without a new one."""
 
     stage: str = "start"
     layer: int = -1
-    beat: float = field(default_factory=time.monotonic)
+    beats: int = 0
+    seen: int = -1
+    silent: int = 0
     ended: bool = False
 
     def __str__(self) -> str:
@@ -52,7 +55,8 @@ class _State:
 class Team:
     """The workers of this process. devices: one for each, on this host; ranks: the other processes, if any.
 
-    threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts.
+    threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts; patience_seconds:
+    without a sign of life, after which a worker that waits for nobody is said to hang.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Team:
         self.threads = max(torch.get_num_threads() // len(devices), 1)
         self.trace = Trace()
         self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
-        self._patience = patience_seconds
+        self.patience_seconds = patience_seconds
         self._states = [_State() for _ in devices]
         self._changed = threading.Condition()
         self._arrived: set[int] = set()
@@ -165,19 +169,28 @@ class Team:
 
     def _watch(self) -> None:
         """Until all workers have ended or one has failed."""
+        due = 0.0
         with self._changed:
             while self._failure is None and not all(state.ended for state in self._states):
-                self._changed.wait(timeout=self._patience / 4)
-                self._look()
+                if time.monotonic() >= due:
+                    self._look()
+                    due = time.monotonic() + self.patience_seconds / LOOKS
+                self._changed.wait(timeout=self.patience_seconds / LOOKS)
 
     def _look(self) -> None:
-        """A worker that others wait for, without a sign of life for too long, hangs."""
-        late = time.monotonic() - self._patience
+        """A worker that waits for nobody hangs if it has given no sign of life since the look before the last LOOKS.
+
+        Looks are counted, not seconds: a process that was stopped for a night has missed the looks as well.
+        """
         for place, state in enumerate(self._states):
-            if self._arrived and place not in self._arrived and not state.ended and state.beat < late:
+            elsewhere = place == 0 and self.ranks is not None and self.ranks.asking
+            waits = place in self._arrived or state.ended or elsewhere
+            state.silent = 0 if waits or state.beats != state.seen else state.silent + 1
+            state.seen = state.beats
+            if state.silent > LOOKS:
                 self._failure = self._failure or FourfoldError(
-                    f"{self.name(place)} hangs: no sign of life for {self._patience:,.0f} s in {state}; the same "
-                    "command goes on, without that device if need be"
+                    f"{self.name(place)} hangs: no sign of life for {self.patience_seconds:,.0f} s in {state}; the "
+                    "same command goes on, without that device if need be"
                 )
 
     def name(self, place: int) -> str:
@@ -188,7 +201,7 @@ class Team:
         """A sign of life. Raises Stopped where the run is over."""
         if self._failure is not None:
             raise Stopped
-        self._states[place].beat = time.monotonic()
+        self._states[place].beats += 1
 
     def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
         """A worker begins with a stage; a sign of life. Returns where it was."""
@@ -224,8 +237,6 @@ class Team:
             if len(self._arrived) == len(self.devices):
                 self._arrived.clear()
                 self._turn += 1
-                for state in self._states:
-                    state.beat = time.monotonic()  # those that waited are well
                 self._changed.notify_all()
             while self._turn == turn and self._failure is None:
                 self._changed.wait()
