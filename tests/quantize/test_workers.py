@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -266,9 +267,29 @@ def test_waiting_is_counted() -> None:
 
     team = Team([CPU] * 2)
     team.run(job)
-    wait = {rank: waits for rank, (waits, _) in waited(team.trace.spans).items()}
+    wait = {rank: waits["other workers"] for rank, (waits, _) in waited(team.trace.spans).items()}
     assert wait[0] > 0.15 and wait[1] < wait[0] / 2
     assert waited(Trace().spans) == {}
+
+
+def test_what_is_inside_a_stage_is_not_counted_twice() -> None:
+    def job(worker: Worker) -> None:
+        with worker.span("solve", 3):
+            time.sleep(0.02)
+            with worker.span("moments", 3):
+                time.sleep(0.02)
+            with worker.span("wait for writer", 3):
+                time.sleep(0.02)
+            worker.everyone(None)
+
+    team = Team([CPU] * 2)
+    team.run(job)
+    for lane, (waits, whole) in waited(team.trace.spans).items():
+        own = sorted((span for span in team.trace.spans if span.lane == lane), key=lambda span: span.start)
+        assert [span.name for span in own[:4]] == ["solve", "moments", "solve", "wait for writer"]
+        assert all(before.end <= after.start for before, after in pairwise(own))
+        assert sum(span.end - span.start for span in own) == pytest.approx(whole, abs=1e-3)
+        assert 0.02 <= waits["the writer"] < whole - 0.04 and waits["the reader"] == 0
 
 
 def test_a_worker_alone_waits_for_nobody() -> None:

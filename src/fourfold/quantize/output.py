@@ -229,11 +229,17 @@ class ReadAhead:
     def _send(tensors: LayerTensors, link: Link) -> LayerTensors:
         return dataclasses.replace(tensors, kept={name: link.send(value) for name, value in tensors.kept.items()})
 
-    def take(self, layer: int) -> Taken:
-        assert self._next is not None and self._next[0] == layer, f"layer {layer} is out of turn"
-        taken = self._next[1].result()
-        self._next = self._read()
-        return taken
+    def take(self, worker: Worker, layer: int) -> Taken:
+        """The next layer, for all workers of this process."""
+
+        def take() -> Taken:
+            assert self._next is not None and self._next[0] == layer, f"layer {layer} is out of turn"
+            with worker.span("wait for reader", layer):
+                taken = self._next[1].result()
+            self._next = self._read()
+            return taken
+
+        return worker.once(take)
 
     def __enter__(self) -> ReadAhead:
         return self

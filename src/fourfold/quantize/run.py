@@ -253,7 +253,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     for layer_plan in plan.layers[: plan.solve.stop]:
         number = layer_plan.index
         with job.stage(worker, "read", number):
-            taken = worker.once(partial(job.ahead.take, number))  # was read while the layer before was worked on
+            taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
             layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
         tokens = worker.size * streams.attended_tokens(*both)
         with job.stage(worker, "attend", number, tokens, "tokens") as tick:
@@ -277,7 +277,8 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         if worker.leads:
             job.watch.finished(number, drift)
     if worker.leads:
-        job.writer.join()
+        with worker.span("wait for writer"):
+            job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
             heldout = both[0].heldout, both[1].heldout
@@ -325,7 +326,8 @@ def solve(
             job.journal.shrink(whole.chunk)
             text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
             job.watch.progress(Event(kind="note", layer=layer.index, text=text))
-        job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
+        with worker.span("wait for writer", layer_plan.index):
+            job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
 
 

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 180.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
 LOOKS = 4  # in that time
+BETWEEN = "start"  # and between stages; not in the trace
 GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
 
 
@@ -39,10 +40,13 @@ class Stopped(Exception):
 
 @dataclass
 class _State:
-    """Where a worker is. beats: its signs of life; seen: how many at the last look; silent: looks without a new one."""
+    """Where a worker is. since: seconds since the epoch, of its stage's stretch in the trace. beats: its signs of life;
+    seen: how many at the last look; silent: looks without a new one.
+    """
 
-    stage: str = "start"
+    stage: str = BETWEEN
     layer: int = -1
+    since: float = 0.0
     beats: int = 0
     seen: int = -1
     silent: int = 0
@@ -204,10 +208,12 @@ class Team:
         self._states[place].beats += 1
 
     def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
-        """A worker begins with a stage; a sign of life. Returns where it was."""
-        state = self._states[place]
+        """A worker begins with a stage, or goes back to one; a sign of life. Returns where it was."""
+        state, now = self._states[place], time.time()
         before = state.stage, state.layer
-        state.stage, state.layer = stage, layer
+        if state.stage != BETWEEN:
+            self.trace.add(state.stage, self.first + place, state.since, now, state.layer)
+        state.stage, state.layer, state.since = stage, layer, now
         self.beat(place)
         return before
 
@@ -230,7 +236,7 @@ class Team:
         self.beat(place)
         if len(self.devices) == 1:
             return
-        start = time.time()
+        before = self.at(place, "wait", self._states[place].layer)
         with self._changed:
             turn = self._turn
             self._arrived.add(place)
@@ -240,8 +246,7 @@ class Team:
                 self._changed.notify_all()
             while self._turn == turn and self._failure is None:
                 self._changed.wait()
-        self.trace.add("wait", self.first + place, start, time.time())
-        self.beat(place)
+        self.at(place, *before)
 
 
 @dataclass(frozen=True)
@@ -294,11 +299,9 @@ class Worker:
 
     @contextmanager
     def span(self, stage: str, layer: int = -1) -> Iterator[None]:
-        """A stretch of work under a name: where this worker is, and in the trace."""
+        """A stretch of work under a name: where this worker is, and in the trace, without the stretches inside it."""
         before = self.team.at(self.place, stage, layer)
-        start = time.time()
         yield
-        self.team.trace.add(stage, self.rank, start, time.time(), layer)
         self.team.at(self.place, *before)
 
     # ---- split rows
