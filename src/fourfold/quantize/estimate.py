@@ -26,7 +26,7 @@ class Workload:
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
     group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
     expert_bytes: of a layer's routed experts in BF16; shard_bytes: of the largest layer's output;
-    writer_bytes: the most that is held while a shard is written; read_bytes, write_bytes: of the whole run.
+    read_bytes, write_bytes: of the whole run.
     """
 
     hidden: int
@@ -56,7 +56,6 @@ class Workload:
     layer_bytes: int
     expert_bytes: int
     shard_bytes: int
-    writer_bytes: int
     read_bytes: int
     write_bytes: int
 

@@ -264,7 +264,7 @@ def plan_memory(
     own, tokens = _ceil_div(work.experts, workers), EXPERT_TOKENS
     shared, inputs = _resident_bytes(work) + traffic_bytes(work), "device"
     if not on_cpu:
-        while tokens > EXPERT_TOKENS_LEAST and pinned.sums_bytes(work, tokens, workers) > pinned.SUMS_BYTES:
+        while tokens > pinned.TOKENS_LEAST and pinned.sums_bytes(work, tokens, workers) > pinned.SUMS_BYTES:
             tokens //= 2
         shared = _shared_bytes(work, devices, Sizes(chunk=own, tokens=tokens, rows=1, inputs=inputs))
     if host_bytes is not None and shared > host_bytes:
@@ -327,7 +327,7 @@ def chunk_inputs_bytes(work: Workload) -> int:
 
 def _resident_bytes(work: Workload) -> int:
     """On the host in every stage of the loop: rows, the layer in work, the next one, what is written."""
-    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.writer_bytes
+    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.shard_bytes
 
 
 def _shared_bytes(work: Workload, devices: Sequence[str], sizes: Sizes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,16 +171,22 @@ def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memo
 
 
 def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTensor]:
-    """A fused stack [E, N, K] as one tensor per expert and projection, read when the first of them is written."""
+    """A fused stack [E, N, K] as one tensor per expert and projection. It is read once to be hashed, when the first of
+    them is written, and once more by them: as a whole it takes more memory than all that is written beside it.
+    """
+    _, outputs, inputs = header.shape
+    row_bytes = header.size_bytes // math.prod(header.shape[:2])
 
     @functools.cache
-    def stack() -> Tensor:
-        stack_ENK = index.read(header.name, sha=sha)
-        require_finite(stack_ENK, header.name)
-        return stack_ENK
+    def hashed() -> None:
+        for _ in _copied(index, header, sha):
+            pass
 
     def rows(expert: int, place: slice) -> Iterator[memoryview]:
-        yield raw_bytes(stack()[expert, place])
+        hashed()
+        rows_NK = torch.empty(place.stop - place.start, inputs, dtype=DTYPES[header.dtype])
+        index.read_range(header.name, (expert * outputs + place.start) * row_bytes, raw_bytes(rows_NK))
+        yield raw_bytes(rows_NK)
 
     return [
         _tensor(header, name, (place.stop - place.start, header.shape[2]), partial(rows, expert, place))

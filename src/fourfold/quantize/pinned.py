@@ -5,7 +5,8 @@ from __future__ import annotations
 from fourfold.quantize.estimate import BF16, FP32, Workload
 from fourfold.quantize.link import pinned_bytes
 
-SUMS_BYTES = 600 * 10**6  # of sums on their way, which make batches of tokens smaller where there are many workers
+SUMS_BYTES = 600 * 10**6  # of sums on their way: where there are many workers, batches have fewer tokens
+TOKENS_LEAST = 4_096  # but not fewer than these, which keep GPUs busy
 
 
 def rounding_bytes(work: Workload, workers: int) -> int:
@@ -20,9 +21,8 @@ def rounding_bytes(work: Workload, workers: int) -> int:
 
 
 def packed_bytes(work: Workload, chunk: int) -> int:
-    """Of a layer's results, made while the last ones are written; without Workload.writer_bytes, counted elsewhere."""
-    rounded = work.shard_bytes * pinned_bytes(chunk) // chunk
-    return rounded + max(rounded - work.writer_bytes, 0)
+    """Of a layer's results, made while the last ones are written; of these only the rounding, the rest is elsewhere."""
+    return 2 * (work.shard_bytes * pinned_bytes(chunk) // chunk) - work.shard_bytes
 
 
 def sums_bytes(work: Workload, tokens: int, workers: int) -> int:
