@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     with clock.watching(), torch.no_grad():
         traffic = streams.attend(worker, layer, both, batches, ignore)
         layer = streams.own_experts(worker, layer, traffic)
-        seen = observe.observe(worker, layer, *traffic, batches.inputs, recipe.solver.residual)
+        seen = observe.observe(worker, layer, *traffic, recipe.solver.residual)
         result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
         streams.advance(worker, (layer, release_layer), traffic, both, batches, ignore)

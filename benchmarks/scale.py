@@ -115,7 +115,6 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         layer_bytes=max(BF16 * (count + experts * has) for count, has in zip(kept, routed, strict=True)),
         expert_bytes=BF16 * experts,
         shard_bytes=max(shards),
-        writer_bytes=max(shards),
         read_bytes=read_bytes + ends_bytes,
         write_bytes=sum(shards) + ends_bytes,
     )

@@ -15,7 +15,7 @@ import checkpoints
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize import devices, memory
+from fourfold.quantize import devices, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.devices import expand_devices
 from fourfold.quantize.estimate import Workload
@@ -542,6 +542,30 @@ def test_on_the_cpu_the_device_is_the_host(full: Path) -> None:
     assert all(stage.host_bytes == stage.device_bytes for stage in cpu.stages)
     assert gpu.chunk_experts > cpu.chunk_experts
     assert gpu.host_peak_bytes < cpu.host_peak_bytes
+
+
+def test_four_small_gpus_keep_to_their_budgets(full: Path) -> None:
+    """Beside them, in pinned memory: rows, layers, results twice, sums; inputs that do not stay on a device."""
+    work = make_plan(full, RECIPE).work
+    devices = [f"cuda:{number}" for number in range(4)]
+    found = memory.plan_memory(work, devices, 10 * 2**30, 8 * 2**30)
+    assert (found.inputs, found.problems) == ("file", ())
+    whole, (file, on_device) = 2**30, (
+        memory.plan_memory(work, devices, 10 * 2**30, host).stages[1].shared_bytes for host in (8 * 2**30, None)
+    )
+    assert on_device - file == whole  # BF16 inputs of 256 x 1024 tokens, one stream on its way
+    assert memory.plan_memory(work, devices, 3 * 2**30).inputs == "host"
+    assert pinned.inputs_bytes(work, "host") == 2 * whole
+    three = memory.plan_memory(work, devices[:3], 10 * 2**30).stages[1].shared_bytes
+    assert three - on_device > 2 * (3 * 2**29 - whole)  # a third of a stream's rows takes half a GiB
+
+
+@pytest.mark.parametrize("workers", [1, 4, 8, 64])
+def test_sums_on_their_way_stay_small(full: Path, workers: int) -> None:
+    work = make_plan(full, RECIPE).work
+    tokens = memory.plan_memory(work, [f"cuda:{number}" for number in range(workers)], 20 * GB).token_batch
+    assert tokens >= 4096
+    assert tokens == 4096 or pinned.sums_bytes(work, tokens, workers) <= 600 * 10**6
 
 
 def test_one_stream_takes_less(full: Path) -> None:

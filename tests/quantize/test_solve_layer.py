@@ -302,7 +302,7 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
     traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
-    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic), "device", residual=True)
+    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic), residual=True)
     assert seen.target_TD is seen.input_TD and seen.gap_TD is None
     released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
     plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))
@@ -332,17 +332,17 @@ def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed
         for seed, input_TD in ((7, observed.target_TD), (8, observed.input_TD))
     )  # fmt: skip
     kept = source.rows.hidden_RTD.clone(), release.rows.hidden_RTD.clone()
-    found_TD = observe(worker, layer, source, release, "device", residual=True).gap_TD
+    found_TD = observe(worker, layer, source, release, residual=True).gap_TD
     assert found_TD is not None
     lacking_TD = (kept[0].float() - kept[1].float()).view(TOKENS, HIDDEN)
     sum_T1 = observed.routing.weight_TA.float().sum(dim=1, keepdim=True)
     assert (found_TD.float() - lacking_TD / sum_T1).abs().max() < 2**-7 * lacking_TD.abs().max()
     louder = replace(release, routing=replace(observed.routing, weight_TA=2 * observed.routing.weight_TA))
-    halved_TD = observe(worker, layer, source, louder, "device", residual=True).gap_TD
+    halved_TD = observe(worker, layer, source, louder, residual=True).gap_TD
     assert halved_TD is not None and torch.equal(2 * halved_TD, found_TD)
     assert torch.equal(source.rows.hidden_RTD, kept[0]) and torch.equal(release.rows.hidden_RTD, kept[1])
-    assert observe(worker, layer, source, release, "device", residual=False).gap_TD is None
-    assert observe(worker, layer, source, None, "device", residual=True).gap_TD is None
+    assert observe(worker, layer, source, release, residual=False).gap_TD is None
+    assert observe(worker, layer, source, None, residual=True).gap_TD is None
 
 
 def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Observed) -> None:

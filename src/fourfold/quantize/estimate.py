@@ -26,7 +26,7 @@ class Workload:
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
     group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
     expert_bytes: of a layer's routed experts in BF16; shard_bytes: of the largest layer's output;
-    writer_bytes: the most that is held while a shard is written; read_bytes, write_bytes: of the whole run.
+    read_bytes, write_bytes: of the whole run.
     """
 
     hidden: int
@@ -57,7 +57,6 @@ class Workload:
     layer_bytes: int
     expert_bytes: int
     shard_bytes: int
-    writer_bytes: int
     read_bytes: int
     write_bytes: int
 
@@ -203,13 +202,8 @@ def rows_bytes(work: Workload, tokens: int) -> float:
 
 
 def experts_bytes(work: Workload, tokens: int) -> float:
-    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs."""
-    return float(work.routed_layers * tokens * work.topk * (2 * work.hidden + 4 * work.width) * BF16)
-
-
-def unsorted_bytes(work: Workload, tokens: int) -> float:
-    """Outputs put back to their tokens, BF16: as many places on every worker, its own or not."""
-    return float(work.routed_layers * tokens * work.topk * work.hidden * BF16)
+    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs, and these by token."""
+    return float(work.routed_layers * tokens * work.topk * (3 * work.hidden + 4 * work.width) * BF16)
 
 
 def head_bytes(work: Workload) -> float:
