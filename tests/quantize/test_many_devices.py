@@ -202,6 +202,16 @@ def test_ranks_do_what_workers_do(source: Path, on_two: Path, small_file: Path, 
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_says_so_and_takes_the_others_down(source: Path, small_file: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = torchrun(source, small_file, tmp_path / "out", 1, "hang")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert "worker 1 on cpu hangs: no sign of life for 10 s in solve of layer 1" in done.stderr
+    assert "worker 0 on cpu hangs" not in done.stderr
+    assert not (tmp_path / "out/fourfold.json").exists()
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_takes_the_others_down(
     source: Path, release: Path, small_file: Path, small: MakeRecipe, tmp_path: Path
 ) -> None:
