@@ -108,6 +108,8 @@ def test_a_trace_holds_every_workers_stages(source: Path, small: MakeRecipe, tmp
     for lane in (0, 1):
         names = {event["name"] for event in events if event["ph"] == "X" and event["tid"] == lane}
         assert names >= {"embed", "read", "attend", "moments", "solve", "advance", "wait"}
+    names = {event["name"] for event in events if event["ph"] == "X" and event["tid"] == 0}
+    assert names >= {"wait for reader", "wait for writer"}  # only the first of a process does
     for lane in (0, 1):  # whole microseconds
         own = sorted((event["ts"], event["dur"]) for event in events if event["ph"] == "X" and event["tid"] == lane)
         assert all(first + duration <= second + 2 for (first, duration), (second, _) in pairwise(own))
