@@ -567,6 +567,8 @@ def test_sums_on_their_way_stay_small(full: Path, workers: int) -> None:
     tokens = memory.plan_memory(work, [f"cuda:{number}" for number in range(workers)], 20 * GB).token_batch
     assert tokens >= 4096
     assert tokens == 4096 or pinned.sums_bytes(work, tokens, workers) <= 600 * 10**6
+    each = 4096 * 2048 * 4  # fp32, two of each worker and their sum; a worker alone gives BF16, which is the sum
+    assert pinned.sums_bytes(work, 4096, workers) == ((2 * workers + 1) * each if workers > 1 else each)
 
 
 def test_one_stream_takes_less(full: Path) -> None:

@@ -17,7 +17,7 @@ import problems
 import reference
 from fourfold.core import guidance, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
-from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
+from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
 from fourfold.quantize import site, solve
 from fourfold.quantize.observe import Observed, Traffic, make_chunk, observe, row_moments, row_pool
 from fourfold.quantize.workers import alone
@@ -296,6 +296,26 @@ def test_down_sees_the_released_gate_and_up_on_the_release_stream(
     for call, used_ENK in enumerate(seen):
         first = 2 * (call // 2)
         assert torch.equal(used_ENK, wanted_ENK[first : first + 2])
+
+
+@pytest.mark.parametrize("owned", [(0, 1, 2, 3), (1, 3), (3,)])
+def test_own_experts_outputs_are_summed_by_token(
+    layer: DecoderLayer, observed: Observed, owned: tuple[int, ...]
+) -> None:
+    """Against one token after the other in float64; a token that goes to others gets zero, expert 3 has no token."""
+    gate_up_ENK, down_ENK = (stack[list(owned)] for stack in layer.stacks)
+    own = replace(layer, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+    partial_TD = run_experts(own, observed.input_TD, observed.routing)
+    assert (partial_TD.shape, partial_TD.dtype) == ((TOKENS, HIDDEN), torch.float32)
+    gate_up_ENK, down_ENK = (stack.double() for stack in layer.stacks)
+    wanted_TD = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for token, input_D in enumerate(observed.input_TD.double()):
+        for expert, weight in zip(*(part[token].tolist() for part in vars(observed.routing).values()), strict=True):
+            if expert in owned:
+                gate_I, up_I = (gate_up_ENK[expert] @ input_D).chunk(2)
+                wanted_TD[token] += weight * (down_ENK[expert] @ (silu(gate_I) * up_I))
+    assert (partial_TD - wanted_TD).abs().max() <= 0.02 * (wanted_TD.abs().max() + 1e-9)
+    assert torch.equal(partial_TD.any(dim=1), wanted_TD.any(dim=1))
 
 
 def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
