@@ -46,8 +46,9 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "moments": ([(moments, "accumulate")], MOMENTS),
     "pools": ([(solve, "gate_up_pool"), (solve, "down_pool")], MOMENTS),
     "activations for down": ([(observe, "expert_hidden")], "bf16"),
-    "shrink": ([(moments, "shrink"), (moments, "shrink_cross")], "fp32"),
+    "shrink": ([(moments, "shrink"), (moments, "shrink_to_zero")], "fp32"),
     "factor": ([(gptq, "factorize_")], "fp32"),
+    "gap of the rows": ([(observe, "_gap"), (moments, "gap")], "fp32"),
     "asymmetric target": ([(gptq, "retarget")], "fp32"),
     "row metric": (
         [(solve, "row_moments"), (solve, "row_pool"), (guidance, "gate_up_metric"), (guidance, "factorize_rows")],
@@ -193,6 +194,7 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
         "activations for down": pairs * both * 4.0 * hidden * width,
         "shrink": 0.0,
         "factor": experts * sum(inputs**3 for inputs, _ in sites) / 3.0,
+        "gap of the rows": pairs * 2.0 * hidden * width * (solver.asymmetric and solver.residual),
         "asymmetric target": 4.0 * products * solver.asymmetric,
         "row metric": (pairs + experts * solver.pool_rows) * (4.0 * hidden * width + 4.0 * width**2) * guided,
         "scale search": experts * weights * 7.0 * candidates if solver.scale == "search" else 0.0,
@@ -218,7 +220,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     with clock.watching(), torch.no_grad():
         traffic = streams.attend(worker, layer, both, batches, ignore)
         layer = streams.own_experts(worker, layer, traffic)
-        seen = observe.observe(layer, *traffic, batches.inputs)
+        seen = observe.observe(worker, layer, *traffic, recipe.solver.residual)
         result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
         streams.advance(worker, (layer, release_layer), traffic, both, batches, ignore)

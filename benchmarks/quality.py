@@ -73,6 +73,7 @@ METHODS = (
     Method("best on code", "best", code_alone=True),
     Method("guided on code", "guided", code_alone=True),
     less("asymmetric target", "solver.alpha=0"),
+    less("residual stream", "solver.residual=false"),
     less("pool", "solver.pool=0"),
     less("effective tokens", "solver.effective_tokens=false"),
     less("trace matching", "solver.trace_matched=false"),

@@ -97,6 +97,7 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
+        residual=solver.residual,
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
@@ -114,7 +115,6 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         layer_bytes=max(BF16 * (count + experts * has) for count, has in zip(kept, routed, strict=True)),
         expert_bytes=BF16 * experts,
         shard_bytes=max(shards),
-        writer_bytes=max(shards),
         read_bytes=read_bytes + ends_bytes,
         write_bytes=sum(shards) + ends_bytes,
     )

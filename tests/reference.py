@@ -286,9 +286,9 @@ def _descend_scales(
             scale_NG[row, group] = rounded
 
 
-def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float) -> Array:
-    """W + alpha W C H^-1, with the inverse as it is written."""
-    moved_NK: Array = weight_NK + alpha * weight_NK @ cross_KK @ np.linalg.inv(hessian_KK)
+def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float, gap_NK: Array | float = 0.0) -> Array:
+    """W + alpha (W C + Y) H^-1, with the inverse as it is written."""
+    moved_NK: Array = weight_NK + alpha * (weight_NK @ cross_KK + gap_NK) @ np.linalg.inv(hessian_KK)
     return moved_NK
 
 

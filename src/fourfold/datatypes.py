@@ -111,7 +111,8 @@ class Moments:
     """Second moments of the inputs of one input site, for a stack of experts: fp32 sums, never means.
 
     hessian_EKK: sum of w x x^T; cross_EKK: sum of w (x_source - x) x^T, or None without a second stream;
-    weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2.
+    weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2; gap_ENK: sum of w y x^T, y what the
+    source's residual stream has over the release's where the site's output is added, or None.
     """
 
     hessian_EKK: Tensor
@@ -119,20 +120,25 @@ class Moments:
     weight_E: Tensor
     count_E: Tensor
     energy2_E: Tensor
+    gap_ENK: Tensor | None = None
 
     def __add__(self, other: Moments) -> Moments:
-        if (self.cross_EKK is None) != (other.cross_EKK is None):
-            raise ValueError("moments with and without a cross moment cannot be merged")
-        cross_EKK = None
-        if self.cross_EKK is not None and other.cross_EKK is not None:
-            cross_EKK = self.cross_EKK + other.cross_EKK
         return Moments(
             hessian_EKK=self.hessian_EKK + other.hessian_EKK,
-            cross_EKK=cross_EKK,
+            cross_EKK=_add(self.cross_EKK, other.cross_EKK),
             weight_E=self.weight_E + other.weight_E,
             count_E=self.count_E + other.count_E,
             energy2_E=self.energy2_E + other.energy2_E,
+            gap_ENK=_add(self.gap_ENK, other.gap_ENK),
         )
+
+
+def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None and second is None:
+        return None
+    if first is None or second is None:
+        raise ValueError("moments with and without a cross moment or gap cannot be merged")
+    return first + second
 
 
 @dataclass(frozen=True)

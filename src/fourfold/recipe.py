@@ -81,7 +81,8 @@ class Solver:
     """How codes and scales are found; every ingredient is one field (docs/numerics.md).
 
     asymmetric: solve on the release stream's inputs towards the source stream's outputs; alpha: how much of that
-    correction is taken;
+    correction is taken; residual: with it, down also makes up for what the release's residual stream lacks before the
+    experts' output is added;
     router_weighted: tokens weigh by their router weight; pool: n0 = pool * K effective tokens of the layer's
     statistics are mixed into each expert's (0 = none); effective_tokens: count loud tokens as few;
     trace_matched: the pool is scaled to each expert's loudness; pool_rows: random rows for `down`'s pool;
@@ -96,6 +97,7 @@ class Solver:
 
     asymmetric: bool = True
     alpha: float = 1.0
+    residual: bool = True
     router_weighted: bool = True
     pool: float = 0.5
     effective_tokens: bool = True

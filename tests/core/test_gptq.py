@@ -345,31 +345,42 @@ def test_inblock_rounds_half_to_even_and_clamps() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
-def test_retarget_is_w_plus_alpha_w_c_over_h(weight_ENK: Tensor, hessian_EKK: Tensor, order: str, alpha: float) -> None:
+@pytest.mark.parametrize("with_gap", [False, True])
+def test_retarget_is_w_plus_alpha_w_c_and_gap_over_h(
+    weight_ENK: Tensor, hessian_EKK: Tensor, order: str, alpha: float, with_gap: bool
+) -> None:
     cross_EKK = problems.crosses(problems.make())
-    before = weight_ENK.clone(), cross_EKK.clone()
-    found = gptq.retarget(weight_ENK, cross_EKK, factorize(hessian_EKK, order)[0], alpha)
+    gap_ENK = 0.1 * weight_ENK.flip(1, 2) @ cross_EKK if with_gap else None
+    before = [None if given is None else given.clone() for given in (weight_ENK, cross_EKK, gap_ENK)]
+    found = gptq.retarget(weight_ENK, cross_EKK, factorize(hessian_EKK, order)[0], alpha, gap_ENK)
     for expert in range(3):
         weight_NK, cross_KK = problems.array(weight_ENK[expert]), problems.array(cross_EKK[expert])
-        wanted = reference.retarget(weight_NK, cross_KK, damped(hessian_EKK, expert), alpha)
+        gap_NK = 0.0 if gap_ENK is None else problems.array(gap_ENK[expert])
+        wanted = reference.retarget(weight_NK, cross_KK, damped(hessian_EKK, expert), alpha, gap_NK)
         assert np.abs(problems.array(found[expert]) - wanted).max() < 1e-10 * np.abs(wanted).max()
         assert np.abs(wanted - weight_NK).max() > 1e-3 * np.abs(weight_NK).max()  # there is something to see
-    assert torch.equal(weight_ENK, before[0]) and torch.equal(cross_EKK, before[1])
+    for tensor, old in zip((weight_ENK, cross_EKK, gap_ENK), before, strict=True):
+        assert tensor is None or (old is not None and torch.equal(tensor, old))
     assert torch.equal(gptq.retarget(weight_ENK, 0 * cross_EKK, factorize(hessian_EKK)[0], alpha), weight_ENK)
 
 
 def test_the_retarget_identity() -> None:
-    """|W xf - Wq x|^2 = (W* - Wq) H (W* - Wq)^T + a constant, for any Wq."""
+    """|W xf + y - Wq x|^2 = (W* - Wq) H (W* - Wq)^T + a constant, for any Wq."""
     problem = problems.make(inputs=64, outputs=6)
     hessian_EKK, cross_EKK = problems.hessians(problem), problems.crosses(problem)
     weight_ENK = problem.weight_ENK.double()
-    target_ENK = gptq.retarget(weight_ENK, cross_EKK, factorize(hessian_EKK, settings=UNDAMPED)[0], 1.0)
+    tokens = [[values.double() for values in problem.tokens_of(expert)] for expert in range(3)]
+    lacking = [(input_SK[:, :6] - input_SK[:, 6:12].abs()).contiguous() for input_SK, _, _ in tokens]  # y: [S, N]
+    gap_ENK = torch.stack([(weight_S[:, None] * lacking_SN).T @ input_SK / weight_S.sum()
+                           for (input_SK, _, weight_S), lacking_SN in zip(tokens, lacking, strict=True)])  # fmt: skip
+    factor = factorize(hessian_EKK, settings=UNDAMPED)[0]
+    target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, 1.0, gap_ENK)
     for expert in range(3):
-        input_SK, source_SK, weight_S = (values.double() for values in problem.tokens_of(expert))
+        input_SK, source_SK, weight_S = tokens[expert]
         constants = []
         for seed in range(4):
             wq_NK = weight_ENK[expert] + 0.01 * integers(-9, 10, 6, 64, seed=seed)
-            output_SN = source_SK @ weight_ENK[expert].T - input_SK @ wq_NK.T
+            output_SN = source_SK @ weight_ENK[expert].T + lacking[expert] - input_SK @ wq_NK.T
             loss = (weight_S[:, None] * output_SN.square()).sum() / weight_S.sum()
             constants.append((loss - proxy_E((target_ENK[expert] - wq_NK)[None], hessian_EKK[expert][None])).item())
         assert constants == pytest.approx([constants[0]] * 4, rel=1e-9, abs=1e-12)

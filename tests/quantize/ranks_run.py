@@ -1,19 +1,21 @@
 """Child process of test_many_devices.py, a rank under torchrun: quantize, or die on the way.
 
-    torchrun ... ranks_run.py MODEL RECIPE.toml OUT [RANK]
+    torchrun ... ranks_run.py MODEL RECIPE.toml OUT [RANK [hang]]
 
-RANK: kills itself (SIGKILL) when layer 1 is to be solved.
+RANK: kills itself (SIGKILL) when layer 1 is to be solved; or hangs then, which is said after ten seconds.
 """
 
 import os
 import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fourfold.quantize import run
+from fourfold.quantize import run, workers
 from fourfold.quantize.devices import Machine
 from fourfold.recipe import load_recipe
 
@@ -23,10 +25,16 @@ def main() -> None:
     original = run.solve_layer
 
     def solve_layer(worker: Any, layer: Any, *rest: Any) -> Any:
-        if [str(worker.rank)] == dying and layer.index == 1:
+        if [str(worker.rank)] == dying[:1] and layer.index == 1:
+            if dying[1:]:
+                time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(worker, layer, *rest)
 
+    if dying[1:]:
+        workers.GRACE_SECONDS = 1.0
+        run.Team = partial(workers.Team, patience_seconds=10.0)  # type: ignore[misc, assignment]
+        run.patience_seconds = lambda work, time: 10.0
     run.solve_layer = solve_layer  # type: ignore[assignment]
     torch.set_num_threads(1)
     run.quantize(Path(model), Path(out), load_recipe(recipe), machine=Machine(memory_bytes=2 * 2**30))

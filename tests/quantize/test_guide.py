@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, w
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import read_embedding, read_head
-from fourfold.quantize.workers import Team, alone
+from fourfold.quantize.workers import Team
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -182,7 +182,7 @@ def run_sweep(
     (out / ".fourfold").mkdir(parents=True, exist_ok=True)
     left, team = what_is_left(plan, out), Team([CPU] * workers)
     token_RT = token_rows(plan.work.guidance_tokens // LENGTH)
-    with ReadAhead(plan, team.trace, left.layers) as ahead, Writer(team.trace) as writer:
+    with ReadAhead(plan, team.trace, left.layers, team.links) as ahead, Writer(team.trace) as writer:
         job = Guide(plan=plan, out=out, token_RT=token_RT, batch_rows=1, left=left, ahead=ahead, writer=writer)
         team.run(lambda worker: sweep(worker, job, stages(tell if worker.leads else lambda *_: None)))
     return plan
@@ -409,7 +409,8 @@ def test_guidance_loses_a_fifth_less_on_the_example(example_model: Path, tmp_pat
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool) -> None:
     """Of a GPU's worker; none is needed for the switches, which are the whole process's."""
-    with contextlib.suppress(ZeroDivisionError), guide._repeatable(alone(torch.device("cuda"))):
+    worker: Any = SimpleNamespace(device=torch.device("cuda"), everyone=lambda value: [value])
+    with contextlib.suppress(ZeroDivisionError), guide._repeatable(worker):
         assert torch.are_deterministic_algorithms_enabled()
         assert 1 / (not fails)
     assert not torch.are_deterministic_algorithms_enabled()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,11 @@ def test_a_trace_holds_every_workers_stages(source: Path, small: MakeRecipe, tmp
     for lane in (0, 1):
         names = {event["name"] for event in events if event["ph"] == "X" and event["tid"] == lane}
         assert names >= {"embed", "read", "attend", "moments", "solve", "advance", "wait"}
-    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    names = {event["name"] for event in events if event["ph"] == "X" and event["tid"] == 0}
+    assert names >= {"wait for reader", "wait for writer"}  # only the first of a process does
+    for lane in (0, 1):  # whole microseconds
+        own = sorted((event["ts"], event["dur"]) for event in events if event["ph"] == "X" and event["tid"] == lane)
+        assert all(first + duration <= second + 2 for (first, duration), (second, _) in pairwise(own))
 
 
 # ---- faults
@@ -118,7 +123,7 @@ def fail_in(layer: int, rank: int, error: BaseException, monkeypatch: pytest.Mon
     original = solve._solve_chunk
 
     def failing(job: Any, places: range) -> Any:
-        if (job.layer.index, job.clock._worker.rank) == (layer, rank):
+        if (job.layer.index, job.clock.worker.rank) == (layer, rank):
             raise error
         return original(job, places)
 
@@ -196,6 +201,16 @@ def test_ranks_do_what_workers_do(source: Path, on_two: Path, small_file: Path, 
     assert min(equal_codes(on_two, tmp_path / "out").values()) >= 0.999
     state = releases.read_json(tmp_path / "out/fourfold.json")
     assert state["settings"]["devices"] == ["cpu", "cpu"] and len(state["workers"]) == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_says_so_and_takes_the_others_down(source: Path, small_file: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = torchrun(source, small_file, tmp_path / "out", 1, "hang")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert "worker 1 on cpu hangs: no sign of life for 10 s in solve of layer 1" in done.stderr
+    assert "worker 0 on cpu hangs" not in done.stderr
+    assert not (tmp_path / "out/fourfold.json").exists()
 
 
 @pytest.mark.slow

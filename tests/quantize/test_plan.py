@@ -15,7 +15,7 @@ import checkpoints
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize import devices, memory
+from fourfold.quantize import devices, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.devices import expand_devices
 from fourfold.quantize.estimate import Workload
@@ -544,6 +544,33 @@ def test_on_the_cpu_the_device_is_the_host(full: Path) -> None:
     assert gpu.host_peak_bytes < cpu.host_peak_bytes
 
 
+def test_four_small_gpus_keep_to_their_budgets(full: Path) -> None:
+    """Beside them, in pinned memory: rows, layers, results twice, sums; inputs that do not stay on a device."""
+    work = make_plan(full, RECIPE).work
+    devices = [f"cuda:{number}" for number in range(4)]
+    found = memory.plan_memory(work, devices, 10 * 2**30, 8 * 2**30)
+    assert (found.inputs, found.problems) == ("file", ())
+    held = memory.plan_memory(work, devices, 10 * 2**30)
+    whole, on_device = 2**30, held.stages[1].shared_bytes
+    packed = (pinned.packed_bytes(work, plan.chunk_experts) for plan in (held, found))
+    # BF16 inputs of 256 x 1024 tokens, one stream on its way; and results, as chunks are larger.
+    assert on_device - found.stages[1].shared_bytes == whole + next(packed) - next(packed)
+    assert memory.plan_memory(work, devices, 3 * 2**30).inputs == "host"
+    assert pinned.inputs_bytes(work, "host") == 3 * whole  # of both streams, and the gap between them
+    three = memory.plan_memory(work, devices[:3], 10 * 2**30).stages[1].shared_bytes
+    assert three - on_device > 2 * (3 * 2**29 - whole)  # a third of a stream's rows takes half a GiB
+
+
+@pytest.mark.parametrize("workers", [1, 4, 8, 64])
+def test_sums_on_their_way_stay_small(full: Path, workers: int) -> None:
+    work = make_plan(full, RECIPE).work
+    tokens = memory.plan_memory(work, [f"cuda:{number}" for number in range(workers)], 20 * GB).token_batch
+    assert tokens >= 4096
+    assert tokens == 4096 or pinned.sums_bytes(work, tokens, workers) <= 600 * 10**6
+    each = 4096 * 2048 * 4  # fp32, two of each worker and their sum; a worker alone gives BF16, which is the sum
+    assert pinned.sums_bytes(work, 4096, workers) == ((2 * workers + 1) * each if workers > 1 else each)
+
+
 def test_one_stream_takes_less(full: Path) -> None:
     recipes = [load_recipe(name) for name in ("best", "fast")]
     both, one = (make_plan(full, recipe, devices=("cuda",), memory_bytes=14 * GB).memory for recipe in recipes)
@@ -553,7 +580,7 @@ def test_one_stream_takes_less(full: Path) -> None:
         next(stage.host_bytes for stage in plan.stages if stage.stage == "attend") for plan in (both, one)
     ]
     tokens = 256 * 1024
-    kept = 2 * (2048 * 2) + 8 + 8 * (8 + 2) + 8 * (8 + 8 + 2)  # hidden and MoE input, id, routing, pairs
+    kept = 3 * (2048 * 2) + 8 + 8 * (8 + 2) + 8 * (8 + 8 + 2)  # hidden, MoE input and gap; id, routing, pairs
     assert attend[0] - attend[1] == tokens * kept
 
 
@@ -636,7 +663,12 @@ def test_temporaries_take_time_beside_operations(full: Path) -> None:
 
 def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
     found = {step.name: step.pflop for step in make_plan(full, load_recipe("fast")).time.steps}
-    assert found["release stream"] == found["cross moments"] == found["asymmetric target"] == 0
+    unpaid = "release stream", "cross moments", "asymmetric target", "gap between the streams"
+    assert [found[step] for step in unpaid] == [0, 0, 0, 0]
+    pairs = 40 * 262_144 * 8
+    assert {step.name: step.pflop for step in make_plan(full, RECIPE).time.steps}[unpaid[-1]] == pytest.approx(
+        2 * pairs * 512 * 2048 / 1e15
+    )
     time = make_plan(full, RECIPE).time
     assert "prediction" in time.basis
     behind = time.read_seconds, time.write_seconds, time.disk_seconds

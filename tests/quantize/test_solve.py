@@ -24,7 +24,7 @@ from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
 from problems import GROUP, Problem
 
 # What acts before a site is made: see test_solve_layer.py.
-ELSEWHERE = {"asymmetric", "router_weighted", "pool_rows"}
+ELSEWHERE = {"asymmetric", "residual", "router_weighted", "pool_rows"}
 # Fields of the presets, a value other than that of `best`, and what else must be set for the field to be used.
 OTHER_VALUES: list[tuple[str, object, dict[str, Any]]] = [
     ("alpha", 0.5, {}),
@@ -109,8 +109,9 @@ def with_tokens(site: Site, input_TK: Tensor, expert: int = 1) -> Site:
     few = moments.accumulate(input_TK, input_TK, torch.arange(count), torch.ones(count), [0, count])
     changed = {}
     for field in dataclasses.fields(Moments):
-        changed[field.name] = getattr(own, field.name).clone()
-        changed[field.name][expert] = getattr(few, field.name)[0]
+        if getattr(own, field.name) is not None:
+            changed[field.name] = getattr(own, field.name).clone()
+            changed[field.name][expert] = getattr(few, field.name)[0]
     return replace(site, moments=Moments(**changed))
 
 

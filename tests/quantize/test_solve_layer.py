@@ -17,7 +17,7 @@ import problems
 import reference
 from fourfold.core import guidance, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
-from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, sort_pairs
+from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
 from fourfold.quantize import site, solve
 from fourfold.quantize.observe import Observed, Traffic, make_chunk, observe, row_moments, row_pool
 from fourfold.quantize.workers import alone
@@ -70,7 +70,8 @@ def observed() -> Observed:
     routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
     target_TD = input_TD + 0.1 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
     pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
-    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16())
+    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 32
+    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16())
 
 
 def solve_with(
@@ -78,7 +79,9 @@ def solve_with(
     curvature: solve.Curvature | None = None,
 ) -> LayerResult:  # fmt: skip
     if not recipe.solver.asymmetric:
-        observed = replace(observed, target_TD=None)
+        observed = replace(observed, target_TD=None, gap_TD=None)
+    if not recipe.solver.residual:
+        observed = replace(observed, gap_TD=None)
     ticks = list[int]()
     chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
     result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
@@ -254,7 +257,12 @@ def test_weights_of_zero_have_no_relative_error(layer: DecoderLayer, observed: O
 
 @pytest.mark.parametrize(
     ("field", "value", "changed"),
-    [("router_weighted", False, PROJECTIONS), ("pool_rows", 50, ("down_proj",)), ("asymmetric", False, PROJECTIONS)],
+    [
+        ("router_weighted", False, PROJECTIONS),
+        ("pool_rows", 50, ("down_proj",)),
+        ("asymmetric", False, PROJECTIONS),
+        ("residual", False, ("down_proj",)),
+    ],
 )
 def test_every_field_does_something(
     layer: DecoderLayer, observed: Observed, result: LayerResult, field: str, value: object, changed: tuple[str, ...]
@@ -290,12 +298,32 @@ def test_down_sees_the_released_gate_and_up_on_the_release_stream(
         assert torch.equal(used_ENK, wanted_ENK[first : first + 2])
 
 
+@pytest.mark.parametrize("owned", [(0, 1, 2, 3), (1, 3), (3,)])
+def test_own_experts_outputs_are_summed_by_token(
+    layer: DecoderLayer, observed: Observed, owned: tuple[int, ...]
+) -> None:
+    """Against one token after the other in float64; a token that goes to others gets zero, expert 3 has no token."""
+    gate_up_ENK, down_ENK = (stack[list(owned)] for stack in layer.stacks)
+    own = replace(layer, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+    partial_TD = run_experts(own, observed.input_TD, observed.routing)
+    assert (partial_TD.shape, partial_TD.dtype) == ((TOKENS, HIDDEN), torch.float32)
+    gate_up_ENK, down_ENK = (stack.double() for stack in layer.stacks)
+    wanted_TD = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for token, input_D in enumerate(observed.input_TD.double()):
+        for expert, weight in zip(*(part[token].tolist() for part in vars(observed.routing).values()), strict=True):
+            if expert in owned:
+                gate_I, up_I = (gate_up_ENK[expert] @ input_D).chunk(2)
+                wanted_TD[token] += weight * (down_ENK[expert] @ (silu(gate_I) * up_I))
+    assert (partial_TD - wanted_TD).abs().max() <= 0.02 * (wanted_TD.abs().max() + 1e-9)
+    assert torch.equal(partial_TD.any(dim=1), wanted_TD.any(dim=1))
+
+
 def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
     traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
-    seen = observe(layer, traffic, replace(traffic), "device")
-    assert seen.target_TD is seen.input_TD
+    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic), residual=True)
+    assert seen.target_TD is seen.input_TD and seen.gap_TD is None
     released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
     plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))
     assert plain.gate_up_ENK is not None and asymmetric.gate_up_ENK is not None
@@ -312,6 +340,60 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     error = {alpha: (output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD).norm()
              for alpha, result in released.items()}  # fmt: skip
     assert error[1.0] < 0.9 * error[0.0]
+
+
+def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed: Observed) -> None:
+    """By a token's router weights in sum. Only where the recipe asks for it, and where there is a second stream."""
+    worker = alone(torch.device("cpu"))
+    token_RT = torch.zeros(2, TOKENS // 2, dtype=torch.int64)
+    source, release = (
+        Traffic(Rows(token_RT, normal(2, TOKENS // 2, HIDDEN, seed=seed).bfloat16()), observed.counts, input_TD,
+                observed.routing)
+        for seed, input_TD in ((7, observed.target_TD), (8, observed.input_TD))
+    )  # fmt: skip
+    kept = source.rows.hidden_RTD.clone(), release.rows.hidden_RTD.clone()
+    found_TD = observe(worker, layer, source, release, residual=True).gap_TD
+    assert found_TD is not None
+    lacking_TD = (kept[0].float() - kept[1].float()).view(TOKENS, HIDDEN)
+    sum_T1 = observed.routing.weight_TA.float().sum(dim=1, keepdim=True)
+    assert (found_TD.float() - lacking_TD / sum_T1).abs().max() < 2**-7 * lacking_TD.abs().max()
+    louder = replace(release, routing=replace(observed.routing, weight_TA=2 * observed.routing.weight_TA))
+    halved_TD = observe(worker, layer, source, louder, residual=True).gap_TD
+    assert halved_TD is not None and torch.equal(2 * halved_TD, found_TD)
+    assert torch.equal(source.rows.hidden_RTD, kept[0]) and torch.equal(release.rows.hidden_RTD, kept[1])
+    assert observe(worker, layer, source, release, residual=False).gap_TD is None
+    assert observe(worker, layer, source, None, residual=True).gap_TD is None
+
+
+def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Observed) -> None:
+    """Router weights of a token sum to one, so each of its experts is wanted to add all of it."""
+    input_TD, pairs = traffic_of(observed)
+    assert observed.gap_TD is not None and observed.target_TD is not None
+    weight_S = pairs.weight_S.float()
+    expert_S = torch.arange(EXPERTS).repeat_interleave(torch.tensor(pairs.offsets).diff())
+
+    def error(residual: bool) -> Tensor:
+        """Of the residual stream behind the layer, as far as one expert's output goes."""
+        assert observed.gap_TD is not None and observed.target_TD is not None
+        result = solve_with(layer, observed, recipe(residual=residual))
+        assert result.gate_up_ENK is not None and result.down_ENK is not None
+        hidden_SI = expert_hidden(input_TD, pairs, result.gate_up_ENK, silu).float()
+        source_SI = expert_hidden(observed.target_TD, pairs, layer.stacks[0], silu).float()
+        lacking_SD = observed.gap_TD[pairs.token_S].float()
+        for expert in range(EXPERTS):
+            own = expert_S == expert
+            lacking_SD[own] += source_SI[own] @ layer.stacks[1][expert].float().T
+            lacking_SD[own] -= hidden_SI[own] @ result.down_ENK[expert].float().T
+        return (weight_S[:, None] * lacking_SD.square()).sum()
+
+    assert error(residual=True) < 0.95 * error(residual=False)
+
+
+@pytest.mark.parametrize("inputs", ["host", "file"])
+def test_gaps_come_from_where_inputs_lie(layer: DecoderLayer, observed: Observed, inputs: str) -> None:
+    """Each chunk brings its own pairs': to the same codes."""
+    found, wanted = (solve_with(layer, observed, recipe(), experts=2, inputs=place) for place in (inputs, "device"))
+    assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
 
 
 # ---- guidance

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from hypothesis import strategies as st
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize import workers
 from fourfold.quantize.devices import expand_devices, gil_advice, gil_enabled, one_device
+from fourfold.quantize.ranks import Ranks
 from fourfold.quantize.trace import Trace, waited
-from fourfold.quantize.workers import Team, Worker, alone, deal
+from fourfold.quantize.workers import LOOKS, Team, Worker, alone, deal
 
 CPU = torch.device("cpu")
 
@@ -176,6 +179,32 @@ def test_a_worker_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     release.set()
 
 
+def test_a_worker_alone_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)
+    release = threading.Event()
+    with pytest.raises(FourfoldError, match=r"worker 0 on cpu hangs: no sign of life for 0 s in start"):
+        Team([CPU], patience_seconds=0.2).run(lambda worker: release.wait(30))
+    release.set()
+
+
+def looked_at(looks: int, *, asking: bool = False, arrived: bool = False, beats: bool = False) -> bool:
+    """Whether the first of two workers is said to hang after so many looks. Nobody looks at a clock."""
+    team = Team([CPU] * 2)
+    team.ranks = cast(Ranks, SimpleNamespace(asking=asking))
+    for _ in range(looks):
+        team.beat(1)
+        team.beat(0) if beats else None
+        team._arrived = {0} if arrived else set()
+        team._look()
+    return team._failure is not None
+
+
+def test_looks_are_counted_and_those_who_wait_do_not_hang() -> None:
+    """The first look sees where it begins. A stopped process misses looks: however long, that is one of them."""
+    assert not looked_at(LOOKS + 1) and looked_at(LOOKS + 2)
+    assert not any(looked_at(50, **{how: True}) for how in ("asking", "arrived", "beats"))
+
+
 def test_signs_of_life_are_enough() -> None:
     def job(worker: Worker) -> int:
         for _ in range(8 if worker.rank else 0):
@@ -238,9 +267,29 @@ def test_waiting_is_counted() -> None:
 
     team = Team([CPU] * 2)
     team.run(job)
-    wait = {rank: waits for rank, (waits, _) in waited(team.trace.spans).items()}
+    wait = {rank: waits["other workers"] for rank, (waits, _) in waited(team.trace.spans).items()}
     assert wait[0] > 0.15 and wait[1] < wait[0] / 2
     assert waited(Trace().spans) == {}
+
+
+def test_what_is_inside_a_stage_is_not_counted_twice() -> None:
+    def job(worker: Worker) -> None:
+        with worker.span("solve", 3):
+            time.sleep(0.02)
+            with worker.span("moments", 3):
+                time.sleep(0.02)
+            with worker.span("wait for writer", 3):
+                time.sleep(0.02)
+            worker.everyone(None)
+
+    team = Team([CPU] * 2)
+    team.run(job)
+    for lane, (waits, whole) in waited(team.trace.spans).items():
+        own = sorted((span for span in team.trace.spans if span.lane == lane), key=lambda span: span.start)
+        assert [span.name for span in own[:4]] == ["solve", "moments", "solve", "wait for writer"]
+        assert all(before.end <= after.start for before, after in pairwise(own))
+        assert sum(span.end - span.start for span in own) == pytest.approx(whole, abs=1e-3)
+        assert 0.02 <= waits["the writer"] < whole - 0.04 and waits["the reader"] == 0
 
 
 def test_a_worker_alone_waits_for_nobody() -> None:

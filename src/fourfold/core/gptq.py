@@ -150,13 +150,19 @@ def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unit_EKK, pivot_EK, failed_E
 
 
-def retarget(weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float) -> Tensor:
-    """W + alpha W C H^-1: the weights whose output on the release stream comes closest to the source's. [E, N, K].
+def retarget(
+    weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float, gap_ENK: Tensor | None = None
+) -> Tensor:
+    """W + alpha (W C + Y) H^-1: the weights whose output on the release stream comes closest to the source's.
 
-    cross_EKK: mean of w (x_source - x) x^T. GPTAQ (arXiv 2504.02692) as one change of target.
+    cross_EKK: C, mean of w (x_source - x) x^T: GPTAQ (arXiv 2504.02692) as one change of target. gap_ENK: Y, mean of
+    w y x^T, y what the output is to make up for besides, as in LoaQ (arXiv 2509.06297). [E, N, K].
     """
     index_ENK = factor.order_EK[:, None, :].expand_as(weight_ENK)
-    moved_ENK = torch.bmm(weight_ENK, cross_EKK).gather(2, index_ENK)
+    moved_ENK = torch.bmm(weight_ENK, cross_EKK)
+    if gap_ENK is not None:
+        moved_ENK += gap_ENK
+    moved_ENK = moved_ENK.gather(2, index_ENK)
     lower_EKK = factor.unit_EKK.mT
     moved_ENK = torch.linalg.solve_triangular(lower_EKK, moved_ENK, upper=False, left=False, unitriangular=True)
     moved_ENK /= factor.pivot_EK[:, None, :]

@@ -98,6 +98,20 @@ def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root
     return value_SK.mul_(root_S[:, None]).bfloat16().float()
 
 
+def gap(gap_TN: Tensor, token_S: Tensor, input_SK: Tensor, weight_S: Tensor, offsets: list[int]) -> Tensor:
+    """Sums of w y x^T for E experts, fp32 [E, N, K]: what the outputs of their tokens lack, beside what they are given.
+
+    gap_TN: y of each token; input_SK: x of each pair; token_S, weight_S, offsets: see accumulate. fp32 products.
+    """
+    total_ENK = torch.zeros(len(offsets) - 1, gap_TN.shape[1], input_SK.shape[1], device=input_SK.device)
+    for expert, total_NK in enumerate(total_ENK):  # as in accumulate_by: a GEMM of N x tokens x K each
+        for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
+            piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
+            weighted_SN = gap_TN[token_S[piece]].float().mul_(weight_S[piece, None])
+            total_NK.addmm_(weighted_SN.T, input_SK[piece].float())
+    return total_ENK
+
+
 def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
     """Weighted sum of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
     total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
@@ -157,19 +171,19 @@ def shrink(
 
 
 def _require_finite(moments: Moments, trace_E: Tensor) -> None:
-    """The diagonal tells for x x^T, whose other entries are never larger; for a cross moment the sum of all does."""
+    """The diagonal tells for x x^T, whose other entries are never larger; for the others the sum of all does."""
     finite_E = trace_E.isfinite()
-    if moments.cross_EKK is not None:
-        finite_E &= moments.cross_EKK.sum(dim=(1, 2)).isfinite()
+    for sum_ENK in (moments.cross_EKK, moments.gap_ENK):
+        if sum_ENK is not None:
+            finite_E &= sum_ENK.sum(dim=(1, 2)).isfinite()
     if not finite_E.all():
         raise NotFinite(int((~finite_E).nonzero()[0]))
 
 
-def shrink_cross(moments: Moments, m_E: Tensor, n0: float) -> Tensor:
-    """The mean cross moment, shrunk to zero: C_e / weight_e * m / (m + n0), [E, K, K]."""
-    assert moments.cross_EKK is not None
-    share_E = m_E / (m_E + n0).clamp(min=1e-30) / moments.weight_E.where(moments.weight_E > 0, 1.0)
-    return moments.cross_EKK * share_E[:, None, None]
+def shrink_to_zero(sum_ENK: Tensor, weight_E: Tensor, m_E: Tensor, n0: float) -> Tensor:
+    """The mean of a cross moment or a gap, shrunk to zero: sum_e / weight_e * m / (m + n0), [E, N, K]."""
+    share_E = m_E / (m_E + n0).clamp(min=1e-30) / weight_E.where(weight_E > 0, 1.0)
+    return sum_ENK * share_E[:, None, None]
 
 
 def damping(hessian_EKK: Tensor, delta_E: Tensor, kind: str, floor: float) -> Tensor:

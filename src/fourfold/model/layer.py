@@ -7,14 +7,17 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import embedding_bag, grouped_mm
 from transformers.activations import ACT2FN
 
-from fourfold.model.checkpoint import TensorIndex, require_finite
+from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
 from fourfold.model.skeleton import Skeleton, take_traffic
+
+Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
 
@@ -110,13 +113,18 @@ class DecoderLayer:
 
     def owning(self, owned: tuple[int, ...]) -> DecoderLayer:
         """The same layer with these of its experts alone, on its device."""
-        if len(owned) == self.experts:
-            stacks = self.stacks
-        else:
-            index_E = torch.tensor(owned)
-            stacks = self.stacks[0][index_E], self.stacks[1][index_E]
-        own = (stack.to(self.device) for stack in stacks)
-        return dataclasses.replace(self, owned=owned, gate_up_ENK=next(own), down_ENK=next(own))
+        gate_up_ENK, down_ENK = (_moved(stack, owned, self.device) for stack in self.stacks)
+        return dataclasses.replace(self, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+
+
+def _moved(stack_ENK: Tensor, owned: Sequence[int], device: torch.device) -> Tensor:
+    """Some experts of a stack, each copied straight to the device; the whole stack as it is where it lies there."""
+    if len(owned) == len(stack_ENK):
+        return stack_ENK.to(device, non_blocking=True)
+    own_ENK = stack_ENK.new_empty(len(owned), *stack_ENK.shape[1:], device=device)
+    for own_NK, expert in zip(own_ENK, owned, strict=True):
+        own_NK.copy_(stack_ENK[expert], non_blocking=True)
+    return own_ENK
 
 
 @dataclass(frozen=True)
@@ -132,17 +140,26 @@ class LayerTensors:
     down_ENK: Tensor | None
     digest: str
 
+    def without_experts(self) -> LayerTensors:
+        """What the layer's shard is still made from when its experts are with their owners."""
+        return dataclasses.replace(self, gate_up_ENK=None, down_ENK=None)
 
-def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str]) -> LayerTensors:
+
+def read_layer(
+    index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str], room: Room = torch.empty
+) -> LayerTensors:
     """Read one layer, once, experts straight into their stacks from either layout on disk.
 
-    kept_names: the layer's tensors that are no routed experts.
+    kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
     Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
     """
     prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
     sha = hashlib.sha256()
 
     def read(name: str, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            header = index.header(name)
+            out = room(header.shape, dtype=DTYPES[header.dtype])
         tensor = index.read(name, out=out, sha=sha)
         require_finite(tensor, name)
         return tensor
@@ -153,8 +170,8 @@ def read_layer(index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: I
         gate_up_ENK, down_ENK = read(f"{experts_prefix}gate_up_proj"), read(f"{experts_prefix}down_proj")
     elif skeleton.is_routed(layer):
         width, hidden = skeleton.text.moe_intermediate_size, skeleton.text.hidden_size
-        gate_up_ENK = torch.empty(skeleton.experts, 2 * width, hidden, dtype=torch.bfloat16)
-        down_ENK = torch.empty(skeleton.experts, hidden, width, dtype=torch.bfloat16)
+        gate_up_ENK = room((skeleton.experts, 2 * width, hidden), dtype=torch.bfloat16)
+        down_ENK = room((skeleton.experts, hidden, width), dtype=torch.bfloat16)
         for expert in range(skeleton.experts):
             expert_prefix = f"{experts_prefix}{expert}."
             read(f"{expert_prefix}gate_proj.weight", gate_up_ENK[expert, :width])
@@ -274,9 +291,30 @@ def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tens
     hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)
     every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
     output_SD = grouped_linear(hidden_SI, every_S, pairs.offsets, down_ENK).mul_(pairs.weight_S[:, None])
-    unsorted_SD = output_SD.new_zeros(routing.index_TA.numel(), output_SD.shape[1])
-    unsorted_SD[pairs.slot_S] = output_SD
-    return unsorted_SD.view(*routing.index_TA.shape, -1).sum(dim=1, dtype=torch.float32)
+    summed_TD: Tensor = _SumByToken.apply(  # type: ignore[no-untyped-call]
+        output_SD, pairs.slot_S, routing.index_TA.shape
+    )
+    return summed_TD
+
+
+class _SumByToken(torch.autograd.Function):
+    """Outputs [S, D] of pairs, summed by token in the order of its choices: fp32 [T, D], zero where a token has none.
+
+    slot_S: of each pair in the flattened routing, whose shape is (T, A). The gradient is a gather; embedding_bag's own
+    is made for pairs that occur more than once, and on a GPU torch knows no repeatable one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output_SD: Tensor, slot_S: Tensor, shape: tuple[int, int]) -> Tensor:
+        tokens, choices = shape
+        ctx.dtype, ctx.token_S = output_SD.dtype, slot_S // choices
+        sorted_S, order_S = torch.sort(slot_S)
+        first_T = torch.searchsorted(sorted_S, choices * torch.arange(tokens, device=slot_S.device))
+        return embedding_bag(order_S, output_SD.float(), first_T, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_TD.to(ctx.dtype)[ctx.token_S], None, None
 
 
 def pass_rows(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Routing | None]:

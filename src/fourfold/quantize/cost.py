@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from fourfold.quantize import estimate
-from fourfold.quantize.estimate import BF16, FP32, Workload
+from fourfold.quantize.estimate import BF16, FP32, Workload, inputs_bytes
 from fourfold.quantize.rates import RATES, Rates
 
 START_SECONDS = 8.0  # interpreter and imports, texts into tokens: seen on two cores of an AMD EPYC
+SLOWER = 2  # than a whole layer is planned to take: a worker without a sign of life for so long hangs
 CHOICE_BYTES = 8 + BF16  # an expert's number and its router weight, of one (token, expert) pair
 
 
@@ -99,41 +100,46 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
     """What workers.py and observe.py move, of all layers. inputs: see observe.Batches; a worker on a CPU has none.
 
     A layer's rows go to their worker and back, and what its experts are given goes out to all; each worker then takes
-    the inputs of all tokens, for its moments and once more for its experts' outputs, and gives fp32 sums for all
-    tokens, of which each takes its own rows. So most of a link's bytes do not shrink as workers are added.
+    the inputs of all tokens, once where they stay on its device, and gives fp32 sums for all tokens, which are added up
+    on the host. So most of a link's bytes do not shrink as workers are added. A worker alone keeps held-out rows'
+    inputs, and gives its outputs in BF16.
     """
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
-    calibration = work.calibration_streams * work.calibration_tokens
     rows_bytes, sums_bytes = tokens * work.hidden * BF16, tokens * work.hidden * FP32
+    gap_bytes = work.has_gap * work.calibration_tokens * work.hidden * BF16
     here, several = workers // hosts, workers > 1
     parts = here + hosts - 1  # sums that each worker adds up, one of each worker here and of each other host
     if on_cpu:
         routed = (2 * rows_bytes + 2 * rows_bytes / workers + sums_bytes / workers * (parts + 1)) * several
+        routed += (gap_bytes + 2 * gap_bytes / workers) * several
         link = work.routed_layers * routed
         host = here * link
     else:
-        rows = rows_bytes / workers * (2 * work.layers + 2 * work.routed_layers)
-        pairs = work.topk / workers if inputs != "device" else 1.0
-        taken = calibration * work.hidden * BF16 * pairs * work.solved_layers + rows_bytes * work.routed_layers
-        sums = (sums_bytes + sums_bytes / workers) * work.routed_layers * several
+        calibration = work.calibration_streams * work.calibration_tokens
+        given = rows_bytes if several else calibration * work.hidden * BF16
+        rows = (2 * work.layers * rows_bytes + work.routed_layers * given) / workers
+        lent = inputs_bytes(work) * work.topk / workers if inputs != "device" else gap_bytes
+        taken = lent * work.solved_layers + given * work.routed_layers
+        sums = (sums_bytes if several else rows_bytes) * work.routed_layers
         weights = (
             work.layers * (work.layer_bytes - work.expert_bytes) + work.routed_layers * work.expert_bytes / workers
         )
         link = rows + taken + sums + weights + work.solved_layers * work.shard_bytes / workers
         host = here * (link + sums_bytes / workers * (parts + 1) * work.routed_layers * several)
-    return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, hosts))
+    return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, gap_bytes, hosts))
 
 
-def _wire_bytes(work: Workload, tokens: int, hosts: int) -> float:
+def _wire_bytes(work: Workload, tokens: int, gap_bytes: int, hosts: int) -> float:
     """ranks.py over gloo: a broadcast of each host's inputs and routing, which goes out in rounds that double who has
     it; fp32 sums from each to each; packed tensors to the first.
     """
     if hosts == 1:
         return 0.0
     others = (hosts - 1) / hosts
-    given = tokens * (work.hidden * BF16 + work.topk * CHOICE_BYTES) * math.ceil(math.log2(hosts))
+    given = tokens * (work.hidden * BF16 + work.topk * CHOICE_BYTES) + gap_bytes
     summed = tokens * work.hidden * FP32 * others
-    return work.routed_layers * (given + summed) + work.solved_layers * work.shard_bytes * others
+    exchanged = work.routed_layers * (given * math.ceil(math.log2(hosts)) + summed)
+    return exchanged + work.solved_layers * work.shard_bytes * others
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def _busiest(count: int, workers: int) -> float:
 
 
 def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part, ...]]]:
-    """Name, kind and parts. Rows are split, experts owned; outputs are put back to their tokens by every worker."""
+    """Name, kind and parts. Rows are split, experts owned."""
     rows = _busiest(work.calibration_tokens // work.calibration_length, workers)
     windows = _busiest(work.heldout_tokens // work.heldout_length, workers)
     experts = _busiest(work.experts, workers)
@@ -159,7 +165,7 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     def passed(tokens: int, length: int, share: float, times: int) -> tuple[_Part, ...]:
         own = estimate.rows_flop(work, tokens, length), estimate.rows_bytes(work, tokens)
         routed = estimate.experts_flop(work, tokens), estimate.experts_bytes(work, tokens)
-        parts = (*own, share), (*routed, experts), (0.0, estimate.unsorted_bytes(work, tokens), 1.0)
+        parts = (*own, share), (*routed, experts)
         return tuple(_Part(times * flop, times * moved, busiest) for flop, moved, busiest in parts)
 
     def solved(flop: float, moved: float = 0.0) -> tuple[_Part, ...]:
@@ -175,6 +181,7 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     yield "activations for down", "forward", solved(estimate.activations_flop(work), estimate.activations_bytes(work))
     yield "moments", "moments", solved(estimate.moments_flop(work))
     yield "cross moments", "moments", solved(estimate.moments_flop(work) * work.asymmetric)
+    yield "gap between the streams", "gemm", solved(estimate.gap_flop(work))
     pools = _Part(estimate.gate_up_pool_flop(work), 0.0, rows), _Part(estimate.down_pool_flop(work), 0.0, experts)
     yield "pools", "moments", pools
     yield "factor", "factor", solved(estimate.factor_flop(work))
@@ -248,3 +255,12 @@ def estimate_time(
         workers=workers,
         basis=f"a prediction from {rates.counted(units)}; {START_SECONDS:.0f} s for start and texts",
     )
+
+
+def patience_seconds(work: Workload, time: TimeEstimate) -> float:
+    """How long a worker may go without a sign of life, of which it gives many in a layer. It may also wait for
+    embeddings to be read, or for all that lies outside the layers to be written.
+    """
+    layer = max(time.compute_seconds, time.read_seconds, time.write_seconds, time.disk_seconds) / work.layers
+    rest = 1 - work.solved_layers * work.shard_bytes / work.write_bytes  # of what is written
+    return SLOWER * max(layer, time.start_seconds, time.write_seconds * 2 * rest)

@@ -26,7 +26,7 @@ class Workload:
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
     group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
     expert_bytes: of a layer's routed experts in BF16; shard_bytes: of the largest layer's output;
-    writer_bytes: the most that is held while a shard is written; read_bytes, write_bytes: of the whole run.
+    read_bytes, write_bytes: of the whole run.
     """
 
     hidden: int
@@ -39,6 +39,7 @@ class Workload:
     heldout_tokens: int
     heldout_length: int
     asymmetric: bool
+    residual: bool
     candidates: int
     passes: int
     pooled: bool
@@ -56,13 +57,21 @@ class Workload:
     layer_bytes: int
     expert_bytes: int
     shard_bytes: int
-    writer_bytes: int
     read_bytes: int
     write_bytes: int
 
     @property
     def calibration_streams(self) -> int:
         return 2 if self.asymmetric else 1
+
+    @property
+    def inputs_per_token(self) -> int:
+        """Vectors of D that a layer's experts are learnt from: each stream's input, and the gap between the streams."""
+        return self.calibration_streams + self.has_gap
+
+    @property
+    def has_gap(self) -> bool:
+        return self.asymmetric and self.residual
 
     @property
     def sites(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -166,6 +175,11 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def inputs_bytes(work: Workload) -> int:
+    """What the experts are learnt from, of all calibration tokens."""
+    return work.inputs_per_token * work.calibration_tokens * work.hidden * BF16
+
+
 def rows_flop(work: Workload, tokens: int, length: int) -> float:
     """One pass of `tokens` tokens, in rows of `length`, through all that is no routed expert; attention causal."""
     kept = 2.0 * tokens * work.kept_parameters
@@ -188,13 +202,8 @@ def rows_bytes(work: Workload, tokens: int) -> float:
 
 
 def experts_bytes(work: Workload, tokens: int) -> float:
-    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs."""
-    return float(work.routed_layers * tokens * work.topk * (2 * work.hidden + 4 * work.width) * BF16)
-
-
-def unsorted_bytes(work: Workload, tokens: int) -> float:
-    """Outputs put back to their tokens, BF16: as many places on every worker, its own or not."""
-    return float(work.routed_layers * tokens * work.topk * work.hidden * BF16)
+    """Of the routed experts, BF16: inputs gathered, gate, up and their product, outputs, and these by token."""
+    return float(work.routed_layers * tokens * work.topk * (3 * work.hidden + 4 * work.width) * BF16)
 
 
 def head_bytes(work: Workload) -> float:
@@ -216,6 +225,11 @@ def activations_flop(work: Workload) -> float:
 def moments_flop(work: Workload) -> float:
     """x x^T of every pair at both sites, as full GEMMs. The cross moment takes as much again."""
     return work.solved_layers * 2.0 * work.pairs * sum(inputs**2 for inputs, _ in work.sites)
+
+
+def gap_flop(work: Workload) -> float:
+    """What the rows lack times the activations of every pair, in fp32."""
+    return work.solved_layers * 2.0 * work.pairs * work.width * work.hidden * work.has_gap
 
 
 def gate_up_pool_flop(work: Workload) -> float:

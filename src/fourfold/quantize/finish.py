@@ -252,10 +252,15 @@ def _planned_memory(plan: Plan) -> dict[str, int]:
 
 
 def _workers(plan: Plan, measured: Measured) -> list[dict[str, Any]]:
-    """Each worker's device, and how long it waited for others of the time it was there."""
+    """Each worker's device, and how long it waited, and whom for, of the time it was there."""
     return [
-        {"device": plan.memory.devices[rank], "waited_seconds": wait, "of_seconds": whole}
-        for rank, (wait, whole) in waited(measured.spans).items()
+        {
+            "device": plan.memory.devices[rank],
+            "waited_seconds": sum(waits.values()),
+            "waited_for": waits,
+            "of_seconds": whole,
+        }
+        for rank, (waits, whole) in waited(measured.spans).items()
     ]
 
 

@@ -262,9 +262,9 @@ def _repeatable(worker: Worker) -> Iterator[None]:
 
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
     """The next layer with all its experts, on the worker's device."""
-    tensors = worker.once(partial(guide.ahead.take, number))
-    layer = build_layer(guide.plan.skeleton, number, tensors, worker.device)
-    return layer.owning(layer.owned) if layer.is_routed else layer, tensors
+    taken = guide.ahead.take(worker, number)
+    layer = build_layer(guide.plan.skeleton, number, taken.at(worker), worker.device)
+    return layer.owning(layer.owned) if layer.is_routed else layer, taken.tensors
 
 
 def _batches(guide: Guide, hidden_RTD: Tensor) -> Iterator[slice]:

@@ -16,7 +16,8 @@ import torch
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
-from fourfold.quantize.estimate import Workload, gigabytes
+from fourfold.quantize import pinned
+from fourfold.quantize.estimate import Workload, gigabytes, inputs_bytes
 
 BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 760 * 10**6  # torch and transformers 530, tokenized text 70; native kernels, free heap
@@ -43,10 +44,10 @@ def rows_bytes(work: Workload) -> int:
 
 
 def traffic_bytes(work: Workload) -> int:
-    """Kept of each stream's calibration rows until the layer is solved: MoE inputs, routing, sorted pairs."""
+    """Kept of the calibration rows until the layer is solved: what experts are learnt from, routing, sorted pairs."""
     routing = work.topk * (8 + BF16)
     pairs = work.topk * (8 + 8 + BF16)
-    return work.calibration_streams * work.calibration_tokens * (work.hidden * BF16 + routing + pairs)
+    return inputs_bytes(work) + work.calibration_streams * work.calibration_tokens * (routing + pairs)
 
 
 def embedding_bytes(work: Workload) -> int:
@@ -89,11 +90,16 @@ def curvature_bytes(work: Workload) -> int:
     return ROW_SQUARES * work.hidden**2 * FP32 if work.guidance_tokens else 0
 
 
+def gap_bytes(work: Workload) -> int:
+    """Of one expert: what its outputs are to make up for. fp32."""
+    return work.has_gap * work.hidden * work.width * FP32
+
+
 def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
     gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
     gate_up_rows, down_rows = row_metric_bytes(work)
-    return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work))
+    return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work) + gap_bytes(work))
 
 
 def gather_bytes(work: Workload) -> int:
@@ -130,13 +136,13 @@ def attend_batch_bytes(work: Workload, rows: int) -> int:
 
 
 def expert_batch_bytes(work: Workload, tokens: int, workers: int = 1) -> int:
-    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, as they are
-    computed and in the pairs' order, outputs unsorted, BF16; their sum, fp32.
+    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, BF16;
+    outputs once more and their sum, fp32.
     """
     pairs = tokens * work.topk
     own = pairs if workers == 1 else min(int(pairs * SKEW) // workers, pairs)
     gathered = min(own, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
-    return (own * (work.width + 2 * work.hidden) + pairs * work.hidden + gathered) * BF16 + tokens * work.hidden * (
+    return (own * (work.width + 3 * work.hidden) + gathered) * BF16 + tokens * work.hidden * (
         BF16 + (FP32 if workers == 1 else 3 * FP32)  # several: the sum on the host, and this worker's rows of all sums
     )
 
@@ -260,7 +266,12 @@ def plan_memory(
     """
     workers, on_cpu = len(devices), devices[0] == "cpu"
     budget = device_budget(devices) if memory_bytes is None else memory_bytes
+    own, tokens = _ceil_div(work.experts, workers), EXPERT_TOKENS
     shared, inputs = _resident_bytes(work) + traffic_bytes(work), "device"
+    if not on_cpu:
+        while tokens > pinned.TOKENS_LEAST and pinned.sums_bytes(work, tokens, workers) > pinned.SUMS_BYTES:
+            tokens //= 2
+        shared = _shared_bytes(work, devices, Sizes(chunk=own, tokens=tokens, rows=1, inputs=inputs))
     if host_bytes is not None and shared > host_bytes:
         shared, inputs = shared - inputs_bytes(work), "file"
     fixed = _own_bytes(work, devices)
@@ -276,10 +287,8 @@ def plan_memory(
     rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
     while rows > 1 and attend_batch_bytes(work, rows) > left:
         rows //= 2
-    tokens = EXPERT_TOKENS
     while tokens > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, tokens, workers) > left:
         tokens //= 2
-    own = _ceil_div(work.experts, workers)
     gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
     most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
     if on_cpu:
@@ -311,50 +320,61 @@ def _ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def inputs_bytes(work: Workload) -> int:
-    """The experts' inputs of all calibration rows, in one or two streams."""
-    return work.calibration_streams * work.calibration_tokens * work.hidden * BF16
-
-
 def chunk_inputs_bytes(work: Workload) -> int:
     """Of one expert in a chunk: its tokens' inputs, where they are brought from elsewhere."""
-    return int(work.calibration_streams * work.tokens_per_expert * SKEW) * work.hidden * BF16
+    return int(work.inputs_per_token * work.tokens_per_expert * SKEW) * work.hidden * BF16
 
 
 def _resident_bytes(work: Workload) -> int:
     """On the host in every stage of the loop: rows, the layer in work, the next one, what is written."""
-    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.writer_bytes
+    return HOST_BASELINE_BYTES + rows_bytes(work) + 2 * work.layer_bytes + work.shard_bytes
+
+
+def _shared_bytes(work: Workload, devices: Sequence[str], sizes: Sizes) -> int:
+    """On the host while a layer is in work. Beside GPUs memory is pinned, and inputs on a device are not there."""
+    whole = _resident_bytes(work) + traffic_bytes(work)
+    if devices[0] == "cpu":
+        return whole - (inputs_bytes(work) if sizes.inputs == "file" else 0)
+    workers = len(devices)
+    beside = pinned.rounding_bytes(work, workers) + pinned.packed_bytes(work, sizes.chunk)
+    beside += pinned.sums_bytes(work, sizes.tokens, workers) + pinned.inputs_bytes(work, sizes.inputs)
+    return whole - inputs_bytes(work) + beside
 
 
 def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
-    """A worker's in every stage of the loop: on a GPU the layer with its own experts, on a CPU its experts where they
-    are not all.
+    """A worker's in every stage of the loop: on a GPU the layer with its own experts, and what is kept of the next one;
+    on a CPU its experts where they are not all.
     """
     own = work.expert_bytes // len(devices)
     if devices[0] == "cpu":
         return own if len(devices) > 1 else 0
-    return CUDA_CONTEXT_BYTES + work.layer_bytes - work.expert_bytes + own + traffic_bytes(work) - inputs_bytes(work)
+    kept = 2 * (work.layer_bytes - work.expert_bytes)
+    return CUDA_CONTEXT_BYTES + kept + own + traffic_bytes(work) - inputs_bytes(work)
 
 
 def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[StageMemory, ...]:
     workers, on_cpu = len(devices), devices[0] == "cpu"
     start = HOST_BASELINE_BYTES + rows_bytes(work)
     resident = _resident_bytes(work)
-    looped = resident + traffic_bytes(work) - (inputs_bytes(work) if sizes.inputs == "file" else 0)
+    looped = _shared_bytes(work, devices, sizes)
     own = _own_bytes(work, devices)
+    if not on_cpu:
+        resident = looped  # what was pinned is kept for the next layer
+        start += pinned.rounding_bytes(work, workers)
     kept = own + (inputs_bytes(work) if sizes.inputs == "device" and not on_cpu else 0)
+    fetched = 0 if on_cpu else sizes.tokens * work.hidden * BF16  # a worker's last outputs, on their way to the host
     solved = solved_bytes(work) // workers
     gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
     gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
-    moments = sizes.chunk * (max(gate_up, down + activation_bytes(work)) + gathered)
-    kept += curvature_bytes(work)
+    moments = sizes.chunk * (max(gate_up, down + activation_bytes(work) + gap_bytes(work)) + gathered)
+    passing, kept = kept, kept + curvature_bytes(work)
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {
         "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
-        "attend": (looped, (0 if on_cpu else own) + attend_batch_bytes(work, sizes.rows)),
+        "attend": (looped, (0 if on_cpu else passing) + attend_batch_bytes(work, sizes.rows)),
         "moments": (looped, kept + solved + moments + gather_bytes(work)),
         "solve": (looped, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
-        "advance": (looped, own + solved + expert_batch_bytes(work, sizes.tokens, workers)),
+        "advance": (looped, passing + solved + fetched + expert_batch_bytes(work, sizes.tokens, workers)),
         "write": (resident, own),
         "measure": (start + embedding_bytes(work), measure_bytes(work) - (embedding_bytes(work) if on_cpu else 0)),
     }

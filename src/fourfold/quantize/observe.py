@@ -46,8 +46,8 @@ class Traffic:
     """What one stream's calibration rows bring to the experts of one layer; kept until the layer is solved.
 
     rows: this worker's, whose hidden states hold the layer's output without its routed experts; counts: tokens of each
-    worker. input_TD: the experts' input, of all workers' tokens, on the host; routing: likewise. The last two are None
-    for a layer without routed experts.
+    worker. input_TD: the experts' input, of all workers' tokens, where Batches.inputs says; routing: likewise. The last
+    two are None for a layer without routed experts.
     """
 
     rows: Rows
@@ -63,7 +63,8 @@ class Observed:
     input_TD: the experts' inputs, of all workers' tokens, on the layer's device or on the host; counts: tokens of each
     worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where the target
     is asymmetric, or None. In the first layer both streams' inputs are one tensor; those of down differ there all the
-    same.
+    same. gap_TD: what the source's rows have over the release's before the experts' output is added, over the sum of
+    the token's router weights, where down is to make up for it; None in the first layer, where it is nothing.
     """
 
     input_TD: Tensor
@@ -71,48 +72,73 @@ class Observed:
     routing: Routing
     pairs: Pairs
     target_TD: Tensor | None
+    gap_TD: Tensor | None
 
 
-def observe(layer: DecoderLayer, source: Traffic, release: Traffic | None, inputs: str) -> Observed:
-    """What a layer's own experts are learnt from; one tensor stays one. inputs: see Batches."""
+def observe(
+    worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None, residual: bool
+) -> Observed:
+    """What a layer's own experts are learnt from; one tensor stays one. residual: with the gap between both rows."""
     traffic = source if release is None else release
     assert traffic.input_TD is not None and traffic.routing is not None
-    device = layer.stacks[0].device
-    place = device if inputs == "device" else torch.device("cpu")
-    input_TD, routing = traffic.input_TD.to(place), traffic.routing.to(device)
-    target_TD = None
-    if release is not None and source.input_TD is not None:
-        target_TD = input_TD if source.input_TD is traffic.input_TD else source.input_TD.to(place)
+    routing = traffic.routing.to(layer.stacks[0].device)
     pairs = sort_pairs(routing, layer.owned, layer.experts)
-    return Observed(input_TD, traffic.counts, routing, pairs, target_TD)
+    target_TD = None if release is None else source.input_TD
+    gap_TD = None
+    if release is not None and residual and target_TD is not traffic.input_TD:
+        gap_TD = _gap(worker, source, release).to(traffic.input_TD.device, non_blocking=True)
+    return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD)
+
+
+def _gap(worker: Worker, source: Traffic, release: Traffic) -> Tensor:
+    """Source less release at all workers' tokens, on the host. Divided by the sum of a token's router weights, so that
+    what each of its experts adds comes to all of it.
+    """
+    assert release.routing is not None
+    source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
+    room = worker.room(source.rows.token_RT.numel(), source_RTD.shape[2:], source_RTD.dtype)
+    torch.sub(source_RTD, release_RTD, out=room.own_TX.view(source_RTD.shape))
+    weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
+    room.own_TX.div_(weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu())
+    return worker.gathered(room)[0]
+
+
+def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
+    """Where a worker's tokens lie among all workers'. counts: tokens of each."""
+    first = sum(counts[: worker.rank])
+    return slice(first, first + counts[worker.rank])
 
 
 def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
     """Attention, shared experts and router over a worker's rows. In place: `rows` then holds the output without
     experts. What the experts are given is gathered from all workers.
     """
-    hidden_RTD = rows.hidden_RTD
-    # In one piece from the start: pieces that are put together later lie twice in memory then.
-    own_RTD = worker.room(tuple(hidden_RTD.shape), hidden_RTD.dtype) if layer.is_routed else None
+    hidden_RTD, link = rows.hidden_RTD, worker.link
+    # All workers' in one piece from the start: pieces that are put together later lie twice in memory then.
+    room = worker.room(rows.token_RT.numel(), hidden_RTD.shape[2:], hidden_RTD.dtype) if layer.is_routed else None
     choices: list[Routing] = []
-    for batch in _batches(len(hidden_RTD), batches.rows):
-        output_RTD, input_TD, routing = attend(layer, hidden_RTD[batch].to(layer.device))
-        hidden_RTD[batch] = output_RTD.to(hidden_RTD.device)
-        if own_RTD is not None and input_TD is not None and routing is not None:
-            own_RTD[batch] = input_TD.view(output_RTD.shape)
-            choices.append(routing.to(hidden_RTD.device))
+    places = list(_batches(len(hidden_RTD), batches.rows))
+    brought = link.bring(hidden_RTD[place] for place in places)
+    for place, batch_RTD in zip(places, brought, strict=True):
+        output_RTD, input_TD, routing = attend(layer, batch_RTD)
+        link.put_(hidden_RTD[place], output_RTD)
+        if room is not None and input_TD is not None and routing is not None:
+            link.put_(room.own_TX.view(hidden_RTD.shape)[place], input_TD.view(output_RTD.shape))
+            choices.append(routing)
         tick(output_RTD.shape[0] * output_RTD.shape[1])
-    if own_RTD is None:
+    link.settle()
+    if room is None:
         return Traffic(rows, (), None, None)
-    return _gather(worker, rows, [own_RTD.flatten(0, 1)], choices)
+    input_TD, counts = worker.gathered(room)
+    device = layer.device if batches.inputs == "device" else torch.device("cpu")
+    return Traffic(rows, counts, input_TD.to(device, non_blocking=True), _gather_routing(worker, choices).to(device))
 
 
-def _gather(worker: Worker, rows: Rows, inputs: list[Tensor], choices: list[Routing]) -> Traffic:
-    """With the experts' inputs and routing of all workers' rows, which are given in pieces."""
-    input_TD, counts = worker.gather(inputs)
+def _gather_routing(worker: Worker, choices: list[Routing]) -> Routing:
+    """Of all workers' rows, which is given in pieces."""
     index_TA, _ = worker.gather([choice.index_TA for choice in choices])
     weight_TA, _ = worker.gather([choice.weight_TA for choice in choices])
-    return Traffic(rows, counts, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
+    return Routing(index_TA=index_TA, weight_TA=weight_TA)
 
 
 def advance_(worker: Worker, layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
@@ -128,18 +154,28 @@ def advance_(worker: Worker, layer: DecoderLayer, traffic: Traffic, batches: Bat
 def _add_experts_(
     worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, traffic: Traffic, batches: Batches, tick: Tick
 ) -> None:
-    """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time."""
-    assert traffic.input_TD is not None and traffic.routing is not None
+    """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time.
+
+    hidden_TD: on the host. While it adds, the device works on the next tokens.
+    """
+    all_TD, chosen = traffic.input_TD, traffic.routing
+    assert all_TD is not None and chosen is not None
     starts = [0, *accumulate(traffic.counts)]
     size = _ceil_div(batches.tokens, worker.size)
-    for first in range(0, max(traffic.counts), size):
-        sizes = [min(max(count - first, 0), size) for count in traffic.counts]
-        places = [slice(start + first, start + first + count) for start, count in zip(starts, sizes, strict=False)]
-        routing = Routing(_pick(traffic.routing.index_TA, places), _pick(traffic.routing.weight_TA, places))
-        input_TD = _pick(traffic.input_TD, places).to(layer.device)
+    firsts = range(0, max(traffic.counts), size)
+    sizes = [[min(max(count - first, 0), size) for count in traffic.counts] for first in firsts]
+
+    def put_out(first: int, counts: Sequence[int]) -> Tensor:
+        places = [slice(start + first, start + first + count) for start, count in zip(starts, counts, strict=False)]
+        routing = Routing(_pick(chosen.index_TA, places), _pick(chosen.weight_TA, places))
+        input_TD = _pick(all_TD, places).to(layer.device, non_blocking=True)
         partial_TD = run_experts(layer, input_TD, routing.to(layer.device))
-        output_TD = worker.sum(partial_TD, sizes).to(hidden_TD.dtype)
-        hidden_TD[first : first + len(output_TD)] += output_TD.to(hidden_TD.device)
+        return partial_TD.to(hidden_TD.dtype) if worker.size == 1 else partial_TD  # alone, it is the sum
+
+    partials = worker.link.take(map(put_out, firsts, sizes))
+    for first, counts, partial_TD in zip(firsts, sizes, partials, strict=True):
+        output_TD = worker.sum(partial_TD, counts).to(hidden_TD.dtype)
+        hidden_TD[first : first + len(output_TD)] += output_TD
         tick(len(output_TD))
 
 
@@ -219,12 +255,14 @@ def pass_batch(
         output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
         if input_TD is not None and routing is not None:
             inputs, choices = [input_TD], [routing]
+    output_RTD = output_RTD.to(hidden_RTD.device)
     if not layer.is_routed:
-        return output_RTD.to(hidden_RTD.device), None
+        return output_RTD, None
     own = choices[0] if choices else None
-    traffic = _gather(worker, Rows(torch.empty(0), output_RTD), inputs, choices)
+    input_TD, counts = worker.gather(inputs)
+    traffic = Traffic(Rows(torch.empty(0), output_RTD), counts, input_TD, _gather_routing(worker, choices))
     _add_experts_(worker, layer, output_RTD.flatten(0, 1), traffic, batches, lambda count: None)
-    return output_RTD.to(hidden_RTD.device), own
+    return output_RTD, own
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:
@@ -236,8 +274,8 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 class Chunk:
     """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.
 
-    input_TD: MoE inputs that the moments use; target_TD: the source stream's inputs of the same tokens, or None;
-    weight_S: w of each pair (router weight, or one).
+    input_TD: MoE inputs that the moments use; target_TD, gap_TD: see Observed, of the same tokens; weight_S: w of each
+    pair (router weight, or one).
     """
 
     experts: range  # places among the worker's own
@@ -245,18 +283,21 @@ class Chunk:
     weight_S: Tensor
     input_TD: Tensor
     target_TD: Tensor | None
+    gap_TD: Tensor | None
 
 
 def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
     """inputs: see Batches; from the host each pair's own input is brought."""
     pairs = observed.pairs.of_experts(experts)
-    input_TD, target_TD = observed.input_TD, observed.target_TD
+    input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
     if inputs != "device":
         device, token_S = pairs.token_S.device, pairs.token_S.cpu()
         same = target_TD is input_TD
         input_TD = input_TD[token_S].to(device)
         if target_TD is not None:
             target_TD = input_TD if same else target_TD[token_S].to(device)
+        if gap_TD is not None:
+            gap_TD = gap_TD[token_S].to(device)
         pairs = dataclasses.replace(pairs, token_S=torch.arange(len(token_S), device=device))
     weight_S = pairs.weight_S.float()
     return Chunk(
@@ -265,6 +306,7 @@ def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs
         weight_S=weight_S if router_weighted else torch.ones_like(weight_S),
         input_TD=input_TD,
         target_TD=target_TD,
+        gap_TD=gap_TD,
     )
 
 
@@ -273,8 +315,7 @@ def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> T
 
     Each worker adds up its own tokens.
     """
-    first = sum(observed.counts[: worker.rank])
-    own = slice(first, first + observed.counts[worker.rank])
+    own = own_tokens(worker, observed.counts)
     weight_T = observed.routing.weight_TA.float().sum(dim=1)
     if not router_weighted:
         weight_T = torch.ones_like(weight_T)
@@ -294,15 +335,20 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     """Moments of the activations silu(gate) * up, K = I.
 
     gate_up_ENK: of the chunk's experts, the weights that the moments use (dequantized for the release stream).
-    With a target, its activations come from the source stream's inputs and the source weights, same pairs.
+    With a target, its activations come from the source stream's inputs and the source weights, same pairs. What down
+    puts out is added to the rows, so that it can make up for their gap too.
     """
     hidden_SI = expert_hidden(chunk.input_TD, chunk.pairs, gate_up_ENK, layer.activation)
     target_SI = None
     if chunk.target_TD is not None:
         source_ENK = layer.stacks[0][chunk.experts.start : chunk.experts.stop]
         target_SI = expert_hidden(chunk.target_TD, chunk.pairs, source_ENK, layer.activation)
-    every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
-    return moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, list(chunk.pairs.offsets))
+    every_S, offsets = torch.arange(len(hidden_SI), device=hidden_SI.device), list(chunk.pairs.offsets)
+    own = moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, offsets)
+    if chunk.gap_TD is None:
+        return own
+    gap_EDI = moments.gap(chunk.gap_TD, chunk.pairs.token_S, hidden_SI, chunk.weight_S, offsets)
+    return dataclasses.replace(own, gap_ENK=gap_EDI)
 
 
 def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:

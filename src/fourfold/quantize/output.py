@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +24,10 @@ from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_fi
 from fourfold.model.family import DOWN, GATE, UP, split_names
 from fourfold.model.layer import LayerTensors, read_layer
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.quantize.link import Link
 from fourfold.quantize.plan import Plan, RestShard
 from fourfold.quantize.trace import READER, WRITER, Trace
+from fourfold.quantize.workers import Worker
 
 
 class Writer:
@@ -166,16 +171,22 @@ def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memo
 
 
 def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTensor]:
-    """A fused stack [E, N, K] as one tensor per expert and projection, read when the first of them is written."""
+    """A fused stack [E, N, K] as one tensor per expert and projection. It is read once to be hashed, when the first of
+    them is written, and once more by them: as a whole it takes more memory than all that is written beside it.
+    """
+    _, outputs, inputs = header.shape
+    row_bytes = header.size_bytes // math.prod(header.shape[:2])
 
     @functools.cache
-    def stack() -> Tensor:
-        stack_ENK = index.read(header.name, sha=sha)
-        require_finite(stack_ENK, header.name)
-        return stack_ENK
+    def hashed() -> None:
+        for _ in _copied(index, header, sha):
+            pass
 
     def rows(expert: int, place: slice) -> Iterator[memoryview]:
-        yield raw_bytes(stack()[expert, place])
+        hashed()
+        rows_NK = torch.empty(place.stop - place.start, inputs, dtype=DTYPES[header.dtype])
+        index.read_range(header.name, (expert * outputs + place.start) * row_bytes, raw_bytes(rows_NK))
+        yield raw_bytes(rows_NK)
 
     return [
         _tensor(header, name, (place.stop - place.start, header.shape[2]), partial(rows, expert, place))
@@ -183,32 +194,59 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
     ]
 
 
-class ReadAhead:
-    """Reads the next layer on a thread while this one is worked on. Layers are taken in the order of `layers`."""
+@dataclass(frozen=True)
+class Taken:
+    """A layer as it was read, and as it was sent to each worker of this process: what is no routed expert."""
 
-    def __init__(self, plan: Plan, trace: Trace, layers: Iterable[int]) -> None:
-        self._plan, self._trace, self._layers = plan, trace, iter(layers)
+    tensors: LayerTensors
+    sent: tuple[LayerTensors, ...]
+
+    def at(self, worker: Worker) -> LayerTensors:
+        """With what was sent on the worker's device, where it may be used from now on."""
+        worker.link.arrive()
+        return self.sent[worker.place]
+
+
+class ReadAhead:
+    """Reads the next layer on a thread, and sends it to the devices, while this one is worked on.
+
+    Layers are taken in the order of `layers`. links: of this process's workers; routed experts stay on the host until
+    it is known whose they are.
+    """
+
+    def __init__(self, plan: Plan, trace: Trace, layers: Iterable[int], links: Sequence[Link]) -> None:
+        self._plan, self._trace, self._layers, self._links = plan, trace, iter(layers), links
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._next = self._read()
 
-    def _read(self) -> tuple[int, Future[LayerTensors]] | None:
+    def _read(self) -> tuple[int, Future[Taken]] | None:
         layer = next(self._layers, None)
         if layer is None:
             return None
         kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.action is Action.COPY]
         return layer, self._pool.submit(self._run, layer, kept)
 
-    def _run(self, layer: int, kept: list[str]) -> LayerTensors:
+    def _run(self, layer: int, kept: list[str]) -> Taken:
         start = time.time()
-        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept)
+        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept, self._links[0].room)
         self._trace.add("read", READER, start, time.time(), layer)
-        return tensors
+        return Taken(tensors, tuple(self._send(tensors, link) for link in self._links))
 
-    def take(self, layer: int) -> LayerTensors:
-        assert self._next is not None and self._next[0] == layer, f"layer {layer} is out of turn"
-        tensors = self._next[1].result()
-        self._next = self._read()
-        return tensors
+    @staticmethod
+    def _send(tensors: LayerTensors, link: Link) -> LayerTensors:
+        return dataclasses.replace(tensors, kept={name: link.send(value) for name, value in tensors.kept.items()})
+
+    def take(self, worker: Worker, layer: int) -> Taken:
+        """The next layer, for all workers of this process."""
+
+        def take() -> Taken:
+            assert self._next is not None and self._next[0] == layer, f"layer {layer} is out of turn"
+            with worker.span("wait for reader", layer):
+                taken = self._next[1].result()
+            self._next = self._read()
+            return taken
+
+        return worker.once(take)
 
     def __enter__(self) -> ReadAhead:
         return self

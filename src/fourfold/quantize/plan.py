@@ -339,7 +339,6 @@ def _workload(
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
     ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16  # embeddings, output head
-    splits = [claim for part in written for claim in part.claims if claim.action is Action.SPLIT]
     return Workload(
         hidden=text.hidden_size,
         width=text.moe_intermediate_size,
@@ -351,6 +350,7 @@ def _workload(
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
+        residual=solver.residual,
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
@@ -368,7 +368,6 @@ def _workload(
         layer_bytes=max(layer.bytes_before for layer in run),
         expert_bytes=3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size * BF16,
         shard_bytes=max(layer.bytes_after for layer in run),
-        writer_bytes=max(*(layer.bytes_after for layer in run), sum(claim.bytes_after for claim in splits)),
         read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
         write_bytes=sum(part.bytes_after for part in written),
     )

@@ -20,7 +20,7 @@ from fourfold.quantize.devices import under_torchrun
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 900.0  # without an answer: a rank hangs
+PATIENCE_SECONDS = 900.0  # without an answer: a rank is frozen, or its host gone; a worker that hangs ends its own rank
 
 
 class Ranks:
@@ -28,7 +28,8 @@ class Ranks:
 
     def __init__(self, patience_seconds: float) -> None:
         """Meet the other processes that torchrun started. Raises FourfoldError if they do not come."""
-        with _answered():
+        self.asking = False  # whether this rank waits for others
+        with self._answered():
             dist.init_process_group("gloo", timeout=timedelta(seconds=patience_seconds))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -40,7 +41,7 @@ class Ranks:
                 said[0] = make()
             except FourfoldError as error:
                 said[1] = str(error)
-        with _answered():
+        with self._answered():
             dist.broadcast_object_list(said)
         if said[1] is not None:
             raise FourfoldError(said[1])
@@ -50,20 +51,20 @@ class Ranks:
     def everyone(self, value: T) -> list[T]:
         """Every rank's value, in order; pickled on the way."""
         values: list[Any] = [None] * self.size
-        with _answered():
+        with self._answered():
             dist.all_gather_object(values, value)
         return values
 
     def collect(self, value: T) -> list[T]:
         """Every rank's value at rank 0, in order; nothing elsewhere. Pickled on the way."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with _answered():
+        with self._answered():
             dist.gather_object(value, values)
         return values or []
 
     def fill_(self, all_TX: Tensor, places: Sequence[slice]) -> None:
         """Bring every rank's rows of a tensor to all others, in place. places: of each rank."""
-        with _answered():
+        with self._answered():
             for rank, place in enumerate(places):
                 if place.start < place.stop:
                     dist.broadcast(all_TX[place].view(torch.uint8), src=rank)
@@ -79,7 +80,7 @@ class Ranks:
         mine = places[self.rank].stop - places[self.rank].start
         received_TD = total_TD.new_empty(mine * self.size, *total_TD.shape[1:])
         sent = [place.stop - place.start for place in places]
-        with _answered():
+        with self._answered():
             dist.all_to_all_single(received_TD, total_TD, [mine] * self.size, sent)
         return list(received_TD.split(mine)) if mine else [received_TD] * self.size
 
@@ -88,18 +89,23 @@ class Ranks:
         dist.destroy_process_group()
 
 
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Gloo's errors, of a rank that died or does not answer, as one that a user can mend."""
+        self.asking = True
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FourfoldError(
+                f"another rank has ended or does not answer ({reason}); its own message says why. The same command "
+                "goes on"
+            ) from None
+        finally:
+            self.asking = False
+
+
 def join_ranks() -> Ranks | None:
     """The other processes, where torchrun started this one as one of several."""
     return Ranks(PATIENCE_SECONDS) if under_torchrun() else None
 
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    """Gloo's errors, of a rank that died or does not answer, as one that a user can mend."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FourfoldError(
-            f"another rank has ended or does not answer ({reason}); its own message says why. The same command goes on"
-        ) from None

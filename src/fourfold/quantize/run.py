@@ -16,6 +16,7 @@ import torch
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
+from fourfold.quantize.cost import patience_seconds
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
 from fourfold.quantize.finish import Measured, Summary
 from fourfold.quantize.guide import (
@@ -202,10 +203,11 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     if journal.settings.devices != team.names:
         watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, team.names)))
     team.threads = journal.settings.threads
+    team.patience_seconds = max(team.patience_seconds, patience_seconds(plan.work, plan.time))
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
     left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
     order = [*(left.layers if left else ()), *range(plan.solve.stop)]
-    with ReadAhead(plan, team.trace, order) as ahead, Writer(team.trace) as writer:
+    with ReadAhead(plan, team.trace, order, team.links) as ahead, Writer(team.trace) as writer:
         job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
         measured = team.run(partial(run_layers, job))
     if not team.leads:
@@ -251,12 +253,13 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     for layer_plan in plan.layers[: plan.solve.stop]:
         number = layer_plan.index
         with job.stage(worker, "read", number):
-            tensors = worker.once(partial(job.ahead.take, number))  # was read while the layer before was worked on
-            layer = build_layer(plan.skeleton, number, tensors, worker.device)
+            taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
+            layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
         tokens = worker.size * streams.attended_tokens(*both)
         with job.stage(worker, "attend", number, tokens, "tokens") as tick:
             traffic = streams.attend(worker, layer, both, batches, tick)
-            layer = streams.own_experts(worker, layer, traffic)
+            layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
+        del taken  # its experts, which are with their owners
         if layer_plan.shard in job.journal:
             release_layer = restore_layer(job, worker, layer_plan, layer, tensors)
         elif number in plan.solve:
@@ -270,11 +273,12 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             layers = layer, release_layer
             both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
         drifts.append(drift)
-        del layer, layers, release_layer, tensors, traffic  # or they lie beside the next layer's until it has its own
+        del layer, layers, release_layer, traffic  # or they lie beside the next layer's until it has its own
         if worker.leads:
             job.watch.finished(number, drift)
     if worker.leads:
-        job.writer.join()
+        with worker.span("wait for writer"):
+            job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
             heldout = both[0].heldout, both[1].heldout
@@ -309,7 +313,7 @@ def solve(
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
-            observed = observe(layer, *traffic, batches.inputs)
+            observed = observe(worker, layer, *traffic, job.plan.recipe.solver.residual)
             curvature = None
             if job.left is not None:
                 moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))
@@ -322,7 +326,8 @@ def solve(
             job.journal.shrink(whole.chunk)
             text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
             job.watch.progress(Event(kind="note", layer=layer.index, text=text))
-        job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
+        with worker.span("wait for writer", layer_plan.index):
+            job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
 
 

@@ -63,9 +63,13 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     factor = gptq.factorize_(hessian_EKK, damping, solver.order, size)
     target_ENK = weight_ENK
     if site.moments.cross_EKK is not None and solver.alpha:
-        cross_EKK = moments.shrink_cross(site.moments, effective_E, n0)
-        target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha)
-        del cross_EKK
+        cross_EKK, gap_ENK = (
+            None if sum_ENK is None else moments.shrink_to_zero(sum_ENK, site.moments.weight_E, effective_E, n0)
+            for sum_ENK in (site.moments.cross_EKK, site.moments.gap_ENK)
+        )
+        assert cross_EKK is not None
+        target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha, gap_ENK)
+        del cross_EKK, gap_ENK
     if solver.scale == "search":
         conditional = solver.scale_weights == "conditional"
         importance_EK = factor.natural_pivot() if conditional else hessian_EKK.diagonal(dim1=-2, dim2=-1)

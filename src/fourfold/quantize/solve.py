@@ -17,6 +17,7 @@ from fourfold.core import grid, guidance, moments, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
+from fourfold.quantize.link import Link
 from fourfold.quantize.observe import (
     Chunk,
     Observed,
@@ -59,13 +60,13 @@ class Chunking:
 
 class _Clock:
     def __init__(self, worker: Worker, layer: int) -> None:
-        self._worker, self._layer = worker, layer
+        self.worker, self._layer = worker, layer
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        with self._worker.span(stage, self._layer):
+        with self.worker.span(stage, self._layer):
             yield
         self.seconds[stage] += time.perf_counter() - start
 
@@ -114,6 +115,7 @@ def solve_layer(
         guided = add_guided(guided, solved[2])
         first = places.stop
         chunking.tick(len(places))
+    worker.link.settle()
     each = sum(clock.seconds.values()) / max(len(rows), 1)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
     return LayerResult(tensors, *job.released, tuple(rows), dict(clock.seconds), size, guided)
@@ -197,7 +199,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
             packed = _pack(solved.group, projections, job.recipe.format)
             released_ENK = job.released[which]
             released_ENK[place] = _unpack(packed, job.recipe.format).to(released_ENK.dtype)
-            tensors |= _named(job.chunking.prefix, experts, packed)
+            tensors |= _named(job.chunking.prefix, experts, packed, clock.worker.link)
             rows += _statistics(layer.index, experts, projections, solved, solver)
             if row_metric is not None:
                 guided[GUIDED[which]] = solved.guided
@@ -258,13 +260,15 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
     return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
 
 
-def _named(prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Final names, on the host: `...mlp.experts.E.gate_proj.weight_packed` and so on."""
+def _named(
+    prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link
+) -> dict[str, Tensor]:
+    """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on; on the host when the link is settled."""
     return {
         f"{prefix}{expert}.{projection}.{suffix}": tensor
         for projection, tensors in packed.items()
         for suffix, stacked in tensors.items()
-        for expert, tensor in zip(experts, stacked.cpu(), strict=True)
+        for expert, tensor in zip(experts, link.fetch(stacked), strict=True)
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.memory import give_back_free_memory
-from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, pass_heldout_
+from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import Reference, make_reference
 from fourfold.quantize.workers import Worker
 
@@ -49,14 +49,20 @@ def embed(
     they differ. texts: token ids of all calibration and all held-out rows.
     """
     embedding_VD = worker.once(lambda: read_embedding(index, skeleton))
-    calibration_RT, heldout_RT = (text_RT[worker.share(len(text_RT))] for text_RT in texts)
-    calibration = Rows(calibration_RT, embedding_VD[calibration_RT])
-    source = Stream(calibration=calibration, heldout=Rows(heldout_RT, embedding_VD[heldout_RT]))
-    release = Stream(
-        calibration=calibration if asymmetric else None,
-        heldout=Rows(heldout_RT, source.heldout.hidden_RTD.clone()),
-    )
-    return source, release
+
+    def embedded(token_RT: Tensor) -> Rows:
+        hidden_RTD = worker.link.room((*token_RT.shape, embedding_VD.shape[1]), embedding_VD.dtype)
+        torch.index_select(embedding_VD, 0, token_RT.flatten(), out=hidden_RTD.flatten(0, 1))
+        return Rows(token_RT, hidden_RTD)
+
+    calibration, heldout = (embedded(text_RT[worker.share(len(text_RT))]) for text_RT in texts)
+    source = Stream(calibration=calibration, heldout=heldout)
+    return source, Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
+
+
+def _copied(worker: Worker, rows: Rows) -> Rows:
+    hidden_RTD = worker.link.room(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
+    return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD))
 
 
 def read_embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
@@ -90,13 +96,11 @@ def attend(
         release_traffic = attend_(worker, layer, release.calibration, batches, tick)
         require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
         return source_traffic, release_traffic
-    rows = Rows(source.calibration.token_RT, source_traffic.rows.hidden_RTD.clone())
-    return source_traffic, dataclasses.replace(source_traffic, rows=rows)
+    return source_traffic, dataclasses.replace(source_traffic, rows=_copied(worker, source_traffic.rows))
 
 
 def _own_inputs(worker: Worker, traffic: Traffic) -> Tensor | None:
-    first = sum(traffic.counts[: worker.rank])
-    return None if traffic.input_TD is None else traffic.input_TD[first : first + traffic.counts[worker.rank]]
+    return None if traffic.input_TD is None else traffic.input_TD[own_tokens(worker, traffic.counts)]
 
 
 def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> DecoderLayer:
@@ -158,10 +162,15 @@ def measure(
 
     The reference is of the release's first row, from the leading worker, which has it; None from the others.
     """
-    norm_D, head_VD = worker.once(lambda: read_head(index, skeleton))
+
+    def ends() -> tuple[Tensor, Tensor]:
+        worker.link.give_back()  # what the layers took
+        return read_head(index, skeleton)
+
+    norm_D, head_VD = worker.once(ends)
     head = build_head(skeleton, norm_D, head_VD, worker.device)
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
-    parts = worker.everyone(_compared((head, head), (source, release)))
+    parts = worker.everyone(_compared((head, head), (source, release), worker.beat))
     return metrics.join([row for part in parts for row in part]), reference
 
 
@@ -175,11 +184,13 @@ def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
 
 def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statistics:
     """Last norm and output head over the rows of two streams (source, release), the head in vocabulary chunks."""
-    return metrics.join(_compared(heads, rows))
+    return metrics.join(_compared(heads, rows, lambda: None))
 
 
-def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics.Statistics]:
-    """Of each row."""
+def _compared(
+    heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]
+) -> list[metrics.Statistics]:
+    """Of each row. beat: called after each."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     parts = []
@@ -190,4 +201,5 @@ def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> list[metrics
         next_T = token_T[1:].to(device)
         parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
         give_back_free_memory()  # a row's logits may lie where the next one's do not fit: 0.6 GB in 16 rows
+        beat()
     return parts

@@ -12,7 +12,10 @@ from fourfold.model.shards import write_text
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of one worker's time, seconds since the epoch. lane: the worker's rank, -1 reader, -2 writer."""
+    """A stretch of one worker's time, seconds since the epoch. lane: the worker's rank, -1 reader, -2 writer.
+
+    Stretches of a lane do not overlap: what a stage has inside it is not the stage's, so that names may be summed.
+    """
 
     name: str
     lane: int
@@ -22,6 +25,7 @@ class Span:
 
 
 READER, WRITER = -1, -2
+WAITS = {"wait": "other workers", "wait for reader": "the reader", "wait for writer": "the writer"}  # span: for whom
 
 
 class Trace:
@@ -34,13 +38,16 @@ class Trace:
         self.spans.append(Span(name, lane, start, end, layer))
 
 
-def waited(spans: Sequence[Span]) -> dict[int, tuple[float, float]]:
-    """By worker: seconds it waited for others, and seconds from its first span to its last."""
-    found: dict[int, tuple[float, float]] = {}
+def waited(spans: Sequence[Span]) -> dict[int, tuple[dict[str, float], float]]:
+    """By worker: seconds it waited, by whom for, and seconds from its first span to its last."""
+    found: dict[int, tuple[dict[str, float], float]] = {}
     for lane in sorted({span.lane for span in spans if span.lane >= 0}):
         own = [span for span in spans if span.lane == lane]
-        whole = max(span.end for span in own) - min(span.start for span in own)
-        found[lane] = sum(span.end - span.start for span in own if span.name == "wait"), whole
+        waits = dict.fromkeys(WAITS.values(), 0.0)
+        for span in own:
+            if span.name in WAITS:
+                waits[WAITS[span.name]] += span.end - span.start
+        found[lane] = waits, max(span.end for span in own) - min(span.start for span in own)
     return found
 
 

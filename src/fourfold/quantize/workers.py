@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
+from fourfold.quantize.link import Link
 from fourfold.quantize.ranks import Ranks
 from fourfold.quantize.trace import Trace
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 900.0  # without a sign of life, while others wait: a worker hangs
+PATIENCE_SECONDS = 180.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
+LOOKS = 4  # in that time
+BETWEEN = "start"  # and between stages; not in the trace
 GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
 
 
@@ -37,11 +40,16 @@ class Stopped(Exception):
 
 @dataclass
 class _State:
-    """Where a worker is. beat: time of its last sign of life."""
+    """Where a worker is. since: seconds since the epoch, of its stage's stretch in the trace. beats: its signs of life;
+    seen: how many at the last look; silent: looks without a new one.
+    """
 
-    stage: str = "start"
+    stage: str = BETWEEN
     layer: int = -1
-    beat: float = field(default_factory=time.monotonic)
+    since: float = 0.0
+    beats: int = 0
+    seen: int = -1
+    silent: int = 0
     ended: bool = False
 
     def __str__(self) -> str:
@@ -51,7 +59,8 @@ class _State:
 class Team:
     """The workers of this process. devices: one for each, on this host; ranks: the other processes, if any.
 
-    threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts.
+    threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts; patience_seconds:
+    without a sign of life, after which a worker that waits for nobody is said to hang.
     """
 
     def __init__(
@@ -61,10 +70,11 @@ class Team:
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.devices, self.ranks = tuple(devices), ranks
+        self.links = tuple(map(Link, devices))
         self.threads = max(torch.get_num_threads() // len(devices), 1)
         self.trace = Trace()
         self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
-        self._patience = patience_seconds
+        self.patience_seconds = patience_seconds
         self._states = [_State() for _ in devices]
         self._changed = threading.Condition()
         self._arrived: set[int] = set()
@@ -82,7 +92,7 @@ class Team:
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory that all workers of this process write to; a file without a name where `spill` says so."""
         if self.spill is None:
-            return torch.empty(shape, dtype=dtype, pin_memory=self.devices[0].type == "cuda")
+            return self.links[0].room(shape, dtype)
         with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".inputs-") as file:
             flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
         return flat.view(shape)
@@ -136,6 +146,8 @@ class Team:
         state = self._states[place]
         try:
             torch.set_num_threads(self.threads)
+            if worker.device.type == "cuda":
+                torch.cuda.set_device(worker.device.index or 0)  # of this thread: Triton launches there
             with torch.no_grad():
                 result = job(worker)
             if place == 0:
@@ -161,19 +173,28 @@ class Team:
 
     def _watch(self) -> None:
         """Until all workers have ended or one has failed."""
+        due = 0.0
         with self._changed:
             while self._failure is None and not all(state.ended for state in self._states):
-                self._changed.wait(timeout=self._patience / 4)
-                self._look()
+                if time.monotonic() >= due:
+                    self._look()
+                    due = time.monotonic() + self.patience_seconds / LOOKS
+                self._changed.wait(timeout=self.patience_seconds / LOOKS)
 
     def _look(self) -> None:
-        """A worker that others wait for, without a sign of life for too long, hangs."""
-        late = time.monotonic() - self._patience
+        """A worker that waits for nobody hangs if it has given no sign of life since the look before the last LOOKS.
+
+        Looks are counted, not seconds: a process that was stopped for a night has missed the looks as well.
+        """
         for place, state in enumerate(self._states):
-            if self._arrived and place not in self._arrived and not state.ended and state.beat < late:
+            elsewhere = place == 0 and self.ranks is not None and self.ranks.asking
+            waits = place in self._arrived or state.ended or elsewhere
+            state.silent = 0 if waits or state.beats != state.seen else state.silent + 1
+            state.seen = state.beats
+            if state.silent > LOOKS:
                 self._failure = self._failure or FourfoldError(
-                    f"{self.name(place)} hangs: no sign of life for {self._patience:,.0f} s in {state}; the same "
-                    "command goes on, without that device if need be"
+                    f"{self.name(place)} hangs: no sign of life for {self.patience_seconds:,.0f} s in {state}; the "
+                    "same command goes on, without that device if need be"
                 )
 
     def name(self, place: int) -> str:
@@ -184,13 +205,15 @@ class Team:
         """A sign of life. Raises Stopped where the run is over."""
         if self._failure is not None:
             raise Stopped
-        self._states[place].beat = time.monotonic()
+        self._states[place].beats += 1
 
     def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
-        """A worker begins with a stage; a sign of life. Returns where it was."""
-        state = self._states[place]
+        """A worker begins with a stage, or goes back to one; a sign of life. Returns where it was."""
+        state, now = self._states[place], time.time()
         before = state.stage, state.layer
-        state.stage, state.layer = stage, layer
+        if state.stage != BETWEEN:
+            self.trace.add(state.stage, self.first + place, state.since, now, state.layer)
+        state.stage, state.layer, state.since = stage, layer, now
         self.beat(place)
         return before
 
@@ -213,20 +236,29 @@ class Team:
         self.beat(place)
         if len(self.devices) == 1:
             return
-        start = time.time()
+        before = self.at(place, "wait", self._states[place].layer)
         with self._changed:
             turn = self._turn
             self._arrived.add(place)
             if len(self._arrived) == len(self.devices):
                 self._arrived.clear()
                 self._turn += 1
-                for state in self._states:
-                    state.beat = time.monotonic()  # those that waited are well
                 self._changed.notify_all()
             while self._turn == turn and self._failure is None:
                 self._changed.wait()
-        self.trace.add("wait", self.first + place, start, time.time())
-        self.beat(place)
+        self.at(place, *before)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Rows of all workers, in order of rank, in one piece of host memory that this process's workers share.
+
+    counts: of each worker; own_TX: where a worker puts its own, before `Worker.gathered`.
+    """
+
+    all_TX: Tensor
+    counts: tuple[int, ...]
+    own_TX: Tensor
 
 
 @dataclass(frozen=True)
@@ -250,6 +282,10 @@ class Worker:
         return self.team.devices[self.place]
 
     @property
+    def link(self) -> Link:
+        return self.team.links[self.place]
+
+    @property
     def name(self) -> str:
         return self.team.name(self.place)
 
@@ -263,11 +299,9 @@ class Worker:
 
     @contextmanager
     def span(self, stage: str, layer: int = -1) -> Iterator[None]:
-        """A stretch of work under a name: where this worker is, and in the trace."""
+        """A stretch of work under a name: where this worker is, and in the trace, without the stretches inside it."""
         before = self.team.at(self.place, stage, layer)
-        start = time.time()
         yield
-        self.team.trace.add(stage, self.rank, start, time.time(), layer)
         self.team.at(self.place, *before)
 
     # ---- split rows
@@ -279,32 +313,39 @@ class Worker:
 
     # ---- gather
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory for rows that are to be gathered: of a worker alone, that in which they then stay."""
-        return self.team.allocate(shape, dtype) if self.size == 1 else torch.empty(shape, dtype=dtype)
+    def room(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Gathering:
+        """For `count` rows of this worker, which it has still to make, and those of all others."""
+        counts = tuple(self.everyone(count))
+        first, last = sum(counts[: self.rank]), sum(counts[: self.rank + 1])
+        all_TX = self.once(lambda: self.team.allocate((sum(counts), *shape), dtype))
+        return Gathering(all_TX, counts, all_TX[first:last])
+
+    def gathered(self, room: Gathering) -> tuple[Tensor, tuple[int, ...]]:
+        """The rows of all workers, when each has put its own there, and how many are of each."""
+        ranks, ends = self.team.ranks, [0, *accumulate(room.counts)]
+        self.team.meet(
+            self.place, None, lambda _: ranks.fill_(room.all_TX, self._rows_of_ranks(ends)) if ranks else None
+        )
+        return room.all_TX, room.counts
 
     def gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         """The rows of all workers, in order of rank, and how many are of each.
 
-        parts: this worker's rows, in pieces, which are taken out of the list as they are copied. The rows are in one
-        piece of host memory that this process's workers share; what a worker alone has in one piece stays where it is.
+        parts: this worker's rows, in pieces, which are taken out of the list as they are copied; what a worker alone
+        has in one piece stays where it is.
         """
         if self.size == 1 and len(parts) == 1:
             return parts[0], (len(parts.pop()),)
         known = self.everyone((parts[0].shape[1:], parts[0].dtype) if parts else None)
         shape, dtype = next(like for like in known if like is not None)  # a worker may have no rows
-        counts = tuple(self.everyone(sum(map(len, parts))))
-        ends = [0, *accumulate(counts)]
-        all_TX = self.once(lambda: self.team.allocate((ends[-1], *shape), dtype))
-        start = ends[self.rank]
+        room = self.room(sum(map(len, parts)), shape, dtype)
+        start = 0
         parts.reverse()
         while parts:
             part = parts.pop()
-            all_TX[start : start + len(part)] = part
+            room.own_TX[start : start + len(part)] = part
             start += len(part)
-        ranks = self.team.ranks
-        self.team.meet(self.place, None, lambda _: ranks.fill_(all_TX, self._rows_of_ranks(ends)) if ranks else None)
-        return all_TX, counts
+        return self.gathered(room)
 
     def once(self, make: Callable[[], T]) -> T:
         """What `make` gives, made once in each process and shared by its workers."""
@@ -338,9 +379,9 @@ class Worker:
     # ---- sum
 
     def sum(self, partial_TD: Tensor, counts: Sequence[int]) -> Tensor:
-        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank.
+        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank, on the host.
 
-        partial_TD: for the rows of every worker, in order of rank; counts: rows of each worker.
+        partial_TD: on the host, for the rows of every worker, in order of rank; counts: rows of each worker.
         """
         if self.size == 1:
             return partial_TD
@@ -351,12 +392,12 @@ class Worker:
             return partials if ranks is None else ranks.reduce(partials, self._rows_of_ranks(ends))
 
         mine = slice(ends[self.rank], ends[self.rank + 1])
-        partials = self.team.meet(self.place, partial_TD.cpu(), combine)
+        partials = self.team.meet(self.place, partial_TD, combine)
         first = ends[self.team.first] if ranks else 0
         total_TD = partials[0][mine.start - first : mine.stop - first].clone()
         for partial in partials[1:]:
             total_TD += partial[mine.start - first : mine.stop - first]
-        return total_TD.to(self.device)
+        return total_TD
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum of all workers' values, added in order of rank, on this worker's device."""

@@ -106,10 +106,15 @@ def show_summary(console: Console, summary: Summary) -> None:
     table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
     planned = memory_text(summary.planned_memory_bytes)
     table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
-    if len(summary.workers) > 1:
-        busy = (f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
-                for worker in summary.workers)  # fmt: skip
-        table.add_row("busy", ", ".join(busy) + "; the rest is waiting for the other workers")
+    if summary.workers:
+        busy = ", ".join(f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
+                         for worker in summary.workers)  # fmt: skip
+        longest: dict[str, float] = {}
+        for worker in summary.workers:
+            for whom, seconds in worker.get("waited_for", {}).items():  # not in a release of an earlier version
+                longest[whom] = max(seconds, longest.get(whom, 0.0))
+        waits = ", ".join(f"{seconds:.1f} s for {whom}" for whom, seconds in longest.items() if seconds >= 0.05)
+        table.add_row("busy", busy + (f"; waited at most {waits}" if waits else ""))
     console.print(table)
     for note in summary.notes:
         console.print(f"note: {paragraphs(note)}", soft_wrap=True)

@@ -23,6 +23,7 @@ from fourfold.units import clock_text, size, stages
 METHODS = (
     ("Frantar and others 2022, GPTQ", "2210.17323"),
     ("Li and others 2025, GPTAQ: solving on what the quantized layers before put out", "2504.02692"),
+    ("Lin and Wan 2025, LoaQ: making up for what the residual stream lacks", "2509.06297"),
     ("Leviathan, Kalman and Matias 2023, speculative decoding: how drafts are judged", "2211.17192"),
 )
 METHOD_WORDS = {
