@@ -61,7 +61,7 @@ def sort_pairs(routing: Routing, experts: Sequence[int], total: int) -> Pairs:
     """
     device = routing.index_TA.device
     place_E = torch.full((total,), len(experts), device=device)  # those of others come last
-    place_E[torch.tensor(experts, device=device)] = torch.arange(len(experts), device=device)
+    place_E[torch.tensor(experts, dtype=torch.int64, device=device)] = torch.arange(len(experts), device=device)
     place_S, slot_S = torch.sort(place_E[routing.index_TA.flatten()], stable=True)
     counts = torch.bincount(place_S, minlength=len(experts) + 1)[:-1]
     offsets = (0, *counts.cumsum(0).tolist())
@@ -113,7 +113,7 @@ class DecoderLayer:
         if len(owned) == self.experts:
             stacks = self.stacks
         else:
-            index_E = torch.tensor(owned)
+            index_E = torch.tensor(owned, dtype=torch.int64)  # of none at all too
             stacks = self.stacks[0][index_E], self.stacks[1][index_E]
         own = (stack.to(self.device) for stack in stacks)
         return dataclasses.replace(self, owned=owned, gate_up_ENK=next(own), down_ENK=next(own))
