@@ -48,7 +48,7 @@ test-package:  ## wheel and sdist; the wheel in empty environments, with the low
 	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/package
 
 # PYTHON_GIL=0: triton, which torch with CUDA brings, would switch the GIL on. report.html's library has no wheel for it.
-test-free-threaded:  ## the fast tests in a Python without the GIL, by four workers: built once into .free-threaded (9 GB)
+test-free-threaded:  ## the fast tests in a Python without the GIL, by four workers: built once into .free-threaded (7 GB)
 	TORCH_INDEX="$(TORCH_INDEX)" .ci/free-threaded $(FREE)
 	PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest -m "not slow and not gpu and not engine" --devices 'cpu*4' \
 		--ignore tests/release/report/test_page.py $(ARGS)
