@@ -7,10 +7,11 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package check docs audit bench-quality bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs audit bench-quality bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
+FREE := .free-threaded
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := examples/tiny-qwen3.6-moe
@@ -23,7 +24,7 @@ FIND_PYTHON = for python in python3.11 python3 python3.12 python3.13 python3.14 
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## plan and quantize the example model into demo/; a second run only shows the result
 	$(BIN)/fourfold plan $(MODEL) --devices cpu
@@ -45,6 +46,12 @@ test-engine: $(INSTALLED)  ## real vLLM and SGLang's loader: built once into .en
 
 test-package:  ## wheel and sdist; the wheel in empty environments, with the lowest and the newest versions it allows
 	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/package
+
+# PYTHON_GIL=0: triton, which torch with CUDA brings, would switch the GIL on. report.html's library has no wheel for it.
+test-free-threaded:  ## the fast tests in a Python without the GIL, by four workers: built once into .free-threaded (7 GB)
+	TORCH_INDEX="$(TORCH_INDEX)" .ci/free-threaded $(FREE)
+	PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest -m "not slow and not gpu and not engine" --devices 'cpu*4' \
+		--ignore tests/release/report/test_page.py $(ARGS)
 
 check: $(INSTALLED) docs  ## lint, types, which room imports which, and the documentation without a warning
 	$(BIN)/ruff check .
@@ -69,8 +76,8 @@ bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's
 	$(BIN)/python benchmarks/full_layer.py --recipe fast --json benchmarks/results/full_layer_fast.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-clean:  ## remove .venv, .engines, the demo's output and caches
-	rm -rf $(VENV) $(ENGINES) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean:  ## remove .venv, .engines, .free-threaded, the demo's output and caches
+	rm -rf $(VENV) $(ENGINES) $(FREE) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile

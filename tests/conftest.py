@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what is found into tests/golden")
+    parser.addoption("--devices", default="cpu", help="what end-to-end runs take that name no device, such as cpu*4")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--devices") != "cpu":
+        import releases  # noqa: PLC0415 (it imports all of fourfold, which most runs of one file need not wait for)
+
+        releases.machine = replace(releases.machine, devices=config.getoption("--devices"))
 
 
 @pytest.fixture(scope="session")

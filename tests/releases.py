@@ -25,6 +25,7 @@ from fourfold.recipe import Recipe
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MEMORY_BYTES = 2 * 2**30  # the same batches on every machine
+machine = Machine(memory_bytes=MEMORY_BYTES)  # of runs that name none; `pytest --devices "cpu*4"` sets another
 RECIPE = """
 name = "small"
 [calibration]
@@ -74,7 +75,7 @@ def make_source(folder: Path, **options: Any) -> Path:
 
 
 def run(model: Path, out: Path, recipe: Recipe, **options: Any) -> Summary:
-    return quantize(model, out, recipe, **{"machine": Machine(memory_bytes=MEMORY_BYTES)} | options)
+    return quantize(model, out, recipe, **{"machine": machine} | options)
 
 
 def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> Callable[[Event], None]:

@@ -83,6 +83,14 @@ def test_more_workers_than_rows_share_evenly(
     agree(release, tmp_path / "out")
 
 
+def test_more_workers_than_experts(small: MakeRecipe, tmp_path: Path) -> None:
+    """One of four has none of the three, and rows all the same."""
+    model = releases.make_source(tmp_path / "model", experts=3)
+    for devices in ("cpu", "cpu*4"):
+        releases.run(model, tmp_path / devices, small(), machine=Machine(devices=devices, memory_bytes=MEMORY))
+    agree(tmp_path / "cpu", tmp_path / "cpu*4")
+
+
 def test_the_same_devices_give_the_same_bytes(source: Path, on_two: Path, small: MakeRecipe, tmp_path: Path) -> None:
     releases.run(source, tmp_path / "out", small(), machine=Machine(devices="cpu*2", memory_bytes=MEMORY))
     found, wanted = releases.tree(tmp_path / "out"), releases.tree(on_two)
@@ -145,7 +153,7 @@ def test_a_worker_that_fails_leaves_sound_records(
     def listen(event: Event) -> None:
         notes.extend([event.text] if event.kind == "note" else [])
 
-    releases.run(source, out, small(), progress=listen)
+    releases.run(source, out, small(), machine=Machine(memory_bytes=MEMORY), progress=listen)
     assert (out / "model-00001-of-00003.safetensors").read_bytes() == written
     assert any(note.startswith("begun on cpu, cpu, goes on on cpu: ") for note in notes)
     state = releases.read_json(out / "fourfold.json")
@@ -167,7 +175,7 @@ def test_too_little_memory_halves_the_chunk(
         notes.extend([event.text] if event.kind == "note" else [])
 
     monkeypatch.setattr(solve, "_solve_chunk", scarce)
-    releases.run(source, tmp_path / "out", small(), progress=listen)
+    releases.run(source, tmp_path / "out", small(), machine=Machine(memory_bytes=MEMORY), progress=listen)
     assert "layer 0: out of memory; chunks of 1 experts from now on, the same codes" in notes
     assert releases.read_json(tmp_path / "out/fourfold.json")["settings"]["batches"]["experts"] == 1
     assert equal_codes(release, tmp_path / "out") == {0: 1.0, 1: 1.0}

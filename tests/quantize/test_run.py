@@ -99,6 +99,8 @@ def test_chunks_of_experts_give_the_same_bytes(
     def chunked(*arguments: Any) -> MemoryPlan:
         return dataclasses.replace(plan_memory(*arguments), chunk_experts=experts)
 
+    if releases.machine.devices != "cpu":
+        pytest.skip("one device's chunks: `release` was made by several")
     plan_memory = plan_module.plan_memory
     monkeypatch.setattr(plan_module, "plan_memory", chunked)
     releases.run(source, tmp_path / "out", small())

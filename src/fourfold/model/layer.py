@@ -64,7 +64,7 @@ def sort_pairs(routing: Routing, experts: Sequence[int], total: int) -> Pairs:
     """
     device = routing.index_TA.device
     place_E = torch.full((total,), len(experts), device=device)  # those of others come last
-    place_E[torch.tensor(experts, device=device)] = torch.arange(len(experts), device=device)
+    place_E[torch.tensor(experts, dtype=torch.int64, device=device)] = torch.arange(len(experts), device=device)
     place_S, slot_S = torch.sort(place_E[routing.index_TA.flatten()], stable=True)
     counts = torch.bincount(place_S, minlength=len(experts) + 1)[:-1]
     offsets = (0, *counts.cumsum(0).tolist())
