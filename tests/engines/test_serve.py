@@ -33,9 +33,9 @@ pytestmark = pytest.mark.engine
 Find, Made = Callable[[str], Path], Callable[[str], Path]
 READY_SECONDS = 300.0
 CONTEXT, DRAFTS, BUDGET = 512, 2, 20
-# Of both benches at one time: clients and requests of each, their tokens, and turns, of which the median counts, as a busy
-# machine may hold one client up for a second or two. Many short requests have many first tokens; with two clients each,
-# those fall into step, and one bench may wait more often for the other's prompts.
+# Of both benches at one time: clients and requests of each, their tokens, and turns, of which the median counts, as a
+# busy machine may hold one client up for a second or two. Many short requests have many first tokens; with two clients
+# each, those fall into step, and one bench may wait for the other's prompts more often.
 CLIENTS, REQUESTED, TOKENS, TURNS = 4, 192, 16, 5
 PLUGIN = f"fourfold-{fourfold.__version__}.dist-info"
 REQUESTS = Path(__file__).parent / "openai_requests.py"
