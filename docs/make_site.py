@@ -4,7 +4,7 @@
     python docs/make_site.py --pages    # the pages alone, into build/docs
 
 Reference pages are never committed: what they say stands in Typer's app, in the dataclasses of recipes and in
-docstrings.
+docstrings. docs/reference/ has a few words in the place of each, where links lead outside the site.
 """
 
 from __future__ import annotations
@@ -210,7 +210,6 @@ def make_pages() -> None:
     """docs/ with the reference, in build/docs."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    (PAGES / "reference").mkdir()
     for name, page in (("cli", cli_page), ("recipe", recipe_page), ("python", python_page)):
         (PAGES / "reference" / f"{name}.md").write_text(page(), encoding="utf-8")
 

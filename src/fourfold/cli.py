@@ -243,6 +243,7 @@ def verify(
     engine: EngineName = None,
     python: EnginePython = None,
     timeout: TimeLimit = 60,
+    quiet: Quiet = False,
     as_json: VerdictJson = False,
 ) -> None:
     """Check a release: its files, every tensor against the source, a run in a real engine.
@@ -252,13 +253,13 @@ def verify(
     """
     with answer(out):
         console = terminal.open_console()
-        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=False)
+        manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
         name = None if engine is None else engine.value
         with terminal.watch(console, manner) as progress:
             verdict = api.verify(out, source=source, engine=name, python=python, timeout=timeout, progress=progress)
         if as_json:
             terminal.json_line(console, verdict.to_json())
-        else:
+        elif not quiet:
             show_verdict(console, verdict)
         if not verdict.passed:
             raise typer.Exit(CHECK_FAILED)

@@ -11,7 +11,7 @@ import typer
 
 from fourfold import terminal
 from fourfold.datatypes import FourfoldError
-from fourfold.options import EXIT_CODES, Release, answer
+from fourfold.options import EXIT_CODES, Quiet, Release, answer
 
 if TYPE_CHECKING:
     from fourfold.release.report.about import About
@@ -70,6 +70,7 @@ def report(
     repo: Repo = None,
     base_model: BaseModel = None,
     license: LicenceName = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write a release's model card with plots, and report.html: every projection, to look at and search.
 
@@ -85,6 +86,8 @@ def report(
 
         about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
         records = write(out, about, recommend, against)
+        if quiet:
+            return
         console = terminal.open_console()
         for name, what in ((CARD, "model card"), (FIGURES, "its plots"), (PAGE, "every projection, for a browser")):
             console.print(f"{terminal.plain(out / name)}: {what}", soft_wrap=True)

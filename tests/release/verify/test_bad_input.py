@@ -370,6 +370,14 @@ def test_a_signal_to_the_command_ends_the_engine_too(
         pass
 
 
+def test_quiet(copy: Broken) -> None:
+    out = copy(CT).folder
+    assert (verify(out, "--quiet").exit_code, verify(out, "-q").output) == (0, "")
+    (out / "model-00001-of-00003.safetensors").unlink()
+    assert (verify(out, "--quiet").exit_code, verify(out, "-q").output) == (1, "")
+    assert not json.loads((out / "verify.json").read_text())["passed"]
+
+
 def test_the_time_limit_of_the_command(
     copy: Broken, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
