@@ -403,6 +403,14 @@ def test_plan(example_model: Path) -> None:
     assert "core, as measured here in" in shown.stdout
 
 
+def test_the_plan_of_a_guided_run_tells_what_guidance_leaves_or_when(example_model: Path, tmp_path: Path) -> None:
+    shown = inside("plan", example_model, "--machine", "h200", "--recipe", "guided", "--out", tmp_path / "new")
+    assert shown.exit_code == 0, shown.output
+    assert "known after the sweep" in shown.stdout and "are free" in shown.stdout
+    assert "guidance" not in inside("plan", example_model, "--machine", "h200").stdout
+    assert not (tmp_path / "new").exists()
+
+
 def test_plan_for_another_machine_as_json(example_model: Path) -> None:
     shown = inside("plan", example_model, "--machine", "rtx3060x4", "--layers", "1-2", "--json")
     plan = json.loads(shown.stdout)

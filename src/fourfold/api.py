@@ -10,6 +10,7 @@ Imports wait for a call: `import fourfold` must stay quick, and work beside an e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def plan(
         host_bytes: the same of the host's memory.
         machine: "rtx3060x4", "h200" or "a100x8"; excludes `devices`.
         layers: a trial on these alone, counted from 0.
-        out: where the release would go, if free disk space is to be looked at.
+        out: where the release would go, if free disk space is to be looked at, and what a sweep there has told.
         progress: is told that the machine is being measured.
 
     Raises:
@@ -57,6 +58,7 @@ def plan(
         raise FourfoldError("--machine and --devices exclude each other: another machine, or devices of this one")
     from fourfold.quantize.devices import expand_devices
     from fourfold.quantize.gauge import measure_rates
+    from fourfold.quantize.guide import predicted_shares
     from fourfold.quantize.plan import make_plan
     from fourfold.quantize.rates import find_machine
 
@@ -69,6 +71,7 @@ def plan(
     made = make_plan(
         folder, chosen, devices=workers, memory_bytes=memory_bytes, host_bytes=host_bytes, layers=layers, out=out
     )
+    made = replace(made, predicted_shares=predicted_shares(made, out))
     if sheet:
         return made.timed(sheet.rates())
     progress(Event(kind="stage", stage="gauge"))

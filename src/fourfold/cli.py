@@ -28,6 +28,7 @@ from fourfold.options import (
     Out,
     Overrides,
     PlanJson,
+    PlannedOut,
     Quiet,
     RecipeName,
     Release,
@@ -103,6 +104,7 @@ def plan(
     memory: Memory = None,
     machine: MachineName = None,
     layers: Layers = None,
+    out: PlannedOut = None,
     as_json: PlanJson = False,
 ) -> None:
     """Say what quantize would do: every tensor, memory, disk and time.
@@ -115,7 +117,7 @@ def plan(
     with answer():
         chosen = choose_recipe(recipe_name, overrides or [], calibration)
         budget = (memory or ALL_FREE)._asdict()
-        asked = {"recipe": chosen, "devices": devices, **budget, "machine": machine, "layers": layers}
+        asked = {"recipe": chosen, "devices": devices, **budget, "machine": machine, "layers": layers, "out": out}
         _print_plan(model, asked, as_json=as_json)
 
 

@@ -185,6 +185,15 @@ Model = Annotated[
 Out = Annotated[
     Path, typer.Argument(metavar="OUT", show_default=False, help="Folder of the release: new, empty or begun before.")
 ]
+PlannedOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="OUT",
+        show_default=False,
+        help="Where the release would go: free disk space, and what the sweep of a guided run begun there predicts.",
+    ),
+]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A preset (fourfold recipe list) or a .toml file.")
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import checkpoints
+import fourfold
 import releases
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
@@ -368,6 +369,26 @@ def test_variants_run(source: Path, small: MakeRecipe, tmp_path: Path, overrides
     assert all(set(row) == sites for row in measured)
     assert any(note.startswith("few gradients: 512 guidance tokens are 4.0 for each of 128") for note in notes)
     assert any(note.startswith("guidance is predicted to leave") for note in notes)
+
+
+def test_a_plan_tells_what_the_sweep_of_an_unfinished_run_predicts(
+    source: Path, small: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, out, told = small("guidance.tokens=512"), tmp_path / "out", list[str]()
+
+    def listen(event: Event) -> None:
+        if event.kind == "note" and "predicted_share" in event.data:
+            told.append(event.text)
+            raise KeyboardInterrupt
+
+    before = fourfold.plan(source, recipe=recipe, devices="cpu", out=out)
+    assert before.predicted_shares == {} and "known after the sweep" in before.prediction
+    with pytest.raises(KeyboardInterrupt):
+        releases.run(source, out, recipe, progress=listen)
+    plan = fourfold.plan(source, recipe=recipe, devices="cpu", out=out)
+    assert [plan.prediction] == told and all(0 < share <= 1 for share in plan.predicted_shares.values())
+    assert plan.to_json()["predicted_share"] == {str(layer): s for layer, s in plan.predicted_shares.items()}
+    assert fourfold.plan(source, recipe=small(), devices="cpu", out=out).predicted_shares == {}
 
 
 def test_two_workers_guide_alike(source: Path, with_guidance: Path, small: MakeRecipe, tmp_path: Path) -> None:

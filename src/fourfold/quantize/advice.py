@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
@@ -12,6 +12,7 @@ from fourfold.quantize.memory import MemoryPlan
 from fourfold.recipe import Recipe
 
 TENSOR_PARALLEL = (2, 4, 8)
+HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 
 def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> Iterator[str]:
@@ -75,3 +76,16 @@ def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPla
         yield f"memory: {problem}; fewer rows or another device help"
     if not disk.enough:
         yield disk.problem
+
+
+def prediction(share_by_layer: Mapping[int, float]) -> str:
+    """What guidance is predicted to leave of the error, by layer, and where it will not pay."""
+    if not share_by_layer:
+        return "what guidance is predicted to leave of the error is known after the sweep with which quantize begins"
+    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in share_by_layer.items())
+    text = f"guidance is predicted to leave this share of down's error, by layer: {shares}"
+    idle = [layer for layer, share in share_by_layer.items() if share > HARDLY]
+    if idle:
+        which = "any layer" if len(idle) == len(share_by_layer) else f"layers {', '.join(map(str, idle))}"
+        text += f"; it will not pay in {which}"
+    return text

@@ -35,7 +35,6 @@ from fourfold.quantize.workers import Worker
 INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
 HIDDEN, MATRIX = "hidden_RTD", "curvature_DD"  # tensors in these files
 LONGEST = 10.0  # of a row's median: a token's gradient is made no longer
-HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 Stage = Callable[[str, int, int, str], AbstractContextManager[Tick]]  # name, layer, how many, of what
 
@@ -330,6 +329,14 @@ def read_records(plan: Plan, out: Path) -> tuple[CurvatureRecord, ...]:
     return tuple(_read_record(out, layer) for layer in guided_layers(plan))
 
 
+def predicted_shares(plan: Plan, out: Path | None) -> dict[int, float]:
+    """By layer, what the sweep of an unfinished run in OUT predicts; nothing before it is done."""
+    layers = guided_layers(plan)
+    if out is None or not all(_record_path(sweep_folder(out), layer).is_file() for layer in layers):
+        return {}
+    return {record.layer: record.predicted_share for record in read_records(plan, out)}
+
+
 def _read_record(out: Path, layer: int) -> CurvatureRecord:
     path = _record_path(sweep_folder(out), layer)
     try:
@@ -361,17 +368,6 @@ def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
 
 
 # ---- what is said of it
-
-
-def prediction(records: tuple[CurvatureRecord, ...]) -> str:
-    """By layer, for people."""
-    shares = ", ".join(f"{record.layer}: {record.predicted_share:.2f}" for record in records)
-    text = f"guidance is predicted to leave this share of down's error, by layer: {shares}"
-    idle = [record.layer for record in records if record.predicted_share > HARDLY]
-    if idle:
-        which = "any layer" if len(idle) == len(records) else f"layers {', '.join(map(str, idle))}"
-        text += f"; it will not pay in {which}"
-    return text
 
 
 def to_json(plan: Plan, records: tuple[CurvatureRecord, ...], measured: dict[int, dict[str, float]]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.shards import SIDECARS
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.advice import release_advice, run_advice
+from fourfold.quantize.advice import prediction, release_advice, run_advice
 from fourfold.quantize.calibrate import check_sources
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
 from fourfold.quantize.cost import TimeEstimate, estimate_time
@@ -83,6 +83,7 @@ class Plan:
 
     solve: layers to be solved, all of them but in a trial, which is `partial`: rows then go through layers
     0 to solve.stop, and only the shards of `solve` are written.
+    predicted_shares: of down's error that guidance is predicted to leave, by layer, where a sweep in OUT has told it.
     """
 
     skeleton: Skeleton
@@ -97,6 +98,7 @@ class Plan:
     disk: DiskPlan
     time: TimeEstimate
     warnings: tuple[str, ...]
+    predicted_shares: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[LayerPlan | RestShard, ...]:
@@ -107,6 +109,11 @@ class Plan:
     def claims(self) -> Iterator[TensorClaim]:
         """Every source tensor, once."""
         return (claim for part in self.parts for claim in part.claims)
+
+    @property
+    def prediction(self) -> str:
+        """Of what guidance leaves, for people."""
+        return prediction(self.predicted_shares)
 
     @property
     def projections(self) -> int:
@@ -151,6 +158,7 @@ class Plan:
             "time": dataclasses.asdict(time)
             | _figures(time, "pflop", "compute_seconds", "exchange_seconds", "seconds", "bound"),
             "warnings": list(self.warnings),
+            "predicted_share": {str(layer): share for layer, share in self.predicted_shares.items()},
             "tensors": [_tensor_json(claim, part.shard) for part in self.parts for claim in part.claims],
         }
 

@@ -16,6 +16,7 @@ import torch
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
+from fourfold.quantize.advice import prediction
 from fourfold.quantize.cost import patience_seconds
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
 from fourfold.quantize.finish import Measured, Summary
@@ -23,7 +24,6 @@ from fourfold.quantize.guide import (
     Guide,
     Left,
     guided_layers,
-    prediction,
     read_curvature,
     read_records,
     row_damping,
@@ -295,9 +295,9 @@ def look_ahead(job: Job, worker: Worker, left: Left) -> None:
                   writer=job.writer)  # fmt: skip
     sweep(worker, guide, partial(job.stage, worker))
     if worker.leads:
-        records = read_records(job.plan, job.out)
-        shares: dict[str, object] = {str(record.layer): record.predicted_share for record in records}
-        job.watch.progress(Event(kind="note", text=prediction(records), data={"predicted_share": shares}))
+        shares = {record.layer: record.predicted_share for record in read_records(job.plan, job.out)}
+        data: dict[str, object] = {"predicted_share": {str(layer): share for layer, share in shares.items()}}
+        job.watch.progress(Event(kind="note", text=prediction(shares), data=data))
 
 
 def solve(

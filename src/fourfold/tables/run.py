@@ -40,6 +40,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(_groups_table(plan))
     console.print(_needs_table(plan))
     console.print(f"time: {plain(plan.time.basis)}", style="dim", soft_wrap=True)
+    if plan.recipe.guidance.tokens:
+        console.print(plan.prediction, soft_wrap=True, highlight=False)
     show_warnings(console, plan.warnings)
 
 
