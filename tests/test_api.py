@@ -65,7 +65,7 @@ def test_arguments_are_the_flags(name: str) -> None:
     flags = [parameter.name for parameter in command.commands[name].params if parameter.name not in SHOWN]
     wanted = {argument for flag in flags for argument in CALLED.get(flag, [flag])}
     found = set(inspect.signature(getattr(fourfold, name)).parameters)
-    assert found - wanted == ({"out", "progress"} if name == "plan" else {"progress"})  # out: of quantize --dry-run
+    assert found - wanted == {"progress"}
     assert wanted <= found
 
 

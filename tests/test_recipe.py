@@ -87,7 +87,7 @@ def test_guidance_that_is_off_is_no_part_of_a_recipe() -> None:
     assert tomllib.loads(dump_recipe(load_recipe("guided")))["guidance"] == dataclasses.asdict(
         load_recipe("guided").guidance
     )
-    assert load_recipe("best").digest() == "5d2a2ba225ea5bd00ac51f1f574bb32298f3ba88c43e87fda173e00128b3aaf6"
+    assert load_recipe("best").digest() == "43c1b27a671b4f0c6877c53f4aa0cb9c053cd66cea83ba86f59e7c00b12f1494"
 
 
 @pytest.mark.parametrize(
