@@ -87,7 +87,8 @@ def test_figures_are_those_of_whole_models(
     assert summary["perplexity_release"] == pytest.approx(after.perplexity, rel=tight)
     kl_P = (before.log_PV.exp() * (before.log_PV - after.log_PV)).sum(dim=1)
     assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=loose)
-    assert summary["kl_median"] == pytest.approx(kl_P.quantile(0.5).item(), rel=2 * loose)
+    rounding = 3e-7  # of a position's sum in fp32, where the reference is float64
+    assert summary["kl_median"] == pytest.approx(kl_P.quantile(0.5).item(), rel=2 * loose, abs=rounding)
     fives = (seen.log_PV.topk(5).indices.tolist() for seen in (before, after))
     shared = [len(set(ours) & set(theirs)) / 5 for ours, theirs in zip(*fives, strict=True)]
     assert summary["top5_agreement"] == pytest.approx(sum(shared) / len(shared), abs=5e-3)
