@@ -24,8 +24,8 @@ from fourfold.quantize.guide import (
     Guide,
     Left,
     guided_layers,
+    predicted_shares,
     read_curvature,
-    read_records,
     row_damping,
     spread_rows,
     sweep,
@@ -295,7 +295,7 @@ def look_ahead(job: Job, worker: Worker, left: Left) -> None:
                   writer=job.writer)  # fmt: skip
     sweep(worker, guide, partial(job.stage, worker))
     if worker.leads:
-        shares = {record.layer: record.predicted_share for record in read_records(job.plan, job.out)}
+        shares = predicted_shares(job.plan, job.out)
         data: dict[str, object] = {"predicted_share": {str(layer): share for layer, share in shares.items()}}
         job.watch.progress(Event(kind="note", text=prediction(shares), data=data))
 
