@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +110,9 @@ async def chat(client: httpx2.AsyncClient, address: str, body: Mapping[str, Any]
 
 
 async def _follow(client: httpx2.AsyncClient, url: str, body: Mapping[str, Any], reply: Reply) -> None:
+    request = client.build_request("POST", url, json=body)
     begin = time.perf_counter()
-    async with client.stream("POST", url, json=body) as answer:
+    async with aclosing(await client.send(request, stream=True)) as answer:
         if answer.status_code != 200:
             text = (await answer.aread()).decode("utf-8", "replace")
             reply.outcome, reply.detail = f"HTTP {answer.status_code}", text[:SAID]
