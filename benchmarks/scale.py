@@ -37,6 +37,7 @@ from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange
 from fourfold.quantize.estimate import BF16, Workload
 from fourfold.quantize.memory import attend_token_bytes, plan_memory
 from fourfold.quantize.plan import make_plan
+from fourfold.quantize.ranks import GPU_BYTES
 from fourfold.quantize.rates import MACHINES
 from fourfold.recipe import Recipe, load_recipe
 
@@ -129,7 +130,8 @@ def simulate(work: Workload, name: str) -> Iterator[dict[str, Any]]:
     for workers in WORKERS:
         hosts = math.ceil(workers / PER_HOST[name])
         devices = [f"cuda:{number}" for number in range(workers)]
-        memory = plan_memory(work, devices, sheet.budget_bytes, sheet.host_budget_bytes)
+        wire = GPU_BYTES if hosts > 1 else 0
+        memory = plan_memory(work, devices, sheet.budget_bytes, sheet.host_budget_bytes, wire)
         found = estimate_time(work, devices, sheet.rates(), inputs=memory.inputs, hosts=hosts)
         moved = exchange(work, workers, on_cpu=False, inputs=memory.inputs, hosts=hosts)
         alone = alone or found.seconds

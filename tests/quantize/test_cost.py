@@ -122,10 +122,16 @@ def test_exchange_of_four_gpus(small: Workload) -> None:
 
 
 def test_exchange_over_hosts(small: Workload) -> None:
-    """Inputs and routing in log2 rounds of broadcasts; three quarters of the fp32 sums leave each of four hosts."""
+    """Inputs and routing once along a ring; three quarters of the fp32 sums leave each of four hosts. Both go by way of
+    the first worker's GPU. Gloo takes log2 rounds of broadcasts.
+    """
+    broadcast, sums = 200_000 + 1000 * 2 * 10, 400_000
     moved = exchange(small, 8, on_cpu=False, hosts=4)
-    assert moved.wire_bytes == 2 * (200_000 + 1000 * 2 * 10) + 0.75 * 400_000
-    assert moved.host_bytes == 2 * (3 * 25_000 + 200_000 + 400_000 + 50_000 * (2 + 3 + 1))
+    assert moved.wire_bytes == broadcast + 0.75 * sums
+    lifted = broadcast + 2 * sums
+    assert moved.link_bytes == exchange(small, 8, on_cpu=False).link_bytes + lifted
+    assert moved.host_bytes == 2 * (3 * 25_000 + 200_000 + 400_000 + 50_000 * (2 + 3 + 1)) + lifted
+    assert exchange(small, 8, on_cpu=True, hosts=4).wire_bytes == 2 * broadcast + 0.75 * sums
     assert exchange(small, 8, on_cpu=False, hosts=2).wire_bytes < moved.wire_bytes
 
 

@@ -557,6 +557,9 @@ def test_four_small_gpus_keep_to_their_budgets(full: Path) -> None:
     assert on_device - found.stages[1].shared_bytes == whole + next(packed) - next(packed)
     assert memory.plan_memory(work, devices, 3 * 2**30).inputs == "host"
     assert pinned.inputs_bytes(work, "host") == 3 * whole  # of both streams, and the gap between them
+    ranks = memory.plan_memory(work, devices, 10 * 2**30, exchange_bytes=2**31)  # which is not there for experts
+    assert ranks.chunk_experts < held.chunk_experts and ranks.fits
+    assert [stage.worker_bytes for stage in ranks.stages][5] == held.stages[5].worker_bytes + 2**31  # while it writes
     three = memory.plan_memory(work, devices[:3], 10 * 2**30).stages[1].shared_bytes
     assert three - on_device > 2 * (3 * 2**29 - whole)  # a third of a stream's rows takes half a GiB
 

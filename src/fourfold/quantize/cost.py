@@ -102,7 +102,9 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
     A layer's rows go to their worker and back, and what its experts are given goes out to all; each worker then takes
     the inputs of all tokens, once where they stay on its device, and gives fp32 sums for all tokens, which are added up
     on the host. So most of a link's bytes do not shrink as workers are added. A worker alone keeps held-out rows'
-    inputs, and gives its outputs in BF16.
+    inputs, and gives its outputs in BF16. Between hosts (ranks.py): a broadcast of each one's inputs and routing, one
+    after the other, which gloo sends in rounds that double who has it and NCCL along a ring; fp32 sums from each to
+    each; packed tensors to the first.
     """
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
     rows_bytes, sums_bytes = tokens * work.hidden * BF16, tokens * work.hidden * FP32
@@ -126,20 +128,16 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
         )
         link = rows + taken + sums + weights + work.solved_layers * work.shard_bytes / workers
         host = here * (link + sums_bytes / workers * (parts + 1) * work.routed_layers * several)
-    return Exchange(link_bytes=link, host_bytes=host, wire_bytes=_wire_bytes(work, tokens, gap_bytes, hosts))
-
-
-def _wire_bytes(work: Workload, tokens: int, gap_bytes: int, hosts: int) -> float:
-    """ranks.py over gloo: a broadcast of each host's inputs and routing, which goes out in rounds that double who has
-    it; fp32 sums from each to each; packed tensors to the first.
-    """
     if hosts == 1:
-        return 0.0
+        return Exchange(link_bytes=link, host_bytes=host, wire_bytes=0.0)
     others = (hosts - 1) / hosts
-    given = tokens * (work.hidden * BF16 + work.topk * CHOICE_BYTES) + gap_bytes
-    summed = tokens * work.hidden * FP32 * others
-    exchanged = work.routed_layers * (given * math.ceil(math.log2(hosts)) + summed)
-    return exchanged + work.solved_layers * work.shard_bytes * others
+    routing_bytes = tokens * work.topk * CHOICE_BYTES
+    broadcast = work.routed_layers * (rows_bytes + routing_bytes + gap_bytes)
+    summed = work.routed_layers * sums_bytes
+    lifted = 0.0 if on_cpu else broadcast + 2 * summed  # NCCL takes and leaves it on the first worker's device
+    rounds = math.ceil(math.log2(hosts)) if on_cpu else 1
+    wire = rounds * broadcast + others * (summed + work.solved_layers * work.shard_bytes)
+    return Exchange(link_bytes=link + lifted, host_bytes=host + lifted, wire_bytes=wire)
 
 
 @dataclass(frozen=True)

@@ -255,14 +255,18 @@ def device_budget(devices: Sequence[str]) -> int:
 
 
 def plan_memory(
-    work: Workload, devices: Sequence[str], memory_bytes: int | None, host_bytes: int | None = None
+    work: Workload,
+    devices: Sequence[str],
+    memory_bytes: int | None,
+    host_bytes: int | None = None,
+    exchange_bytes: int = 0,
 ) -> MemoryPlan:
     """Batch sizes that keep devices and host within their budgets where that is possible.
 
     memory_bytes: the budget of each GPU; on the CPU that of the whole process, or of one worker's own tensors if
-    host_bytes, the budget of rows and buffers, is given; None for what is free now. Experts are dealt evenly into as
-    few chunks as fit, on a CPU into chunks that stay near its caches. A budget too small for anything gives the
-    smallest sizes; `MemoryPlan.fits` is then False.
+    host_bytes, the budget of rows and buffers, is given; None for what is free now. exchange_bytes: of a GPU, which the
+    exchange between ranks takes. Experts are dealt evenly into as few chunks as fit, on a CPU into chunks that stay
+    near its caches. A budget too small for anything gives the smallest sizes; `MemoryPlan.fits` is then False.
     """
     workers, on_cpu = len(devices), devices[0] == "cpu"
     budget = device_budget(devices) if memory_bytes is None else memory_bytes
@@ -274,7 +278,7 @@ def plan_memory(
         shared = _shared_bytes(work, devices, Sizes(chunk=own, tokens=tokens, rows=1, inputs=inputs))
     if host_bytes is not None and shared > host_bytes:
         shared, inputs = shared - inputs_bytes(work), "file"
-    fixed = _own_bytes(work, devices)
+    fixed = _own_bytes(work, devices) + exchange_bytes
     if on_cpu and host_bytes is None:
         left = (budget - shared) // workers - fixed
     else:
@@ -302,7 +306,7 @@ def plan_memory(
         token_batch=tokens,
         row_batch=rows,
         inputs=inputs,
-        stages=_stages(work, devices, sizes),
+        stages=_stages(work, devices, sizes, exchange_bytes),
     )
 
 
@@ -352,12 +356,12 @@ def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
     return CUDA_CONTEXT_BYTES + kept + own + traffic_bytes(work) - inputs_bytes(work)
 
 
-def _stages(work: Workload, devices: Sequence[str], sizes: Sizes) -> tuple[StageMemory, ...]:
+def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes: int) -> tuple[StageMemory, ...]:
     workers, on_cpu = len(devices), devices[0] == "cpu"
     start = HOST_BASELINE_BYTES + rows_bytes(work)
     resident = _resident_bytes(work)
     looped = _shared_bytes(work, devices, sizes)
-    own = _own_bytes(work, devices)
+    own = _own_bytes(work, devices) + exchange_bytes
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
         start += pinned.rounding_bytes(work, workers)

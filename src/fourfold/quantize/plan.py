@@ -195,13 +195,14 @@ def make_plan(
     devices: Sequence[str] = ("cpu",),
     memory_bytes: int | None = None,
     host_bytes: int | None = None,
+    exchange_bytes: int = 0,
     layers: range | None = None,
     out: Path | None = None,
 ) -> Plan:
     """Plan a run, its time at the constants of the devices' kind (`Plan.timed`).
 
-    devices: one for each worker, of this machine or another; memory_bytes, host_bytes: budgets, see memory.plan_memory
-    (wanted for another machine's); layers: a trial on these alone.
+    devices: one for each worker, of this machine or another; memory_bytes, host_bytes, exchange_bytes: see
+    memory.plan_memory (budgets are wanted for another machine's); layers: a trial on these alone.
     Raises FourfoldError, before any work, if headers and config.json disagree (all disagreements in one message), a
     group does not divide a width, the tokenizer is missing or another model's, a source of text is missing or a test
     set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
@@ -218,7 +219,7 @@ def make_plan(
     if partial:
         written = layer_plans[solve.start : solve.stop]
     work = _workload(skeleton, recipe, layer_plans, solve, written)
-    memory = plan_memory(work, devices, memory_bytes, host_bytes)
+    memory = plan_memory(work, devices, memory_bytes, host_bytes, exchange_bytes)
     disk = plan_disk(
         work,
         {part.shard: part.bytes_after for part in written},

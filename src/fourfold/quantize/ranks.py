@@ -1,7 +1,7 @@
 """Many processes under torchrun: what they exchange, over torch.distributed. A rank brings one or more workers.
 
-What is exchanged lies in host memory (experts' inputs, sums of outputs, packed tensors), so it goes over gloo, GPUs or
-not. Only the first worker of a rank calls these, in the same order on every rank.
+Rows and sums go over NCCL where every rank has a GPU of its own, else over gloo; small values and packed tensors always
+over gloo. Only the first worker of a rank calls these, in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -21,17 +21,36 @@ from fourfold.quantize.devices import under_torchrun
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 900.0  # without an answer: a rank is frozen, or its host gone; a worker that hangs ends its own rank
+PIECE_BYTES = 64 * 2**20  # of what crosses at one time
+NCCL_BYTES = 400 * 10**6  # what NCCL itself takes of a GPU: a guess at its buffers, not measured
+GPU_BYTES = NCCL_BYTES + 2 * PIECE_BYTES  # what the exchange takes of one
 
 
 class Ranks:
-    """This process's place among all, and what it can say to them."""
+    """This process's place among all, and what it can say to them.
 
-    def __init__(self, patience_seconds: float) -> None:
-        """Meet the other processes that torchrun started. Raises FourfoldError if they do not come."""
+    device_bytes: what the exchange takes on the first worker's device.
+    """
+
+    def __init__(self, device: torch.device, patience_seconds: float) -> None:
+        """Meet the other processes that torchrun started. device: of this rank's first worker.
+
+        Raises FourfoldError if they do not come.
+        """
         self.asking = False  # whether this rank waits for others
+        patience = timedelta(seconds=patience_seconds)
         with self._answered():
-            dist.init_process_group("gloo", timeout=timedelta(seconds=patience_seconds))
+            dist.init_process_group("gloo", timeout=patience)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device, self._group, self.device_bytes = torch.device("cpu"), None, 0
+        gpus = self.everyone(_gpu(device))
+        if None not in gpus and len(set(gpus)) == self.size:  # NCCL takes a GPU for one rank only
+            with self._answered():
+                self._group = dist.new_group(backend="nccl", timeout=patience)
+            self._device, self.device_bytes = device, GPU_BYTES
+
+    def __str__(self) -> str:
+        return f"{self.size} ranks, which exchange rows and sums over {'gloo' if self._group is None else 'NCCL'}"
 
     def agree(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, on every rank. Raises its FourfoldError on every rank."""
@@ -63,14 +82,17 @@ class Ranks:
         return values or []
 
     def fill_(self, all_TX: Tensor, places: Sequence[slice]) -> None:
-        """Bring every rank's rows of a tensor to all others, in place. places: of each rank."""
-        with self._answered():
+        """Bring every rank's rows of a tensor of the host to all others, in place. places: of each rank."""
+        with self._crossing():
             for rank, place in enumerate(places):
-                if place.start < place.stop:
-                    dist.broadcast(all_TX[place].view(torch.uint8), src=rank)
+                for piece_TX in all_TX[place].split(_at_one_time(all_TX)):
+                    there_TX = self._there(piece_TX, full=rank == self.rank)
+                    dist.broadcast(there_TX.view(torch.uint8), src=rank, group=self._group)
+                    if rank != self.rank and there_TX is not piece_TX:
+                        piece_TX.copy_(there_TX, non_blocking=True)
 
     def reduce(self, partials: Sequence[Tensor], places: Sequence[slice]) -> list[Tensor]:
-        """This rank's rows as each rank's workers summed them, in order of rank: fp32.
+        """This rank's rows as each rank's workers summed them, in order of rank: fp32, on the host.
 
         partials: of this rank's workers, each with the rows of all ranks; places: rows of each rank.
         """
@@ -80,14 +102,34 @@ class Ranks:
         mine = places[self.rank].stop - places[self.rank].start
         received_TD = total_TD.new_empty(mine * self.size, *total_TD.shape[1:])
         sent = [place.stop - place.start for place in places]
-        with self._answered():
-            dist.all_to_all_single(received_TD, total_TD, [mine] * self.size, sent)
+        step = _at_one_time(total_TD.T)
+        with self._crossing():
+            for total_TN, room_TN in zip(total_TD.split(step, dim=1), received_TD.split(step, dim=1), strict=True):
+                there_TN = self._there(total_TN.contiguous(), full=True)
+                came_TN = torch.empty_like(room_TN, device=self._device, memory_format=torch.contiguous_format)
+                dist.all_to_all_single(came_TN, there_TN, [mine] * self.size, sent, group=self._group)
+                room_TN.copy_(came_TN, non_blocking=True)
         return list(received_TD.split(mine)) if mine else [received_TD] * self.size
+
+    @contextmanager
+    def _crossing(self) -> Iterator[None]:
+        """Around collectives over NCCL, which would wait for a rank that has died; gloo notices it at once."""
+        with self._answered():
+            if self._group is not None:
+                dist.barrier()
+            yield
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+
+    def _there(self, value: Tensor, *, full: bool) -> Tensor:
+        """Where the collectives find a value of the host, or room for it: gloo there, NCCL on the device."""
+        if self._device == value.device:
+            return value
+        return value.to(self._device, non_blocking=True) if full else torch.empty_like(value, device=self._device)
 
     def leave(self) -> None:
         """Part from the other ranks."""
         dist.destroy_process_group()
-
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
@@ -105,7 +147,18 @@ class Ranks:
             self.asking = False
 
 
-def join_ranks() -> Ranks | None:
-    """The other processes, where torchrun started this one as one of several."""
-    return Ranks(PATIENCE_SECONDS) if under_torchrun() else None
+def join_ranks(device: torch.device) -> Ranks | None:
+    """The other processes, where torchrun started this one as one of several. device: of its first worker."""
+    return Ranks(device, PATIENCE_SECONDS) if under_torchrun() else None
 
+
+def _gpu(device: torch.device) -> str | None:
+    """Which GPU of all in the world it is; None for a CPU, or without NCCL."""
+    if device.type != "cuda" or not dist.is_nccl_available():
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _at_one_time(value: Tensor) -> int:
+    """Rows of a matrix that cross together."""
+    return max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)

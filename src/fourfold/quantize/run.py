@@ -143,13 +143,14 @@ def quantize(
     same arguments. Returns what the run came to.
     Raises FourfoldError for anything the user can mend; nothing is lost then, the same command goes on.
     """
-    team = Team([torch.device(name) for name in expand_devices(machine.devices)], join_ranks())
+    devices = [torch.device(name) for name in expand_devices(machine.devices)]
+    team = Team(devices, join_ranks(devices[0]))
     team.agree(lambda: check_out(out, model))
     memory_bytes = machine.memory_bytes
     if memory_bytes is None:
         memory_bytes = team.least(device_budget([str(device) for device in team.devices]))
-    plan = make_plan(model, recipe, devices=team.names, memory_bytes=memory_bytes,
-                     host_bytes=machine.host_bytes, layers=layers, out=out)  # fmt: skip
+    plan = make_plan(model, recipe, devices=team.names, memory_bytes=memory_bytes, host_bytes=machine.host_bytes,
+                     exchange_bytes=team.ranks.device_bytes if team.ranks else 0, layers=layers, out=out)  # fmt: skip
     plan.require_disk()
     watch = Watch(progress if team.leads else ignore, plan.solve.stop)
     texts = team.agree(lambda: read_texts(plan, watch))  # the last of what can be wrong before OUT is touched
@@ -187,7 +188,8 @@ def _logged(out: Path, progress: Progress) -> Progress:
 
 def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
-    for note in (*plan.warnings, *calibration.notes, *gil_advice()):
+    ranks = (str(team.ranks),) if team.ranks else ()
+    for note in (*plan.warnings, *calibration.notes, *ranks, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
     identity = identify(plan, calibration, heldout)
     memory = plan.memory
