@@ -12,10 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
-from typer.testing import CliRunner
 
 import releases
-from fourfold import cli
 from fourfold.datatypes import FourfoldError
 from fourfold.release.report.about import About, licence
 from fourfold.release.report.card import card
@@ -128,12 +126,6 @@ def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
     for command in ("fourfold evaluate", "fourfold verify OUT`", "--engine vllm", "fourfold bench"):
         assert command in limits
     assert "| base model | not stated |" in text
-
-
-def test_quiet(release: Path) -> None:
-    answered = CliRunner().invoke(cli.app, ["report", str(release), "--quiet"])
-    assert (answered.exit_code, answered.output) == (0, "")
-    assert (release / "README.md").exists() and (release / "report.html").exists()
 
 
 def test_a_verdict_on_other_bytes_is_not_shown(release: Path, change: Change) -> None:

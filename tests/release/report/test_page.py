@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import vl_convert
+from typer.testing import CliRunner
 
+from fourfold import cli
 from fourfold.release.report.about import About
 from fourfold.release.report.charts import RATIO
 from fourfold.release.report.page import page
@@ -80,6 +82,12 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
         for projection in ("down_proj", "gate_proj", "up_proj")
     ]
     return dataclasses.replace(records, projections=tuple(found))
+
+
+def test_quiet(release: Path) -> None:
+    answered = CliRunner().invoke(cli.app, ["report", str(release), "--quiet"])
+    assert (answered.exit_code, answered.output) == (0, "")
+    assert (release / "README.md").exists() and (release / "report.html").exists()
 
 
 def test_it_is_one_file_that_asks_no_one(finished: Path) -> None:
