@@ -26,6 +26,7 @@ PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 @example("<!-- a")
 @example("&lt;b&gt;")
 @example("~~a~~")
+@example("   ")
 def test_prose_is_one_paragraph_of_that_text(text: str) -> None:
     shown = PARSER.render(f"{prose(text)} z")
     inner = shown.removeprefix("<p>").removesuffix("</p>\n").removesuffix("z")

@@ -9,7 +9,7 @@ from typing import Any
 
 # What begins a construct of CommonMark or GitHub's dialect: anywhere; at the start of text; and links without brackets.
 MARKS = re.compile(r"([\\`*\[\]{}|~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)|(?<=www)\.)", re.IGNORECASE)
-LEADING = re.compile(r"^(\s*)([#+=:-])|^(\s*\d+)([.)])(?=\s|$)")
+LEADING = re.compile(r"^([#+=:-])|^(\d+)([.)])(?=\s|$)")
 NUMBER = re.compile(r"-?\d")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -25,8 +25,8 @@ def clean(text: object) -> str:
 
 def prose(text: object) -> Markdown:
     """Text as text, in a paragraph or a cell of a table: no markup, no HTML, no link."""
-    escaped = MARKS.sub(r"\\\1", clean(text))
-    escaped = LEADING.sub(r"\1\3\\\2\4", escaped)
+    escaped = MARKS.sub(r"\\\1", clean(text).strip())  # four spaces would begin a block of code
+    escaped = LEADING.sub(r"\2\\\1\3", escaped)
     return Markdown("".join(ENTITIES.get(sign, sign) for sign in escaped))
 
 
