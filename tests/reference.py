@@ -292,6 +292,16 @@ def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float,
     return moved_NK
 
 
+def james_stein(gap_NK: Array, energy_N: Array, count: int, hessian_KK: Array) -> Array:
+    """Y, row by row times 1 - (what K inputs explain by chance) / (what they explain), not below nothing."""
+    rows, chance = [], gap_NK.shape[1] / max(count - gap_NK.shape[1], 1)
+    for gap_K, energy in zip(gap_NK, energy_N, strict=True):
+        explained = float(gap_K @ np.linalg.inv(hessian_KK) @ gap_K)
+        left = max(float(energy) - explained, 0.0)
+        rows.append(gap_K * max(1 - left * chance / explained, 0.0) if explained else 0 * gap_K)
+    return np.stack(rows)
+
+
 def proxy(error_NK: Array, hessian_KK: Array) -> float:
     """tr(Err H Err^T)."""
     return float(np.trace(error_NK @ hessian_KK @ error_NK.T))

@@ -112,7 +112,7 @@ class Moments:
 
     hessian_EKK: sum of w x x^T; cross_EKK: sum of w (x_source - x) x^T, or None without a second stream;
     weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2; gap_ENK: sum of w y x^T, y what the
-    source's residual stream has over the release's where the site's output is added, or None.
+    source's residual stream has over the release's where the site's output is added, or None; gap2_EN: sum of w y^2.
     """
 
     hessian_EKK: Tensor
@@ -121,6 +121,7 @@ class Moments:
     count_E: Tensor
     energy2_E: Tensor
     gap_ENK: Tensor | None = None
+    gap2_EN: Tensor | None = None
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -130,6 +131,7 @@ class Moments:
             count_E=self.count_E + other.count_E,
             energy2_E=self.energy2_E + other.energy2_E,
             gap_ENK=_add(self.gap_ENK, other.gap_ENK),
+            gap2_EN=_add(self.gap2_EN, other.gap2_EN),
         )
 
 

@@ -386,6 +386,46 @@ def test_the_retarget_identity() -> None:
         assert constants == pytest.approx([constants[0]] * 4, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_james_stein_leaves_what_is_not_chance(weight_ENK: Tensor, hessian_EKK: Tensor, order: str) -> None:
+    """Against float64 with the inverse as it is written: rows kept in part, whole and not at all."""
+    factor = factorize(hessian_EKK, order)[0]
+    gap_ENK = 0.1 * weight_ENK @ hessian_EKK
+    explained_EN = (gap_ENK * (0.1 * weight_ENK)).sum(dim=2)  # but for the damping
+    count_E = torch.tensor([4 * gap_ENK.shape[2], gap_ENK.shape[2] // 2, 10**6])
+    energy_EN = explained_EN * torch.linspace(0.5, 9, explained_EN.shape[1], dtype=explained_EN.dtype)
+    found_ENK = gptq.james_stein(gap_ENK, energy_EN, count_E, factor)
+    shares = []
+    for expert in range(3):
+        gap_NK, energy_N = problems.array(gap_ENK[expert]), problems.array(energy_EN[expert])
+        wanted = reference.james_stein(gap_NK, energy_N, int(count_E[expert]), damped(hessian_EKK, expert))
+        assert np.abs(problems.array(found_ENK[expert]) - wanted).max() < 1e-10 * np.abs(gap_NK).max()
+        shares += (np.abs(wanted).max(axis=1) / np.abs(gap_NK).max(axis=1)).tolist()
+    assert min(shares) == 0 and max(shares) > 0.999 and any(0.1 < share < 0.9 for share in shares)
+    nothing = torch.zeros_like(gap_ENK), torch.zeros_like(energy_EN), torch.zeros_like(count_E)
+    assert torch.equal(gptq.james_stein(*nothing, factor), nothing[0])
+
+
+@pytest.mark.parametrize(("told", "share"), [(0.0, 0.1), (0.5, 0.8), (1.0, 1.0)])
+def test_james_stein_finds_a_map_better_than_least_squares(told: float, share: float) -> None:
+    """y = B x and noise, 256 tokens of 64 inputs: nothing to tell, half, all of it."""
+    generator = torch.Generator().manual_seed(1)
+    input_SK = torch.randn(256, 64, generator=generator, dtype=torch.float64)
+    map_NK = torch.randn(200, 64, generator=generator, dtype=torch.float64) / 8
+    noise_SN = torch.randn(256, 200, generator=generator, dtype=torch.float64)
+    gap_SN = told**0.5 * input_SK @ map_NK.T + (1 - told) ** 0.5 * noise_SN
+    hessian_1KK, gap_1NK = (input_SK.T @ input_SK / 256)[None], (gap_SN.T @ input_SK / 256)[None]
+    factor = factorize(hessian_1KK, settings=UNDAMPED)[0]
+    found_1NK = gptq.james_stein(gap_1NK, gap_SN.square().mean(dim=0)[None], torch.tensor([256]), factor)
+    kept = (found_1NK.norm() / gap_1NK.norm()).item()
+    assert kept == pytest.approx(share, abs=0.15)
+
+    def error(gap_1NK: Tensor) -> float:
+        return (gap_1NK @ torch.linalg.inv(hessian_1KK) - told**0.5 * map_NK).square().sum().item()
+
+    assert error(found_1NK) < error(gap_1NK) or told == 1.0
+
+
 # ---- refinement
 
 

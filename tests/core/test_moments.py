@@ -48,7 +48,8 @@ def accumulate(problem: Problem, *, cross: bool = True) -> Moments:
     own = moments.accumulate(problem.input_TK, problem.target_TK, *pairs)
     lacking_TN = problem.target_TK[:, :24].flip(0) - problem.input_TK[:, :24]
     input_SK = problem.input_TK[problem.token_S]
-    return dataclasses.replace(own, gap_ENK=moments.gap(lacking_TN, problem.token_S, input_SK, *pairs[1:]))
+    gap_ENK, gap2_EN = moments.gap(lacking_TN, problem.token_S, input_SK, *pairs[1:])
+    return dataclasses.replace(own, gap_ENK=gap_ENK, gap2_EN=gap2_EN)
 
 
 def of_tokens(input_TK: Tensor, weight_T: Tensor | None = None) -> Moments:
@@ -301,19 +302,22 @@ def test_the_gap_is_the_weighted_sum_of_what_tokens_lack(monkeypatch: pytest.Mon
     input_SK = problem.input_TK[problem.token_S]
     monkeypatch.setattr(moments, "PAIRS_PER_PIECE", 100)
 
-    def of(first: int, last: int) -> Tensor:
+    def of(first: int, last: int) -> tuple[Tensor, Tensor]:
         own = slice(offsets[first], offsets[last])
         shifted = [offset - offsets[first] for offset in offsets[first : last + 1]]
         return moments.gap(gap_TN, problem.token_S[own], input_SK[own], problem.weight_S[own], shifted)
 
-    found_ENK = of(0, 4)
+    found_ENK, energy_EN = of(0, 4)
     for expert in range(3):
         own = slice(*offsets[expert : expert + 2])
         lacking_SN, weight_S = gap_TN[problem.token_S[own]].double(), problem.weight_S[own].double()
         wanted_NK = (lacking_SN * weight_S[:, None]).T @ input_SK[own].double()
         assert (found_ENK[expert] - wanted_NK).abs().max() < 2e-6 * wanted_NK.abs().max()
-    assert not found_ENK[3].any()
-    assert torch.equal(torch.cat([of(0, 1), of(1, 4)]), found_ENK)
+        wanted_N = (lacking_SN.square() * weight_S[:, None]).sum(dim=0)
+        assert torch.allclose(energy_EN[expert].double(), wanted_N, rtol=2e-6)
+    assert not found_ENK[3].any() and not energy_EN[3].any()
+    for whole, *parts in zip((found_ENK, energy_EN), of(0, 1), of(1, 4), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_a_gap_that_is_not_finite_is_an_error(own: Moments) -> None:

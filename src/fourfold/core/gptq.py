@@ -158,17 +158,38 @@ def retarget(
     cross_EKK: C, mean of w (x_source - x) x^T: GPTAQ (arXiv 2504.02692) as one change of target. gap_ENK: Y, mean of
     w y x^T, y what the output is to make up for besides, as in LoaQ (arXiv 2509.06297). [E, N, K].
     """
-    index_ENK = factor.order_EK[:, None, :].expand_as(weight_ENK)
     moved_ENK = torch.bmm(weight_ENK, cross_EKK)
     if gap_ENK is not None:
         moved_ENK += gap_ENK
-    moved_ENK = moved_ENK.gather(2, index_ENK)
-    lower_EKK = factor.unit_EKK.mT
-    moved_ENK = torch.linalg.solve_triangular(lower_EKK, moved_ENK, upper=False, left=False, unitriangular=True)
-    moved_ENK /= factor.pivot_EK[:, None, :]
+    moved_ENK = _behind(moved_ENK, factor).div_(factor.pivot_EK[:, None, :])
     moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
     natural_ENK = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
     return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
+
+
+def james_stein(gap_ENK: Tensor, energy_EN: Tensor, count_E: Tensor, factor: Factor) -> Tensor:
+    """Y with each row shrunk to zero by how much of it may be chance: James and Stein's estimator, positive part.
+
+    gap_ENK: Y, mean of w y x^T; energy_EN: mean of w y^2; count_E: T tokens. The map Y H^-1 explains Y H^-1 Y^T of a
+    row's energy and leaves r; K inputs of T tokens explain r K / (T - K) by chance alone. [E, N, K].
+    """
+    behind_ENK = _behind(gap_ENK, factor)
+    explained_EN = behind_ENK.square_().div_(factor.pivot_EK[:, None, :]).sum(dim=2)
+    inputs = gap_ENK.shape[2]
+    chance_E = inputs / (count_E - inputs).clamp(min=1).to(energy_EN.dtype)
+    noise_EN = (energy_EN - explained_EN).clamp_(min=0).mul_(chance_E[:, None])
+    told_EN = ((explained_EN - noise_EN) / explained_EN).nan_to_num_(0.0).clamp_(0.0, 1.0)  # 0 / 0: nothing to tell
+    return gap_ENK * told_EN[:, :, None]
+
+
+def _behind(value_ENK: Tensor, factor: Factor) -> Tensor:
+    """Y M^-T, columns in processing order: Y H^-1 Y^T is the sum of its squares over D."""
+    index_ENK = factor.order_EK[:, None, :].expand_as(value_ENK)
+    ordered_ENK, lower_EKK = value_ENK.gather(2, index_ENK), factor.unit_EKK.mT
+    behind_ENK: Tensor = torch.linalg.solve_triangular(
+        lower_EKK, ordered_ENK, upper=False, left=False, unitriangular=True
+    )
+    return behind_ENK
 
 
 def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: RowFactor | None = None) -> Tensor:

@@ -98,18 +98,24 @@ def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root
     return value_SK.mul_(root_S[:, None]).bfloat16().float()
 
 
-def gap(gap_TN: Tensor, token_S: Tensor, input_SK: Tensor, weight_S: Tensor, offsets: list[int]) -> Tensor:
-    """Sums of w y x^T for E experts, fp32 [E, N, K]: what the outputs of their tokens lack, beside what they are given.
+def gap(
+    gap_TN: Tensor, token_S: Tensor, input_SK: Tensor, weight_S: Tensor, offsets: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Sums of w y x^T and of w y^2 for E experts, fp32 [E, N, K] and [E, N]: what the outputs of their tokens lack,
+    beside what they are given.
 
     gap_TN: y of each token; input_SK: x of each pair; token_S, weight_S, offsets: see accumulate. fp32 products.
     """
     total_ENK = torch.zeros(len(offsets) - 1, gap_TN.shape[1], input_SK.shape[1], device=input_SK.device)
+    energy_EN = total_ENK.new_zeros(total_ENK.shape[:2])
     for expert, total_NK in enumerate(total_ENK):  # as in accumulate_by: a GEMM of N x tokens x K each
         for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
             piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
-            weighted_SN = gap_TN[token_S[piece]].float().mul_(weight_S[piece, None])
+            gap_SN = gap_TN[token_S[piece]].float()
+            weighted_SN = gap_SN * weight_S[piece, None]
             total_NK.addmm_(weighted_SN.T, input_SK[piece].float())
-    return total_ENK
+            energy_EN[expert] += weighted_SN.mul_(gap_SN).sum(dim=0)
+    return total_ENK, energy_EN
 
 
 def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
@@ -181,7 +187,7 @@ def _require_finite(moments: Moments, trace_E: Tensor) -> None:
 
 
 def shrink_to_zero(sum_ENK: Tensor, weight_E: Tensor, m_E: Tensor, n0: float) -> Tensor:
-    """The mean of a cross moment or a gap, shrunk to zero: sum_e / weight_e * m / (m + n0), [E, N, K]."""
+    """The mean of a cross moment, shrunk to zero: sum_e / weight_e * m / (m + n0), [E, N, K]."""
     share_E = m_E / (m_E + n0).clamp(min=1e-30) / weight_E.where(weight_E > 0, 1.0)
     return sum_ENK * share_E[:, None, None]
 

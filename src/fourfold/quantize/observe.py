@@ -347,8 +347,8 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     own = moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, offsets)
     if chunk.gap_TD is None:
         return own
-    gap_EDI = moments.gap(chunk.gap_TD, chunk.pairs.token_S, hidden_SI, chunk.weight_S, offsets)
-    return dataclasses.replace(own, gap_ENK=gap_EDI)
+    gap_EDI, gap2_ED = moments.gap(chunk.gap_TD, chunk.pairs.token_S, hidden_SI, chunk.weight_S, offsets)
+    return dataclasses.replace(own, gap_ENK=gap_EDI, gap2_EN=gap2_ED)
 
 
 def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:

@@ -63,11 +63,8 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     factor = gptq.factorize_(hessian_EKK, damping, solver.order, size)
     target_ENK = weight_ENK
     if site.moments.cross_EKK is not None and solver.alpha:
-        cross_EKK, gap_ENK = (
-            None if sum_ENK is None else moments.shrink_to_zero(sum_ENK, site.moments.weight_E, effective_E, n0)
-            for sum_ENK in (site.moments.cross_EKK, site.moments.gap_ENK)
-        )
-        assert cross_EKK is not None
+        cross_EKK = moments.shrink_to_zero(site.moments.cross_EKK, site.moments.weight_E, effective_E, n0)
+        gap_ENK = _gap(site.moments, factor)
         target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha, gap_ENK)
         del cross_EKK, gap_ENK
     if solver.scale == "search":
@@ -87,6 +84,14 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
         rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
         group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme.scale_dtype)
     return replace(_judge(site, group, factor.delta_E, effective_E, tuple(methods)), guided=guided)
+
+
+def _gap(own: Moments, factor: gptq.Factor) -> Tensor | None:
+    """What a site is to make up for, as far as its inputs tell; None without a residual stream."""
+    if own.gap_ENK is None or own.gap2_EN is None:
+        return None
+    weight_E1 = own.weight_E.where(own.weight_E > 0, 1.0)[:, None]
+    return gptq.james_stein(own.gap_ENK / weight_E1[:, :, None], own.gap2_EN / weight_E1, own.count_E, factor)
 
 
 @dataclass(frozen=True)
