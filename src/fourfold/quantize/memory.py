@@ -30,6 +30,7 @@ ROW_SQUARES = 5  # fp32 [N, N] where rows have a metric: moments, pool, metric, 
 ROW_STACKS = 2  # fp32 [N, K] beside STACKS: what earlier rows leave over, and one temporary
 KEPT = 2  # times what an attention batch has at one time: what autograd keeps of it, of linear attention (full: less)
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
+DEALT = 1.1  # pairs of the busiest worker's experts over an even share: they are dealt by tokens
 ATTEND_TOKENS = 8_192  # tokens of an attention batch that keep any GPU busy
 CPU_ATTEND_TOKENS = 2_048  # likewise a CPU: of four times as many, a third of the time went into fresh memory pages
 EXPERT_TOKENS = 16_384  # likewise of an expert batch
@@ -136,15 +137,16 @@ def attend_batch_bytes(work: Workload, rows: int) -> int:
 
 
 def expert_batch_bytes(work: Workload, tokens: int, workers: int = 1) -> int:
-    """One worker's experts over a batch of all workers' tokens: gate, up, product and outputs of its pairs, BF16;
-    outputs once more and their sum, fp32.
+    """One worker's experts over a batch of all workers' tokens: the products of its pairs, and beside them first
+    inputs, gate and up of some, then all outputs in BF16 and once more in fp32; the tokens' inputs, and fp32 sums, of
+    several workers those of the batch before too, and this worker's rows of all sums.
     """
     pairs = tokens * work.topk
-    own = pairs if workers == 1 else min(int(pairs * SKEW) // workers, pairs)
+    own = pairs if workers == 1 else min(int(pairs * DEALT) // workers, pairs)
     gathered = min(own, PAIRS_PER_BATCH) * (work.hidden + 3 * work.width)
-    return (own * (work.width + 3 * work.hidden) + gathered) * BF16 + tokens * work.hidden * (
-        BF16 + (FP32 if workers == 1 else 3 * FP32)  # several: the sum on the host, and this worker's rows of all sums
-    )
+    passing = own * work.width + max(gathered, own * 3 * work.hidden)
+    sums = 1 if workers == 1 else 2 + 1 / workers
+    return passing * BF16 + tokens * work.hidden * BF16 + int(tokens * work.hidden * FP32 * sums)
 
 
 def solved_bytes(work: Workload) -> int:
@@ -361,6 +363,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     start = HOST_BASELINE_BYTES + rows_bytes(work)
     resident = _resident_bytes(work)
     looped = _shared_bytes(work, devices, sizes)
+    dealt = looped - (work.expert_bytes if on_cpu and workers > 1 else 0)  # experts are with their owners by then
     own = _own_bytes(work, devices) + exchange_bytes
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
@@ -375,10 +378,10 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {
         "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
-        "attend": (looped, (0 if on_cpu else passing) + attend_batch_bytes(work, sizes.rows)),
-        "moments": (looped, kept + solved + moments + gather_bytes(work)),
-        "solve": (looped, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
-        "advance": (looped, passing + solved + fetched + expert_batch_bytes(work, sizes.tokens, workers)),
+        "attend": (looped, max(own, (0 if on_cpu else passing) + attend_batch_bytes(work, sizes.rows))),
+        "moments": (dealt, kept + solved + moments + gather_bytes(work)),
+        "solve": (dealt, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
+        "advance": (dealt, passing + solved + fetched + expert_batch_bytes(work, sizes.tokens, workers)),
         "write": (resident, own),
         "measure": (start + embedding_bytes(work), measure_bytes(work) - (embedding_bytes(work) if on_cpu else 0)),
     }
