@@ -57,8 +57,9 @@ def agree(one: Path, many: Path) -> None:
     shares = equal_codes(one, many)
     assert shares[0] >= 0.999 and shares[1] >= 0.9
     before, after = (releases.read_json(out / "fourfold.json")["metrics"] for out in (one, many))
-    for name in ("perplexity_source", "perplexity_release"):
-        assert after[name] == pytest.approx(before[name], rel=1e-3)
+    assert after["perplexity_source"] == pytest.approx(before["perplexity_source"], rel=1e-3)
+    # Of some hundred predictions of a model with random weights: a few codes of layer 1 move it.
+    assert after["perplexity_release"] == pytest.approx(before["perplexity_release"], rel=4e-3)
     assert after["kl_median"] == pytest.approx(before["kl_median"], rel=0.04)
     assert after["kl_mean"] == pytest.approx(before["kl_mean"], rel=0.1)
 
