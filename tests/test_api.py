@@ -119,3 +119,10 @@ def test_mistakes(call: Any, said: str, tmp_path: Path, monkeypatch: pytest.Monk
         call()
     assert said in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "rank", "follows"), [("2", "1", True), ("2", "0", False), ("1", "1", False)])
+def test_the_first_rank_tells_for_all(monkeypatch: pytest.MonkeyPatch, size: str, rank: str, follows: bool) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    assert api.follows() is follows

@@ -9,6 +9,7 @@ Imports wait for a call: `import fourfold` must stay quick, and work beside an e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -236,3 +237,10 @@ def _find(model: str | Path, recipe: Recipe, devices: str, out: Path | None, pro
     if out is not None and not under_torchrun():
         check_out(out, Path(model))
     return _resolve(model, progress)
+
+
+def follows() -> bool:
+    """Whether torchrun started this process as one of several, and not as the first."""
+    from fourfold.quantize.devices import under_torchrun
+
+    return under_torchrun() and os.environ.get("RANK", "0") != "0"

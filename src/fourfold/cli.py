@@ -159,6 +159,8 @@ def quantize(
             return
         console = terminal.open_console()
         manner = terminal.choose(console, as_json=as_json, quiet=quiet)
+        if api.follows():
+            manner = terminal.Manner.QUIET  # the first rank tells for all
         with terminal.watch(console, manner) as progress:
             summary = api.quantize(model, out, **asked, restart=restart, trace=trace, progress=progress)
         if manner is terminal.Manner.JSON:
