@@ -43,7 +43,7 @@ def make(*, seed: int = 0, experts: int = 3, outputs: int = 24, inputs: int = 25
     mixing_KK = 0.5 * torch.eye(inputs) + normal(inputs, 16) @ normal(16, inputs) / inputs**0.5 / 4
     loudness_K = torch.arange(1, inputs + 1)[torch.randperm(inputs, generator=generator)] ** -0.6
     input_TK = (normal(tokens, inputs) @ mixing_KK) * loudness_K * normal(tokens, 1).abs()
-    target_TK = input_TK + 0.1 * input_TK @ mixing_KK.T + 0.02 * normal(tokens, inputs) * loudness_K
+    target_TK = input_TK + 0.04 * input_TK @ mixing_KK.T + 0.01 * normal(tokens, inputs) * loudness_K
     return Problem(
         weight_ENK=0.02 * normal(experts, outputs, inputs),
         input_TK=input_TK.bfloat16(),

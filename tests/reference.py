@@ -79,7 +79,7 @@ def moments(input_TK: NDArray[np.float32], target_TK: NDArray[np.float32], weigh
 def effective_tokens(own: Moments) -> float:
     if own.energy2 == 0:
         return 0.0
-    return min(float(np.trace(own.hessian_KK)) ** 2 / own.energy2, own.count)
+    return float(np.trace(own.hessian_KK)) ** 2 / own.energy2
 
 
 def shrink(own: Moments, pool_KK: Array, n0: float, *, effective: bool, trace_matched: bool) -> tuple[Array, float]:
@@ -281,9 +281,7 @@ def _descend_scales(
         error_K = target_NK[row] - dequantize(codes_NK[row : row + 1], scale_NG[row : row + 1])[0]
         now = scale_NG[row, group]
         best = now + (error_K @ hessian_KK @ direction_K) / curvature
-        rounded = stored(float(best), dtype)
-        if abs(rounded - best) < abs(now - best):
-            scale_NG[row, group] = rounded
+        scale_NG[row, group] = stored(float(best), dtype)
 
 
 def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float, gap_NK: Array | float = 0.0) -> Array:
@@ -292,13 +290,20 @@ def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float,
     return moved_NK
 
 
-def james_stein(gap_NK: Array, energy_N: Array, count: int, hessian_KK: Array) -> Array:
-    """Y, row by row times 1 - (what K inputs explain by chance) / (what they explain), not below nothing."""
-    rows, chance = [], gap_NK.shape[1] / max(count - gap_NK.shape[1], 1)
+def degrees_of_freedom(own: Moments, m: float, n0: float, hessian_KK: Array) -> float:
+    """tr(H'^-1 m / (m + n0) H): what ridge regression on the expert's own tokens can use of its inputs."""
+    return float(np.trace(np.linalg.inv(hessian_KK) @ own.hessian_KK) / own.weight * m / (m + n0))
+
+
+def james_stein(gap_NK: Array, energy_N: Array, count: int, share: float, freedom: float, hessian_KK: Array) -> Array:
+    """Y, row by row times 1 - (what the map explains by chance) / (what it explains), not below nothing."""
+    rows = []
     for gap_K, energy in zip(gap_NK, energy_N, strict=True):
         explained = float(gap_K @ np.linalg.inv(hessian_KK) @ gap_K)
-        left = max(float(energy) - explained, 0.0)
-        rows.append(gap_K * max(1 - left * chance / explained, 0.0) if explained else 0 * gap_K)
+        kept = 0.0
+        if 0 < explained < energy:
+            kept = max(1 - (energy - explained) * share * freedom / (count - freedom) / explained, 0.0)
+        rows.append(gap_K * kept)
     return np.stack(rows)
 
 

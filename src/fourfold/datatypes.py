@@ -33,7 +33,16 @@ class Method(StrEnum):
 
     GPTQ = "gptq"
     DIAGONAL = "diag"  # the factorization failed at every damping: diag(H) in its place
-    RTN = "rtn"  # rounded to nearest, by the recipe's fallback rule only
+    ROW_DIAGONAL = "row-diag"  # guidance's metric of the rows has no factor: its diagonal, which guides nothing
+    RTN = "rtn"  # round-to-nearest, by the recipe's fallback rule only
+
+
+class Target(StrEnum):
+    """Which outputs a projection was solved for. docs/numerics.md section 8."""
+
+    PLAIN = "plain"  # the source weights' own
+    ASYMMETRIC = "asymmetric"  # the source stream's
+    RESIDUAL = "residual"  # those, and the gap of the residual stream
 
 
 class Action(StrEnum):
@@ -164,6 +173,8 @@ class ProjectionStatistics:
     method: Method
     weight_error: float  # |W - Wq|_F / |W|_F
     relative_error: float  # of the output: tr(Err H Err^T) / tr(W H W^T), own mean H (the pool when no token came)
+    error_over_rtn: float  # tr(Err H' Err^T) over that of round-to-nearest, H' shrunk and damped
+    target: Target
     gptqmodel_loss: float | None  # what GPTQModel 7.7 logs when tokens are unweighted; None without tokens
     tokens: int
     effective_tokens: float

@@ -68,9 +68,9 @@ def observed() -> Observed:
     score_TE[:, 3] = -10
     value_TA, index_TA = score_TE.softmax(dim=1).topk(2)
     routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
-    target_TD = input_TD + 0.1 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
+    target_TD = input_TD + 0.05 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
     pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
-    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 32
+    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 8
     return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16())
 
 
@@ -409,8 +409,9 @@ def guided(sites: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def curvature() -> solve.Curvature:
-    """Of gradients that share directions, as those of a model do."""
+    """Of gradients that share directions, as those of a model do, and noise: no expert gets worse than RTN by it."""
     gradient_TD = normal(512, HIDDEN, seed=6) * torch.arange(1, HIDDEN + 1) ** -0.7 @ normal(HIDDEN, HIDDEN, seed=7)
+    gradient_TD += 3 * normal(512, HIDDEN, seed=8)
     return curved(gradient_TD.T @ gradient_TD / 512)
 
 
@@ -432,7 +433,7 @@ def test_guidance_changes_the_sites_that_it_is_for(
     differing = {name.split(".")[-2] for name in result.tensors
                  if not torch.equal(found.tensors[name], result.tensors[name])}  # fmt: skip
     assert differing == set(changed)
-    assert all(0.1 < cost / plain < 0.8 for cost, plain in found.guided.values())
+    assert all(0.1 < cost / plain < 0.95 for cost, plain in found.guided.values())
     assert set(found.guided) == ({"down"} if sites == "down" else {"gate_up", "down"})
 
 

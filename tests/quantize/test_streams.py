@@ -27,7 +27,8 @@ from fourfold.release.verify.vllm import check_reference
 PREFIX = "model.language_model."
 WINDOWS, LENGTH = 8, 256
 BUILTINS = range(len(CALIBRATION_TEXTS))
-COLUMNS = ["layer", "expert", "projection", "method", "weight_error", "relative_error", "gptqmodel_loss", "tokens",
+COLUMNS = ["layer", "expert", "projection", "method", "weight_error", "relative_error", "error_over_rtn", "target",
+           "gptqmodel_loss", "tokens",
            "effective_tokens", "damping", "passes", "scale_min", "scale_max", "scale_negative_share",
            "seconds"]  # fmt: skip
 MakeRecipe = Callable[..., Recipe]

@@ -1,4 +1,4 @@
-"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6 to 8 and 13.
+"""The batched solve over a stack of experts, and its refinement passes. docs/numerics.md sections 4, 6, 7 and 13.
 
 Everything is fp32; callers leave TF32 off.
 """
@@ -148,48 +148,6 @@ def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pivot_EK[:, block] = root_E1B[:, 0].square()
         failed_E |= info_E > 0
     return unit_EKK, pivot_EK, failed_E
-
-
-def retarget(
-    weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float, gap_ENK: Tensor | None = None
-) -> Tensor:
-    """W + alpha (W C + Y) H^-1: the weights whose output on the release stream comes closest to the source's.
-
-    cross_EKK: C, mean of w (x_source - x) x^T: GPTAQ (arXiv 2504.02692) as one change of target. gap_ENK: Y, mean of
-    w y x^T, y what the output is to make up for besides, as in LoaQ (arXiv 2509.06297). [E, N, K].
-    """
-    moved_ENK = torch.bmm(weight_ENK, cross_EKK)
-    if gap_ENK is not None:
-        moved_ENK += gap_ENK
-    moved_ENK = _behind(moved_ENK, factor).div_(factor.pivot_EK[:, None, :])
-    moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
-    natural_ENK = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
-    return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
-
-
-def james_stein(gap_ENK: Tensor, energy_EN: Tensor, count_E: Tensor, factor: Factor) -> Tensor:
-    """Y with each row shrunk to zero by how much of it may be chance: James and Stein's estimator, positive part.
-
-    gap_ENK: Y, mean of w y x^T; energy_EN: mean of w y^2; count_E: T tokens. The map Y H^-1 explains Y H^-1 Y^T of a
-    row's energy and leaves r; K inputs of T tokens explain r K / (T - K) by chance alone. [E, N, K].
-    """
-    behind_ENK = _behind(gap_ENK, factor)
-    explained_EN = behind_ENK.square_().div_(factor.pivot_EK[:, None, :]).sum(dim=2)
-    inputs = gap_ENK.shape[2]
-    chance_E = inputs / (count_E - inputs).clamp(min=1).to(energy_EN.dtype)
-    noise_EN = (energy_EN - explained_EN).clamp_(min=0).mul_(chance_E[:, None])
-    told_EN = ((explained_EN - noise_EN) / explained_EN).nan_to_num_(0.0).clamp_(0.0, 1.0)  # 0 / 0: nothing to tell
-    return gap_ENK * told_EN[:, :, None]
-
-
-def _behind(value_ENK: Tensor, factor: Factor) -> Tensor:
-    """Y M^-T, columns in processing order: Y H^-1 Y^T is the sum of its squares over D."""
-    index_ENK = factor.order_EK[:, None, :].expand_as(value_ENK)
-    ordered_ENK, lower_EKK = value_ENK.gather(2, index_ENK), factor.unit_EKK.mT
-    behind_ENK: Tensor = torch.linalg.solve_triangular(
-        lower_EKK, ordered_ENK, upper=False, left=False, unitriangular=True
-    )
-    return behind_ENK
 
 
 def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: RowFactor | None = None) -> Tensor:
@@ -384,11 +342,11 @@ def refine_by_rows_torch_(group: int, block: Block, relative_ENN: Tensor, state:
 
 
 def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:
-    """How far each scale moves: to the stored value next to its least-squares optimum, where that is nearer. [E, N]."""
+    """How far each scale moves to reach the stored value next to its least-squares optimum. [E, N].
+
+    scale_EN: stored values, so that none of them is nearer to the optimum.
+    """
     curvature_EN = (product_EBN * code_EBN).sum(dim=1)
-    wanted_EN = scale_EN + (gradient_EBN * code_EBN).sum(dim=1) / curvature_EN.where(curvature_EN > 0, torch.inf)
-    rounded_EN = grid.stored(wanted_EN, refit.dtype)
-    nearer_EN = (rounded_EN - wanted_EN).abs() < (scale_EN - wanted_EN).abs()
-    if not refit.signed:
-        nearer_EN &= wanted_EN > 0
-    return (rounded_EN - scale_EN).where(nearer_EN, 0.0)
+    optimum_EN = scale_EN + (gradient_EBN * code_EBN).sum(dim=1) / curvature_EN.where(curvature_EN > 0, torch.inf)
+    moved_EN = grid.stored(optimum_EN, refit.dtype) - scale_EN
+    return moved_EN if refit.signed else moved_EN.where(optimum_EN > 0, 0.0)

@@ -141,9 +141,8 @@ def trace(matrix_EKK: Tensor) -> Tensor:
 
 
 def effective_tokens(moments: Moments) -> Tensor:
-    """tr(H)^2 / energy2 per expert, at most its tokens: a few loud tokens count as few. fp32 [E], 0 without tokens."""
-    effective_E = trace(moments.hessian_EKK).square() / moments.energy2_E
-    return torch.minimum(effective_E.nan_to_num(0.0, 0.0, 0.0), moments.count_E.float())
+    """tr(H)^2 / energy2 per expert: a few loud tokens count as few. fp32 [E], at most its tokens, 0 without tokens."""
+    return (trace(moments.hessian_EKK).square() / moments.energy2_E).nan_to_num(0.0, 0.0, 0.0)
 
 
 def shrink(
@@ -186,10 +185,17 @@ def _require_finite(moments: Moments, trace_E: Tensor) -> None:
         raise NotFinite(int((~finite_E).nonzero()[0]))
 
 
-def shrink_to_zero(sum_ENK: Tensor, weight_E: Tensor, m_E: Tensor, n0: float) -> Tensor:
-    """The mean of a cross moment, shrunk to zero: sum_e / weight_e * m / (m + n0), [E, N, K]."""
-    share_E = m_E / (m_E + n0).clamp(min=1e-30) / weight_E.where(weight_E > 0, 1.0)
-    return sum_ENK * share_E[:, None, None]
+def own_share(m_E: Tensor, n0: float) -> Tensor:
+    """m / (m + n0), the share of an expert's own tokens in its shrunk moments: 0 without tokens. [E]."""
+    return m_E / (m_E + n0).clamp(min=1e-30)
+
+
+def shrink_to_zero(sum_ENK: Tensor, weight_E: Tensor, share_E: Tensor) -> Tensor:
+    """Return a mean shrunk to zero: sum_e / weight_e * share_e, [E, N, K]. share_E: see own_share.
+
+    With H' of `shrink`, which adds n0 tokens of the pool to the expert's own, this times H'^-1 is ridge regression.
+    """
+    return sum_ENK * (share_E / weight_E.where(weight_E > 0, 1.0))[:, None, None]
 
 
 def damping(hessian_EKK: Tensor, delta_E: Tensor, kind: str, floor: float) -> Tensor:

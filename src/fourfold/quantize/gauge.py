@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fourfold.core import gptq, grid, moments
+from fourfold.core import gptq, grid, moments, target
 from fourfold.datatypes import Moments
 from fourfold.model.checkpoint import raw_bytes, require_finite
 from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer, grouped_linear
@@ -169,7 +169,7 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
 
     def factorize() -> None:
         made = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
-        gptq.retarget(weight_ENK, hessian_EKK, made, 1.0)
+        target.retarget(weight_ENK, hessian_EKK, made, 1.0)
 
     def columns() -> None:
         codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)

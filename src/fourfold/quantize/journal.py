@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord
+from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord, Target
 from fourfold.model.shards import SIDECARS, write_text
 from fourfold.quantize.estimate import SWEPT
 from fourfold.quantize.identity import Identity, refuse_changes
@@ -164,7 +164,10 @@ def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
 
 def _read_record(path: Path) -> ShardRecord:
     raw = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(ProjectionStatistics(**{**row, "method": Method(row["method"])}) for row in raw.pop("projections"))
+    rows = tuple(
+        ProjectionStatistics(**{**row, "method": Method(row["method"]), "target": Target(row["target"])})
+        for row in raw.pop("projections")
+    )
     return ShardRecord(**raw, projections=rows)
 
 

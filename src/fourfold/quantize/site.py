@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from fourfold.core import gptq, grid, guidance, metrics, moments
-from fourfold.datatypes import Method, Moments, QuantizedGroup
-from fourfold.recipe import Recipe
+from fourfold.core import gptq, grid, guidance, metrics, moments, target
+from fourfold.datatypes import Method, Moments, QuantizedGroup, Target
+from fourfold.recipe import Recipe, Scheme
 
 RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
 
@@ -41,18 +41,23 @@ class Solved:
     weight_EN: Tensor  # |W|^2
     proxy_EN: Tensor  # its share of tr(Err H Err^T), H the expert's own mean, undamped
     energy_EP: Tensor  # tr(W H W^T) of each of its P projections
+    over_rtn_EP: Tensor  # tr(Err H' Err^T) over that of round-to-nearest, H' shrunk and damped
     level_E: Tensor  # mean of diag H
     tokens_E: Tensor
     effective_E: Tensor
     damping_E: Tensor
     methods: tuple[Method, ...]
+    targets: tuple[Target, ...]
     guided: tuple[float, float] = (0.0, 0.0)  # tr(H_O Err H Err^T) of the judged experts, with guidance and without
 
 
 def solve_site(site: Site, recipe: Recipe) -> Solved:
-    """Codes and scales of one site's stack, by the recipe. docs/numerics.md."""
-    solver, scheme = recipe.solver, recipe.scheme
-    weight_ENK, size = site.weight_ENK, scheme.group_size
+    """Codes and scales of one site's stack, by the recipe. docs/numerics.md.
+
+    An expert whose outputs have a larger error than those of round-to-nearest is solved again for the outputs of the
+    source weights, without a metric of the rows.
+    """
+    solver, scheme, weight_ENK = recipe.solver, recipe.scheme, site.weight_ENK
     n0 = solver.pool * weight_ENK.shape[-1]
     hessian_EKK, effective_E = moments.shrink(
         site.moments, site.pool_EKK, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
@@ -60,54 +65,84 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     damping = gptq.Damping(
         delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
     )
-    factor = gptq.factorize_(hessian_EKK, damping, solver.order, size)
-    target_ENK = weight_ENK
-    if site.moments.cross_EKK is not None and solver.alpha:
-        cross_EKK = moments.shrink_to_zero(site.moments.cross_EKK, site.moments.weight_E, effective_E, n0)
-        gap_ENK = _gap(site.moments, factor)
-        target_ENK = gptq.retarget(weight_ENK, cross_EKK, factor, solver.alpha, gap_ENK)
-        del cross_EKK, gap_ENK
-    if solver.scale == "search":
-        conditional = solver.scale_weights == "conditional"
-        importance_EK = factor.natural_pivot() if conditional else hessian_EKK.diagonal(dim1=-2, dim2=-1)
-        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
-                                  signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
-        scale_ENG = grid.search_scales(target_ENK, importance_EK, size, search)
-    else:
-        scale_ENG = grid.absmax_scales(target_ENK, size, scheme.scale_dtype)
-    posed = _Posed(target_ENK, scale_ENG, factor, hessian_EKK, site.rows)
-    group = _find_codes(posed, recipe)
-    guided = _gain(posed, group, site.judged, recipe)
-    methods = [Method.DIAGONAL if failed else Method.GPTQ for failed in factor.diagonal_E.tolist()]
-    del hessian_EKK, posed
+    factor = gptq.factorize_(hessian_EKK, damping, solver.order, scheme.group_size)
+    target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0), solver.alpha)
+    objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
+    group = _find_codes(objective, recipe)
+    guided = _gain(objective, group, site.judged, recipe)
+    methods, targets = objective.methods, [aim] * len(weight_ENK)
     if solver.fallback_share:
         rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
-        group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme.scale_dtype)
-    return replace(_judge(site, group, factor.delta_E, effective_E, tuple(methods)), guided=guided)
+        group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme)
+    over_rtn_EP = _over_rtn(site.projections, weight_ENK, group, hessian_EKK, scheme)
+    if aim is not Target.PLAIN or site.rows is not None:
+        for expert in (over_rtn_EP > 1).any(dim=1).nonzero().flatten().tolist():
+            place = slice(expert, expert + 1)
+            plain = objective.without_rows(place, weight_ENK[place])
+            again = _find_codes(plain, recipe)
+            group.codes_ENK[place], group.scale_ENG[place] = again.codes_ENK, again.scale_ENG
+            over_rtn_EP[place] = _over_rtn(site.projections, weight_ENK[place], again, hessian_EKK[place], scheme)
+            targets[expert], methods[expert] = Target.PLAIN, plain.methods[0]
+    del target_ENK, objective, hessian_EKK
+    error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
+    own_EKK, share_E = _own_moments(site)
+    projection_EPNK = weight_ENK.unflatten(1, (len(site.projections), -1))
+    return Solved(
+        group=group,
+        error_EN=error_ENK.square().sum(dim=-1),
+        weight_EN=weight_ENK.square().sum(dim=-1),
+        proxy_EN=metrics.proxy_rows(error_ENK, own_EKK) * share_E[:, None],
+        energy_EP=metrics.energy(projection_EPNK, own_EKK) * share_E[:, None],
+        over_rtn_EP=over_rtn_EP,
+        level_E=own_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
+        tokens_E=site.moments.count_E,
+        effective_E=effective_E,
+        damping_E=factor.delta_E,
+        methods=tuple(methods),
+        targets=tuple(targets),
+        guided=guided,
+    )
 
 
-def _gap(own: Moments, factor: gptq.Factor) -> Tensor | None:
-    """What a site is to make up for, as far as its inputs tell; None without a residual stream."""
-    if own.gap_ENK is None or own.gap2_EN is None:
-        return None
-    weight_E1 = own.weight_E.where(own.weight_E > 0, 1.0)[:, None]
-    return gptq.james_stein(own.gap_ENK / weight_E1[:, :, None], own.gap2_EN / weight_E1, own.count_E, factor)
+def _target(site: Site, factor: gptq.Factor, share_E: Tensor, alpha: float) -> tuple[Tensor, Target]:
+    """The weights [E, N, K] that the codes are to come close to. share_E: see moments.own_share."""
+    own = site.moments
+    if own.cross_EKK is None or not alpha:
+        return site.weight_ENK, Target.PLAIN
+    gap_ENK = None
+    if own.gap_ENK is not None and own.gap2_EN is not None:
+        energy_EN = own.gap2_EN / own.weight_E.where(own.weight_E > 0, 1.0)[:, None]
+        own_share_E = share_E / own.weight_E.where(own.weight_E > 0, 1.0)  # hessian_EKK is a sum
+        freedom_E = target.degrees_of_freedom(own.hessian_EKK, own_share_E, factor)
+        gap_ENK = moments.shrink_to_zero(own.gap_ENK, own.weight_E, share_E)
+        gap_ENK = target.james_stein(gap_ENK, energy_EN, own.count_E, share_E, freedom_E, factor)
+    cross_EKK = moments.shrink_to_zero(own.cross_EKK, own.weight_E, share_E)
+    target_ENK = target.retarget(site.weight_ENK, cross_EKK, factor, alpha, gap_ENK)
+    return target_ENK, Target.ASYMMETRIC if gap_ENK is None else Target.RESIDUAL
 
 
 @dataclass(frozen=True)
-class _Posed:
-    """What is minimised at a site, tr(H_O Err H Err^T) with Err = target - S Q, and the scales to begin with."""
+class _Objective:
+    """What is minimised at a site: tr(H_O Err H Err^T) with Err = target - S Q."""
 
     target_ENK: Tensor
-    scale_ENG: Tensor
     factor: gptq.Factor
     hessian_EKK: Tensor  # damped
     rows: guidance.RowFactor | None
 
-    def unguided(self, experts: int) -> _Posed:
-        """Of the first experts, all rows weighing the same."""
-        factor = gptq.Factor(*(getattr(self.factor, field.name)[:experts] for field in fields(gptq.Factor)))
-        return _Posed(self.target_ENK[:experts], self.scale_ENG[:experts], factor, self.hessian_EKK[:experts], None)
+    @property
+    def methods(self) -> list[Method]:
+        """Of each expert: GPTQ, or which factorization failed."""
+        columns_E = self.factor.diagonal_E
+        rows_E = torch.zeros_like(columns_E) if self.rows is None else self.rows.diagonal_E.expand_as(columns_E)
+        failures = zip(columns_E.tolist(), rows_E.tolist(), strict=True)
+        return [Method.DIAGONAL if columns else Method.ROW_DIAGONAL if rows else Method.GPTQ
+                for columns, rows in failures]  # fmt: skip
+
+    def without_rows(self, place: slice, target_ENK: Tensor) -> _Objective:
+        """Of some experts with their target, all rows weighing the same."""
+        factor = gptq.Factor(*(getattr(self.factor, field.name)[place] for field in fields(gptq.Factor)))
+        return _Objective(target_ENK, factor, self.hessian_EKK[place], None)
 
     def cost(self, group: QuantizedGroup) -> float:
         """Of codes and scales of the first experts, in the metric of their rows."""
@@ -119,62 +154,72 @@ class _Posed:
         return float((weighed_ENK * torch.bmm(ordered_ENK, self.hessian_EKK[:experts])).sum())
 
 
-def _find_codes(posed: _Posed, recipe: Recipe) -> QuantizedGroup:
-    """Column by column, then refined."""
-    solver, scheme = recipe.solver, recipe.scheme
-    scale_ENG = posed.scale_ENG
-    codes_ENK = gptq.solve_codes(posed.target_ENK, scale_ENG, posed.factor, posed.rows)
+def _find_codes(objective: _Objective, recipe: Recipe) -> QuantizedGroup:
+    """Scales first, then codes column by column, then both refined."""
+    solver, scheme, target_ENK = recipe.solver, recipe.scheme, objective.target_ENK
+    if solver.scale == "search":
+        conditional = solver.scale_weights == "conditional"
+        pivot_EK, diagonal_EK = objective.factor.natural_pivot(), objective.hessian_EKK.diagonal(dim1=-2, dim2=-1)
+        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
+                                  signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
+        scale_ENG = grid.search_scales(target_ENK, pivot_EK if conditional else diagonal_EK, scheme.group_size, search)
+    else:
+        scale_ENG = grid.absmax_scales(target_ENK, scheme.group_size, scheme.scale_dtype)
+    codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, objective.factor, objective.rows)
     if solver.passes:
         refit = gptq.Refit(dtype=scheme.scale_dtype, signed=scheme.signed) if solver.refine_scales else None
         codes_ENK, scale_ENG = gptq.refine(
-            posed.target_ENK, codes_ENK, scale_ENG, posed.hessian_EKK, solver.passes, refit, posed.rows
+            target_ENK, codes_ENK, scale_ENG, objective.hessian_EKK, solver.passes, refit, objective.rows
         )
     return QuantizedGroup(codes_ENK, scale_ENG)
 
 
-def _gain(posed: _Posed, group: QuantizedGroup, experts: int, recipe: Recipe) -> tuple[float, float]:
+def _gain(objective: _Objective, group: QuantizedGroup, experts: int, recipe: Recipe) -> tuple[float, float]:
     """What the first experts' errors cost with guidance and without. See Solved."""
-    if posed.rows is None or not experts:
+    if objective.rows is None or not experts:
         return 0.0, 0.0
-    guided = QuantizedGroup(group.codes_ENK[:experts], group.scale_ENG[:experts])
-    return posed.cost(guided), posed.cost(_find_codes(posed.unguided(experts), recipe))
+    first = slice(0, experts)
+    guided = QuantizedGroup(group.codes_ENK[first], group.scale_ENG[first])
+    unguided = objective.without_rows(first, objective.target_ENK[first])
+    return objective.cost(guided), objective.cost(_find_codes(unguided, recipe))
+
+
+def _round_to_nearest(weight_ENK: Tensor, scheme: Scheme) -> QuantizedGroup:
+    """RTN with absmax scales, as GPTQModel's fallback."""
+    scale_ENG = grid.absmax_scales(weight_ENK, scheme.group_size, scheme.scale_dtype)
+    return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG), scale_ENG)
 
 
 def _round_few(
-    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], scale_dtype: str
+    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], scheme: Scheme
 ) -> tuple[QuantizedGroup, list[Method]]:
     """Round to nearest the experts that the recipe's fallback rule names."""
-    size = weight_ENK.shape[-1] // group.scale_ENG.shape[-1]
-    scale_ENG = grid.absmax_scales(weight_ENK, size, scale_dtype)
-    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
-    where_E11 = rounded_E[:, None, None]
+    rtn, where_E11 = _round_to_nearest(weight_ENK, scheme), rounded_E[:, None, None]
     rounded = QuantizedGroup(
-        torch.where(where_E11, codes_ENK, group.codes_ENK), torch.where(where_E11, scale_ENG, group.scale_ENG)
+        torch.where(where_E11, rtn.codes_ENK, group.codes_ENK), torch.where(where_E11, rtn.scale_ENG, group.scale_ENG)
     )
     return rounded, [Method.RTN if few else method for few, method in zip(rounded_E.tolist(), methods, strict=True)]
 
 
-def _judge(
-    site: Site, group: QuantizedGroup, damping_E: Tensor, effective_E: Tensor, methods: tuple[Method, ...]
-) -> Solved:
-    """Errors against the source weights, with each expert's own mean moments (the pool where no token came)."""
-    weight_ENK, own = site.weight_ENK, site.moments
-    error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
+def _over_rtn(
+    projections: tuple[str, ...], weight_ENK: Tensor, group: QuantizedGroup, hessian_EKK: Tensor, scheme: Scheme
+) -> Tensor:
+    """Error of each projection's outputs, tr(Err H Err^T), over that of round-to-nearest: fp32 [E, P]."""
+
+    def error(one: QuantizedGroup) -> Tensor:
+        error_ENK = weight_ENK - grid.dequantize(one.codes_ENK, one.scale_ENG)
+        error_EN = metrics.proxy_rows(error_ENK, hessian_EKK)
+        return error_EN.unflatten(1, (len(projections), -1)).sum(dim=2).clamp(min=torch.finfo(error_EN.dtype).tiny)
+
+    return error(group) / error(_round_to_nearest(weight_ENK, scheme))
+
+
+def _own_moments(site: Site) -> tuple[Tensor, Tensor]:
+    """Each expert's own sums (the pool where no token came), and what makes means of them: [E, K, K], [E]."""
+    own = site.moments
     unseen = (own.weight_E == 0).nonzero().flatten().tolist()
-    hessian_EKK, share_E = own.hessian_EKK, 1 / own.weight_E.where(own.weight_E > 0, 1.0)
+    hessian_EKK = own.hessian_EKK
     if unseen:
         hessian_EKK = hessian_EKK.clone()
         hessian_EKK[unseen] = site.pool_EKK.expand_as(hessian_EKK)[unseen]
-    projection_EPNK = weight_ENK.unflatten(1, (len(site.projections), -1))
-    return Solved(
-        group=group,
-        error_EN=error_ENK.square().sum(dim=-1),
-        weight_EN=weight_ENK.square().sum(dim=-1),
-        proxy_EN=metrics.proxy_rows(error_ENK, hessian_EKK) * share_E[:, None],
-        energy_EP=metrics.energy(projection_EPNK, hessian_EKK) * share_E[:, None],
-        level_E=hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
-        tokens_E=own.count_E,
-        effective_E=effective_E,
-        damping_E=damping_E,
-        methods=methods,
-    )
+    return hessian_EKK, 1 / own.weight_E.where(own.weight_E > 0, 1.0)

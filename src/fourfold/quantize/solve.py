@@ -279,7 +279,7 @@ def _statistics(
     width = solved.error_EN.shape[1] // len(projections)
     sums = [values_EN.unflatten(1, (-1, width)).sum(dim=2).tolist()
             for values_EN in (solved.error_EN, solved.weight_EN, solved.proxy_EN)]  # fmt: skip
-    sums.append(solved.energy_EP.tolist())
+    sums += [solved.energy_EP.tolist(), solved.over_rtn_EP.tolist()]
     scale_EPS = solved.group.scale_ENG.unflatten(1, (-1, width)).flatten(2)
     least, most = scale_EPS.abs().amin(dim=2).tolist(), scale_EPS.abs().amax(dim=2).tolist()
     negative = (scale_EPS < 0).float().mean(dim=2).tolist()
@@ -288,7 +288,7 @@ def _statistics(
     for place, expert in enumerate(experts):
         method = solved.methods[place]
         for part, projection in enumerate(projections):
-            error, weight, proxy, energy = (values[place][part] for values in sums)
+            error, weight, proxy, energy, over_rtn = (values[place][part] for values in sums)
             loss = (proxy + 0.05 * level[place] * error) / tokens[place] if tokens[place] else None
             yield ProjectionStatistics(
                 layer=layer,
@@ -297,6 +297,8 @@ def _statistics(
                 method=method,
                 weight_error=(error / weight) ** 0.5 if weight else 0.0,
                 relative_error=max(proxy, 0.0) / energy if energy > 0 else 0.0,
+                error_over_rtn=over_rtn,
+                target=solved.targets[place],
                 gptqmodel_loss=loss,
                 tokens=tokens[place],
                 effective_tokens=effective[place],

@@ -192,7 +192,7 @@ def move_scales(
         else:
             round_bits(stored.view(np.int32), dropped)
         rounded = -stored[0] if wanted < 0 else stored[0]
-        if abs(rounded - wanted) < abs(scale[lane] - wanted) and (signed or wanted > 0):
+        if signed or wanted > 0:
             moved[lane] = rounded - scale[lane]
             scale[lane] += moved[lane]
 

@@ -107,11 +107,8 @@ def _move(
     curvature = tl.sum(product * code, axis=0)
     gained = tl.div_rn(tl.sum(slope * code, axis=0), tl.where(curvature > 0, curvature, 1.0))
     wanted = scale + tl.where(curvature > 0, gained, 0.0)
-    rounded = stored(wanted, FP16, LEAST, MOST)
-    nearer = tl.abs(rounded - wanted) < tl.abs(scale - wanted)
-    if not SIGNED:
-        nearer = nearer & (wanted > 0)
-    return tl.where(nearer, rounded - scale, 0.0)
+    moved = stored(wanted, FP16, LEAST, MOST) - scale
+    return moved if SIGNED else tl.where(wanted > 0, moved, 0.0)
 
 
 @jit

@@ -1,0 +1,122 @@
+"""No expert is worse than round-to-nearest, however few tokens it has and however loud they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from fourfold.core import grid, target
+from fourfold.datatypes import LayerResult, Target
+from fourfold.model.layer import DecoderLayer, Routing, activate, sort_pairs
+from fourfold.quantize import site, solve
+from fourfold.quantize.observe import Observed
+from fourfold.recipe import Guidance, Recipe, load_recipe
+from quantize.test_solve_layer import alone, normal
+
+HIDDEN, WIDTH, TOKENS, GROUP = 64, 64, 512, 32
+COUNTS = (0, 1, HIDDEN // 8, HIDDEN // 2, 2 * HIDDEN, TOKENS)  # tokens of each expert but the last, which has the rest
+EXPERTS = len(COUNTS) + 1
+PRESETS = ("card", "fast", "best", "guided")
+
+
+@pytest.fixture(scope="module")
+def layer() -> DecoderLayer:
+    return DecoderLayer(
+        index=1,
+        module=nn.Identity(),
+        rotary=nn.Identity(),
+        activation=silu,
+        experts=EXPERTS,
+        owned=tuple(range(EXPERTS)),
+        gate_up_ENK=(0.1 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1)).bfloat16(),
+        down_ENK=(0.1 * normal(EXPERTS, HIDDEN, WIDTH, seed=2)).bfloat16(),
+    )
+
+
+@pytest.fixture(scope="module")
+def observed() -> Observed:
+    """A few tokens are thirty times as loud as the others; drift and gap are noise, louder at them too."""
+    loudness_T1 = normal(TOKENS, 1, seed=3).abs().pow(3).add(0.3)
+    input_TD = normal(TOKENS, HIDDEN, seed=4) * torch.arange(1, HIDDEN + 1) ** -0.4 * loudness_T1
+    second_T = torch.repeat_interleave(torch.arange(len(COUNTS) - 1), torch.tensor(COUNTS[:-1]))
+    rest_T = torch.full((TOKENS - len(second_T),), EXPERTS - 1)
+    second_T = torch.cat([second_T, rest_T])[torch.randperm(TOKENS, generator=torch.Generator().manual_seed(5))]
+    index_TA = torch.stack([torch.full_like(second_T, len(COUNTS) - 1), second_T], dim=1)
+    share_T = 0.5 + 0.4 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(6))
+    routing = Routing(index_TA=index_TA, weight_TA=torch.stack([share_T, 1 - share_T], dim=1).bfloat16())
+    target_TD = input_TD + 0.05 * loudness_T1 * normal(TOKENS, HIDDEN, seed=7)
+    gap_TD = 0.2 * loudness_T1 * normal(TOKENS, HIDDEN, seed=8)
+    pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
+    assert torch.tensor(pairs.offsets).diff().tolist()[:-1] == list(COUNTS)
+    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16())
+
+
+def quantized(layer: DecoderLayer, observed: Observed, preset: str) -> LayerResult:
+    recipe = load_recipe(preset, [f"scheme.group_size={GROUP}"])
+    curvature = None
+    if preset == "guided":
+        loudness_D = torch.arange(1, HIDDEN + 1) ** -0.7
+        recipe = replace(recipe, guidance=Guidance(tokens=512, sites="both"))
+        gradient_TD = normal(512, HIDDEN, seed=9) * loudness_D @ normal(HIDDEN, HIDDEN, seed=10)
+        curvature = solve.Curvature(gradient_TD.T @ gradient_TD / 512, damping=0.05)
+    if not recipe.solver.asymmetric:
+        observed = replace(observed, target_TD=None, gap_TD=None)
+    return solve.solve_layer(
+        alone(torch.device("cpu")), layer, observed, recipe, solve.Chunking(3, "device", "", lambda count: None),
+        curvature,
+    )  # fmt: skip
+
+
+def over_rtn(layer: DecoderLayer, observed: Observed, result: LayerResult, recipe: Recipe) -> dict[str, Tensor]:
+    """Output error of each expert over all tokens of the layer, by site, over that of RTN: [E]."""
+    input_TD = observed.input_TD.float()
+    hidden_ETI = activate(input_TD @ layer.stacks[0].float().mT, silu)
+    assert result.gate_up_ENK is not None and result.down_ENK is not None
+    ratios = {}
+    for name, source_ENK, released_ENK, input_ETK in (
+        ("gate_up", layer.stacks[0].float(), result.gate_up_ENK.float(), input_TD[None]),
+        ("down", layer.stacks[1].float(), result.down_ENK.float(), hidden_ETI),
+    ):
+        scale_ENG = grid.absmax_scales(source_ENK, GROUP, recipe.scheme.scale_dtype)
+        rounded_ENK = grid.dequantize(grid.round_to_nearest(source_ENK, scale_ENG), scale_ENG)
+        errors = [(input_ETK @ (source_ENK - quantized_ENK).mT).square().sum(dim=(1, 2))
+                  for quantized_ENK in (released_ENK, rounded_ENK)]  # fmt: skip
+        ratios[name] = errors[0] / errors[1]
+    return ratios
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_expert_is_worse_than_rounding(layer: DecoderLayer, observed: Observed, preset: str) -> None:
+    """Over all tokens of the layer; `card` knows no pool, as the reference does not, so that its own tokens count."""
+    result = quantized(layer, observed, preset)
+    for name, ratio_E in over_rtn(layer, observed, result, load_recipe(preset)).items():
+        assert preset == "card" or (ratio_E <= 1 + 1e-3).all(), (name, ratio_E)
+        assert (ratio_E[-2:] < 0.9).all(), (name, ratio_E)
+    assert all(0 < row.error_over_rtn <= 1 for row in result.projections)
+
+
+def test_the_target_asks_no_more_than_tokens_support(
+    layer: DecoderLayer, observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the guard: cold experts are not far from RTN, as less is believed of their few tokens."""
+    monkeypatch.setattr(site, "_over_rtn", lambda projections, weight_ENK, *rest: torch.zeros(len(weight_ENK), 2))
+    ratios = over_rtn(layer, observed, quantized(layer, observed, "best"), load_recipe("best"))
+    assert max(ratio_E.max() for ratio_E in ratios.values()) < 1.5, ratios
+
+
+def test_an_expert_that_a_target_spoils_is_solved_again(
+    layer: DecoderLayer, observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that believes everything is replaced by the source weights, and the log says so."""
+    targets = []
+    for gap in (target.james_stein, lambda gap_ENK, *rest: 50 * gap_ENK):
+        monkeypatch.setattr(target, "james_stein", gap)
+        result = quantized(layer, observed, "best")
+        targets.append([row.target for row in result.projections if row.projection == "down_proj"])
+    for name, ratio_E in over_rtn(layer, observed, result, load_recipe("best")).items():
+        assert (ratio_E <= 1 + 1e-3).all(), (name, ratio_E)
+    assert targets[0][-2:] == [Target.RESIDUAL] * 2 and targets[1][1:] == [Target.PLAIN] * (EXPERTS - 1)
