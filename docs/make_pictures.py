@@ -74,6 +74,7 @@ def main() -> None:
         (folder / "examples").symlink_to(ROOT / "examples")
         words = ["quantize", MODEL, RELEASE]
         picture = terminal(words, fourfold(folder, *words))
+        fourfold(folder, "verify", RELEASE)
         fourfold(folder, "report", RELEASE, "--repo", f"me/{RELEASE}", "--quiet")
         metrics = json.loads((folder / RELEASE / "metrics.json").read_text(encoding="utf-8"))
         screenshots(folder / RELEASE / "report.html", browser, ", ".join(headline(metrics["summary"])))
