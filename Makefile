@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs audit bench-quality bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures audit bench-example bench-quality bench-ablation bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -53,7 +53,8 @@ test-free-threaded:  ## the fast tests in a Python without the GIL, by four work
 	PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest -m "not slow and not gpu and not engine" --devices 'cpu*4' \
 		--ignore tests/release/report/test_page.py $(ARGS)
 
-check: $(INSTALLED) docs  ## lint, types, which room imports which, and the documentation without a warning
+check: $(INSTALLED) docs  ## figures, lint, types, which package imports which, and the documentation without a warning
+	$(BIN)/python docs/figures.py --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
@@ -66,15 +67,25 @@ audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyP
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/audit/installed.txt
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
-bench-quality: $(INSTALLED)  ## quality beside GPTQModel and less each ingredient: about an hour the first time
+figures: $(INSTALLED)  ## predictions of the plan, then every figure in README and docs, from benchmarks/results
+	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --plot docs/images/scale.svg >/dev/null
+	$(BIN)/python docs/figures.py
+
+bench-example: $(INSTALLED)  ## the example model: time, memory, quality, and how close the plan came
+	$(BIN)/python benchmarks/example.py --json benchmarks/results/example.json
+	$(BIN)/python benchmarks/plan.py --json benchmarks/results/plan.json
+
+bench-quality: $(INSTALLED)  ## quality beside GPTQModel: half an hour the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
 
-bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate, and how it scales: half an hour
+bench-ablation: $(INSTALLED)  ## quality of `best` without each of its ingredients: half an hour the first time
+	$(BIN)/python benchmarks/quality.py --ablation --json benchmarks/results/quality_ablation.json $(ARGS)
+
+bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate: half an hour
 	$(BIN)/python benchmarks/gemm_rate.py --device cpu --threads 1
-	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/speed.py --rounds 2 --json benchmarks/results/speed.json
 	$(BIN)/python benchmarks/full_layer.py --json benchmarks/results/full_layer_best.json
 	$(BIN)/python benchmarks/full_layer.py --recipe fast --json benchmarks/results/full_layer_fast.json
-	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
 clean:  ## remove .venv, .engines, .free-threaded, the demo's output and caches
 	rm -rf $(VENV) $(ENGINES) $(FREE) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

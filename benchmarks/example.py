@@ -2,8 +2,7 @@
 
     python benchmarks/example.py --json benchmarks/results/example.json
 
-Each run is a process of its own, `python -m fourfold quantize`, started cold. Prints the README's table. With --table
-FILE nothing is run, and the table is that of an earlier result.
+Each run is a process of its own, `python -m fourfold quantize`, started cold.
 """
 
 from __future__ import annotations
@@ -65,31 +64,10 @@ def measure(rows: int, length: int, out: Path) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| calibration | seconds | peak memory | perplexity, BF16 -> int4 | KL mean / 99 % | bytes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in result["runs"]:
-        found = run["metrics"]
-        lines.append(
-            f"| {run['rows']} x {run['length']} | {run['seconds']:.0f} | {run['peak_host_bytes'] / 1e9:.2f} GB "
-            f"| {found['perplexity_source']:.2f} -> {found['perplexity_release']:.2f} "
-            f"| {found['kl_mean']:.5f} / {found['kl_p99']:.4f} nats "
-            f"| {run['bytes_before'] / 1e6:.1f} -> {run['bytes_after'] / 1e6:.1f} MB |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this result and stop")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
     with tempfile.TemporaryDirectory() as folder:
         runs = [measure(rows, length, Path(folder) / f"{rows}x{length}") for rows, length in SIZES]
     result = {
@@ -99,7 +77,9 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "runs": runs,
     }
-    print(table(result))
+    for run in runs:
+        seconds, memory, kl_mean = run["seconds"], run["peak_host_bytes"] / 1e9, run["metrics"]["kl_mean"]
+        print(f"{run['rows']} x {run['length']}: {seconds:.0f} s, {memory:.2f} GB, mean KLD {kl_mean:.5f} nats")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

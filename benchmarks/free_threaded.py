@@ -1,7 +1,7 @@
 """What a Python without the GIL buys: the example quantized by several CPU workers, with the GIL off and on.
 
-    PYTHONPATH=src .free-threaded/venv/bin/python benchmarks/free_threaded.py \\
-        --json benchmarks/results/free_threaded.json
+    PYTHONPATH=src .free-threaded/venv/bin/python benchmarks/free_threaded.py --rows 32 --length 256 --rounds 2 \\
+        --devices 'cpu*4' 'cpu*2' --json benchmarks/results/free_threaded.json
 
 Runs take turns in the same interpreter (`make test-free-threaded` builds it): PYTHON_GIL=0, PYTHON_GIL=1, and so on.
 Wall seconds are the first worker's, from its first row to its last; CPU seconds are the whole process's.

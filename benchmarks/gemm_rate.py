@@ -1,6 +1,6 @@
 """What this machine can do at most: GEMM by number format, Cholesky, memory bandwidth. The floor of other benchmarks.
 
-    python benchmarks/gemm_rate.py --device cpu --threads 1
+    python benchmarks/gemm_rate.py --device cpu --threads 1    # benchmarks/results/gemm_rate_cpu.json
 
 Best of the repetitions that fit two seconds each; CPU time with one thread, wall time otherwise.
 "exact": a product of BF16 values (integers, whose every partial sum fp32 holds) came out to the last bit, so neither

@@ -1,11 +1,14 @@
 """Quality beside GPTQModel: the same calibration rows, the same held-out rows, the same storage, one judge.
 
-    python benchmarks/quality.py                                         # everything: an hour on two cores
-    python benchmarks/quality.py --methods rtn gptqmodel card fast best --tokens 65536
-    python benchmarks/quality.py --model FOLDER --json FILE              # another model than the example
+    python benchmarks/quality.py --json benchmarks/results/quality.json
+    python benchmarks/quality.py --ablation --json benchmarks/results/quality_ablation.json
+    python benchmarks/quality.py --methods "best on code" "guided on code" --tokens 65536 --text chat \\
+        --json benchmarks/results/quality_chat.json
+    python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
+        --methods gptqmodel card fast best guided "best - residual stream" --json benchmarks/results/quality_deep.json
 
-Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark goes on where
-it was. GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
+Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
+GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -62,6 +66,7 @@ def less(ingredient: str, *overrides: str) -> Method:
     return Method(f"best - {ingredient}", "best", overrides)
 
 
+RESIDUAL = less("residual stream", "solver.residual=false")
 METHODS = (
     Method(RTN, "card", ("solver.fallback_share=1",)),
     Method(PEER),
@@ -72,8 +77,8 @@ METHODS = (
     Method("guided down only", "guided", ("guidance.sites=down",)),
     Method("best on code", "best", code_alone=True),
     Method("guided on code", "guided", code_alone=True),
+    RESIDUAL,
     less("asymmetric target", "solver.alpha=0"),
-    less("residual stream", "solver.residual=false"),
     less("pool", "solver.pool=0"),
     less("effective tokens", "solver.effective_tokens=false"),
     less("trace matching", "solver.trace_matched=false"),
@@ -279,7 +284,7 @@ def check(lines: dict[tuple[str, int], dict[str, Any]], layers: int) -> Iterator
 def show(lines: dict[tuple[str, int], dict[str, Any]], requirements: list[dict[str, Any]], title: str) -> None:
     console = Console(width=150)
     for tokens in sorted({tokens for _, tokens in lines}):
-        table = Table(title=f"{title}, {tokens:,} calibration tokens; KL in thousandths of a nat")
+        table = Table(title=f"{title}, {tokens:,} calibration tokens; KLD x 10^-3 nats")
         for name in ("method", "forced KL", "of peer", "median", "of peer", "mean", "95 % interval", "p99", "top-1 %",
                      "perplexity", "rounded", "CPU s"):  # fmt: skip
             table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -326,7 +331,7 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
     skeleton, left_out = bench.skeleton, ("kl_by_window", "versions")
     model = {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts}
     return {
-        "command": " ".join(["python", "benchmarks/quality.py", *(shown(part) for part in sys.argv[1:])]),
+        "command": shlex.join(["python", "benchmarks/quality.py", *(shown(part) for part in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
@@ -346,9 +351,14 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     names = [method.name for method in METHODS]
+    ablation = ["best", *(name for name in names if name.startswith("best - "))]
+    standard = [name for name in names if name not in ablation[1:] or name == RESIDUAL.name]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny-qwen3.6-moe")
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--methods", nargs="+", choices=names, default=standard, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--ablation", action="store_const", dest="methods", const=ablation, help="`best`, and without each ingredient"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 16_384, 65_536])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--text", choices=list(HELDOUT_TEXTS), default="wikitext-2-test", help="that is held out")

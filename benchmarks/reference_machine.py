@@ -4,8 +4,8 @@
 
 Four layers of Qwen3.6-35B-A3B (three linear attention, one full; 256 experts; its vocabulary; no vision, no MTP; about
 8.8 GB of random weights, made on the fly) are quantized with `--devices cpu*4 --memory cpu=3GiB,host=6GiB`: chunks of
-experts, rows and buffers within their budgets. Held against the plan: the peak of the process. Beside it, from the plan
-alone: the same accounting for 256 x 1024 rows on four GPUs of 12 GB with 32 GB of host memory.
+experts, samples and buffers within their budgets. Records the time and the peak memory of the process; scale.py
+compares both with the plan.
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ from gemm_rate import machine
 from fourfold.model.checkpoint import raw_bytes
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.memory import plan_memory
-from fourfold.quantize.plan import make_plan
 from fourfold.recipe import load_recipe
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen3.6-moe"
 GIB = 2**30
-RESIDENT_BYTES, PLANNED_WITHIN = 18 * GIB, 0.15  # required of the run
-DEVICE_BYTES, HOST_BYTES = 10 * GIB, 8 * GIB  # required of the plan for four GPUs
-WORKERS, BUDGET = 4, "cpu=3GiB,host=6GiB"
+RESIDENT_BYTES = 18 * GIB  # required of the run
+WORKERS, WORKER_GIB, HOST_GIB = 4, 3, 6
 
 
 def full_shape_config(layers: int) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def run(model: Path, out: Path, rows: int, length: int) -> dict[str, Any]:
     settings = [f"calibration.sources.{place}.rows={count}" for place, count in enumerate(counts)]
     settings += [f"calibration.length={length}", "heldout.windows=1"]
     command = [sys.executable, "-m", "fourfold", "quantize", str(model), str(out)]
-    command += ["--devices", f"cpu*{WORKERS}", "--memory", BUDGET]
+    command += ["--devices", f"cpu*{WORKERS}", "--memory", f"cpu={WORKER_GIB}GiB,host={HOST_GIB}GiB"]
     start = time.perf_counter()
     subprocess.run([*command, *(f"--set={setting}" for setting in settings)], check=True, stdout=sys.stderr)
     state = json.loads((out / "fourfold.json").read_text())
@@ -120,21 +117,7 @@ def run(model: Path, out: Path, rows: int, length: int) -> dict[str, Any]:
         "methods": state["methods"],
         "batches": state["settings"]["batches"],
         "peak_bytes": state["peak_memory_bytes"]["host"],
-        "planned_bytes": state["planned_memory_bytes"]["host"],
         "workers": state["workers"],
-    }
-
-
-def four_gpus(model: Path) -> dict[str, Any]:
-    """The plan's accounting for `best` as it is on four GPUs of 12 GB, 32 GB of host memory."""
-    work = make_plan(model, load_recipe("best")).work
-    planned = plan_memory(work, [f"cuda:{number}" for number in range(4)], DEVICE_BYTES, HOST_BYTES)
-    return {
-        "chunk_experts": planned.chunk_experts,
-        "inputs": planned.inputs,
-        "device_peak_bytes": planned.device_peak_bytes,
-        "host_peak_bytes": planned.host_peak_bytes,
-        "problems": planned.problems,
     }
 
 
@@ -149,17 +132,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         model = Path(scratch) / "model"
         make_checkpoint(model, options.layers)
-        planned = four_gpus(model)
-        print(json.dumps(planned, indent=1))
         found = run(model, Path(scratch) / "out", options.rows, options.length)
-    ratio = found["peak_bytes"] / found["planned_bytes"]
-    met = {
-        "resident": found["peak_bytes"] <= RESIDENT_BYTES,
-        "planned": abs(1 - 1 / ratio) <= PLANNED_WITHIN,
-        "four GPUs": not planned["problems"],
-    }
-    print(f"peak {found['peak_bytes'] / GIB:.2f} GiB, planned {found['planned_bytes'] / GIB:.2f} GiB, "
-          f"ratio {ratio:.3f}; {found['wall_seconds']:.0f} s; met: {met}")  # fmt: skip
+    met = found["peak_bytes"] <= RESIDENT_BYTES
+    print(f"peak {found['peak_bytes'] / GIB:.2f} GiB; {found['wall_seconds']:.0f} s; required met: {met}")
     if options.json:
         figures = {
             "command": f"python benchmarks/reference_machine.py --layers {options.layers} --rows {options.rows} "
@@ -167,9 +142,7 @@ def main() -> None:
             "machine": machine("cpu", 2),
             "date": time.strftime("%Y-%m-%d"),
             "run": found,
-            "ratio_to_plan": ratio,
-            "four_gpus": planned,
-            "met": met,
+            "required_met": met,
         }
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """What a second worker brings: the same run on one and two CPU workers of one thread each, and on two ranks.
 
-    python benchmarks/workers.py --json benchmarks/results/workers.json
+    python benchmarks/workers.py --rounds 2 --json benchmarks/results/workers.json
 
 Three layers of a Qwen3.5-MoE at full width (2048 -> 512) with 32 experts, random weights, real text. Wall seconds from
 the first layer's reading to the last layer's end, as ratios of runs that take turns; start, embedding and the output

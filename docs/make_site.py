@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+from results import table
 
 import fourfold
 from fourfold import bundled, cli, options
@@ -49,12 +50,6 @@ TABLES = {  # of a recipe: TOML name of each table, and what reads it
 def cell(text: object) -> str:
     """Text as text, in a cell of a table."""
     return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # --- the command line --------------------------------------------------------------------------------------------

@@ -1,0 +1,394 @@
+"""The figures of README.md and docs/, written from benchmarks/results/*.json.
+
+    python docs/figures.py            # rewrite everything between markers
+    python docs/figures.py --check    # exit code 1, and what differs, if a page is not what the results say
+
+In a page, `<!-- figures: NAME ARGUMENTS -->...<!-- end -->` encloses what the function NAME of this file returns: a
+table on lines of its own, or words within a line. After a benchmark has run again, `make figures` does the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+from results import (
+    KLD,
+    MEDIAN,
+    METHODS,
+    PEER,
+    ROOT,
+    SIZES,
+    TOKENS,
+    commands,
+    cpu_minutes,
+    fallback,
+    gigabytes,
+    kld,
+    label,
+    mean,
+    methods,
+    options,
+    percent,
+    predicted,
+    ratio,
+    result,
+    table,
+    tested_on,
+)
+
+from fourfold.model.family import FAMILIES
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
+# README's results have columns for each of these, and a row for each method of results.py.
+MODELS = {"quality": "example model"}  # result of benchmarks/quality.py: title
+GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
+CHECKPOINTS = {  # of each family, for readers who do not know model_type
+    "qwen3_5_moe": "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B",
+    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-235B-A22B",
+}
+FIGURES: dict[str, Callable[..., str]] = {}
+
+
+def figure(function: Callable[..., str]) -> Callable[..., str]:
+    """Make a function callable from a marker, by its name with dashes."""
+    FIGURES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+# --- words within a line -----------------------------------------------------------------------------------------
+
+
+@figure
+def about(name: str) -> str:
+    """What the figures of a file hold for, the file, the machine and the day."""
+    where = f"`benchmarks/results/{name}.json`, {tested_on(name)}, {result(name)['date']}"
+    return "; ".join([*conditions(name), where])
+
+
+def conditions(name: str) -> Iterator[str]:
+    found = result(name)
+    if "means" in found:
+        model, row = found["model"], mean(name, methods(name)[0])
+        yield f"{model['layers']} layers, {model['experts']} experts"
+        yield f"{TOKENS:,} calibration tokens, {row['positions']:,.0f} held-out predictions"
+        yield f"mean of {max(len(row['seeds']) for row in found['means'])} seeds"
+    if "tools" in found:
+        flags = options(name)
+        yield f"width 2048 -> 512, {flags['--experts']} experts, top {flags['--topk']}"
+        yield f"{int(flags['--tokens']):,} tokens, one thread, median of {flags['--rounds']} rounds"
+    if "steps" in found:
+        flags = found["options"]
+        yield f"width {flags['hidden']} -> {flags['width']}, {flags['experts']} experts, top {flags['topk']}"
+        yield f"{flags['tokens']:,} tokens, {flags['threads']} threads"
+
+
+@figure
+def share(method: str, other: str) -> str:
+    """Mean KLD of one method over that of another; dashes in a name stand for blanks."""
+    return f"{ratio('quality', method.replace('-', ' '), other, KLD):.2f}"
+
+
+@figure
+def prediction(machine: str, workers: str, key: str) -> str:
+    """Of the plan for Qwen3.6-35B-A3B with `best`."""
+    row = predicted(machine, workers)
+    if key.endswith("_seconds") or key == "seconds":
+        return f"{row[key] / 60:.1f} minutes"
+    return gigabytes(row[key]) if key.endswith("_bytes") else str(row[key])
+
+
+@figure
+def example_seconds() -> str:
+    return f"{result('example')['runs'][0]['seconds']:.0f} s"
+
+
+# --- README.md -------------------------------------------------------------------------------------------------------
+
+
+@figure
+def readme() -> str:
+    """Quality by model and method, and the cost of one layer; what it holds for."""
+    header = [""]
+    for title in MODELS.values():
+        of = "" if len(MODELS) == 1 else f"{title}: "
+        header += [f"{of}mean KLD (x 10^-3 nats), routing forced to the source's", f"{of}top-1 agreement"]
+        header += [f"{of}RTN fallback"]
+    rows = []
+    for method in METHODS:
+        cells = [label(method)]
+        for name in MODELS:
+            row = mean(name, method)
+            cells += [kld(row[KLD]), percent(row["top1_agreement"]), fallback(row)]
+        tool = result("speed")["tools"].get(method)
+        cells += [f"{tool['cpu_seconds']:.1f}", gigabytes(tool["peak_bytes"], 2)] if tool else ["", ""]
+        rows.append(cells)
+    shown = table([*header, "CPU seconds, one layer", "peak memory, one layer"], rows)
+    notes = [f"{title[0].upper()}{title[1:]}: {about(name)}." for name, title in MODELS.items()]
+    return "\n".join([shown, "", *notes, f"One layer: {about('speed')}."])
+
+
+@figure
+def families() -> str:
+    rows = []
+    for family in FAMILIES.values():
+        if family.model_type not in CHECKPOINTS:
+            raise SystemExit(f"docs/figures.py: CHECKPOINTS: got nothing for {family.model_type}. Add its checkpoints")
+        head = "kept in BF16" if family.mtp_prefix else "none"
+        rows.append([CHECKPOINTS[family.model_type], f"`{family.model_type}`", f"`{family.architecture}`", head])
+    return table(["checkpoints", "`model_type`", "class in transformers", "MTP (draft) head"], rows)
+
+
+@figure
+def hardware() -> str:
+    """Predictions for one model by machine."""
+    rows = []
+    for sheet, workers in (("rtx3060x4", 1), ("rtx3060x4", 4), ("h200", 1), ("a100x8", 8)):
+        row = predicted(sheet, workers)
+        cells = [f"{row['seconds'] / 60:.1f}", gigabytes(row["device_peak_bytes"]), gigabytes(row["host_peak_bytes"])]
+        rows.append([f"{workers} x {GPUS[sheet]}", *cells])
+    return table(["predicted, not yet run", "minutes", "memory, each GPU", "host memory"], rows)
+
+
+# --- docs/measured.md ------------------------------------------------------------------------------------------------
+
+
+@figure
+def quality() -> str:
+    header = ["", "mean KLD", "of GPTQModel's", "median KLD", "of GPTQModel's", "top-1 agreement", "RTN fallback"]
+    rows = []
+    for method in ("rtn", PEER, "card", "fast", "best", "guided"):
+        row = mean("quality", method)
+        shares = [f"{ratio('quality', method, PEER, key):.2f}" for key in (KLD, MEDIAN)]
+        cells = [kld(row[KLD]), shares[0], kld(row[MEDIAN]), shares[1], percent(row["top1_agreement"]), fallback(row)]
+        rows.append([label(method), *cells])
+    return table(header, rows)
+
+
+@figure
+def speed() -> str:
+    found = result("speed")
+    rows = [
+        [label(tool), f"{row['cpu_seconds']:.1f}", f"{found['times_fewer'][tool]:.1f}", gigabytes(row["peak_bytes"], 2)]
+        for tool, row in found["tools"].items()
+    ]
+    return table(["", "CPU seconds", "times fewer", "peak memory"], rows)
+
+
+@figure
+def example() -> str:
+    rows = []
+    for row in result("example")["runs"]:
+        found = row["metrics"]
+        rows.append([
+            f"{row['rows']} x {row['length']}", f"{row['seconds']:.0f}", gigabytes(row["peak_host_bytes"], 2),
+            f"{found['perplexity_source']:.2f} -> {found['perplexity_release']:.2f}",
+            f"{found['kl_mean']:.5f}", f"{found['kl_p99']:.4f}", percent(found["top1_agreement"]),
+            f"{row['bytes_before'] / 1e6:.1f} -> {row['bytes_after'] / 1e6:.1f}",
+        ])  # fmt: skip
+    header = ["calibration samples x tokens", "seconds", "peak memory", "perplexity, BF16 -> int4"]
+    header += ["mean KLD (nats)", "99th percentile", "top-1 agreement", "size (MB), BF16 -> int4"]
+    return table(header, rows)
+
+
+@figure
+def layer() -> str:
+    rows = []
+    for recipe in ("best", "fast"):
+        found = result(f"full_layer_{recipe}")
+        cells = [f"{found['seconds']:.0f}", f"{found['floor_seconds']:.0f}", gigabytes(found["peak_bytes"]["host"])]
+        rows.append([f"`{recipe}`", *cells, found["date"]])
+    return table(["", "seconds", "all arithmetic at the GEMM rates (s)", "peak memory", "measured"], rows)
+
+
+@figure
+def remeasure() -> str:
+    rows = []
+    for name, command in commands().items():
+        rows.append([f"`{name}`", f"`{command}`", cpu_minutes(name), result(name[:-5]).get("date", "")])
+    return table(["in `benchmarks/results/`", "command", "CPU minutes", "measured"], rows)
+
+
+# --- docs/scale.md ---------------------------------------------------------------------------------------------------
+
+
+@figure
+def scale_workers(machine: str = "rtx3060x4") -> str:
+    rows = []
+    for workers in (1, 2, 4, 8, 16):
+        row = predicted(machine, workers)
+        keys = ("seconds", "arithmetic_seconds", "exchange_seconds", "read_seconds")
+        times = [f"{row[key] / 60:.1f}" for key in keys]
+        crossing = [gigabytes(row[key], 0) for key in ("link_bytes_of_a_worker", "wire_bytes_of_a_host")]
+        memory = [gigabytes(row[key]) for key in ("device_peak_bytes", "host_peak_bytes")]
+        faster = f"{row['times_faster']:.1f}"
+        rows.append([str(workers), str(row["hosts"]), *times, faster, row["bound"], *crossing, *memory])
+    header = ["GPUs", "hosts", "minutes", "arithmetic", "exchange", "reading", "times faster", "bound by"]
+    return table([*header, "link, each", "wire, each host", "memory, each GPU", "each host"], rows)
+
+
+@figure
+def scale_models() -> str:
+    machines = (("rtx3060x4", 4), ("h200", 1), ("h200", 8), ("a100x8", 8))
+    rows = []
+    for model in result("scale")["predictions"]:
+        found = [predicted(machine, workers, model) for machine, workers in machines]
+        cells = [f"{row['seconds'] / 60:.1f}, {row['bound']}{'' if row['fits'] else ' (no)'}" for row in found]
+        rows.append([model, *cells])
+    return table(["predicted minutes", *(f"{workers} x {GPUS[machine]}" for machine, workers in machines)], rows)
+
+
+@figure
+def scale_checks() -> str:
+    rows = []
+    for row in result("scale")["checks"]:
+        digits = 2 if row["measured"] < 10 else 0
+        cells = [f"{row[key]:,.{digits}f}" for key in ("predicted", "measured")]
+        rows.append([row["what"], row["unit"], *cells, f"{row['ratio']:.2f}", f"`{row['file']}`"])
+    return table(["", "unit", "predicted", "measured", "ratio", "measured in"], rows)
+
+
+@figure
+def workers() -> str:
+    found, faster = result("workers"), result("workers")["times_faster"]
+    rows = [[name, f"{row['wall_seconds']:.1f}", f"{faster[name]:.2f}"] for name, row in found["runs"].items()]
+    return table(["", "seconds", "times faster"], rows)
+
+
+@figure
+def gil() -> str:
+    rows = []
+    for devices, found in result("free_threaded")["runs"].items():
+        mean = {
+            (gil, key): sum(run[key] for run in found[gil]) / len(found[gil])
+            for gil in ("gil_on", "gil_off") for key in ("cpu_seconds", "wall_seconds")
+        }  # fmt: skip
+        rows.append([f"`{devices}`", *(f"{value:.1f}" for value in mean.values())])
+    header = ["workers", "CPU seconds, GIL", "wall seconds, GIL", "CPU seconds, no GIL", "wall seconds, no GIL"]
+    return table(header, rows)
+
+
+# --- docs/numerics.md ------------------------------------------------------------------------------------------------
+
+
+@figure
+def presets() -> str:
+    titles = {
+        "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`",
+        "best - residual stream": "`best`, `residual = false`", "best": "`best`",
+        "guided down only": "`guided`, down only", "guided": "`guided`",
+    }  # fmt: skip
+    rows = []
+    for method, title in titles.items():
+        row, cells = mean("quality", method), []
+        for tokens in SIZES:
+            value = mean("quality", method, tokens)[KLD]
+            cells.append(f"{kld(value)} / {ratio('quality', method, PEER, KLD, tokens):.2f}")
+        low, high = row["kl_interval"]
+        cells += [f"{kld(row[MEDIAN], 3)} / {ratio('quality', method, PEER, MEDIAN):.2f}"]
+        cells += [f"{kld(row['kl_mean'])} ({kld(low)} - {kld(high)})", kld(row["kl_p99"], 1)]
+        cells += [percent(row["top1_agreement"]), f"{row['perplexity_release']:.3f}", fallback(row)]
+        rows.append([title, *cells, "" if method == "rtn" else f"{row['cpu_seconds']:.0f}"])
+    sizes = [f"KLD, {size}" for size in SIZES.values()]
+    header = ["x 10^-3 nats / of GPTQModel's", *sizes, "median, 64k", "free routing, 64k (95 % interval)", "p99"]
+    return table([*header, "top-1 agreement", "perplexity", "RTN fallback", "CPU s"], rows)
+
+
+@figure
+def ablation() -> str:
+    """KLD without one ingredient, as a change from `best` of the same file."""
+    name, rows = "quality_ablation", []
+    for method in (method for method in methods(name) if method.startswith("best - ")):
+        changes = [ratio(name, method, "best", key, tokens) - 1 for key in (KLD, MEDIAN) for tokens in SIZES]
+        name_of = method.removeprefix("best - ").replace("both of these", "effective tokens and trace matching")
+        rows.append([name_of, *(f"{100 * change:+.0f} %" for change in changes)])
+    header = [f"{what}, {size}" for what in ("mean KLD", "median KLD") for size in SIZES.values()]
+    return table(["without", *header], rows)
+
+
+@figure
+def ablation_version() -> str:
+    """Whether the ablation is of the quantizer that the other tables are of."""
+    same = result("quality_ablation")["code"]["quantize"] == result("quality")["code"]["quantize"]
+    return "the same version of the quantizer" if same else "an earlier version of the quantizer"
+
+
+@figure
+def deep() -> str:
+    name, rows = "quality_deep", []
+    for method in methods(name):
+        sizes = [row["tokens"] for row in result(name)["means"] if row["method"] == method]
+        cells = [" / ".join(kld(mean(name, method, tokens)[KLD], 3) for tokens in sizes)]
+        for key in (KLD, MEDIAN, "kl_mean"):
+            cells.append(" / ".join(f"{ratio(name, method, PEER, key, tokens):.2f}" for tokens in sizes))
+        title = "`best`, `residual = false`" if method == "best - residual stream" else label(method)
+        rows.append([title, *cells, percent(mean(name, method)["top1_agreement"])])
+    header = ["KLD (x 10^-3 nats), 16k / 64k tokens", "of GPTQModel's", "median, of GPTQModel's"]
+    return table(["16 layers", *header, "free routing, of GPTQModel's", "top-1 agreement, 64k"], rows)
+
+
+@figure
+def guided() -> str:
+    rows = []
+    for method, title in (("guided", "both sites"), ("guided down only", "down only")):
+        pairs = [("best", tokens) for tokens in SIZES] + [(PEER, TOKENS)]
+        cells = [" / ".join(f"{ratio('quality', method, other, key, tokens):.2f}" for key in (KLD, MEDIAN))
+                 for other, tokens in pairs]  # fmt: skip
+        rows.append([title, *cells])
+    sizes = [f"{size}, of `best`'s" for size in SIZES.values()]
+    return table(["mean / median KLD", *sizes, "64k, of GPTQModel's"], rows)
+
+
+@figure
+def code_alone() -> str:
+    rows = []
+    for name, text in (("quality", "prose (wikitext-2)"), ("quality_chat", "conversations (GSM8K)")):
+        values = [kld(mean(name, method)[KLD]) for method in ("best on code", "guided on code")]
+        rows.append([text, *values, f"{ratio(name, 'guided on code', 'best on code', KLD):.2f}"])
+    return table(["measured on", "`best`", "`guided`", "ratio"], rows)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def rewritten(text: str, page: str) -> str:
+    """A page with what the results say between its markers. Raises SystemExit for a marker that is wrong."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = match["call"].split()
+        if name not in FIGURES:
+            raise SystemExit(f"{page}: figures: got {name!r}, expected one of {', '.join(FIGURES)}")
+        value, block = FIGURES[name](*arguments), match["text"].startswith("\n")
+        before = text[: match.start()].rpartition("\n")[2]
+        if not block and not before.strip(" -*"):
+            raise SystemExit(f"{page}: figures: {match['call']!r} begins a line, which makes it HTML. Move it inside")
+        value = f"\n{value}\n" if block else value
+        return f"<!-- figures: {match['call']} -->{value}<!-- end -->"
+
+    found, count = MARKED.subn(replace, text)
+    if not count == text.count("<!-- figures:") == text.count("<!-- end -->"):
+        raise SystemExit(f"{page}: figures: got a marker without its pair; <!-- figures: NAME --> ends at <!-- end -->")
+    return found
+
+
+def main() -> None:
+    check, differ = "--check" in sys.argv[1:], False
+    for page in PAGES:
+        name, text = str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
+        found = rewritten(text, name)
+        if found != text and check:
+            differ = True
+            lines = (text.splitlines(), found.splitlines())
+            print("\n".join(difflib.unified_diff(*lines, name, "benchmarks/results", n=0, lineterm="")))
+        elif found != text:
+            page.write_text(found, encoding="utf-8")
+            print(f"{name}: written")
+    if differ:
+        sys.exit("figures differ from benchmarks/results. Run `make figures`")
+
+
+if __name__ == "__main__":
+    main()
