@@ -137,7 +137,7 @@ def round_projection(
     scale_1NG = grid.absmax_scales(weight_1NK, group_size, scale_dtype)
     group = QuantizedGroup(grid.round_to_nearest(weight_1NK, scale_1NG), scale_1NG)
     stored = {suffix: value[0] for suffix, value in pack.pack(group, format).items()}
-    error, norm = fidelity.squared_error(weight_NK, stored, format)
+    error, _, norm = fidelity.squared_errors(weight_NK, stored, format)
     return stored, (error / norm) ** 0.5
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import problems
+import reference
 import releases
 from fourfold.core import fidelity, pack
 from fourfold.datatypes import QuantizedGroup
@@ -14,7 +17,7 @@ from fourfold.datatypes import QuantizedGroup
 
 @pytest.mark.parametrize("form", releases.FORMATS)
 @pytest.mark.parametrize(("rows", "inputs", "slab"), [(16, 256, 2**18), (40, 128, 128 * 7), (8, 128, 64)])
-def test_squared_error(monkeypatch: pytest.MonkeyPatch, form: str, rows: int, inputs: int, slab: int) -> None:
+def test_squared_errors(monkeypatch: pytest.MonkeyPatch, form: str, rows: int, inputs: int, slab: int) -> None:
     """Also where a slab is a few rows, the last one fewer, and where a row is larger than a slab."""
     monkeypatch.setattr(fidelity, "SLAB_ELEMENTS", slab)
     generator = torch.Generator().manual_seed(rows)
@@ -23,8 +26,12 @@ def test_squared_error(monkeypatch: pytest.MonkeyPatch, form: str, rows: int, in
     scales = (torch.randn(1, rows, inputs // 64, generator=generator) * 0.01).bfloat16().float()
     stored = {name: value[0] for name, value in pack.pack(QuantizedGroup(codes, scales), form).items()}
     wanted = weight.double() - releases.dequantize({"x." + name: value for name, value in stored.items()}, "x.")
-    error, norm = fidelity.squared_error(weight, stored, form)
+    error, rounded, norm = fidelity.squared_errors(weight, stored, form)
     assert error == pytest.approx(float(wanted.square().sum()), rel=1e-5)
+    groups = problems.array(weight).reshape(-1, 64)
+    steps = [reference.stored(float(np.float32(np.abs(group).max() * (2 / 15))), "bf16") for group in groups]
+    missed = [group - step * np.clip(np.rint(group / step), -8, 7) for group, step in zip(groups, steps, strict=True)]
+    assert rounded == pytest.approx(float(np.square(missed).sum()), rel=1e-4)
     assert norm == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
 
 
@@ -32,7 +39,7 @@ def test_an_exact_projection_has_no_error() -> None:
     codes, scales = torch.randint(-8, 8, (1, 8, 128), dtype=torch.int8), torch.full((1, 8, 1), 2.0**-7)
     weight = (codes[0] * 2.0**-7).bfloat16()
     stored = {name: value[0] for name, value in pack.pack(QuantizedGroup(codes, scales), "gptq").items()}
-    assert fidelity.squared_error(weight, stored, "gptq")[0] == 0
+    assert fidelity.squared_errors(weight, stored, "gptq")[0] == 0
 
 
 def test_code_counts() -> None:

@@ -10,24 +10,29 @@ from fourfold.core import grid, pack
 SLAB_ELEMENTS = 2**18  # of one fp32 temporary: it stays in a core's cache, twice as fast as a whole projection at once
 
 
-def squared_error(weight_NK: Tensor, tensors: dict[str, Tensor], format: str) -> tuple[float, float]:
-    """|W - Wq|^2 and |W|^2 of one projection, in fp32 with sums of slabs in float64.
+def squared_errors(weight_NK: Tensor, tensors: dict[str, Tensor], format: str) -> tuple[float, float, float]:
+    """|W - Wq|^2, the same of round-to-nearest with absmax scales, and |W|^2, in fp32 with sums of slabs in float64.
 
     weight_NK: the source's; tensors: of one projection, by suffix, without a dimension of experts; Wq is what
     core/pack.py unpacks from them.
     """
     words, scales = pack.CODES_AND_SCALES[format]
     rows = max(SLAB_ELEMENTS // weight_NK.shape[1], 1)
-    error = norm = 0.0
+    error = rounded = norm = 0.0
     for first in range(0, len(weight_NK), rows):
         place = slice(first, first + rows)
         along = place if format == "compressed-tensors" else (slice(None), place)  # gptq: output features are columns
         group = pack.unpack({words: tensors[words][along], scales: tensors[scales][along]}, format)
-        slab_K = weight_NK[place].float().flatten()
-        norm += float(slab_K @ slab_K)
-        slab_K -= grid.dequantize(group.codes_ENK, group.scale_ENG).flatten()
-        error += float(slab_K @ slab_K)
-    return error, norm
+        slab_NK = weight_NK[place].float()
+        norm += _square(slab_NK)
+        error += _square(slab_NK - grid.dequantize(group.codes_ENK, group.scale_ENG))
+        scale_NG = grid.absmax_scales(slab_NK, slab_NK.shape[1] // group.scale_ENG.shape[-1], "bf16")
+        rounded += _square(slab_NK - grid.dequantize(grid.round_to_nearest(slab_NK, scale_NG), scale_NG))
+    return error, rounded, norm
+
+
+def _square(values_NK: Tensor) -> float:
+    return float(values_NK.flatten() @ values_NK.flatten())
 
 
 def code_counts(words: Tensor) -> Tensor:

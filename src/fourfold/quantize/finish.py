@@ -13,7 +13,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def finish(
     state = fourfold_json(journal, plan, texts, measured, index) | {
         "projections": len(projections),
         "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
+        "worse_than_rtn": sum(row.error_over_rtn > 1 for row in projections),
         "seconds": seconds,
         "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),
@@ -283,5 +284,14 @@ def read_summary(out: Path) -> Summary:
         peak_memory_bytes=state["peak_memory_bytes"],
         planned_memory_bytes=state["planned_memory_bytes"],
         workers=tuple(state["workers"]),
-        notes=tuple(state["calibration"]["notes"]),
+        notes=(*state["calibration"]["notes"], *_worse_than_rtn(state)),
     )
+
+
+def _worse_than_rtn(state: Mapping[str, Any]) -> Iterator[str]:
+    """A note where a projection's output error is larger than that of round-to-nearest."""
+    if worse := state.get("worse_than_rtn"):
+        yield (
+            f"{worse:,} of {state['projections']:,} projections have a larger output error than round-to-nearest: "
+            "error_over_rtn in quant_log.csv"
+        )

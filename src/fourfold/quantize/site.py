@@ -208,8 +208,8 @@ def _over_rtn(
 
     def error(one: QuantizedGroup) -> Tensor:
         error_ENK = weight_ENK - grid.dequantize(one.codes_ENK, one.scale_ENG)
-        error_EN = metrics.proxy_rows(error_ENK, hessian_EKK)
-        return error_EN.unflatten(1, (len(projections), -1)).sum(dim=2).clamp(min=torch.finfo(error_EN.dtype).tiny)
+        error_EPN = metrics.proxy_rows(error_ENK, hessian_EKK).view(len(weight_ENK), len(projections), -1)
+        return error_EPN.sum(dim=2).clamp_(min=torch.finfo(torch.float32).tiny)
 
     return error(group) / error(_round_to_nearest(weight_ENK, scheme))
 

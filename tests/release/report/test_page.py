@@ -71,6 +71,8 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
             method="gptq",
             weight_error=draw.uniform(0.1, 0.2),
             relative_error=draw.lognormvariate(-6, 0.7),
+            error_over_rtn=draw.uniform(0.1, 0.9),
+            target="residual",
             gptqmodel_loss=draw.lognormvariate(-9, 1),
             tokens=int(draw.lognormvariate(7, 1)),
             effective_tokens=float(draw.randrange(1000)),

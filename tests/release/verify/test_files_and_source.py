@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def test_the_histogram_is_of_all_codes(made: dict[str, Path]) -> None:
 
 # --- one fault each: tensors --------------------------------------------------------------------------------------
 
+OVER_RTN = "weight errors over RTN's"
 NIBBLES_OF_3 = 0xBBBBBBBB - 2**32
 TENSOR_FAULTS: dict[str, tuple[str, Change, set[str]]] = {
     "MTP tensor removed": (CT, without(MTP_EXPERT), {"tensors", "complete"}),
@@ -133,13 +135,13 @@ TENSOR_FAULTS: dict[str, tuple[str, Change, set[str]]] = {
     "kept tensor in another dtype": (CT, on("", lambda norm: norm.half(), NORM), {"complete"}),
     "NaN in a kept tensor": (CT, on("", put(torch.nan), NORM), {"finite", "kept tensors"}),
     "infinity in the draft head": (CT, on("", put(torch.inf), MTP_EXPERT), {"finite", "MTP split"}),
-    "constant codes": (CT, on("weight_packed", lambda w: w.fill_(NIBBLES_OF_3)), {"codes", "weight errors"}),
+    "constant codes": (CT, on("weight_packed", lambda w: w.fill_(NIBBLES_OF_3)), {"codes", "weight errors", OVER_RTN}),
     "dead projection": (
-        GPTQ, on("qweight", lambda w: w.fill_(0x88888888 - 2**32)), {"codes", "weight errors"},
+        GPTQ, on("qweight", lambda w: w.fill_(0x88888888 - 2**32)), {"codes", "weight errors", OVER_RTN},
     ),
-    "one expert's scales zeroed": (CT, on("weight_scale", lambda s: s.zero_()), {"scales", "weight errors"}),
+    "one expert's scales zeroed": (CT, on("weight_scale", lambda s: s.zero_()), {"scales", "weight errors", OVER_RTN}),
     "a scale too small": (GPTQ, on("scales", put(2.0**-18)), {"scales", "weight errors"}),
-    "a scale too large": (CT, on("weight_scale", put(2.0**17)), {"scales", "weight errors"}),
+    "a scale too large": (CT, on("weight_scale", put(2.0**17)), {"scales", "weight errors", OVER_RTN}),
     "a scale that is NaN": (CT, on("weight_scale", put(torch.nan)), {"scales", "weight errors"}),
     "scales that are no BF16 values": (GPTQ, on("scales", lambda s: s * 1.001), {"scales", "weight errors"}),
     "v1 zero points under gptq_v2": (
@@ -150,8 +152,8 @@ TENSOR_FAULTS: dict[str, tuple[str, Change, set[str]]] = {
     "another weight_shape": (CT, on("weight_shape", lambda s: s.flip(0) + 1), {"zero points and shapes"}),
     "kept tensor changed": (CT, on("", put(0.5), NORM), {"kept tensors"}),
     "MTP expert changed": (CT, on("", put(0.5), MTP_EXPERT), {"MTP split"}),
-    "codes changed": (CT, on("weight_packed", lambda w: w.roll(1, 0)), {"weight errors"}),
-    "signs of scales changed": (CT, on("weight_scale", lambda s: -s), {"weight errors"}),
+    "codes changed": (CT, on("weight_packed", lambda w: w.roll(1, 0)), {"weight errors", OVER_RTN}),
+    "signs of scales changed": (CT, on("weight_scale", lambda s: -s), {"weight errors", OVER_RTN}),
 }  # fmt: skip
 
 
@@ -163,6 +165,19 @@ def test_a_fault_of_a_tensor_fails_its_checks(copy: Broken, source: Path, fault:
     assert failing(verdict) == wanted
     assert not verdict.passed
     assert json.loads((out / "verify.json").read_text())["passed"] is False
+
+
+def test_a_destroyed_projection_fails_though_its_log_is_true(copy: Broken, source: Path) -> None:
+    out = copy(CT).tensors(on("weight_packed", lambda w: w.roll(1, 0))).folder
+    said = evidence(verify(out, model=source), "weight errors")
+    found = re.search(r"weight error is (\S+), quant_log.csv has (\S+)", said)
+    assert found
+    log = out / "quant_log.csv"
+    log.write_text(log.read_text(encoding="utf-8").replace(f",{found[2]},", f",{found[1]},"), encoding="utf-8")
+    verdict = verify(out, model=source)
+    assert failing(verdict) == {OVER_RTN}
+    wanted = rf"{EXPERT.rstrip('.')}: weight error is \d+\.\d times RTN's, expected at most 6"
+    assert re.search(wanted, evidence(verdict, OVER_RTN))
 
 
 # --- one fault each: files ----------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def tags(records: Records) -> list[str]:
     format = records.release.format
     names = ["fourfold", "int4", "4-bit", "quantized", "moe", "compressed-tensors" if "tensors" in format else "gptq"]
     methods = {row.method for row in records.projections}
-    names += ["gptq"] if methods & {"gptq", "diag"} else []
+    names += ["gptq"] if methods & {"gptq", "diag", "row-diag"} else []
     names += ["vllm", "sglang"]
     names += ["conversational"] if (records.release.folder / "chat_template.jinja").is_file() else []
     return list(dict.fromkeys(names))

@@ -29,8 +29,10 @@ METHODS = (
 METHOD_WORDS = {
     "gptq": "GPTQ",
     "diag": "GPTQ with the diagonal of H, since H could not be factored",
+    "row-diag": "GPTQ without guidance, since its metric of the rows could not be factored",
     "rtn": "rounded to nearest, by the recipe's fallback rule",
 }
+WORST = ("layer", "expert", "projection", "tokens", "effective tokens", "target", "output error", "over RTN's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,17 @@ def _layers(records: Records) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "layers": len(rows), "by_layer": table(header, rows), "cold": _cold(records), "guidance": _guidance(records),
+        "worst": table(WORST, worst_rows(records)),
     }  # fmt: skip
+
+
+def worst_rows(records: Records) -> list[tuple[object, ...]]:
+    """A row for each of the ten worst projections, with the columns of WORST."""
+    return [
+        (row.layer, row.expert, row.projection, f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target,
+         f"{row.relative_error:.5f}", f"{row.error_over_rtn:.2f}")
+        for row in records.worst()
+    ]  # fmt: skip
 
 
 def _guidance(records: Records) -> Markdown | None:

@@ -303,6 +303,7 @@ def columns(rows: Sequence[Projection], other: Sequence[Projection]) -> dict[str
         "tokens": [row.tokens for row in rows],
         "effective_tokens": [row.effective_tokens for row in rows],
         "relative_error": [row.relative_error for row in rows],
+        "error_over_rtn": [row.error_over_rtn for row in rows],
         "weight_error": [row.weight_error for row in rows],
         "loss": [row.gptqmodel_loss for row in rows],
         "damping": [row.damping for row in rows],

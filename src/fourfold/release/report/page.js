@@ -38,7 +38,7 @@ const whole = (value) => value.toLocaleString("en");
 const columns = [
   ["layer", String], ["expert", String], ["projection", (value) => rows.projections[value]],
   ["method", (value) => rows.methods[value]], ["tokens", whole], ["effective_tokens", short], ["relative_error", short],
-  ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
+  ["error_over_rtn", short], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
 ];
 if (rows.ratio) columns.push(["ratio", short]);
 const ROW = 28, SPARE = 8; // pixels of a row; rows beyond those in sight

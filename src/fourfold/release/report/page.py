@@ -11,6 +11,7 @@ import jinja2
 import vl_convert
 
 from fourfold.release.report.about import About
+from fourfold.release.report.card import WORST, worst_rows
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.quality import FIGURES, UNMEASURED
@@ -43,6 +44,8 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         checks=[] if records.verdict is None else records.verdict["checks"],
         stale=records.stale,
         missing=records.missing,
+        worst_header=WORST,
+        worst=worst_rows(records),
         charts=[(id, chart["usermeta"]["title"]) for id, chart in data["charts"].items()],
         maps=maps,
         projections=data["rows"]["projections"],

@@ -33,6 +33,8 @@ class Projection:
     method: str
     weight_error: float
     relative_error: float
+    error_over_rtn: float
+    target: str
     gptqmodel_loss: float | None
     tokens: int
     effective_tokens: float
@@ -110,6 +112,10 @@ class Records:
     def cold(self) -> list[Projection]:
         """Projections whose statistics are more the layer's than their own tokens'."""
         return [row for row in self.projections if row.effective_tokens < self.pool_tokens(row)]
+
+    def worst(self) -> list[Projection]:
+        """The ten projections with the largest output error over that of RTN, the worst first."""
+        return sorted(self.projections, key=lambda row: -row.error_over_rtn)[:10]
 
 
 def read_records(folder: Path) -> Records:
@@ -189,6 +195,8 @@ def _projection(row: Mapping[str, str]) -> Projection:
         method=row["method"],
         weight_error=float(row["weight_error"]),
         relative_error=float(row["relative_error"]),
+        error_over_rtn=float(row["error_over_rtn"]),
+        target=row["target"],
         gptqmodel_loss=float(row["gptqmodel_loss"]) if row["gptqmodel_loss"] else None,
         tokens=int(row["tokens"]),
         effective_tokens=float(row["effective_tokens"]),

@@ -26,7 +26,10 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """What was seen of one projection. name: with a dot at its end; weight_error: None without a source."""
+    """What was seen of one projection. name: with a dot at its end.
+
+    weight_error: |W - Wq| / |W|; error_over_rtn: |W - Wq| over that of round-to-nearest. None without a source.
+    """
 
     name: str
     counts: tuple[int, ...]  # of codes -8 to 7
@@ -34,6 +37,7 @@ class Inspected:
     scale_least: float
     scale_most: float
     weight_error: float | None
+    error_over_rtn: float | None
     problems: tuple[Problem, ...]
 
 
@@ -47,10 +51,11 @@ def inspect(
     words, scales = (tensors[suffix] for suffix in pack.CODES_AND_SCALES[storage.format])
     counts_16 = fidelity.code_counts(words)
     magnitude = scales.float().abs()
-    weight_error, dead_source = None, False
+    weight_error, over_rtn, dead_source = None, None, False
     if read_source is not None:
-        error, norm = fidelity.squared_error(read_source(), dict(tensors), storage.format)
+        error, rounded, norm = fidelity.squared_errors(read_source(), dict(tensors), storage.format)
         weight_error, dead_source = (error / norm) ** 0.5 if norm else 0.0, norm == 0
+        over_rtn = (error / rounded) ** 0.5 if rounded else 0.0
     problems = [
         *_code_problems(counts_16, dead_source),
         *_scale_problems(scales, magnitude, storage),
@@ -63,6 +68,7 @@ def inspect(
         scale_least=float(magnitude.amin()),
         scale_most=float(magnitude.amax()),
         weight_error=weight_error,
+        error_over_rtn=over_rtn,
         problems=tuple((check, f"{name.rstrip('.')}: {said}") for check, said in problems),
     )
 
