@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import hashlib
 import json
 import os
@@ -188,7 +189,10 @@ class Bench:
         return self._judge
 
     def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
-        """seconds, cpu_seconds: from the first layer, of guidance if any, to the last; rows and measuring left out."""
+        """seconds, cpu_seconds: from the first layer, of guidance if any, to the last; rows and measuring left out.
+
+        worst_over_rtn: the largest output error of a projection over that of RTN, as the log has it.
+        """
         begun: dict[str, tuple[float, float]] = {}
 
         def tell(event: Event) -> None:
@@ -198,7 +202,10 @@ class Bench:
         start_at = begun.get("forward", begun["embed"])
         wall, cpu = (end - start for start, end in zip(start_at, begun["measure"], strict=True))
         rounded = summary.methods.get("rtn", 0)
-        return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded}
+        with (out / "quant_log.csv").open(encoding="utf-8", newline="") as log:
+            worst = max(float(row["error_over_rtn"]) for row in csv.DictReader(log))
+        return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded,
+                "worst_over_rtn": worst}  # fmt: skip
 
     def _with_peer(self, recipe: Recipe, folder: Path, kept: Path) -> tuple[dict[str, Any], Path]:
         """GPTQModel's release stays in `kept`: it need not be made again when fourfold changes."""
@@ -262,6 +269,8 @@ def mean_of_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     numbers = [name for name, value in first.items() if isinstance(value, int | float) and name != "seed"]
     means = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
+    if "worst_over_rtn" in means:
+        means["worst_over_rtn"] = max(run["worst_over_rtn"] for run in runs)
     windows = [statistics.fmean(parts) for parts in zip(*(run["kl_by_window"] for run in runs), strict=True)]
     seeds = [run["seed"] for run in runs]
     return {"method": first["method"], "seeds": seeds} | means | {"kl_interval": bootstrap(windows)}

@@ -159,12 +159,14 @@ def hardware() -> str:
 @figure
 def quality() -> str:
     header = ["", "mean KLD", "of GPTQModel's", "median KLD", "of GPTQModel's", "top-1 agreement", "RTN fallback"]
+    header += ["worst projection's output error, over RTN's"]
     rows = []
     for method in ("rtn", PEER, "card", "fast", "best", "guided"):
         row = mean("quality", method)
         shares = [f"{ratio('quality', method, PEER, key):.2f}" for key in (KLD, MEDIAN)]
         cells = [kld(row[KLD]), shares[0], kld(row[MEDIAN]), shares[1], percent(row["top1_agreement"]), fallback(row)]
-        rows.append([label(method), *cells])
+        worst = f"{row['worst_over_rtn']:.2f}" if "worst_over_rtn" in row else ""
+        rows.append([label(method), *cells, worst])
     return table(header, rows)
 
 

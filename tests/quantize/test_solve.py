@@ -228,6 +228,14 @@ def test_errors_are_against_the_source_weights_and_the_own_moments(problem: Prob
         }
         for name, wanted in sums.items():
             assert getattr(found, name)[expert].sum().item() == pytest.approx(wanted, rel=1e-4), name
+        shrunk_KK = expected(problem, site, recipe(), expert).hessian_KK
+        scale_NG = reference.absmax_scales(weight_NK, GROUP, "bf16")
+        rounded_NK = weight_NK - np.rint(weight_NK / reference.spread(scale_NG, 256)).clip(-8, 7) * reference.spread(
+            scale_NG, 256
+        )
+        over_rtn = [reference.proxy(error_NK[rows], shrunk_KK) / reference.proxy(rounded_NK[rows], shrunk_KK)
+                    for rows in (slice(12), slice(12, 24))]  # fmt: skip
+        assert found.over_rtn_EP[expert].tolist() == pytest.approx(over_rtn, rel=1e-3)
         assert found.level_E[expert].item() == pytest.approx(np.diag(mean_KK).mean(), rel=1e-5)
         assert found.effective_E[expert].item() == pytest.approx(reference.effective_tokens(own), rel=1e-5)
         assert found.tokens_E[expert].item() == own.count

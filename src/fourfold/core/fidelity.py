@@ -27,7 +27,7 @@ def squared_errors(weight_NK: Tensor, tensors: dict[str, Tensor], format: str) -
         norm += _square(slab_NK)
         error += _square(slab_NK - grid.dequantize(group.codes_ENK, group.scale_ENG))
         scale_NG = grid.absmax_scales(slab_NK, slab_NK.shape[1] // group.scale_ENG.shape[-1], "bf16")
-        rounded += _square(slab_NK - grid.dequantize(grid.round_to_nearest(slab_NK, scale_NG), scale_NG))
+        rounded += _square(grid.rounding_error(slab_NK, scale_NG))
     return error, rounded, norm
 
 

@@ -87,6 +87,14 @@ def round_to_nearest(weight_ENK: Tensor, scale_ENG: Tensor) -> Tensor:
     return (weight_ENK / spread(scale_ENG, group_size)).round().clamp(-8, 7).to(torch.int8)
 
 
+def rounding_error(weight_ENK: Tensor, scale_ENG: Tensor) -> Tensor:
+    """Codes of round_to_nearest times scales, less the weights: fp32 [E, N, K]. One temporary, the result."""
+    grouped_ENGK, scale_ENG1 = weight_ENK.unflatten(-1, (scale_ENG.shape[-1], -1)), scale_ENG[..., None]
+    code_ENGK = (grouped_ENGK / scale_ENG1).round_().clamp_(-8, 7)
+    error_ENK: Tensor = code_ENGK.mul_(scale_ENG1).sub_(grouped_ENGK).flatten(-2)
+    return error_ENK
+
+
 def dequantize(codes_ENK: Tensor, scale_ENG: Tensor) -> Tensor:
     """codes * scale in fp32 [E, N, K]; engines round it to their dtype."""
     grouped_ENGK = codes_ENK.unflatten(-1, (scale_ENG.shape[-1], -1)).float()

@@ -47,7 +47,7 @@ def proxy_rows(error_ENK: Tensor, hessian_EKK: Tensor) -> Tensor:
 
 
 def energy(weight_EPNK: Tensor, hessian_EKK: Tensor) -> Tensor:
-    """tr(W H W^T) of each of P matrices of an expert, [E, P]. weight_EPNK: fp32 that hold values of BF16."""
+    """tr(W H W^T) of each of P matrices of an expert, [E, P]. weight_EPNK: fp32; a kernel rounds them to BF16."""
     exact_EPNK = weight_EPNK.bfloat16()
     if not bf16.fits(exact_EPNK[0, 0]) or hessian_EKK.dtype != torch.float32:
         energy_EN = proxy_rows(weight_EPNK.flatten(1, 2), hessian_EKK)

@@ -86,13 +86,13 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     del target_ENK, objective, hessian_EKK
     error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
     own_EKK, share_E = _own_moments(site)
-    projection_EPNK = weight_ENK.unflatten(1, (len(site.projections), -1))
+    parts = len(site.projections), -1
     return Solved(
         group=group,
         error_EN=error_ENK.square().sum(dim=-1),
         weight_EN=weight_ENK.square().sum(dim=-1),
         proxy_EN=metrics.proxy_rows(error_ENK, own_EKK) * share_E[:, None],
-        energy_EP=metrics.energy(projection_EPNK, own_EKK) * share_E[:, None],
+        energy_EP=metrics.energy(weight_ENK.unflatten(1, parts), own_EKK) * share_E[:, None],
         over_rtn_EP=over_rtn_EP,
         level_E=own_EKK.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * share_E,
         tokens_E=site.moments.count_E,
@@ -206,12 +206,13 @@ def _over_rtn(
 ) -> Tensor:
     """Error of each projection's outputs, tr(Err H Err^T), over that of round-to-nearest: fp32 [E, P]."""
 
-    def error(one: QuantizedGroup) -> Tensor:
-        error_ENK = weight_ENK - grid.dequantize(one.codes_ENK, one.scale_ENG)
-        error_EPN = metrics.proxy_rows(error_ENK, hessian_EKK).view(len(weight_ENK), len(projections), -1)
-        return error_EPN.sum(dim=2).clamp_(min=torch.finfo(torch.float32).tiny)
+    def energy(error_ENK: Tensor) -> Tensor:
+        error_EPNK = error_ENK.unflatten(1, (len(projections), -1))
+        return metrics.energy(error_EPNK, hessian_EKK).clamp_(min=torch.finfo(torch.float32).tiny)
 
-    return error(group) / error(_round_to_nearest(weight_ENK, scheme))
+    solved_EP = energy(grid.dequantize(group.codes_ENK, group.scale_ENG).sub_(weight_ENK))
+    scale_ENG = grid.absmax_scales(weight_ENK, scheme.group_size, scheme.scale_dtype)
+    return solved_EP / energy(grid.rounding_error(weight_ENK, scale_ENG))
 
 
 def _own_moments(site: Site) -> tuple[Tensor, Tensor]:
