@@ -17,7 +17,7 @@ from torch import Tensor
 
 import problems
 import reference
-from fourfold.core import grid, metrics, moments, pack
+from fourfold.core import grid, guidance, metrics, moments, pack
 from fourfold.datatypes import FourfoldError, Method, Moments, QuantizedGroup
 from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
@@ -646,3 +646,13 @@ def test_a_failing_factor_is_damped_more_and_logged(
         wanted = grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG)
         assert torch.equal(found.group.codes_ENK[1], wanted[1])
         assert found.error_EN[1].sum() < 0.05 * found.weight_EN[1].sum()
+
+
+def test_a_row_metric_without_a_factor_is_logged(site: Site, solved: Solved) -> None:
+    """Indefinite, as rounding can make it: its diagonal guides nothing, and the log says so."""
+    rows = site.weight_ENK.shape[1]
+    indefinite = guidance.factorize_rows(2 * torch.ones(1, rows, rows) - torch.eye(rows), 0.05)
+    found = solve_site(replace(site, rows=indefinite), recipe())
+    assert found.methods == (Method.ROW_DIAGONAL,) * 3 and same(found, solved)
+    sound = guidance.factorize_rows(torch.eye(rows)[None], 0.05)
+    assert solve_site(replace(site, rows=sound), recipe()).methods == (Method.GPTQ,) * 3
