@@ -42,6 +42,7 @@ def check_out(out: Path, model: Path) -> None:
         raise FourfoldError(f"{out}: OUT is the MODEL folder itself; name another folder for the release")
     if out.exists() and not out.is_dir():
         raise FourfoldError(f"{out}: OUT is a file; a folder is wanted")
+    refuse_links(out)
     ours = (out / FINISHED).exists() or (out / STATE).is_dir()
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise FourfoldError(f"{out}: OUT is not empty and not an output of fourfold; name a new or empty folder")
@@ -52,6 +53,18 @@ def check_out(out: Path, model: Path) -> None:
         raise _unwritable(out, os.strerror(errno.EACCES))
     with suppress(OSError), (out / STATE / "lock").open("rb") as handle:  # absent, or `hold` will say
         _lock(out, handle.fileno(), fcntl.LOCK_SH)
+
+
+def refuse_links(out: Path) -> None:
+    """Raise FourfoldError if a folder in OUT is a link, or anything in OUT/.fourfold: what is written there would land
+    where the link points. Other files may be links, as in the Hub's cache: they are replaced, never written through.
+    """
+    for path in sorted(out.rglob("*")):
+        if path.is_symlink() and (not path.is_file() or path.is_relative_to(out / STATE)):
+            raise FourfoldError(
+                f"{path}: got a link to {path.readlink()}, expected no link: its target is outside the release. Remove "
+                f"the link, or replace it with what it points to"
+            )
 
 
 def _unwritable(out: Path, reason: str | None) -> FourfoldError:
@@ -70,6 +83,7 @@ def _lock(out: Path, handle: int, kind: int) -> None:
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
     """Hold OUT's lock. The kernel drops it with its owner, so a dead owner's lock is free. Raises FourfoldError."""
+    refuse_links(out)
     state = out / STATE
     try:
         state.mkdir(parents=True, exist_ok=True)

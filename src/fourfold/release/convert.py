@@ -94,8 +94,10 @@ def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -
     """
     started = time.perf_counter()
     job = _open(out, format, progress)
-    _check_new(out, new, job)
     temporary = new.with_name(f".{new.name}.converting")
+    if temporary.is_symlink():
+        raise FourfoldError(f"{temporary}: got a link, expected a folder of an interrupted conversion. Remove the link")
+    _check_new(out, new, job)
     with hold(temporary):
         try:
             converted = _write(job, temporary, new, started)

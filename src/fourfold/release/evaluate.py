@@ -20,7 +20,7 @@ from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_token
 from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.devices import check_device
 from fourfold.quantize.finish import dump
-from fourfold.quantize.journal import FINISHED, STATE
+from fourfold.quantize.journal import FINISHED, STATE, refuse_links
 from fourfold.quantize.run import Watch
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
@@ -77,6 +77,7 @@ def evaluate(
     quantization that is not read, or calibrated on the text; for a server that does not answer.
     """
     check_device(device)
+    refuse_links(out)
     skeleton = Skeleton.open(source)
     original = Weights.open(source, skeleton)
     releases = [open_release(folder, original) for folder in (out, against) if folder is not None]

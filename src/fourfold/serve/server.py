@@ -21,7 +21,7 @@ from fourfold import process
 from fourfold.datatypes import FourfoldError
 from fourfold.interpreter import find_python
 from fourfold.process import Child
-from fourfold.quantize.journal import FINISHED, STATE
+from fourfold.quantize.journal import FINISHED, STATE, refuse_links
 from fourfold.serve import engines
 from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.engines import Version
@@ -100,7 +100,10 @@ def prepare(
 
 def log_file(folder: Path, engine: str) -> Path:
     """In a release of ours beside its other logs; others' folders are not written to."""
-    return (folder / STATE if (folder / FINISHED).is_file() else Path()) / f"serve-{engine}.log"
+    ours = (folder / FINISHED).is_file()
+    if ours:
+        refuse_links(folder)
+    return (folder / STATE if ours else Path()) / f"serve-{engine}.log"
 
 
 def run(

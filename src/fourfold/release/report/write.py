@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fourfold.model.shards import write_bytes, write_text
+from fourfold.quantize.journal import refuse_links
 from fourfold.release.report.about import About
 from fourfold.release.report.card import Serving, card
 from fourfold.release.report.page import page
@@ -22,6 +23,7 @@ def write(out: Path, about: About, recommend: Recommend, against: Path | None = 
     Raises FourfoldError, before anything is written, for folders that are no finished releases, files in them that are
     not as fourfold writes them, and names that the Hub does not take.
     """
+    refuse_links(out)
     records = read_records(out)
     other = None if against is None else read_records(against)
     about = about.of(records)
