@@ -201,16 +201,19 @@ def verify(
         All checks with what was seen; `passed` says whether what was asked for has passed.
 
     Raises:
-        FourfoldError: `out` is no finished release, is being written, or was not made of `source`; `python` runs no
-            Python, or is given without an engine.
+        FourfoldError: `out` is no finished release, is being written, or was not made of `source`; the engine is not
+            installed; `python` runs no Python, or is given without an engine.
     """
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
+    from fourfold.interpreter import require_python
     from fourfold.release.verify.run import Asked
     from fourfold.release.verify.run import verify as run
 
+    asked = None  # the engine is looked for first: a missing one must cost neither a download nor a read
+    if engine is not None:
+        asked = Asked(name=engine, python=require_python(engine, python), limit_seconds=timeout * 60)
     model = None if source is None else _resolve(source, progress)
-    asked = None if engine is None else Asked(name=engine, python=python, limit_seconds=timeout * 60)
     return run(Path(out), model=model, engine=asked, progress=progress)
 
 

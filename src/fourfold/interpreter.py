@@ -34,6 +34,17 @@ def find_python(name: str, given: Path | None) -> Path | None:
     return next((python for python in candidates if python.is_file() and _ask(python, name)[0]), None)
 
 
+def require_python(name: str, given: Path | None, instead: str = "") -> Path:
+    """As `find_python`. Raises FourfoldError if the engine is not installed. instead: what to do then, besides --python."""
+    python = find_python(name, given)
+    if python is None:
+        where = f"in {given}" if given else "for any Python on PATH"
+        raise FourfoldError(
+            f"{name}: not installed {where}. Name the interpreter of its environment with --python" + instead
+        )
+    return python
+
+
 def _ask(python: Path, name: str) -> tuple[bool, str]:
     """Whether an interpreter has a package, and if it cannot be asked, why."""
     command = [str(python), "-c", PROBE, name]

@@ -11,7 +11,6 @@ from pathlib import Path
 from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.interpreter import find_python
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.shards import write_text
 from fourfold.quantize.calibrate import load_tokenizer
@@ -19,7 +18,7 @@ from fourfold.quantize.claims import has_draft
 from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import STATE, hold
 from fourfold.release.verify import files, sglang, source, vllm
-from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
+from fourfold.release.verify.check import Check, Level, Status, Verdict, skip
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import Release, hash_file, loaded_files, open_release
 from fourfold.release.verify.image import IMAGE, check_image
@@ -33,10 +32,10 @@ PROMPTS, PROMPT_TOKENS, PROMPT_CHARACTERS = 16, 64, 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """An engine that the user asks for. python: None to look for one; limit_seconds: of each of its starts."""
+    """An engine that the user asks for. python: of its environment; limit_seconds: of each of its starts."""
 
     name: str
-    python: Path | None
+    python: Path
     limit_seconds: float
 
 
@@ -45,8 +44,8 @@ def verify(
 ) -> Verdict:
     """Check a finished release and write verify.json into it. model: its source, for level 2 and comparisons.
 
-    Raises FourfoldError, before any work, if `out` is no finished release, is being written, was not made from `model`,
-    or the engine's interpreter runs no Python.
+    Raises FourfoldError, before any work, if `out` is no finished release, is being written, or was not made from
+    `model`.
     """
     release = open_release(out)
     origin = None if model is None else open_source(release, model)
@@ -119,16 +118,10 @@ def _unsound(engine: Asked) -> Iterator[Check]:
 
 def check_engine(release: Release, model: Path | None, asked: Asked) -> Iterator[Check]:
     """Level 3: the release in a real engine, or in the loader of one."""
-    python = find_python(asked.name, asked.python)
-    if python is None:
-        where = f"in {asked.python}" if asked.python else "for any Python on PATH"
-        missing = f"{asked.name} is not installed {where}; name its environment's interpreter with --python"
-        yield judge(Level.ENGINE, "installed", [missing], "")
-        return
     with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
         engine = Engine(
             name=asked.name,
-            python=python,
+            python=asked.python,
             logs=release.folder / STATE,
             limit_seconds=asked.limit_seconds,
             environment=environment(Path(cache)),
