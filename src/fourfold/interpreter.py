@@ -35,7 +35,7 @@ def find_python(name: str, given: Path | None) -> Path | None:
 
 
 def require_python(name: str, given: Path | None, instead: str = "") -> Path:
-    """As `find_python`. Raises FourfoldError if the engine is not installed. instead: what to do then, besides --python."""
+    """As `find_python`, but raises FourfoldError if the engine is not installed. instead: of --python, what to do."""
     python = find_python(name, given)
     if python is None:
         where = f"in {given}" if given else "for any Python on PATH"

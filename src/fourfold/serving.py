@@ -85,7 +85,13 @@ EngineWords = Annotated[
     ),
 ]
 ServeEngine = Annotated[
-    EngineChoice, typer.Option("--engine", metavar="vllm|sglang", show_default=False, help="The engine that serves it.")
+    EngineChoice | None,
+    typer.Option(
+        "--engine",
+        metavar="vllm|sglang",
+        show_default=False,
+        help="The engine that serves it. Left out: the one that is installed, vLLM first.",
+    ),
 ]
 Mtp = Annotated[
     int | None,
@@ -177,7 +183,7 @@ def serve(
     out: ServedModel,
     words: EngineWords = None,
     *,
-    engine: ServeEngine,
+    engine: ServeEngine = None,
     mtp: Mtp = None,
     context: Context = None,
     kv_cache: KvCache = None,
@@ -202,10 +208,11 @@ def serve(
         from fourfold.model.hub import resolve_model
         from fourfold.serve.command import Deployment
         from fourfold.serve.served import open_served
-        from fourfold.serve.server import log_file, prepare, run
+        from fourfold.serve.server import choose_engine, log_file, prepare, run
 
+        starts = not (print_only or docker)
         wanted = Deployment(
-            engine=engine.value,
+            engine=engine.value if engine else choose_engine(python, starts=starts, container=docker),
             profile=profile.value,
             drafts=mtp,
             context=context,
@@ -218,13 +225,14 @@ def serve(
             extra=tuple(words or ()),
         )
         served = open_served(resolve_model(out), Path(out).name)
-        command, interpreter = prepare(served, wanted, python, starts=not (print_only or docker), container=docker)
+        command, interpreter = prepare(served, wanted, python, starts=starts, container=docker)
+        shown = command.docker(served.folder) if docker else command.text()
         console = terminal.open_console(stderr=True)
         show_command(console, command)
-        if print_only or docker:
-            typer.echo(command.docker(served.folder) if docker else command.text())
+        if not starts:
+            typer.echo(shown)
             raise typer.Exit(CHECK_FAILED if command.problems else 0)
-        path = log or log_file(served.folder, engine.value)
+        path = log or log_file(served.folder, wanted.engine)
         console.print(f"starting; the engine's log: {terminal.plain(path)}", soft_wrap=True)
         show = partial(show_ready, console, command)
         outcome = run(command, interpreter, path, timeout * 60, show)

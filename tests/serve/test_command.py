@@ -261,6 +261,7 @@ def test_no_plugin_is_needed_where_a_flag_does_it() -> None:
 def test_docker() -> None:
     command = make(extra=("--max-num-seqs", "8"), machine=gpus(2, 80), thinking_budget=9)
     words = shlex.split(command.docker(OURS.folder))
+    assert words[words.index("-p") + 1] == "127.0.0.1:8000:8000", "not on every interface"
     image = words.index("vllm/vllm-openai:v0.32.0")
     assert words[image + 1] == "/model"  # the image begins with `vllm serve` itself
     assert words[words.index("--host") + 1] == "0.0.0.0"
@@ -268,7 +269,33 @@ def test_docker() -> None:
     assert words[-2:] == ["--max-num-seqs", "8"]
     sglang = shlex.split(make(engine=SGLANG).docker(OURS.folder))
     assert sglang[sglang.index("lmsysorg/sglang:v0.5.23") + 1 :][:3] == ["python3", "-m", "sglang.launch_server"]
-    assert "--gpus" not in make(machine=CPU).docker(OURS.folder).split()
+    served = changed(OURS, name=str(OURS.folder))  # `serve release`, in the folder beside it
+    words = shlex.split(make(served).docker(served.folder))
+    assert words[words.index("--served-model-name") + 1] == served.name and words.count("/model") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "published"), [("0.0.0.0", "0.0.0.0:8000:8000"), ("::1", "[::1]:8000:8000"), ("10.0.0.7", "10.0.0.7:80")]
+)
+def test_docker_publishes_on_the_address_asked_for(host: str, published: str) -> None:
+    words = shlex.split(make(host=host, port=80 if host == "10.0.0.7" else None).docker(OURS.folder))
+    assert words[words.index("-p") + 1].startswith(published)
+    with pytest.raises(FourfoldError, match=r"--host: got 'box\.lan', expected an IP address"):
+        make(host="box.lan").docker(OURS.folder)
+    (problem,) = make(extra=("--host", "0.0.0.0")).problems
+    assert "take --host" in problem
+
+
+def test_docker_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, arch in (("x86_64", "x86_64"), ("aarch64", "arm64")):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        words = shlex.split(make(machine=CPU).docker(OURS.folder))
+        assert f"vllm/vllm-openai-cpu:v0.32.0-{arch}" in words and "--gpus" not in words
+    with pytest.raises(FourfoldError, match=r"SGLang publishes no image\. .* --engine vllm"):
+        make(machine=CPU, engine=SGLANG).docker(OURS.folder)
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(FourfoldError, match=r"without a GPU \(riscv64\), for which vLLM publishes no image"):
+        make(machine=CPU).docker(OURS.folder)
 
 
 @pytest.mark.parametrize(

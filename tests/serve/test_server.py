@@ -153,6 +153,35 @@ def test_print_is_the_command_alone_on_stdout(tmp_path: Path, example_model: Pat
     assert "4,096 blocks x 256 tokens" in " ".join(shown.stderr.split())
 
 
+def test_docker_serves_the_same_name(
+    tmp_path: Path, example_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "release").symlink_to(example_model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "look", lambda: CPU)
+    shown = fourfold("release", "--docker", "--mtp", 0)
+    words = shown.stdout.split()
+    assert shown.exit_code == 0, shown.stderr
+    assert words[words.index("--served-model-name") + 1] == "release"
+    assert words[words.index("-p") + 1] == "127.0.0.1:8000:8000"
+    refused = fourfold("release", "--engine", "sglang", "--docker")
+    assert refused.exit_code == 2 and "publishes no image" in refused.stderr and not refused.stdout
+
+
+@pytest.mark.parametrize(("has", "chosen"), [({"vllm", "sglang"}, "vllm"), ({"sglang"}, "sglang"), (set(), None)])
+def test_the_engine_is_the_one_that_is_installed(
+    example_model: Path, monkeypatch: pytest.MonkeyPatch, has: set[str], chosen: str | None
+) -> None:
+    monkeypatch.setattr(server, "find_python", lambda name, given: Path(sys.executable) if name in has else None)
+    if chosen:
+        assert server.choose_engine(None, starts=True, container=False) == chosen
+    else:
+        done = fourfold(example_model)
+        assert done.exit_code == 2 and "neither vllm nor sglang is installed" in " ".join(done.stderr.split())
+    assert server.choose_engine(None, starts=False, container=False) == (chosen or "vllm")
+    assert server.choose_engine(None, starts=False, container=True) == "vllm"
+
+
 def test_problems_stop_it_before_a_start(tmp_path: Path, example_model: Path) -> None:
     arguments = (example_model, "--engine", "vllm", "--python", fake(tmp_path, FAILS), "--log", tmp_path / "log")
     asked = ("--thinking-budget", 5)  # the environment has no plugin

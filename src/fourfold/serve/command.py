@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,11 @@ from fourfold.serve.machine import Machine
 from fourfold.serve.served import Served
 
 BUDGET_VARIABLE, PENALTY_VARIABLE = "VLLM_DEFAULT_THINKING_BUDGET", "VLLM_DEFAULT_PRESENCE_PENALTY"
-OPTIONS = {"context": "--context", "ranks": "--tp", "kv_cache": "--kv-cache", "drafts": "--mtp", "port": "--port"}
+OPTIONS = {
+    "context": "--context", "ranks": "--tp", "kv_cache": "--kv-cache", "drafts": "--mtp", "host": "--host",
+    "port": "--port",
+}  # fmt: skip
+IMAGE_ARCHITECTURES = {"x86_64": "x86_64", "aarch64": "arm64"}  # platform.machine() -> as images are tagged
 CPU_VARIABLE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", 1  # vLLM's cache on a CPU
 PENALTY_BY_FLAG, BUDGET_UNDER_MTP = (0, 32), (0, 32)  # vLLM versions
 PLUGIN_WAY = "PYTHON -m pip install --no-deps fourfold, PYTHON being the engine's own"
@@ -58,10 +64,17 @@ class Command:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     forecast: Forecast
-    url: str
+    host: str
+    port: int
     name: str
     reasoning: str
     thinking_budget: int | None
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{reached}]:{self.port}" if ":" in reached else f"http://{reached}:{self.port}"
 
     def text(self) -> str:
         """For a shell."""
@@ -73,17 +86,44 @@ class Command:
         return [str(python), *self.engine.module, *self.words[len(self.engine.launch) :]]
 
     def docker(self, folder: Path) -> str:
-        """The same in the engine's own container, the checkpoint mounted read-only."""
-        port = self.url.rpartition(":")[2]
-        words = ["/model" if word == str(folder) else word for word in self.words]
+        """The same in the engine's own container: the checkpoint mounted read-only, the port published on the host
+        address alone (Docker publishes on all interfaces, past the firewall, if none is named).
+
+        Raises FourfoldError for an address that Docker does not take, and where there is no image for this machine.
+        """
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            raise FourfoldError(
+                f"--host: got {self.host!r}, expected an IP address, as in 127.0.0.1: Docker publishes on no name"
+            ) from None
+        launch = self.engine.launch
+        words = [*launch, "/model", *self.words[len(launch) + 1 :]]
+        # In the container every interface is its own: what is reached from outside is for -p to say.
         words = ["0.0.0.0" if before == "--host" else word for before, word in zip(["", *words], words, strict=False)]
-        start = words[len(self.engine.launch) :] if self.engine.name == VLLM else words  # vLLM's image begins so itself
-        variables = [f"-e {name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        image = self.engine.image.format(version=engines.version_text(self.version))
-        gpus = ["--gpus all"] if self.forecast.split.gpus else []
-        volume = f"-v {shlex.quote(str(folder.resolve()))}:/model:ro"
-        parts = ["docker run --rm --init", *gpus, f"--ipc=host -p {port}:{port}", volume, *variables, image]
-        return " ".join([*parts, *map(shlex.quote, start)])
+        host = f"[{address}]" if address.version == 6 else str(address)
+        parts = [
+            "docker run --rm --init",
+            *(["--gpus all"] if self.forecast.split.gpus else []),
+            f"--ipc=host -p {host}:{self.port}:{self.port}",
+            f"-v {shlex.quote(str(folder.resolve()))}:/model:ro",
+            *(f"-e {name}={shlex.quote(value)}" for name, value in self.environment.items()),
+            self._image(),
+        ]
+        begun = len(launch) if self.engine.name == VLLM else 0  # vLLM's images begin so themselves
+        return " ".join([*parts, *map(shlex.quote, words[begun:])])
+
+    def _image(self) -> str:
+        engine, machine = self.engine, platform.machine()
+        image = engine.image if self.forecast.split.gpus else engine.cpu_image
+        if "{arch}" in image and machine not in IMAGE_ARCHITECTURES:
+            image = ""
+        if not image:
+            fix = "Install it and serve without --docker" if engine.name == VLLM else f"Try --engine {VLLM}"
+            raise FourfoldError(
+                f"--docker: got a machine without a GPU ({machine}), for which {engine.title} publishes no image. {fix}"
+            )
+        return image.format(version=engines.version_text(self.version), arch=IMAGE_ARCHITECTURES.get(machine))
 
 
 def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
@@ -105,7 +145,6 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     settings = _common(served, engine, wanted, profile, predicted)
     more, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
     settings += [*more, *(pair for pair in profile.settings if pair[0] not in dict(more))]
-    port = wanted.port or engine.port
     command = Command(
         engine=engine,
         version=at,
@@ -114,18 +153,13 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
         problems=tuple(problems),
         notes=(),
         forecast=predicted,
-        url=_url(wanted.host, port),
+        host=wanted.host,
+        port=wanted.port or engine.port,
         name=served.name,
         reasoning=_parsers(served, engine.name)[0],
         thinking_budget=wanted.thinking_budget,
     )
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
-
-
-def _url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens there."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def _drafts_by_itself(served: Served, engine: str) -> bool:

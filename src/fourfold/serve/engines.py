@@ -31,7 +31,8 @@ def version_text(found: Version) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """launch: words before the folder, the first of which is replaced by the interpreter when run; flags: setting ->
-    spellings; known: versions that these facts were looked at in, oldest first; image: of its containers.
+    spellings; known: versions that these facts were looked at in, oldest first; image: of its containers; cpu_image:
+    the same for a machine without a GPU, "" where none is published.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Engine:
     module: tuple[str, ...]
     known: tuple[Version, ...]
     image: str
+    cpu_image: str
     port: int
     flags: Mapping[str, Spellings]
 
@@ -64,6 +66,7 @@ ENGINES = {
         module=("-m", "vllm.entrypoints.cli.main", "serve"),
         known=((0, 19, 1), (0, 32, 0)),
         image="vllm/vllm-openai:v{version}",
+        cpu_image="vllm/vllm-openai-cpu:v{version}-{arch}",  # its docs: getting_started/installation/cpu.*.inc.md
         port=8000,
         flags=_always(
             name="--served-model-name",
@@ -96,6 +99,7 @@ ENGINES = {
         module=("-m", "sglang.launch_server", "--model-path"),
         known=((0, 5, 10), (0, 5, 23)),
         image="lmsysorg/sglang:v{version}",
+        cpu_image="",  # its docs have one built from docker/xeon.Dockerfile
         port=30000,
         flags=_always(
             name="--served-model-name",

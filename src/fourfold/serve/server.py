@@ -19,12 +19,12 @@ import httpx2
 
 from fourfold import process
 from fourfold.datatypes import FourfoldError
-from fourfold.interpreter import find_python
+from fourfold.interpreter import find_python, require_python
 from fourfold.process import Child
 from fourfold.quantize.journal import FINISHED, STATE, refuse_links
 from fourfold.serve import engines
 from fourfold.serve.command import Command, Deployment, build
-from fourfold.serve.engines import Version
+from fourfold.serve.engines import ENGINES, VLLM, Version
 from fourfold.serve.machine import look
 from fourfold.serve.probe import Probed, probe
 from fourfold.serve.served import Served
@@ -70,6 +70,21 @@ def check_port(host: str, port: int) -> None:
             raise FourfoldError(f"{host}:{port}: {error.strerror}; take another with --port or --host") from None
 
 
+def choose_engine(python: Path | None, *, starts: bool, container: bool) -> str:
+    """The engine where none is named: the first of ENGINES that is installed, or vLLM if none need be.
+
+    Raises FourfoldError if one must be installed and none is.
+    """
+    found = None if container else next((name for name in ENGINES if find_python(name, python)), None)
+    if found is None and (starts or python is not None) and not container:
+        where = f"in {python}" if python else "for any Python on PATH"
+        raise FourfoldError(
+            f"--engine: neither {' nor '.join(ENGINES)} is installed {where}. Name the interpreter of an engine's "
+            "environment with --python, or see the command with --print"
+        )
+    return found or VLLM
+
+
 def prepare(
     served: Served, wanted: Deployment, python: Path | None, *, starts: bool, container: bool
 ) -> tuple[Command, Path]:
@@ -78,13 +93,12 @@ def prepare(
     starts: it is to be run: then the engine must be there, and problems raise. container: for an image, so what is
     installed here is of no matter. Raises FourfoldError.
     """
-    found = None if container else find_python(wanted.engine, python)
-    if found is None and (starts or (python is not None and not container)):
-        where = f"in {python}" if python else "for any Python on PATH"
-        raise FourfoldError(
-            f"{wanted.engine} is not installed {where}; name the interpreter of its environment with --python, or see "
-            "the command with --print"
-        )
+    if container:
+        found = None
+    elif starts or python is not None:
+        found = require_python(wanted.engine, python, ", or see the command with --print")
+    else:
+        found = find_python(wanted.engine, None)
     wanted = replace(wanted, inherited=dict(os.environ))
     if found is not None:
         version, plugin = installed(found, wanted.engine)
@@ -94,7 +108,7 @@ def prepare(
     if starts and command.problems:
         raise FourfoldError("\n".join(command.problems))
     if starts:
-        check_port(wanted.host, int(command.url.rpartition(":")[2]))
+        check_port(command.host, command.port)
     return command, found or Path(sys.executable)
 
 
