@@ -78,12 +78,16 @@ def report(
     is not there is named as not measured.
     """
     with answer():
+        from fourfold.model.hub import check_repo_id
         from fourfold.release.report.about import About
 
         if missing := [name for name in LIBRARIES if find_spec(name) is None]:
             raise FourfoldError(f"report needs {' and '.join(missing)}: pip install 'fourfold[report]'")
-        from fourfold.release.report.write import CARD, FIGURES, PAGE, write
+        from fourfold.release.report.write import write
+        from fourfold.release.verify.folder import CARD, FIGURES, PAGE
 
+        if repo is not None:
+            check_repo_id("--repo", repo)
         about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
         records = write(out, about, recommend, against)
         if quiet:

@@ -150,6 +150,15 @@ def compare(
 # --- publish ---------------------------------------------------------------------------------------------------------
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", show_default=False, help="org/name on the Hub; made if need be.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="FILE",
+        show_default=False,
+        help="Send this file of OUT too, though fourfold did not write it. Repeatable.",
+    ),
+]
 Private = Annotated[bool, typer.Option("--private", help="Make it private; refuse one that is there and public.")]
 Branch = Annotated[str, typer.Option("--branch", metavar="NAME", help="Branch of REPO; made if need be.")]
 Force = Annotated[
@@ -168,6 +177,7 @@ PublishJson = Annotated[bool, typer.Option("--json", help="Print it as one JSON 
 def publish(
     out: Release,
     repo: Repo,
+    include: Include = None,
     private: Private = False,
     branch: Branch = "main",
     force: Force = "",
@@ -175,10 +185,11 @@ def publish(
     quiet: Quiet = False,
     as_json: PublishJson = False,
 ) -> None:
-    """Upload a release to the Hub: the very bytes that verify has passed, its card, a tag.
+    """Upload a release that verify has passed to the Hub, with its card.
 
-    Nothing is sent before every file is hashed. An upload that was interrupted goes on by the same command. `hf auth
-    login` holds the token; fourfold does not ask for it and never prints it.
+    Sends the files that fourfold wrote and those that --include names; the rest of OUT is named and stays. Every file
+    is hashed first. Rerun the same command to resume. `hf auth login` holds the token; fourfold does not ask for it and
+    never prints it.
     """
     with answer(None, "What was sent is kept: the same command goes on."):
         console = terminal.open_console()
@@ -190,7 +201,16 @@ def publish(
         if quiet or as_json:
             disable_progress_bars()
         with terminal.watch(console, manner) as progress:
-            found = run(out, repo, private=private, branch=branch, force=force, dry_run=dry_run, progress=progress)
+            found = run(
+                out,
+                repo,
+                include=include or (),
+                private=private,
+                branch=branch,
+                force=force,
+                dry_run=dry_run,
+                progress=progress,
+            )
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:

@@ -241,7 +241,6 @@ def failing(out: Path) -> None:
         (append("fourfold.json"), "fourfold.json has changed"),
         (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json was verified and is not there"),
         (lambda out: (out / "more.safetensors").touch(), "more.safetensors was not there when it was verified"),
-        (lambda out: (out / "modeling.py").touch(), "modeling.py was not there"),
         (lambda out: (out / "verify.json").unlink(), "there is no verify.json"),
         (failing, "a check failed"),
         (lambda out: (out / "README.md").unlink(), "`fourfold report"),
@@ -274,16 +273,60 @@ def test_the_hub_says_no(hub: Hub, verified: Path) -> None:
     hub.refuse = 500
     assert "the Hub answered 500" in refused(verified)
     hub.refuse = 0
-    assert "no name of a repository" in refused_name(verified)
     hub.lose = "tokenizer.json"
     assert "tokenizer.json is not there after the upload" in refused(verified)
     assert hub.tags == {}
 
 
-def refused_name(out: Path) -> str:
-    with pytest.raises(FourfoldError) as raised:
-        publish(out, "me/no//name")
-    return str(raised.value)
+# --- what may be sent ---------------------------------------------------------------------------------------------
+
+
+def test_only_what_fourfold_wrote(hub: Hub, verified: Path) -> None:
+    wanted = visible(verified)
+    (verified / "figures").mkdir()
+    for name in ("secret.env", "chat.py", "serve-vllm.log", "notes.md", "figures/holiday.png"):
+        (verified / name).write_text("mine")
+    (verified / "figures" / "errors.png").write_bytes(b"ours")
+    assert verify(verified).passed  # with them there
+    found = publish(verified, "me/model")
+    assert hub.branches["main"] == wanted | {
+        "figures/errors.png": b"ours",
+        "verify.json": (verified / "verify.json").read_bytes(),
+    }
+    assert found.skipped == ("chat.py", "figures/holiday.png", "notes.md", "secret.env", "serve-vllm.log")
+    (verified / "secret.env").unlink()
+    shown = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run", "--include", "chat.py"])
+    said = " ".join(shown.output.split())
+    assert shown.exit_code == 0 and "chat.py" in shown.output.split("not sent")[0], shown.output
+    assert "did not write it: figures/holiday.png, notes.md, serve-vllm.log (--include FILE" in said
+    (verified / "chat.py").write_text("altered")
+    assert "chat.py has changed since it was verified" in refused(verified, include=["chat.py"])
+    for name in ("nothing.md", "../altered/chat.py", ".fourfold/lock", "figures"):
+        assert f"--include: got '{name}'" in refused(verified, include=[name])
+
+
+@pytest.mark.parametrize("name", ["notes.md", "LICENSE", "figures/drift.png"])
+def test_links_are_refused(hub: Hub, verified: Path, name: str) -> None:
+    (verified / "figures").mkdir()
+    (verified / name).unlink(missing_ok=True)
+    (verified / name).symlink_to("/etc/passwd")
+    assert f"{verified / name}: got a link to /etc/passwd, expected a file" in refused(verified, force="a test")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("repo", ["x y", "me/no//name", "me/ünï", "model", "me/model.git", "a/b/c"])
+def test_names_of_repositories(verified: Path, repo: str) -> None:
+    done = CliRunner().invoke(cli.app, ["publish", str(verified), repo, "--dry-run"])
+    assert done.exit_code == 2 and f"REPO: got '{repo}', expected org/name" in done.stderr, done.output
+
+
+def test_a_card_for_another_repository(hub: Hub, verified: Path) -> None:
+    (verified / "README.md").write_text(CARD + "tokenizer = AutoTokenizer.from_pretrained('me/tiny-int4')\n")
+    said = refused(verified)
+    assert "its commands are for 'me/tiny-int4', expected 'me/model'" in said
+    assert said.endswith(f"fourfold report {verified} --repo me/model")
+    (verified / "README.md").write_text(CARD + "tokenizer = AutoTokenizer.from_pretrained('me/model')\n")
+    publish(verified, "me/model")
 
 
 def test_what_is_there_already(hub: Hub, verified: Path) -> None:

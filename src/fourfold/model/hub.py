@@ -21,6 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 from huggingface_hub.utils.tqdm import tqdm
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -39,6 +40,19 @@ def hub_name(folder: Path) -> str | None:
     parts = folder.absolute().parts
     match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", parts[-3]) if len(parts) > 3 else None
     return f"{match[1]}/{match[2]}" if match and parts[-2] == "snapshots" else None
+
+
+def check_repo_id(given: str, name: str) -> None:
+    """Raise FourfoldError unless `name` is org/name as the Hub takes it. given: the argument that it came in."""
+    try:
+        validate_repo_id(name)
+        refused = "/" not in name
+    except HFValidationError:
+        refused = True
+    if refused:
+        raise FourfoldError(
+            f"{given}: got {name!r}, expected org/name as the Hub takes it: letters, digits, '-', '_' and '.'"
+        )
 
 
 def stated_terms(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from fourfold.quantize.reference import REFERENCE
 
 STATE = ".fourfold"
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
+WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
+           REFERENCE, *SIDECARS)  # fmt: skip  # by quantize, beside the shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +210,7 @@ def log(out: Path, text: str) -> None:
 
 def clear(out: Path) -> None:
     """Remove what fourfold wrote into OUT, and nothing else."""
-    names = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
-             REFERENCE, *SIDECARS)  # fmt: skip
-    written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in names), *out.glob(".*.tmp")]
+    written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in WRITTEN), *out.glob(".*.tmp")]
     written += [*_records_folder(out).glob("*"), *sweep_folder(out).glob("*")]
     written += [*(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
     for path in written:

@@ -27,12 +27,11 @@ from fourfold.quantize.journal import FINISHED, STATE, hold
 from fourfold.quantize.reference import REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.release.stored import Projection, Stored, generalized, layout_problems, take_stock
-from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.verify.folder import CONVERSION, Release, open_release
 from fourfold.release.verify.rules import config_problems
 
 FORMATS = tuple(pack.CODES_AND_SCALES)
 GROUP_SIZES = (32, 64, 128)
-RECORD = "conversion.json"  # of a release that is not ours; fourfold.json has it of ours
 RECIPE, LOG, METRICS = "recipe.toml", "quant_log.csv", "metrics.json"
 SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
 
@@ -231,7 +230,7 @@ def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
         seconds=time.perf_counter() - started,
     )
     if job.release is None:
-        write_text(folder / RECORD, dump(converted.record()))
+        write_text(folder / CONVERSION, dump(converted.record()))
     else:
         _write_ours(job.release, folder, shards, converted)
     return dataclasses.replace(converted, left_out=_left_out(job.index.folder, folder))

@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -24,14 +23,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from huggingface_hub.hf_api import RepoFile
 
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.model.hub import SECRET
+from fourfold.model.hub import SECRET, check_repo_id
 from fourfold.model.shards import write_text
 from fourfold.quantize.finish import joined_digest
-from fourfold.quantize.journal import FINISHED, STATE, hold
-from fourfold.release.verify.folder import SHARD_SUFFIX, hash_file, loaded_files, visible_files
+from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
+from fourfold.release.report.card import named_repo
+from fourfold.release.verify.folder import CARD, SHARD_SUFFIX, hash_file, loaded_files, visible_files, written_names
 from fourfold.release.verify.run import VERDICT
 
-CARD = "README.md"
 MAIN = "main"
 TAG_DIGITS = 12
 NOTICE = re.compile(r"<!-- fourfold: not verified -->\n.*?<!-- /fourfold -->\n\n?", re.DOTALL)
@@ -47,7 +46,8 @@ class PublishedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What was or, in a dry run, would be sent. unverified: why it is not as verify saw it; "" if it is.
+    """What was or, in a dry run, would be sent. unverified: why it is not as verify saw it; "" if it is. skipped: files
+    of OUT that fourfold did not write and nobody asked for.
 
     tag: names the weights, "" of a folder that fourfold did not make; commit, url: "" in a dry run.
     """
@@ -55,6 +55,7 @@ class Published:
     repo: str
     branch: str
     files: tuple[PublishedFile, ...]
+    skipped: tuple[str, ...]
     unverified: tuple[str, ...]
     reason: str
     tag: str
@@ -69,39 +70,49 @@ def publish(
     out: Path,
     repo: str,
     *,
+    include: Collection[str] = (),
     private: bool = False,
     branch: str = MAIN,
     force: str = "",
     dry_run: bool = False,
     progress: Progress = ignore,
 ) -> Published:
-    """Upload a release. force: why it may go out although verify has not passed for these bytes; lands in the card.
+    """Upload the files that fourfold wrote, and those of OUT that `include` names.
 
-    Nothing is sent before every file is hashed and found to be what verify saw. Goes on where it was interrupted. A dry
-    run sends and writes nothing. Raises FourfoldError, without any token in it, if the release has no card, is not
-    verified and not forced, the repository has shards of another release or is public where private was asked for, or
-    the Hub refuses.
+    force: why it may go out although verify has not passed for these bytes; lands in the card. Nothing is sent before
+    every file is hashed and found to be what verify saw. Resumes after an interruption. A dry run sends and writes
+    nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no card or one for another
+    repository, is not verified and not forced, the repository has shards of another release or is public where private
+    was asked for, or the Hub refuses.
     """
+    check_repo_id("REPO", repo)
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     if not (out / CARD).is_file():
         raise FourfoldError(f"{out}: no {CARD}, which is the card that people see; `fourfold report {out}` writes it")
-    reason = " ".join(force.split())
+    allowed, there = _allowed(out, include), visible_files(out)
+    text, reason = (out / CARD).read_text(encoding="utf-8"), " ".join(force.split())
+    if named_repo(text) not in (None, repo):
+        raise FourfoldError(
+            f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. Try: fourfold report {out} "
+            f"--repo {repo}"
+        )
     with hold(out) if (out / STATE).is_dir() else nullcontext():
-        hashed = {name: _hash(out, name, progress) for name in visible_files(out)}
-        problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}))
+        hashed = {name: _hash(out, name, progress) for name in there if name in allowed}
+        problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
         if problems and not reason:
             raise FourfoldError(
                 f"{out}: not published: {'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}. `fourfold "
                 'verify` first, or --force "REASON", which the card will show'
             )
-        card = _card((out / CARD).read_text(encoding="utf-8"), reason if problems else "")
+        card = _card(text, reason if problems else "")
         content = card.encode()
         hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         published = Published(
             repo=repo,
             branch=branch,
             files=tuple(hashed[name] for name in sorted(hashed)),
+            skipped=tuple(name for name in there if name not in allowed),
             unverified=problems,
             reason=reason if problems else "",
             tag=_tag(out),
@@ -121,14 +132,30 @@ def publish(
 # --- what is sent -------------------------------------------------------------------------------------------------
 
 
+def _allowed(out: Path, include: Collection[str]) -> set[str]:
+    """Names that may be sent. Raises FourfoldError for a link in OUT, and for an `include` that is no file of it."""
+    refuse_links(out)
+    there = visible_files(out)
+    for name in there:
+        path = out / name
+        if path.is_symlink():
+            raise FourfoldError(
+                f"{path}: got a link to {path.readlink()}, expected a file. Remove it, or put the file in its place"
+            )
+    for name in include:
+        if name not in there:
+            raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
+    return written_names(out, _read(out / FINISHED)) | set(include)
+
+
 def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
     sha256, size = hash_file(out / name)
     progress(Event(kind="stage", stage="publish", text=name))
     return PublishedFile(name=name, size_bytes=size, sha256=sha256)
 
 
-def _unverified(out: Path, digests: Mapping[str, str]) -> Iterator[str]:
-    """Why these files are not what verify saw and passed."""
+def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
+    """Why these files, of names that may be sent, are not what verify saw and passed."""
     state, verdict = _read(out / FINISHED), _read(out / VERDICT)
     if not verdict:
         yield f"there is no {VERDICT}: it was never verified"
@@ -143,12 +170,13 @@ def _unverified(out: Path, digests: Mapping[str, str]) -> Iterator[str]:
     if joined_digest(shards) != verdict.get("content"):
         yield f"{FINISHED} and {VERDICT} are of different shards"
     wanted = {**shards, **seen}
-    there = {name for name in digests if name.endswith(SHARD_SUFFIX)} | set(loaded_files(out))
-    for name in sorted(there | wanted.keys()):
-        if name not in digests:
-            yield f"{name} was verified and is not there"
-        elif name not in wanted:
+    there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
+    loaded = [name for name in loaded_files(out) if name in allowed]
+    for name in sorted({*there, *loaded, *(name for name in wanted if name in allowed)}):
+        if name not in wanted:
             yield f"{name} was not there when it was verified"
+        elif name not in digests:
+            yield f"{name} was verified and is not there"
         elif digests[name] != wanted[name]:
             yield f"{name} has changed since it was verified"
 
@@ -232,8 +260,6 @@ def _check_arrived(api: HfApi, published: Published, commit: str) -> None:
 
 def _explain(error: Exception, repo: str) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
-    if isinstance(error, HFValidationError):
-        return "no name of a repository; wanted org/name, of letters, digits, '-', '_' and '.'"
     if isinstance(error, LocalTokenNotFoundError):
         return "not logged in: `hf auth login` with a token that may write, or HF_TOKEN"
     if isinstance(error, HfHubHTTPError):

@@ -118,6 +118,9 @@ def show_published(console: Console, found: Published, dry_run: bool) -> None:
     what = "would be sent to" if dry_run else "are at"
     where = found.url or f"{found.repo}, branch {found.branch}"
     console.print(f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}", soft_wrap=True)
+    if found.skipped:
+        skipped = ", ".join(map(plain, found.skipped))
+        console.print(f"not sent, as fourfold did not write it: {skipped} (--include FILE sends one)", soft_wrap=True)
     if found.tag:
         console.print(f"tag {plain(found.tag)}", soft_wrap=True)
     for problem in found.unverified:

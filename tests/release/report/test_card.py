@@ -12,11 +12,13 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
 import releases
+from fourfold import cli
 from fourfold.datatypes import FourfoldError
 from fourfold.release.report.about import About, licence
-from fourfold.release.report.card import card
+from fourfold.release.report.card import card, named_repo
 from fourfold.release.report.records import read_records
 from fourfold.reporting import recommend
 from hostile import HOSTILE, Change
@@ -110,6 +112,7 @@ def test_serving_commands_are_those_of_serve(finished: Path) -> None:
     assert '"method":"mtp"' in vllm[0]
     assert "moe_wna16" not in serving, "compressed-tensors: engines read the method from config.json"
     assert len(re.findall(r"^python3 -m sglang.launch_server", serving, re.MULTILINE)) == 2
+    assert named_repo(write_card(finished)) == "me/small-int4", "what publish compares with its REPO"
     assert str(finished) not in serving, "the publisher's folders are nobody's business"
 
 
@@ -232,8 +235,15 @@ def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> N
 @pytest.mark.parametrize("name", ["a b/c", "../x", "o/n/x", "o/<b>", "o/n\nlicense: mit", "-/x"])
 def test_names_that_the_hub_does_not_take_are_refused(finished: Path, name: str) -> None:
     for about in (About(name="x", base_model=name), About(name=name)):
-        with pytest.raises(FourfoldError, match="wanted org/name"):
+        with pytest.raises(FourfoldError, match="expected org/name"):
             about.of(read_records(finished))
+
+
+def test_a_repository_that_the_hub_does_not_take(finished: Path) -> None:
+    for repo in ("not a repo!!", "me/ünï", "model"):
+        done = CliRunner().invoke(cli.app, ["report", str(finished), "--repo", repo])
+        assert done.exit_code == 2 and f"--repo: got '{repo}', expected org/name" in done.stderr, done.output
+    assert not (finished / "README.md").exists()
 
 
 def rows(edit: Callable[[list[str]], list[str]]) -> Callable[[str], str]:

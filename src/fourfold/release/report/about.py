@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
 from fourfold.bundled import HELDOUT_TEXTS
-from fourfold.datatypes import FourfoldError
+from fourfold.model.hub import check_repo_id
 from fourfold.release.report.records import Records
 
 UNKNOWN, OTHER = "unknown", "other"  # as the Hub calls a licence that is not known, and one that is not on its list
@@ -50,13 +48,8 @@ class About:
 
     def _check(self) -> None:
         for option, value in (("--repo", self.name if "/" in self.name else None), ("--base-model", self.base_model)):
-            try:
-                if value is not None:
-                    validate_repo_id(value)
-            except HFValidationError:
-                raise FourfoldError(f"{option} {value!r}: wanted org/name, as the Hub has it") from None
-        if self.base_model is not None and "/" not in self.base_model:
-            raise FourfoldError(f"--base-model {self.base_model!r}: wanted org/name, as the Hub has it")
+            if value is not None:
+                check_repo_id(option, value)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
     return text
 
 
+def named_repo(text: str) -> str | None:
+    """The repository that the commands of a card of ours are for; None of another card."""
+    found = re.search(r"AutoTokenizer\.from_pretrained\((['\"])(.+?)\1\)", text)
+    return found[2] if found else None
+
+
 def _command(command: Serving) -> dict[str, Any]:
     return {
         "title": command.title,

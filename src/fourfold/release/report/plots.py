@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fourfold.release.report.records import Records
+from fourfold.release.verify.folder import PLOTS
 
 INCHES, DPI = 8.0, 200  # 1,600 pixels: twice the width of a card's text
 STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 11, "axes.grid": True, "grid.alpha": 0.35}
 COLOURS = ("#0b57d0", "#b06000", "#146c2e")
+DRIFT, ERRORS, EXPERTS = PLOTS
 LEAST_ERROR = 1e-12  # where a log scale begins for an error of nothing
 
 
@@ -29,12 +31,12 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
     layers = (records.metrics or {}).get("layers")
     if layers:
         routed = [row for row in layers if row["router_agreement"] is not None]
-        yield "drift.png", _drift_words(layers), _png(lambda figure: _drift(figure, layers, routed), 3.2)
+        yield DRIFT, _drift_words(layers), _png(lambda figure: _drift(figure, layers, routed), 3.2)
     words = "Output error of each layer's experts: median, and largest"
-    yield "errors.png", words, _png(lambda figure: _errors(figure, records), 3.4)
+    yield ERRORS, words, _png(lambda figure: _errors(figure, records), 3.4)
     height = 1.6 + 0.07 * max(12, len(records.by_layer()))
     words = "Calibration tokens that each expert met, and its largest output error"
-    yield "experts.png", words, _png(lambda figure: _experts(figure, records), height)
+    yield EXPERTS, words, _png(lambda figure: _experts(figure, records), height)
 
 
 def _png(draw: Callable[[Figure], None], height: float) -> bytes:

@@ -12,8 +12,8 @@ from fourfold.release.report.card import Serving, card
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
 from fourfold.release.report.records import Records, read_records
+from fourfold.release.verify.folder import CARD, FIGURES, PAGE
 
-CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 Recommend = Callable[[Records, About], Sequence[Serving]]
 
 

@@ -12,17 +12,20 @@ from typing import Any
 
 from fourfold.core import pack
 from fourfold.datatypes import Action, FourfoldError
-from fourfold.model.checkpoint import brief
+from fourfold.model.checkpoint import TensorIndex, brief
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import read_config, storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
-from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.quantize.journal import FINISHED, STATE, WRITTEN, hold
 from fourfold.quantize.reference import Reference, read_reference
 from fourfold.recipe import Recipe, load_recipe
 
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
 DOCUMENTS = ("verify.json", "metrics.json", "bench.json")  # for people: may be made after verify, no engine reads them
+CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
+PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
+CONVERSION = "conversion.json"  # of a converted release that is not ours; fourfold.json has it of ours
 
 
 def visible_files(folder: Path) -> list[str]:
@@ -38,6 +41,17 @@ def loaded_files(folder: Path) -> list[str]:
         for name in visible_files(folder)
         if not name.endswith((SHARD_SUFFIX, *DOCUMENT_SUFFIXES)) and name not in DOCUMENTS
     ]
+
+
+def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
+    """Every name that fourfold may write into a release, its shards and the source's LICENSE among them.
+
+    state: fourfold.json; empty for another tool's release, whose shards are those that its index names.
+    """
+    shards = state.get("output", {}).get("shards") if state else None
+    if shards is None:
+        shards = {header.shard for header in TensorIndex.open(folder).headers.values()}
+    return {*shards, *WRITTEN, *DOCUMENTS, CONVERSION, CARD, PAGE, *(f"{FIGURES}/{name}" for name in PLOTS)}
 
 
 def hash_file(path: Path) -> tuple[str, int]:
