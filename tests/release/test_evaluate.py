@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,15 @@ def test_it_finds_what_quantize_measured(out: Path, source: Path, recipe: Path) 
 
 
 def test_what_it_does_not_measure_is_kept(out: Path, source: Path, recipe: Path) -> None:
-    checkpoints.edit_json(out / "metrics.json", lambda raw: raw.update(tasks={"tasks": 1}, against={"old": 1}))
+    tasks = {"lm_eval": "0.4", "tasks": {"gsm8k": {"figures": {"exact_match,none": 0.5}, "shots": 5, "samples": 9}}}
+
+    def change(raw: dict[str, Any]) -> None:
+        second = {key: raw[key] for key in ("summary", "layers")} | {"name": "old"}
+        raw.update(tasks=tasks, against=second)
+
+    checkpoints.edit_json(out / "metrics.json", change)
     found = evaluate(out, source, protocol=protocol(recipe))
-    assert found["tasks"] == {"tasks": 1}
+    assert found["tasks"] == tasks
     assert "against" not in found and found["drafts"] is None
 
 
@@ -218,10 +225,10 @@ def _no_shard(out: Path) -> None:
         (_another_source, r"made from another source than .*ffff.*--source"),
         (_altered_router, r"layers\.1\.mlp\.gate\.weight is not that of .*model"),
         (_no_shard, "missing; is the download complete"),
-        (lambda out: (out / "fourfold.json").write_text("{"), "fourfold.json: cannot be read"),
-        (lambda out: (out / "fourfold.json").write_text("[]"), "fourfold.json: a JSON object is wanted"),
-        (lambda out: (out / "fourfold.json").write_text("{}"), "does not say what it was made from"),
-        (lambda out: (out / "metrics.json").write_text("{"), "metrics.json: cannot be read"),
+        (lambda out: (out / "fourfold.json").write_text("{"), "fourfold.json: not JSON"),
+        (lambda out: (out / "fourfold.json").write_text("[]"), r"fourfold.json: got \[\], expected an object"),
+        (lambda out: (out / "fourfold.json").write_text("{}"), "fourfold.json: fourfold: missing"),
+        (lambda out: (out / "metrics.json").write_text("{"), "metrics.json: not JSON"),
         (lambda out: (out / "config.json").unlink(), "no config.json"),
         (shutil.rmtree, "no such folder"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fourfold.quantize.run import Watch
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
 from fourfold.release import drafts
+from fourfold.release.schemas import Metrics, State, read_record
 from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
@@ -129,8 +129,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         if (folder / STATE).is_dir():
             raise FourfoldError(f"{folder}: not finished; the same `fourfold quantize` command goes on with it")
         return None
-    state = _read_json(path)
-    if state.get("partial"):
+    state = read_record(path, State, "Bring back the one that quantize wrote, or quantize again")
+    if state["partial"]:
         raise FourfoldError(
             f"{folder}: a trial of layers {state.get('layers')} alone; quantize all layers to measure the release"
         )
@@ -142,12 +142,7 @@ def open_release(folder: Path, source: Weights) -> Release:
     state = read_state(folder)
     if state is None:
         return Release(Weights.open(folder, source.skeleton), None)
-    try:
-        headers = state["source"]["headers"]
-    except (KeyError, TypeError):
-        raise FourfoldError(
-            f"{folder / FINISHED}: does not say what it was made from; it was altered, quantize again"
-        ) from None
+    headers = state["source"]["headers"]
     if headers != source.index.digest:
         raise FourfoldError(
             f"{folder}: made from another source than {source.folder} (headers {str(headers)[:16]}..., found "
@@ -194,19 +189,9 @@ def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
-    """What is in OUT/metrics.json, if anything."""
+    """What is in OUT/metrics.json, if anything. Raises FourfoldError for a file that is not as fourfold writes it."""
     path = out / METRICS
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FourfoldError(f"{path}: cannot be read ({error}); remove it, or quantize again") from None
-    if not isinstance(content, dict):
-        raise FourfoldError(f"{path}: a JSON object is wanted; remove it, or quantize again")
-    return content
+    return read_record(path, Metrics, "Remove the file to measure again") if path.exists() else {}
 
 
 # ---- the work

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import html
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from fourfold.model.shards import write_text
 from fourfold.quantize.finish import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
 from fourfold.release.report.card import named_repo
+from fourfold.release.schemas import Record, State, Verdict, read_record
 from fourfold.release.verify.folder import CARD, SHARD_SUFFIX, hash_file, loaded_files, visible_files, written_names
 from fourfold.release.verify.run import VERDICT
 
@@ -145,7 +145,7 @@ def _allowed(out: Path, include: Collection[str]) -> set[str]:
     for name in include:
         if name not in there:
             raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
-    return written_names(out, _read(out / FINISHED)) | set(include)
+    return written_names(out, _read(out / FINISHED, State)) | set(include)
 
 
 def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
@@ -156,18 +156,18 @@ def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
 
 def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
     """Why these files, of names that may be sent, are not what verify saw and passed."""
-    state, verdict = _read(out / FINISHED), _read(out / VERDICT)
+    state, verdict = _read(out / FINISHED, State), _read(out / VERDICT, Verdict)
     if not verdict:
         yield f"there is no {VERDICT}: it was never verified"
         return
-    if not verdict.get("passed"):
+    if not verdict["passed"]:
         yield f"{VERDICT} says that a check failed"
     seen = verdict.get("files")
-    if not isinstance(seen, dict):
+    if seen is None:
         yield f"{VERDICT} does not say which files it is about"
         return
-    shards = {name: shard.get("sha256", "") for name, shard in state.get("output", {}).get("shards", {}).items()}
-    if joined_digest(shards) != verdict.get("content"):
+    shards = {name: shard["sha256"] for name, shard in state.get("output", {}).get("shards", {}).items()}
+    if joined_digest(shards) != verdict["content"]:
         yield f"{FINISHED} and {VERDICT} are of different shards"
     wanted = {**shards, **seen}
     there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
@@ -195,18 +195,12 @@ def _card(text: str, reason: str) -> str:
 
 
 def _tag(out: Path) -> str:
-    content = _read(out / FINISHED).get("output", {}).get("content", "")
+    content = _read(out / FINISHED, State).get("output", {}).get("content", "")
     return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FourfoldError(f"{path}: not JSON ({error}); verify the release again") from None
-    return content if isinstance(content, dict) else {}
+def _read(path: Path, kind: type[Record]) -> dict[str, Any]:
+    return read_record(path, kind, "Quantize or verify the release again") if path.is_file() else {}
 
 
 # --- sending ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_it_says_what_guidance_left_of_the_error(release: Path, change: Change) 
     said = part(write_card(release), "Layer by layer")
     assert re.search(r"\| 0 \| 0.70 \| 0.66 \| +\|", said) and re.search(r"\| 1 \| 0.70 \| 0.61 \| 0.7[23] \|", said)
     change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": [{"layer": 0}]}))
-    with pytest.raises(FourfoldError, match=r"fourfold.json: lacks predicted, measured"):
+    with pytest.raises(FourfoldError, match=r"fourfold.json: guidance.layers.0.predicted: missing"):
         read_records(release)
 
 
@@ -250,16 +252,49 @@ def rows(edit: Callable[[list[str]], list[str]]) -> Callable[[str], str]:
     return lambda text: "\n".join(edit(text.split("\n")))
 
 
+NUMBERS = {
+    "metrics.json": (
+        "summary.kl_mean", "summary.perplexity_ratio", "summary.positions", "intervals.kl_mean.0",
+        "layers.0.hidden_error", "layers.1.router_agreement", "by_entropy.1.positions", "kl_histogram.2.from",
+        "protocol.windows",
+    ),
+    "fourfold.json": ("source_tensor_bytes", "projections", "seconds.solve", "peak_memory_bytes.host",
+                      "calibration.sources.0.tokens", "methods.gptq", "output.tensor_bytes", "metrics.kl_mean"),
+    "bench.json": ("levels.0.output_tokens_per_second", "levels.0.acceptance.rate", "load.temperature"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, "1.5", "<b>1</b>", [], {}, True], ids=str)
+def test_no_number_is_anything_else(release: Path, value: object) -> None:
+    """NaN, text and markup where a number belongs end in one error that names the key and the value."""
+    (release / "bench.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    for name, keys in NUMBERS.items():
+        text = (release / name).read_text(encoding="utf-8")
+        for key in keys:
+            content = json.loads(text)
+            *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
+            functools.reduce(lambda found, part: found[part], path, content)[last] = value
+            (release / name).write_text(json.dumps(content), encoding="utf-8")
+            with pytest.raises(FourfoldError, match=re.escape(f"{name}: {key}: got {value!r}, expected ")) as raised:
+                read_records(release)
+            assert len(str(raised.value).splitlines()) == 1
+        (release / name).write_text(text, encoding="utf-8")
+    read_records(release)
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "said"),
     [
         ("quant_log.csv", rows(lambda lines: ["layer,expert", *lines[1:]]), "its columns are layer, expert"),
         ("quant_log.csv", rows(lambda lines: [lines[0], lines[1].replace(",", ",x", 1), *lines[2:]]), "line 2: "),
         ("quant_log.csv", rows(lambda lines: [*lines[:3], "1,2"]), "line 4: "),
-        ("metrics.json", lambda text: "[]", "a JSON object is wanted"),
-        ("metrics.json", lambda text: text.replace("kl_mean", "kl_moan"), "lacks kl_mean"),
-        ("verify.json", lambda text: "{}", "lacks passed"),
-        ("verify.json", lambda text: text[:-9], "cannot be read as JSON"),
+        ("metrics.json", lambda text: "[]", "got [], expected an object"),
+        ("metrics.json", lambda text: text.replace("kl_mean", "kl_moan"), "summary.kl_mean: missing"),
+        ("verify.json", lambda text: "{}", "passed: missing (3 more such)"),
+        ("verify.json", lambda text: text[:-9], "not JSON (EOF"),
+        ("metrics.json", lambda text: "[" * 100_000, "not JSON (recursion limit"),
+        ("fourfold.json", lambda text: text.replace('"format": "c', '"format": "../../c'), "format: got '../../comp"),
+        ("fourfold.json", lambda text: text.replace('mat": "compressed-tensors"', 'mat": "gptq"'), "as in recipe"),
     ],
 )
 def test_a_file_not_as_written_is_named(release: Path, name: str, edit: Callable[[str], str], said: str) -> None:

@@ -220,7 +220,7 @@ def entropy(named: Named) -> Spec:
     values = []
     for name, records in named:
         for bucket in (records.metrics or {}).get("by_entropy") or ():
-            if bucket["positions"] and bucket["kl_mean"] > 0:
+            if (bucket.get("kl_mean") or 0) > 0:
                 end = "" if bucket["to"] is None else f"{bucket['to']:g}"
                 where = f"{bucket['from']:g}\N{EN DASH}{end}"
                 values.append({"entropy": where, "release": name, "nats": bucket["kl_mean"], "n": bucket["positions"]})

@@ -75,7 +75,8 @@ def _entropy(metrics: Mapping[str, Any]) -> Markdown:
     rows: list[tuple[object, ...]] = []
     for bucket in metrics.get("by_entropy") or ():
         end = "more" if bucket["to"] is None else f"{bucket['to']:g}"
-        cells = (f"{bucket['kl_mean']:.6f}", f"{bucket['top1_agreement']:.2%}") if bucket["positions"] else ("", "")
+        kl, agreement = bucket.get("kl_mean"), bucket.get("top1_agreement")
+        cells = ("" if kl is None else f"{kl:.6f}", "" if agreement is None else f"{agreement:.2%}")
         rows.append((f"{bucket['from']:g} to {end}", f"{bucket['positions']:,}", *cells))
     return table(("entropy, nats", "positions", "KL, mean", "same likeliest token"), rows)
 

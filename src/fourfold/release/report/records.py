@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -12,15 +11,12 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.quantize.journal import FINISHED
+from fourfold.release.schemas import Bench, Metrics, Record, Verdict, read_record
 from fourfold.release.verify.folder import Release, open_release
 
 LOG, METRICS, VERDICT, BENCH = "quant_log.csv", "metrics.json", "verify.json", "bench.json"
 EXPERTS = "routed experts"
-SUMMARY = (
-    "positions", "perplexity_source", "perplexity_release", "perplexity_ratio", "kl_mean", "kl_median", "kl_p90",
-    "kl_p99", "kl_max", "top1_agreement", "top5_agreement", "entropy_source",
-)  # fmt: skip
+FIX = "Run the command that wrote it again, or remove the file"
 
 
 @dataclass(frozen=True)
@@ -121,18 +117,11 @@ class Records:
 def read_records(folder: Path) -> Records:
     """Raises FourfoldError for a folder that is no finished release, or a file that is not as fourfold writes it."""
     release = open_release(folder)
-    metrics = read_object(folder / METRICS)
-    if metrics is not None:
-        check_metrics(folder / METRICS, metrics)
-    if release.state.get("guidance") is not None:
-        check_guidance(folder / FINISHED, release.state["guidance"])
-    verdict, bench = read_object(folder / VERDICT), read_object(folder / BENCH)
-    if verdict is not None:
-        require(folder / VERDICT, verdict, ("passed", "content", "levels", "checks"))
-    if bench is not None:
-        require(folder / BENCH, bench, ("model", "engine", "load", "levels"))
+    metrics, verdict = _read(folder / METRICS, Metrics), _read(folder / VERDICT, Verdict)
+    bench, sampling = _read(folder / BENCH, Bench), _read(folder / "generation_config.json", Record) or {}
+    if metrics is not None and metrics["summary"] is None:
+        raise FourfoldError(f"{folder / METRICS}: summary: got null, as of a trial, expected figures. {FIX}")
     stale = verdict is not None and verdict["content"] != release.state["output"]["content"]
-    sampling = read_object(folder / "generation_config.json") or {}
     licence = folder / "LICENSE"
     return Records(
         release=release,
@@ -205,38 +194,6 @@ def _projection(row: Mapping[str, str]) -> Projection:
     )
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None if there is no such file. Raises FourfoldError for anything else."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FourfoldError(f"{path}: cannot be read as JSON ({error}); make it anew, or remove it") from None
-    if not isinstance(content, dict):
-        raise FourfoldError(f"{path}: a JSON object is wanted; make it anew, or remove it")
-    return content
-
-
-def check_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Raises FourfoldError unless all that a card shows of metrics.json is there, in its shape."""
-    require(path, metrics, ("measured_by", "protocol", "summary", "layers"))
-    against = metrics.get("against")
-    for part in (metrics, *([against] if against else [])):
-        require(path, part, ("summary", "layers"))
-        require(path, part["summary"], SUMMARY)
-        for layer in part["layers"]:
-            require(path, layer, ("layer", "hidden_error", "router_agreement"))
-
-
-def check_guidance(path: Path, guidance: Any) -> None:
-    """The same of what fourfold.json says of guidance."""
-    require(path, guidance, ("tokens", "layers"))
-    for layer in guidance["layers"]:
-        require(path, layer, ("layer", "predicted", "measured"))
-
-
-def require(path: Path, content: Any, names: Iterable[str]) -> None:
-    missing = [name for name in names if not isinstance(content, Mapping) or name not in content]
-    if missing:
-        raise FourfoldError(f"{path}: lacks {', '.join(missing)}; make it anew, or remove it")
+def _read(path: Path, kind: type[Record]) -> dict[str, Any] | None:
+    """None if there is no such file."""
+    return read_record(path, kind, FIX) if path.is_file() else None

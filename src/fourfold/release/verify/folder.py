@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 from fourfold.core import pack
 from fourfold.datatypes import Action, FourfoldError
-from fourfold.model.checkpoint import TensorIndex, brief
+from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import read_config, storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, STATE, WRITTEN, hold
 from fourfold.quantize.reference import Reference, read_reference
 from fourfold.recipe import Recipe, load_recipe
+from fourfold.release.schemas import State, read_record
 
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
@@ -48,8 +48,9 @@ def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
 
     state: fourfold.json; empty for another tool's release, whose shards are those that its index names.
     """
-    shards = state.get("output", {}).get("shards") if state else None
-    if shards is None:
+    if state:
+        shards = set(state["output"]["shards"])
+    else:
         shards = {header.shard for header in TensorIndex.open(folder).headers.values()}
     return {*shards, *WRITTEN, *DOCUMENTS, CONVERSION, CARD, PAGE, *(f"{FIGURES}/{name}" for name in PLOTS)}
 
@@ -128,25 +129,23 @@ def open_release(folder: Path) -> Release:
     if not folder.is_dir():
         raise FourfoldError(f"{folder}: no such folder; the OUT of `fourfold quantize` is wanted")
     _require_finished(folder)
-    state = _read_object(folder / FINISHED)
-    try:
-        identity, trial, shards = state["identity"], state["partial"], state["output"]["shards"]
-        recipe_digest, content = identity["recipe"], state["output"]["content"]
-        assert isinstance(identity["source"], str) and isinstance(content, str)
-        assert isinstance(identity["parts"]["source"], dict)
-        assert all(isinstance(shards[name]["sha256"], str) for name in shards)
-    except (KeyError, TypeError, AssertionError) as error:
-        raise FourfoldError(f"{folder / FINISHED}: not as fourfold writes it ({error!r}); quantize again") from None
-    if trial:
+    state = read_record(folder / FINISHED, State, "Bring back the one that quantize wrote, or quantize again")
+    if state["partial"]:
         raise FourfoldError(
             f"{folder}: partial: a trial on layers {state.get('layers')}, which no engine loads. Quantize the whole "
             "model into another OUT to have a release that can be verified"
         )
     recipe = load_recipe(str(folder / "recipe.toml"))
+    recipe_digest = state["identity"]["recipe"]
     if recipe.digest() != recipe_digest:
         raise FourfoldError(
             f"{folder / 'recipe.toml'}: of another recipe: its digest is {recipe.digest()[:16]}..., the release was "
             f"made by {recipe_digest[:16]}...; bring the recipe.toml back that quantize wrote"
+        )
+    if state["format"] != recipe.format:
+        raise FourfoldError(
+            f"{folder / FINISHED}: format: got {state['format']!r}, expected {recipe.format!r}, as in recipe.toml. "
+            "Bring back the fourfold.json that was written with it"
         )
     raw = read_config(folder)
     format = storage_format(raw, folder)
@@ -175,15 +174,3 @@ def _require_finished(folder: Path) -> None:
     with hold(folder):  # raises if a run is on
         pass
     raise FourfoldError(f"{folder}: partial: its run was interrupted; the same `fourfold quantize` command goes on")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise FourfoldError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise FourfoldError(f"{path}: found {brief(content)}; wanted a JSON object")
-    return content
