@@ -176,15 +176,15 @@ def test_summary() -> None:
     )
     show_summary(to, summary)  # type: ignore[arg-type]
     assert [line.rstrip() for line in printed(to).splitlines()] == [
-        "output                  release[1]",
-        "projections             192 (190 gptq, 2 diag)",
-        "size of tensors         22.4 MB -> 13.0 MB (58.0%)",
-        "perplexity, source      28.0000",
-        "perplexity, release     28.5600",
-        "KL divergence, mean     0.01230 nats",
-        "same most likely token  95.00%",
-        "time                    1 min 02 s",
-        "peak memory             host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
+        "output                      release[1]",
+        "projections                 192 (190 gptq, 2 diag)",
+        "size of tensors             22.4 MB -> 13.0 MB (58.0%)",
+        "perplexity, source          28.0000",
+        "perplexity, release         28.5600",
+        "KL divergence, mean (nats)  0.01230",
+        "top-1 agreement             95.00%",
+        "time                        1 min 02 s",
+        "peak memory                 host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
         "note: a note",
     ]
 
@@ -211,10 +211,21 @@ def test_evaluation_shows_source_and_release() -> None:
     to = console()
     show_evaluation(to, evaluated())
     shown = printed(to)
-    figures = ("10.0000 +-1.0000", "10.1000", "0.00100 +-0.00020", "98.00%", "0.0345", "96.00%")
+    figures = ("10.0000 ± 1.0000", "10.1000", "0.00100 ± 0.00020", "top-1 agreement", "98.00%", "0.0345", "96.00%")
     for words in (*figures, "a text: 4 windows"):
         assert words in shown, words
-    assert "drafts kept" not in shown
+    assert "draft acceptance" not in shown
+
+
+def test_a_ratio_is_shown_with_its_interval_or_not_at_all() -> None:
+    """Below 1 it would say that int4 is better than BF16."""
+    found = evaluated()
+    found["summary"]["perplexity_ratio"] = 0.9994
+    show_evaluation(to := console(), found)
+    assert "0.9994" not in (shown := printed(to)) and "one window gives no interval" in shown
+    found["intervals"]["perplexity_ratio"] = [0.9973, 1.0015]
+    show_evaluation(to := console(), found)
+    assert "0.99940 ± 0.00210" in printed(to)
 
 
 def test_evaluation_shows_drafts_tasks_and_a_second_release() -> None:

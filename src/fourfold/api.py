@@ -132,6 +132,7 @@ def evaluate(
     drafts: bool = True,
     tasks: Sequence[str] = (),
     url: str | None = None,
+    replace: bool = False,
     devices: str = "auto",
     progress: Progress = ignore,
 ) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def evaluate(
         against: a second release, measured in the same pass.
         drafts: run the draft (MTP) heads, too.
         tasks: names of lm-eval's tasks, for the server at `url`; both or neither.
+        replace: a measurement on more predictions gives way to this one.
         devices: one: "auto", "cpu" or "cuda:N".
         progress: is told stages and finished layers.
 
@@ -155,8 +157,8 @@ def evaluate(
         What stands in metrics.json.
 
     Raises:
-        FourfoldError: the release is unfinished, partial, of another source, of a quantization that is not read, or
-            calibrated on the text; the server does not answer.
+        FourfoldError: the release is unfinished, partial, of another source, of a quantization that is not read,
+            calibrated on the text, or measured on more of it already; the server does not answer.
     """
     if bool(tasks) != bool(url):
         raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
@@ -170,7 +172,7 @@ def evaluate(
     return run(
         Path(out),
         _resolve(source, progress),
-        protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts),
+        protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace),
         against=None if against is None else _resolve(against, progress),
         tasks=Tasks(names=tuple(tasks), url=url) if url else None,
         device=device,

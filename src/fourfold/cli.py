@@ -32,6 +32,7 @@ from fourfold.options import (
     Quiet,
     RecipeName,
     Release,
+    Replace,
     Restart,
     Source,
     SourceModel,
@@ -200,14 +201,16 @@ def evaluate(
     drafts: Drafts = True,
     tasks: Tasks = None,
     url: Url = None,
+    replace: Replace = False,
     devices: Device = "auto",
     quiet: Quiet = False,
     as_json: EventsJson = False,
 ) -> None:
     """Measure what the release in OUT lost against its source, on held-out text.
 
-    Perplexity, KL divergence, equal tokens, drift and routing by layer, and how many drafts of the MTP head are kept go
-    into OUT/metrics.json. Works layer by layer, and for releases of GPTQModel, llm-compressor and AutoRound too.
+    Perplexity, KL divergence, top-1 agreement, drift and routing by layer, and the acceptance rate of the MTP head go
+    into OUT/metrics.json; a larger measurement stays unless --replace is given. Works layer by layer, and for releases
+    of GPTQModel, llm-compressor and AutoRound too.
     """
     with answer():
         console = terminal.open_console()
@@ -223,6 +226,7 @@ def evaluate(
                 drafts=drafts,
                 tasks=tasks.split(",") if tasks else (),
                 url=url,
+                replace=replace,
                 devices=devices,
                 progress=progress,
             )

@@ -304,6 +304,7 @@ Against = Annotated[
         help="Measure a second release in the same pass: a folder, or org/name of the Hub.",
     ),
 ]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace a measurement on more predictions than this one.")]
 Drafts = Annotated[bool, typer.Option(help="Run the draft (MTP) heads. Reads all layers some ten times more.")]
 Tasks = Annotated[
     str | None,

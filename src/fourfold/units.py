@@ -1,10 +1,25 @@
-"""Times and sizes as people read them."""
+"""Times, sizes and measured figures as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
+RATIO = "perplexity_ratio"
+FIGURES = {  # key in metrics.json's summary: what it is called, how it is written
+    "perplexity_source": ("perplexity, source", "{:.4f}"),
+    "perplexity_release": ("perplexity, release", "{:.4f}"),
+    RATIO: ("perplexity ratio, release / source", "{:.5f}"),
+    "kl_mean": ("KL divergence, mean (nats)", "{:.5f}"),
+    "kl_median": ("KL divergence, median (nats)", "{:.6f}"),
+    "kl_p90": ("KL divergence, 90th percentile (nats)", "{:.5f}"),
+    "kl_p99": ("KL divergence, 99th percentile (nats)", "{:.5f}"),
+    "kl_max": ("KL divergence, maximum (nats)", "{:.3f}"),
+    "top1_agreement": ("top-1 agreement", "{:.2%}"),
+    "top5_agreement": ("top-5 agreement", "{:.2%}"),
+}
+NO_INTERVAL = "unknown: one window gives no interval"
 
 
 def size(count: int) -> str:
@@ -13,6 +28,18 @@ def size(count: int) -> str:
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
+
+
+def figure_text(found: Mapping[str, Any], key: str) -> str:
+    """A figure of metrics.json, found["summary"][key], with half of its 95 % interval.
+
+    A ratio of perplexities is close to 1 and may fall on either side by chance, so it is never shown without one.
+    """
+    form, ends = FIGURES[key][1], (found.get("intervals") or {}).get(key)
+    text = form.format(found["summary"][key])
+    if ends:
+        return f"{text} ± {form.format((ends[1] - ends[0]) / 2)}"
+    return NO_INTERVAL if key == RATIO else text
 
 
 def clock_text(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,24 @@ def test_what_it_does_not_measure_is_kept(out: Path, source: Path, recipe: Path)
     found = evaluate(out, source, protocol=protocol(recipe))
     assert found["tasks"] == tasks
     assert "against" not in found and found["drafts"] is None
+
+
+def test_a_larger_measurement_stays(out: Path, source: Path, recipe: Path) -> None:
+    """Of as many predictions or more it gives way; drafts that are not run are kept too."""
+    rule = {"by_position": [0.5], "mean_length": 1.5, "interval": None}
+    drafted = {"protocol": {}, "source": {"greedy": rule, "sampled": rule}, "release": None}
+    checkpoints.edit_json(out / "metrics.json", lambda raw: raw.update(drafts=drafted))
+    before = (out / "metrics.json").read_bytes()
+    small = Protocol(text=recipe.parent / "heldout.txt", windows=3, length=64, drafts=False)
+    with pytest.raises(FourfoldError) as raised:
+        evaluate(out, source, protocol=small)
+    assert str(raised.value).startswith(
+        f"{out / 'metrics.json'}: measured on 2 windows of 128 tokens, 254 predictions; got 3 windows of 64, 189"
+    )
+    assert "--replace" in str(raised.value) and (out / "metrics.json").read_bytes() == before
+    found = evaluate(out, source, protocol=replace(small, replace=True))
+    assert (found["summary"]["positions"], found["drafts"]) == (189, drafted)
+    assert evaluate(out, source, protocol=replace(small, windows=4))["summary"]["positions"] == 252
 
 
 def test_drafts_and_a_second_release(out: Path, source: Path, recipe: Path) -> None:

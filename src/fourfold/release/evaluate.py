@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,20 @@ from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 METRICS = "metrics.json"
 WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
 MEASURED = ("measured_by", "source", "protocol", "calibration_overlap", "summary", "intervals", "by_entropy",
-            "kl_histogram", "layers", "drafts", "against")  # fmt: skip
+            "kl_histogram", "layers", "against")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """What is measured on. text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens
-    of each; drafts: whether draft heads are run.
+    of each; drafts: whether draft heads are run; replace: a measurement on more predictions may be replaced by it.
     """
 
     text: Path | None = None
     windows: int | None = None
     length: int = Heldout.length
     drafts: bool = True
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,20 @@ def evaluate(
     """Measure the release in `out`, and a second one, against the BF16 checkpoint in `source`; write OUT/metrics.json.
 
     dtype: of the arithmetic between the layers; engines run in BF16. Returns what is in metrics.json
-    (docs/evaluation.md); its parts that this command does not measure are kept.
+    (docs/evaluation.md); its parts that this call does not measure are kept.
     Raises FourfoldError, before the first layer, for a release that is partial or unfinished, of another source, of a
-    quantization that is not read, or calibrated on the text; for a server that does not answer.
+    quantization that is not read, calibrated on the text, or measured on more of it already; for a server that does not
+    answer.
     """
     check_device(device)
     refuse_links(out)
     skeleton = Skeleton.open(source)
     original = Weights.open(source, skeleton)
     releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
-    kept = {name: value for name, value in read_metrics(out).items() if name not in MEASURED}
-    text = read_text(protocol, source)
+    before, text = read_metrics(out), read_text(protocol, source)
+    if not protocol.replace:
+        _refuse_smaller(out, before, text)
+    kept = {name: value for name, value in before.items() if name not in MEASURED}
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
@@ -90,13 +95,16 @@ def evaluate(
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, watch)
         drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
-    found = kept | {
+    if protocol.drafts:
+        kept["drafts"] = drafted and {
+            "protocol": drafts.protocol(text.token_RT), "source": drafted[0], "release": drafted[1],
+        }  # fmt: skip
+    found = {"drafts": None} | kept | {
         "measured_by": "evaluate",
         "source": {"name": source.resolve().name, "headers": original.index.digest},
         "protocol": text.protocol | {"digest": text.digest, "dtype": str(dtype).removeprefix("torch.")},
         "calibration_overlap": overlaps[0],
         **figures[0],
-        "drafts": drafted and {"protocol": drafts.protocol(text.token_RT), "source": drafted[0], "release": drafted[1]},
     }
     if against is not None:
         found["against"] = {
@@ -186,6 +194,19 @@ def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
     if calibrated is None:
         return None
     return refuse_calibrated(text.token_RT, calibrated, text.protocol["text"], release.weights.folder / FINISHED)
+
+
+def _refuse_smaller(out: Path, before: Mapping[str, Any], text: HeldoutRows) -> None:
+    """Raise FourfoldError if OUT holds a measurement on more predictions than these windows have."""
+    windows, length = text.token_RT.shape
+    predictions, measured = windows * (length - 1), (before.get("summary") or {}).get("positions", 0)
+    if predictions < measured:
+        said = before["protocol"]
+        raise FourfoldError(
+            f"{out / METRICS}: measured on {said.get('windows')} windows of {said.get('window')} tokens, {measured:,} "
+            f"predictions; got {windows} windows of {length}, {predictions:,} predictions.\n"
+            "Measure on as many (--windows, --length), or replace the larger measurement with --replace"
+        )
 
 
 def read_metrics(out: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from fourfold.core.pack import CODES_AND_SCALES
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import brief
+from fourfold.units import FIGURES
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[float, Field(ge=0)]
@@ -44,10 +45,6 @@ def by_name(kind: Any) -> Any:
 
 # --- metrics.json: docs/evaluation.md -----------------------------------------------------------------------------
 
-FIGURES = (
-    "perplexity_source", "perplexity_release", "perplexity_ratio", "kl_mean", "kl_median", "kl_p90", "kl_p99", "kl_max",
-    "top1_agreement", "top5_agreement", "entropy_source",
-)  # fmt: skip
 BIN = {"from": Size, "to": Size | None, "positions": Count}
 Bucket = record({"kl_mean": float, "top1_agreement": float}, **BIN)
 Rule = record(by_position=each(float), mean_length=float, interval=Ends | None)
@@ -55,7 +52,7 @@ Drafted = record(greedy=Rule, sampled=Rule)
 Task = record({"shots": int, "samples": int}, figures=by_name(float | str | None))
 PROTOCOL = {"text": str, "windows": Count, "window": Count, "stride": Count, "bos": bool, "dtype": str, "digest": str}
 MEASURED = {
-    "summary": record(positions=Count, **dict.fromkeys(FIGURES, float)) | None,  # None of a trial
+    "summary": record(positions=Count, entropy_source=float, **dict.fromkeys(FIGURES, float)) | None,  # None of a trial
     "layers": each(record(layer=Count, hidden_error=float, router_agreement=float | None)),
 }
 DETAILS = {"intervals": by_name(Ends), "by_entropy": each(Bucket), "kl_histogram": each(record(**BIN))}

@@ -12,21 +12,14 @@ from rich.text import Text
 
 from fourfold.tables.facts import facts_table, show_facts, show_warnings
 from fourfold.terminal import memory_text, paragraphs, plain
-from fourfold.units import clock_text
+from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
     from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
     from fourfold.release.verify.check import Verdict
 
-METRICS = {  # key of Summary.metrics: what it is called, how it is written
-    "perplexity_source": ("perplexity, source", "{:.4f}"),
-    "perplexity_release": ("perplexity, release", "{:.4f}"),
-    "kl_mean": ("KL divergence, mean", "{:.5f} nats"),
-    "kl_median": ("KL divergence, median", "{:.5f} nats"),
-    "kl_p99": ("KL divergence, 99th percentile", "{:.5f} nats"),
-    "top1_agreement": ("same most likely token", "{:.2%}"),
-}
+SUMMARY = ("perplexity_source", "perplexity_release", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -101,8 +94,9 @@ def show_summary(console: Console, summary: Summary) -> None:
     if summary.bytes_before:
         sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
     table.add_row("size of tensors", sizes)
-    for key, (label, form) in METRICS.items():
+    for key in SUMMARY:
         if key in summary.metrics:
+            label, form = FIGURES[key]
             table.add_row(label, form.format(summary.metrics[key]))
     resumed = " since it went on" if "restore" in summary.seconds else ""
     table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
@@ -124,17 +118,6 @@ def show_summary(console: Console, summary: Summary) -> None:
 
 # --- evaluation --------------------------------------------------------------------------------------------------
 
-EVALUATED = {  # key in metrics.json's summary: what it is called, how it is written
-    "perplexity_ratio": ("  over the source's", "{:.4f}"),
-    "kl_mean": ("KL divergence, mean", "{:.5f}"),
-    "kl_median": ("  median", "{:.5f}"),
-    "kl_p90": ("  90th percentile", "{:.5f}"),
-    "kl_p99": ("  99th percentile", "{:.5f}"),
-    "kl_max": ("  largest", "{:.3f}"),
-    "top1_agreement": ("same likeliest token", "{:.2%}"),
-    "top5_agreement": ("same likeliest five", "{:.2%}"),
-}
-
 
 def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     """The table of metrics.json: source, release and, where there is one, the second release."""
@@ -144,33 +127,28 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
-    sure = [_with_interval(release, "perplexity_release", "{:.4f}") for release in releases]
-    table.add_row("perplexity", _with_interval(found, "perplexity_source", "{:.4f}"), *sure)
-    for key, (label, form) in EVALUATED.items():
-        table.add_row(label, "", *(_with_interval(release, key, form) for release in releases))
+    perplexities = [figure_text(release, "perplexity_release") for release in releases]
+    table.add_row("perplexity", figure_text(found, "perplexity_source"), *perplexities)
+    for key, (label, _) in [*FIGURES.items()][2:]:
+        table.add_row(label, "", *(figure_text(release, key) for release in releases))
     last = [release["layers"][-1] for release in releases]
-    table.add_row("last hidden states, error", "", *(f"{row['hidden_error']:.4f}" for row in last))
+    table.add_row("hidden-state error, last layer", "", *(f"{row['hidden_error']:.4f}" for row in last))
     least = [[row["router_agreement"] for row in release["layers"] if row["router_agreement"]] for release in releases]
-    table.add_row("routers agree, least", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
+    table.add_row("router agreement, minimum", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
     if found["drafts"]:
         drafted = [found["drafts"]["source"], found["drafts"]["release"], *(r["drafts"] for r in releases[1:])]
-        for rule, label in (("greedy", "drafts kept"), ("sampled", "  sampling")):
+        for rule, label in (("greedy", "draft acceptance rate, greedy"), ("sampled", "draft acceptance rate, sampled")):
             table.add_row(label, *(_kept(one, rule) for one in drafted))
-            table.add_row("  tokens a step", *(_length(one, rule) for one in drafted))
+            table.add_row("  tokens per step", *(_length(one, rule) for one in drafted))
     console.print(table)
     protocol = found["protocol"]
     console.print(
         f"{plain(protocol['text'])}: {protocol['windows']} windows of {protocol['window']} tokens, no BOS; "
-        "+- half of the 95 % interval over windows",
+        "± half of the 95 % interval over windows",
         style="dim",
         soft_wrap=True,
     )
     show_facts(console, _tasks(found))
-
-
-def _with_interval(release: Mapping[str, Any], key: str, form: str) -> str:
-    text, ends = form.format(release["summary"][key]), (release["intervals"] or {}).get(key)
-    return f"{text} +-{form.format((ends[1] - ends[0]) / 2)}" if ends else text
 
 
 def _kept(drafted: Mapping[str, Any] | None, rule: str) -> str:

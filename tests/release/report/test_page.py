@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from fourfold import cli
 from fourfold.release.report.about import About
+from fourfold.release.report.card import card
 from fourfold.release.report.charts import RATIO
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
@@ -148,6 +150,26 @@ def test_a_second_release_is_shown_beside(finished: Path) -> None:
     assert data["rows"]["ratio"] == [*[pytest.approx(2, rel=1e-5)] * 23, None], "no row of its own, no ratio"
     assert RATIO[0] in data["maps"]
     assert len({value["release"] for value in data["charts"]["drift"]["data"]["values"]}) == 2
+
+
+def test_a_ratio_below_one_has_its_interval(release: Path, change: Change) -> None:
+    """On the card too."""
+
+    def below(metrics: Any) -> None:
+        metrics["summary"]["perplexity_ratio"] = 0.99941
+        metrics["intervals"]["perplexity_ratio"] = [0.99731, 1.00151]
+
+    def both() -> tuple[str, str]:
+        records = read_records(release)
+        return page(records, ABOUT), card(records, ABOUT, (), {})
+
+    change("metrics.json", below)
+    shown, written = both()
+    assert shown.count("0.99941 ± 0.00210") == shown.count("0.99941") == 2, "the tile and the table"
+    assert re.search(r"\| 0\.99941 +\| 0\.99731 to 1\.00151 \|", written) and written.count("0.99941") == 1
+    change("metrics.json", lambda metrics: metrics.update(intervals=None))
+    for text in both():
+        assert "0.99941" not in text and "one window gives no interval" in text and "top-1 agreement" in text
 
 
 def test_without_metrics_there_is_no_chart_of_them(finished: Path) -> None:

@@ -14,9 +14,9 @@ from fourfold.release.report.about import About
 from fourfold.release.report.card import WORST, worst_rows
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
-from fourfold.release.report.quality import FIGURES, UNMEASURED
+from fourfold.release.report.quality import UNMEASURED
 from fourfold.release.report.records import Records
-from fourfold.units import clock_text, size
+from fourfold.units import FIGURES, clock_text, figure_text, size
 
 HERE = Path(__file__).parent
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite and Vega-Embed leaves to the page
@@ -65,15 +65,13 @@ def _digest(text: str) -> str:
 
 def _facts(records: Records, about: About) -> list[tuple[str, str]]:
     state = records.state
-    summary = records.metrics["summary"] if records.metrics else None
     verdict = records.verdict
     return [
         ("base model", about.base_model or "not stated"),
         ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
         ("size", f"{size(state['source_tensor_bytes'])} \N{RIGHTWARDS ARROW} {size(state['output']['tensor_bytes'])}"),
         ("projections", f"{state['projections']:,}"),
-        ("KL, mean", f"{summary['kl_mean']:.5f} nats" if summary else UNMEASURED),
-        ("perplexity, of BF16's", f"{summary['perplexity_ratio']:.5f}" if summary else UNMEASURED),
+        *((FIGURES[key][0], _figure(records, key)) for key in ("kl_mean", "perplexity_ratio")),
         ("time", clock_text(sum(state["seconds"].values()))),
         ("verified", ("no" if verdict is None else ", ".join(verdict["levels"]) if verdict["passed"] else "FAILED")),
     ]
@@ -82,7 +80,8 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
 def _quality(records: Records, against: Records | None) -> list[tuple[str, list[str]]]:
     """Rows of the table of metrics: words, and a cell for each release."""
     both = [records] if against is None else [records, against]
-    parts: list[Any] = [one.metrics["summary"] if one.metrics else None for one in both]
-    return [
-        (words, [form.format(part[key]) if part else UNMEASURED for part in parts]) for key, words, form in FIGURES
-    ]
+    return [(words, [_figure(one, key) for one in both]) for key, (words, _) in FIGURES.items()]
+
+
+def _figure(records: Records, key: str) -> str:
+    return figure_text(records.metrics, key) if records.metrics else UNMEASURED

@@ -7,20 +7,9 @@ from typing import Any
 
 from fourfold.release.report.escape import Markdown, prose, table
 from fourfold.release.report.records import Records
+from fourfold.units import FIGURES, figure_text
 
 UNMEASURED = "not measured"
-FIGURES = (  # of metrics.json's summary, in the order of the table: key, words, form
-    ("perplexity_source", "perplexity, BF16", "{:.4f}"),
-    ("perplexity_release", "perplexity, this release", "{:.4f}"),
-    ("perplexity_ratio", "ratio of both", "{:.5f}"),
-    ("kl_mean", "KL, mean", "{:.5f}"),
-    ("kl_median", "KL, median", "{:.6f}"),
-    ("kl_p90", "KL, 90 %", "{:.5f}"),
-    ("kl_p99", "KL, 99 %", "{:.5f}"),
-    ("kl_max", "KL, most", "{:.3f}"),
-    ("top1_agreement", "same likeliest token", "{:.2%}"),
-    ("top5_agreement", "of the five likeliest, the same", "{:.2%}"),
-)
 
 
 def quality(records: Records) -> dict[str, Any]:
@@ -36,7 +25,7 @@ def quality(records: Records) -> dict[str, Any]:
     header = ("", "this release", "95 %", *((str(prose(against["name"])), "95 %") if against else ()))
     rows = [
         (words, *_cells(metrics, key, form), *(_cells(against, key, form) if against else ()))
-        for key, words, form in FIGURES
+        for key, (words, form) in FIGURES.items()
     ]
     found["quality"] = table(header, rows)
     found["entropy"] = _entropy(metrics)
@@ -54,7 +43,9 @@ def quality(records: Records) -> dict[str, Any]:
 
 def _cells(part: Mapping[str, Any], key: str, form: str) -> tuple[str, str]:
     ends = (part.get("intervals") or {}).get(key)
-    return form.format(part["summary"][key]), f"{form.format(ends[0])} to {form.format(ends[1])}" if ends else ""
+    if not ends:
+        return figure_text(part, key), ""
+    return form.format(part["summary"][key]), f"{form.format(ends[0])} to {form.format(ends[1])}"
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
@@ -78,7 +69,7 @@ def _entropy(metrics: Mapping[str, Any]) -> Markdown:
         kl, agreement = bucket.get("kl_mean"), bucket.get("top1_agreement")
         cells = ("" if kl is None else f"{kl:.6f}", "" if agreement is None else f"{agreement:.2%}")
         rows.append((f"{bucket['from']:g} to {end}", f"{bucket['positions']:,}", *cells))
-    return table(("entropy, nats", "positions", "KL, mean", "same likeliest token"), rows)
+    return table(("entropy, nats", "positions", "KL, mean", FIGURES["top1_agreement"][0]), rows)
 
 
 def _drafts(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
