@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourfold.core import pack
-from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.datatypes import Event, Progress, ignore
 from fourfold.model.checkpoint import CHUNK_BYTES, DTYPES, TensorIndex, raw_bytes
 from fourfold.model.family import split_names
 from fourfold.model.weights import read_config, readable_format
-from fourfold.release.convert import METRICS, Scales
+from fourfold.release.convert import Scales
+from fourfold.release.evaluate import read_metrics
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 
 STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
@@ -34,13 +35,38 @@ class Piece:
 
 
 @dataclass(kw_only=True)
+class WeightErrors:
+    """|W - Wq|_F / |W|_F of projections that are int4 in one checkpoint and not in the other, over all of them.
+
+    worst_name: of the projection with the largest error, "" without one.
+    """
+
+    projections: int = 0
+    mean: float = 0.0
+    median: float = 0.0
+    worst: float = 0.0
+    worst_name: str = ""
+
+    @classmethod
+    def of(cls, errors: Mapping[str, float]) -> WeightErrors:
+        """errors: by name."""
+        if not errors:
+            return cls()
+        name, values = max(errors, key=lambda one: errors[one]), errors.values()
+        return cls(
+            projections=len(errors), mean=fmean(values), median=median(values), worst=errors[name], worst_name=name
+        )
+
+
+@dataclass(kw_only=True)
 class Comparison:
     """What two checkpoints have in common. formats: None where nothing is int4.
 
     equal: tensors that are not int4 and the same to the bit, stacks of experts counted as a tensor for each; different:
     those that are not, and int4 ones that cannot be compared code by code; only_first, only_second: by name;
-    projections: int4 in both; codes, codes_changed, projections_changed, scales: of them; metrics: a figure of
-    metrics.json in both, by name; same_protocol: both were measured alike, None where one was not.
+    projections: int4 in both; codes, codes_changed, projections_changed, scales: of them; errors: of projections that
+    are int4 in one alone; metrics: a figure of metrics.json in both, by name, intervals: its confidence intervals;
+    same_protocol: both were measured alike, None where one was not.
     """
 
     first: str
@@ -55,14 +81,16 @@ class Comparison:
     codes_changed: int = 0
     projections_changed: int = 0
     scales: Scales = field(default_factory=Scales)
+    errors: WeightErrors = field(default_factory=WeightErrors)
     metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    intervals: dict[str, tuple[list[float] | None, list[float] | None]] = field(default_factory=dict)
     same_protocol: bool | None = None
 
     @property
     def same(self) -> bool:
         """Whether every weight is the same. How it is stored, and what is said of it beside, may differ."""
         lists = self.different or self.only_first or self.only_second
-        return not (lists or self.codes_changed or self.scales.changed)
+        return not (lists or self.codes_changed or self.scales.changed or self.errors.worst)
 
     def to_json(self) -> dict[str, Any]:
         return {"same": self.same} | dataclasses.asdict(self)
@@ -81,16 +109,22 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
         {*piece, *(f"{name}weight" for name in stock.projections)} for piece, stock in zip(pieces, stocks, strict=True)
     ]
     found.only_first, found.only_second = sorted(names[0] - names[1]), sorted(names[1] - names[0])
-    common = sorted(names[0] & names[1])
+    common, errors = sorted(names[0] & names[1]), dict[str, float]()
     for place, name in enumerate(common):
+        stem = name.removesuffix("weight")
         if name in pieces[0] and name in pieces[1]:
             _compare_pieces(found, name, stocks, (pieces[0][name], pieces[1][name]))
         elif name in pieces[0] or name in pieces[1]:
-            found.different.append(name)
+            source, release = (0, 1) if name in pieces[0] else (1, 0)
+            error = _weight_error(stocks[source], pieces[source][name], stocks[release], stem)
+            if error is None:
+                found.different.append(name)
+            else:
+                errors[stem.rstrip(".")] = error
         else:
-            stem = name.removesuffix("weight")
             _compare_projections(found, stocks, (stocks[0].projections[stem], stocks[1].projections[stem]))
         progress(Event(kind="stage", stage="compare", done=place + 1, total=len(common), unit="tensors"))
+    found.errors = WeightErrors.of(errors)
     _compare_metrics(found, first, second)
     return found
 
@@ -130,6 +164,19 @@ def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored],
         found.different.append(name)
 
 
+def _weight_error(source: Stored, piece: Piece, release: Stored, stem: str) -> float | None:
+    """Of a projection against weights that are not int4; None if these are of another shape or no floats."""
+    projection, dtype = release.projections[stem], DTYPES[piece.dtype]
+    if piece.shape != (projection.outputs, projection.inputs) or not dtype.is_floating_point:
+        return None
+    weight_NK = torch.empty(piece.shape, dtype=dtype)
+    source.index.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
+    wanted_NK = weight_NK.float()
+    stored_NK = _dequantize(release.read(projection), str(release.format))
+    error, size = float((wanted_NK - stored_NK).norm()), float(wanted_NK.norm())
+    return error / size if size else float(error > 0)
+
+
 def _compare_projections(
     found: Comparison, stocks: tuple[Stored, Stored], projections: tuple[Projection, Projection]
 ) -> None:
@@ -164,27 +211,15 @@ def _in_rows(tensors: Mapping[str, Tensor], format: str) -> tuple[Tensor, Tensor
 
 
 def _dequantize(tensors: Mapping[str, Tensor], format: str) -> Tensor:
-    return pack.dequantize({suffix: value[None] for suffix, value in tensors.items()}, format)
+    return pack.dequantize({suffix: value[None] for suffix, value in tensors.items()}, format)[0]
 
 
 def _compare_metrics(found: Comparison, first: Path, second: Path) -> None:
     """metrics.json of both, where they have one."""
-    measured = [_metrics(folder) for folder in (first, second)]
-    summaries = [one.get("summary") or {} for one in measured]
+    measured = [read_metrics(folder) for folder in (first, second)]
+    summaries, intervals = ([one.get(key) or {} for one in measured] for key in ("summary", "intervals"))
     for name in dict.fromkeys([*summaries[0], *summaries[1]]):
-        pair = tuple(summary.get(name) for summary in summaries)
-        if all(isinstance(value, int | float | None) for value in pair):
-            found.metrics[name] = (pair[0], pair[1])
+        found.metrics[name] = (summaries[0].get(name), summaries[1].get(name))
+        found.intervals[name] = (intervals[0].get(name), intervals[1].get(name))
     if all(measured):
         found.same_protocol = measured[0].get("protocol") == measured[1].get("protocol")
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FourfoldError(f"{path}: not JSON ({error}); bring the original back, or remove it") from None
-    return content if isinstance(content, dict) else {}

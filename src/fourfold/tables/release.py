@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from fourfold.tables.facts import show_facts
 from fourfold.terminal import paragraphs, plain
-from fourfold.units import clock_text
+from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
     from fourfold.release.compare import Comparison
@@ -82,15 +83,24 @@ NAMES_SHOWN = 8
 
 def show_comparison(console: Console, found: Comparison) -> None:
     """What is the same, what is not, metrics side by side."""
-    scales = found.scales
+    scales, errors = found.scales, found.errors
     facts = [
         ("A", f"{found.first}: {found.formats[0] or 'not int4'}"),
         ("B", f"{found.second}: {found.formats[1] or 'not int4'}"),
         ("other tensors", f"{found.equal:,} equal, {len(found.different):,} different"),
-        ("int4 projections", f"{found.projections:,}, {found.projections_changed:,} with other codes"),
-        ("codes changed", f"{found.codes_changed:,} of {found.codes:,}"),
-        ("scales changed", f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"),
     ]
+    if found.projections:
+        facts += [
+            ("int4 in both", f"{found.projections:,} projections, {found.projections_changed:,} with other codes"),
+            ("codes changed", f"{found.codes_changed:,} of {found.codes:,}"),
+            ("scales changed", f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"),
+        ]
+    if errors.projections:
+        facts += [
+            ("int4 in one", f"{errors.projections:,} projections"),
+            ("weight error", f"mean {errors.mean:.4f}, median {errors.median:.4f}, |W - Wq| / |W|"),
+            ("largest", f"{errors.worst:.4f}, {errors.worst_name}"),
+        ]
     for label, names in (("different", found.different), ("only A", found.only_first), ("only B", found.only_second)):
         if names:
             more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
@@ -100,13 +110,17 @@ def show_comparison(console: Console, found: Comparison) -> None:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in ("measured", "A", "B"):
             table.add_column(name, justify="left" if name == "measured" else "right")
-        for name, pair in found.metrics.items():
-            table.add_row(plain(name), *("" if value is None else f"{value:.6g}" for value in pair))
+        for name in filter(found.metrics.__contains__, FIGURES):
+            table.add_row(FIGURES[name][0], *map(partial(_figure, name), found.metrics[name], found.intervals[name]))
         console.print(table)
         if found.same_protocol is False:
             console.print("measured by different protocols: these figures cannot be compared", style="yellow")
     said, style = ("every weight is the same", "green") if found.same else ("not the same", "bold")
     console.print(said, style=style)
+
+
+def _figure(name: str, value: float | None, ends: Sequence[float] | None) -> str:
+    return "" if value is None else figure_text({"summary": {name: value}, "intervals": {name: ends}}, name)
 
 
 def show_published(console: Console, found: Published, dry_run: bool) -> None:
