@@ -176,15 +176,15 @@ def test_summary() -> None:
     )
     show_summary(to, summary)  # type: ignore[arg-type]
     assert [line.rstrip() for line in printed(to).splitlines()] == [
-        "output                      release[1]",
-        "projections                 192 (190 gptq, 2 diag)",
-        "size of tensors             22.4 MB -> 13.0 MB (58.0%)",
-        "perplexity, source          28.0000",
-        "perplexity, release         28.5600",
-        "KL divergence, mean (nats)  0.01230",
-        "top-1 agreement             95.00%",
-        "time                        1 min 02 s",
-        "peak memory                 host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
+        "output               release[1]",
+        "projections          192 (190 gptq, 2 diag)",
+        "size of tensors      22.4 MB -> 13.0 MB (58.0%)",
+        "perplexity, source   28.0000",
+        "perplexity, release  28.5600",
+        "mean KLD (nats)      0.01230",
+        "top-1 agreement      95.00%",
+        "time                 1 min 02 s",
+        "peak memory          host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
         "note: a note",
     ]
 

@@ -7,15 +7,15 @@ from typing import Any
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 RATIO = "perplexity_ratio"
-FIGURES = {  # key in metrics.json's summary: what it is called, how it is written
+FIGURES = {  # key in metrics.json's summary: what it is called, how it is written; KLD: KL divergence from the source
     "perplexity_source": ("perplexity, source", "{:.4f}"),
     "perplexity_release": ("perplexity, release", "{:.4f}"),
-    RATIO: ("perplexity ratio, release / source", "{:.5f}"),
-    "kl_mean": ("KL divergence, mean (nats)", "{:.5f}"),
-    "kl_median": ("KL divergence, median (nats)", "{:.6f}"),
-    "kl_p90": ("KL divergence, 90th percentile (nats)", "{:.5f}"),
-    "kl_p99": ("KL divergence, 99th percentile (nats)", "{:.5f}"),
-    "kl_max": ("KL divergence, maximum (nats)", "{:.3f}"),
+    RATIO: ("perplexity ratio", "{:.5f}"),
+    "kl_mean": ("mean KLD (nats)", "{:.5f}"),
+    "kl_median": ("median KLD (nats)", "{:.6f}"),
+    "kl_p90": ("p90 KLD (nats)", "{:.5f}"),
+    "kl_p99": ("p99 KLD (nats)", "{:.5f}"),
+    "kl_max": ("maximum KLD (nats)", "{:.3f}"),
     "top1_agreement": ("top-1 agreement", "{:.2%}"),
     "top5_agreement": ("top-5 agreement", "{:.2%}"),
 }

@@ -105,7 +105,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
     summary = records.metrics["summary"] if records.metrics else None
     lost = (
         f"perplexity {summary['perplexity_source']:.3f} → {summary['perplexity_release']:.3f}, "
-        f"KL {summary['kl_mean']:.5f} nats"
+        f"mean KLD {summary['kl_mean']:.5f} nats"
         if summary
         else UNMEASURED
     )

@@ -69,7 +69,7 @@ def _entropy(metrics: Mapping[str, Any]) -> Markdown:
         kl, agreement = bucket.get("kl_mean"), bucket.get("top1_agreement")
         cells = ("" if kl is None else f"{kl:.6f}", "" if agreement is None else f"{agreement:.2%}")
         rows.append((f"{bucket['from']:g} to {end}", f"{bucket['positions']:,}", *cells))
-    return table(("entropy, nats", "positions", "KL, mean", FIGURES["top1_agreement"][0]), rows)
+    return table(("entropy, nats", "positions", FIGURES["kl_mean"][0], FIGURES["top1_agreement"][0]), rows)
 
 
 def _drafts(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
