@@ -220,6 +220,9 @@ def test_what_is_not_as_it_should_be(tmp_path: Path, change: Any, said: str) -> 
     if "32, 64" in said:
         checkpoints.edit(old, on_projection("qzeros", lambda value: value.repeat_interleave(2, 0)))
         checkpoints.edit(old, on_projection("g_idx", lambda _: (torch.arange(256) // 32).int()))
+        assert "group_size: got 64, expected 32, as model" in refused(old, tmp_path / "new")
+        some = {"dynamic": {"+:.*up_proj": {"group_size": 32}}}
+        checkpoints.edit_json(old / "config.json", lambda raw: raw["quantization_config"].update(some))
     assert said in refused(old, tmp_path / "new")
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import checkpoints
 import foreign
+from fourfold import cli
 from fourfold.datatypes import FourfoldError
 from fourfold.release.inspect import Inspection, inspect
+
+Altered = Callable[[Path], Path]
 
 
 def engines(found: Inspection) -> dict[str, bool]:
@@ -89,6 +96,54 @@ def test_what_is_not_known(tmp_path: Path) -> None:
     assert trapped(inspect(model), "adapter.bin") and trapped(inspect(model), "no tokenizer")
     with pytest.raises(FourfoldError, match=r"no config\.json"):
         inspect(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("size", [0, -7, 10**30, 64])
+def test_a_group_size_that_the_scales_do_not_have(
+    shipped: dict[str, Path], shipped_source: Path, altered: Altered, tmp_path: Path, form: str, size: int
+) -> None:
+    """No command goes on with it as if all were well."""
+
+    def change(raw: dict[str, Any]) -> None:
+        settings = raw["quantization_config"]
+        if "config_groups" in settings:
+            settings = settings["config_groups"]["group_0"]["weights"]
+        settings["group_size"] = size
+
+    out = altered(shipped[form])
+    checkpoints.edit_json(out / "config.json", change)
+
+    def run(*words: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, [*map(str, words)])
+        return done.exit_code, " ".join(done.output.split())
+
+    code, said = run("inspect", out)
+    assert code == 2 or "takes it" not in said
+    assert re.search(rf"group_size: got {size}\b", said.replace("...", "")) or size == 10**30
+    if size == 64:
+        assert code == 0 and "known issue: quantization_config.group_size: got 64, expected 128, as" in said
+    for words in (
+        ("convert", out, tmp_path / "new", "--format", "gptq_v2"),
+        ("evaluate", out, "--source", shipped_source, "--windows", "2", "--length", "64", "--no-drafts", "--replace"),
+        ("serve", out, "--engine", "vllm", "--print"),
+    ):
+        code, said = run(*words)
+        assert code == 2 and "group_size: got" in said, said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_group_size_of_some_modules_alone(shipped: dict[str, Path], altered: Altered) -> None:
+    """As GPTQModel's `dynamic` names one."""
+    out = altered(shipped["gptq"])
+
+    def change(raw: dict[str, Any]) -> None:
+        settings = raw["quantization_config"]
+        settings["group_size"] = 64
+        settings["dynamic"]["+:.*experts.*"] = {"group_size": 128}
+
+    checkpoints.edit_json(out / "config.json", change)
+    assert not trapped(inspect(out), "group_size: got")
 
 
 def test_a_release_that_is_not_whole(shipped: dict[str, Path], tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class Weights:
                 f"{folder}: {'; '.join(problems[:NAMES_SHOWN])}{more}. A whole release of the source is wanted, as it "
                 "was written"
             )
+        if problem := group_size_problem(raw, weights.index, weights.format):
+            raise FourfoldError(
+                f"{folder / 'config.json'}: {problem}. Bring back the config.json that was written with these shards"
+            )
         return weights
 
     @property
@@ -213,6 +217,39 @@ def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
         f"{folder / 'config.json'}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
         "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
     )
+
+
+def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: str | None) -> str:
+    """How config.json's group size differs from what the scales have; "" if it does not, or names none.
+
+    Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
+    a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
+    """
+    stated = list(_group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    if format is None or not stated:
+        return ""
+    codes, scales = pack.CODES_AND_SCALES[format]
+    axis = 1 if format == "compressed-tensors" else 0
+    for name, header in sorted(index.headers.items()):
+        word = index.headers.get(name.removesuffix(scales) + codes)
+        if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
+            continue
+        groups, inputs = header.shape[axis], 8 * word.shape[axis]
+        by_row = groups == 1 and any(size in (-1, None) for size in stated)
+        if groups and inputs % groups == 0 and inputs // groups not in stated and not by_row:
+            return (
+                f"quantization_config.group_size: got {', '.join(map(brief, stated))}, expected {inputs // groups}, as "
+                f"{name} {list(header.shape)} has it for {inputs:,} inputs"
+            )
+    return ""
+
+
+def _group_sizes(settings: object) -> Iterator[object]:
+    """Each value of a key group_size, however deep."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if key == "group_size":
+            yield value
+        yield from _group_sizes(value)
 
 
 def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:

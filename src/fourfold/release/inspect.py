@@ -15,7 +15,7 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import FAMILIES, Family
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import read_config, readable_format
+from fourfold.model.weights import group_size_problem, read_config, readable_format
 from fourfold.quantize.advice import storage_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
@@ -120,6 +120,9 @@ def inspect(folder: Path) -> Inspection:
     traps += sample.problems
     draft = _draft_layout(index.headers)
     engines: tuple[EngineRow, ...] = ()
+    if problem := group_size_problem(raw, index, format):
+        traps.append(f"{problem}: engines stop, or multiply by the wrong scales")
+        unknown = "config.json does not fit the scales"
     if not unknown:
         try:
             served = open_served(folder)

@@ -45,7 +45,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     if found.unknown:
         console.print(f"engines: not known ({paragraphs(found.unknown)})", soft_wrap=True)
     for trap in found.traps:
-        console.print(Text.assemble(("trap: ", "yellow"), paragraphs(trap)), soft_wrap=True)
+        console.print(Text.assemble(("known issue: ", "yellow"), paragraphs(trap)), soft_wrap=True)
 
 
 def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
