@@ -207,8 +207,8 @@ def check_tasks(server: Server, source: Path, folder: Path) -> None:
     chosen += "metric_list: [{metric: acc}]\n"
     for name, text in (("written", written), ("chosen", chosen)):
         (folder / f"{name}.yaml").write_text(text + common)
-    words = ["evaluate", server.out, "--source", source, "--windows", 1, "--length", 64, "--no-drafts", "--devices"]
-    words += ["cpu", "--url", server.url, "--tasks", f"{folder / 'written.yaml'},{folder / 'chosen.yaml'}"]
+    words = ["evaluate", server.out, "--source", source, "--windows", 1, "--length", 64, "--no-drafts", "--replace"]
+    words += ["--devices", "cpu", "--url", server.url, "--tasks", f"{folder / 'written.yaml'},{folder / 'chosen.yaml'}"]
     done = subprocess.run(
         [sys.executable, "-m", "fourfold", *map(str, words)], capture_output=True, text=True, check=False
     )
