@@ -288,6 +288,7 @@ def test_no_number_is_anything_else(release: Path, value: object) -> None:
         ("quant_log.csv", rows(lambda lines: ["layer,expert", *lines[1:]]), "its columns are layer, expert"),
         ("quant_log.csv", rows(lambda lines: [lines[0], lines[1].replace(",", ",x", 1), *lines[2:]]), "line 2: "),
         ("quant_log.csv", rows(lambda lines: [*lines[:3], "1,2"]), "line 4: "),
+        ("quant_log.csv", lambda text: re.sub(r"(gptq,)[\d.e-]+", r"\1nan", text), "line 2: got nan, expected a"),
         ("metrics.json", lambda text: "[]", "got [], expected an object"),
         ("metrics.json", lambda text: text.replace("kl_mean", "kl_moan"), "summary.kl_mean: missing"),
         ("verify.json", lambda text: "{}", "passed: missing (3 more such)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -176,20 +177,27 @@ def read_log(path: Path) -> Iterable[Projection]:
             raise FourfoldError(f"{path}: line {number}: {error}; bring back the one that quantize wrote") from None
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"got {text}, expected a finite number")
+    return value
+
+
 def _projection(row: Mapping[str, str]) -> Projection:
     return Projection(
         layer=int(row["layer"]),
         expert=int(row["expert"]),
         projection=row["projection"],
         method=row["method"],
-        weight_error=float(row["weight_error"]),
-        relative_error=float(row["relative_error"]),
-        error_over_rtn=float(row["error_over_rtn"]),
+        weight_error=_number(row["weight_error"]),
+        relative_error=_number(row["relative_error"]),
+        error_over_rtn=_number(row["error_over_rtn"]),
         target=row["target"],
-        gptqmodel_loss=float(row["gptqmodel_loss"]) if row["gptqmodel_loss"] else None,
+        gptqmodel_loss=_number(row["gptqmodel_loss"]) if row["gptqmodel_loss"] else None,
         tokens=int(row["tokens"]),
-        effective_tokens=float(row["effective_tokens"]),
-        damping=float(row["damping"]),
+        effective_tokens=_number(row["effective_tokens"]),
+        damping=_number(row["damping"]),
         passes=int(row["passes"]),
     )
 
