@@ -7,12 +7,18 @@ experts whose rows have different norms. No checkpoint is read or written, so re
 A step's rate is its arithmetic (the least that its mathematics needs) over its seconds; "of GEMM" is that rate over
 this machine's own GEMM rate in the same format, measured first (gemm_rate.py). Seconds are CPU seconds with one
 thread, wall seconds otherwise.
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/full_layer.py --products bf16 fp32 \
+        --experts 8 --topk 2 --tokens 4096 --recipe fast --threads 1 --json benchmarks/results/full_layer_widened.json
+
+compares BF16 products with those of core/widening; these variables make torch take the way of a processor with AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,7 +31,7 @@ from gemm_rate import machine, measure_rates
 from torch import Tensor
 from transformers import AutoConfig
 
-from fourfold.core import gptq, grid, guidance, moments
+from fourfold.core import gptq, grid, guidance, moments, widening
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Rows
 from fourfold.model.family import FAMILIES
@@ -39,6 +45,7 @@ from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens
+SLOWER = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # with them torch works as on another processor
 MOMENTS = "bf16" if bf16.AVAILABLE or torch.cuda.is_available() else "fp32"
 # step: the functions it is made of (the outermost counts), the format whose GEMM rate it is held against
 STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
@@ -241,11 +248,12 @@ def ignore(count: int) -> None:
     """Nobody watches."""
 
 
-def with_rates(figures: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:
+def with_rates(figures: dict[str, Any], rates: dict[str, Any], products: str = "bf16") -> dict[str, Any]:
     """Each step's seconds, GFLOP, GFLOP/s and share of the GEMM rate of its format; the floor of all in seconds."""
     steps, floor = {}, 0.0
     for step, seconds in figures["steps"].items():
-        flop, best = figures["flop"][step], rates["gemm"][STEPS[step][1]]["gflop_per_second"]
+        kind = products if STEPS[step][1] == "bf16" else STEPS[step][1]
+        flop, best = figures["flop"][step], rates["gemm"][kind]["gflop_per_second"]
         rate = flop / seconds / 1e9 if seconds else 0.0
         steps[step] = {"seconds": seconds, "gflop": flop / 1e9, "gflop_per_second": rate, "of_gemm": rate / best}
         floor += flop / best / 1e9
@@ -276,6 +284,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    usual = ["fp32" if widening.required else "bf16"]
+    parser.add_argument("--products", nargs="+", choices=["bf16", "fp32"], default=usual,
+                        help="how a CPU multiplies BF16 (core/widening); both: one layer each")  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the figures there")
     return parser.parse_args(arguments)
 
@@ -284,15 +295,28 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     rates = measure_rates(options.device, options.threads)
-    figures = measure(options, load_recipe(options.recipe), torch.device(options.device))
-    figures = with_rates(figures, rates) | {
-        "command": "python benchmarks/full_layer.py " + " ".join(f"--{k} {v}" for k, v in figures["options"].items()),
-        "machine": machine(options.device, options.threads),
+    ways = {}
+    for products in options.products:
+        widening.required = products == "fp32"
+        figures = measure(options, load_recipe(options.recipe), torch.device(options.device))
+        ways[products] = with_rates(figures, rates, products)
+        show(ways[products])
+    if options.json:
+        options.json.write_text(json.dumps(report(options, ways), indent=1) + "\n")
+
+
+def report(options: argparse.Namespace, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the only way, or of each by its name; how they were measured."""
+    emulated = " ".join(f"{name}={os.environ[name]}" for name in SLOWER if name in os.environ)
+    flags = {name: value for name, value in vars(options).items() if name not in ("json", "products")}
+    flags["products"] = " ".join(options.products)
+    words = " ".join(f"--{name} {value}" for name, value in flags.items())
+    both = {"options": flags, "seconds": sum(way["seconds"] for way in ways.values()), "products": ways}
+    return (both if len(ways) > 1 else next(iter(ways.values()))) | {
+        "command": f"{emulated} python benchmarks/full_layer.py {words}".lstrip(),
+        "machine": machine(options.device, options.threads) + (f", emulated by {emulated}" if emulated else ""),
         "date": time.strftime("%Y-%m-%d"),
     }
-    show(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         full_attention_layers=sum(skeleton.layer_kind(layer) != "linear_attention" for layer in range(skeleton.layers)),
         attention_width=text.num_attention_heads * text.head_dim,
         kept_parameters=sum(matrices),
+        kept_matrix=0,  # of CPUs alone
+        kept_width=0,
         attend_token_bytes=attend_token_bytes(text),
         layer_bytes=max(BF16 * (count + experts * has) for count, has in zip(kept, routed, strict=True)),
         expert_bytes=BF16 * experts,

@@ -80,10 +80,10 @@ def conditions(name: str) -> Iterator[str]:
         flags = options(name)
         yield f"width 2048 -> 512, {flags['--experts']} experts, top {flags['--topk']}"
         yield f"{int(flags['--tokens']):,} tokens, one thread, median of {flags['--rounds']} rounds"
-    if "steps" in found:
+    if "steps" in found or "products" in found:
         flags = found["options"]
         yield f"width {flags['hidden']} -> {flags['width']}, {flags['experts']} experts, top {flags['topk']}"
-        yield f"{flags['tokens']:,} tokens, {flags['threads']} threads"
+        yield f"{flags['tokens']:,} tokens, {flags['threads']} thread{'s' * (flags['threads'] > 1)}"
 
 
 @figure
@@ -204,6 +204,18 @@ def layer() -> str:
         cells = [f"{found['seconds']:.0f}", f"{found['floor_seconds']:.0f}", gigabytes(found["peak_bytes"]["host"])]
         rows.append([f"`{recipe}`", *cells, found["date"]])
     return table(["", "seconds", "all arithmetic at the GEMM rates (s)", "peak memory", "measured"], rows)
+
+
+@figure
+def widened() -> str:
+    titles = {"bf16": "in BF16, as torch has them", "fp32": "in fp32, rounded to BF16"}
+    rows = []
+    for products, found in result("full_layer_widened")["products"].items():
+        steps = [found["steps"][step]["seconds"] for step in ("attention, router", "activations for down", "advance")]
+        seconds = [f"{value:.1f}" for value in (found["seconds"], *steps)]
+        rows.append([titles[products], *seconds])
+    header = ["products", "CPU seconds, layer", "attention, router", "activations for down", "advance"]
+    return table(header, rows)
 
 
 @figure

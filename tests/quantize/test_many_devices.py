@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import releases
+from fourfold.core import widening
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import solve
 from fourfold.quantize.devices import Machine
@@ -23,6 +24,7 @@ from fourfold.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 MEMORY = releases.MEMORY_BYTES
+CPU = widening.named("cpu")  # as records have it
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def agree(one: Path, many: Path) -> None:
 def test_two_workers_agree_with_one(release: Path, on_two: Path) -> None:
     agree(release, on_two)
     state = releases.read_json(on_two / "fourfold.json")
-    assert state["settings"]["devices"] == ["cpu", "cpu"] and len(state["workers"]) == 2
+    assert state["settings"]["devices"] == [CPU, CPU] and len(state["workers"]) == 2
     assert all(0 <= worker["waited_seconds"] < worker["of_seconds"] for worker in state["workers"])
 
 
@@ -156,9 +158,9 @@ def test_a_worker_that_fails_leaves_sound_records(
 
     releases.run(source, out, small(), machine=Machine(memory_bytes=MEMORY), progress=listen)
     assert (out / "model-00001-of-00003.safetensors").read_bytes() == written
-    assert any(note.startswith("begun on cpu, cpu, goes on on cpu: ") for note in notes)
+    assert any(note.startswith(f"begun on {CPU}, {CPU}, goes on on {CPU}: ") for note in notes)
     state = releases.read_json(out / "fourfold.json")
-    assert (state["settings"]["devices"], len(state["workers"])) == (["cpu", "cpu"], 1)
+    assert (state["settings"]["devices"], len(state["workers"])) == ([CPU, CPU], 1)
     agree(release, out)
 
 
@@ -209,7 +211,7 @@ def test_ranks_do_what_workers_do(source: Path, on_two: Path, small_file: Path, 
     assert done.returncode == 0, done.stderr
     assert min(equal_codes(on_two, tmp_path / "out").values()) >= 0.999
     state = releases.read_json(tmp_path / "out/fourfold.json")
-    assert state["settings"]["devices"] == ["cpu", "cpu"] and len(state["workers"]) == 2
+    assert state["settings"]["devices"] == [CPU, CPU] and len(state["workers"]) == 2
 
 
 @pytest.mark.slow

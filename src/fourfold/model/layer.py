@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, grouped_mm
 from transformers.activations import ACT2FN
 
+from fourfold.core import widening
 from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
 from fourfold.model.skeleton import Skeleton, take_traffic
 
@@ -212,12 +213,13 @@ def attend(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Tensor | No
     """
     position_1T = torch.arange(hidden_RTD.shape[1], device=hidden_RTD.device)[None]
     # No mask: rows are full, and scaled_dot_product_attention without one is causal.
-    output_RTD = layer.module(
-        hidden_RTD,
-        position_embeddings=layer.rotary(hidden_RTD, position_1T),
-        attention_mask=None,
-        position_ids=position_1T,
-    )
+    with widening.products(hidden_RTD.device):
+        output_RTD = layer.module(
+            hidden_RTD,
+            position_embeddings=layer.rotary(hidden_RTD, position_1T),
+            attention_mask=None,
+            position_ids=position_1T,
+        )
     if not layer.is_routed:
         return output_RTD, None, None
     input_TD, index_TA, weight_TA = take_traffic(layer.module)
@@ -241,7 +243,8 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     place_S = torch.arange(len(token_S), device=input_TK.device) + shift_S
     token_F = token_S.new_zeros(starts[-1]).scatter_(0, place_S, token_S)  # filled with token 0, which nobody reads
     ends_E = torch.tensor(starts[1:], dtype=torch.int32, device=input_TK.device)
-    output_FN = grouped_mm(input_TK.index_select(0, token_F), weight_ENK.transpose(1, 2), offs=ends_E)
+    with widening.products(input_TK.device):
+        output_FN = grouped_mm(input_TK.index_select(0, token_F), weight_ENK.transpose(1, 2), offs=ends_E)
     return output_FN[: len(token_S)] if len(counts) == 1 else output_FN.index_select(0, place_S)
 
 
@@ -335,5 +338,6 @@ def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> 
     with torch.enable_grad():
         hidden_RTD = hidden_RTD.detach().requires_grad_()
         output_RTD, routing = pass_rows(layer, hidden_RTD)
-        (pushed_RTD,) = torch.autograd.grad(output_RTD, hidden_RTD, gradient_RTD)
+        with widening.products(hidden_RTD.device):
+            (pushed_RTD,) = torch.autograd.grad(output_RTD, hidden_RTD, gradient_RTD)
     return pushed_RTD, None if routing is None else Routing(routing.index_TA, routing.weight_TA.detach())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
+from fourfold.core import widening
 from fourfold.model.head import build_norm
 from fourfold.model.layer import DecoderLayer, Routing, run_experts
 from fourfold.model.skeleton import take_traffic
@@ -103,14 +104,15 @@ class Drafts:
         head, layer = self._head, self._head.layer
         embedded_RTD = head.norm_embedding(head.embedding_VD[token_RT])
         input_RTF = torch.cat([embedded_RTD, head.norm_hidden(hidden_RTD)], dim=-1)
-        joined_RTD = nn.functional.linear(input_RTF, head.fc_DF)
-        output_RTD = layer.module(
-            joined_RTD,
-            position_embeddings=layer.rotary(joined_RTD, position_RT),
-            attention_mask=mask_R1TT,  # None: causal
-            position_ids=position_RT,
-            past_key_values=self._cache,
-        )
+        with widening.products(input_RTF.device):
+            joined_RTD = nn.functional.linear(input_RTF, head.fc_DF)
+            output_RTD = layer.module(
+                joined_RTD,
+                position_embeddings=layer.rotary(joined_RTD, position_RT),
+                attention_mask=mask_R1TT,  # None: causal
+                position_ids=position_RT,
+                past_key_values=self._cache,
+            )
         input_TD, index_TA, weight_TA = take_traffic(layer.module)
         routed_TD = run_experts(layer, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
         output_RTD = output_RTD + routed_TD.to(output_RTD.dtype).view_as(output_RTD)

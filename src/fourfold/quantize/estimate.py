@@ -24,7 +24,8 @@ class Workload:
     swept_layers: that they go through, all of the model.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers. candidates: scales tried per
-    group. attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
+    group. kept_matrix, kept_width: elements and longest side of the largest matrix that is kept in a layer.
+    attend_token_bytes: temporaries of one token in attention. layer_bytes: of the largest layer;
     expert_bytes: of a layer's routed experts in BF16; shard_bytes: of the largest layer's output;
     read_bytes, write_bytes: of the whole run.
     """
@@ -53,6 +54,8 @@ class Workload:
     full_attention_layers: int
     attention_width: int
     kept_parameters: int
+    kept_matrix: int
+    kept_width: int
     attend_token_bytes: int
     layer_bytes: int
     expert_bytes: int

@@ -32,7 +32,7 @@ class Settings:
 
     batches: Batches
     threads: int  # of each worker
-    devices: tuple[str, ...]  # of the workers
+    devices: tuple[str, ...]  # of the workers, and a CPU without BF16 instructions is named as such
 
 
 def check_out(out: Path, model: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from fourfold.core import widening
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
@@ -149,6 +150,18 @@ def expert_batch_bytes(work: Workload, tokens: int, workers: int = 1) -> int:
     return passing * BF16 + tokens * work.hidden * BF16 + int(tokens * work.hidden * FP32 * sums)
 
 
+def widened_bytes(work: Workload, device: str) -> int:
+    """What the largest product of a worker widens (core/widening): the matrix, inputs and outputs in fp32. Of
+    attention: query, key, value and output.
+    """
+    if not widening.widens(device):
+        return 0
+    tokens = max(CPU_ATTEND_TOKENS, work.calibration_length, work.heldout_length)
+    kept = work.kept_matrix + tokens * max(2 * work.kept_width, 4 * work.attention_width)
+    experts = (2 * work.width * work.hidden) + widening.PIECE_TOKENS * (work.hidden + 2 * work.width)
+    return max(kept, experts) * FP32
+
+
 def solved_bytes(work: Workload) -> int:
     """A layer's results: packed tensors, and the experts dequantized from them in BF16."""
     return work.shard_bytes + work.expert_bytes
@@ -203,7 +216,7 @@ class MemoryPlan:
     devices: one for each worker; budget_bytes: of a device (of the whole process on the CPU, of one worker there if
     host_budget_bytes is given); chunk_experts: experts of a worker whose moments exist at one time; token_batch: tokens
     of an expert evaluation; row_batch: rows of an attention batch; inputs: where the experts' inputs lie until a layer
-    is solved (observe.Batches).
+    is solved (observe.Batches); widened: whether BF16 products are computed in fp32 (core/widening).
     """
 
     devices: tuple[str, ...]
@@ -214,6 +227,7 @@ class MemoryPlan:
     row_batch: int
     inputs: str
     stages: tuple[StageMemory, ...]
+    widened: bool
 
     @property
     def on_cpu(self) -> bool:
@@ -309,6 +323,7 @@ def plan_memory(
         row_batch=rows,
         inputs=inputs,
         stages=_stages(work, devices, sizes, exchange_bytes),
+        widened=widening.widens(devices[0]),
     )
 
 
@@ -349,11 +364,11 @@ def _shared_bytes(work: Workload, devices: Sequence[str], sizes: Sizes) -> int:
 
 def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
     """A worker's in every stage of the loop: on a GPU the layer with its own experts, and what is kept of the next one;
-    on a CPU its experts where they are not all.
+    on a CPU its experts where they are not all, and what a product widens.
     """
     own = work.expert_bytes // len(devices)
     if devices[0] == "cpu":
-        return own if len(devices) > 1 else 0
+        return own * (len(devices) > 1) + widened_bytes(work, "cpu")
     kept = 2 * (work.layer_bytes - work.expert_bytes)
     return CUDA_CONTEXT_BYTES + kept + own + traffic_bytes(work) - inputs_bytes(work)
 
@@ -364,7 +379,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     resident = _resident_bytes(work)
     looped = _shared_bytes(work, devices, sizes)
     dealt = looped - (work.expert_bytes if on_cpu and workers > 1 else 0)  # experts are with their owners by then
-    own = _own_bytes(work, devices) + exchange_bytes
+    own, wide = _own_bytes(work, devices) + exchange_bytes, widened_bytes(work, devices[0])
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
         start += pinned.rounding_bytes(work, workers)
@@ -378,7 +393,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {
         "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
-        "attend": (looped, max(own, (0 if on_cpu else passing) + attend_batch_bytes(work, sizes.rows))),
+        "attend": (looped, max(own, (wide if on_cpu else passing) + attend_batch_bytes(work, sizes.rows))),
         "moments": (dealt, kept + solved + moments + gather_bytes(work)),
         "solve": (dealt, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
         "advance": (dealt, passing + solved + fetched + expert_batch_bytes(work, sizes.tokens, workers)),
@@ -388,7 +403,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     if work.guidance_tokens:
         lying, batch = sweep_bytes(work, sizes.rows, workers)
         ends = max(2 * work.layer_bytes, embedding_bytes(work))
-        whole = 0 if on_cpu else CUDA_CONTEXT_BYTES + max(work.layer_bytes, embedding_bytes(work))
+        whole = wide if on_cpu else CUDA_CONTEXT_BYTES + max(work.layer_bytes, embedding_bytes(work))
         stages = {"sweep": (HOST_BASELINE_BYTES + lying + ends, whole + batch)} | stages
     return tuple(
         StageMemory(

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fourfold.core import guidance, metrics, moments
+from fourfold.core import guidance, metrics, moments, widening
 from fourfold.datatypes import Moments, Rows, StreamDrift, Tick
 from fourfold.model.layer import (
     DecoderLayer,
@@ -378,7 +378,9 @@ def row_pool(gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:
 
 def _pool_of_random(gate_up_ENK: Tensor, input_PD: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of x x^T over random tokens, x what `make` gives for gate and up of a token, of each expert: [E, K, K]."""
-    made_EPK = make(torch.matmul(input_PD, gate_up_ENK.transpose(1, 2)))
+    with widening.products(input_PD.device):
+        gate_up_EPN = torch.matmul(input_PD, gate_up_ENK.transpose(1, 2))
+    made_EPK = make(gate_up_EPN)
     experts, rows = made_EPK.shape[:2]
     # Every row of every expert is a pair, and all weigh the same.
     own = moments.accumulate(

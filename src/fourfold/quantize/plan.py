@@ -347,6 +347,8 @@ def _workload(
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
+    copied = (claim.header.shape for layer in run for claim in layer.claims if claim.action is Action.COPY)
+    kept = [shape for shape in copied if len(shape) > 1]  # what a token is multiplied by besides its experts
     ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16  # embeddings, output head
     return Workload(
         hidden=text.hidden_size,
@@ -372,7 +374,9 @@ def _workload(
         solved_layers=sum(layers[index].routed for index in solve),
         full_attention_layers=sum(layer.kind != "linear_attention" for layer in run),
         attention_width=text.num_attention_heads * head_dim,
-        kept_parameters=_matrix_elements(claim for layer in run for claim in layer.claims),
+        kept_parameters=sum(math.prod(shape) for shape in kept if len(shape) == 2),
+        kept_matrix=max(map(math.prod, kept)),
+        kept_width=max(map(max, kept)),
         attend_token_bytes=attend_token_bytes(text),
         layer_bytes=max(layer.bytes_before for layer in run),
         expert_bytes=3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size * BF16,
@@ -380,9 +384,3 @@ def _workload(
         read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
         write_bytes=sum(part.bytes_after for part in written),
     )
-
-
-def _matrix_elements(claims: Iterator[TensorClaim]) -> int:
-    """Elements of the matrices that are kept: what a token is multiplied by besides its experts."""
-    shapes = (claim.header.shape for claim in claims if claim.action is Action.COPY)
-    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)

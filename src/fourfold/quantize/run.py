@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fourfold.core import widening
 from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
@@ -192,18 +193,19 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     for note in (*plan.warnings, *calibration.notes, *ranks, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
     identity = identify(plan, calibration, heldout)
+    devices = tuple(map(widening.named, team.names))
     memory = plan.memory
     settings = Settings(
         batches=Batches(memory.row_batch, memory.token_batch, memory.chunk_experts, memory.inputs),
         threads=team.threads,
-        devices=team.names,
+        devices=devices,
     )
     journal = team.agree(lambda: _open(out, identity, settings))
     if journal is None:
         watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
         return finish.read_summary(out)
-    if journal.settings.devices != team.names:
-        watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, team.names)))
+    if journal.settings.devices != devices:
+        watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, devices)))
     team.threads = journal.settings.threads
     team.patience_seconds = max(team.patience_seconds, patience_seconds(plan.work, plan.time))
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None

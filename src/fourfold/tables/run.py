@@ -75,6 +75,8 @@ def _needs_table(plan: Plan) -> Table:
     table.add_row("budget", f"{decimal(memory.budget_bytes)} on {devices}{host}")
     batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
     table.add_row("batches", batches)
+    if memory.widened:
+        table.add_row("products", "in fp32, rounded to BF16: this processor has no BF16 instructions")
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
     if disk.swept_bytes:

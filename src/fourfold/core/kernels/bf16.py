@@ -6,6 +6,7 @@ as the instruction wants them, in panels of columns; a tile of the sums then sta
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numba
@@ -19,7 +20,14 @@ from torch import Tensor
 
 from fourfold.core.kernels.cpu import SIXTEEN, Floats, Ints, over_rows, round_bits
 
-AVAILABLE = bool(binding.get_host_cpu_features().get("avx512bf16"))
+FEATURES = binding.get_host_cpu_features()
+AVAILABLE = bool(FEATURES.get("avx512bf16"))  # of this file's kernel
+# Of the processor: instructions that torch multiplies BF16 by. On x86 torch itself counts AVX-512 without them, too.
+NATIVE = (
+    AVAILABLE or bool(FEATURES.get("amx-bf16"))
+    if platform.machine() in ("x86_64", "AMD64")
+    else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+)
 binding.initialize_native_asmparser()  # numba does without one; the instruction is named in _emit_tile
 PANEL, TILE, VECTOR = 32, 8, 16  # columns of a panel; rows of a tile, which is a panel wide; fp32 of a register
 LOW = np.int32(0xFFFF)
