@@ -33,14 +33,13 @@ from transformers import AutoConfig
 
 from fourfold.core import gptq, grid, guidance, moments, widening
 from fourfold.core.kernels import bf16
-from fourfold.datatypes import Rows
+from fourfold.datatypes import Batches, Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
 from fourfold.quantize import observe, site, solve, streams
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
-from fourfold.quantize.observe import Batches
 from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 

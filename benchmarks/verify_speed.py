@@ -30,13 +30,15 @@ from torch import Tensor
 
 from fourfold.core import fidelity, grid, pack
 from fourfold.datatypes import Method, ProjectionStatistics, QuantizedGroup
-from fourfold.model.checkpoint import INDEX_NAME, TensorIndex, raw_bytes
+from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.family import DOWN, GATE, UP
+from fourfold.model.files import copy_file, dump, write_text
+from fourfold.model.headers import INDEX_NAME
 from fourfold.model.layer import read_layer
-from fourfold.model.shards import OutputTensor, copy_file, write_shard, write_text
+from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import output
-from fourfold.quantize.finish import dump, index_json, peak_memory, quant_log
+from fourfold.quantize.finish import index_json, peak_memory, quant_log
 from fourfold.quantize.identity import source_digest, source_parts
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.recipe import dump_recipe, load_recipe

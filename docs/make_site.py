@@ -28,8 +28,8 @@ import fourfold
 from fourfold import bundled, cli, options
 from fourfold import recipe as recipes
 from fourfold.datatypes import Event
-from fourfold.quantize.finish import Summary
 from fourfold.quantize.plan import LayerPlan, Plan
+from fourfold.quantize.summary import Summary
 from fourfold.release.verify.check import Check, Verdict
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ import checkpoints
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event
 from fourfold.quantize.devices import Machine
-from fourfold.quantize.finish import Summary
 from fourfold.quantize.run import quantize
+from fourfold.quantize.summary import Summary
 from fourfold.recipe import Recipe
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2")

@@ -17,10 +17,11 @@ import fourfold
 import releases
 from fourfold import api, cli
 from fourfold.datatypes import ignore
-from fourfold.quantize.finish import Summary
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.summary import Summary, finished_already
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.verify.check import Verdict
+from test_cli import answers
 
 STAGES = ("plan", "quantize", "evaluate", "verify")
 SHOWN = {"help", "as_json", "quiet", "dry_run"}  # flags of what a terminal shows
@@ -94,21 +95,58 @@ def test_stages_one_after_another(tmp_path: Path) -> None:
     summary = fourfold.quantize(model, str(out), recipe=recipe, devices="cpu", progress=told.append)
     assert (summary.partial, set(summary.methods)) == (False, {"gptq"})
     assert [event.layer for event in told if event.kind == "layer"] == [0, 1]
+    (start,) = (event for event in told if event.kind == "start")
+    assert told.index(start) == 0 and start.data["output"] == str(out)
+    solved = [(event.done, event.total) for event in told if event.stage == "solve" and event.layer == 0]
+    assert len(solved) > 3 and solved[-1][0] == solved[-1][1]  # the bar moves within a layer
+    nothing_to_do(model, out, recipe)
     verdict = fourfold.verify(str(out), source=str(model))
     assert verdict.passed
-    found = fourfold.evaluate(out, source=model, windows=1, length=32, drafts=False, devices="cpu")
+    (out / "README.md").write_text("# A card\n")
+    ((code, said, loaded),) = answers([["publish", str(out), "me/small", "--dry-run"]], tmp_path)
+    assert (code, loaded) == (0, []) and "would be sent to me/small" in said
+    found = fourfold.evaluate(out, source=model, windows=1, length=32, drafts=False, replace=True, devices="cpu")
     assert found["measured_by"] == "evaluate"
     assert json.loads((out / "metrics.json").read_text()) == found
+
+
+def nothing_to_do(model: Path, out: Path, recipe: Path) -> None:
+    """The same command again, or another one, costs neither torch nor transformers, and touches nothing."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    command = ["quantize", str(model), str(out), "--recipe", str(recipe), "--devices", "cpu"]
+    changes = ["--set", "solver.damp=0.02", "--samples", "4"]
+    same, changed, trial = answers([command, command + changes, [*command, "--layers", "0-0"]], model.parent)
+    assert (same[0], same[2]) == (0, []), same[1]
+    assert f"note: {out} is finished already; nothing to do" in same[1]
+    assert f"Next: fourfold verify {out} --source {model}" in same[1]
+    assert (changed[0], changed[2]) == (trial[0], trial[2]) == (2, [])
+    for words in ("solver.damp is 0.02, was 0.05", "calibration.sources.0.rows is 4, was 8"):
+        assert words in changed[1]
+    assert "layers: is 0-0, was 0-1" in trial[1]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    text = model.parent / "heldout.txt"
+    text.write_text(text.read_text() + "more")
+    assert finished_already(out, lambda: model, load_recipe(str(recipe)), None) is None  # its tokens tell
+
+
+def test_a_budget_that_cannot_be_kept_is_refused(example_model: Path, tmp_path: Path) -> None:
+    for run in (fourfold.plan, lambda model, **options: fourfold.quantize(model, tmp_path / "out", **options)):
+        with pytest.raises(fourfold.FourfoldError, match=r"^--memory: got 1\.05 MB on cpu, expected at least .*\. Try"):
+            run(example_model, recipe="fast", devices="cpu", memory_bytes=2**20)
+    with pytest.raises(fourfold.FourfoldError, match="8 B on the host"):
+        fourfold.plan(example_model, recipe="fast", devices="cpu*2", memory_bytes=2**33, host_bytes=8)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda: fourfold.plan("m", samples=0), "samples: got 0, expected 1 to"),
         (lambda: fourfold.plan("m", machine="h200", devices="cpu"), "exclude each other"),
-        (lambda: fourfold.plan("m", recipe="bset"), "did you mean 'best'?"),
+        (lambda: fourfold.plan("m", recipe="bset"), "Did you mean 'best'?"),
         (lambda: fourfold.quantize("nowhere", "out", devices="cpu"), "no such folder"),
         (lambda: fourfold.evaluate("out", source="m", tasks=["gsm8k"]), "go together"),
-        (lambda: fourfold.evaluate("nowhere", source="m"), "the folder of a finished release is wanted"),
+        (lambda: fourfold.evaluate("nowhere", source="m"), "expected the folder of a finished release"),
         (lambda: fourfold.verify("nowhere"), "nowhere"),
         (lambda: fourfold.verify("out", python=Path("python")), "wanted both, or neither"),
     ],

@@ -29,6 +29,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "numba", "llvmlite", "pyarrow",
          "psutil", "httpx2", "jinja2", "matplotlib", "triton")  # fmt: skip
 MODULES = 420  # 245 as this was written, 345 where pydantic is, which Typer then loads; torch alone brings over 1,000
+CONFIG = '{"model_type": "qwen3_moe"}'  # all that is read of a model before torch is there
 SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
 
 
@@ -104,6 +105,143 @@ def test_start_up_waits_for_no_heavy_import(arguments: list[str]) -> None:
     assert len(loaded) < MODULES, "more modules than Typer, Rich, tomli-w and fourfold's own edge need"
 
 
+TORCH_FREE = """
+import contextlib, io, json, sys
+from fourfold.cli import app
+for arguments in json.load(sys.stdin):
+    said, shown, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+        try: app(arguments, prog_name="fourfold")
+        except SystemExit as ended: code = ended.code
+    loaded = [name for name in ("torch", "transformers") if name in sys.modules]
+    print(json.dumps([code, shown.getvalue() + said.getvalue(), loaded]))
+"""
+
+
+def answers(calls: list[list[str]], folder: Path) -> list[tuple[int, str, list[str]]]:
+    """What one fresh Python answers to commands, one by one: exit code, what it says, the big libraries it loaded."""
+    command, text = [sys.executable, "-c", TORCH_FREE], json.dumps(calls)
+    child = subprocess.run(
+        command, input=text, capture_output=True, text=True, env=environment(), check=True, cwd=folder
+    )
+    return [tuple(json.loads(line)) for line in child.stdout.splitlines()]
+
+
+MISTAKES = [  # in the folder of `mistakes`, where "model" could be quantized and "done" is a finished release
+    ("plan nowhere", "no such folder"),
+    ("plan model/config.json", "a file; expected the folder"),
+    ("plan empty", "no config.json"),
+    ("plan dense", "a dense model"),
+    ("plan other", "expected one of qwen3"),
+    ("plan quantized", "already quantized"),
+    ("plan gguf", "GGUF"),
+    ("plan lora", "a LoRA adapter of 'a/b'"),
+    ("plan model --machine rtx4090", "--machine: got 'rtx4090', expected one of rtx3060x4, h200, a100x8"),
+    ("plan model --devices tpu", "device 'tpu'"),
+    ("plan model --recipe bset", "Did you mean 'best'?"),
+    ("plan model --set solver.pases=3", "--set solver.pases=3: unknown key 'solver.pases'. Did you mean"),
+    ("plan model --calibration c7.csv", "--calibration c7.csv: got .csv, expected one of .jsonl, .txt, .parquet"),
+    ("plan model --calibration short.txt", "short.txt: got at most 6 tokens, expected 262,144 (256 samples of 1,024)"),
+    ("plan model --calibration seven.jsonl", "line 1: field 'text' is of type int"),
+    ("plan model --calibration latin.txt", "not UTF-8 text"),
+    ("plan model --samples 4000", "general, chat, code, math: got "),
+    ("plan model --out /sys/x", "OUT cannot be written"),
+    ("quantize nowhere out", "no such folder"),
+    ("quantize dense out", "a dense model"),
+    ("quantize model model", "OUT is the MODEL folder itself"),
+    ("quantize model model/out", "OUT is inside MODEL"),
+    ("quantize model c7.csv", "OUT is a file"),
+    ("quantize model dense", "OUT is not empty"),
+    ("quantize model /sys/x", "OUT cannot be written"),
+    ("evaluate nowhere --source model", "no such folder"),
+    ("evaluate unfinished --source model", "not finished. Rerun the same `fourfold quantize` command to resume"),
+    ("evaluate trial --source model", "partial, a trial on layers 0-1"),
+    ("evaluate done --source dense", "a dense model"),
+    ("evaluate done --source model --against unfinished", "not finished"),
+    ("verify nowhere", "no such folder"),
+    ("verify unfinished", "not finished"),
+    ("verify model", "no release of fourfold"),
+    ("verify done --source lora", "a LoRA adapter"),
+    ("report unfinished", "not finished"),
+    ("report done --against nowhere", "no such folder"),
+    ("convert nowhere new --format gptq", "no such folder"),
+    ("convert unfinished new --format gptq", "not finished"),
+    ("convert dense new --format gptq", "a dense model"),
+    ("convert done done/new --format gptq", "NEW is inside OUT"),
+    ("convert done dense --format gptq", "NEW is not empty"),
+    ("serve nowhere --engine vllm --print", "no such folder"),
+    ("serve unfinished --engine vllm", "not finished"),
+    ("serve other --engine sglang --print", "expected one of qwen3"),
+    ("inspect nowhere", "no such folder"),
+    ("inspect unfinished", "not finished"),
+    ("inspect lora", "a LoRA adapter"),
+    ("compare model nowhere", "no such folder"),
+    ("publish nowhere me/x", "no such folder"),
+    ("publish done me/x", "no README.md"),
+    ("publish done x/y/z", "REPO"),
+    ("report done --repo x/y/z", "--repo"),
+    ("compare empty model", "no config.json"),
+]
+
+
+@pytest.fixture
+def mistakes(tmp_path: Path) -> Path:
+    quantized = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "gptq"}}
+    files = {
+        "model/config.json": CONFIG,
+        "empty/notes.txt": "",
+        "dense/config.json": '{"model_type": "llama"}',
+        "other/config.json": '{"model_type": "mixtral", "num_local_experts": 8}',
+        "quantized/config.json": json.dumps(quantized),
+        "gguf/model.gguf": "",
+        "lora/adapter_config.json": '{"base_model_name_or_path": "a/b"}',
+        "unfinished/.fourfold/run.json": "{}",
+        "trial/fourfold.json": '{"partial": true, "layers": "0-1"}',
+        "done/fourfold.json": '{"partial": false}',
+        "done/config.json": json.dumps(quantized),
+        "c7.csv": "a,b",
+        "short.txt": "a few",
+        "seven.jsonl": '{"text": 7}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    return tmp_path
+
+
+def test_a_mistake_in_arguments_paths_or_config_is_found_before_torch_is_imported(mistakes: Path) -> None:
+    before = sorted(mistakes.rglob("*"))
+    found = answers([line.split() for line, _ in MISTAKES], mistakes)
+    for (line, said), (code, stderr, loaded) in zip(MISTAKES, found, strict=True):
+        assert (code, loaded) == (2, []), f"{line}: {stderr}"
+        assert said in stderr, line
+        assert len(stderr.strip().splitlines()) <= 3, line
+    assert sorted(mistakes.rglob("*")) == before
+
+
+def test_help_is_not_cut_at_80_columns() -> None:
+    for name, command in list(commands(typer.main.get_command(cli.app)))[1:]:
+        assert len(" ".join(command.help.split()).partition(". ")[0].rstrip(".")) < 60, name
+    command, narrow = [sys.executable, "-m", "fourfold", "--help"], environment() | {"COLUMNS": "80"}
+    child = subprocess.run(command, capture_output=True, text=True, env=narrow, check=True)
+    summaries = child.stdout.partition("Commands:")[2].partition("Examples:")[0]
+    assert len(summaries.strip().splitlines()) == 12
+    assert "..." not in summaries and max(map(len, child.stdout.splitlines())) <= 80
+
+
+def test_no_word_follows_the_message_of_an_interrupted_run() -> None:
+    """What threads of native libraries have to say when Python ends under them is left out, with all of its end."""
+    code = (
+        "import atexit, fourfold.cli as cli\n"
+        "def stopped(prog_name): print('Terminated.'); raise SystemExit(143)\n"
+        "atexit.register(print, 'terminate called without an active exception')\n"
+        "cli.app = stopped\ncli.main()"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    assert (child.returncode, child.stdout) == (143, "Terminated.\n")
+
+
 def test_version() -> None:
     shown = fourfold("--version")
     assert (shown.returncode, shown.stdout) == (0, f"fourfold {__version__}\n")
@@ -115,19 +253,26 @@ def test_version() -> None:
         (["quantize"], "Missing argument 'MODEL'"),
         (["quantize", "model"], "Missing argument 'OUT'"),
         (["quantise", "model", "out"], "No such command 'quantise'"),
-        (["quantize", "model", "out", "--recipe", "bset"], "did you mean 'best'?"),
+        (["quantize", "model", "out", "--recipe", "bset"], "Did you mean 'best'?"),
         (["quantize", "model", "out", "--set", "solver.dam=0.1"], "solver.damp"),
-        (["quantize", "model", "out", "--set", "solver.damp"], "key=value is wanted"),
-        (["quantize", "model", "out", "--layers", "some"], "'some' names no layers"),
-        (["quantize", "model", "out", "--layers", "3-1"], "'3-1' ends before it begins"),
+        (["quantize", "model", "out", "--set", "solver.damp"], "--set solver.damp: expected KEY=VALUE"),
+        (["quantize", "model", "out", "--layers", "some"], "got 'some', expected a first and a last layer"),
+        (["quantize", "model", "out", "--layers", "3-1"], "Did you mean 1-3?"),
         (["quantize", "model", "out", "--layers", "-1"], "--layers"),
-        (["quantize", "model", "out", "--memory", "lots"], "'lots' is not a size"),
-        (["quantize", "model", "out", "--memory", "0GiB"], "'0GiB' is no memory at all"),
+        (["quantize", "model", "out", "--memory", "lots"], "got 'lots', expected a number with a unit, as in 8GiB"),
+        (["quantize", "model", "out", "--memory", "0GiB"], "got '0GiB', expected more than nothing"),
         (["quantize", "model", "out", "--devices", "cpu,cuda:0"], "cuda:0"),
-        (["quantize", "model", "out", "--memory", "gpu=8GiB"], "'gpu' is no place"),
+        (["quantize", "model", "out", "--memory", "gpu=8GiB"], "gpu=8GiB: expected cuda=SIZE"),
         (["quantize", "model", "out", "--memory", "host=8GiB"], "cuda=SIZE or cpu=SIZE"),
         (["quantize", "model", "out", "--calibration", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
-        (["recipe", "show", "fats"], "did you mean 'fast'?"),
+        (["recipe", "show", "fats"], "Did you mean 'fast'?"),
+        (["quantize", "model", "out", "--recipie", "best"], "No such option: --recipie. Did you mean '--recipe'?"),
+        (["quantize", "model", "out", "--memory", "8"], "got '8', expected a number with a unit, as in 8GiB"),
+        (["convert", "out", "new", "--format", "awq"], "got 'awq', expected one of compressed-tensors, gptq, gptq_v2"),
+        (["convert", "out", "new", "--format", "gtpq"], "Did you mean 'gptq'?"),
+        (["evaluate", "out", "--source", "m", "--length", "1"], "got '1', expected a whole number, at least 2"),
+        (["plan", "model", "--samples", "many"], "got 'many', expected a whole number, at least 1"),
+        (["bench", "http://localhost:1", "--temperature", "9"], "got '9', expected a number from 0 to 2"),
     ],
 )
 def test_first_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,15 +303,14 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
         ("8GB", 8 * 10**9),
         ("1.5 GiB", 3 << 29),
         ("512MiB", 512 << 20),
-        ("8000000000", 8 * 10**9),
-        ("7b", 7),
+        ("7kb", 7_000),
     ],
 )
 def test_size(text: str, size: int) -> None:
     assert options.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8QiB", "-1GiB", "8GiBB", "1e9", "8i", "8iB"])
+@pytest.mark.parametrize("text", ["", "GiB", "8QiB", "-1GiB", "8GiBB", "1e9", "8i", "8iB", "8", "8000000000", "7b"])
 def test_size_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         options.parse_size(text)
@@ -276,6 +420,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
 def invoke(tmp_path: Path, *options: str) -> Any:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(CONFIG)
     return inside("quantize", tmp_path / "model", tmp_path / "out", "--devices", "cpu", *options)
 
 
@@ -287,7 +432,7 @@ def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
         "model": tmp_path / "model",
         "out": tmp_path / "out",
         "recipe": load_recipe("fast", ["solver.passes=3"]),
-        "machine": Machine(devices="cpu", memory_bytes=1 << 20),
+        "machine": Machine(devices="cpu", memory_bytes=1 << 20, strict=True),
         "layers": range(1, 3),
         "restart": True,
         "trace": None,
@@ -325,12 +470,12 @@ def test_interrupt(work: Work, tmp_path: Path) -> None:
     work.raises = KeyboardInterrupt()
     done = invoke(tmp_path)
     assert done.exit_code == 130
-    assert "Finished layers are kept: the same command goes on." in done.stderr
+    assert "Finished layers are kept. Rerun the same command to resume." in done.stderr
 
 
 def test_interrupt_of_a_restart(work: Work, tmp_path: Path) -> None:
     work.raises = KeyboardInterrupt()
-    assert "the same command without --restart goes on." in invoke(tmp_path, "--restart").stderr
+    assert "Rerun the same command without --restart to resume." in invoke(tmp_path, "--restart").stderr
 
 
 def test_bug_of_ours(work: Work, tmp_path: Path) -> None:
@@ -363,6 +508,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Path) -> None:
     for name in ("model", "other", "out"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(CONFIG)
     (tmp_path / "words.txt").touch()
     paths = ["--source", tmp_path / "model", "--against", tmp_path / "other", "--text", tmp_path / "words.txt"]
     numbers = ["--windows", "8", "--length", "512", "--no-drafts", "--devices", "cpu", "--json"]
@@ -389,7 +535,7 @@ def test_tasks_and_url_go_together(evaluated: dict[str, Any], tmp_path: Path, op
 def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:
     done = inside("evaluate", tmp_path / "out", "--source", example_model, "--devices", "cpu")
     assert done.exit_code == 2
-    assert "no such folder; the folder of a finished release is wanted" in done.stderr
+    assert "no such folder; expected the folder of a finished release" in done.stderr
 
 
 # --- the real thing ----------------------------------------------------------------------------------------------
@@ -424,7 +570,7 @@ def test_plan_for_another_machine_as_json(example_model: Path) -> None:
 def test_a_plan_for_a_machine_that_is_not_known(example_model: Path) -> None:
     unknown = inside("plan", example_model, "--machine", "h100")
     assert unknown.exit_code == 2
-    assert "machine 'h100': wanted one of rtx3060x4, h200, a100x8; did you mean 'h200'?" in unknown.stderr
+    assert "--machine: got 'h100', expected one of rtx3060x4, h200, a100x8\n" in unknown.stderr
     both = inside("plan", example_model, "--machine", "h200", "--devices", "cpu")
     assert both.exit_code == 2
     assert "--machine and --devices exclude each other" in both.stderr
@@ -455,7 +601,7 @@ def test_trial_is_stopped_and_goes_on(example_model: Path, tmp_path: Path) -> No
             child.stdout.read()
             said = child.stderr.read()
         assert child.returncode == code, said
-        assert "the same command goes on" in said
+        assert "Rerun the same command to resume." in said
         assert "Traceback" not in said
     went_on = inside(*arguments)
     assert went_on.exit_code == 0, went_on.output

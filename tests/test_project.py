@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 import tomllib
+import types
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import yaml
 
 import fourfold
 from conftest import ROOT
+from fourfold import install
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT: dict[str, Any] = PYPROJECT["project"]
@@ -61,3 +65,41 @@ def test_citation() -> None:
 @pytest.mark.parametrize("pattern", [*PROJECT["license-files"], "src/fourfold/py.typed", "SECURITY.md", "CITATION.cff"])
 def test_files_are_there(pattern: str) -> None:
     assert (ROOT / pattern).is_file()
+
+
+# --- how it is installed ----------------------------------------------------------------------------------------------
+
+DIRECT = {
+    "index": None,
+    "folder": {"url": "file:///home/me/fourfold", "dir_info": {"editable": True}},
+    "git": {"url": "https://host/us/fourfold", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("origin", "here", "elsewhere"),
+    [
+        ("index", "pip install 'fourfold[report]'", "pip install fourfold==1.2"),
+        ("folder", "pip install 'fourfold[report] @ file:///home/me/fourfold'", "# fourfold 1.2"),
+        ("git", "pip install 'fourfold[report] @ git+https://host/us/fourfold@abc'",
+         "pip install git+https://host/us/fourfold@abc"),
+    ],
+)  # fmt: skip
+def test_install_lines_repeat_what_was_done(
+    origin: str, here: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = DIRECT[origin] and json.dumps(DIRECT[origin])
+    distribution = types.SimpleNamespace(read_text=lambda name: recorded)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
+    assert install.pip_install("report") == here
+    assert install.public_install("1.2") == elsewhere
+    assert install.pip_install(option="--no-deps").startswith("pip install --no-deps ")
+
+
+def test_no_text_names_a_package_that_is_on_no_index() -> None:
+    """`pip install fourfold` finds nothing until it is published: then install.py says so, and docs may."""
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.ipynb")]
+    texts += [path for path in (ROOT / "src").rglob("*.py") if path.name != "install.py"]
+    named = re.compile(r"pip\s+install[^\n`]*?['\" ]fourfold\b(?!-)")
+    found = [path.name for path in texts if named.search(path.read_text(encoding="utf-8"))]
+    assert found == []

@@ -28,6 +28,7 @@ from fourfold.recipe import (
     load_recipe,
     recipe_names,
     recipe_path,
+    resize_calibration,
 )
 
 FOUR_SOURCES = (("general", 102), ("chat", 77), ("code", 51), ("math", 26))
@@ -215,46 +216,46 @@ SOURCE = "[[calibration.sources]]\n"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("solver.dmap = 0.1", "unknown key 'solver.dmap'; did you mean 'solver.damp'?"),
+        ("solver.dmap = 0.1", "unknown key 'solver.dmap'. Did you mean 'solver.damp'?"),
         ("dmap = 0.1", "unknown key 'dmap'"),
-        ("damp = 0.1", "unknown key 'damp'; did you mean 'solver.damp'?"),
-        ("solver.group_size = 64", "unknown key 'solver.group_size'; did you mean 'scheme.group_size'?"),
-        ('[sovler]\ndamp = 0.1', "unknown key 'sovler'; did you mean 'solver'?"),
-        (SOURCE + 'builtin = "math"\nrow = 1', "unknown key 'calibration.sources[0].row'; did you mean"),
-        ("solver = 3", "solver is 3; a table is wanted"),
-        ("calibration = 3", "calibration is 3; a table is wanted"),
-        ("calibration.sources = 3", "calibration.sources is 3; an array is wanted"),
-        ("calibration.sources = [3]", "calibration.sources[0] is 3; a table is wanted"),
-        ('solver.damp = "much"', "solver.damp is 'much'; a number is wanted"),
-        ("solver.passes = 1.5", "solver.passes is 1.5; a whole number is wanted"),
-        ("solver.passes = true", "solver.passes is true; a whole number is wanted"),
-        ("solver.asymmetric = 1", "solver.asymmetric is 1; true or false is wanted"),
-        ("format = 4", "format is 4; text in quotes is wanted"),
-        ("solver.damp = nan", "solver.damp is nan; a number from 0 to 1 is wanted"),
-        ("solver.damp = -0.1", "solver.damp is -0.1; a number from 0 to 1 is wanted"),
-        ("calibration.length = 1", "calibration.length is 1; a number from 2 to 1048576 is wanted"),
-        ("scheme.group_size = 48", "scheme.group_size is 48; one of 32, 64, 128 is wanted"),
-        ('format = "gptqv2"', "one of 'compressed-tensors', 'gptq', 'gptq_v2' is wanted; did you mean 'gptq_v2'?"),
-        ("solver.scale_low = 2", "solver.scale_low is 2.0; at most scale_high = 1.15 is wanted"),
-        ("calibration.sources = []", "calibration.sources is empty"),
-        (SOURCE + "rows = 1", "calibration.sources[0] has no origin; exactly one of builtin, path, dataset"),
-        (SOURCE + 'rows = 1\nbuiltin = "math"\npath = "a.txt"', "has builtin and path; exactly one of"),
-        (SOURCE + 'rows = 0\nbuiltin = "math"', "calibration.sources[0].rows is 0; a number from 1 to"),
-        (SOURCE + 'rows = 1\nbuiltin = "maths"', "has builtin 'maths'; one of general, chat, code, math is wanted; "
-         "did you mean 'math'?"),
-        (SOURCE + 'rows = 1\nbuiltin = "wikitext-2-test"', "that text is held out and never calibrated on"),
-        (SOURCE + 'rows = 1\nbuiltin = "code"\nfields = ["text"]', "has kind 'text' and fields ['content']"),
-        (2 * (SOURCE + 'rows = 1\nbuiltin = "code"\n'), "calibration.sources[1] reads the same text as"),
-        (SOURCE + 'rows = 1\npath = "a.csv"', "a file of kind .jsonl, .txt, .parquet is wanted"),
-        (SOURCE + 'rows = 1\npath = "a.txt"\nkind = "chat"', "conversations are read from .jsonl or .parquet"),
-        (SOURCE + 'rows = 1\npath = "a.jsonl"\nconfig = "en"', "only a dataset has configs"),
-        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = []', "the name of at least one field is wanted"),
-        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = ["a", "b"]\nkind = "chat"', "the one field with the messages"),
-        (SOURCE + 'rows = 1\npath = "a.jsonl"\nkind = "chats"', "kind is 'chats'; one of 'text', 'chat' is wanted"),
-        (SOURCE + 'rows = 1\ndataset = "a/b"\nsplit = ""', "has an empty split"),
-        ('[heldout]\nbuiltin = "wikitext"', "heldout.builtin is 'wikitext'; one of wikitext-2-test, chat is wanted"),
-        ('[heldout]\nbuiltin = ""', "heldout has builtin '' and path ''; exactly one of them is wanted"),
-        ('[heldout]\npath = "a.csv"', "a file of kind .jsonl, .txt, .parquet is wanted"),
+        ("damp = 0.1", "unknown key 'damp'. Did you mean 'solver.damp'?"),
+        ("solver.group_size = 64", "unknown key 'solver.group_size'. Did you mean 'scheme.group_size'?"),
+        ('[sovler]\ndamp = 0.1', "unknown key 'sovler'. Did you mean 'solver'?"),
+        (SOURCE + 'builtin = "math"\nrow = 1', "unknown key 'calibration.sources[0].row'. Did you mean"),
+        ("solver = 3", "solver: got 3, expected a table"),
+        ("calibration = 3", "calibration: got 3, expected a table"),
+        ("calibration.sources = 3", "calibration.sources: got 3, expected an array"),
+        ("calibration.sources = [3]", "calibration.sources[0]: got 3, expected a table"),
+        ('solver.damp = "much"', "solver.damp: got 'much', expected a number"),
+        ("solver.passes = 1.5", "solver.passes: got 1.5, expected a whole number"),
+        ("solver.passes = true", "solver.passes: got true, expected a whole number"),
+        ("solver.asymmetric = 1", "solver.asymmetric: got 1, expected true or false"),
+        ("format = 4", "format: got 4, expected text in quotes"),
+        ("solver.damp = nan", "solver.damp: got nan, expected a number from 0 to 1"),
+        ("solver.damp = -0.1", "solver.damp: got -0.1, expected a number from 0 to 1"),
+        ("calibration.length = 1", "calibration.length: got 1, expected a number from 2 to 1048576"),
+        ("scheme.group_size = 48", "scheme.group_size: got 48, expected one of 32, 64, 128"),
+        ('format = "gptqv2"', "expected one of 'compressed-tensors', 'gptq', 'gptq_v2'. Did you mean 'gptq_v2'?"),
+        ("solver.scale_low = 2", "solver.scale_low: got 2.0, expected at most scale_high = 1.15"),
+        ("calibration.sources = []", "calibration.sources: got [], expected at least one source"),
+        (SOURCE + "rows = 1", "calibration.sources[0]: got no origin, expected one of builtin, path, dataset"),
+        (SOURCE + 'rows = 1\nbuiltin = "math"\npath = "a.txt"', "got builtin and path, expected one of"),
+        (SOURCE + 'rows = 0\nbuiltin = "math"', "calibration.sources[0].rows: got 0, expected a number from 1 to"),
+        (SOURCE + 'rows = 1\nbuiltin = "maths"', "builtin: got 'maths', expected one of general, chat, code, math. "
+         "Did you mean 'math'?"),
+        (SOURCE + 'rows = 1\nbuiltin = "wikitext-2-test"', "That text is held out and never calibrated on"),
+        (SOURCE + 'rows = 1\nbuiltin = "code"\nfields = ["text"]', "expected 'text' and ['content'], as"),
+        (2 * (SOURCE + 'rows = 1\nbuiltin = "code"\n'), "calibration.sources[1]: reads the same text as"),
+        (SOURCE + 'rows = 1\npath = "a.csv"', "expected a file of kind .jsonl, .txt, .parquet"),
+        (SOURCE + 'rows = 1\npath = "a.txt"\nkind = "chat"', "expected a .jsonl or .parquet file, as kind is 'chat'"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nconfig = "en"', "expected it with a dataset only"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = []', "fields: got [], expected at least one name"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nfields = ["a", "b"]\nkind = "chat"', "expected the one field"),
+        (SOURCE + 'rows = 1\npath = "a.jsonl"\nkind = "chats"', "kind: got 'chats', expected one of 'text', 'chat'"),
+        (SOURCE + 'rows = 1\ndataset = "a/b"\nsplit = ""', "split: got ''"),
+        ('[heldout]\nbuiltin = "wikitext"', "heldout.builtin: got 'wikitext', expected one of wikitext-2-test, chat"),
+        ('[heldout]\nbuiltin = ""', "heldout: got builtin '' and path '', expected one of them"),
+        ('[heldout]\npath = "a.csv"', "expected a file of kind .jsonl, .txt, .parquet"),
         ("solver.damp =", "not TOML: Invalid value (at end of document)"),
     ],
 )
@@ -269,15 +270,15 @@ def test_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("solver.damp", "override 'solver.damp': key=value is wanted"),
-        ("solver..damp=1", "key=value is wanted"),
-        ("=1", "key=value is wanted"),
-        ("solver.dmap=0.1", "best.toml with solver.dmap=0.1: unknown key 'solver.dmap'; did you mean 'solver.damp'?"),
-        ("solver.damp.more=1", "override 'solver.damp.more=1': solver.damp is no table in the recipe"),
-        ("solver.damp.even.more=1", "override 'solver.damp.even.more=1': the recipe has no solver.damp.even"),
+        ("solver.damp", "--set solver.damp: expected KEY=VALUE"),
+        ("solver..damp=1", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("solver.dmap=0.1", "--set solver.dmap=0.1: unknown key 'solver.dmap'. Did you mean 'solver.damp'?"),
+        ("solver.damp.more=1", "--set solver.damp.more=1: solver.damp is not a table of the recipe"),
+        ("solver.damp.even.more=1", "--set solver.damp.even.more=1: the recipe has no solver.damp.even"),
         ("calibration.sources.7.rows=1", "the recipe has no calibration.sources.7"),
         ("calibration.sources.first.rows=1", "the recipe has no calibration.sources.first"),
-        ("solver.damp=1\nname=2", "solver.damp is '1\\nname=2'; a number is wanted"),
+        ("solver.damp=1\nname=2", "solver.damp: got '1\\nname=2', expected a number"),
     ],
 )
 def test_one_clear_error_for_an_override(override: str, said: str) -> None:
@@ -286,10 +287,48 @@ def test_one_clear_error_for_an_override(override: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_what_was_typed_is_named_not_a_file_of_the_package() -> None:
+    for preset, override in (("best", "solver.pases=3"), ("fast", "heldout.windows=0"), ("card", "format=4")):
+        with pytest.raises(FourfoldError) as caught:
+            load_recipe(preset, ["solver.damp=0.1", override])
+        assert str(caught.value).startswith(f"--set {override}: ")
+        assert "fourfold/recipes" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"),
+    [
+        (256, [102, 77, 51, 26]),
+        (128, [51, 39, 25, 13]),  # 51, 38.5, 25.5, 13: of equal remainders the first
+        (512, [204, 154, 102, 52]),
+        (3, [1, 1, 1]),
+        (1, [1]),
+    ],
+)
+def test_samples_keep_the_proportions_of_the_sources(tmp_path: Path, samples: int, rows: list[int]) -> None:
+    best = load_recipe("best")
+    recipe = resize_calibration(best, samples, 2048)
+    assert [source.rows for source in recipe.calibration.sources] == rows
+    assert sum(rows) == samples
+    assert recipe.calibration.length == 2048
+    assert recipe.digest() != best.digest()
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe  # as OUT/recipe.toml has it
+    assert resize_calibration(best, None, None) == best
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "said"),
+    [(0, None, "samples: got 0, expected 1 to 16,777,216"), (None, 1, "sequence_length: got 1, expected 2 to ")],
+)
+def test_sizes_out_of_range(samples: int | None, length: int | None, said: str) -> None:
+    with pytest.raises(FourfoldError, match=said):
+        resize_calibration(load_recipe("best"), samples, length)
+
+
 def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
-    with pytest.raises(FourfoldError, match=r"'bset': neither a preset nor a file; did you mean 'best'\?"):
+    with pytest.raises(FourfoldError, match=r"'bset', expected a preset \(best, .* file\. Did you mean 'best'\?"):
         load_recipe("bset")
-    with pytest.raises(FourfoldError, match="neither a preset nor a file; presets are best, card, fast, guided, "):
+    with pytest.raises(FourfoldError, match=r"none\.toml', expected a preset \(best, card, .*\.toml file\.$"):
         load_recipe(str(tmp_path / "none.toml"))
     (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
     with pytest.raises(FourfoldError, match=r"latin\.toml: not TOML"):

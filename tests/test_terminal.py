@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import types
 from typing import Any
 
@@ -25,9 +26,9 @@ class Clock:
         return self.now
 
 
-def console(*, live: bool = False) -> Console:
+def console(*, live: bool = False, width: int = 100) -> Console:
     options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    return Console(file=io.StringIO(), force_terminal=live, width=100, **options)
+    return Console(file=io.StringIO(), force_terminal=live, width=width, **options)
 
 
 def printed(to: Console) -> str:
@@ -101,7 +102,8 @@ def test_lines() -> None:
         tell(Event(kind="note", text="one\ntwo \x1b[31mred"))
         run_layer(tell, clock, 0, 90, layers=2)
         drift: dict[str, object] = {"hidden_error": 0.01234, "router_agreement": 0.985}
-        data = drift | {"memory_bytes": {"host": 5 * 10**9}}
+        memory = {"host": 5 * 10**9, "cuda:0": 8 * 10**9, "cuda:1": 9 * 10**9}
+        data = drift | {"memory_bytes": memory}
         tell(Event(kind="layer", layer=1, layers=2, data=data, text="[b]"))
     lines = printed(to).splitlines()
     assert lines == [
@@ -109,8 +111,8 @@ def test_lines() -> None:
         "note: one",
         "two \N{REPLACEMENT CHARACTER}[31mred",
         "copying other tensors",
-        "layer 1/2  1 min 30 s  1 min 30 s left",
-        "layer 2/2  1 min 30 s  hidden error 0.0123  routers agree 98.5%  host 5.0 GB  [b]",
+        "layer 1/2  1 min 30 s, 1 min 30 s left",
+        "layer 2/2  1 min 30 s  [b]  hidden error 0.0123  routing 98.5%  host 5.0 GB, GPU 9.0 GB",
     ]
 
 
@@ -130,8 +132,58 @@ def test_bars_move_and_layers_scroll_by() -> None:
     assert "note: [red]as it is[/red]" in shown
     assert "layer 2: moments" in shown
     assert " 50%" in shown
-    assert "3,000/4,000 tokens, 1,500 tokens/s" in shown
+    assert " 75% 1,500 tokens/s" in "\n".join(lines_of(to))
     assert "1/2, 30.0 s left" in shown
+
+
+def lines_of(to: Console) -> list[str]:
+    """All that was drawn, line by line, without what steers a terminal."""
+    return re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed(to)))
+
+
+def test_no_line_is_wider_than_80_columns() -> None:
+    """Every stage of a long run with big numbers: bars as they move, layer lines, a note that is wrapped at words."""
+    clock, to = Clock(), console(live=True, width=80)
+    data: dict[str, object] = {"hidden_error": 0.123456, "router_agreement": 1.0,
+                               "memory_bytes": {"host": 123 * 10**9, "cuda:0": 98 * 10**9}}  # fmt: skip
+    note = "tensor parallel 8: " + " ".join(["words"] * 40)
+    pace = Pace(clock)
+    bars = terminal.Bars(to, pace)
+
+    def tell(event: Event) -> None:
+        pace.follow(event)
+        bars.show(event)
+        bars.progress.refresh()
+
+    with bars.progress:
+        for stage in (*terminal.STAGES, "solve", "attend"):
+            for layer, done in ((-1, 0), (97, 0), (97, 987_654_321)):
+                clock.now += 40
+                sizes: dict[str, Any] = {"layer": layer, "layers": 120, "done": done, "total": 987_654_321}
+                tell(Event(kind="stage", stage=stage, **sizes, unit="tokens"))
+        tell(Event(kind="note", text=note))
+        tell(Event(kind="layer", layer=97, layers=120, data=data))
+    shown = lines_of(to)
+    assert max(map(len, shown)) <= 80 and "…" not in "".join(shown)
+    assert " ".join("\n".join(shown).split()).count(note) == 1  # no word is broken
+    (line,) = (line.strip() for line in shown if line.startswith("layer 98/120"))
+    assert "hidden error 0.1235  routing 100.0%" in line
+
+
+def test_a_bar_pulses_until_something_is_done() -> None:
+    to = console(live=True, width=80)
+    bars = terminal.Bars(to, Pace())
+
+    def show(stage: str, done: int, total: int) -> tuple[float | None, float]:
+        event = Event(kind="stage", stage=stage, layer=0, layers=2, done=done, total=total)
+        bars.pace.follow(event)
+        bars.show(event)
+        task = bars.progress.tasks[-1]
+        return task.total, task.completed
+
+    assert show("solve", 0, 64) == (None, 0)
+    assert show("solve", 16, 64) == (64, 16)
+    assert show("advance", 0, 0) == (None, 0)  # no total that was another stage's
 
 
 def test_json_lines() -> None:
@@ -157,8 +209,10 @@ def test_choose() -> None:
     assert terminal.choose(live, as_json=True, quiet=True) is Manner.JSON
 
 
-def test_summary() -> None:
-    to = console()
+@pytest.mark.parametrize("workers", [1, 2])
+def test_summary(workers: int) -> None:
+    to = console(width=30)  # a pipe: its lines are as long as they are
+    worker = {"device": "cpu", "waited_seconds": 1.0, "of_seconds": 10.0, "waited_for": {"writer": 1.0}}
     metrics = {"perplexity_source": 28.0, "perplexity_release": 28.56, "kl_mean": 0.0123, "top1_agreement": 0.95}
     summary = types.SimpleNamespace(
         out="release[1]",
@@ -171,21 +225,24 @@ def test_summary() -> None:
         seconds={"solve": 60.0, "attend": 2.0},
         peak_memory_bytes={"host": 1_800_000_000, "cuda:0": 2_000_000_000},
         planned_memory_bytes={"host": 10**6},
-        workers=(),
+        workers=(worker,) * workers,
         notes=("a note",),
     )
-    show_summary(to, summary)  # type: ignore[arg-type]
-    assert [line.rstrip() for line in printed(to).splitlines()] == [
-        "output               release[1]",
+    show_summary(to, summary, "my model")  # type: ignore[arg-type]
+    busy = ["busy                 cpu 90%, cpu 90%; waited at most 1.0 s for writer"] if workers > 1 else []
+    assert printed(to).splitlines() == [
         "projections          192 (190 gptq, 2 diag)",
         "size of tensors      22.4 MB -> 13.0 MB (58.0%)",
+        "time                 1 min 02 s",
+        "peak memory          host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
+        *busy,
         "perplexity, source   28.0000",
         "perplexity, release  28.5600",
         "mean KLD (nats)      0.01230",
         "top-1 agreement      95.00%",
-        "time                 1 min 02 s",
-        "peak memory          host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
+        "output               release[1]",
         "note: a note",
+        "Next: fourfold verify 'release[1]' --source 'my model'",
     ]
 
 

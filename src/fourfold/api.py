@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 
 if TYPE_CHECKING:
-    from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
+    from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
     from fourfold.release.verify.check import Verdict
 
@@ -28,6 +28,8 @@ def plan(
     model: str | Path,
     *,
     recipe: Recipe | str | Path = "best",
+    samples: int | None = None,
+    sequence_length: int | None = None,
     devices: str = "auto",
     memory_bytes: int | None = None,
     host_bytes: int | None = None,
@@ -43,6 +45,8 @@ def plan(
 
     Args:
         recipe: the name of a preset, the path of a .toml file, or what `fourfold.recipe.load_recipe` gives.
+        samples: of calibration text in all; the recipe's sources keep their proportions. None: as the recipe has them.
+        sequence_length: tokens of a sample; None: the recipe's.
         devices: "auto", "all", "cpu", "cpu*4", "cuda:0,cuda:1": a worker for each.
         memory_bytes: what the run may take on each GPU, or on the CPU; None for what is free.
         host_bytes: the same of the host's memory.
@@ -53,25 +57,30 @@ def plan(
 
     Raises:
         FourfoldError: headers, config.json, tokenizer or recipe do not fit each other; no such model, layers,
-            devices or machine.
+            devices or machine; a budget that cannot be kept; text that cannot be read, is held out or too short.
     """
     if machine is not None and devices != "auto":
         raise FourfoldError("--machine and --devices exclude each other: another machine, or devices of this one")
+    from fourfold.quantize.rates import find_machine
+
+    chosen = _recipe(recipe, samples, sequence_length)
+    sheet = None if machine is None else find_machine(machine)
+    folder = _check(model, chosen, devices, out)
     from fourfold.quantize.devices import expand_devices
     from fourfold.quantize.gauge import measure_rates
     from fourfold.quantize.guide import predicted_shares
     from fourfold.quantize.plan import make_plan
-    from fourfold.quantize.rates import find_machine
 
-    chosen = _recipe(recipe)
-    sheet = None if machine is None else find_machine(machine)
-    folder = _find(model, chosen, "cpu" if sheet else devices, out, progress)
     workers: Sequence[str] = sheet.devices if sheet else expand_devices(devices)
-    if sheet and memory_bytes is None and host_bytes is None:
+    given = memory_bytes is not None or host_bytes is not None
+    if sheet and not given:
         memory_bytes, host_bytes = sheet.budget_bytes, sheet.host_budget_bytes
+    folder = folder or _download(model, progress)
     made = make_plan(
         folder, chosen, devices=workers, memory_bytes=memory_bytes, host_bytes=host_bytes, layers=layers, out=out
     )
+    if given:
+        made.require_memory()
     made = replace(made, predicted_shares=predicted_shares(made, out))
     if sheet:
         return made.timed(sheet.rates())
@@ -84,6 +93,8 @@ def quantize(
     out: str | Path,
     *,
     recipe: Recipe | str | Path = "best",
+    samples: int | None = None,
+    sequence_length: int | None = None,
     devices: str = "auto",
     memory_bytes: int | None = None,
     host_bytes: int | None = None,
@@ -98,7 +109,8 @@ def quantize(
     process calls this with the same arguments.
 
     Args:
-        recipe, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial is marked partial.
+        recipe, samples, sequence_length, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial
+            is marked partial.
         restart: drop what an earlier run left in `out`.
         trace: write there what each worker did when, for chrome://tracing or ui.perfetto.dev.
         progress: is told stages and finished layers, with the drift and the peak memory so far.
@@ -110,12 +122,22 @@ def quantize(
         FourfoldError: as `plan`; source, recipe or text are not those that `out` was begun with; the disk is too small.
             What is finished stays in `out`.
     """
-    from fourfold.quantize.devices import Machine
+    out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
+    folder = _check(model, chosen, devices, out)
+    from fourfold.quantize.devices import Machine, expand_devices, under_torchrun
+    from fourfold.quantize.summary import finished_already
+
+    if not restart and not under_torchrun():
+        done = finished_already(out, lambda: folder or _download(model, progress), chosen, layers)
+        if done is not None:
+            progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
+            return done
+    expand_devices(devices)
+    folder = folder or _download(model, progress)
     from fourfold.quantize.run import quantize as run
 
-    out, chosen = Path(out), _recipe(recipe)
-    folder = _find(model, chosen, devices, out, progress)
-    taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes)
+    given = memory_bytes is not None or host_bytes is not None
+    taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=given)
     return run(
         folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress
     )
@@ -162,18 +184,25 @@ def evaluate(
     """
     if bool(tasks) != bool(url):
         raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
+    from fourfold.model.config import check_model, read_config
     from fourfold.quantize.devices import one_device
-    from fourfold.release.evaluate import Protocol, read_state
+    from fourfold.quantize.journal import check_checkpoint, read_state
+
+    read_state(Path(out))  # before a model is downloaded
+    read_config(Path(out))
+    check_model(source)
+    if against is not None:
+        check_checkpoint(against, whole=True)
+    device = one_device(devices)
+    from fourfold.release.evaluate import Protocol
     from fourfold.release.evaluate import evaluate as run
     from fourfold.release.tasks import Tasks
 
-    device = one_device(devices)
-    read_state(Path(out))  # before a model is downloaded
     return run(
         Path(out),
-        _resolve(source, progress),
+        _download(source, progress),
         protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace),
-        against=None if against is None else _resolve(against, progress),
+        against=None if against is None else _download(against, progress),
         tasks=Tasks(names=tuple(tasks), url=url) if url else None,
         device=device,
         progress=progress,
@@ -209,39 +238,55 @@ def verify(
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
     from fourfold.interpreter import require_python
+    from fourfold.model.config import check_model, read_config
+    from fourfold.quantize.journal import require_release
+
+    require_release(Path(out))
+    read_config(Path(out))
+    if source is not None:
+        check_model(source)
+    found = None  # the engine is looked for first: a missing one must cost neither a download nor a read
+    if engine is not None:
+        found = require_python(engine, python)
     from fourfold.release.verify.run import Asked
     from fourfold.release.verify.run import verify as run
 
-    asked = None  # the engine is looked for first: a missing one must cost neither a download nor a read
-    if engine is not None:
-        asked = Asked(name=engine, python=require_python(engine, python), limit_seconds=timeout * 60)
-    model = None if source is None else _resolve(source, progress)
+    asked = None if engine is None or found is None else Asked(
+        name=engine, python=found, limit_seconds=timeout * 60
+    )
+    model = None if source is None else _download(source, progress)
     return run(Path(out), model=model, engine=asked, progress=progress)
 
 
-def _recipe(recipe: Recipe | str | Path) -> Recipe:
-    from fourfold.recipe import Recipe, load_recipe
+def _recipe(recipe: Recipe | str | Path, samples: int | None, sequence_length: int | None) -> Recipe:
+    from fourfold.recipe import Recipe, load_recipe, resize_calibration
 
-    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    return resize_calibration(chosen, samples, sequence_length)
 
 
-def _resolve(model: str | Path, progress: Progress) -> Path:
+def _download(model: str | Path, progress: Progress) -> Path:
     from fourfold.model.hub import resolve_model
 
     return resolve_model(str(model), progress=progress is not ignore)
 
 
-def _find(model: str | Path, recipe: Recipe, devices: str, out: Path | None, progress: Progress) -> Path:
-    """The model's folder. What can be wrong with the rest is found before a model is downloaded."""
-    from fourfold.quantize.calibrate import check_sources
-    from fourfold.quantize.devices import expand_devices, under_torchrun
+def _check(model: str | Path, recipe: Recipe, devices: str, out: Path | None) -> Path | None:
+    """The model's folder, None for a Hub ID. All that arguments, paths and config.json tell, before torch is there."""
+    from fourfold.model.config import local_folder, read_source_config
+    from fourfold.quantize.contamination import check_sources, check_texts
+    from fourfold.quantize.devices import parse_devices, under_torchrun
     from fourfold.quantize.journal import check_out
 
-    expand_devices(devices)
+    parse_devices(devices)
     check_sources(recipe)
+    folder = local_folder(model)
     if out is not None and not under_torchrun():
-        check_out(out, Path(model))
-    return _resolve(model, progress)
+        check_out(out, folder)
+    if folder is not None:
+        read_source_config(folder)
+    check_texts(recipe)
+    return folder
 
 
 def follows() -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +14,11 @@ from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
     EXIT_CODES,
+    INTERRUPTED,
+    TERMINATED,
     Against,
     CalibrationFile,
+    Command,
     Device,
     Devices,
     Drafts,
@@ -34,6 +40,8 @@ from fourfold.options import (
     Release,
     Replace,
     Restart,
+    Samples,
+    SequenceLength,
     Source,
     SourceModel,
     Tasks,
@@ -62,10 +70,11 @@ Examples:
 
 {EXIT_CODES}""",
 )
+command = partial(app.command, cls=Command)
 recipe_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, epilog="Example: fourfold recipe show best > mine.toml"
 )
-app.add_typer(recipe_app, name="recipe", help="List and show recipes: what quantize does to a model.")
+app.add_typer(recipe_app, name="recipe", help="List and show recipes, the settings of quantize.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,14 +89,14 @@ def entry(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Fold a BF16 Mixture-of-Experts checkpoint into an int4 release.
+    """Quantize Mixture-of-Experts models to int4 (W4A16, GPTQ) for vLLM and SGLang.
 
-    Every routed expert is quantized with GPTQ, layer by layer; all other tensors are copied bit for bit. The held-out
-    perplexity and KL divergence of the release are known when quantization ends.
+    Every routed expert is quantized with GPTQ, one layer at a time; all other tensors are copied bit for bit. At the
+    end the release's perplexity and KL divergence on held-out text are reported.
     """
 
 
-@app.command(
+@command(
     epilog=f"""\b
 Examples:
   fourfold plan Qwen/Qwen3.6-35B-A3B --devices cuda:0 --memory 10GiB
@@ -101,6 +110,8 @@ def plan(
     recipe_name: RecipeName = "best",
     overrides: Overrides = None,
     calibration: CalibrationFile = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
     devices: Devices = "auto",
     memory: Memory = None,
     machine: MachineName = None,
@@ -108,21 +119,20 @@ def plan(
     out: PlannedOut = None,
     as_json: PlanJson = False,
 ) -> None:
-    """Say what quantize would do: every tensor, memory, disk and time.
+    """Show what quantize would do: tensors, memory, disk, time.
 
-    Reads config.json, the tokenizer files and the safetensors headers, and writes nothing but the Hub cache. The time
-    is a prediction: this machine is measured for some seconds, on made-up numbers and, for the disk, on 64 MiB of a
-    shard whose values nobody looks at. Warnings name what an engine would refuse, such as a tensor parallel size that
-    cannot split the groups.
+    Reads config.json, the tokenizer files, the safetensors headers and the calibration text, which is not tokenized.
+    Writes nothing but the Hub cache. The time is a prediction, from a microbenchmark of this machine that takes some
+    seconds. Warnings name what an engine would refuse.
     """
     with answer():
-        chosen = choose_recipe(recipe_name, overrides or [], calibration)
+        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length)
         budget = (memory or ALL_FREE)._asdict()
         asked = {"recipe": chosen, "devices": devices, **budget, "machine": machine, "layers": layers, "out": out}
         _print_plan(model, asked, as_json=as_json)
 
 
-@app.command(
+@command(
     epilog=f"""\b
 Examples:
   fourfold quantize Qwen/Qwen3.6-35B-A3B ./release
@@ -137,6 +147,8 @@ def quantize(
     recipe_name: RecipeName = "best",
     overrides: Overrides = None,
     calibration: CalibrationFile = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
     devices: Devices = "auto",
     memory: Memory = None,
     layers: Layers = None,
@@ -148,12 +160,12 @@ def quantize(
 ) -> None:
     """Quantize MODEL into OUT.
 
-    Can be stopped at any time: the same command goes on where it stopped, and the result is the same to the byte. A
-    finished layer is on disk before the next but one is begun. Everything is checked before the first weight is read.
+    Resumable: stop it at any time and rerun the same command; the output is bit-identical. At most one layer of work is
+    lost. Everything is checked before the first weight is read.
     """
-    go_on = f"Finished layers are kept: the same command{' without --restart' if restart else ''} goes on."
+    go_on = f"Finished layers are kept. Rerun the same command{' without --restart' if restart else ''} to resume."
     with answer(out, go_on):
-        chosen = choose_recipe(recipe_name, overrides or [], calibration)
+        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length)
         asked = {"recipe": chosen, "devices": devices, **(memory or ALL_FREE)._asdict(), "layers": layers}
         if dry_run:
             _print_plan(model, asked | {"out": out}, as_json=as_json)
@@ -167,7 +179,7 @@ def quantize(
         if manner is terminal.Manner.JSON:
             terminal.json_line(console, {"kind": "summary", "data": summary.to_json()})
         elif manner is not terminal.Manner.QUIET:
-            show_summary(console, summary)
+            show_summary(console, summary, model)
 
 
 def _print_plan(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
@@ -182,7 +194,7 @@ def _print_plan(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
         show_plan(console, made)
 
 
-@app.command(
+@command(
     epilog=f"""\b
 Examples:
   fourfold evaluate ./release --source Qwen/Qwen3.6-35B-A3B
@@ -206,11 +218,11 @@ def evaluate(
     quiet: Quiet = False,
     as_json: EventsJson = False,
 ) -> None:
-    """Measure what the release in OUT lost against its source, on held-out text.
+    """Measure what the release in OUT lost against its source.
 
-    Perplexity, KL divergence, top-1 agreement, drift and routing by layer, and the acceptance rate of the MTP head go
-    into OUT/metrics.json; a larger measurement stays unless --replace is given. Works layer by layer, and for releases
-    of GPTQModel, llm-compressor and AutoRound too.
+    Writes OUT/metrics.json: perplexity, KL divergence, top-1 agreement, drift and routing by layer, and the acceptance
+    rate of the MTP head, on held-out text; a larger measurement stays unless --replace is given. Works layer by layer,
+    also on releases of GPTQModel, llm-compressor and AutoRound.
     """
     with answer():
         console = terminal.open_console()
@@ -236,7 +248,7 @@ def evaluate(
             show_evaluation(console, found)
 
 
-@app.command(
+@command(
     epilog=f"""\b
 Examples:
   fourfold verify ./release
@@ -254,17 +266,16 @@ def verify(
     quiet: Quiet = False,
     as_json: VerdictJson = False,
 ) -> None:
-    """Check a release: its files, every tensor against the source, a run in a real engine.
+    """Check a release: its files, its source, a run in an engine.
 
-    Writes verify.json into OUT. Files alone are always checked; --source and --engine add a level each. Exit code 0
-    says that all that was asked for has passed.
+    Writes OUT/verify.json. The files are always checked; --source compares every tensor, --engine loads and runs OUT.
+    Exit code 0 means that all levels asked for have passed.
     """
     with answer(out):
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
-        name = None if engine is None else engine.value
         with terminal.watch(console, manner) as progress:
-            verdict = api.verify(out, source=source, engine=name, python=python, timeout=timeout, progress=progress)
+            verdict = api.verify(out, source=source, engine=engine, python=python, timeout=timeout, progress=progress)
         if as_json:
             terminal.json_line(console, verdict.to_json())
         elif not quiet:
@@ -273,18 +284,18 @@ def verify(
             raise typer.Exit(CHECK_FAILED)
 
 
-app.command(epilog=reporting.REPORT_EXAMPLES)(reporting.report)
-app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
-app.command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
-app.command(epilog=shipping.INSPECT_EXAMPLES)(shipping.inspect)
-app.command(epilog=shipping.CONVERT_EXAMPLES)(shipping.convert)
-app.command(epilog=shipping.COMPARE_EXAMPLES)(shipping.compare)
-app.command(epilog=shipping.PUBLISH_EXAMPLES)(shipping.publish)
+command(epilog=reporting.REPORT_EXAMPLES)(reporting.report)
+command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
+command(epilog=serving.BENCH_EXAMPLES)(serving.bench)
+command(epilog=shipping.INSPECT_EXAMPLES)(shipping.inspect)
+command(epilog=shipping.CONVERT_EXAMPLES)(shipping.convert)
+command(epilog=shipping.COMPARE_EXAMPLES)(shipping.compare)
+command(epilog=shipping.PUBLISH_EXAMPLES)(shipping.publish)
 
 
 @recipe_app.command("list", epilog="Example: fourfold recipe list")
 def list_recipes() -> None:
-    """List the presets that ship with fourfold."""
+    """List the presets."""
     with answer():
         show_facts(
             terminal.open_console(), [(name, recipe.load_recipe(name).description) for name in recipe.recipe_names()]
@@ -295,11 +306,18 @@ def list_recipes() -> None:
 def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", show_default=False, help="A preset or a .toml file.")],
 ) -> None:
-    """Print a recipe in full, as TOML to start your own from."""
+    """Print a recipe in full, as TOML."""
     with answer():
         typer.echo(recipe.dump_recipe(recipe.load_recipe(name)), nl=False)
 
 
 def main() -> None:
-    """The console script."""
-    app(prog_name="fourfold")
+    """The console script. A run that was told to stop leaves at once, with no word from threads of native libraries."""
+    try:
+        app(prog_name="fourfold")
+    except SystemExit as stopped:
+        if stopped.code in (INTERRUPTED, TERMINATED):  # all has been cleaned up; workers may still be in a kernel
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(stopped.code))
+        raise

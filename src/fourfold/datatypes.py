@@ -58,10 +58,10 @@ class Action(StrEnum):
 class Event:
     """Something a long job tells whoever watches it: the terminal, a JSON-lines reader, a test.
 
-    kind: "note" (text to show once), "stage" (a stage of a layer begins or advances), "layer" (a layer is finished),
-    "done" (the job is finished). stage: gauge (of a plan), calibrate, embed, read, attend, solve, restore, advance,
-    measure, finish; in the sweep before the loop: forward, backward; on the writer's thread, beside these: copy, write,
-    record, recorded.
+    kind: "start" (what the run is), "note" (text to show once), "stage" (a stage of a layer begins or advances),
+    "layer" (a layer is finished), "done" (the job is finished). stage: gauge (of a plan), calibrate, embed, read,
+    attend, solve, restore, advance, measure, finish; in the sweep before the loop: forward, backward; on the writer's
+    thread, beside these: copy, write, record, recorded.
     done, total: progress of the stage in `unit`s (0, 0 when unknown). data: figures for machines (JSON types only).
     """
 
@@ -113,6 +113,21 @@ class Rows:
 
     token_RT: Tensor
     hidden_RTD: Tensor
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sizes fixed at a run's first start, so that a resumed run repeats them.
+
+    rows: rows per attention batch; tokens: tokens per expert batch, of all workers; experts: experts of a worker whose
+    moments exist at one time. inputs: where the experts' inputs lie until the layer is solved: "device", on every
+    worker's; "host", from where each chunk of experts takes its own; "file", mapped into memory, likewise.
+    """
+
+    rows: int
+    tokens: int
+    experts: int
+    inputs: str = "device"
 
 
 @dataclass(frozen=True)

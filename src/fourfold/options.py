@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand
 
 from fourfold import recipe, terminal
 from fourfold.datatypes import FourfoldError
+from fourfold.quantize.rates import MACHINES
+from fourfold.schema import nearest
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
-POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
+POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as shells count: 128 and the signal
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # Click's, or that of the copy that newer Typers bring
+ENGINES = ("vllm", "sglang")
 EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted, 143 terminated."
 
 
-class EngineChoice(StrEnum):
-    """Engines that `verify` and `serve` know."""
-
-    VLLM = "vllm"
-    SGLANG = "sglang"
+# --- values of options: parsed here, as Typer's own messages differ between versions -----------------------------
 
 
-# --- values of options -------------------------------------------------------------------------------------------
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> dict[str, Any]:
+    """Arguments of typer.Option for a number from `least` to `most`, both included."""
+    what = "a whole number" if kind is int else "a number"
+    expected = f"{what} from {least:g} to {most:g}" if most < math.inf else f"{what}, at least {least:g}"
+
+    def parse(text: object) -> int | float:
+        with suppress(ValueError):
+            if least <= (value := kind(str(text))) <= most:
+                return value
+        raise typer.BadParameter(f"got {text!r}, expected {expected}")
+
+    return {"parser": parse}
+
+
+def choice(*names: str) -> dict[str, Any]:
+    """Arguments of typer.Option for one of a few words."""
+
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise typer.BadParameter(f"got {text!r}, expected one of {', '.join(names)}.{nearest(text, names)}")
+
+    return {"parser": parse, "metavar": "|".join(names), "autocompletion": lambda: list(names)}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "8G" (the same), "8GB" (10^9), "512MiB" or "8000000000". Raises typer.BadParameter."""
+    """Bytes of "8GiB", "8G" (the same), "8GB" (10^9) or "512MiB". Raises typer.BadParameter."""
     match = SIZE.fullmatch(text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is not a size; wanted a number and a unit, as in 8GiB or 512MiB")
-    number, prefix, binary = match.groups()
+        raise typer.BadParameter(f"got {text!r}, expected a number with a unit, as in 8GiB or 512MiB")
+    amount, prefix, binary = match.groups()
     decimal = text.strip()[-1] in "bB" and not binary
-    size = int(float(number) * (1000 if decimal else 1024) ** POWERS[(prefix or "").lower()])
+    size = int(float(amount) * (1000 if decimal else 1024) ** POWERS[prefix.lower()])
     if size <= 0:
-        raise typer.BadParameter(f"{text!r} is no memory at all; wanted a size as in 8GiB")
+        raise typer.BadParameter(f"got {text!r}, expected more than nothing, as in 8GiB")
     return size
 
 
@@ -50,10 +74,10 @@ def parse_layers(text: str) -> range:
     """Layers of "4" or "0-3", both ends included, counted from 0. Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip(), re.ASCII)
     if not match:
-        raise typer.BadParameter(f"{text!r} names no layers; wanted a first and a last one, counted from 0, as in 0-3")
+        raise typer.BadParameter(f"got {text!r}, expected a first and a last layer, counted from 0, as in 0-3")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise typer.BadParameter(f"{text!r} ends before it begins; wanted {last}-{first}?")
+        raise typer.BadParameter(f"got {text!r}, which ends before it starts. Did you mean {last}-{first}?")
     return range(first, last + 1)
 
 
@@ -75,30 +99,38 @@ def parse_memory(text: str) -> Budget:
     for part in text.split(","):
         place, _, size = (word.strip() for word in part.partition("="))
         if place not in ("cuda", "cpu", "host") or place in sizes:
-            raise typer.BadParameter(f"{text!r}: {place!r} is no place; wanted cuda=SIZE or cpu=SIZE, and host=SIZE")
+            raise typer.BadParameter(f"{part.strip()}: expected cuda=SIZE or cpu=SIZE, and host=SIZE, each once")
         sizes[place] = parse_size(size)
     if len(sizes.keys() & {"cuda", "cpu"}) != 1:
-        raise typer.BadParameter(f"{text!r}: wanted cuda=SIZE or cpu=SIZE, one of them, and host=SIZE if need be")
+        raise typer.BadParameter(f"got {text!r}, expected cuda=SIZE or cpu=SIZE beside host=SIZE")
     return Budget(sizes.get("cuda") or sizes.get("cpu"), sizes.get("host"))
 
 
-def choose_recipe(name: str, overrides: list[str], calibration: Path | None) -> recipe.Recipe:
-    """The recipe with its overrides; a calibration file takes the place of all its sources, with as many rows."""
+def choose_recipe(
+    name: str,
+    overrides: list[str],
+    calibration: Path | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+) -> recipe.Recipe:
+    """The recipe with its overrides; a calibration file takes the place of all its sources, with as many samples."""
     chosen = recipe.load_recipe(name, overrides)
-    if calibration is None:
-        return chosen
-    rows = sum(source.rows for source in chosen.calibration.sources)
-    kind, field = text_kind(calibration)
-    path = json.dumps(str(calibration))  # quoted as TOML quotes
-    source = f'{{ path = {path}, kind = "{kind}", fields = ["{field}"], rows = {rows} }}'
-    return recipe.load_recipe(name, [*overrides, f"calibration.sources=[{source}]"])
+    if calibration is not None:
+        kind, field = text_kind(calibration)
+        rows = sum(source.rows for source in chosen.calibration.sources)
+        source = recipe.Source(rows=rows, kind=kind, fields=(field,), path=str(calibration.absolute()))
+        chosen = replace(chosen, calibration=replace(chosen.calibration, sources=(source,)))
+    return recipe.resize_calibration(chosen, samples, sequence_length)
 
 
 def text_kind(path: Path) -> tuple[str, str]:
     """Kind and field of a calibration file: conversations if it has `messages`, else plain text from `text`.
 
-    Raises FourfoldError if it has neither.
+    Raises FourfoldError if it has neither, or is of another kind.
     """
+    if path.suffix not in recipe.FILE_KINDS:
+        found = path.suffix or "no suffix"
+        raise FourfoldError(f"--calibration {path}: got {found}, expected one of {', '.join(recipe.FILE_KINDS)}")
     names = _field_names(path)
     if names is None:
         return "text", "text"
@@ -106,13 +138,13 @@ def text_kind(path: Path) -> tuple[str, str]:
         if field in names:
             return kind, field
     raise FourfoldError(
-        f"{path}: has the fields {', '.join(names) or '(none)'}; --calibration wants `messages` or `text`. For other "
-        "fields write a recipe with [[calibration.sources]] and `fields`: `fourfold recipe show best` is a start"
+        f"--calibration {path}: got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`. "
+        "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
     )
 
 
 def _field_names(path: Path) -> list[str] | None:
-    """Names of the fields of a .jsonl or .parquet file; None for plain text, and for kinds that the recipe refuses."""
+    """Names of the fields of a .jsonl or .parquet file; None for plain text."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -125,6 +157,19 @@ def _field_names(path: Path) -> list[str] | None:
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         raise FourfoldError(f"{path}: cannot be read as {path.suffix}: {error}") from None
     return None
+
+
+class Command(TyperCommand):
+    """A command that suggests the one option that was probably meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            if possible := getattr(error, "possibilities", None):
+                error.message = f"{error.message}.{nearest(error.option_name, possible)}"
+                error.possibilities = ()
+            raise
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
@@ -149,23 +194,19 @@ def answer(out: Path | None = None, go_on: str = "") -> Iterator[None]:
     try:
         yield
     except FourfoldError as error:
-        console.print(f"Error: {terminal.paragraphs(error)}", style="red", soft_wrap=True)
+        terminal.say(console, f"Error: {terminal.paragraphs(error)}", "red")
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as error:
         how, code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
-        console.print(f"{how}. {go_on}".strip(), soft_wrap=True)
+        terminal.say(console, f"{how}. {go_on}".strip())
         raise typer.Exit(code) from None
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
         log = out / ".fourfold" / "run.log" if out else None
         seen = f" How far the run came is in {terminal.plain(log)}." if log and log.exists() else ""
-        console.print(
-            f"Error: {type(error).__name__}: this is a bug in fourfold, not a mistake of yours.{seen} "
-            "Please report it with what follows.",
-            style="red",
-            soft_wrap=True,
-        )
+        bug = f"Error: {type(error).__name__}: this is a bug in fourfold, not a mistake of yours.{seen}"
+        terminal.say(console, f"{bug} Please report it with what follows.", "red")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -214,6 +255,24 @@ CalibrationFile = Annotated[
         "(plain text) or `messages` (conversations, rendered with the model's own chat template).",
     ),
 ]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        **number(int, 1),
+        show_default=False,
+        help="Calibration samples in all; the recipe's sources keep their proportions. Default: the recipe's.",
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        **number(int, 2),
+        show_default=False,
+        help="Tokens of a sample. Default: the recipe's.",
+    ),
+]
 Devices = Annotated[
     str,
     typer.Option(
@@ -235,7 +294,7 @@ Memory = Annotated[
         parser=parse_memory,
         show_default=False,
         help="Memory that the run may take on each GPU, or on the CPU in all, as in 8GiB; or by place, as in "
-        "cuda=10GiB,host=8GiB (cpu=SIZE is then of each worker). Less of it means smaller batches. Left out: what is "
+        "cuda=10GiB,host=8GiB (cpu=SIZE is then of each worker). Less of it means smaller batches. Default: what is "
         "free now.",
     ),
 ]
@@ -245,7 +304,7 @@ MachineName = Annotated[
         "--machine",
         metavar="NAME",
         show_default=False,
-        help="Predict for another machine from its data sheet: rtx3060x4, h200 or a100x8. Left out: this machine.",
+        help=f"Predict for another machine from its data sheet: {', '.join(MACHINES)}. Default: this machine.",
     ),
 ]
 TraceFile = Annotated[
@@ -293,9 +352,11 @@ Text = Annotated[
 ]
 Windows = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, show_default=False, help="Windows of the text. Left out: up to 64."),
+    typer.Option(
+        metavar="N", **number(int, 1), show_default=False, help="Windows of the text. Default: up to 64."
+    ),
 ]
-Length = Annotated[int, typer.Option(metavar="TOKENS", min=2, help="Tokens of a window.")]
+Length = Annotated[int, typer.Option(metavar="TOKENS", **number(int, 2), help="Tokens of a window.")]
 Against = Annotated[
     str | None,
     typer.Option(
@@ -327,9 +388,9 @@ SourceModel = Annotated[
     ),
 ]
 EngineName = Annotated[
-    EngineChoice | None,
+    str | None,
     typer.Option(
-        "--engine", metavar="vllm|sglang", show_default=False, help="Load and run OUT in it, too (in SGLang: load)."
+        "--engine", **choice(*ENGINES), show_default=False, help="Load and run OUT in it, too (in SGLang: load)."
     ),
 ]
 EnginePython = Annotated[
@@ -338,10 +399,13 @@ EnginePython = Annotated[
         "--python",
         metavar="PATH",
         show_default=False,
-        help="Interpreter of the environment that has the engine. Left out: the first on PATH that has it.",
+        help="Interpreter of the environment that has the engine. Default: the first on PATH that has it.",
     ),
 ]
 TimeLimit = Annotated[
-    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that has not answered by then.")
+    float,
+    typer.Option(
+        "--timeout", metavar="MINUTES", **number(float, 0.01), help="End an engine that has not answered by then."
+    ),
 ]
 VerdictJson = Annotated[bool, typer.Option("--json", help="Print what lands in verify.json, on one line.")]

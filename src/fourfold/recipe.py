@@ -9,7 +9,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,9 @@ class Recipe:
 ORIGINS = ("builtin", "path", "dataset")
 OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 CHOICES: dict[str, tuple[object, ...]] = {
-    "format": ("compressed-tensors", "gptq", "gptq_v2"),
+    "format": FORMATS,
     "scheme.group_size": (32, 64, 128),
     "scheme.scale_dtype": ("bf16", "fp16"),
     "solver.damp_kind": ("diagonal", "mean"),
@@ -205,8 +206,8 @@ def recipe_path(name_or_path: str) -> Path:
         return path
     names = recipe_names()
     raise FourfoldError(
-        f"recipe {name_or_path!r}: neither a preset nor a file{nearest(name_or_path, names)}; "
-        f"presets are {', '.join(names)}, any other recipe is the path of a .toml file"
+        f"recipe: got {name_or_path!r}, expected a preset ({', '.join(names)}) or the path of a .toml file."
+        f"{nearest(name_or_path, names)}"
     )
 
 
@@ -216,7 +217,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     overrides: "solver.damp=0.02", "calibration.sources.0.rows=8"; the right side is TOML, or else plain text.
     A relative `path` is taken from the recipe file's folder, in an override from the working folder.
     An override of builtin, path or dataset drops the other two, and their config, split and licence.
-    Raises FourfoldError naming the file, the key, what was found and what is wanted.
+    Raises FourfoldError naming the file or the override, the key, the value and what is expected.
     """
     path = recipe_path(name_or_path)
     table = _read_toml(path)
@@ -229,11 +230,39 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(table, override, displaced=dict.fromkeys(ORIGINS, (*ORIGINS, *OF_AN_ORIGIN)))
     _anchor_paths(table, Path.cwd())
     _complete(table)
-    where = f"recipe {path}" + (f" with {', '.join(overrides)}" if overrides else "")
-    schema = Schema(where=where, choices=CHOICES, ranges=RANGES)
+    typed = {override.partition("=")[0].replace(" ", ""): f"--set {override}" for override in overrides}
+    schema = Schema(where=f"recipe {name_or_path}", choices=CHOICES, ranges=RANGES, typed=typed)
     recipe: Recipe = schema.read(Recipe, table)
     _check_together(recipe, schema)
     return recipe
+
+
+def resize_calibration(recipe: Recipe, samples: int | None, sequence_length: int | None) -> Recipe:
+    """Return the recipe with `samples` calibration samples in all, of `sequence_length` tokens; None: as it has them.
+
+    Sources keep their proportions, by largest remainders; one whose share is less than a sample is left out.
+    Raises FourfoldError for a number out of range.
+    """
+    sizes = (("samples", samples, "sources.rows"), ("sequence_length", sequence_length, "length"))
+    for name, value, key in sizes:
+        least, most = RANGES[f"calibration.{key}"]
+        if value is not None and not least <= value <= most:
+            raise FourfoldError(f"{name}: got {value}, expected {least:,.0f} to {most:,.0f}")
+    calibration = recipe.calibration
+    if samples is not None:
+        calibration = replace(calibration, sources=_share_out(calibration.sources, samples))
+    if sequence_length is not None:
+        calibration = replace(calibration, length=sequence_length)
+    return replace(recipe, calibration=calibration)
+
+
+def _share_out(sources: Sequence[Source], samples: int) -> tuple[Source, ...]:
+    total = sum(source.rows for source in sources)
+    shares = [divmod(source.rows * samples, total) for source in sources]
+    by_remainder = sorted(range(len(sources)), key=lambda place: -shares[place][1])  # of equal ones, the first
+    more = set(by_remainder[: samples - sum(whole for whole, _ in shares)])
+    rows = [whole + (place in more) for place, (whole, _) in enumerate(shares)]
+    return tuple(replace(source, rows=count) for source, count in zip(sources, rows, strict=True) if count)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -321,14 +350,15 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
     """Values that must fit each other. Raises FourfoldError."""
     sources, heldout, solver = recipe.calibration.sources, recipe.heldout, recipe.solver
     if not sources:
-        raise FourfoldError(f"{schema.where}: calibration.sources is empty; at least one source is wanted")
+        raise schema.mismatch("calibration.sources", [], "at least one source")
     for index, source in enumerate(sources):
         problem = _problem_of(source, sources[:index])
         if problem:
-            raise FourfoldError(f"{schema.where}: calibration.sources[{index}] {problem}")
+            key = f"calibration.sources[{index}]"
+            raise FourfoldError(f"{schema.place(key)}: {key}: {problem}")
     if bool(heldout.builtin) == bool(heldout.path):
         found = f"builtin {heldout.builtin!r} and path {heldout.path!r}"
-        raise FourfoldError(f"{schema.where}: heldout has {found}; exactly one of them is wanted")
+        raise FourfoldError(f"{schema.place('heldout')}: heldout: got {found}, expected one of them")
     if heldout.builtin and heldout.builtin not in HELDOUT_TEXTS:
         raise schema.mismatch(
             "heldout.builtin",
@@ -339,7 +369,7 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
     if recipe.format == "compressed-tensors" and recipe.scheme.scale_dtype == "fp16":
-        hint = "; its scales are stored as BF16. Take it, or a format that stores FP16: gptq, gptq_v2"
+        hint = " Its scales are stored as BF16; gptq and gptq_v2 store FP16"
         raise schema.mismatch("scheme.scale_dtype", "fp16", "'bf16' with format 'compressed-tensors'", hint)
     if solver.scale_low > solver.scale_high:
         wanted = f"at most scale_high = {solver.scale_high}"
@@ -347,25 +377,25 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
 
 
 def _problem_of(source: Source, earlier: Sequence[Source]) -> str:
-    """What is wrong with a source, as the rest of a sentence; empty if nothing is."""
+    """What is wrong with a source; empty if nothing is."""
     given = [origin for origin in ORIGINS if getattr(source, origin)]
     if len(given) != 1:
-        return f"has {' and '.join(given) or 'no origin'}; exactly one of {', '.join(ORIGINS)} is wanted"
+        return f"got {' and '.join(given) or 'no origin'}, expected one of {', '.join(ORIGINS)}"
     if any(_text_of(source) == _text_of(other) for other in earlier):
-        return "reads the same text as a source before it; give that one more rows instead"
+        return "reads the same text as a source before it. Give that one more rows"
     if not source.fields or not all(source.fields):
-        return f"has fields {list(source.fields)}; the name of at least one field is wanted"
+        return f"fields: got {list(source.fields)}, expected at least one name"
     if source.kind == "chat" and len(source.fields) != 1:
-        return f"has kind 'chat' and fields {list(source.fields)}; the one field with the messages is wanted"
+        return f"fields: got {list(source.fields)}, expected the one field with the messages, as kind is 'chat'"
     if source.builtin:
         return _problem_of_builtin(source)
     if source.dataset:
-        return "" if source.split else "has an empty split; the name of a split is wanted, as in 'train'"
+        return "" if source.split else "split: got '', expected the name of a split, as in 'train'"
     if Path(source.path).suffix not in FILE_KINDS:
-        return f"has path {source.path!r}; a file of kind {', '.join(FILE_KINDS)} is wanted"
+        return f"path: got {source.path!r}, expected a file of kind {', '.join(FILE_KINDS)}"
     if source.path.endswith(".txt") and source.kind == "chat":
-        return f"has kind 'chat' and path {source.path!r}; conversations are read from .jsonl or .parquet"
-    return f"has config {source.config!r} and a path; only a dataset has configs" if source.config else ""
+        return f"path: got {source.path!r}, expected a .jsonl or .parquet file, as kind is 'chat'"
+    return f"config: got {source.config!r} beside a path, expected it with a dataset only" if source.config else ""
 
 
 def _text_of(source: Source) -> tuple[object, ...]:
@@ -375,14 +405,14 @@ def _text_of(source: Source) -> tuple[object, ...]:
 def _problem_of_builtin(source: Source) -> str:
     text = CALIBRATION_TEXTS.get(source.builtin)
     if text is None:
-        held = "; that text is held out and never calibrated on" if source.builtin in HELDOUT_TEXTS else ""
+        held = " That text is held out and never calibrated on." if source.builtin in HELDOUT_TEXTS else ""
         return (
-            f"has builtin {source.builtin!r}{held}; one of {', '.join(CALIBRATION_TEXTS)} is wanted"
-            f"{nearest(source.builtin, CALIBRATION_TEXTS)}"
+            f"builtin: got {source.builtin!r}, expected one of {', '.join(CALIBRATION_TEXTS)}."
+            f"{held or nearest(source.builtin, CALIBRATION_TEXTS)}"
         )
     if (source.kind, source.fields) != (text.kind, text.fields):
         return (
-            f"has kind {source.kind!r} and fields {list(source.fields)}; the text {source.builtin!r} "
-            f"has kind {text.kind!r} and fields {list(text.fields)}: leave both out"
+            f"got kind {source.kind!r} and fields {list(source.fields)}, expected {text.kind!r} and {list(text.fields)}"
+            f", as the text {source.builtin!r} has. Leave both out"
         )
     return ""

@@ -11,6 +11,7 @@ import typer
 
 from fourfold import terminal
 from fourfold.datatypes import FourfoldError
+from fourfold.install import pip_install
 from fourfold.options import EXIT_CODES, Quiet, Release, answer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Repo = Annotated[
     typer.Option(
         metavar="ORG/NAME",
         show_default=False,
-        help="The repository that it will be published as, for commands on the card. Left out: the folder's name.",
+        help="The repository that it will be published as, for commands on the card. Default: the folder's name.",
     ),
 ]
 BaseModel = Annotated[
@@ -44,7 +45,7 @@ BaseModel = Annotated[
     typer.Option(
         metavar="ORG/NAME",
         show_default=False,
-        help="The Hub's name of the checkpoint it was made of. Left out: as quantize was given it, if by that name.",
+        help="The Hub's name of the checkpoint it was made of. Default: as quantize was given it, if by that name.",
     ),
 ]
 LicenceName = Annotated[
@@ -53,7 +54,7 @@ LicenceName = Annotated[
         "--license",
         metavar="NAME",
         show_default=False,
-        help="The Hub's name of the licence. Left out: as the source's card or LICENSE file has it.",
+        help="The Hub's name of the licence. Default: as the source's card or LICENSE file has it.",
     ),
 ]
 Beside = Annotated[
@@ -72,31 +73,37 @@ def report(
     license: LicenceName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a release's model card with plots, and report.html: every projection, to look at and search.
+    """Write a release's model card, its plots and report.html.
 
     Reads only what quantize, evaluate, verify and bench left in OUT (bench.json if it is there); measures nothing. What
     is not there is named as not measured.
     """
     with answer():
+        from fourfold.model.config import read_config
         from fourfold.model.hub import check_repo_id
-        from fourfold.release.report.about import About
+        from fourfold.quantize.journal import require_release
 
         if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-            raise FourfoldError(f"report needs {' and '.join(missing)}: pip install 'fourfold[report]'")
-        from fourfold.release.report.write import write
-        from fourfold.release.verify.folder import CARD, FIGURES, PAGE
+            raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
+        for folder in filter(None, (out, against)):
+            require_release(folder)
+            read_config(folder)
 
         if repo is not None:
             check_repo_id("--repo", repo)
+        from fourfold.release.contents import CARD, FIGURES, PAGE
+        from fourfold.release.report.about import About
+        from fourfold.release.report.write import write
+
         about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
         records = write(out, about, recommend, against)
         if quiet:
             return
         console = terminal.open_console()
         for name, what in ((CARD, "model card"), (FIGURES, "its plots"), (PAGE, "every projection, for a browser")):
-            console.print(f"{terminal.plain(out / name)}: {what}", soft_wrap=True)
+            terminal.say(console, f"{terminal.plain(out / name)}: {what}")
         for what, way in records.missing:
-            console.print(f"not measured: {what} ({way})", soft_wrap=True)
+            terminal.say(console, f"not measured: {what} ({way})")
 
 
 def recommend(records: Records, about: About) -> list[Serving]:

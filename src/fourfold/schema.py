@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fourfold.datatypes import FourfoldError
@@ -19,12 +19,14 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 class Schema:
     """What a file may hold. choices, ranges (both ends included): by dotted key without indices.
 
-    where: names the file in errors ("recipe best.toml").
+    where: names the file in errors ("recipe mine.toml"); typed: by dotted key, what set it on the command line, which
+    errors name in the file's place.
     """
 
     where: str
     choices: Mapping[str, tuple[object, ...]]
     ranges: Mapping[str, tuple[float, float]]
+    typed: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, cls: type[Any], table: object, key: str = "") -> Any:
         """A `cls` from a raw table of dotted name `key`. Left-out keys take the dataclass defaults.
@@ -36,14 +38,19 @@ class Schema:
         hints = get_type_hints(cls)
         for name in table:
             if name not in hints:
-                meant = self._nearest_key(cls, key, name)
-                raise FourfoldError(f"{self.where}: unknown key {_join(key, name)!r}{meant}")
+                unknown, meant = _join(key, name), self._nearest_key(cls, key, name)
+                raise FourfoldError(f"{self.place(unknown)}: unknown key {unknown!r}.{meant}")
         values = {name: self._value(hints[name], value, _join(key, name)) for name, value in table.items()}
         return cls(**values)
 
-    def mismatch(self, key: str, found: object, wanted: str, hint: str = "") -> FourfoldError:
+    def place(self, key: str) -> str:
+        """What set this key, or a table around it: for the start of an error."""
+        dotted = re.sub(r"\[(\d+)\]", r".\1", key)
+        return next((typed for name, typed in self.typed.items() if f"{dotted}.".startswith(f"{name}.")), self.where)
+
+    def mismatch(self, key: str, found: object, expected: str, hint: str = "") -> FourfoldError:
         shown = str(found).lower() if isinstance(found, bool) else repr(found)
-        return FourfoldError(f"{self.where}: {key} is {shown}; {wanted} is wanted{hint}")
+        return FourfoldError(f"{self.place(key)}: {key}: got {shown}, expected {expected}.{hint}")
 
     def _value(self, hint: Any, value: object, key: str) -> Any:
         if is_dataclass(hint):
@@ -63,8 +70,7 @@ class Schema:
         rule = re.sub(r"\[\d+\]", "", key)
         choices = self.choices.get(rule)
         if choices and value not in choices:
-            wanted = f"one of {', '.join(map(repr, choices))}"
-            raise self.mismatch(key, value, wanted, nearest(value, choices))
+            raise self.mismatch(key, value, f"one of {', '.join(map(repr, choices))}", nearest(value, choices))
         low, high = self.ranges.get(rule, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:  # nan is in no range
             raise self.mismatch(key, value, f"a number from {low:.12g} to {high:.12g}")
@@ -74,14 +80,14 @@ class Schema:
         """The key that was probably meant: the same name in another table, else a similar one in this."""
         known = {rule.rpartition(".")[2]: rule for rule in (*self.choices, *self.ranges)}
         if name in known:
-            return f"; did you mean {known[name]!r}?"
+            return f" Did you mean {known[name]!r}?"
         return nearest(_join(key, name), [_join(key, item.name) for item in fields(cls)])
 
 
 def nearest(word: object, known: Collection[object]) -> str:
-    """The end of an error's sentence: the known word that `word` looks like, or nothing."""
+    """The last sentence of an error: the known word that `word` looks like, or nothing."""
     match = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
+    return f" Did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
 
 
 def apply_override(table: dict[str, Any], override: str, displaced: Mapping[str, Sequence[str]]) -> None:
@@ -93,7 +99,7 @@ def apply_override(table: dict[str, Any], override: str, displaced: Mapping[str,
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
-        raise FourfoldError(f"override {override!r}: key=value is wanted, as in solver.damp=0.02")
+        raise FourfoldError(f"--set {override}: expected KEY=VALUE, as in solver.damp=0.02")
     target: Any = table
     for depth, part in enumerate(parts[:-1]):
         if isinstance(target, dict):
@@ -101,9 +107,9 @@ def apply_override(table: dict[str, Any], override: str, displaced: Mapping[str,
         elif isinstance(target, list) and part.isdecimal() and int(part) < len(target):
             target = target[int(part)]
         else:
-            raise FourfoldError(f"override {override!r}: the recipe has no {'.'.join(parts[: depth + 1])}")
+            raise FourfoldError(f"--set {override}: the recipe has no {'.'.join(parts[: depth + 1])}")
     if not isinstance(target, dict):
-        raise FourfoldError(f"override {override!r}: {'.'.join(parts[:-1])} is no table in the recipe")
+        raise FourfoldError(f"--set {override}: {'.'.join(parts[:-1])} is not a table of the recipe")
     for other in displaced.get(parts[-1], ()):
         target.pop(other, None)
     target[parts[-1]] = _toml_value(text.strip())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +13,13 @@ import typer
 from fourfold import terminal
 from fourfold.options import (
     CHECK_FAILED,
+    ENGINES,
     EXIT_CODES,
-    EngineChoice,
     EnginePython,
     Quiet,
     answer,
+    choice,
+    number,
 )
 from fourfold.tables.server import show_bench, show_command, show_ready
 
@@ -38,26 +39,12 @@ Examples:
 {EXIT_CODES}"""
 
 
-class CacheChoice(StrEnum):
-    """What the KV cache is kept in: the model's dtype, or fp8."""
-
-    AUTO = "auto"
-    FP8 = "fp8"
-
-
-class ProfileChoice(StrEnum):
-    """Whose settings stand where none are given: ours, or those of the reference release's card."""
-
-    DEFAULT = "default"
-    REFERENCE = "reference"
-
-
 def parse_ranks(text: str) -> int | None:
     """GPUs of "4", None for "auto". Raises typer.BadParameter."""
     if text == "auto":
         return None
     if not text.isascii() or not text.isdecimal() or not int(text):
-        raise typer.BadParameter(f"{text!r} is no number of GPUs; wanted auto, or a number as in 4")
+        raise typer.BadParameter(f"got {text!r}, expected auto, or a number of GPUs as in 4")
     return int(text)
 
 
@@ -68,7 +55,7 @@ class Levels(tuple[int, ...]):
 def parse_levels(text: str) -> Levels:
     """Requests at one time of "1,4,16". Raises typer.BadParameter."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or 0 in map(int, text.split(",")):
-        raise typer.BadParameter(f"{text!r} is no list of concurrencies; wanted numbers from 1 on, as in 1,4,16")
+        raise typer.BadParameter(f"got {text!r}, expected numbers from 1 on, as in 1,4,16")
     return Levels(dict.fromkeys(map(int, text.split(","))))
 
 
@@ -85,12 +72,9 @@ EngineWords = Annotated[
     ),
 ]
 ServeEngine = Annotated[
-    EngineChoice | None,
+    str | None,
     typer.Option(
-        "--engine",
-        metavar="vllm|sglang",
-        show_default=False,
-        help="The engine that serves it. Left out: the one that is installed, vLLM first.",
+        "--engine", **choice(*ENGINES), show_default=False, help="The engine. Default: the installed one, vLLM first."
     ),
 ]
 Mtp = Annotated[
@@ -98,22 +82,28 @@ Mtp = Annotated[
     typer.Option(
         "--mtp",
         metavar="N",
-        min=0,
-        max=8,
+        **number(int, 0, 8),
         show_default=False,
-        help="Tokens that the MTP head drafts at a time, 0 for none. Left out: 2 in vLLM, 3 in SGLang, where it can.",
+        help="Tokens that the MTP head drafts at a time, 0 for none. Default: 2 in vLLM, 3 in SGLang, where it can.",
     ),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
-        "--context", metavar="N", min=1, show_default=False, help="Longest context. Left out: what fits, by estimate."
+        "--context",
+        metavar="TOKENS",
+        **number(int, 1),
+        show_default=False,
+        help="Longest context. Default: what fits, by estimate.",
     ),
 ]
 KvCache = Annotated[
-    CacheChoice | None,
+    str | None,
     typer.Option(
-        "--kv-cache", metavar="fp8|auto", show_default=False, help="How the KV cache is kept. Left out: auto, in BF16."
+        "--kv-cache",
+        **choice("fp8", "auto"),
+        show_default=False,
+        help="Data type of the KV cache. Default: auto, which is BF16.",
     ),
 ]
 TensorParallel = Annotated[
@@ -123,14 +113,14 @@ TensorParallel = Annotated[
         metavar="N|auto",
         parser=parse_ranks,
         show_default=False,
-        help="GPUs to split over. Left out: auto, as many as divide the model.",
+        help="GPUs to split over. Default: auto, as many as divide the model.",
     ),
 ]
 ServeProfile = Annotated[
-    ProfileChoice,
+    str,
     typer.Option(
         "--profile",
-        metavar="default|reference",
+        **choice("default", "reference"),
         help="Whose settings stand where no option does; with --print, reference is for its machine, 4 x RTX 3060.",
     ),
 ]
@@ -139,7 +129,7 @@ ThinkingBudget = Annotated[
     typer.Option(
         "--thinking-budget",
         metavar="N",
-        min=0,
+        **number(int, 0),
         show_default=False,
         help="Thinking tokens of requests that set no budget (vLLM, with fourfold's plugin in its environment).",
     ),
@@ -149,8 +139,7 @@ PresencePenalty = Annotated[
     typer.Option(
         "--presence-penalty",
         metavar="X",
-        min=-2,
-        max=2,
+        **number(float, -2, 2),
         show_default=False,
         help="Presence penalty of requests that set none (vLLM).",
     ),
@@ -159,7 +148,11 @@ Host = Annotated[str, typer.Option("--host", metavar="HOST", help="Address that 
 Port = Annotated[
     int | None,
     typer.Option(
-        "--port", metavar="N", min=1, max=65535, show_default=False, help="Left out: 8000 for vLLM, 30000 for SGLang."
+        "--port",
+        metavar="N",
+        **number(int, 1, 65535),
+        show_default=False,
+        help="Default: 8000 for vLLM, 30000 for SGLang.",
     ),
 ]
 PrintOnly = Annotated[bool, typer.Option("--print", help="Print the command and what it will come to; run nothing.")]
@@ -171,11 +164,11 @@ ServeLog = Annotated[
         metavar="FILE",
         dir_okay=False,
         show_default=False,
-        help="Where the engine's output goes. Left out: OUT/.fourfold/serve-ENGINE.log, or here for others' releases.",
+        help="Where the engine's output goes. Default: OUT/.fourfold/serve-ENGINE.log, or here for others' releases.",
     ),
 ]
 StartLimit = Annotated[
-    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="End an engine that is not ready by then.")
+    float, typer.Option("--timeout", metavar="MINUTES", **number(float, 0.01), help="Stop an engine not ready by then.")
 ]
 
 
@@ -188,7 +181,7 @@ def serve(
     context: Context = None,
     kv_cache: KvCache = None,
     tp: TensorParallel = None,
-    profile: ServeProfile = ProfileChoice.DEFAULT,
+    profile: ServeProfile = "default",
     thinking_budget: ThinkingBudget = None,
     presence_penalty: PresencePenalty = None,
     host: Host = "127.0.0.1",
@@ -199,12 +192,15 @@ def serve(
     print_only: PrintOnly = False,
     docker: Docker = False,
 ) -> None:
-    """Serve a release: the right command for it, this machine and an engine, checked, printed or run.
+    """Serve a release with vLLM or SGLang.
 
-    What does not fit or is known to go wrong is said before anything starts. Once the engine is ready, one request
-    shows that thinking, tools and drafts are alive. It runs until it is interrupted, and nothing of it is left.
+    Derives the command from the release, this machine and the engine, and checks it before anything starts; --print
+    shows it. Once the engine is ready, one request tests thinking, tools and drafts. Runs until interrupted.
     """
     with answer(None, "The engine and all it started have ended."):
+        from fourfold.quantize.journal import check_checkpoint
+
+        check_checkpoint(out, whole=True)
         from fourfold.model.hub import resolve_model
         from fourfold.serve.command import Deployment
         from fourfold.serve.served import open_served
@@ -212,11 +208,11 @@ def serve(
 
         starts = not (print_only or docker)
         wanted = Deployment(
-            engine=engine.value if engine else choose_engine(python, starts=starts, container=docker),
-            profile=profile.value,
+            engine=engine or choose_engine(python, starts=starts, container=docker),
+            profile=profile,
             drafts=mtp,
             context=context,
-            kv_cache=kv_cache.value if kv_cache else None,
+            kv_cache=kv_cache,
             ranks=tp,
             host=host,
             port=port,
@@ -233,13 +229,13 @@ def serve(
             typer.echo(shown)
             raise typer.Exit(CHECK_FAILED if command.problems else 0)
         path = log or log_file(served.folder, wanted.engine)
-        console.print(f"starting; the engine's log: {terminal.plain(path)}", soft_wrap=True)
+        terminal.say(console, f"starting; the engine's log: {terminal.plain(path)}")
         show = partial(show_ready, console, command)
         outcome = run(command, interpreter, path, timeout * 60, show)
         if outcome.failure:
-            console.print(terminal.paragraphs(outcome.failure), style="red", soft_wrap=True)
+            terminal.say(console, terminal.paragraphs(outcome.failure), "red")
             raise typer.Exit(CHECK_FAILED)
-        console.print(f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left", soft_wrap=True)
+        terminal.say(console, f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left")
         raise typer.Exit(SIGNALLED + outcome.signal)
 
 
@@ -261,22 +257,25 @@ Prompts = Annotated[
         exists=True,
         dir_okay=False,
         show_default=False,
-        help="Prompts: .txt, one a line, or .jsonl with `messages` or `text`. Left out: built-in questions.",
+        help="Prompts: .txt, one a line, or .jsonl with `messages` or `text`. Default: built-in questions.",
     ),
 ]
 Requests = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, show_default=False, help="Requests of a level. Left out: 4 times as many, at least 8."
+        metavar="N",
+        **number(int, 1),
+        show_default=False,
+        help="Requests at each concurrency. Default: 4 times the concurrency, at least 8.",
     ),
 ]
-OutTokens = Annotated[int, typer.Option("--out-tokens", metavar="N", min=2, help="Tokens that each request generates.")]
-Temperature = Annotated[float, typer.Option(metavar="X", min=0, max=2, help="0: always the likeliest token.")]
+OutTokens = Annotated[int, typer.Option("--out-tokens", metavar="N", **number(int, 2), help="Tokens per request.")]
+Temperature = Annotated[float, typer.Option(metavar="X", **number(float, 0, 2), help="0: always the likeliest token.")]
 RequestLimit = Annotated[
-    float, typer.Option("--request-timeout", metavar="SECONDS", min=0.1, help="A request is given up after that.")
+    float, typer.Option("--request-timeout", metavar="SECONDS", **number(float, 0.1), help="Give up a request then.")
 ]
 LevelLimit = Annotated[
-    float, typer.Option("--timeout", metavar="MINUTES", min=0.01, help="A level is ended after that.")
+    float, typer.Option("--timeout", metavar="MINUTES", **number(float, 0.01), help="A level is ended after that.")
 ]
 BenchOut = Annotated[Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the figures are written.")]
 BenchJson = Annotated[bool, typer.Option("--json", help="Print what lands in the file, on one line.")]
@@ -295,16 +294,15 @@ def bench(
     quiet: Quiet = False,
     as_json: BenchJson = False,
 ) -> None:
-    """Measure a running server: latency, speed, draft acceptance and KV cache, at one concurrency after another.
+    """Measure a server: latency, speed, acceptance, KV cache.
 
-    Tokens are counted by the server's own `usage`, drafts from its metrics before and after. Exit code 0 says that each
-    request was answered in full.
+    Runs one concurrency after another. Tokens are counted by the server's own `usage`, drafts by its metrics before and
+    after. Exit code 0 means that each request was answered in full.
     """
     with answer():
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
-        from fourfold.model.shards import write_text
-        from fourfold.quantize.finish import dump
+        from fourfold.model.files import dump, write_text
         from fourfold.serve.bench import Load
         from fourfold.serve.bench import bench as run
 

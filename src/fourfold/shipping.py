@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fourfold import terminal
-from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer
+from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice
+from fourfold.recipe import FORMATS
 from fourfold.tables.release import show_comparison, show_converted, show_inspection, show_published
 
 INSPECT_EXAMPLES = f"""\b
@@ -39,14 +39,6 @@ Examples:
 {EXIT_CODES}"""
 
 
-class FormatChoice(StrEnum):
-    """Storages of int4 that engines load."""
-
-    COMPRESSED_TENSORS = "compressed-tensors"
-    GPTQ = "gptq"
-    GPTQ_V2 = "gptq_v2"
-
-
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 Checkpoint = Annotated[
@@ -56,12 +48,15 @@ InspectJson = Annotated[bool, typer.Option("--json", help="Print it as one JSON 
 
 
 def inspect(folder: Checkpoint, as_json: InspectJson = False) -> None:
-    """Say of any checkpoint what is quantized how, what engines take it, and what traps it has.
+    """Show how a checkpoint is quantized and what loads it.
 
-    Reads the headers, and the values of one expert in each layer. Whoever made it: fourfold, GPTQModel, llm-compressor,
-    AutoRound, or the BF16 original.
+    Names known issues, too. Reads the headers, and the values of one expert in each layer, of any maker's checkpoint:
+    fourfold, GPTQModel, llm-compressor, AutoRound, or the BF16 original.
     """
     with answer():
+        from fourfold.quantize.journal import check_checkpoint
+
+        check_checkpoint(folder, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.inspect import inspect as look
 
@@ -85,29 +80,31 @@ AnyRelease = Annotated[
 ]
 New = Annotated[Path, typer.Argument(metavar="NEW", show_default=False, help="Folder to write: new or empty.")]
 Format = Annotated[
-    FormatChoice,
-    typer.Option(
-        "--format", metavar="gptq|gptq_v2|compressed-tensors", show_default=False, help="How NEW stores int4."
-    ),
+    str, typer.Option("--format", **choice(*FORMATS), show_default=False, help="How NEW stores int4.")
 ]
 ConvertJson = Annotated[bool, typer.Option("--json", help="Print what came of it as one JSON object.")]
 
 
 def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, as_json: ConvertJson = False) -> None:
-    """Write a release in another storage: same codes, no calibration, no source.
+    """Write a release in another format, with the same codes.
 
-    Scales are rounded to values that BF16 and FP16 both hold, and draft experts in one stack are split. It mends
-    GPTQ releases whose drafts SGLang drops (--format compressed-tensors). Memory does not grow with the release.
+    Needs neither calibration nor source. Rounds scales to values that BF16 and FP16 both hold, and splits stacks of
+    draft experts, which fixes GPTQ releases whose drafts SGLang drops (--format compressed-tensors). Memory does not
+    grow with the release.
     """
     with answer(None, "Nothing is left of it."):
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from fourfold.model.files import check_new
+        from fourfold.quantize.journal import check_checkpoint
+
+        check_new(new, check_checkpoint(out, whole=True))
         from fourfold.model.hub import resolve_model
         from fourfold.release.convert import convert as run
 
         folder = resolve_model(out, progress=not (quiet or as_json))
         with terminal.watch(console, manner) as progress:
-            found = run(folder, new, format.value, progress=progress)
+            found = run(folder, new, format, progress=progress)
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
@@ -125,14 +122,18 @@ CompareJson = Annotated[bool, typer.Option("--json", help="Print it as one JSON 
 def compare(
     first: First, second: Second, equal: MustBeEqual = False, quiet: Quiet = False, as_json: CompareJson = False
 ) -> None:
-    """Compare two checkpoints: tensors, codes, scales, and what was measured of them.
+    """Compare two checkpoints: tensors, codes, scales, metrics.
 
-    Storage is looked through: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a stack
+    Formats are looked through: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a stack
     equals the same in a tensor of its own.
     """
     with answer():
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
+        from fourfold.quantize.journal import check_checkpoint
+
+        for model in (first, second):
+            check_checkpoint(model, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.compare import compare as run
 
@@ -185,7 +186,7 @@ def publish(
     quiet: Quiet = False,
     as_json: PublishJson = False,
 ) -> None:
-    """Upload a release that verify has passed to the Hub, with its card.
+    """Upload a verified release to the Hugging Face Hub.
 
     Sends the files that fourfold wrote and those that --include names; the rest of OUT is named and stays. Every file
     is hashed first. Rerun the same command to resume. `hf auth login` holds the token; fourfold does not ask for it and

@@ -14,12 +14,16 @@ from enum import Enum
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from fourfold.datatypes import Event, ignore
 from fourfold.datatypes import Progress as Callback
 from fourfold.units import clock_text
 
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
+PIPE_WIDTH = 10_000  # columns: no line of a table is as long
+BAR_WIDTH = 20  # columns: with the longest stage and its figures a line has fewer than 80
 STAGES = {  # what a stage is called where its own name says too little
     "gauge": "measuring this machine",
     "calibrate": "reading calibration text",
@@ -66,6 +70,20 @@ def paragraphs(text: object) -> str:
     return "\n".join(plain(line) for line in str(text).splitlines())
 
 
+def say(console: Console, text: str | Text, style: str | None = None) -> None:
+    """Print a paragraph: on a terminal wrapped between words, into a pipe on one line."""
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table: on a terminal within its width, into a pipe as wide as it is, without trailing blanks."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    for line in console.render_lines(table, console.options.update(width=PIPE_WIDTH), pad=False):
+        console.print("".join(segment.text for segment in line).rstrip(), soft_wrap=True)
+
+
 def memory_text(memory_bytes: Mapping[str, int]) -> str:
     """Bytes of each place, for people to read."""
     return ", ".join(f"{plain(place)} {decimal(size)}" for place, size in memory_bytes.items())
@@ -107,21 +125,31 @@ class Pace:
         return event.done / max(self._clock() - self._began[event.layer, event.stage], 1e-9)
 
 
-def layer_line(event: Event, pace: Pace) -> str:
-    """One finished layer on one line. data: hidden_error, router_agreement, memory_bytes are shown where given."""
+def layer_line(event: Event, pace: Pace, width: int = PIPE_WIDTH) -> str:
+    """One finished layer on one line, with as much of what is known of it as `width` columns hold.
+
+    data: hidden_error, router_agreement (as "routing"), memory_bytes are shown where given.
+    """
     data = event.data
-    parts = [f"layer {event.layer + 1}/{event.layers}", clock_text(pace.layer_seconds)]
+    remaining = f", {clock_text(pace.left_seconds)} left" if pace.left_seconds else ""
+    line = f"layer {event.layer + 1}/{event.layers}  {clock_text(pace.layer_seconds)}{remaining}"
+    parts = [plain(event.text)] if event.text else []
     if isinstance(data.get("hidden_error"), float):
         parts.append(f"hidden error {data['hidden_error']:.4f}")
     if isinstance(data.get("router_agreement"), float):
-        parts.append(f"routers agree {data['router_agreement']:.1%}")
+        parts.append(f"routing {data['router_agreement']:.1%}")
     if isinstance(memory := data.get("memory_bytes"), dict) and memory:
-        parts.append(memory_text(memory))
-    if event.text:
-        parts.append(plain(event.text))
-    if pace.left_seconds:
-        parts.append(f"{clock_text(pace.left_seconds)} left")
-    return "  ".join(parts)
+        gpus = [size for place, size in memory.items() if place != "host"]
+        parts.append(memory_text({"host": memory["host"]} | ({"GPU": max(gpus)} if gpus else {})))
+    for part in parts:
+        if len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line
+
+
+def note_text(event: Event) -> str:
+    """What the run is, or a note about it."""
+    return ("note: " if event.kind == "note" else "") + paragraphs(event.text)
 
 
 def stage_text(event: Event) -> str:
@@ -136,8 +164,8 @@ class Lines:
         self._last_stage = ""
 
     def show(self, event: Event) -> None:
-        if event.kind == "note":
-            self._say(f"note: {paragraphs(event.text)}")
+        if event.kind in ("start", "note"):
+            self._say(note_text(event))
         elif event.kind == "layer":
             self._say(layer_line(event, self.pace))
         elif event.kind == "stage" and (event.layer < 0 or event.stage in SWEEP) and event.stage != self._last_stage:
@@ -157,20 +185,22 @@ class Bars:
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             TaskProgressColumn(),  # a percentage, nothing where the total is unknown
             TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             transient=True,
         )
         self._layers = self.progress.add_task("layers", total=None, figures="")
-        self._stage = self.progress.add_task("starting", total=None, figures="")
+        self._stage_name = "starting"
+        self._stage = self.progress.add_task(self._stage_name, total=None, figures="")
 
     def show(self, event: Event) -> None:
-        if event.kind == "note":
-            self.progress.console.print(f"note: {paragraphs(event.text)}", soft_wrap=True)
+        console = self.progress.console
+        if event.kind in ("start", "note"):
+            say(console, note_text(event))
         elif event.kind == "layer":
-            self.progress.console.print(layer_line(event, self.pace), soft_wrap=True)
+            say(console, layer_line(event, self.pace, console.width))
             left = self.pace.left_seconds
             figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
             self.progress.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
@@ -179,17 +209,15 @@ class Bars:
 
     def _show_stage(self, event: Event) -> None:
         figures = ""
-        if event.total:
-            unit = plain(event.unit)
-            figures = f"{event.done:,}/{event.total:,} {unit}, {self.pace.per_second(event):,.0f} {unit}/s"
+        if event.done and event.unit:
+            figures = f"{self.pace.per_second(event):,.0f} {plain(event.unit)}/s"
         where = f"layer {event.layer + 1}: " if event.layer >= 0 else ""
-        self.progress.update(
-            self._stage,
-            description=where + stage_text(event),
-            completed=event.done,
-            total=event.total or None,  # None: the bar pulses
-            figures=figures,
-        )
+        name = where + stage_text(event)
+        if name != self._stage_name:  # a new bar: one that had a total keeps it
+            self.progress.remove_task(self._stage)
+            self._stage, self._stage_name = self.progress.add_task(name, total=None, figures=""), name
+        if event.done:  # until then the bar pulses
+            self.progress.update(self._stage, completed=event.done, total=event.total or None, figures=figures)
 
 
 def json_line(console: Console, value: Mapping[str, object]) -> None:

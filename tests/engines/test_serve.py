@@ -70,7 +70,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """PYTHONPATH under which vLLM's environment has the package, as `pip install --no-deps fourfold` would leave it."""
+    """PYTHONPATH under which vLLM's environment has the package, as installed without dependencies."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / PLUGIN).mkdir()
     metadata = f"Metadata-Version: 2.1\nName: fourfold\nVersion: {fourfold.__version__}\n"

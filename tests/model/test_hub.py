@@ -174,13 +174,13 @@ def test_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_what_can_be_no_id_is_a_missing_folder(server: FakeHub, model: str) -> None:
-    assert refused(model).startswith(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@")
+    assert refused(model).startswith(f"{model!r}: no such folder; expected a folder, or a Hub ID as org/name")
     assert server.asked == []
 
 
 def test_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    assert "a file; wanted the folder" in refused(str(tmp_path / "model.gguf"))
+    assert "GGUF, expected a safetensors checkpoint" in refused(str(tmp_path / "model.gguf"))
 
 
 # Downloads

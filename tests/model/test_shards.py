@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
-from fourfold.model.shards import OutputTensor, copy_file, write_bytes, write_shard, write_text
+from fourfold.model.files import copy_file, write_bytes, write_text
+from fourfold.model.shards import OutputTensor, write_shard
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

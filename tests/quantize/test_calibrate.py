@@ -24,8 +24,8 @@ import fourfold
 from fourfold.bundled import TEXT
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import calibrate
-from fourfold.quantize.calibrate import CalibrationRows, check_sources, collect, heldout, load_tokenizer
-from fourfold.quantize.contamination import refuse_calibrated, shingles
+from fourfold.quantize.calibrate import CalibrationRows, collect, heldout, load_tokenizer
+from fourfold.quantize.contamination import check_sources, check_texts, refuse_calibrated, shingles
 from fourfold.recipe import Calibration, Heldout, Recipe, Source, load_recipe
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-qwen3.6-moe"
@@ -250,20 +250,36 @@ def test_too_little_bundled_text_is_an_error(tokenizer: PreTrainedTokenizerBase)
     with pytest.raises(FourfoldError) as caught:
         collect(load_recipe("best", ["calibration.length=4096"]), tokenizer)
     assert str(caught.value) == (
-        "the built-in texts hold 743,577 tokens, 180 rows of 4096; 256 rows, 1,048,576 tokens, are wanted. "
-        "Way out: fewer or shorter rows, or a source of your own (path or dataset)"
+        "built-in texts: got 743,577 tokens, 180 samples of 4096, expected 256. "
+        "Try: more text, or smaller --samples or --sequence-length"
     )
 
 
 def test_too_little_text_of_ones_own_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = jsonl(tmp_path / "small.jsonl", {"text": "one two three"})
     tokens = len(tokenizer("one two three", add_special_tokens=False)["input_ids"])
-    wanted = rf"small\.jsonl: {tokens} tokens in 1 documents, 0 rows of 64; 2 rows, 128 tokens, are wanted\. Way out"
+    wanted = rf"small\.jsonl: got {tokens} tokens in 1 documents, 0 samples of 64, expected 2\. Try: more text"
     with pytest.raises(FourfoldError, match=wanted):
         collect(recipe_of(Source(rows=2, path=path), Source(rows=2, builtin="code")), tokenizer)
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(FourfoldError, match=r"empty\.jsonl: 0 tokens in 0 documents"):
+    with pytest.raises(FourfoldError, match=r"empty\.jsonl: got 0 tokens in 0 documents"):
         collect(recipe_of(Source(rows=2, path=str(tmp_path / "empty.jsonl"))), tokenizer)
+
+
+def test_texts_are_checked_without_a_tokenizer(tmp_path: Path) -> None:
+    """What can be told from bytes alone, and only that: a text that `collect` takes is never refused."""
+    long = jsonl(tmp_path / "long.jsonl", *[{"text": "one two three " * 40}] * 9)
+    check_texts(recipe_of(Source(rows=2, path=long), Source(rows=2, builtin="code")))
+    cut = jsonl(tmp_path / "cut.jsonl", *[{"text": "one two three " * 40}] * 90, {"text": 7})
+    check_texts(recipe_of(Source(rows=2, path=cut)))  # as far as `collect` surely reads
+    talk = [{"messages": [{"role": "user", "content": "hello"}]}] * 2  # templates add tokens
+    path = jsonl(tmp_path / "talk.jsonl", *talk)
+    check_texts(recipe_of(Source(rows=2, path=path, kind="chat", fields=("messages",))))
+    for name, value, said in (("short", "one", "at most 4 tokens, expected 128 "), ("int", 7, "line 1")):
+        with pytest.raises(FourfoldError, match=said):
+            check_texts(recipe_of(Source(rows=2, path=jsonl(tmp_path / f"{name}.jsonl", {"text": value}))))
+    with pytest.raises(FourfoldError, match="general: got at most"):
+        check_texts(recipe_of(Source(rows=2**20, builtin="general")))
 
 
 # ---- what is refused
@@ -343,7 +359,7 @@ def test_heldout_conversations_are_written_with_the_template(tokenizer: PreTrain
 
 
 def test_too_little_held_out_text_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(FourfoldError, match="486,324 tokens, 237 windows of 2048; 999 are wanted"):
+    with pytest.raises(FourfoldError, match="486,324 tokens, 237 windows of 2048, expected 999"):
         heldout(load_recipe("best", ["heldout.windows=999"]), tokenizer)
     path = jsonl(tmp_path / "a.jsonl", {"text": None})
     with pytest.raises(FourfoldError, match=r"a\.jsonl, line 1: field 'text' is wanted in held-out text"):

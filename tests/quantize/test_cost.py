@@ -162,7 +162,7 @@ def test_machines_by_data_sheet(full: Plan, name: str) -> None:
 
 def test_a_machine_that_is_not_known() -> None:
     with pytest.raises(
-        FourfoldError, match=r"'rtx3060': wanted one of rtx3060x4, h200, a100x8; did you mean 'rtx3060x4'"
+        FourfoldError, match=r"got 'rtx3060', expected one of rtx3060x4, h200, a100x8"
     ):
         find_machine("rtx3060")
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import checkpoints
+from fourfold.core.kernels import cuda
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize import devices, memory, pinned
+from fourfold.quantize import advice, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.devices import expand_devices
 from fourfold.quantize.estimate import Workload
@@ -410,16 +411,36 @@ def warned(plan: Plan, start: str) -> list[str]:
 
 
 def test_tensor_parallel_sizes_that_groups_do_not_divide(full: Path, tmp_path: Path) -> None:
-    (packed,) = warned(make_plan(full, grouped(128)), "tensor parallel 8: ")
-    assert "vLLM refuses" in packed and "expert parallel or scheme.group_size = 64" in packed
-    (gptq,) = warned(make_plan(full, grouped(128, "gptq")), "tensor parallel 8: ")
+    """Said of as many GPUs as the run has: a server on fewer never meets it. One line of a terminal."""
+    def on_gpus(count: int, group: int, model: Path = full) -> list[str]:
+        gpus = tuple(f"cuda:{number}" for number in range(count))
+        return warned(make_plan(model, grouped(group), devices=gpus, memory_bytes=100 * GB), "tensor parallel")
+
+    assert on_gpus(8, 128) == ["tensor parallel 8: width 512 / 8 not divisible by group size 128"]
+    assert on_gpus(4, 128) == on_gpus(8, 64) == warned(make_plan(full, grouped(128)), "tensor parallel") == []
+    narrow = on_gpus(8, 128, checkpoints.tiny(tmp_path, width=128))
+    assert narrow == ["tensor parallel 2, 4, 8: width 128 / 2 not divisible by group size 128"]
+    assert len(f"warning: {narrow[0]}") <= 80
+    (packed,) = advice.tensor_parallel_advice(512, 128, "compressed-tensors")  # as inspect has it
+    assert "vLLM refuses to load" in packed and "expert parallel, a smaller group size" in packed
+    (gptq,) = advice.tensor_parallel_advice(512, 128, "gptq")
     assert "moe_wna16" in gptq and "refuses to load" not in gptq
-    assert not warned(make_plan(full, grouped(64)), "tensor parallel")
-    narrow = make_plan(checkpoints.tiny(tmp_path, width=128), grouped(128))
-    assert (
-        warned(narrow, "tensor parallel 2, 4, 8: ")
-        and "group_size" not in warned(narrow, "tensor parallel")[0]
-    )
+
+
+def test_the_headline_says_what_runs_where(full: Path, tmp_path: Path) -> None:
+    plan = make_plan(full, RECIPE, devices=("cuda:0", "cuda:1", "cuda:2"), memory_bytes=100 * GB, layers=range(2, 4))
+    event = advice.start_event(plan, tmp_path / "out")
+    facts = dict(event.data)
+    assert str(facts.pop("model")).startswith(str(full)) and facts.pop("output") == str(tmp_path / "out")
+    assert facts == {
+        "recipe": "best: compressed-tensors, group size 128, 256 samples of 1,024 tokens",
+        "devices": "cuda:0 to cuda:2",
+        "layers": "2-3: a trial, the output is partial",
+    }
+    assert event.text.splitlines()[1].startswith("recipe   best: ")
+    assert [advice.devices_text(names) for names in (("cpu",), ("cpu",) * 4, ("cuda:0", "cuda:1"))] == [
+        "cpu", "cpu*4", "cuda:0, cuda:1",
+    ]  # fmt: skip
 
 
 def test_calibration_too_small_for_the_experts(full: Path) -> None:
@@ -484,7 +505,7 @@ def test_gpus_without_bf16_or_kernels_are_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FourfoldError, match="Old GPU has no BF16"):
         expand_devices("cuda:0")
     one_gpu(monkeypatch)
-    monkeypatch.setattr(devices.cuda, "AVAILABLE", False)
+    monkeypatch.setattr(cuda, "AVAILABLE", False)
     with pytest.raises(FourfoldError, match="triton is not installed"):
         expand_devices("cuda:0")
 
@@ -609,8 +630,8 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy.require_disk()
     free = roomy.disk.needed_bytes - 1
     tight = make_plan(model, RECIPE, out=tmp_path / "out")
-    assert warned(tight, "disk: ") and "make room" in warned(tight, "disk: ")[0]
-    with pytest.raises(FourfoldError, match="make room"):
+    assert warned(tight, "disk: ") and "Make room" in warned(tight, "disk: ")[0]
+    with pytest.raises(FourfoldError, match="Make room"):
         tight.require_disk()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / tight.layers[0].shard).write_bytes(bytes(1000))

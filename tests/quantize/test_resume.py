@@ -14,6 +14,7 @@ import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.journal import clear, hold
 from fourfold.quantize.run import quantize
+from fourfold.quantize.summary import finished_already
 from fourfold.recipe import load_recipe
 
 CHILD = Path(__file__).with_name("killed_run.py")
@@ -110,6 +111,14 @@ def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) ->
     more = refusal(model, begun, recipe, 'calibration.sources=[{builtin="general", rows=4}, {builtin="math", rows=4}]')
     assert "calibration.sources.0.rows is 4, was 8; calibration.sources.1.rows is 4, was absent" in more[0]
     assert refusal(model, begun, recipe, layers=range(1)) == ["layers: is 0-0, was 0-1"]
+
+
+def test_changes_are_refused_before_text_is_tokenized(undisturbed: Undisturbed, begun: Path) -> None:
+    model, recipe, _, _ = undisturbed
+    for layers in (None, range(2)):
+        assert finished_already(begun, lambda: model, load_recipe(str(recipe)), layers) is None  # goes on
+    with pytest.raises(FourfoldError, match=r"solver\.damp is 0\.02, was 0\.05"):
+        finished_already(begun, lambda: model, load_recipe(str(recipe), ["solver.damp=0.02"]), None)
 
 
 def test_a_changed_source_is_refused_and_named(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def solve_with(
     ticks = list[int]()
     chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
     result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
-    assert sum(ticks) == EXPERTS and max(ticks) == experts
+    assert sum(ticks) == solve.STEPS * EXPERTS and max(ticks) == experts
     return result
 
 

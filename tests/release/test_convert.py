@@ -17,7 +17,7 @@ import foreign
 import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.model.shards import write_shard
-from fourfold.quantize.finish import read_summary
+from fourfold.quantize.summary import read_summary
 from fourfold.recipe import load_recipe
 from fourfold.release.convert import convert
 from fourfold.release.verify.check import Status
@@ -229,10 +229,10 @@ def test_what_is_not_as_it_should_be(tmp_path: Path, change: Any, said: str) -> 
 def test_places(shipped: dict[str, Path], tmp_path: Path, example_model: Path) -> None:
     assert "nothing in it is int4" in refused(example_model, tmp_path / "new")
     assert "no such folder" in refused(tmp_path / "nowhere", tmp_path / "new")
-    assert "not in OUT" in refused(shipped[CT], shipped[CT] / "new")
+    assert "NEW is inside OUT" in refused(shipped[CT], shipped[CT] / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "NEW is there and not empty" in refused(shipped[CT], tmp_path / "full")
+    assert "NEW is not empty" in refused(shipped[CT], tmp_path / "full")
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 

@@ -184,7 +184,7 @@ def test_as_many_windows_as_the_text_has(out: Path, source: Path, tmp_path: Path
     text.write_text((TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:2000], encoding="utf-8")
     found = evaluate(out, source, protocol=Protocol(text=text, length=64, drafts=False))
     assert 4 < found["protocol"]["windows"] == found["protocol"]["windows_available"] < 64
-    with pytest.raises(FourfoldError, match="64 are wanted"):
+    with pytest.raises(FourfoldError, match=r"expected 64\. Try: smaller --windows or --length"):
         evaluate(out, source, protocol=Protocol(text=text, windows=64, length=64, drafts=False))
 
 
@@ -239,13 +239,13 @@ def _no_shard(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_partial, "a trial of layers 0-0 alone"),
-        (_unfinished, "not finished; the same `fourfold quantize` command goes on"),
+        (_partial, "partial, a trial on layers 0-0"),
+        (_unfinished, "not finished. Rerun the same `fourfold quantize` command to resume"),
         (_another_source, r"made from another source than .*ffff.*--source"),
         (_altered_router, r"layers\.1\.mlp\.gate\.weight is not that of .*model"),
         (_no_shard, "missing; is the download complete"),
         (lambda out: (out / "fourfold.json").write_text("{"), "fourfold.json: not JSON"),
-        (lambda out: (out / "fourfold.json").write_text("[]"), r"fourfold.json: got \[\], expected an object"),
+        (lambda out: (out / "fourfold.json").write_text("[]"), r"fourfold.json: got \[\], expected a JSON object"),
         (lambda out: (out / "fourfold.json").write_text("{}"), "fourfold.json: fourfold: missing"),
         (lambda out: (out / "metrics.json").write_text("{"), "metrics.json: not JSON"),
         (lambda out: (out / "config.json").unlink(), "no config.json"),
@@ -264,7 +264,7 @@ def test_a_second_release_is_checked_too(out: Path, source: Path, recipe: Path, 
     before = (out / "metrics.json").read_bytes()
     second = shutil.copytree(out, tmp_path / "second")
     _partial(second)
-    with pytest.raises(FourfoldError, match="second: a trial"):
+    with pytest.raises(FourfoldError, match="second: partial, a trial"):
         evaluate(out, source, protocol=protocol(recipe), against=second)
     assert (out / "metrics.json").read_bytes() == before
 
@@ -275,6 +275,6 @@ def test_a_text_of_another_kind_is_refused(out: Path, source: Path, tmp_path: Pa
 
 
 def test_a_quantized_source_is_refused(out: Path, recipe: Path) -> None:
-    with pytest.raises(FourfoldError, match="quantized already"):
+    with pytest.raises(FourfoldError, match="already quantized"):
         evaluate(out, out, protocol=protocol(recipe))
 

@@ -83,7 +83,7 @@ def test_the_servers_model_is_asked_for(url: str, installed: None, tail: str) ->
 
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FourfoldError, match=r"pip install 'fourfold\[tasks\]'"):
+    with pytest.raises(FourfoldError, match=r"Try: pip install 'fourfold\[tasks\] @ file://.*'"):
         tasks.check_tasks(Tasks(names=("gsm8k",), url="http://127.0.0.1:1"))
 
 
@@ -141,7 +141,7 @@ def test_results_of_lm_eval_0_4_13() -> None:
     }
 
 
-@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")
 @pytest.mark.slow
 def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
@@ -154,7 +154,7 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
     assert found["tasks"]["toy"]["samples"] == 2
 
 
-@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed: pip install 'fourfold[tasks]'")
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")
 @pytest.mark.slow
 def test_a_task_that_it_does_not_know_ends_with_its_words(url: str, example_model: Path) -> None:
     with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task ended with exit code"):

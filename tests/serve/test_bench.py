@@ -211,4 +211,4 @@ def test_the_command_fails_with_its_requests(tmp_path: Path) -> None:
 def test_concurrencies_that_are_none(levels: str) -> None:
     done = command("http://127.0.0.1:1", "--concurrency", levels)
     assert done.exit_code == 2
-    assert "is no list of concurrencies" in done.output
+    assert "expected numbers from 1 on, as in 1,4,16" in done.output

@@ -187,7 +187,7 @@ def test_problems_stop_it_before_a_start(tmp_path: Path, example_model: Path) ->
     asked = ("--thinking-budget", 5)  # the environment has no plugin
     done = fourfold(*arguments, *asked)
     assert done.exit_code == 2
-    assert "pip install --no-deps fourfold" in done.stderr
+    assert "-m pip install --no-deps " in done.stderr
     assert not (tmp_path / "log").exists()
     printed = fourfold(*arguments, *asked, "--print")
     assert (printed.exit_code, len(printed.stdout.splitlines())) == (1, 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fourfold.datatypes import FourfoldError
-
 GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -85,17 +83,6 @@ FAMILIES = {
         ),
     )
 }
-
-
-def find_family(model_type: object) -> Family:
-    """The family of `config.json`'s model_type. Raises FourfoldError with the known ones."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise FourfoldError(
-            f"config.json: model_type is {model_type!r}; fourfold knows {known}. "
-            "CONTRIBUTING.md says how a family is added"
-        )
-    return FAMILIES[model_type]
 
 
 def split_names(fused: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from pathlib import Path
@@ -26,8 +25,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import INDEX_NAME
-from fourfold.model.shards import SIDECARS
+from fourfold.model.config import local_folder, no_such_folder
+from fourfold.model.files import SIDECARS
+from fourfold.model.headers import INDEX_NAME
 
 CARD = "README.md"
 WANTED = ["config.json", INDEX_NAME, "*.safetensors", CARD, *SIDECARS]
@@ -88,19 +88,14 @@ def resolve_model(model: str, *, progress: bool = True) -> Path:
     progress: show download bars on stderr. Raises FourfoldError, without any token in it, if there is no such
     folder or repository, it may not be read, the Hub cannot be reached or the disk is too small.
     """
-    folder = os.path.expanduser(model)
-    if os.path.isdir(folder):
-        return Path(folder)
-    if os.path.exists(folder):
-        raise FourfoldError(f"{model}: a file; wanted the folder of the checkpoint")
-    repo, at, revision = model.partition("@")
-    missing = FourfoldError(f"{model!r}: no such folder; wanted a folder, or org/name or org/name@revision of the Hub")
-    if "/" not in repo or (at and not revision):  # the Hub's few names without an owner are taken for mistyped folders
-        raise missing
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    repo, _, revision = model.partition("@")
     try:
         return _download(repo, revision or None, progress)
     except HFValidationError:
-        raise missing from None
+        raise no_such_folder(model) from None
 
 
 def _download(repo: str, revision: str | None, progress: bool) -> Path:

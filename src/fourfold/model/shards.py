@@ -1,42 +1,19 @@
-"""Files of a checkpoint, written so that each is there whole or not at all, also after a crash.
-
-Every file is written under a temporary name in its own folder, synced and renamed, then the folder is synced.
-A killed run leaves at most hidden `.NAME.tmp` files, which the next writing of NAME replaces.
-"""
+"""Shards of a checkpoint, written byte for byte as safetensors does."""
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import CHUNK_BYTES, DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
-
-# Copied byte for byte from the source where they are there (docs/formats.md).
-SIDECARS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-)
+from fourfold.model.checkpoint import DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
+from fourfold.model.files import CHUNK_BYTES, durable, write_all
 
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 
@@ -92,13 +69,13 @@ def write_shard(folder: Path, name: str, tensors: Iterable[OutputTensor]) -> Wri
     header = _header(ordered)
     tensor_bytes = sum(tensor.size_bytes for tensor in ordered)
     sha = hashlib.sha256(header)
-    with _durable(folder / name, len(header) + tensor_bytes) as descriptor:
-        _write(descriptor, header)
+    with durable(folder / name, len(header) + tensor_bytes) as descriptor:
+        write_all(descriptor, header)
         for tensor in ordered:
             written = 0
             for chunk in _chunks(tensor):
                 sha.update(chunk)
-                _write(descriptor, chunk)
+                write_all(descriptor, chunk)
                 written += len(chunk)
             assert written == tensor.size_bytes, f"{written} bytes for {tensor.name} {tensor.shape}"
     return WrittenShard(
@@ -108,31 +85,6 @@ def write_shard(folder: Path, name: str, tensors: Iterable[OutputTensor]) -> Wri
         tensor_bytes=tensor_bytes,
         keys=tuple(tensor.name for tensor in ordered),
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, durable when this returns. Raises FourfoldError as write_bytes does."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, durable when this returns. Raises FourfoldError if the disk is full or fails."""
-    with _durable(path, len(content)) as descriptor:
-        _write(descriptor, content)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file byte for byte, durable when this returns. A link is followed: Hub caches are made of them.
-
-    Raises FourfoldError if the source cannot be read, or if the disk is full or fails.
-    """
-    try:
-        content = source.open("rb")
-    except OSError as error:
-        raise FourfoldError(f"{source}: cannot be read: {error.strerror}") from None
-    with content, _durable(target, os.fstat(content.fileno()).st_size) as descriptor:
-        while chunk := content.read(CHUNK_BYTES):
-            _write(descriptor, chunk)
 
 
 def _header(tensors: list[OutputTensor]) -> bytes:
@@ -158,50 +110,3 @@ def _chunks(tensor: OutputTensor) -> Iterator[bytes | memoryview]:
     content = raw_bytes(tensor.data.detach().cpu().contiguous())
     for start in range(0, len(content), CHUNK_BYTES):
         yield content[start : start + CHUNK_BYTES]
-
-
-@contextmanager
-def _durable(path: Path, size_bytes: int) -> Iterator[int]:
-    """A descriptor for `path`'s content; the file is there, whole and durable, when the block has ended.
-
-    If the block or the disk fails, what was there before stays and nothing else is left.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a killed run; its mode may be of another umask
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-            temporary.replace(path)
-        finally:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)  # renamed already, unless something failed
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise FourfoldError(f"{path}: {_why_unwritten(path, size_bytes, error)}") from None
-
-
-def _why_unwritten(path: Path, size_bytes: int, error: OSError) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"could not be written ({size_bytes:,} bytes): {error.strerror}"
-    free = shutil.disk_usage(path.parent).free
-    return (
-        f"the disk is full ({error.strerror}): {size_bytes:,} bytes are wanted, {free:,} are free. Make "
-        "room and run the same command again: it goes on from here"
-    )
-
-
-def _write(descriptor: int, content: bytes | memoryview) -> None:
-    """Write all of it; one write may take less than was given, 2 GiB at most."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import set_verbosity
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.family import Family, find_family
+from fourfold.model.config import CONFIG, find_family, read_source_config
+from fourfold.model.family import Family
 
 CAPTURE = "fourfold_capture"
 TRAFFIC = "fourfold_traffic"
@@ -58,30 +58,16 @@ class Skeleton:
     @classmethod
     def open(cls, folder: Path) -> Skeleton:
         """Read `config.json`. Raises FourfoldError for a folder that is no checkpoint fourfold can quantize."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FourfoldError(f"{folder}: no config.json; a checkpoint folder as saved by save_pretrained is wanted")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise FourfoldError(f"{path}: not JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise FourfoldError(f"{path}: a JSON object is wanted, found {type(raw).__name__}")
-        if raw.get("quantization_config") or raw.get("compression_config"):
-            method = (raw.get("quantization_config") or raw["compression_config"]).get("quant_method", "unnamed")
-            raise FourfoldError(
-                f"{path}: this checkpoint is quantized already ({method}); start from the BF16 original"
-            )
-        return cls.of(raw, path)
+        return cls.of(read_source_config(folder), folder / CONFIG)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], path: Path) -> Skeleton:
-        """The skeleton of a config.json that was read already, from `path`; its quantization_config is of no matter.
+        """The skeleton of a config.json that was read already, from `path`, without its quantization.
 
-        Raises FourfoldError for a model that fourfold does not know.
+        Raises FourfoldError for a model that fourfold or transformers does not accept.
         """
-        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
-        family = find_family(raw.get("model_type"))
+        raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
+        family = find_family(raw, path)
         try:
             config = AutoConfig.for_model(**raw)
         except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -5,7 +5,6 @@ Reads what fourfold, GPTQModel, llm-compressor and AutoRound write for the famil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from torch import Tensor
 
 from fourfold.core import pack
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import TensorIndex, brief, require_finite
+from fourfold.model.checkpoint import TensorIndex, require_finite
+from fourfold.model.config import quantization, read_config
 from fourfold.model.family import split_names
 from fourfold.model.head import Head, build_head
+from fourfold.model.json_object import brief
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import Skeleton
 
@@ -180,30 +181,14 @@ def _stored_shapes(shape: Shape, groups: int) -> dict[str, Shape]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises FourfoldError if there is none that can be read."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FourfoldError(f"{folder}: no config.json; the folder of a finished release is wanted")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and unicode's are ValueErrors
-        raise FourfoldError(f"{path}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise FourfoldError(f"{path}: a JSON object is wanted, found {type(raw).__name__}")
-    return raw
-
-
 def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
     """The format (core/pack.py) of quantized projections by config.json's `quantization_config`, None if it has none.
 
     Raises FourfoldError for a method that is not known. Width and layout are for `readable_format`.
     """
-    config = raw.get("quantization_config") or raw.get("compression_config")
-    if config is None:
+    config = quantization(raw)
+    if not config:
         return None
-    if not isinstance(config, dict):
-        raise FourfoldError(f"{folder / 'config.json'}: quantization_config is {brief(config)}; an object is wanted")
     method, packing = config.get("quant_method"), str(config.get("packing_format", ""))
     if method == "compressed-tensors":
         return "compressed-tensors"
@@ -255,7 +240,7 @@ def _group_sizes(settings: object) -> Iterator[object]:
 def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
     """storage_format of what `Weights` reads. Raises FourfoldError for a method, width or layout that it does not."""
     format = storage_format(raw, folder)
-    config = raw.get("quantization_config") or raw.get("compression_config") or {}
+    config = quantization(raw)
     if format == "compressed-tensors":
         _check_compressed(config, folder)
     elif format and (config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32"):

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fourfold.datatypes import Event
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import has_draft
+from fourfold.quantize.devices import devices_text
 from fourfold.quantize.estimate import ROW_DAMPING, DiskPlan, Workload, damping_by_rule
+from fourfold.quantize.identity import layers_text
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.recipe import Recipe
 
+if TYPE_CHECKING:
+    from fourfold.quantize.plan import Plan
+
 TENSOR_PARALLEL = (2, 4, 8)
+MORE_ROOM = "Try: smaller --samples or --sequence-length, or more devices"
 HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 
-def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> Iterator[str]:
-    """About the release: what engines will make of it (docs/formats.md)."""
-    yield from storage_advice(skeleton, has_draft(skeleton, index.headers), recipe.format, recipe.scheme.group_size)
+def headline(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
+    """What is quantized, by what recipe, on what, into what: (name, fact)."""
+    recipe, layers, calibration = plan.recipe, len(plan.layers), plan.recipe.calibration
+    model, family = hub_name(plan.index.folder) or str(plan.index.folder), plan.skeleton.family.model_type
+    samples = f"{sum(source.rows for source in calibration.sources):,} samples of {calibration.length:,} tokens"
+    facts = [
+        ("model", f"{model} ({family}, {layers} layers, {plan.projections:,} projections)"),
+        ("recipe", f"{recipe.name}: {recipe.format}, group size {recipe.scheme.group_size}, {samples}"),
+        ("devices", devices_text(plan.memory.devices)),
+    ]
+    if plan.partial:
+        facts.append(("layers", f"{layers_text(plan.solve)}: a trial, the output is partial"))
+    return facts + ([("output", str(out))] if out else [])
 
 
-def storage_advice(skeleton: Skeleton, draft: bool, format: str, group_size: int) -> Iterator[str]:
+def start_event(plan: Plan, out: Path) -> Event:
+    """The headline as the first event of a run."""
+    facts = headline(plan, out)
+    return Event(kind="start", text="\n".join(f"{name:9}{fact}" for name, fact in facts), data=dict(facts))
+
+
+def release_advice(
+    skeleton: Skeleton, index: TensorIndex, recipe: Recipe, devices: Sequence[str]
+) -> Iterator[str]:
+    """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
+    yield from format_advice(skeleton, has_draft(skeleton, index.headers), recipe.format)
+    width, size = skeleton.text.moe_intermediate_size, recipe.scheme.group_size
+    if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
+        yield problem
+
+
+def format_advice(skeleton: Skeleton, draft: bool, format: str) -> Iterator[str]:
     """What engines will make of a release. draft: whether it has a draft head."""
     text = skeleton.text
-    yield from _tensor_parallel(text.moe_intermediate_size, group_size, format)
     if text.hidden_size % 128:
         yield f"hidden_size = {text.hidden_size} is no multiple of 128, as the engines' Marlin kernels need"
     if skeleton.family.mtp_prefix and not draft:
@@ -38,22 +73,26 @@ def storage_advice(skeleton: Skeleton, draft: bool, format: str, group_size: int
         )
 
 
-def _tensor_parallel(width: int, size: int, storage: str) -> Iterator[str]:
-    bad = [devices for devices in TENSOR_PARALLEL if width % (devices * size)]
+def tensor_parallel_problem(width: int, size: int, gpus: int) -> str:
+    """Say which sizes of tensor parallel on `gpus` cannot split the experts; "" if all can."""
+    bad = [ranks for ranks in TENSOR_PARALLEL if ranks <= gpus and width % (ranks * size)]
     if not bad:
+        return ""
+    return f"tensor parallel {', '.join(map(str, bad))}: width {width} / {bad[0]} not divisible by group size {size}"
+
+
+def tensor_parallel_advice(width: int, size: int, format: str) -> Iterator[str]:
+    """The same for any server, with what engines do then."""
+    problem = tensor_parallel_problem(width, size, TENSOR_PARALLEL[-1])
+    if not problem:
         return
     effect = "vLLM refuses to load it, SGLang loads empty scales without an error"
-    if storage != "compressed-tensors":
+    if format != "compressed-tensors":
         effect = (
             "vLLM falls back from Marlin to the slower moe_wna16 (on CPUs it refuses), SGLang is right with "
             "--quantization moe_wna16 only"
         )
-    smaller = [group for group in (64, 32) if group < size and width % (bad[-1] * group) == 0]
-    way_out = f" or scheme.group_size = {smaller[0]}" if smaller else ""
-    yield (
-        f"tensor parallel {', '.join(map(str, bad))}: an expert's {width} columns over so many devices are "
-        f"no whole groups of {size}; {effect}. Ways out: expert parallel{way_out}, or fewer devices"
-    )
+    yield f"{problem}; {effect}. Try: expert parallel, a smaller group size, or fewer GPUs"
 
 
 def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[str]:
@@ -62,7 +101,7 @@ def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPla
         yield (
             f"small calibration: {work.calibration_tokens:,} tokens, top {work.topk} of {work.experts} "
             f"experts, are {work.tokens_per_expert:,.0f} tokens per expert, fewer than hidden_size / 2 = "
-            f"{work.hidden // 2:,}; more rows in calibration.sources help"
+            f"{work.hidden // 2:,}. Try: more --samples"
         )
     damping = damping_by_rule(work)
     if work.guidance_tokens and not recipe.guidance.damp and damping > ROW_DAMPING[0][1]:
@@ -73,19 +112,19 @@ def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPla
             "more guidance.tokens help, as far as there are calibration rows"
         )
     for problem in memory.problems:
-        yield f"memory: {problem}; fewer rows or another device help"
+        yield f"memory: {problem}. {MORE_ROOM}"
     if not disk.enough:
         yield disk.problem
 
 
 def prediction(share_by_layer: Mapping[int, float]) -> str:
-    """What guidance is predicted to leave of the error, by layer, and where it will not pay."""
+    """What guidance is predicted to leave of the error, and where it will not pay."""
     if not share_by_layer:
         return "what guidance is predicted to leave of the error is known after the sweep with which quantize begins"
-    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in share_by_layer.items())
-    text = f"guidance is predicted to leave this share of down's error, by layer: {shares}"
+    least, most = min(share_by_layer.values()), max(share_by_layer.values())
+    text = f"guidance is predicted to leave {least:.2f} to {most:.2f} of down's error, by layer"
     idle = [layer for layer, share in share_by_layer.items() if share > HARDLY]
     if idle:
         which = "any layer" if len(idle) == len(share_by_layer) else f"layers {', '.join(map(str, idle))}"
-        text += f"; it will not pay in {which}"
+        text += f"; no gain in {which}"
     return text

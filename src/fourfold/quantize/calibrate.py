@@ -15,20 +15,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, Tick
-from fourfold.quantize.contamination import fragments, refuse_heldout, refuse_test_sets, shingles
-from fourfold.quantize.documents import (
-    Document,
-    as_file,
-    check_file,
-    file_records,
-    read_documents,
-    source_name,
-)
+from fourfold.quantize.contamination import MORE_TEXT, check_sources, heldout_lines, refuse_heldout, shingles
+from fourfold.quantize.documents import OVER_READ, Document, as_file, heldout_documents, read_documents, source_name
 from fourfold.recipe import Calibration, Heldout, Recipe, Source
 
-OVER_READ = 4  # a file or dataset is read until it gave so many times the tokens wanted; rows are drawn from all
+HELDOUT_SIZES = "heldout.windows or heldout.length (--set)"
 BATCH = 64  # documents tokenized at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -122,17 +114,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_sources(recipe: Recipe) -> None:
-    """What can be checked before anything is read: test sets by name, files that are not there.
-
-    Raises FourfoldError.
-    """
-    refuse_test_sets(recipe.calibration)
-    for path in (recipe.heldout.path, *(source.path for source in recipe.calibration.sources)):
-        if path:
-            check_file(path)
-
-
 def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Progress | None = None) -> CalibrationRows:
     """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed.
 
@@ -142,7 +123,7 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
     """
     calibration = recipe.calibration
     check_sources(recipe)
-    barred = frozenset() if calibration.allow_test_sets else _heldout_lines(recipe.heldout)
+    barred = frozenset() if calibration.allow_test_sets else heldout_lines(recipe.heldout)
     pools: list[_Pool] = []
     for source in calibration.sources:
         tell = partial(_tell, progress, calibration, len(pools)) if progress else None
@@ -176,20 +157,23 @@ def heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HeldoutRows:
     return heldout_windows(recipe.heldout, tokenizer)
 
 
-def heldout_windows(wanted: Heldout, tokenizer: PreTrainedTokenizerBase, *, fewer: bool = False) -> HeldoutRows:
+def heldout_windows(
+    wanted: Heldout, tokenizer: PreTrainedTokenizerBase, *, fewer: bool = False, sizes: str = HELDOUT_SIZES
+) -> HeldoutRows:
     """The first `windows` windows of a held-out text: one tokenization, no special tokens, no BOS.
 
-    fewer: take what there is of a text that holds fewer, but at least one. Raises FourfoldError where it holds too few.
+    fewer: take what there is of a text that holds fewer, but at least one; sizes: what the user calls both numbers.
+    Raises FourfoldError where it holds too few.
     """
-    title, joining, documents = _heldout_documents(wanted)
+    title, joining, documents = heldout_documents(wanted)
     text = "".join(_render(document, tokenizer, title) for document in documents)
     token_T = torch.tensor(_encode([text], tokenizer)[0], dtype=torch.int64)
     found = len(token_T) // wanted.length
     least = 1 if fewer else wanted.windows
     if found < least:
         raise FourfoldError(
-            f"held-out text {title}: {len(token_T):,} tokens, {found} windows of {wanted.length}; "
-            f"{least} are wanted. Way out: smaller heldout.windows or heldout.length"
+            f"held-out text {title}: got {len(token_T):,} tokens, {found} windows of {wanted.length}, "
+            f"expected {least}. Try: smaller {sizes}"
         )
     windows = min(found, wanted.windows)
     token_RT = token_T[: windows * wanted.length].view(windows, wanted.length)
@@ -207,43 +191,6 @@ def heldout_windows(wanted: Heldout, tokenizer: PreTrainedTokenizerBase, *, fewe
         "tail": "dropped",
     }
     return HeldoutRows(token_RT=token_RT, digest=_digest(token_RT), protocol=protocol)
-
-
-# ---- held-out text
-
-
-def _heldout_documents(wanted: Heldout) -> tuple[str, str, list[Document]]:
-    """(title, how its parts are joined, the parts ready to be joined) of the held-out text."""
-    bundled = HELDOUT_TEXTS.get(wanted.builtin)
-    path = str(TEXT / bundled.file) if bundled else wanted.path
-    check_file(path)
-    title = bundled.title if bundled else Path(path).name
-    if bundled and bundled.kind == "chat":
-        source = Source(rows=1, path=path, kind=bundled.kind, fields=bundled.fields)
-        joining = "conversations in the model's chat template, one after another"
-        return title, joining, list(read_documents(source, seed=0))
-    if path.endswith(".txt"):
-        # wikitext-2-test.txt is one row of the data set a line, blank rows among them. Taken like this, the
-        # example model's perplexity on every sixth window of 512 is 28.8 (its makers measured about 28 on
-        # all of them); with rows joined by "\n\n" it is 31.0.
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FourfoldError(f"{path}: not UTF-8 text: {error}") from None
-        return title, "one row a line, blank rows included, as in the file", [Document(path, text)]
-    texts = []
-    for place, record in file_records(path, ["text"]):
-        if not isinstance(record.get("text"), str):  # an empty string is a row: wikitext has blank ones
-            raise FourfoldError(f"{place}: field 'text' is wanted in held-out text, with a string in it")
-        texts.append(record["text"])
-    return title, "rows joined with a blank line", [Document(path, "\n\n".join(texts))]
-
-
-def _heldout_lines(wanted: Heldout) -> frozenset[str]:
-    """The long lines of all bundled held-out texts and of the recipe's own."""
-    texts = [Heldout(builtin=name) for name in HELDOUT_TEXTS] + ([wanted] if wanted.path else [])
-    documents = chain.from_iterable(_heldout_documents(text)[2] for text in texts)
-    return frozenset().union(*(fragments(document.plain_text()) for document in documents))
 
 
 # ---- tokens
@@ -279,9 +226,8 @@ def _read_pool(
     rows = len(token_T) // length
     if rows < source.rows and not source.builtin:
         raise FourfoldError(
-            f"calibration source {name}: {tokens:,} tokens in {len(token_lists):,} documents, {rows} rows of "
-            f"{length}; {source.rows} rows, {wanted_tokens:,} tokens, are wanted. "
-            "Way out: fewer rows or more text"
+            f"calibration source {name}: got {tokens:,} tokens in {len(token_lists):,} documents, {rows} samples of "
+            f"{length}, expected {source.rows}. {MORE_TEXT}"
         )
     return _Pool(source, token_T[: rows * length].view(rows, length), len(token_lists), tokens)
 
@@ -365,9 +311,8 @@ def _share_rows(pools: Sequence[_Pool], length: int) -> tuple[list[int], tuple[s
 def _too_little(bundled: Sequence[_Pool], length: int) -> str:
     wanted, found = sum(pool.source.rows for pool in bundled), sum(len(pool.token_RT) for pool in bundled)
     return (
-        f"the built-in texts hold {sum(pool.tokens for pool in bundled):,} tokens, {found} rows of {length}; "
-        f"{wanted} rows, {wanted * length:,} tokens, are wanted. "
-        "Way out: fewer or shorter rows, or a source of your own (path or dataset)"
+        f"built-in texts: got {sum(pool.tokens for pool in bundled):,} tokens, {found} samples of {length}, expected "
+        f"{wanted}. {MORE_TEXT}"
     )
 
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from fourfold.bundled import TEXT
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.documents import Document, source_name
-from fourfold.recipe import Calibration, Source
+from fourfold.quantize.documents import (
+    OVER_READ,
+    Document,
+    check_file,
+    heldout_documents,
+    read_documents,
+    source_name,
+)
+from fourfold.recipe import Calibration, Heldout, Recipe, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Benchmarks whose every split is scored, whatever its name (gpqa, ifeval and aime call theirs "train").
 SCORED_WHOLE = (
@@ -28,8 +38,58 @@ FRAGMENT_CHARACTERS = 80  # lines shorter than this are shared by chance
 SHINGLE_TOKENS = 32  # runs of tokens so long are not shared by chance
 SHINGLES_KEPT = 64  # of so many, one: the one whose digest says so, wherever it stands
 OVERLAP_ALLOWED = 0.01  # phrases of a chat template and the like
+TEMPLATE_TOKENS = 512  # of a conversation, at most: a system prompt of the template, markers of turns
 _WHY = "What is calibrated on it cannot be measured on it."
+MORE_TEXT = "Try: more text, or smaller --samples or --sequence-length"
 _ALLOW = "set calibration.allow_test_sets = true, which the release will state"
+
+
+def check_sources(recipe: Recipe) -> None:
+    """What can be checked before anything is read: test sets by name, files that are not there.
+
+    Raises FourfoldError.
+    """
+    refuse_test_sets(recipe.calibration)
+    for path in (recipe.heldout.path, *(source.path for source in recipe.calibration.sources)):
+        if path:
+            check_file(path)
+
+
+def check_texts(recipe: Recipe) -> None:
+    """Read the files of text as far as `collect` surely does, without tokenizing them. Datasets are not read.
+
+    Raises FourfoldError as `collect` does for text that cannot be read or is held out, and for text with fewer bytes
+    than its samples have tokens.
+    """
+    calibration = recipe.calibration
+    barred = frozenset() if calibration.allow_test_sets else heldout_lines(recipe.heldout)
+    bundled = [source for source in calibration.sources if source.builtin]
+    for sources in [bundled, *([source] for source in calibration.sources if source.path)]:
+        wanted, most = calibration.length * sum(source.rows for source in sources), 0
+        for document in chain.from_iterable(read_documents(source, calibration.seed) for source in sources):
+            refuse_heldout(document, barred)
+            most += _most_tokens(document)
+            if most >= OVER_READ * wanted:
+                break
+        if most < wanted:
+            raise FourfoldError(
+                f"calibration text {', '.join(map(source_name, sources))}: got at most {most:,} tokens, expected "
+                f"{wanted:,} ({wanted // calibration.length:,} samples of {calibration.length:,}). "
+                f"{MORE_TEXT}"
+            )
+
+
+def _most_tokens(document: Document) -> int:
+    """A bound: each token has a byte, but for what ends a document and what a chat template adds."""
+    more = 1 if isinstance(document.content, str) else TEMPLATE_TOKENS
+    return len(str(document.content).encode(errors="replace")) + more
+
+
+def heldout_lines(wanted: Heldout) -> frozenset[str]:
+    """The long lines of all bundled held-out texts and of the recipe's own."""
+    texts = [Heldout(builtin=name) for name in HELDOUT_TEXTS] + ([wanted] if wanted.path else [])
+    documents = chain.from_iterable(heldout_documents(text)[2] for text in texts)
+    return frozenset().union(*(fragments(document.plain_text()) for document in documents))
 
 
 def refuse_test_sets(calibration: Calibration) -> None:

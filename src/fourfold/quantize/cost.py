@@ -97,7 +97,7 @@ class Exchange:
 
 
 def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "device", hosts: int = 1) -> Exchange:
-    """What workers.py and observe.py move, of all layers. inputs: see observe.Batches; a worker on a CPU has none.
+    """What workers.py and observe.py move, of all layers. inputs: see Batches; a worker on a CPU has none.
 
     A layer's rows go to their worker and back, and what its experts are given goes out to all; each worker then takes
     the inputs of all tokens, once where they stay on its device, and gives fp32 sums for all tokens, which are added up
@@ -216,7 +216,7 @@ def estimate_time(
     """Operations, temporaries and exchange of each step over the rates of the devices, at the busiest worker.
 
     devices: one for each worker, shared evenly among the hosts; rates: left out, the constants of the devices' kind;
-    inputs: see observe.Batches. A CPU's workers share its cores, so that its units are torch's threads.
+    inputs: see Batches. A CPU's workers share its cores, so that its units are torch's threads.
     """
     kind, workers = devices[0].partition(":")[0], len(devices)
     rates = rates or RATES[kind]

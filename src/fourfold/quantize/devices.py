@@ -6,12 +6,9 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fourfold.core.kernels import cuda
 from fourfold.datatypes import FourfoldError
 
 
@@ -20,12 +17,13 @@ class Machine:
     """What of this machine a run may take.
 
     devices: "cpu", "cuda:0,cuda:1", "cpu*4", "auto", "all": a worker for each; memory_bytes, host_bytes: budgets, see
-    memory.plan_memory.
+    memory.plan_memory; strict: a budget that cannot be kept is refused, not warned of.
     """
 
     devices: str = "cpu"
     memory_bytes: int | None = None
     host_bytes: int | None = None
+    strict: bool = False
 
 
 WHOLE_CPU = Machine()
@@ -38,24 +36,42 @@ def expand_devices(text: str) -> tuple[str, ...]:
     "auto": the first GPU, or under torchrun this rank's own, or else the CPU; "all": all GPUs, or else the CPU.
     Raises FourfoldError for devices that this machine lacks, and for CPU and GPUs side by side.
     """
-    gpus = torch.cuda.device_count()
+    devices = parse_devices(text)
+    for device in devices:
+        check_device(device)
+    if devices:
+        return devices
+    gpus = _gpus()
+    if not gpus:
+        return ("cpu",)
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    return (f"cuda:{own}",) if text == "auto" else tuple(f"cuda:{number}" for number in range(gpus))
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """The devices that are named, whether this machine has them or not; none for "auto" and "all". Needs no torch."""
     if text in ("auto", "all"):
-        if not gpus:
-            return ("cpu",)
-        own = int(os.environ.get("LOCAL_RANK", "0"))
-        return (f"cuda:{own}",) if text == "auto" else tuple(f"cuda:{number}" for number in range(gpus))
+        return ()
     devices: list[str] = []
     for part in text.split(","):
         name, times = part.strip(), 1
         if match := re.fullmatch(r"(.+)\*(\d{1,3})", name):
             name, times = match[1], int(match[2])
-        check_device(name)
+        if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name, re.ASCII):
+            raise FourfoldError(f"device {name!r}: {WANTED}")
         if not times:
             raise FourfoldError(f"devices {text!r}: {part.strip()} is no device at all; {WANTED}")
         devices += [name] * times
     if len({name.partition(":")[0] for name in devices}) > 1:
         raise FourfoldError(f"devices {text!r}: the CPU beside GPUs would only hold them up; {WANTED}")
     return tuple(devices)
+
+
+def devices_text(devices: Sequence[str]) -> str:
+    """Return "cpu", "cpu*4", "cuda:0, cuda:1" or "cuda:0 to cuda:7", for people."""
+    names = list(dict.fromkeys(devices))
+    text = ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
+    return text if len(names) == len(devices) else f"{text}*{len(devices) // len(names)}"
 
 
 def one_device(text: str) -> str:
@@ -72,14 +88,15 @@ def under_torchrun() -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raises FourfoldError for a device that is not "cpu", "cuda" or "cuda:N", or that this machine lacks."""
+    """Raises FourfoldError for a GPU, "cuda" or "cuda:N", that this machine lacks or that cannot be used."""
     if device == "cpu":
         return
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or (device != "cuda" and not number.isdecimal()):
-        raise FourfoldError(f"device {device!r}: {WANTED}")
-    count = torch.cuda.device_count()
-    if int(number or 0) >= count:
+    import torch
+
+    from fourfold.core.kernels import cuda
+
+    count = _gpus()
+    if int(device.partition(":")[2] or 0) >= count:
         raise FourfoldError(
             f"device {device!r}: this machine shows torch {count} CUDA devices; take cpu, or install a "
             "driver and a torch build with CUDA"
@@ -89,6 +106,12 @@ def check_device(device: str) -> None:
         raise FourfoldError(f"device {device!r}: {name} has no BF16; compute capability 8.0 or newer is wanted")
     if not cuda.AVAILABLE:
         raise FourfoldError(f"device {device!r}: triton is not installed, which the kernels are made with; install it")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def gil_enabled() -> bool:

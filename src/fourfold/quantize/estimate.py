@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourfold.units import size
+
 TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
 COLUMNS = 128.0  # of a block in core/gptq
 BF16, FP32 = 2, 4
@@ -133,14 +135,9 @@ class DiskPlan:
     def problem(self) -> str:
         """What to tell the user where it is not enough."""
         return (
-            f"disk: {gigabytes(self.needed_bytes)} wanted where OUT will be, "
-            f"{gigabytes(self.free_bytes or 0)} free; make room, or name an OUT on another disk"
+            f"disk: got {size(self.free_bytes or 0)} free where OUT will be, expected {size(self.needed_bytes)}. "
+            "Make room, or name an OUT on another disk"
         )
-
-
-def gigabytes(count: int) -> str:
-    """For people to read."""
-    return f"{count / 1e9:,.2f} GB"
 
 
 def plan_disk(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
-import json
 import platform
 import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +20,22 @@ import torch
 import fourfold
 from fourfold.core import metrics, pack
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
-from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.files import SIDECARS, copy_file, dump, write_text
+from fourfold.model.headers import INDEX_NAME
 from fourfold.model.hub import hub_name, stated_terms
-from fourfold.model.shards import SIDECARS, copy_file, write_text
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.devices import gil_enabled
-from fourfold.quantize.journal import FINISHED, Journal, close
+from fourfold.quantize.identity import joined_digest
+from fourfold.quantize.journal import FINISHED, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
-from fourfold.quantize.reference import REFERENCE, Reference
+from fourfold.quantize.reference import Reference
+from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a run came to. methods: projections by method; metrics: empty for a partial output; seconds: by stage."""
-
-    out: str
-    partial: bool
-    projections: int
-    methods: dict[str, int]
-    bytes_before: int
-    bytes_after: int
-    metrics: dict[str, float]
-    seconds: dict[str, float]
-    peak_memory_bytes: dict[str, int]
-    planned_memory_bytes: dict[str, int]
-    workers: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,12 +205,6 @@ def device_names(devices: Sequence[str]) -> dict[str, str]:
     return names | {device: torch.cuda.get_device_name(device) for device in devices if device != "cpu"}
 
 
-def joined_digest(digests: Mapping[str, str]) -> str:
-    """One digest of those of several shards, in their order."""
-    lines = "".join(f"{shard} {digest}\n" for shard, digest in digests.items())
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far: resident on the host, allocated on each CUDA device.
 
@@ -263,35 +237,3 @@ def _workers(plan: Plan, measured: Measured) -> list[dict[str, Any]]:
         }
         for rank, (waits, whole) in waited(measured.spans).items()
     ]
-
-
-def dump(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def read_summary(out: Path) -> Summary:
-    """The summary of a finished output, from its fourfold.json."""
-    state = json.loads((out / FINISHED).read_text(encoding="utf-8"))
-    return Summary(
-        out=str(out),
-        partial=state["partial"],
-        projections=state["projections"],
-        methods=state["methods"],
-        bytes_before=state["source_tensor_bytes"],
-        bytes_after=state["output"]["tensor_bytes"],
-        metrics=state["metrics"],
-        seconds=state["seconds"],
-        peak_memory_bytes=state["peak_memory_bytes"],
-        planned_memory_bytes=state["planned_memory_bytes"],
-        workers=tuple(state["workers"]),
-        notes=(*state["calibration"]["notes"], *_worse_than_rtn(state)),
-    )
-
-
-def _worse_than_rtn(state: Mapping[str, Any]) -> Iterator[str]:
-    """A note where a projection's output error is larger than that of round-to-nearest."""
-    if worse := state.get("worse_than_rtn"):
-        yield (
-            f"{worse:,} of {state['projections']:,} projections have a larger output error than round-to-nearest: "
-            "error_over_rtn in quant_log.csv"
-        )

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fourfold.core import guidance, moments
 from fourfold.datatypes import FourfoldError, Tick
+from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
-from fourfold.model.shards import OutputTensor, write_shard, write_text
+from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, sha256_file

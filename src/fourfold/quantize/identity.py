@@ -6,13 +6,17 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.shards import SIDECARS
-from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
-from fourfold.quantize.plan import Plan
+from fourfold.model.files import SIDECARS
+from fourfold.model.headers import Headers
+from fourfold.quantize.documents import text_digests
+from fourfold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
+    from fourfold.quantize.plan import Plan
 
 HEADERS = "names, dtypes and shapes of tensors"
 DIGITS = 16  # of a sha256 that is only shown
@@ -56,20 +60,31 @@ def _shown(part: Mapping[str, Any], key: str) -> str:
 
 
 def identify(plan: Plan, calibration: CalibrationRows, heldout: HeldoutRows) -> Identity:
-    source = source_parts(plan.index)
+    parts = {
+        "calibration": {name: short(digest) for name, digest in calibration.source_digests().items()},
+        "heldout": heldout.protocol | {"token ids": short(heldout.digest)},
+        "texts": text_digests(plan.recipe) or {},
+    }
+    digests = {"calibration": calibration.digest, "heldout": heldout.digest}
+    tokens = Identity(**digests, recipe="", source="", layers="", parts=parts)
+    return identify_without_tokens(plan.recipe, plan.index, layers_text(plan.solve), tokens)
+
+
+def identify_without_tokens(recipe: Recipe, index: Headers, layers: str, tokens: Identity) -> Identity:
+    """The identity of a run whose calibration and held-out tokens are those of another."""
+    source = {name: short(digest) for name, digest in source_parts(index).items()}
     return Identity(
-        recipe=plan.recipe.digest(),
-        source=source_digest(plan.index),
-        calibration=calibration.digest,
-        heldout=heldout.digest,
-        layers=f"{plan.solve.start}-{plan.solve.stop - 1}",
-        parts={
-            "recipe": plan.recipe.values(),
-            "source": {name: short(digest) for name, digest in source.items()},
-            "calibration": {name: short(digest) for name, digest in calibration.source_digests().items()},
-            "heldout": heldout.protocol | {"token ids": short(heldout.digest)},
-        },
+        recipe=recipe.digest(),
+        source=source_digest(index),
+        calibration=tokens.calibration,
+        heldout=tokens.heldout,
+        layers=layers,
+        parts={**tokens.parts, "recipe": recipe.values(), "source": source},
     )
+
+
+def layers_text(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}"
 
 
 def short(digest: str) -> str:
@@ -77,7 +92,7 @@ def short(digest: str) -> str:
     return f"sha256 {digest[:DIGITS]}"
 
 
-def source_parts(index: TensorIndex) -> dict[str, str]:
+def source_parts(index: Headers) -> dict[str, str]:
     """Digests of what decides the source before a weight is read: headers, config.json, tokenizer, other sidecars."""
     parts = {HEADERS: index.digest}
     for name in ("config.json", *SIDECARS):
@@ -87,9 +102,15 @@ def source_parts(index: TensorIndex) -> dict[str, str]:
     return parts
 
 
-def source_digest(index: TensorIndex) -> str:
+def source_digest(index: Headers) -> str:
     """One digest of source_parts."""
     lines = "".join(f"{name} {digest}\n" for name, digest in source_parts(index).items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def joined_digest(digests: Mapping[str, str]) -> str:
+    """One digest of those of several shards, in their order."""
+    lines = "".join(f"{shard} {digest}\n" for shard, digest in digests.items())
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

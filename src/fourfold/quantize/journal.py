@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -12,16 +11,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from fourfold.datatypes import FourfoldError, Method, ProjectionStatistics, ShardRecord, Target
-from fourfold.model.shards import SIDECARS, write_text
+from fourfold.datatypes import Batches, FourfoldError, Method, ProjectionStatistics, ShardRecord, Target
+from fourfold.model.config import CONFIG, find_family, local_folder, read_config
+from fourfold.model.files import SIDECARS, check_place, unwritable, write_text
+from fourfold.model.json_object import read_object
 from fourfold.quantize.estimate import SWEPT
 from fourfold.quantize.identity import Identity, refuse_changes
-from fourfold.quantize.observe import Batches
-from fourfold.quantize.reference import REFERENCE
 
 STATE = ".fourfold"
+RUN = f"{STATE}/run.json"  # until the run is finished
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
+REFERENCE = "reference.json"
 WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
            REFERENCE, *SIDECARS)  # fmt: skip  # by quantize, beside the shards
 
@@ -35,26 +37,67 @@ class Settings:
     devices: tuple[str, ...]  # of the workers, and a CPU without BF16 instructions is named as such
 
 
-def check_out(out: Path, model: Path) -> None:
+def check_out(out: Path, model: Path | None) -> None:
     """Raise FourfoldError unless OUT is absent, empty, or a folder of fourfold's that no process works on.
 
-    Touches nothing; what may have changed since is found by `hold`.
+    model: None where it is not on this disk. Touches nothing; what may have changed since is found by `hold`.
     """
-    if out.resolve() == model.resolve():
-        raise FourfoldError(f"{out}: OUT is the MODEL folder itself; name another folder for the release")
-    if out.exists() and not out.is_dir():
-        raise FourfoldError(f"{out}: OUT is a file; a folder is wanted")
+    check_place(out, "OUT", model, "MODEL")
     refuse_links(out)
     ours = (out / FINISHED).exists() or (out / STATE).is_dir()
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise FourfoldError(f"{out}: OUT is not empty and not an output of fourfold; name a new or empty folder")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise _unwritable(out, os.strerror(errno.ENOTDIR))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(out, os.strerror(errno.EACCES))
+        raise FourfoldError(f"{out}: OUT is not empty and not an output of fourfold. Name a new or empty folder")
+    _refuse_busy(out)
+
+
+def _refuse_busy(out: Path) -> None:
     with suppress(OSError), (out / STATE / "lock").open("rb") as handle:  # absent, or `hold` will say
         _lock(out, handle.fileno(), fcntl.LOCK_SH)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """fourfold.json of a finished release, None for another maker's. Reads no other file.
+
+    Raises FourfoldError for a release that is not finished, and for a trial.
+    """
+    if not folder.is_dir():
+        raise FourfoldError(f"{folder}: no such folder; expected the folder of a finished release")
+    if not (folder / FINISHED).is_file():
+        if not (folder / STATE).is_dir():
+            return None
+        _refuse_busy(folder)
+        raise FourfoldError(f"{folder}: not finished. Rerun the same `fourfold quantize` command to resume")
+    state = read_object(folder / FINISHED)
+    if state.get("partial"):
+        raise FourfoldError(
+            f"{folder}: partial, a trial on layers {state.get('layers')} that no engine loads. "
+            "Quantize the whole model into another OUT"
+        )
+    return state
+
+
+def check_checkpoint(model: str | Path, *, whole: bool) -> Path | None:
+    """Return the folder of any checkpoint, None for a Hub ID, by what config.json and fourfold.json in it say.
+
+    whole: a release must be finished, and of a family that fourfold knows. Raises FourfoldError.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        path = folder / CONFIG
+        if whole or not path.exists():
+            read_state(folder)
+        raw = read_config(folder)
+        if whole:
+            find_family(raw, path)
+    return folder
+
+
+def require_release(folder: Path) -> dict[str, Any]:
+    """The same of a release that must be fourfold's own."""
+    state = read_state(folder)
+    if state is None:
+        raise FourfoldError(f"{folder}: no {FINISHED}, so no release of fourfold; expected the OUT of a finished run")
+    return state
 
 
 def refuse_links(out: Path) -> None:
@@ -67,10 +110,6 @@ def refuse_links(out: Path) -> None:
                 f"{path}: got a link to {path.readlink()}, expected no link: its target is outside the release. Remove "
                 f"the link, or replace it with what it points to"
             )
-
-
-def _unwritable(out: Path, reason: str | None) -> FourfoldError:
-    return FourfoldError(f"{out}: OUT cannot be written ({reason}); name a folder you may write to")
 
 
 def _lock(out: Path, handle: int, kind: int) -> None:
@@ -91,7 +130,7 @@ def hold(out: Path) -> Iterator[None]:
         state.mkdir(parents=True, exist_ok=True)
         handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _unwritable(out, error.strerror) from None
+        raise unwritable(out, "OUT", error.strerror) from None
     try:
         _lock(out, handle, fcntl.LOCK_EX)
         os.ftruncate(handle, 0)
@@ -133,7 +172,7 @@ class Journal:
 def close(out: Path) -> None:
     """The run is finished and its records are folded into fourfold.json: remove them. The log stays."""
     records, swept = _records_folder(out), sweep_folder(out)
-    for path in [*records.glob("*"), *swept.glob("*"), out / STATE / "run.json"]:
+    for path in [*records.glob("*"), *swept.glob("*"), out / RUN]:
         path.unlink(missing_ok=True)
     for folder in (records, swept):
         if folder.is_dir():
@@ -154,12 +193,12 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
 
     Raises FourfoldError if recipe, source, calibration, held-out text or layers are not those of the first start.
     """
-    path = out / STATE / "run.json"
+    path = out / RUN
     _records_folder(out).mkdir(exist_ok=True)
     if not path.exists():
         _write_state(out, identity, settings)
         return Journal(out, identity, settings, {})
-    try:
+    with _readable(path):
         state = json.loads(path.read_text(encoding="utf-8"))
         batches = Batches(**state["settings"]["batches"])
         before, settings = (
@@ -167,15 +206,13 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
             Settings(batches, state["settings"]["threads"], tuple(state["settings"]["devices"])),
         )
         read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{path}: the journal cannot be read ({error}); start over with --restart") from None
     refuse_changes(out, identity, before)
     return Journal(out, identity, settings, {record.shard: record for record in read})
 
 
 def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
     state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
-    write_text(out / STATE / "run.json", json.dumps(state, indent=1))
+    write_text(out / RUN, json.dumps(state, indent=1))
 
 
 def _read_record(path: Path) -> ShardRecord:
@@ -189,13 +226,27 @@ def _read_record(path: Path) -> ShardRecord:
 
 def finished_identity(out: Path) -> Identity | None:
     """The identity of the finished release in OUT, or None if OUT holds none."""
-    path = out / FINISHED
+    return _read_identity(out / FINISHED)
+
+
+def started_identity(out: Path) -> Identity | None:
+    """The identity of the run in OUT, finished or not, or None if OUT holds none."""
+    return finished_identity(out) or _read_identity(out / RUN)
+
+
+def _read_identity(path: Path) -> Identity | None:
     if not path.exists():
         return None
-    try:
+    with _readable(path):
         return Identity(**json.loads(path.read_text(encoding="utf-8"))["identity"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{path}: cannot be read ({error}); start over with --restart") from None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FourfoldError(f"{path}: cannot be read ({error}). Start over with --restart") from None
 
 
 def log(out: Path, text: str) -> None:
@@ -212,6 +263,6 @@ def clear(out: Path) -> None:
     """Remove what fourfold wrote into OUT, and nothing else."""
     written = [*out.glob("model-?????-of-?????.safetensors"), *(out / name for name in WRITTEN), *out.glob(".*.tmp")]
     written += [*_records_folder(out).glob("*"), *sweep_folder(out).glob("*")]
-    written += [*(out / STATE).glob(".*.tmp"), out / STATE / "run.json"]
+    written += [*(out / STATE).glob(".*.tmp"), out / RUN]
     for path in written:
         path.unlink(missing_ok=True)

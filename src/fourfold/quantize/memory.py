@@ -18,7 +18,8 @@ from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
 from fourfold.quantize import pinned
-from fourfold.quantize.estimate import Workload, gigabytes, inputs_bytes
+from fourfold.quantize.estimate import Workload, inputs_bytes
+from fourfold.units import size
 
 BF16, FP32 = 2, 4
 HOST_BASELINE_BYTES = 760 * 10**6  # torch and transformers 530, tokenized text 70; native kernels, free heap
@@ -216,7 +217,7 @@ class MemoryPlan:
     devices: one for each worker; budget_bytes: of a device (of the whole process on the CPU, of one worker there if
     host_budget_bytes is given); chunk_experts: experts of a worker whose moments exist at one time; token_batch: tokens
     of an expert evaluation; row_batch: rows of an attention batch; inputs: where the experts' inputs lie until a layer
-    is solved (observe.Batches); widened: whether BF16 products are computed in fp32 (core/widening).
+    is solved (Batches); widened: whether BF16 products are computed in fp32 (core/widening).
     """
 
     devices: tuple[str, ...]
@@ -250,11 +251,9 @@ class MemoryPlan:
         if self.on_cpu and self.host_budget_bytes is None:
             worker = self.device_peak_bytes
         if worker > self.budget_bytes:
-            found.append(f"{gigabytes(worker)} predicted on {self.devices[0]}, the budget is "
-                         f"{gigabytes(self.budget_bytes)}")  # fmt: skip
+            found.append(f"got {size(self.budget_bytes)} on {self.devices[0]}, expected at least {size(worker)}")
         if self.host_budget_bytes is not None and shared > self.host_budget_bytes:
-            found.append(f"{gigabytes(shared)} predicted on the host, the budget is "
-                         f"{gigabytes(self.host_budget_bytes)}")  # fmt: skip
+            found.append(f"got {size(self.host_budget_bytes)} on the host, expected at least {size(shared)}")
         return tuple(found)
 
     @property

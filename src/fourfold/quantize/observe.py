@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import guidance, metrics, moments, widening
-from fourfold.datatypes import Moments, Rows, StreamDrift, Tick
+from fourfold.datatypes import Batches, Moments, Rows, StreamDrift, Tick
 from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
@@ -24,21 +24,6 @@ from fourfold.model.layer import (
     sort_pairs,
 )
 from fourfold.quantize.workers import Worker
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Sizes fixed at a run's first start, so that a resumed run repeats them.
-
-    rows: rows per attention batch; tokens: tokens per expert batch, of all workers; experts: experts of a worker whose
-    moments exist at one time. inputs: where the experts' inputs lie until the layer is solved: "device", on every
-    worker's; "host", from where each chunk of experts takes its own; "file", mapped into memory, likewise.
-    """
-
-    rows: int
-    tokens: int
-    experts: int
-    inputs: str = "device"
 
 
 @dataclass(frozen=True)

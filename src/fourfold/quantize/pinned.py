@@ -34,7 +34,7 @@ def sums_bytes(work: Workload, tokens: int, workers: int) -> int:
 
 def inputs_bytes(work: Workload, inputs: str) -> int:
     """Of what experts are learnt from: one stream's on its way to the devices, or all where it stays. inputs: see
-    observe.Batches.
+    Batches.
     """
     if inputs == "file":
         return 0

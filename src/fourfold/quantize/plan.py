@@ -16,11 +16,11 @@ from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.shards import SIDECARS
+from fourfold.model.files import SIDECARS
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.advice import prediction, release_advice, run_advice
-from fourfold.quantize.calibrate import check_sources
+from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
+from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
@@ -97,7 +97,8 @@ class Plan:
     memory: MemoryPlan
     disk: DiskPlan
     time: TimeEstimate
-    warnings: tuple[str, ...]
+    run_warnings: tuple[str, ...]
+    release_warnings: tuple[str, ...]
     predicted_shares: Mapping[int, float] = field(default_factory=dict)
 
     @property
@@ -109,6 +110,16 @@ class Plan:
     def claims(self) -> Iterator[TensorClaim]:
         """Every source tensor, once."""
         return (claim for part in self.parts for claim in part.claims)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """About the run, then about how engines will take the release."""
+        return (*self.run_warnings, *self.release_warnings)
+
+    @property
+    def headline(self) -> list[tuple[str, str]]:
+        """What is quantized, by what recipe, on what: (name, fact)."""
+        return headline(self, None)
 
     @property
     def prediction(self) -> str:
@@ -136,6 +147,11 @@ class Plan:
         """Raises FourfoldError if OUT's disk cannot hold what this run writes."""
         if not self.disk.enough:
             raise FourfoldError(self.disk.problem)
+
+    def require_memory(self) -> None:
+        """Raises FourfoldError if a budget cannot be kept."""
+        if self.memory.problems:
+            raise FourfoldError(f"--memory: {'; '.join(self.memory.problems)}. {MORE_ROOM}")
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON types: bytes and seconds as numbers, an entry for each source tensor."""
@@ -239,7 +255,8 @@ def make_plan(
         memory=memory,
         disk=disk,
         time=estimate_time(work, devices, inputs=memory.inputs),
-        warnings=(*release_advice(skeleton, index, recipe), *run_advice(recipe, work, memory, disk)),
+        run_warnings=tuple(run_advice(recipe, work, memory, disk)),
+        release_warnings=tuple(release_advice(skeleton, index, recipe, devices)),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fourfold.datatypes import FourfoldError
-from fourfold.schema import nearest
 
 MARGIN = 0.10  # of a data sheet's memory, left alone
 
@@ -138,7 +137,7 @@ MACHINES = {
 def find_machine(name: str) -> DataSheet:
     """Raises FourfoldError for a name that is not in MACHINES."""
     if name not in MACHINES:
-        raise FourfoldError(f"machine {name!r}: wanted one of {', '.join(MACHINES)}{nearest(name, MACHINES)}")
+        raise FourfoldError(f"--machine: got {name!r}, expected one of {', '.join(MACHINES)}")
     return MACHINES[name]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.head import Head, logits
+from fourfold.quantize.journal import REFERENCE
 
-REFERENCE = "reference.json"
 TOKENS = 64
 LIKELIEST = 20  # as many as vLLM gives unless it is started to give more
 POSITIONS = 8  # whose logits exist at one time: 16 MB with a vocabulary of 250,000, within what a held-out row takes

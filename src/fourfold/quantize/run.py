@@ -14,13 +14,23 @@ from pathlib import Path
 import torch
 
 from fourfold.core import widening
-from fourfold.datatypes import Event, FourfoldError, LayerResult, Progress, ShardRecord, StreamDrift, Tick, ignore
+from fourfold.datatypes import (
+    Batches,
+    Event,
+    FourfoldError,
+    LayerResult,
+    Progress,
+    ShardRecord,
+    StreamDrift,
+    Tick,
+    ignore,
+)
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
-from fourfold.quantize.advice import prediction
+from fourfold.quantize.advice import prediction, start_event
 from fourfold.quantize.cost import patience_seconds
 from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
-from fourfold.quantize.finish import Measured, Summary
+from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
     Left,
@@ -46,11 +56,12 @@ from fourfold.quantize.journal import (
     open_journal,
 )
 from fourfold.quantize.memory import device_budget, give_back_free_memory, sweep_rows
-from fourfold.quantize.observe import Batches, Traffic, observe
+from fourfold.quantize.observe import Traffic, observe
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
-from fourfold.quantize.solve import Chunking, Curvature, join_results, solve_layer
+from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
+from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import write_trace
 from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
@@ -153,7 +164,10 @@ def quantize(
     plan = make_plan(model, recipe, devices=team.names, memory_bytes=memory_bytes, host_bytes=machine.host_bytes,
                      exchange_bytes=team.ranks.device_bytes if team.ranks else 0, layers=layers, out=out)  # fmt: skip
     plan.require_disk()
+    if machine.strict:
+        plan.require_memory()
     watch = Watch(progress if team.leads else ignore, plan.solve.stop)
+    watch.progress(start_event(plan, out))
     texts = team.agree(lambda: read_texts(plan, watch))  # the last of what can be wrong before OUT is touched
     with hold(out) if team.leads else nullcontext():
         if restart and team.leads:
@@ -190,7 +204,7 @@ def _logged(out: Path, progress: Progress) -> Progress:
 def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
     ranks = (str(team.ranks),) if team.ranks else ()
-    for note in (*plan.warnings, *calibration.notes, *ranks, *gil_advice()):
+    for note in (*plan.run_warnings, *calibration.notes, *ranks, *gil_advice()):
         watch.progress(Event(kind="note", text=note))
     identity = identify(plan, calibration, heldout)
     devices = tuple(map(widening.named, team.names))
@@ -203,7 +217,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     journal = team.agree(lambda: _open(out, identity, settings))
     if journal is None:
         watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
-        return finish.read_summary(out)
+        return read_summary(out)
     if journal.settings.devices != devices:
         watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, devices)))
     team.threads = journal.settings.threads
@@ -215,10 +229,12 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
         job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
         measured = team.run(partial(run_layers, job))
     if not team.leads:
-        return team.agree(lambda: finish.read_summary(out))
+        return team.agree(lambda: read_summary(out))
     if trace is not None:
         write_trace(trace, measured.spans)
     summary = finish.finish(journal, plan, texts, measured, watch.seconds, watch.tell)
+    for note in plan.release_warnings:
+        watch.progress(Event(kind="note", text=note))
     watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
     return team.agree(lambda: summary)
 
@@ -315,7 +331,7 @@ def solve(
     if layer.is_routed:
         skeleton = job.plan.skeleton
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
-        with job.stage(worker, "solve", layer_plan.index, skeleton.experts, "experts") as tick:
+        with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
             observed = observe(worker, layer, *traffic, job.plan.recipe.solver.residual)
             curvature = None

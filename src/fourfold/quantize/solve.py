@@ -35,6 +35,7 @@ from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
 GUIDED = ("gate_up", "down")  # what the sites are called in Guided
+STEPS = 4  # of an expert: moments and solve at both sites
 JUDGED = 2  # experts of a worker and layer that are solved without guidance too, to see what it gains
 
 
@@ -50,7 +51,9 @@ class Curvature:
 
 @dataclass(frozen=True)
 class Chunking:
-    """experts, inputs: see Batches; prefix: of the experts' final tensor names; tick: is told of solved experts."""
+    """experts, inputs: see Batches; prefix: of the experts' final tensor names; tick: is told of each step of
+    each expert, STEPS in all.
+    """
 
     experts: int
     inputs: str
@@ -114,7 +117,6 @@ def solve_layer(
         rows += solved[1]
         guided = add_guided(guided, solved[2])
         first = places.stop
-        chunking.tick(len(places))
     worker.link.settle()
     each = sum(clock.seconds.values()) / max(len(rows), 1)
     rows = [dataclasses.replace(row, seconds=each) for row in rows]
@@ -184,6 +186,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
                 site_moments = down_moments(chunk, layer, used_ENK)
                 pool_EKK = down_pool(layer, used_ENK, job.pool_PD)
             row_metric = job.down_rows if which else _gate_up_rows(job, chunk, place)
+        job.chunking.tick(len(places))
         with clock("solve"):
             site = Site(
                 projections=projections,
@@ -203,6 +206,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
             rows += _statistics(layer.index, experts, projections, solved, solver)
             if row_metric is not None:
                 guided[GUIDED[which]] = solved.guided
+        job.chunking.tick(len(places))
     return tensors, rows, guided
 
 

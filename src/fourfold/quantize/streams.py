@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import FourfoldError, Rows, StreamDrift, Tick
+from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
 from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
 from fourfold.model.head import Head, build_head
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.memory import give_back_free_memory
-from fourfold.quantize.observe import Batches, Traffic, advance_, attend_, own_tokens, pass_heldout_
+from fourfold.quantize.observe import Traffic, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import Reference, make_reference
 from fourfold.quantize.workers import Worker
 

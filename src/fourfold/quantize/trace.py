@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourfold.model.shards import write_text
+from fourfold.model.files import write_text
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,21 @@ from torch import Tensor
 import fourfold
 from fourfold.core import grid, pack
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.model.checkpoint import DTYPES, INDEX_NAME, TensorIndex, raw_bytes, require_finite
+from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.model.config import read_config
 from fourfold.model.family import split_names
-from fourfold.model.shards import SIDECARS, OutputTensor, WrittenShard, copy_file, write_shard, write_text
+from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.headers import INDEX_NAME
+from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights, read_config
-from fourfold.quantize.finish import dump, index_json, joined_digest, quantization_config
-from fourfold.quantize.journal import FINISHED, STATE, hold
-from fourfold.quantize.reference import REFERENCE
+from fourfold.model.weights import Weights
+from fourfold.quantize.finish import index_json, quantization_config
+from fourfold.quantize.identity import joined_digest
+from fourfold.quantize.journal import FINISHED, REFERENCE, STATE, hold
 from fourfold.recipe import Recipe, dump_recipe
+from fourfold.release.contents import CONVERSION
 from fourfold.release.stored import Projection, Stored, generalized, layout_problems, take_stock
-from fourfold.release.verify.folder import CONVERSION, Release, open_release
+from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.rules import config_problems
 
 FORMATS = tuple(pack.CODES_AND_SCALES)
@@ -92,11 +96,12 @@ def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -
     int4, is asymmetric, has groups that the format cannot tell, or `new` is there or does not fit the disk.
     """
     started = time.perf_counter()
+    check_new(new, out)
     job = _open(out, format, progress)
     temporary = new.with_name(f".{new.name}.converting")
     if temporary.is_symlink():
         raise FourfoldError(f"{temporary}: got a link, expected a folder of an interrupted conversion. Remove the link")
-    _check_new(out, new, job)
+    _check_room(new, job)
     with hold(temporary):
         try:
             converted = _write(job, temporary, new, started)
@@ -151,9 +156,7 @@ def _open(out: Path, format: str, progress: Progress) -> _Job:
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
-    raw = read_config(out)
-    raw = {key: value for key, value in raw.items() if key != "compression_config"}
-    skeleton = Skeleton.of(raw, out / "config.json")
+    skeleton = Skeleton.of(read_config(out), out / "config.json")
     weights = Weights.open(out, skeleton)
     stored = take_stock(weights.index, weights.format)
     if not stored.projections:
@@ -189,12 +192,8 @@ def _check_layout(job: _Job) -> None:
             )
 
 
-def _check_new(out: Path, new: Path, job: _Job) -> None:
-    if new.exists() and (not new.is_dir() or any(new.iterdir())):
-        raise FourfoldError(f"{new}: NEW is there and not empty; name a new folder")
+def _check_room(new: Path, job: _Job) -> None:
     there = next(folder for folder in new.absolute().parents if folder.exists())
-    if not there.is_dir() or out.resolve() in (new.resolve(), *new.resolve().parents):
-        raise FourfoldError(f"{new}: NEW must be a folder that can be made, and not in OUT")
     free, wanted = shutil.disk_usage(there).free, job.total_bytes + SPARE_BYTES
     if free < wanted:
         raise FourfoldError(f"{new}: {wanted:,} bytes are wanted, {free:,} are free there; make room")

@@ -12,15 +12,14 @@ import torch
 
 from fourfold.core import metrics
 from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
+from fourfold.model.files import dump, write_text
 from fourfold.model.head import Head
-from fourfold.model.shards import write_text
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.devices import check_device
-from fourfold.quantize.finish import dump
-from fourfold.quantize.journal import FINISHED, STATE, refuse_links
+from fourfold.quantize.journal import FINISHED, read_state, refuse_links
 from fourfold.quantize.run import Watch
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
@@ -125,31 +124,11 @@ def evaluate(
 # ---- what is checked before the first layer
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """fourfold.json of a finished release, None for another maker's. Raises FourfoldError for one that is not whole.
-
-    Reads no other file: a caller may ask before it downloads the source.
-    """
-    if not folder.is_dir():
-        raise FourfoldError(f"{folder}: no such folder; the folder of a finished release is wanted")
-    path = folder / FINISHED
-    if not path.is_file():
-        if (folder / STATE).is_dir():
-            raise FourfoldError(f"{folder}: not finished; the same `fourfold quantize` command goes on with it")
-        return None
-    state = read_record(path, State, "Bring back the one that quantize wrote, or quantize again")
-    if state["partial"]:
-        raise FourfoldError(
-            f"{folder}: a trial of layers {state.get('layers')} alone; quantize all layers to measure the release"
-        )
-    return state
-
-
 def open_release(folder: Path, source: Weights) -> Release:
     """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
-    state = read_state(folder)
-    if state is None:
+    if read_state(folder) is None:
         return Release(Weights.open(folder, source.skeleton), None)
+    state = read_record(folder / FINISHED, State, "Bring back the one that quantize wrote, or quantize again")
     headers = state["source"]["headers"]
     if headers != source.index.digest:
         raise FourfoldError(
@@ -185,7 +164,8 @@ def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
         windows=protocol.windows or WINDOWS,
         length=protocol.length,
     )
-    return heldout_windows(wanted, load_tokenizer(source), fewer=protocol.windows is None)
+    fewer = protocol.windows is None
+    return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
 
 def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:

@@ -13,10 +13,11 @@ import torch
 from fourfold.core import pack
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.config import quantization, read_config
 from fourfold.model.family import FAMILIES, Family
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import group_size_problem, read_config, readable_format
-from fourfold.quantize.advice import storage_advice
+from fourfold.model.weights import group_size_problem, readable_format
+from fourfold.quantize.advice import format_advice, tensor_parallel_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
@@ -126,7 +127,7 @@ def inspect(folder: Path) -> Inspection:
     if not unknown:
         try:
             served = open_served(folder)
-            skeleton = Skeleton.of({k: v for k, v in raw.items() if k != "compression_config"}, folder / "config.json")
+            skeleton = Skeleton.of(raw, folder / "config.json")
         except FourfoldError as error:
             unknown = str(error)
         else:
@@ -157,18 +158,13 @@ def _format(raw: Mapping[str, Any], folder: Path) -> tuple[str | None, str]:
         return None, str(error)
 
 
-def _settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
-    return settings if isinstance(settings, dict) else {}
-
-
 def _maker(folder: Path, raw: Mapping[str, Any]) -> str:
     """Who made it, by what lies there."""
     if (folder / FINISHED).is_file():
         return "fourfold"
     if (folder / STATE).is_dir():
         return "fourfold, not finished"
-    meta = _settings(raw).get("meta")
+    meta = quantization(raw).get("meta")
     maker = meta.get("quantizer") if isinstance(meta, dict) else None
     return ", ".join(map(str, maker)) if isinstance(maker, list) else str(maker or "")
 
@@ -274,7 +270,7 @@ def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample, family: 
     suffix = pack.CODES_AND_SCALES[stored.format][1]
     headers = stored.index.headers
     return Quantized(
-        method=str(_settings(raw).get("quant_method")),
+        method=str(quantization(raw).get("quant_method")),
         format=stored.format,
         projections=len(stored.projections),
         by_group=_by_group(stored, family),
@@ -329,7 +325,7 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
 
 def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Skeleton, draft: str) -> Iterator[str]:
     """Of how it is quantized, for engines that would load it."""
-    settings = _settings(raw)
+    settings = quantization(raw)
     if skeleton.has_mtp and not draft and stored.format is None:
         yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
     if stored.format is None or not stored.projections:
@@ -344,7 +340,8 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
         )
         yield from (f"quantization_config: {problem}" for problem in said)
     if served.group_size:
-        yield from storage_advice(skeleton, bool(draft), stored.format, served.group_size)
+        yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
+        yield from format_advice(skeleton, bool(draft), stored.format)
     if stored.format == "compressed-tensors":
         return
     if draft == "fused":

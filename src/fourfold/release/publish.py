@@ -22,14 +22,21 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from huggingface_hub.hf_api import RepoFile
 
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.model.files import write_text
 from fourfold.model.hub import SECRET, check_repo_id
-from fourfold.model.shards import write_text
-from fourfold.quantize.finish import joined_digest
+from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
-from fourfold.release.report.card import named_repo
+from fourfold.release.contents import (
+    CARD,
+    SHARD_SUFFIX,
+    VERDICT,
+    hash_file,
+    loaded_files,
+    named_repo,
+    visible_files,
+    written_names,
+)
 from fourfold.release.schemas import Record, State, Verdict, read_record
-from fourfold.release.verify.folder import CARD, SHARD_SUFFIX, hash_file, loaded_files, visible_files, written_names
-from fourfold.release.verify.run import VERDICT
 
 MAIN = "main"
 TAG_DIGITS = 12

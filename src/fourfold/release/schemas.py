@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from fourfold.core.pack import CODES_AND_SCALES
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import brief
+from fourfold.model.json_object import brief
+from fourfold.recipe import FORMATS
 from fourfold.units import FIGURES
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -108,7 +108,7 @@ State = record(
     partial=bool,
     identity=record(recipe=str, source=str, calibration=str, heldout=str, parts=record(source=Anything)),
     recipe=str,
-    format=Annotated[str, Field(pattern=f"^({'|'.join(CODES_AND_SCALES)})$")],
+    format=Annotated[str, Field(pattern=f"^({'|'.join(FORMATS)})$")],
     source=record({"hub": str, "terms": by_name(str | list[str])}, headers=str, content=str),
     calibration=record({"shingles": each(str)}, rows=Count, length=Count, sources=each(Text), notes=each(str)),
     output=record(content=str, shards=by_name(record(bytes=Count, sha256=str)), tensor_bytes=Count),

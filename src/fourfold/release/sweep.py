@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.datatypes import Rows, StreamDrift, Tick
+from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.weights import Weights
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
-from fourfold.quantize.observe import Batches
 from fourfold.quantize.streams import pass_rows_
 from fourfold.quantize.workers import alone
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import FourfoldError
+from fourfold.install import pip_install
 
 WAIT_SECONDS = 10  # for the server's list of models
 CONCURRENT = 8  # requests at one time
@@ -37,7 +38,7 @@ def check_tasks(tasks: Tasks) -> str:
     Raises FourfoldError if lm-eval is not installed or no such server answers: before anything expensive is begun.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise FourfoldError("--tasks needs lm-eval, which is not installed: pip install 'fourfold[tasks]'")
+        raise FourfoldError(f"--tasks needs lm-eval, which is not installed. Try: {pip_install('tasks')}")
     address = f"{tasks.root}/v1/models"
     if not address.startswith(("http://", "https://")):
         raise FourfoldError(f"--url {tasks.url}: the address of a server is wanted, as in http://localhost:8000")

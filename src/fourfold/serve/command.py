@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fourfold.datatypes import FourfoldError
+from fourfold.install import pip_install
 from fourfold.serve import engines
 from fourfold.serve.engines import ENGINES, KV_CACHES, SGLANG, VLLM, Engine, Profile, Version
 from fourfold.serve.forecast import Cache, Forecast, Split, forecast
@@ -25,7 +26,6 @@ OPTIONS = {
 IMAGE_ARCHITECTURES = {"x86_64": "x86_64", "aarch64": "arm64"}  # platform.machine() -> as images are tagged
 CPU_VARIABLE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", 1  # vLLM's cache on a CPU
 PENALTY_BY_FLAG, BUDGET_UNDER_MTP = (0, 32), (0, 32)  # vLLM versions
-PLUGIN_WAY = "PYTHON -m pip install --no-deps fourfold, PYTHON being the engine's own"
 Settings = list[tuple[str, str]]  # (setting, value); "" for a flag without one
 
 
@@ -323,12 +323,17 @@ def _default_problems(engine: Engine, at: Version, drafts: int, wanted: Deployme
         return
     by_plugin = wanted.thinking_budget is not None or (wanted.presence_penalty is not None and at < PENALTY_BY_FLAG)
     if by_plugin and wanted.plugin is False:
-        yield f"this default needs fourfold's plugin in the engine's environment: {PLUGIN_WAY}"
+        yield f"this default {_needs_plugin()}"
     if wanted.thinking_budget is not None and drafts and at < BUDGET_UNDER_MTP:
         yield (
             f"vLLM {engines.version_text(at)} drops a thinking budget under MTP without a word (0.32 keeps it): "
             "--mtp 0, or a newer vLLM"
         )
+
+
+def _needs_plugin() -> str:
+    way = f"PYTHON -m {pip_install(option='--no-deps')}, PYTHON being the engine's own"
+    return f"needs fourfold's plugin in the engine's environment: {way}"
 
 
 def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment, profile: Profile) -> Iterator[str]:
@@ -350,7 +355,7 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
     if engine.name == VLLM and served.format == "gptq_v2" and not machine.gpus:
         yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers there; gptq is right"
     if wanted.thinking_budget is not None and wanted.plugin is None:
-        yield f"the thinking budget needs fourfold's plugin in the engine's environment: {PLUGIN_WAY}"
+        yield f"the thinking budget {_needs_plugin()}"
     if profile.measured and served.is_reference:
         yield f"the reference measured with this, on 4 x RTX 3060: {profile.measured}"
     yield from found.forecast.doubts

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import FourfoldError
+from fourfold.model.config import quantization, read_config
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights, read_config
+from fourfold.model.weights import Weights
 from fourfold.serve.kvcache import Geometry
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
@@ -59,7 +60,7 @@ def open_served(folder: Path, name: str = "") -> Served:
     checkpoint, is not whole, or is quantized in a way that fourfold does not know.
     """
     raw = read_config(folder)
-    skeleton = Skeleton.of({k: v for k, v in raw.items() if k != "compression_config"}, folder / "config.json")
+    skeleton = Skeleton.of(raw, folder / "config.json")
     weights = Weights.open(folder, skeleton)
     prefix = skeleton.family.mtp_prefix
     sizes = {name: header.size_bytes for name, header in weights.index.headers.items()}
@@ -113,7 +114,7 @@ def _splits(text: Any) -> dict[str, int]:
 
 def _group_size(raw: Mapping[str, Any]) -> int:
     """Of the one way in which experts are quantized; model/weights.py has looked at the rest of it."""
-    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
+    settings = quantization(raw)
     groups = settings.get("config_groups") or {}
     sizes = [group["weights"].get("group_size") for group in groups.values()] or [settings.get("group_size")]
     return max((int(size) for size in sizes if size), default=0)

@@ -7,7 +7,7 @@
 vLLM calls `register` by the entry point group vllm.general_plugins in each of its processes. For chat, completion,
 responses and messages requests, streamed or not, what a request sends wins; a null for the budget is a value too and
 means no limit. A value that cannot be used stops the server. Nothing is done where no variable is set.
-Imports nothing else of fourfold: `pip install --no-deps fourfold` into vLLM's environment is enough.
+Imports nothing else of fourfold: installed without its dependencies in vLLM's environment, it works.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.terminal import paragraphs, plain
+from fourfold.terminal import paragraphs, plain, say, show_table
 
 
 def facts_table() -> Table:
@@ -23,9 +23,9 @@ def show_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     table = facts_table()
     for name, said in facts:
         table.add_row(plain(name), plain(said))
-    console.print(table)
+    show_table(console, table)
 
 
 def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        console.print(Text.assemble(("warning: ", "yellow"), paragraphs(warning)), soft_wrap=True)
+        say(console, Text.assemble(("warning: ", "yellow"), paragraphs(warning)))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.tables.facts import show_facts
-from fourfold.terminal import paragraphs, plain
+from fourfold.terminal import paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     """Groups of tensors, how int4 is stored, the draft head, engines, traps."""
     made_by = f", made by {plain(found.made_by)}" if found.made_by else ""
     title = f"{plain(found.folder)}: {plain(found.model_type)}, {found.tensors:,} tensors in {found.shards:,} shards"
-    console.print(Text(title + made_by, style="bold"), soft_wrap=True)
+    say(console, Text(title + made_by, style="bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
     table.add_column("tensors", footer="all")
     table.add_column("stored as")
@@ -34,18 +34,20 @@ def show_inspection(console: Console, found: Inspection) -> None:
     table.add_column("size", justify="right", footer=decimal(found.size_bytes))
     for row in found.groups:
         table.add_row(row.group, plain(" + ".join(row.stored)), f"{row.tensors:,}", decimal(row.size_bytes))
-    console.print(table)
+    show_table(console, table)
     show_facts(console, _stored_facts(found))
     for engine in found.engines:
         said, style = ("takes it", "green") if engine.takes else ("does not take it", "bold red")
         gpus = f" on {engine.gpus} or more" if engine.gpus else ""
-        console.print(Text.assemble((engine.engine, "bold"), ": ", (said, style), gpus), soft_wrap=True)
-        for line in filter(None, (engine.command, *engine.notes)):
-            console.print(f"  {paragraphs(line)}", soft_wrap=True)
+        say(console, Text.assemble((engine.engine, "bold"), ": ", (said, style), gpus))
+        if engine.command:  # a line however long, to be copied
+            console.print(f"  {paragraphs(engine.command)}", soft_wrap=True)
+        for note in engine.notes:
+            say(console, f"  {paragraphs(note)}")
     if found.unknown:
-        console.print(f"engines: not known ({paragraphs(found.unknown)})", soft_wrap=True)
+        say(console, f"engines: not known ({paragraphs(found.unknown)})")
     for trap in found.traps:
-        console.print(Text.assemble(("known issue: ", "yellow"), paragraphs(trap)), soft_wrap=True)
+        say(console, Text.assemble(("known issue: ", "yellow"), paragraphs(trap)))
 
 
 def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -112,7 +114,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
             table.add_column(name, justify="left" if name == "measured" else "right")
         for name in filter(found.metrics.__contains__, FIGURES):
             table.add_row(FIGURES[name][0], *map(partial(_figure, name), found.metrics[name], found.intervals[name]))
-        console.print(table)
+        show_table(console, table)
         if found.same_protocol is False:
             console.print("measured by different protocols: these figures cannot be compared", style="yellow")
     said, style = ("every weight is the same", "green") if found.same else ("not the same", "bold")
@@ -131,11 +133,11 @@ def show_published(console: Console, found: Published, dry_run: bool) -> None:
     total = sum(file.size_bytes for file in found.files)
     what = "would be sent to" if dry_run else "are at"
     where = found.url or f"{found.repo}, branch {found.branch}"
-    console.print(f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}", soft_wrap=True)
+    say(console, f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}")
     if found.skipped:
         skipped = ", ".join(map(plain, found.skipped))
-        console.print(f"not sent, as fourfold did not write it: {skipped} (--include FILE sends one)", soft_wrap=True)
+        say(console, f"not sent, as fourfold did not write it: {skipped} (--include FILE sends one)")
     if found.tag:
-        console.print(f"tag {plain(found.tag)}", soft_wrap=True)
+        say(console, f"tag {plain(found.tag)}")
     for problem in found.unverified:
-        console.print(Text.assemble(("not verified: ", "yellow"), plain(problem)), soft_wrap=True)
+        say(console, Text.assemble(("not verified: ", "yellow"), plain(problem)))

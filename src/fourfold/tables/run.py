@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,37 +12,28 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.tables.facts import facts_table, show_facts, show_warnings
-from fourfold.terminal import memory_text, paragraphs, plain
+from fourfold.terminal import memory_text, paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
-    from fourfold.quantize.finish import Summary
     from fourfold.quantize.plan import Plan
+    from fourfold.quantize.summary import Summary
     from fourfold.release.verify.check import Verdict
 
 SUMMARY = ("perplexity_source", "perplexity_release", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """The table of tensor groups; memory, disk and time; warnings."""
-    family, recipe = plan.skeleton.family, plan.recipe
-    console.print(Text(f"{plain(plan.index.folder)}: {family.model_type}, {len(plan.layers)} layers", style="bold"))
-    console.print(
-        f"recipe {plain(recipe.name)}: {recipe.format}, groups of {recipe.scheme.group_size}, "
-        f"{plan.projections:,} expert projections" + _trial(plan)
-    )
-    console.print(_groups_table(plan))
-    console.print(_needs_table(plan))
-    console.print(f"time: {plain(plan.time.basis)}", style="dim", soft_wrap=True)
+    """What is planned; the table of tensor groups; memory, disk and time; warnings."""
+    show_facts(console, plan.headline)
+    console.print()
+    show_table(console, _groups_table(plan))
+    console.print()
+    show_table(console, _needs_table(plan))
+    say(console, f"time: {plain(plan.time.basis)}", "dim")
     if plan.recipe.guidance.tokens:
-        console.print(plan.prediction, soft_wrap=True, highlight=False)
+        say(console, plan.prediction)
     show_warnings(console, plan.warnings)
-
-
-def _trial(plan: Plan) -> str:
-    if not plan.partial:
-        return ""
-    return f"; a trial on layers {plan.solve.start}-{plan.solve.stop - 1}, its output is partial"
 
 
 def _groups_table(plan: Plan) -> Table:
@@ -65,18 +57,21 @@ def _needs_table(plan: Plan) -> Table:
     memory, disk = plan.memory, plan.disk
     table = facts_table()
     table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
-    devices = ", ".join(memory.devices)
     if not memory.on_cpu:
-        table.add_row(f"memory of each of {devices}", f"{decimal(memory.device_peak_bytes)} at the peak")
+        table.add_row("memory of each GPU", f"{decimal(memory.device_peak_bytes)} at the peak")
     elif len(memory.devices) > 1:
         worker = max(stage.worker_bytes for stage in memory.stages)
         table.add_row("of it each worker's", f"{decimal(worker)} at the peak, {len(memory.devices)} workers")
     host = f", {decimal(memory.host_budget_bytes)} on the host" if memory.host_budget_bytes else ""
-    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {devices}{host}")
-    batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} rows"
+    table.add_row("budget", f"{decimal(memory.budget_bytes)} on {'the CPU' if memory.on_cpu else 'each GPU'}{host}")
+    batches = f"{memory.chunk_experts:,} experts, {memory.token_batch:,} tokens, {memory.row_batch:,} samples"
     table.add_row("batches", batches)
     if memory.widened:
         table.add_row("products", "in fp32, rounded to BF16: this processor has no BF16 instructions")
+    own = [source for source in plan.recipe.calibration.sources if not source.builtin]
+    if own:
+        looked = "; datasets are not read" if any(source.dataset for source in own) else ""
+        table.add_row("calibration text", f"read, not tokenized{looked}: quantize counts its tokens")
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
     if disk.swept_bytes:
@@ -86,36 +81,43 @@ def _needs_table(plan: Plan) -> Table:
     return table
 
 
-def show_summary(console: Console, summary: Summary) -> None:
-    """What a run came to: where it lies, sizes, held-out metrics, time and memory."""
+def show_summary(console: Console, summary: Summary, model: str) -> None:
+    """What a run came to: sizes, time, memory, held-out metrics, where it lies, the next command."""
     table = facts_table()
-    table.add_row("output", plain(summary.out) + (" (partial: a trial, no engine loads it)" if summary.partial else ""))
     methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
     table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
     sizes = f"{decimal(summary.bytes_before)} -> {decimal(summary.bytes_after)}"
     if summary.bytes_before:
         sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
     table.add_row("size of tensors", sizes)
+    resumed = " since it was resumed" if "restore" in summary.seconds else ""
+    table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
+    planned = memory_text(summary.planned_memory_bytes)
+    table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
+    if len(summary.workers) > 1:
+        table.add_row("busy", _busy(summary.workers))
     for key in SUMMARY:
         if key in summary.metrics:
             label, form = FIGURES[key]
             table.add_row(label, form.format(summary.metrics[key]))
-    resumed = " since it went on" if "restore" in summary.seconds else ""
-    table.add_row("time", clock_text(sum(summary.seconds.values())) + resumed)
-    planned = memory_text(summary.planned_memory_bytes)
-    table.add_row("peak memory", f"{memory_text(summary.peak_memory_bytes)} (planned {planned})")
-    if summary.workers:
-        busy = ", ".join(f"{plain(worker['device'])} {1 - worker['waited_seconds'] / worker['of_seconds']:.0%}"
-                         for worker in summary.workers)  # fmt: skip
-        longest: dict[str, float] = {}
-        for worker in summary.workers:
-            for whom, seconds in worker.get("waited_for", {}).items():  # not in a release of an earlier version
-                longest[whom] = max(seconds, longest.get(whom, 0.0))
-        waits = ", ".join(f"{seconds:.1f} s for {whom}" for whom, seconds in longest.items() if seconds >= 0.05)
-        table.add_row("busy", busy + (f"; waited at most {waits}" if waits else ""))
-    console.print(table)
+    table.add_row("output", plain(summary.out) + (" (partial: a trial, no engine loads it)" if summary.partial else ""))
+    show_table(console, table)
     for note in summary.notes:
-        console.print(f"note: {paragraphs(note)}", soft_wrap=True)
+        say(console, f"note: {paragraphs(note)}")
+    if not summary.partial:
+        command = shlex.join(["fourfold", "verify", plain(summary.out), "--source", plain(model)])
+        console.print(f"Next: {command}", soft_wrap=True)
+
+
+def _busy(workers: Sequence[Mapping[str, Any]]) -> str:
+    """Each worker's share of its time in which it worked, and what was waited for."""
+    busy = ", ".join(f"{plain(one['device'])} {1 - one['waited_seconds'] / one['of_seconds']:.0%}" for one in workers)
+    longest: dict[str, float] = {}
+    for worker in workers:
+        for whom, seconds in worker.get("waited_for", {}).items():  # not in a release of an earlier version
+            longest[whom] = max(seconds, longest.get(whom, 0.0))
+    waits = ", ".join(f"{seconds:.1f} s for {whom}" for whom, seconds in longest.items() if seconds >= 0.05)
+    return busy + (f"; waited at most {waits}" if waits else "")
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
@@ -142,14 +144,10 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
         for rule, label in (("greedy", "draft acceptance rate, greedy"), ("sampled", "draft acceptance rate, sampled")):
             table.add_row(label, *(_kept(one, rule) for one in drafted))
             table.add_row("  tokens per step", *(_length(one, rule) for one in drafted))
-    console.print(table)
+    show_table(console, table)
     protocol = found["protocol"]
-    console.print(
-        f"{plain(protocol['text'])}: {protocol['windows']} windows of {protocol['window']} tokens, no BOS; "
-        "± half of the 95 % interval over windows",
-        style="dim",
-        soft_wrap=True,
-    )
+    windows = f"{protocol['windows']} windows of {protocol['window']} tokens"
+    say(console, f"{plain(protocol['text'])}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")
     show_facts(console, _tasks(found))
 
 
@@ -182,7 +180,7 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
         status = Text(check.status, style=STATUS_STYLES[check.status])
         level, before = check.level if check.level != before else "", check.level
         table.add_row(level, plain(check.name), status, paragraphs(check.evidence))
-    console.print(table)
+    show_table(console, table)
     if verdict.engine:
         _show_engine(console, verdict.engine)
     failed = sum(check.status == "fail" for check in verdict.checks)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.tables.facts import facts_table, show_facts
-from fourfold.terminal import paragraphs, plain
+from fourfold.terminal import paragraphs, plain, say, show_table
 from fourfold.units import clock_text
 
 if TYPE_CHECKING:
@@ -28,17 +28,17 @@ def show_command(console: Console, command: Command) -> None:
     """What a server's command will come to: its cache, problems, notes."""
     console.print(Text(f"{command.engine.title} {'.'.join(map(str, command.version))}: {plain(command.name)}", "bold"))
     for line in command.forecast.lines():
-        console.print(plain(line), soft_wrap=True)
+        say(console, plain(line))
     for problem in command.problems:
-        console.print(Text.assemble(("problem: ", "bold red"), paragraphs(problem)), soft_wrap=True)
+        say(console, Text.assemble(("problem: ", "bold red"), paragraphs(problem)))
     for note in command.notes:
-        console.print(f"note: {paragraphs(note)}", soft_wrap=True)
+        say(console, f"note: {paragraphs(note)}")
 
 
 def show_ready(console: Console, command: Command, seconds: float, probed: Probed) -> None:
     """That a server is ready, what its probe found, its cache beside the forecast."""
     ready = f"ready after {clock_text(seconds)}: {plain(command.url)}/v1, model {plain(command.name)}"
-    console.print(ready, style="green", soft_wrap=True)
+    say(console, ready, "green")
     table = facts_table()
     table.add_column()
     for finding in probed.findings:
@@ -46,10 +46,10 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
             finding.alive
         ]
         table.add_row(plain(finding.what), Text(said, style), paragraphs(finding.seen))
-    console.print(table)
+    show_table(console, table)
     if probed.pool:
         told = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
-        console.print(f"KV cache: {told}; predicted: {command.forecast.brief()}", soft_wrap=True)
+        say(console, f"KV cache: {told}; predicted: {command.forecast.brief()}")
     console.print("Ctrl-C stops it", style="dim")
 
 
@@ -63,7 +63,7 @@ def show_bench(console: Console, found: Mapping[str, Any]) -> None:
     table.add_column(f"card: {plain(card['engine'])}" if card else "")
     for label, cells, beside in _bench_rows(levels, card):
         table.add_row(label, *cells, beside)
-    console.print(table)
+    show_table(console, table)
     _draw(console, [(level["concurrency"], level["output_tokens_per_second"]) for level in levels])
     facts = [("model", f"{found['model']} at {found['url']}"), ("metrics", f"{found['engine']}: {found['metrics']}")]
     if found["pool"]:
@@ -73,7 +73,7 @@ def show_bench(console: Console, found: Mapping[str, Any]) -> None:
         for outcome, count in level["requests"]["failed"].items():
             said = level["requests"]["said"].get(outcome, "")
             text = f"concurrency {level['concurrency']}: {count} x {plain(outcome)} {paragraphs(said)}"
-            console.print(text, style="red", soft_wrap=True)
+            say(console, text, "red")
 
 
 def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import releases
 from fourfold import cli
 from fourfold.datatypes import FourfoldError
+from fourfold.release.contents import named_repo
 from fourfold.release.report.about import About, licence
-from fourfold.release.report.card import card, named_repo
+from fourfold.release.report.card import card
 from fourfold.release.report.records import read_records
 from fourfold.reporting import recommend
 from hostile import HOSTILE, Change

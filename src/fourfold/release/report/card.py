@@ -14,6 +14,7 @@ import jinja2
 from huggingface_hub import ModelCard
 
 from fourfold.datatypes import FourfoldError
+from fourfold.install import public_install
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
 from fourfold.release.report.quality import UNMEASURED, quality
@@ -75,12 +76,6 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
     if str(read.data) != str(data) or read.text.strip() != body.strip():
         raise FourfoldError(f"{about.name}: huggingface_hub does not read the card's front matter as it was written")
     return text
-
-
-def named_repo(text: str) -> str | None:
-    """The repository that the commands of a card of ours are for; None of another card."""
-    found = re.search(r"AutoTokenizer\.from_pretrained\((['\"])(.+?)\1\)", text)
-    return found[2] if found else None
 
 
 def _command(command: Serving) -> dict[str, Any]:
@@ -296,7 +291,7 @@ def _made(state: Mapping[str, Any]) -> Markdown:
 
 def _reproduce(records: Records, about: About) -> Markdown:
     model = about.base_model or "MODEL"
-    install = f"pip install fourfold=={records.state['fourfold']}"
+    install = public_install(records.state["fourfold"])
     text = f"{install}\nfourfold quantize {shlex.quote(model)} ./release --recipe recipe.toml"
     return Markdown(block(text, "sh") + "\n\n`recipe.toml` is in this repository.")
 

@@ -13,8 +13,8 @@ from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from fourfold.release.contents import PLOTS
 from fourfold.release.report.records import Records
-from fourfold.release.verify.folder import PLOTS
 
 INCHES, DPI = 8.0, 200  # 1,600 pixels: twice the width of a card's text
 STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 11, "axes.grid": True, "grid.alpha": 0.35}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fourfold.model.shards import write_bytes, write_text
+from fourfold.model.files import write_bytes, write_text
 from fourfold.quantize.journal import refuse_links
+from fourfold.release.contents import CARD, FIGURES, PAGE
 from fourfold.release.report.about import About
 from fourfold.release.report.card import Serving, card
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
 from fourfold.release.report.records import Records, read_records
-from fourfold.release.verify.folder import CARD, FIGURES, PAGE
 
 Recommend = Callable[[Records, About], Sequence[Serving]]
 

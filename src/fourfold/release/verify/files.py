@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import INDEX_NAME, TensorIndex
-from fourfold.model.shards import SIDECARS
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.files import SIDECARS
+from fourfold.model.headers import INDEX_NAME
 from fourfold.quantize.claims import known_extra
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.folder import Expected, Release

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fourfold.model.checkpoint import brief
+from fourfold.model.json_object import brief
 
 GPTQ = {"bits": 4, "sym": True, "desc_act": False}  # with group_size, all that vLLM requires
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}

@@ -12,21 +12,20 @@ from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.shards import write_text
+from fourfold.model.files import dump, write_text
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.claims import has_draft
-from fourfold.quantize.finish import dump
 from fourfold.quantize.journal import STATE, hold
+from fourfold.release.contents import VERDICT, hash_file, loaded_files
 from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, skip
 from fourfold.release.verify.engine import Engine, environment
-from fourfold.release.verify.folder import Release, hash_file, loaded_files, open_release
+from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
 from fourfold.release.verify.projection import Storage
 from fourfold.release.verify.source import Source, open_source
 from fourfold.release.verify.survey import Surveyor
 
-VERDICT = "verify.json"
 PROMPTS, PROMPT_TOKENS, PROMPT_CHARACTERS = 16, 64, 100_000
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourfold.quantize.reference import REFERENCE, Reference
+from fourfold.quantize.journal import REFERENCE
+from fourfold.quantize.reference import Reference
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.engine import Answer, Engine
 from fourfold.release.verify.folder import Release

@@ -1,0 +1,84 @@
+"""What a finished run came to, from its fourfold.json; and whether a command would only repeat it. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fourfold.model.headers import Headers
+from fourfold.quantize.documents import text_digests
+from fourfold.quantize.identity import identify_without_tokens, layers_text, refuse_changes
+from fourfold.quantize.journal import FINISHED, RUN, started_identity
+from fourfold.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run came to. methods: projections by method; metrics: empty for a partial output; seconds: by stage."""
+
+    out: str
+    partial: bool
+    projections: int
+    methods: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    planned_memory_bytes: dict[str, int]
+    workers: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def read_summary(out: Path) -> Summary:
+    """The summary of a finished output, from its fourfold.json."""
+    state = json.loads((out / FINISHED).read_text(encoding="utf-8"))
+    return Summary(
+        out=str(out),
+        partial=state["partial"],
+        projections=state["projections"],
+        methods=state["methods"],
+        bytes_before=state["source_tensor_bytes"],
+        bytes_after=state["output"]["tensor_bytes"],
+        metrics=state["metrics"],
+        seconds=state["seconds"],
+        peak_memory_bytes=state["peak_memory_bytes"],
+        planned_memory_bytes=state["planned_memory_bytes"],
+        workers=tuple(state["workers"]),
+        notes=(*state["calibration"]["notes"], *_worse_than_rtn(state)),
+    )
+
+
+def _worse_than_rtn(state: Mapping[str, Any]) -> Iterator[str]:
+    """A note where a projection's output error is larger than that of round-to-nearest."""
+    if worse := state.get("worse_than_rtn"):
+        yield (
+            f"{worse:,} of {state['projections']:,} projections have a larger output error than round-to-nearest: "
+            "error_over_rtn in quant_log.csv"
+        )
+
+
+def finished_already(
+    out: Path, model: Callable[[], Path], recipe: Recipe, layers: range | None
+) -> Summary | None:
+    """The summary of `out` if the command that finished it is given again; None if there is something to do.
+
+    model: gives the source's folder, where it is needed. Texts are compared by their files; with a dataset among them,
+    which only its tokens tell from another, None. Raises FourfoldError for another recipe, source or layers than the
+    run in `out` was started with, finished or not.
+    """
+    before = started_identity(out)
+    if before is None:
+        return None
+    finished = (out / FINISHED).exists() and not (out / RUN).exists()
+    summary = read_summary(out) if finished else None
+    asked = layers_text(layers) if layers else "all" if summary and summary.partial else before.layers
+    refuse_changes(out, identify_without_tokens(recipe, Headers.open(model()), asked, before), before)
+    texts = before.parts.get("texts")
+    return summary if texts and texts == text_digests(recipe) else None

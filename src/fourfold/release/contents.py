@@ -1,0 +1,63 @@
+"""Files of a release: their names, which of them fourfold writes, their digests. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fourfold.datatypes import FourfoldError
+from fourfold.model.headers import Headers
+from fourfold.quantize.journal import WRITTEN
+
+VERDICT = "verify.json"
+SHARD_SUFFIX = ".safetensors"
+DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
+DOCUMENTS = (VERDICT, "metrics.json", "bench.json")  # for people: may be made after verify, no engine reads them
+CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
+PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
+CONVERSION = "conversion.json"  # of a converted release that is not ours; fourfold.json has it of ours
+
+
+def visible_files(folder: Path) -> list[str]:
+    """All files of a release, by paths in it; what is hidden is of no release."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Those beside the shards that engines may read or that fourfold goes by."""
+    return [
+        name
+        for name in visible_files(folder)
+        if not name.endswith((SHARD_SUFFIX, *DOCUMENT_SUFFIXES)) and name not in DOCUMENTS
+    ]
+
+
+def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
+    """Every name that fourfold may write into a release, its shards and the source's LICENSE among them.
+
+    state: fourfold.json; empty for another tool's release, whose shards are those that its index names.
+    """
+    if state:
+        shards = set(state["output"]["shards"])
+    else:
+        shards = {header.shard for header in Headers.open(folder).headers.values()}
+    return {*shards, *WRITTEN, *DOCUMENTS, CONVERSION, CARD, PAGE, *(f"{FIGURES}/{name}" for name in PLOTS)}
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """sha256 and size of a file. Raises FourfoldError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+    except OSError as error:
+        raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def named_repo(text: str) -> str | None:
+    """The repository that the commands of a card of ours are for; None of another card."""
+    found = re.search(r"AutoTokenizer\.from_pretrained\((['\"])(.+?)\1\)", text)
+    return found[2] if found else None
