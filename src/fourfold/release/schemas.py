@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -108,7 +108,7 @@ State = record(
     partial=bool,
     identity=record(recipe=str, source=str, calibration=str, heldout=str, parts=record(source=Anything)),
     recipe=str,
-    format=Annotated[str, Field(pattern=f"^({'|'.join(FORMATS)})$")],
+    format=Literal.__getitem__(tuple(FORMATS)),
     source=record({"hub": str, "terms": by_name(str | list[str])}, headers=str, content=str),
     calibration=record({"shingles": each(str)}, rows=Count, length=Count, sources=each(Text), notes=each(str)),
     output=record(content=str, shards=by_name(record(bytes=Count, sha256=str)), tensor_bytes=Count),
