@@ -7,7 +7,6 @@ measured elsewhere (gauge.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
+from fourfold.model.json_object import brief, read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
@@ -304,16 +304,17 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
             f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text "
             "cannot be tokenized; copy the model's tokenizer files there"
         )
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         vocab = content["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        largest = max(ids + [token["id"] for token in content.get("added_tokens") or ()])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{path}: no tokenizer that transformers reads ({error!r}); download it again") from None
+        largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        why = f"{type(error).__name__}: {brief(str(error))}"
+        raise FourfoldError(f"{path}: no tokenizer that transformers reads ({why}); download it again") from None
     if largest >= vocabulary:
         raise FourfoldError(
-            f"{path}: holds token id {largest}, config.json's vocab_size is {vocabulary}; this is another "
+            f"{path}: holds token id {brief(largest)}, config.json's vocab_size is {vocabulary}; this is another "
             "model's tokenizer"
         )
 
