@@ -18,10 +18,10 @@ CONFIG = "config.json"
 MAX_DEPTH = 16
 
 # Bounds are generous: beyond any model that is published, below what exhausts memory or time.
-_LAYERS, _HEADS, _EXPERTS, _WIDTH = 2**10, 2**16, 2**16, 2**20
+_LAYERS, _HEADS, _EXPERTS, _WIDTH = 2**10, 2**16, 2**14, 2**20
 LIMITS: Mapping[str, tuple[float, float]] = {  # by key, wherever it stands; whole numbers but for RATIOS
     "num_hidden_layers": (1, _LAYERS),
-    "depth": (1, _LAYERS),
+    "depth": (1, 2**8),
     "mtp_num_hidden_layers": (0, _LAYERS),
     "num_attention_heads": (1, _HEADS),
     "num_key_value_heads": (1, _HEADS),

@@ -58,6 +58,7 @@ class Weights:
                 f"{skeleton.family.model_type!r}; a release of the source is wanted"
             )
         weights = cls(skeleton=skeleton, index=TensorIndex.open(folder), format=readable_format(raw, folder))
+        skeleton.require_layers(folder, weights.index.headers)
         problems = list(weights._problems())
         if problems:
             more = f" and {len(problems) - NAMES_SHOWN:,} more" if len(problems) > NAMES_SHOWN else ""
@@ -254,15 +255,17 @@ def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
 def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:
     groups = config.get("config_groups") or {}
     for name, group in groups.items():
+        where = f"{folder / CONFIG}: config group {brief(name)}"
         if not isinstance(group, dict):
-            raise FourfoldError(f"{folder / CONFIG}: config group {name!r}: got {brief(group)}, expected an object")
+            raise FourfoldError(f"{where}: got {brief(group)}, expected an object")
         weights = group.get("weights") or {}
         layout = group.get("format") or config.get("format")
         found = (layout, weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
         if found[:3] != ("pack-quantized", 4, "int") or found[3] not in ("group", "channel"):
+            layout, bits, kind, strategy = map(brief, found)
             raise FourfoldError(
-                f"{folder / CONFIG}: config group {name!r} is {found[0]!r} with {found[1]!r} bits of type "
-                f"{found[2]!r} by {found[3]!r}; wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
+                f"{where} is {layout} with {bits} bits of type {kind} by {strategy}; "
+                "wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
             )
     if not groups:
         raise FourfoldError(f"{folder / CONFIG}: compressed-tensors without config_groups")

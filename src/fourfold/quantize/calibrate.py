@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fourfold.datatypes import Event, FourfoldError, Progress, Tick
+from fourfold.datatypes import Event, FourfoldError, Progress, Tick, reason
 from fourfold.quantize.contamination import MORE_TEXT, check_sources, heldout_lines, refuse_heldout, shingles
 from fourfold.quantize.documents import OVER_READ, Document, as_file, heldout_documents, read_documents, source_name
 from fourfold.quantize.template import ChatTemplate
@@ -113,8 +113,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise FourfoldError(
-            f"{folder}: transformers cannot load the tokenizer: {type(error).__name__}: {str(error)[:300]}. "
-            "Download its files again"
+            f"{folder}: transformers cannot load the tokenizer: {reason(error)}. Download its files again"
         ) from error
     return tokenizer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import Action, FourfoldError
+from fourfold.datatypes import Action, FourfoldError, reason
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
 from fourfold.model.json_object import brief, read_object
@@ -225,6 +225,7 @@ def make_plan(
     """
     check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
+    skeleton.require_layers(model, index.headers)
     solve = _layer_range(layers, skeleton.layers)
     _check_widths(skeleton, recipe)
     _check_activation(skeleton, recipe)
@@ -310,7 +311,7 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        why = f"{type(error).__name__}: {brief(str(error))}"
+        why = reason(error)
         raise FourfoldError(f"{path}: no tokenizer that transformers reads ({why}); download it again") from None
     if largest >= vocabulary:
         raise FourfoldError(
