@@ -296,7 +296,7 @@ def _check_activation(skeleton: Skeleton, recipe: Recipe) -> None:
 
 
 def _check_tokenizer(folder: Path, vocabulary: int) -> None:
-    """There is a tokenizer, and it gives no id that the embedding lacks."""
+    """Raise FourfoldError unless there is a tokenizer, of tokens that the embedding has."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -311,13 +311,10 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        why = reason(error)
-        raise FourfoldError(f"{path}: no tokenizer that transformers reads ({why}); download it again") from None
+        raise FourfoldError(f"{path}: not a tokenizer ({reason(error)}). Download it again") from None
     if largest >= vocabulary:
-        raise FourfoldError(
-            f"{path}: holds token id {brief(largest)}, config.json's vocab_size is {vocabulary}; this is another "
-            "model's tokenizer"
-        )
+        what = f"got token id {brief(largest)}, expected less than config.json's vocab_size {vocabulary}"
+        raise FourfoldError(f"{path}: {what}. This is another model's tokenizer")
 
 
 def _lay_out(
