@@ -28,6 +28,11 @@ class FourfoldError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """What a library's error says, on one short line: strangers' values may be in it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class Method(StrEnum):
     """How a projection's codes were found."""
 

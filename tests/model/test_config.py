@@ -15,6 +15,7 @@ import pytest
 import checkpoints
 from fourfold.datatypes import FourfoldError
 from fourfold.model.config import LIMITS, check_model, read_config
+from fourfold.model.skeleton import Skeleton
 
 Raw = dict[str, Any]
 
@@ -80,6 +81,24 @@ def test_a_value_of_another_type_or_out_of_bounds_is_named(model: Path, case: st
     write(model, change)
     with pytest.raises(FourfoldError, match=rf"config\.json: .*{message}"):
         read_config(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["text_config"].update(num_experts=None), "num_experts"),
+        (lambda raw: raw["text_config"].pop("num_experts") and text(num_experts_per_tok=300)(raw), "num_experts = 256"),
+        (text(layer_types=["unheard"] * 4), "transformers does not accept it as qwen3_5_moe"),
+        (text(hidden_act="unheard"), "transformers does not accept it as qwen3_5_moe: KeyError"),
+        (text(dtype="unheard"), "transformers does not accept it as qwen3_5_moe"),
+        (text(rope_parameters={"rope_type": "unheard"}), "transformers does not accept it as qwen3_5_moe"),
+    ],
+)
+def test_values_that_transformers_cannot_use(model: Path, change: Callable[[Raw], object], message: str) -> None:
+    write(model, change)
+    with pytest.raises(FourfoldError, match=message) as error:
+        Skeleton.open(model)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

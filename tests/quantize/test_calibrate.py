@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +28,8 @@ from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize import calibrate
 from fourfold.quantize.calibrate import CalibrationRows, collect, heldout, load_tokenizer
 from fourfold.quantize.contamination import check_sources, check_texts, refuse_calibrated, shingles
+from fourfold.quantize.documents import read_documents
+from fourfold.quantize.template import ChatTemplate
 from fourfold.recipe import Calibration, Heldout, Recipe, Source, load_recipe
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-qwen3.6-moe"
@@ -316,11 +320,39 @@ def test_the_recipes_own_held_out_text_is_kept_out(tmp_path: Path, tokenizer: Pr
 def test_a_model_without_chat_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(FourfoldError, match="chat holds conversations, and the model has no chat template"):
+    with pytest.raises(FourfoldError, match=r"chat\.jsonl, line 1: a conversation, and the model has no chat template"):
         collect(recipe_of(Source(rows=1, builtin="chat")), bare)
-    bare.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(FourfoldError, match=r"chat\.jsonl, line 1: the chat template refuses .* roles must alternate"):
+
+
+TEMPLATES = {
+    "refusal": ("{{ raise_exception('roles must alternate') }}", "template refuses this conversation: roles must alt"),
+    "error": ("{{ 1 / 0 }}", "fails on this conversation: ZeroDivisionError: division by zero"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "5 s of CPU time"),
+    "long text": ("{{ 'x' * 10**10 }}", "512 MiB of memory"),
+    "many texts": ("{{ 'x' * 10**7 }}", "it makes 10,000,000 characters of it"),
+    "endless": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails on this conversation: RecursionError"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_fails_or_exhausts_the_machine(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template, message = TEMPLATES[case]
+    with pytest.raises(FourfoldError, match=rf"chat\.jsonl, line 1: .*{message}"):
         collect(recipe_of(Source(rows=1, builtin="chat")), bare)
+    assert not [child for child in psutil.Process().children() if "fourfold.quantize.template" in child.cmdline()]
+
+
+def test_the_child_renders_as_transformers_does(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also what the template sees of the tokenizer, and values that are no JSON."""
+    probe = copy.deepcopy(tokenizer)
+    probe.chat_template = tokenizer.chat_template + "{{ eos_token }}{{ pad_token }}{{ messages }}{{ bos_token }}"
+    talks = [document.content for document in read_documents(Source(rows=1, builtin="chat"), seed=0)][:20]
+    talks += [[{"role": "user", "content": None}, {"role": "assistant", "content": "é\u2028", "at": datetime.now()}]]
+    with ChatTemplate(probe) as template:
+        assert [template.render(talk, "") for talk in talks] == [
+            probe.apply_chat_template(talk, tokenize=False) for talk in talks
+        ]
 
 
 # ---- held-out windows
@@ -375,9 +407,13 @@ def test_errors_of_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     shutil.copy(MODEL / "config.json", tmp_path)
     with pytest.raises(FourfoldError, match=r"no tokenizer; one of tokenizer\.json, .* is wanted"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(FourfoldError, match="transformers cannot load the tokenizer"):
-        load_tokenizer(tmp_path)
+    broken = json.loads((MODEL / "tokenizer.json").read_text())
+    broken["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "("}
+    for content in (b"{}", bytes(range(128, 256)) * 100, b"[" * 100_000, json.dumps(broken).encode()):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(FourfoldError, match="transformers cannot load the tokenizer") as error:
+            load_tokenizer(tmp_path)
+        assert len(str(error.value)) < 600
 
 
 def test_rows_are_a_frozen_value(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,41 +17,29 @@ from fourfold.model.json_object import brief, read_object
 CONFIG = "config.json"
 MAX_DEPTH = 16
 
-# Bounds are generous: beyond any model that is published, below what exhausts memory or time.
-_LAYERS, _HEADS, _EXPERTS, _WIDTH = 2**10, 2**16, 2**16, 2**20
-LIMITS: Mapping[str, tuple[float, float]] = {  # by key, wherever it stands; whole numbers but for RATIOS
-    "num_hidden_layers": (1, _LAYERS),
-    "depth": (1, _LAYERS),
-    "mtp_num_hidden_layers": (0, _LAYERS),
-    "num_attention_heads": (1, _HEADS),
-    "num_key_value_heads": (1, _HEADS),
-    "num_heads": (1, _HEADS),
-    "linear_num_key_heads": (1, _HEADS),
-    "linear_num_value_heads": (1, _HEADS),
-    "num_experts": (0, _EXPERTS),
-    "num_experts_per_tok": (1, _EXPERTS),
-    "decoder_sparse_step": (1, _LAYERS),
-    "full_attention_interval": (1, _LAYERS),
-    "hidden_size": (1, _WIDTH),
-    "intermediate_size": (1, _WIDTH),
-    "moe_intermediate_size": (1, _WIDTH),
-    "shared_expert_intermediate_size": (0, _WIDTH),
-    "out_hidden_size": (1, _WIDTH),
-    "head_dim": (1, _WIDTH),
-    "linear_key_head_dim": (1, _WIDTH),
-    "linear_value_head_dim": (1, _WIDTH),
-    "linear_conv_kernel_dim": (1, 2**10),
-    "in_channels": (1, 2**10),
-    "spatial_merge_size": (1, 2**10),
-    "num_position_embeddings": (1, 2**24),
-    "vocab_size": (1, 2**24),
-    "max_position_embeddings": (1, 2**32),
-    "rms_norm_eps": (0, 1),
-    "rope_theta": (1, 1e15),
-    "partial_rotary_factor": (0, 1),
-    "attention_dropout": (0, 1),
-    "initializer_range": (0, 100),
-    "group_size": (-1, _WIDTH),  # -1: a scale for each row
+# By key, wherever it stands; whole numbers but for RATIOS. The bounds are generous: beyond any model that is published,
+# below what exhausts memory or time.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    key: (least, most)
+    for least, most, keys in (
+        (1, 2**8, "depth"),
+        (1, 2**10, "num_hidden_layers decoder_sparse_step full_attention_interval linear_conv_kernel_dim in_channels"),
+        (1, 2**10, "spatial_merge_size"),
+        (0, 2**10, "mtp_num_hidden_layers"),
+        (1, 2**16, "num_attention_heads num_key_value_heads num_heads linear_num_key_heads linear_num_value_heads"),
+        (0, 2**14, "num_experts"),
+        (1, 2**14, "num_experts_per_tok"),
+        (1, 2**20, "hidden_size intermediate_size moe_intermediate_size out_hidden_size"),
+        (0, 2**20, "shared_expert_intermediate_size"),
+        (1, 2**20, "head_dim linear_key_head_dim linear_value_head_dim"),
+        (1, 2**24, "vocab_size num_position_embeddings"),
+        (1, 2**32, "max_position_embeddings"),
+        (0, 1, "rms_norm_eps partial_rotary_factor attention_dropout"),
+        (0, 100, "initializer_range"),
+        (1, 1e15, "rope_theta"),
+        (-1, 2**20, "group_size"),  # -1: a scale for each row
+    )
+    for key in keys.split()
 }
 RATIOS = {"rms_norm_eps", "rope_theta", "partial_rotary_factor", "attention_dropout", "initializer_range"}
 NONZERO = {"group_size"}
@@ -209,7 +197,7 @@ def check_values(raw: Mapping[str, Any], path: Path) -> None:
     method = settings.get("quant_method")
     if isinstance(method, str) and method in READ_METHODS:
         _check(settings, path, "quantization_config.")
-    if raw.get("model_type") in FAMILIES if isinstance(raw.get("model_type"), str) else False:
+    if str(raw.get("model_type")) in FAMILIES:
         _check({key: value for key, value in raw.items() if value is not settings}, path, "")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import set_verbosity
 
-from fourfold.datatypes import FourfoldError
-from fourfold.model.config import CONFIG, find_family, read_source_config
+from fourfold.datatypes import FourfoldError, reason
+from fourfold.model.config import CONFIG, check_values, find_family, read_source_config
 from fourfold.model.family import Family
 
 CAPTURE = "fourfold_capture"
@@ -41,6 +42,18 @@ def take_traffic(module: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 ALL_EXPERTS_FUNCTIONS.register(CAPTURE, _capture)
+
+
+@contextmanager
+def _refused(path: Path, family: Family) -> Iterator[None]:
+    """Make one error of whatever transformers raises for values that no model has."""
+    try:
+        yield
+    except Exception as error:
+        raise FourfoldError(
+            f"{path}: transformers does not accept it as {family.model_type}: {reason(error)}. "
+            "Download the original file again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -68,14 +81,19 @@ class Skeleton:
         """
         raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
         family = find_family(raw, path)
-        try:
+        with _refused(path, family):
             config = AutoConfig.for_model(**raw)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FourfoldError(f"{path}: transformers does not accept it as {family.model_type}: {error}") from None
-        text = copy.deepcopy(getattr(config, family.text_key) if family.text_key else config)
-        text._attn_implementation = "sdpa"
-        text._experts_implementation = CAPTURE
-        return cls(family=family, raw=raw, config=config, text=text)
+            text = copy.deepcopy(getattr(config, family.text_key) if family.text_key else config)
+            text._attn_implementation = "sdpa"
+            text._experts_implementation = CAPTURE
+            skeleton = cls(family=family, raw=raw, config=config, text=text)
+            completed = config.to_dict()
+        check_values(completed, path)  # with transformers' defaults for what is missing
+        with _refused(path, family):
+            skeleton.rotary(torch.device("meta"))
+            for kind in {skeleton.layer_kind(layer): layer for layer in range(skeleton.layers)}.values():
+                skeleton.empty_layer(kind)
+        return skeleton
 
     @property
     def layers(self) -> int:
@@ -125,6 +143,15 @@ class Skeleton:
         """Whether this layer has routed experts (dense layers are copied)."""
         return hasattr(self.empty_layer(layer).mlp, "experts")
 
+    def require_layers(self, folder: Path, names: Iterable[str]) -> None:
+        """Raise FourfoldError if no tensor is of the last layer, before thousands of layers are built."""
+        last = self.family.layer_prefix(self.layers - 1)
+        if not any(name.startswith(last) for name in names):
+            raise FourfoldError(
+                f"{folder / CONFIG}: num_hidden_layers: got {self.layers:,}, expected the number of layers that the "
+                f"checkpoint has: it has no tensor {last}*. Download the original file again"
+            )
+
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor the checkpoint must hold, experts in the fused layout: (name on disk, shape).
 
@@ -134,7 +161,7 @@ class Skeleton:
         transformers_class: type[PreTrainedModel] = getattr(
             importlib.import_module(self.family.modeling), self.family.architecture
         )
-        with torch.device("meta"):
+        with _refused(Path(CONFIG), self.family), torch.device("meta"):
             model = transformers_class(self.config)
         tied = set(model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
         for name, value in model.state_dict().items():

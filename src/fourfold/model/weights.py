@@ -16,7 +16,7 @@ from torch import Tensor
 from fourfold.core import pack
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import TensorIndex, require_finite
-from fourfold.model.config import quantization, read_config
+from fourfold.model.config import CONFIG, quantization, read_config
 from fourfold.model.family import split_names
 from fourfold.model.head import Head, build_head
 from fourfold.model.json_object import brief
@@ -54,10 +54,11 @@ class Weights:
         raw = read_config(folder)
         if raw.get("model_type") != skeleton.family.model_type:
             raise FourfoldError(
-                f"{folder / 'config.json'}: model_type is {brief(raw.get('model_type'))}, the source's is "
+                f"{folder / CONFIG}: model_type is {brief(raw.get('model_type'))}, the source's is "
                 f"{skeleton.family.model_type!r}; a release of the source is wanted"
             )
         weights = cls(skeleton=skeleton, index=TensorIndex.open(folder), format=readable_format(raw, folder))
+        skeleton.require_layers(folder, weights.index.headers)
         problems = list(weights._problems())
         if problems:
             more = f" and {len(problems) - NAMES_SHOWN:,} more" if len(problems) > NAMES_SHOWN else ""
@@ -199,7 +200,7 @@ def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
         return str(stored)
     found = brief(method) + (f" with {brief(packing or stored)}" if method in ("gptq", "auto-round") else "")
     raise FourfoldError(
-        f"{folder / 'config.json'}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
+        f"{folder / CONFIG}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
         "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
     )
 
@@ -245,7 +246,7 @@ def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
         _check_compressed(config, folder)
     elif format and (config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32"):
         raise FourfoldError(
-            f"{folder / 'config.json'}: {brief(config.get('bits'))} bits packed in "
+            f"{folder / CONFIG}: {brief(config.get('bits'))} bits packed in "
             f"{brief(config.get('pack_dtype', 'int32'))}; wanted 4 bits packed in int32"
         )
     return format
@@ -254,13 +255,17 @@ def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
 def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:
     groups = config.get("config_groups") or {}
     for name, group in groups.items():
+        where = f"{folder / CONFIG}: config group {brief(name)}"
+        if not isinstance(group, dict):
+            raise FourfoldError(f"{where}: got {brief(group)}, expected an object")
         weights = group.get("weights") or {}
         layout = group.get("format") or config.get("format")
         found = (layout, weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
         if found[:3] != ("pack-quantized", 4, "int") or found[3] not in ("group", "channel"):
+            layout, bits, kind, strategy = map(brief, found)
             raise FourfoldError(
-                f"{folder / 'config.json'}: config group {name!r} is {found[0]!r} with {found[1]!r} bits of type "
-                f"{found[2]!r} by {found[3]!r}; wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
+                f"{where} is {layout} with {bits} bits of type {kind} by {strategy}; "
+                "wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
             )
     if not groups:
-        raise FourfoldError(f"{folder / 'config.json'}: compressed-tensors without config_groups")
+        raise FourfoldError(f"{folder / CONFIG}: compressed-tensors without config_groups")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fourfold.datatypes import Event, FourfoldError, Progress, Tick
+from fourfold.datatypes import Event, FourfoldError, Progress, Tick, reason
 from fourfold.quantize.contamination import MORE_TEXT, check_sources, heldout_lines, refuse_heldout, shingles
 from fourfold.quantize.documents import OVER_READ, Document, as_file, heldout_documents, read_documents, source_name
+from fourfold.quantize.template import ChatTemplate
 from fourfold.recipe import Calibration, Heldout, Recipe, Source
 
 HELDOUT_SIZES = "heldout.windows or heldout.length (--set)"
@@ -108,9 +108,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "Way out: copy the tokenizer's files from the original model"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{folder}: transformers cannot load the tokenizer: {error}") from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
+        raise FourfoldError(
+            f"{folder}: transformers cannot load the tokenizer: {reason(error)}. Download its files again"
+        ) from error
     return tokenizer
 
 
@@ -125,9 +129,12 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
     check_sources(recipe)
     barred = frozenset() if calibration.allow_test_sets else heldout_lines(recipe.heldout)
     pools: list[_Pool] = []
-    for source in calibration.sources:
-        tell = partial(_tell, progress, calibration, len(pools)) if progress else None
-        pools.append(_read_pool(source, calibration, tokenizer, barred, tell))
+    with ChatTemplate(tokenizer) as template:
+        if any(as_file(source).kind == "chat" for source in calibration.sources):
+            template.start()
+        for source in calibration.sources:
+            tell = partial(_tell, progress, calibration, len(pools)) if progress else None
+            pools.append(_read_pool(source, calibration, tokenizer, template, barred, tell))
     rows, notes = _share_rows(pools, calibration.length)
     if calibration.allow_test_sets:
         notes += ("test sets were allowed as calibration text: figures measured on them are not held out",)
@@ -166,7 +173,8 @@ def heldout_windows(
     Raises FourfoldError where it holds too few.
     """
     title, joining, documents = heldout_documents(wanted)
-    text = "".join(_render(document, tokenizer, title) for document in documents)
+    with ChatTemplate(tokenizer) as template:
+        text = "".join(_render(document, template) for document in documents)
     token_T = torch.tensor(_encode([text], tokenizer)[0], dtype=torch.int64)
     found = len(token_T) // wanted.length
     least = 1 if fewer else wanted.windows
@@ -200,6 +208,7 @@ def _read_pool(
     source: Source,
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     barred: frozenset[str],
     tell: Tick | None,
 ) -> _Pool:
@@ -212,7 +221,7 @@ def _read_pool(
     while batch := list(islice(documents, BATCH)):
         for document in batch:
             refuse_heldout(document, barred)
-        encoded = _encode([_render(document, tokenizer, name) for document in batch], tokenizer)
+        encoded = _encode([_render(document, template) for document in batch], tokenizer)
         token_lists += encoded
         tokens += sum(map(len, encoded))
         if tell:
@@ -247,19 +256,10 @@ def _tell(progress: Progress, calibration: Calibration, number: int, tokens: int
     )
 
 
-def _render(document: Document, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """A document as the text that is tokenized. Raises FourfoldError if the chat template refuses it."""
-    if isinstance(document.content, str):
-        return document.content
-    if not tokenizer.chat_template:
-        raise FourfoldError(
-            f"{name} holds conversations, and the model has no chat template to write them in. "
-            "Way out: put the model's chat_template.jinja in its folder, or leave this text out"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise FourfoldError(f"{document.place}: the chat template refuses this conversation: {error}") from None
+def _render(document: Document, template: ChatTemplate) -> str:
+    """A document as the text that is tokenized. Raises FourfoldError as ChatTemplate.render does."""
+    content = document.content
+    return content if isinstance(content, str) else template.render(content, document.place)
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

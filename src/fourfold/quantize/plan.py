@@ -7,16 +7,16 @@ measured elsewhere (gauge.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import Action, FourfoldError
+from fourfold.datatypes import Action, FourfoldError, reason
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
+from fourfold.model.json_object import brief, read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
@@ -225,6 +225,7 @@ def make_plan(
     """
     check_sources(recipe)
     skeleton, index = Skeleton.open(model), TensorIndex.open(model)
+    skeleton.require_layers(model, index.headers)
     solve = _layer_range(layers, skeleton.layers)
     _check_widths(skeleton, recipe)
     _check_activation(skeleton, recipe)
@@ -295,7 +296,7 @@ def _check_activation(skeleton: Skeleton, recipe: Recipe) -> None:
 
 
 def _check_tokenizer(folder: Path, vocabulary: int) -> None:
-    """There is a tokenizer, and it gives no id that the embedding lacks."""
+    """Raise FourfoldError unless there is a tokenizer, of tokens that the embedding has."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -304,18 +305,16 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
             f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text "
             "cannot be tokenized; copy the model's tokenizer files there"
         )
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         vocab = content["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        largest = max(ids + [token["id"] for token in content.get("added_tokens") or ()])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{path}: no tokenizer that transformers reads ({error!r}); download it again") from None
+        largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FourfoldError(f"{path}: not a tokenizer ({reason(error)}). Download it again") from None
     if largest >= vocabulary:
-        raise FourfoldError(
-            f"{path}: holds token id {largest}, config.json's vocab_size is {vocabulary}; this is another "
-            "model's tokenizer"
-        )
+        what = f"got token id {brief(largest)}, expected less than config.json's vocab_size {vocabulary}"
+        raise FourfoldError(f"{path}: {what}. This is another model's tokenizer")
 
 
 def _lay_out(

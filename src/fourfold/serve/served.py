@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import FourfoldError
 from fourfold.model.config import quantization, read_config
+from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.serve.kvcache import Geometry
@@ -134,10 +134,4 @@ def _sampling(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FourfoldError(f"{path}: cannot be read as JSON ({error}); bring the original back") from None
-    return content if isinstance(content, dict) else {}
+    return read_object(path) if path.is_file() else {}

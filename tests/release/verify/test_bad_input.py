@@ -96,6 +96,12 @@ def test_an_unsupported_method(copy: Broken, settings: dict[str, Any] | None, sa
     assert said in refused(out)
 
 
+def test_a_pattern_that_would_match_for_ever(copy: Broken) -> None:
+    out = copy(CT).json("config.json", lambda raw: raw["quantization_config"].update(ignore=["re:(.*.){25}!"])).folder
+    assert "quantization_config.ignore: a pattern among 1 cannot be matched: it takes more than 5 s" in refused(out)
+    assert not (out / "verify.json").exists()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"partial": false}', '{"identity": {}, "output": 1}'])
 def test_a_damaged_fourfold_json(copy: Broken, content: str) -> None:
     out = copy(CT).folder

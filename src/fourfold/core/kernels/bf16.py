@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fourfold.core.kernels.cpu import SIXTEEN, Floats, Ints, over_rows, round_bits
+from fourfold.core.kernels.native import native
 
 FEATURES = binding.get_host_cpu_features()
 AVAILABLE = bool(FEATURES.get("avx512bf16"))  # of this file's kernel
@@ -87,7 +87,7 @@ def _add(sums_KK: Tensor, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> 
     over_rows(_add_tiles, len(tiles), [sums_KK.numpy(), left, right, np.ascontiguousarray(tiles)])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _pack_words(
     first: int, last: int, source: tuple[NDArray[np.int16], NDArray[np.int16], bool], token: NDArray[np.int64],
     root: Floats, packed: Ints, energy: Floats,
@@ -120,7 +120,7 @@ def _pack_words(
                 packed[panel, word, column] = ((low >> SIXTEEN) & LOW) | high
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@native(fastmath={"reassoc"})
 def _sum_of_squares(value: Floats) -> Any:
     total = np.float32(0)
     for column in range(len(value)):
@@ -128,7 +128,7 @@ def _sum_of_squares(value: Floats) -> Any:
     return total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@native(fastmath={"reassoc"})
 def _dot_lower(first: int, last: int, left: Floats, right: Floats, partial: Floats) -> None:
     """Sums of the products of two symmetric matrices, of which the left has its lower triangle alone, by rows."""
     for row in range(first, last):
@@ -182,7 +182,7 @@ def _emit_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> An
 _add_tile: Any = intrinsic(_add_tile_types)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _add_tiles(first: int, last: int, sums: Floats, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> None:
     pitch = sums.strides[0]
     for start in range(0, left.shape[1], PIECE):

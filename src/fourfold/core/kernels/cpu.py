@@ -1,6 +1,6 @@
 """Native code for the loops that torch's own operations are slow at on a CPU. Compiled by numba on first use.
 
-Numba brings LLVM with it: no compiler is needed, and what was compiled is kept beside this file for the next process.
+Numba brings LLVM with it: no compiler is needed. Compiled code is kept for the next process (native.py).
 The solve's kernels work on LANES rows at a time, columns first, so that one instruction does a column of many rows; a
 row's sums are in the order of its columns, whatever the number of threads.
 """
@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fourfold.core.kernels.native import native
 
 if TYPE_CHECKING:
     from fourfold.core.gptq import Refit, State
@@ -90,7 +91,7 @@ def over_rows(kernel: Callable[..., None], rows: int, arrays: list[Any], togethe
             done.result()
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _load(lanes: Floats, values: Floats) -> None:
     """LANES rows' values of one column; fewer repeat the last of them."""
     if len(values) == LANES:  # of known length: a plain vector copy
@@ -101,7 +102,7 @@ def _load(lanes: Floats, values: Floats) -> None:
             lanes[lane] = values[min(lane, len(values) - 1)]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _inblock(
     first: int, last: int, target: Floats, weight: Floats, scale: Floats, feedback: Floats,
     codes: NDArray[np.int8], error: Floats,
@@ -126,7 +127,7 @@ def _inblock(
         first += count
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _refine_group(
     first: int, last: int, group: int, rule: tuple[bool, bool, np.int32],
     own: tuple[Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
@@ -176,7 +177,7 @@ def _refine_group(
         first += count
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def move_scales(
     scale: Floats, slope: Floats, curvature: Floats, moved: Floats, signed: bool, dropped: np.int32
 ) -> None:
@@ -197,7 +198,7 @@ def move_scales(
             scale[lane] += moved[lane]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, feedback: Floats) -> None:
     """LANES rows. ahead: their targets, changed; missed: their weights, then their errors; step: scales.
 
@@ -228,7 +229,7 @@ def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, fe
                 )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _permute(first: int, last: int, hessian: Floats, order: NDArray[np.int64], permuted: Floats) -> None:
     inputs = order.shape[1]
     for place in range(first, last):
@@ -238,7 +239,7 @@ def _permute(first: int, last: int, hessian: Floats, order: NDArray[np.int64], p
             permuted[expert, row, column] = source[order[expert, column]]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate: Floats, scale: Floats) -> None:
     tries, groups = candidate.shape[0], candidate.shape[2]
     size = weight.shape[1] // groups
@@ -273,7 +274,7 @@ def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate
                 scale[row + lane, group] = best[lane]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def round_bits(bits: NDArray[np.int32], dropped: np.int32) -> None:
     """fp32 values, as their bits, to the nearest without the last so many (16: BF16), half to even, in place."""
     half, upper = (ONE << (dropped - ONE)) - ONE, -(ONE << dropped)

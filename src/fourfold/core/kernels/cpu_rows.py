@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fourfold.core.kernels.cpu import LEAST, MOST, ROUNDER, TOGETHER, Floats, move_scales, over_rows, refit_rule
+from fourfold.core.kernels.native import native
 
 if TYPE_CHECKING:
     from fourfold.core.gptq import Block, Refit, State
@@ -65,7 +65,7 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
         over_rows(_refine_tile, experts, [group, start, refit_rule(refit), sight, *arrays], together=1)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _by_diagonals(first: int, last: int, feedback: Floats, diagonals: Floats) -> None:
     """diagonals[d, origin - j] = feedback[j, j + d], d > 0, zeros around: see _solve_tile."""
     columns = feedback.shape[1]
@@ -76,7 +76,7 @@ def _by_diagonals(first: int, last: int, feedback: Floats, diagonals: Floats) ->
                 diagonals[expert, later - column, origin - column] = feedback[expert, column, later]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _solve_tile(
     first: int, last: int, start: int, carried: Floats, diagonals: Floats, unit: Floats,
     given: tuple[Floats, Floats, Floats], results: tuple[NDArray[np.int8], Floats, Floats],
@@ -113,7 +113,7 @@ def _solve_tile(
                 error[expert, column, start + row] = own[column + row, LANES + row]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _solve_steps(
     ahead: Floats, left: Floats, size: Floats, own: Floats, coupling: Floats, diagonals: Floats
 ) -> None:
@@ -138,7 +138,7 @@ def _solve_steps(
             own[step, LANES + row] -= code * size[step, row]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _refine_tile(
     first: int, last: int, group: int, start: int, rule: tuple[bool, bool, np.int32], sight: tuple[Floats, Floats],
     block: tuple[Floats, Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
@@ -193,7 +193,7 @@ def _refine_tile(
                 gradient[expert, column, start + row] += change[row, column]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _descend(
     size: np.float32, feedback: Floats, hessian: Floats, missed: Floats, row: tuple[Floats, Floats, Floats, Floats]
 ) -> None:
@@ -218,7 +218,7 @@ def _descend(
         _spread(ahead, end // LANES * LANES, end - start, kept[start:], FLOAT_BYTES, feedback[start:])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@native()
 def _spread(sums: Floats, first: int, count: int, factors: Floats, pitch_bytes: int, values: Floats) -> None:
     """Add count rows of values, as long as sums and one after the other, each times its factor, from a vector on."""
     for begin in range(first, len(sums), LANES):

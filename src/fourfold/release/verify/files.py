@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
 from fourfold.model.headers import INDEX_NAME
+from fourfold.model.json_object import read_object
 from fourfold.quantize.claims import known_extra
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.folder import Expected, Release
@@ -35,7 +35,7 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
     if not path.is_file():
         problems.append(f"no {INDEX_NAME}; engines find shards by it")
     else:
-        metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
+        metadata = read_object(path).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != size:
             problems.append(f"total_size is {total!r}, the tensors have {size:,} bytes")
@@ -141,7 +141,7 @@ def check_sidecars(release: Release, source: Path | None) -> Check:
             equal += 1
             if ours.read_bytes() != theirs.read_bytes():
                 problems.append(f"{name} differs from the source's")
-    original = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    original = read_object(source / "config.json")
     changed = sorted(
         key for key in original.keys() | release.raw.keys()
         if key != "quantization_config" and original.get(key) != release.raw.get(key)

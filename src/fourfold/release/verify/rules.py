@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fourfold.model.json_object import brief
+from fourfold.release.patterns import match_patterns
 
 GPTQ = {"bits": 4, "sym": True, "desc_act": False}  # with group_size, all that vLLM requires
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
@@ -45,7 +45,7 @@ def _gptq_problems(
     # vLLM's models/qwen3_5_mtp.py looks at the text of the keys alone, and builds the draft unquantized only then.
     if draft and not any("mtp" in pattern for pattern in patterns):
         yield 'dynamic has no key that starts with "-:" and names mtp, so vLLM would build the draft head quantized'
-    yield from _coverage(patterns, "dynamic", quantized, kept)
+    yield from _coverage(patterns, (), "dynamic", quantized, kept)
 
 
 def _compressed_problems(
@@ -65,20 +65,22 @@ def _compressed_problems(
     if not isinstance(ignore, list):
         yield f"ignore is {brief(ignore)}, wanted the modules that are not quantized"
         return
-    patterns = [entry[3:] if entry.startswith("re:") else re.escape(entry) + "$" for entry in map(str, ignore)]
-    yield from _coverage(patterns, "ignore", quantized, kept)
+    patterns = [entry[3:] for entry in ignore if entry.startswith("re:")]
+    yield from _coverage(patterns, {*ignore}, "ignore", quantized, kept)
 
 
-def _coverage(patterns: list[str], key: str, quantized: Collection[str], kept: Collection[str]) -> Iterator[str]:
-    """Each kept module must match a pattern, from its start as engines match, and no quantized one."""
-    try:
-        compiled = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        yield f"{key} has a pattern that is no regular expression: {error}"
+def _coverage(
+    patterns: list[str], exact: Collection[str], key: str, quantized: Collection[str], kept: Collection[str]
+) -> Iterator[str]:
+    """Each kept module must match a pattern or be one of `exact`, and no quantized one."""
+    matched, problem = match_patterns(patterns, [*kept, *quantized], f"config.json: quantization_config.{key}")
+    if problem:
+        yield f"{key} has a pattern that is no regular expression: {problem}"
         return
+    excluded = matched.union(exact)
     for name in kept:
-        if not any(pattern.match(name) for pattern in compiled):
+        if name not in excluded:
             yield f"{key} does not exclude {name}, which is not quantized: engines would look for int4 tensors"
     for name in quantized:
-        if any(pattern.match(name) for pattern in compiled):
+        if name in excluded:
             yield f"{key} excludes {name}, which is quantized: engines would look for {name}.weight"
