@@ -273,17 +273,48 @@ def test_a_trial_sweeps_what_lies_behind_its_layers(model: Path, swept: Path, tm
     assert kept(tmp_path)[name] == kept(swept)[name]
 
 
-def test_damaged_curvatures_and_other_sources_are_refused(swept: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(swept, tmp_path / "out")
-    path = out / ".fourfold/guidance/curvature-00001.safetensors"
-    record = json.loads(path.with_suffix(".json").read_text())
+def test_curvatures_of_another_source_are_refused(swept: Path) -> None:
     with pytest.raises(FourfoldError, match=r"layer 1: the source holds not the bytes"):
-        read_curvature(out, 1, "another")
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(FourfoldError, match=r"curvature-00001.safetensors: sha256 is .*--restart"):
-        read_curvature(out, 1, record["source_digest"])
+        read_curvature(swept, 1, "another")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "problem"),
+    [
+        ("safetensors", r"sha256 \w{16}, expected \w{16}"),
+        ("json", "cannot be read"),
+        (None, "No such file or directory"),
+    ],
+    ids=["flipped", "record", "missing"],
+)
+def test_damaged_curvatures_are_made_again(
+    model: Path, swept: Path, tmp_path: Path, suffix: str | None, problem: str, interrupted: bool
+) -> None:
+    """Of a finished sweep, and of one that was stopped at its last layer."""
+
+    def stop_at_last(name: str, layer: int) -> None:
+        if (name, layer) == ("backward", 0):
+            raise KeyboardInterrupt
+
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(model, tmp_path, guided(), stop_at_last)
+    else:
+        shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / ".fourfold/guidance/curvature-00002.safetensors"
+    damaged = path.with_suffix(f".{suffix or 'safetensors'}")
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes([content[0] ^ 255]) + content[1:])
+    if suffix is None:
+        damaged.unlink()
+    if suffix != "json":
+        with pytest.raises(FourfoldError, match=f"{path.name}: {problem}.*Rerun"):
+            curvature(tmp_path, 2)
+    found = what_is_left(make_plan(model, guided()), tmp_path).problem
+    assert re.fullmatch(rf"{damaged.name}: {problem}", found)
+    run_sweep(model, tmp_path, guided())
+    assert kept(tmp_path) == kept(swept)
 
 
 def test_long_gradients_are_shortened_alone() -> None:
