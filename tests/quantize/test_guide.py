@@ -28,12 +28,12 @@ from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
 from fourfold.quantize import calibrate, guide
-from fourfold.quantize.devices import Machine
+from fourfold.quantize.devices import Determinism, Machine, determinism, set_determinism
 from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, what_is_left
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import read_embedding, read_head
-from fourfold.quantize.workers import Team
+from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -458,12 +458,26 @@ def test_guidance_loses_a_fifth_less_on_the_example(example_model: Path, tmp_pat
     assert lost["guided"] <= 0.80 * lost["best"]
 
 
+@pytest.fixture(params=[(False, False, True), (True, False, False), (True, True, True)])
+def switched(request: pytest.FixtureRequest) -> Iterator[Determinism]:
+    """What a caller may have set."""
+    before = determinism()
+    set_determinism(request.param)
+    yield request.param
+    set_determinism(before)
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool) -> None:
-    """Of a GPU's worker; none is needed for the switches, which are the whole process's."""
-    worker: Any = SimpleNamespace(device=torch.device("cuda"), everyone=lambda value: [value])
-    with contextlib.suppress(ZeroDivisionError), guide._repeatable(worker):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert 1 / (not fails)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool, switched: Determinism) -> None:
+    """By two workers on GPUs, which come and go one after the other; no GPU is needed for the switches."""
+    team = Team([CPU] * 2)
+
+    def sweeps(worker: Worker) -> None:
+        on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), everyone=worker.everyone, once=worker.once)
+        with contextlib.suppress(ZeroDivisionError), guide._repeatable(on_gpu):
+            assert determinism() == (True, True, False)
+            assert 1 / (not fails)
+        worker.everyone(None)
+
+    team.run(sweeps)
+    assert determinism() == switched

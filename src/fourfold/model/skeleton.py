@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.logging import set_verbosity
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.config import CONFIG, find_family, read_source_config
@@ -23,9 +21,6 @@ from fourfold.model.family import Family
 
 CAPTURE = "fourfold_capture"
 TRAFFIC = "fourfold_traffic"
-
-# Its hints about optional CUDA kernels come once per process and cut through a progress bar; errors are still raised.
-set_verbosity(logging.ERROR)
 
 
 def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:

@@ -127,3 +127,18 @@ def gil_advice() -> Iterator[str]:
             "this Python can run threads side by side, but a module has switched its GIL back on; PYTHON_GIL=0 keeps "
             "it off. Results are the same"
         )
+
+
+Determinism = tuple[bool, bool, bool]  # torch's switches: deterministic, warn only, fill uninitialized memory
+
+
+def determinism() -> Determinism:
+    """Return the switches of this process."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # unknown to torch's stubs
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), filled
+
+
+def set_determinism(switches: Determinism) -> None:
+    """Set the switches of this process."""
+    deterministic, warn_only, torch.utils.deterministic.fill_uninitialized_memory = switches  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

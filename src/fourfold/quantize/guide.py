@@ -26,6 +26,7 @@ from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.quantize.devices import determinism, set_determinism
 from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
@@ -253,21 +254,19 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
 
 @contextmanager
 def _repeatable(worker: Worker) -> Iterator[None]:
-    """On GPUs, sums of a backward pass in one order, for all workers of this process: torch's default is quicker, and
-    differs from run to run.
+    """On GPUs, sum a backward pass in one order, in all workers of this process: torch's default is faster, and differs
+    from run to run.
     """
     if worker.device.type != "cuda":
         yield
         return
-    # On, it would fill every empty tensor first; torch's stubs do not know the switch.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = worker.once(determinism)  # the switches are of the process: read before any worker sets them
+    set_determinism((True, True, False))  # filling would take time and change nothing
     try:
         yield
-        worker.everyone(None)  # the switches are of the process
+        worker.everyone(None)
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        set_determinism(before)
 
 
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
