@@ -112,8 +112,10 @@ class Skeleton:
         return module
 
     def rotary(self, device: torch.device) -> nn.Module:
-        """Rotary position embedding; it holds no weights of the checkpoint."""
+        """Rotary position embedding, of x [R, T, D] and positions [R, T]; it holds no weights of the checkpoint."""
         module: nn.Module = self._class(self.family.rotary_class)(self.text)
+        if hasattr(module, "mrope_section"):  # time, height and width, the same for text; 5.17 does not expand itself
+            module.register_forward_pre_hook(lambda _, given: (given[0], given[1].expand(3, -1, -1)))
         return module.to(device)
 
     def is_routed(self, layer: int) -> bool:
