@@ -39,9 +39,10 @@ KL_MEAN, PERPLEXITY, KL_MEDIAN, CODES = 0.08, 0.004, 0.04, 0.999  # docs/gpu-che
 
 Figures = dict[str, Any]
 ENVIRONMENT = """
-import json, platform, torch, transformers
+import json, numpy, platform, torch, transformers
 import fourfold.cli, fourfold.quantize.run
-found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+found = {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__,
+         "transformers": transformers.__version__}
 if %r == "cuda":
     import triton
     properties = torch.cuda.get_device_properties(0)
@@ -120,7 +121,8 @@ def check(options: argparse.Namespace) -> list[Figures]:
             line = {"step": step.name, "verdict": "skipped", "error": f"{left:.0f} s are left"}
         else:
             log = out / f"{len(lines):02d}-{re.sub('[^a-z0-9]+', '-', step.name.lower())}.log"
-            line = run(step, min(step.seconds, left), log, environment)
+            limit = step.seconds if options.device == "cuda" else 4 * step.seconds
+            line = run(step, min(limit, left), log, environment)
         lines.append(line)
         done[step.name] = line
         report = {"device": options.device, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "steps": lines}

@@ -26,7 +26,8 @@ Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
 def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:
     """Run jobs (OUT, event to be killed at, 0 for none) one after the other: how each ended, and events seen."""
     command = [sys.executable, str(CHILD), str(model), str(recipe), *(f"{out}={limit}" for out, limit in jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     ends = [line.split() for line in done.stdout.splitlines()]
     assert len(ends) == len(jobs), done.stderr
     return [(int(ended), events) for _, ended, events in ends]
