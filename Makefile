@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures audit bench-example bench-quality bench-ablation bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures reference audit bench-example bench-quality bench-ablation bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -53,11 +53,15 @@ test-free-threaded:  ## the fast tests in a Python without the GIL, by four work
 	PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest -m "not slow and not gpu and not engine" --devices 'cpu*4' \
 		--ignore tests/release/report/test_page.py $(ARGS)
 
-check: $(INSTALLED) docs  ## figures, lint, types, which package imports which, and the documentation without a warning
+check: $(INSTALLED) docs  ## figures and reference in docs, lint, types, which package imports which, docs without a warning
 	$(BIN)/python docs/figures.py --check
+	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+reference: $(INSTALLED)  ## write docs/reference from the code: options, recipe keys, docstrings
+	$(BIN)/python docs/make_reference.py
 
 docs: $(INSTALLED)  ## the documentation's site, into build/site
 	$(BIN)/python docs/make_site.py

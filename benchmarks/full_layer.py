@@ -22,7 +22,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens
 SLOWER = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # with them torch works as on another processor
+PATHS = ("rates", "profile", "json")  # options that change no figure
 MOMENTS = "bf16" if bf16.AVAILABLE or torch.cuda.is_available() else "fp32"
 # step: the functions it is made of (the outermost counts), the format whose GEMM rate it is held against
 STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
@@ -234,13 +235,22 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
     errors = sorted(row.relative_error for row in result.projections)
     return {
-        "options": {name: value for name, value in vars(options).items() if name != "json"},
+        "options": flags(options),
         "seconds": seconds,
         "steps": dict(clock.seconds),
         "flop": arithmetic(options, recipe, kept),
         "peak_bytes": peak_memory(),
         "median_relative_error": errors[len(errors) // 2],
     }
+
+
+@contextmanager
+def profiled(path: Path, device: str) -> Iterator[None]:
+    """Write a table of what took longest, kernels on a GPU, operators on a CPU."""
+    with torch.profiler.profile() as profile:
+        yield
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    path.write_text(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
 
 
 def ignore(count: int) -> None:
@@ -281,11 +291,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--chunk", type=int, default=1, help="experts whose moments exist at one time")
     parser.add_argument("--recipe", default="best")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, repeatable")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     usual = ["fp32" if widening.required else "bf16"]
     parser.add_argument("--products", nargs="+", choices=["bf16", "fp32"], default=usual,
                         help="how a CPU multiplies BF16 (core/widening); both: one layer each")  # fmt: skip
+    parser.add_argument("--rates", type=Path, help="the JSON of gemm_rate.py, so that rates are not measured here")
+    parser.add_argument("--profile", type=Path, help="write torch's profile there, as a table of the longest kernels")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     return parser.parse_args(arguments)
 
@@ -293,24 +306,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    rates = measure_rates(options.device, options.threads)
-    ways = {}
+    rates = json.loads(options.rates.read_text()) if options.rates else measure_rates(options.device, options.threads)
+    recipe, ways = load_recipe(options.recipe, options.set), {}
     for products in options.products:
         widening.required = products == "fp32"
-        figures = measure(options, load_recipe(options.recipe), torch.device(options.device))
+        with profiled(options.profile, options.device) if options.profile else nullcontext():
+            figures = measure(options, recipe, torch.device(options.device))
         ways[products] = with_rates(figures, rates, products)
         show(ways[products])
     if options.json:
         options.json.write_text(json.dumps(report(options, ways), indent=1) + "\n")
 
 
+def flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that decide the figures, as they are typed."""
+    found = {name: value for name, value in vars(options).items() if name not in ("set", *PATHS)}
+    found["products"] = " ".join(options.products)
+    return found | ({"set": " --set ".join(options.set)} if options.set else {})
+
+
 def report(options: argparse.Namespace, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures of the only way, or of each by its name; how they were measured."""
     emulated = " ".join(f"{name}={os.environ[name]}" for name in SLOWER if name in os.environ)
-    flags = {name: value for name, value in vars(options).items() if name not in ("json", "products")}
-    flags["products"] = " ".join(options.products)
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    both = {"options": flags, "seconds": sum(way["seconds"] for way in ways.values()), "products": ways}
+    words = " ".join(f"--{name} {value}" for name, value in flags(options).items())
+    both = {"options": flags(options), "seconds": sum(way["seconds"] for way in ways.values()), "products": ways}
     return (both if len(ways) > 1 else next(iter(ways.values()))) | {
         "command": f"{emulated} python benchmarks/full_layer.py {words}".lstrip(),
         "machine": machine(options.device, options.threads) + (f", emulated by {emulated}" if emulated else ""),

@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where the figures go (default: benchmarks/results)")
     options = parser.parse_args()
     rates = measure_rates(options.device, options.threads)
     host = machine(options.device, options.threads)
@@ -179,7 +180,8 @@ def main() -> None:
         "threads": options.threads,
         **rates,
     }
-    (RESULTS / f"gemm_rate_{options.device}.json").write_text(json.dumps(report, indent=1) + "\n")
+    target = options.json or RESULTS / f"gemm_rate_{options.device}.json"
+    target.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

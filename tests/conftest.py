@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+import blocks
 
 if not torch.cuda.is_available():
     # Read by triton when it is imported, which any part of core may do: its kernels then run on CPU tensors.
@@ -35,6 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
         import releases  # noqa: PLC0415 (it imports all of fourfold, which most runs of one file need not wait for)
 
         releases.machine = replace(releases.machine, devices=config.getoption("--devices"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Small blocks for the tests of the numbers, and for fixtures that they make, whichever test asks first. A hook, as
+    fixtures of a session are made before any fixture of a test. GPUs are tested with real sizes.
+    """
+    room = item.path.relative_to(ROOT / "tests").parts[0]
+    if room not in blocks.ROOMS or item.get_closest_marker("gpu"):
+        return (yield)
+    with blocks.shrunk(*blocks.ROOMS[room]):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,13 @@ def stop_at(stage: str, layer: int = -1, error: BaseException | None = None) -> 
     return tell
 
 
+def damage(path: Path) -> None:
+    """Change 64 bytes near the end of a file."""
+    content = bytearray(path.read_bytes())
+    content[-96:-32] = bytes(byte ^ 255 for byte in content[-96:-32])
+    path.write_bytes(content)
+
+
 def tree(out: Path) -> dict[str, bytes]:
     """Every file's bytes, what is recorded of time and memory taken out."""
     found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}

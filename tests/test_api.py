@@ -40,6 +40,18 @@ def test_import_brings_no_other_package() -> None:
     assert loaded - set(json.loads(before.stdout)) <= sys.stdlib_module_names
 
 
+def test_a_run_leaves_the_log_level_of_transformers_alone() -> None:
+    code = """
+from transformers.utils import logging
+before = logging.get_verbosity()
+import fourfold.quantize.run, fourfold.release.evaluate
+print(before, logging.get_verbosity())
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = child.stdout.split()
+    assert before == after
+
+
 def test_a_function_keeps_its_name_when_the_room_of_that_name_is_loaded() -> None:
     from fourfold.quantize import journal  # noqa: PLC0415  # what would take the name
 

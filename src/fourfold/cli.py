@@ -313,6 +313,8 @@ def show_recipe(
 
 def main() -> None:
     """The console script. A run that was told to stop leaves at once, with no word from threads of native libraries."""
+    # transformers' hints about optional CUDA kernels would cut through a progress bar; errors are still raised.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(prog_name="fourfold")
     except SystemExit as stopped:

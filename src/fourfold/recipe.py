@@ -24,12 +24,18 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source of calibration text: exactly one of `builtin`, `path` and `dataset`.
+    """One source of calibration text. Exactly one of `builtin`, `path` and `dataset` is set.
 
-    builtin: name of a text that ships with fourfold; path: a .jsonl, .txt or .parquet file; dataset: an id
-    on the Hub ("id@revision" pins it) with `split` and `config`. kind "text" takes `fields` (joined by a
-    blank line) as plain text, "chat" renders the messages of the one field with the model's chat template.
-    rows: rows of `calibration.length` tokens.
+    rows: Samples taken from it, of `calibration.length` tokens each.
+    kind: `"text"` reads `fields` as plain text; `"chat"` renders messages with the model's own chat template.
+    fields: Fields of a record that are read: for text any number, joined by a blank line; for chat the one that holds
+        the messages.
+    builtin: Name of a text that ships with fourfold; it decides `kind`, `fields` and `licence`.
+    path: A .jsonl, .txt or .parquet file, relative to the recipe file.
+    dataset: A data set of the Hub; `id@revision` pins its revision.
+    config: The data set's configuration; empty for its only one.
+    split: The data set's split.
+    licence: Licence of the text, as the model card states it.
     """
 
     rows: int
@@ -45,7 +51,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Rows of tokens whose statistics guide the solve. length: tokens per row."""
+    """Samples of tokens whose statistics decide codes and scales.
+
+    length: Tokens of each sample.
+    seed: Seed of the shuffle of documents and of the draw of samples.
+    allow_test_sets: Accept text of known test sets and of the held-out text, which makes figures measured on them
+        meaningless.
+    sources: Sources of the text, one table each.
+    """
 
     length: int = 1024
     seed: int = 0
@@ -55,7 +68,13 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Heldout:
-    """Text that rides along in both streams and is never used for calibration. length: tokens per window."""
+    """Text on which perplexity and KL divergence are measured. It is never used for calibration.
+
+    builtin: Name of a held-out text that ships with fourfold.
+    path: A .jsonl, .txt or .parquet file instead.
+    windows: Windows that are measured, from the start of the text.
+    length: Tokens of each window.
+    """
 
     builtin: str = "wikitext-2-test"
     path: str = ""
@@ -65,10 +84,11 @@ class Heldout:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a weight is stored: int4, symmetric, one scale per `group_size` input features.
+    """Number format of the quantized weights: int4, symmetric, one scale for each group of input features.
 
-    signed: scales may be negative, so that the larger side of [-8, 7] falls where it is needed;
-    scale_dtype: "bf16" (exact in BF16 and FP16) or "fp16".
+    group_size: Input features that share a scale.
+    signed: Scales may be negative, so that the longer side of the grid [-8, 7] falls where a group needs it.
+    scale_dtype: Type of the stored scales; bf16 scales are exact in FP16 too.
     """
 
     group_size: int = 128
@@ -78,21 +98,37 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """How codes and scales are found; every ingredient is one field (docs/numerics.md).
+    """How codes and scales are found. Each ingredient is one key; docs/numerics.md has the mathematics and ablations.
 
-    asymmetric: solve on the release stream's inputs towards the source stream's outputs; alpha: how much of that
-    correction is taken; residual: with it, down also makes up for what the release's residual stream lacks before the
-    experts' output is added;
-    router_weighted: tokens weigh by their router weight; pool: n0 = pool * K effective tokens of the layer's
-    statistics are mixed into each expert's (0 = none); effective_tokens: count loud tokens as few;
-    trace_matched: the pool is scaled to each expert's loudness; pool_rows: random rows for `down`'s pool;
-    damp: share of the diagonal that is added to it; damp_kind: "diagonal" (relative per channel) or "mean" (of the mean
-    of the diagonal); damp_floor: share of the median that is added besides, for channels that are nearly dead;
-    order: "activation" or "group-aware" or "natural"; scale: "search" or "absmax";
-    scale_weights: "conditional" (the factor's D) or "diagonal" (diag H); scale_low: least scale that is searched, as a
-    multiple of the absmax one; scale_high: the largest; scale_steps: how many between, ends included;
-    passes: refinement passes; refine_scales: they move scales too;
-    fallback_share: an expert with fewer than this share of all calibration tokens is rounded (0 = never).
+    asymmetric: Fit the source model's outputs from the inputs that the quantized model gives each expert (GPTAQ); false
+        calibrates on the source model's inputs alone, in one stream.
+    alpha: Share of that asymmetric correction that is applied; 0 is plain GPTQ.
+    residual: With `asymmetric`, `down_proj` also corrects what the quantized model's residual stream lacks.
+    router_weighted: Weigh each token by its router weight for the expert.
+    pool: Weight of the layer-wide Hessian in each expert's: H' = (m H + n0 P) / (m + n0), with n0 = `pool` * K
+        effective tokens; 0 gives each expert its own alone.
+    effective_tokens: Count an expert's tokens m by their energy, so that a few loud tokens count as few; false counts
+        them all.
+    trace_matched: Scale the layer-wide Hessian P to the trace of each expert's own before they are mixed.
+    pool_rows: Random tokens of the layer that go through each expert to make the pool of its `down_proj`.
+    damp: Damping added to the diagonal of the Hessian, relative to what `damp_kind` names.
+    damp_kind: `"diagonal"` damps each channel relative to its own diagonal entry; `"mean"` by the mean of the diagonal,
+        as GPTQ does.
+    damp_floor: Damping added besides, relative to the median of the diagonal, for channels that are nearly dead;
+        of `damp_kind = "diagonal"` alone.
+    order: Order in which columns are quantized: `"activation"` by falling diagonal, `"group-aware"` so within groups
+        and groups by their largest entry (GPTQModel's GAR), or `"natural"`.
+    scale: `"search"` tries `scale_steps` multiples of max|w| / 8 for each group; `"absmax"` takes max|w| * 2 / 15, as
+        GPTQModel does.
+    scale_weights: Weights of the search's squared errors: `"conditional"` is what remains of a column's curvature once
+        later columns correct for it; `"diagonal"` is the diagonal of the Hessian.
+    scale_low: Smallest scale of the search, as a multiple of max|w| / 8.
+    scale_high: Largest scale of the search, as a multiple of max|w| / 8.
+    scale_steps: Scales that the search tries for each sign, ends included.
+    passes: Passes of coordinate descent over all groups after the column loop; 0 is none.
+    refine_scales: Fit each group's scale again in every pass.
+    fallback_share: Round an expert to nearest (RTN) if it gets fewer than this share of all calibration tokens; 0 never
+        does.
     """
 
     asymmetric: bool = True
@@ -119,10 +155,12 @@ class Solver:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """A metric for the rows of a projection, from the gradient of the end loss (docs/numerics.md, section 13).
+    """Weighs errors by the gradient of the model's loss (docs/numerics.md, section 13). Off unless `tokens` is set.
 
-    tokens: of the calibration rows that go backward through the source, by whole rows (0 = no guidance);
-    sites: "both" or "down" alone; damp: of the metric's diagonal (0 = by tokens per hidden dimension).
+    tokens: Calibration tokens, in whole samples, that go forward and backward through the source model before
+        quantization; 0 is no guidance.
+    sites: Projections that are guided: `"both"` is gate, up and down; `"down"` is `down_proj` alone.
+    damp: Damping of the metric relative to its diagonal; 0 chooses 0.05, 0.2 or 0.3 by tokens per hidden dimension.
     """
 
     tokens: int = 0
@@ -132,7 +170,13 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The whole of what `quantize` is to do. Machine matters (devices, memory) are flags, not recipe."""
+    """Everything that decides the result of `quantize`. Devices and memory are options of the command instead.
+
+    name: Name of the recipe; left out, the file's name.
+    description: One line for `fourfold recipe list`.
+    format: Storage of the release: compressed-tensors, or GPTQ's with or without the zero-point offset
+        (docs/formats.md).
+    """
 
     name: str = "best"
     description: str = ""

@@ -171,3 +171,13 @@ def test_another_model_is_no_release(source: Path, tmp_path: Path) -> None:
     other = checkpoints.tiny(tmp_path / "other", family="qwen3_moe")
     with pytest.raises(FourfoldError, match="model_type is 'qwen3_moe', the source's is 'qwen3_5_moe'"):
         Weights.open(other, Skeleton.open(source))
+
+
+@pytest.mark.parametrize(("family", "axes"), [("qwen3_5_moe", (3,)), ("qwen3_moe", ())])
+def test_rotary_embeddings_are_given_every_axis_of_positions(
+    family: str, axes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that sees images has three; transformers 5.17 does not expand them itself, later versions do."""
+    rotary = Skeleton.open(checkpoints.tiny(tmp_path, family=family)).rotary(torch.device("cpu"))
+    monkeypatch.setattr(rotary, "forward", lambda hidden_RTD, position_RT: position_RT.shape)
+    assert rotary(torch.zeros(2, 5, 128), torch.arange(5).expand(2, -1)) == (*axes, 2, 5)

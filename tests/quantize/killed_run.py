@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import blocks
 from fourfold.datatypes import Event
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with blocks.shrunk(*blocks.ROOMS["quantize"]):  # as in the tests that compare with it
+        main()

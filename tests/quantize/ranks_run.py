@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import blocks
 from fourfold.quantize import run, workers
 from fourfold.quantize.devices import Machine
 from fourfold.recipe import load_recipe
@@ -41,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with blocks.shrunk(*blocks.ROOMS["quantize"]):  # as in the tests that compare with it
+        main()

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 import checkpoints
 import fourfold
 import releases
+from fourfold.core import switches
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
@@ -33,7 +34,7 @@ from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, w
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import read_embedding, read_head
-from fourfold.quantize.workers import Team
+from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -273,17 +274,48 @@ def test_a_trial_sweeps_what_lies_behind_its_layers(model: Path, swept: Path, tm
     assert kept(tmp_path)[name] == kept(swept)[name]
 
 
-def test_damaged_curvatures_and_other_sources_are_refused(swept: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(swept, tmp_path / "out")
-    path = out / ".fourfold/guidance/curvature-00001.safetensors"
-    record = json.loads(path.with_suffix(".json").read_text())
+def test_curvatures_of_another_source_are_refused(swept: Path) -> None:
     with pytest.raises(FourfoldError, match=r"layer 1: the source holds not the bytes"):
-        read_curvature(out, 1, "another")
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(FourfoldError, match=r"curvature-00001.safetensors: sha256 is .*--restart"):
-        read_curvature(out, 1, record["source_digest"])
+        read_curvature(swept, 1, "another")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "problem"),
+    [
+        ("safetensors", r"sha256 \w{16}, expected \w{16}"),
+        ("json", "cannot be read"),
+        (None, "No such file or directory"),
+    ],
+    ids=["flipped", "record", "missing"],
+)
+def test_damaged_curvatures_are_made_again(
+    model: Path, swept: Path, tmp_path: Path, suffix: str | None, problem: str, interrupted: bool
+) -> None:
+    """Of a finished sweep, and of one that was stopped at its last layer."""
+
+    def stop_at_last(name: str, layer: int) -> None:
+        if (name, layer) == ("backward", 0):
+            raise KeyboardInterrupt
+
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(model, tmp_path, guided(), stop_at_last)
+    else:
+        shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / ".fourfold/guidance/curvature-00002.safetensors"
+    damaged = path.with_suffix(f".{suffix or 'safetensors'}")
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes([content[0] ^ 255]) + content[1:])
+    if suffix is None:
+        damaged.unlink()
+    if suffix != "json":
+        with pytest.raises(FourfoldError, match=f"{path.name}: {problem}.*Rerun"):
+            curvature(tmp_path, 2)
+    found = what_is_left(make_plan(model, guided()), tmp_path).problem
+    assert re.fullmatch(rf"{damaged.name}: {problem}", found)
+    run_sweep(model, tmp_path, guided())
+    assert kept(tmp_path) == kept(swept)
 
 
 def test_long_gradients_are_shortened_alone() -> None:
@@ -427,12 +459,26 @@ def test_guidance_loses_a_fifth_less_on_the_example(example_model: Path, tmp_pat
     assert lost["guided"] <= 0.80 * lost["best"]
 
 
+@pytest.fixture(params=[(False, False, True), (True, False, False), (True, True, True)])
+def switched(request: pytest.FixtureRequest) -> Iterator[switches.Determinism]:
+    """What a caller may have set."""
+    before = switches.determinism()
+    switches.set_determinism(request.param)
+    yield request.param
+    switches.set_determinism(before)
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool) -> None:
-    """Of a GPU's worker; none is needed for the switches, which are the whole process's."""
-    worker: Any = SimpleNamespace(device=torch.device("cuda"), everyone=lambda value: [value])
-    with contextlib.suppress(ZeroDivisionError), guide._repeatable(worker):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert 1 / (not fails)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool, switched: switches.Determinism) -> None:
+    """By two workers on GPUs, which come and go one after the other; no GPU is needed for the switches."""
+    team = Team([CPU] * 2)
+
+    def sweeps(worker: Worker) -> None:
+        on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), everyone=worker.everyone, once=worker.once)
+        with contextlib.suppress(ZeroDivisionError), guide._repeatable(on_gpu):
+            assert switches.determinism() == (True, True, False)
+            assert 1 / (not fails)
+        worker.everyone(None)
+
+    team.run(sweeps)
+    assert switches.determinism() == switched

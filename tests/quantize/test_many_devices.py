@@ -95,7 +95,12 @@ def test_more_workers_than_experts(small: MakeRecipe, tmp_path: Path) -> None:
 
 
 def test_the_same_devices_give_the_same_bytes(source: Path, on_two: Path, small: MakeRecipe, tmp_path: Path) -> None:
-    releases.run(source, tmp_path / "out", small(), machine=Machine(devices="cpu*2", memory_bytes=MEMORY))
+    """Also of a run that was stopped at its end, its first layer damaged since."""
+    machine = Machine(devices="cpu*2", memory_bytes=MEMORY)
+    with pytest.raises(KeyboardInterrupt):
+        releases.run(source, tmp_path / "out", small(), machine=machine, progress=releases.stop_at("finish"))
+    releases.damage(tmp_path / "out/model-00001-of-00003.safetensors")
+    releases.run(source, tmp_path / "out", small(), machine=machine)
     found, wanted = releases.tree(tmp_path / "out"), releases.tree(on_two)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
@@ -226,12 +231,14 @@ def test_a_rank_that_hangs_says_so_and_takes_the_others_down(source: Path, small
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_takes_the_others_down(
-    source: Path, release: Path, small_file: Path, small: MakeRecipe, tmp_path: Path
+    source: Path, release: Path, small_file: Path, tmp_path: Path
 ) -> None:
+    """Then the same command goes on, and quantizes a layer again that was damaged since."""
     start = time.monotonic()
     done = torchrun(source, small_file, tmp_path / "out", 1)
     assert done.returncode != 0 and time.monotonic() - start < 120
     assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
     assert not (tmp_path / "out/fourfold.json").exists()
-    releases.run(source, tmp_path / "out", small())
+    releases.damage(tmp_path / "out/model-00001-of-00003.safetensors")
+    assert torchrun(source, small_file, tmp_path / "out").returncode == 0
     agree(release, tmp_path / "out")

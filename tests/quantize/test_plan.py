@@ -536,6 +536,23 @@ def test_chunks_on_a_cpu_stay_near_its_caches(full: Path, tmp_path: Path) -> Non
     assert make_plan(small, GUIDED, memory_bytes=100 * GB).memory.chunk_experts == 16
 
 
+def test_memory_of_an_expert_is_that_by_hand(full: Path) -> None:
+    """262,144 tokens to 8 of 256 experts: 8,192 for each, and half as many again for a busy one. K is 2048 and 512."""
+    recipes = RECIPE, load_recipe("fast")
+    best, fast = (make_plan(full, recipe, devices=("cuda",), memory_bytes=100 * GB) for recipe in recipes)
+    square, gap = 2048**2 * 4, 2048 * 512 * 4
+    pool = 2048 * 512 * (3 * 2 + 4) + 512**2 * 4
+    for plan, streams in ((best, 2), (fast, 1)):
+        assert memory.moments_bytes(plan.work, 2048) == streams * square
+        assert memory.gap_bytes(plan.work) == (gap if plan is best else 0)
+        assert memory.activation_bytes(plan.work) == streams * 12_288 * 512 * 2 + pool
+    stages = {stage.stage: stage.worker_bytes for stage in best.memory.stages}
+    down = 2 * 512**2 * 4 + 2 * 12_288 * 512 * 2 + pool + gap
+    assert down > 2 * square, "the dearer site of the moments"
+    solve = best.memory.chunk_experts * (memory.chunk_bytes(best.work) - down)
+    assert stages["solve"] - stages["moments"] == solve - memory.gather_bytes(best.work)
+
+
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works: list[Workload] = []
 

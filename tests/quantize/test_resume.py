@@ -1,17 +1,19 @@
 """Kill the run anywhere, run the same command again: the tree is byte-identical to an undisturbed run's."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import checkpoints
 import releases
-from fourfold.datatypes import FourfoldError
+from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize.journal import clear, hold
 from fourfold.quantize.run import quantize
 from fourfold.quantize.summary import finished_already
@@ -24,7 +26,8 @@ Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
 def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:
     """Run jobs (OUT, event to be killed at, 0 for none) one after the other: how each ended, and events seen."""
     command = [sys.executable, str(CHILD), str(model), str(recipe), *(f"{out}={limit}" for out, limit in jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     ends = [line.split() for line in done.stdout.splitlines()]
     assert len(ends) == len(jobs), done.stderr
     return [(int(ended), events) for _, ended, events in ends]
@@ -54,10 +57,13 @@ def run_undisturbed(folder: Path, more: str = "") -> Undisturbed:
 
 @pytest.fixture(scope="module")
 def killed(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that was killed late, its first layer finished."""
+    """What a run leaves that was killed while it wrote its last files, all shards finished."""
+    return kill_late(undisturbed, tmp_path_factory.mktemp("killed") / "out")
+
+
+def kill_late(undisturbed: Undisturbed, out: Path) -> Path:
     model, recipe, events, _ = undisturbed
-    out = tmp_path_factory.mktemp("killed") / "out"
-    assert run_children(model, recipe, [(out, int(events * 0.8))])[0][0] == -signal.SIGKILL
+    assert run_children(model, recipe, [(out, int(events * 0.97))])[0][0] == -signal.SIGKILL
     return out
 
 
@@ -131,6 +137,88 @@ def test_a_changed_source_is_refused_and_named(undisturbed: Undisturbed, begun: 
     assert re.fullmatch(rf"source: generation_config.json is {sha}, was {sha}; LICENSE is {sha}, was absent", line)
     checkpoints.edit(other, lambda tensors: tensors.update({"mtp.norm.weight": tensors["mtp.norm.weight"].float()}))
     assert "names, dtypes and shapes of tensors is" in refusal(other, begun, recipe)[0]
+
+
+FIRST, SECOND, REST = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def record_of(out: Path, shard: str) -> Path:
+    return out / ".fourfold" / "shards" / f"{shard}.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "notes"),
+    [
+        ({FIRST: releases.damage}, [rf"layer 0: {FIRST}: sha256 \w{{16}}, expected \w{{16}}; quantized again"]),
+        (
+            {FIRST: truncate, REST: releases.damage},
+            ["layer 0: .*; quantized again", rf"{REST}: sha256 .*; copied again"],
+        ),
+        (
+            {FIRST: Path.unlink, SECOND: releases.damage, REST: Path.unlink},
+            [
+                f"layer 0: {FIRST}: No such file or directory; quantized again",
+                "layer 1: .*; quantized again",
+                f"{REST}: No such file or directory; copied again",
+            ],
+        ),
+    ],
+    ids=["one layer", "a layer and the rest", "everything"],
+)
+def test_damaged_shards_are_made_again(
+    undisturbed: Undisturbed, begun: Path, damage: dict[str, Callable[[Path], None]], notes: list[str]
+) -> None:
+    model, recipe, _, wanted = undisturbed
+    for shard, harm in damage.items():
+        harm(begun / shard)
+    assert_lines(repaired(model, begun, recipe), notes)
+    assert releases.tree(begun) == wanted
+
+
+def test_unreadable_records_are_made_again(undisturbed: Undisturbed, begun: Path) -> None:
+    model, recipe, _, wanted = undisturbed
+    truncate(record_of(begun, FIRST))
+    record_of(begun, REST).write_text('{"shard": "another"}', encoding="utf-8")
+    notes = [f"{shard}: its record in .fourfold cannot be read; written again" for shard in (FIRST, REST)]
+    assert_lines(repaired(model, begun, recipe), notes)
+    assert releases.tree(begun) == wanted
+
+
+def test_a_damaged_layer_of_a_changed_source_is_refused(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
+    """Its record says what it was made from, whatever became of the shard."""
+    _, recipe, _, _ = undisturbed
+    checkpoints.tiny(tmp_path / "other", layers=2, seed=5)
+    releases.damage(begun / FIRST)
+    with pytest.raises(FourfoldError, match=r"layer 0.*not the bytes"):
+        quantize(tmp_path / "other", begun, load_recipe(str(recipe)))
+
+
+@pytest.mark.slow
+def test_damage_of_a_guided_run_is_made_good(guided: Undisturbed, tmp_path: Path) -> None:
+    model, recipe, _, wanted = guided
+    out = kill_late(guided, tmp_path / "out")
+    releases.damage(out / FIRST)
+    releases.damage(out / ".fourfold/guidance/curvature-00001.safetensors")
+    made = r"guidance: curvature-00001.safetensors: sha256 .*; curvatures are computed again"
+    assert_lines(repaired(model, out, recipe), [made, "layer 0: .*; quantized again"])
+    assert releases.tree(out) == wanted
+
+
+def repaired(model: Path, out: Path, recipe: Path) -> list[str]:
+    """Finish a run; its notes about shards, sorted."""
+    events: list[Event] = []
+    releases.run(model, out, load_recipe(str(recipe)), progress=events.append)
+    return sorted(event.text for event in events if event.kind == "note" and "again" in event.text)
+
+
+def assert_lines(found: list[str], wanted: list[str]) -> None:
+    assert len(found) == len(wanted), found
+    for line, pattern in zip(found, wanted, strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 def refusal(model: Path, out: Path, recipe: Path, *overrides: str, layers: range | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import problems
 import reference
-from fourfold.core import grid, guidance, metrics, moments, pack
+from fourfold.core import gptq, grid, guidance, metrics, moments, pack
 from fourfold.datatypes import FourfoldError, Method, Moments, QuantizedGroup
 from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
@@ -199,7 +199,16 @@ def expected(problem: Problem, site: Site, recipe: Recipe, expert: int) -> Expec
 def test_a_recipe_is_what_its_ingredients_come_to_in_float64(
     problem: Problem, preset: str, changes: dict[str, Any]
 ) -> None:
-    chosen = recipe(preset, **changes)
+    assert_as_expected(problem, recipe(preset, **changes))
+
+
+@pytest.mark.parametrize("preset", ["best", "card"])
+def test_three_blocks_of_columns_are_as_in_float64(preset: str) -> None:
+    problem = problems.make(experts=3, outputs=8, inputs=3 * gptq.BLOCK, tokens=600)
+    assert_as_expected(problem, recipe(preset, fallback_share=0.0))
+
+
+def assert_as_expected(problem: Problem, chosen: Recipe) -> None:
     site = make_site(problem, cross=chosen.solver.asymmetric, weighted=chosen.solver.router_weighted)
     found = solve_site(site, chosen)
     assert found.methods == (Method.GPTQ,) * 3 and found.damping_E.tolist() == pytest.approx([0.05] * 3)

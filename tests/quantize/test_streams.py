@@ -81,7 +81,7 @@ def test_perplexities_are_those_of_the_whole_models(compared: Compared) -> None:
 def test_divergence_is_that_of_the_whole_models(compared: Compared) -> None:
     summary, source_PV, release_PV = compared.metrics["summary"], compared.source.log_PV, compared.release.log_PV
     kl_P = (source_PV.exp() * (source_PV - release_PV)).sum(dim=1)
-    assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=0.05)
+    assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=0.1)  # a token routed otherwise is 5 % of it
     assert summary["kl_median"] == pytest.approx(kl_P.median().item(), rel=0.1)
     same_P = source_PV.argmax(dim=1) == release_PV.argmax(dim=1)
     assert summary["top1_agreement"] == pytest.approx(same_P.double().mean().item(), abs=0.01)

@@ -72,10 +72,14 @@ def protocol(recipe: Path, *, drafts: bool = False) -> Protocol:
 # ---- the figures
 
 
-@pytest.mark.parametrize(("dtype", "tight", "loose"), [(torch.float32, 5e-5, 1e-4), (torch.bfloat16, 2e-3, 5e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tight", "loose", "routed"), [(torch.float32, 5e-5, 1e-4, 1e-4), (torch.bfloat16, 2e-3, 5e-2, 0.2)]
+)
 def test_figures_are_those_of_whole_models(
-    example_model: Path, example_release: Path, recipe: Path, dtype: torch.dtype, tight: float, loose: float
-) -> None:
+    example_model: Path, example_release: Path, recipe: Path, dtype: torch.dtype, tight: float, loose: float,
+    routed: float,
+) -> None:  # fmt: skip
+    """routed: of the mean KL, which a token moves by 5 % where BF16 routes it otherwise."""
     out, text = example_release, recipe.parent / "heldout.txt"
     asked = Protocol(text=text, windows=WINDOWS, length=LENGTH, drafts=False)
     found = evaluate(out, example_model, protocol=asked, dtype=dtype)
@@ -88,7 +92,7 @@ def test_figures_are_those_of_whole_models(
     assert summary["perplexity_source"] == pytest.approx(before.perplexity, rel=tight)
     assert summary["perplexity_release"] == pytest.approx(after.perplexity, rel=tight)
     kl_P = (before.log_PV.exp() * (before.log_PV - after.log_PV)).sum(dim=1)
-    assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=loose)
+    assert summary["kl_mean"] == pytest.approx(kl_P.mean().item(), rel=routed)
     rounding = 3e-7  # of a position's sum in fp32, where the reference is float64
     assert summary["kl_median"] == pytest.approx(kl_P.quantile(0.5).item(), rel=2 * loose, abs=rounding)
     fives = (seen.log_PV.topk(5).indices.tolist() for seen in (before, after))

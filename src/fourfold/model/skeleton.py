@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.logging import set_verbosity
 
 from fourfold.datatypes import FourfoldError, reason
 from fourfold.model.config import CONFIG, check_values, find_family, read_source_config
@@ -24,9 +22,6 @@ from fourfold.model.family import Family
 
 CAPTURE = "fourfold_capture"
 TRAFFIC = "fourfold_traffic"
-
-# Its hints about optional CUDA kernels come once per process and cut through a progress bar; errors are still raised.
-set_verbosity(logging.ERROR)
 
 
 def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
@@ -135,8 +130,10 @@ class Skeleton:
         return module
 
     def rotary(self, device: torch.device) -> nn.Module:
-        """Rotary position embedding; it holds no weights of the checkpoint."""
+        """Rotary position embedding, of x [R, T, D] and positions [R, T]; it holds no weights of the checkpoint."""
         module: nn.Module = self._class(self.family.rotary_class)(self.text)
+        if hasattr(module, "mrope_section"):  # time, height and width, the same for text; 5.17 does not expand itself
+            module.register_forward_pre_hook(lambda _, given: (given[0], given[1].expand(3, -1, -1)))
         return module.to(device)
 
     def is_routed(self, layer: int) -> bool:

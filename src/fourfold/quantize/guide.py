@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fourfold.core import guidance, moments
+from fourfold.core import guidance, moments, switches
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
@@ -28,7 +28,7 @@ from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_r
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
-from fourfold.quantize.output import ReadAhead, Writer, sha256_file
+from fourfold.quantize.output import ReadAhead, Writer, damage
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.streams import read_embedding, read_head, require_numbers
 from fourfold.quantize.workers import Worker
@@ -56,12 +56,13 @@ class CurvatureRecord:
 class Left:
     """Layers that are still to be gone through, in this order. A sweep that is done has none.
 
-    from_head: no gradient has left the head yet.
+    from_head: no gradient has left the head yet; problem: why finished curvatures are computed again.
     """
 
     forward: range
     backward: range
     from_head: bool
+    problem: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -92,17 +93,26 @@ def guided_layers(plan: Plan) -> tuple[int, ...]:
 
 
 def what_is_left(plan: Plan, out: Path) -> Left:
-    """What an earlier run has left of the sweep, from the files in OUT. Makes their folder."""
+    """What an earlier run has left of the sweep, from the files in OUT. Makes their folder.
+
+    A damaged curvature is dropped, and all gradients: the sweep goes back from the head again.
+    """
     folder, layers, wanted = sweep_folder(out), len(plan.layers), guided_layers(plan)
-    if all(_record_path(folder, layer).is_file() for layer in wanted):
-        return Left(range(0), range(0), False)
     folder.mkdir(exist_ok=True)
+    recorded = [layer for layer in wanted if _record_path(folder, layer).is_file()]
+    problems = {layer: problem for layer in recorded if (problem := _damage(out, layer))}
+    if recorded == list(wanted) and not problems:
+        return Left(range(0), range(0), False)
+    if problems:
+        for path in [*folder.glob(f"{GRADIENT}-*"), *(_record_path(folder, layer) for layer in problems)]:
+            path.unlink()  # records last: what is killed in between finds the damage again
     gradients, inputs = (
         [place for place in range(layers + 1) if _path(folder, kind, place).is_file()] for kind in (GRADIENT, INPUT)
     )
     if gradients:
         return Left(range(0), range(gradients[0] - 1, wanted[0] - 1, -1), False)
-    return Left(range(max(inputs, default=0), layers), range(layers - 1, wanted[0] - 1, -1), True)
+    forward, backward = range(max(inputs, default=0), layers), range(layers - 1, wanted[0] - 1, -1)
+    return Left(forward, backward, True, "; ".join(problems.values()))
 
 
 def spread_rows(token_RT: Tensor, tokens: int) -> Tensor:
@@ -243,21 +253,19 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
 
 @contextmanager
 def _repeatable(worker: Worker) -> Iterator[None]:
-    """On GPUs, sums of a backward pass in one order, for all workers of this process: torch's default is quicker, and
-    differs from run to run.
+    """On GPUs, sum a backward pass in one order, in all workers of this process: torch's default is faster, and differs
+    from run to run.
     """
     if worker.device.type != "cuda":
         yield
         return
-    # On, it would fill every empty tensor first; torch's stubs do not know the switch.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = worker.once(switches.determinism)  # the switches are of the process: read before any worker sets them
+    switches.set_determinism((True, True, False))  # filling would take time and change nothing
     try:
         yield
-        worker.everyone(None)  # the switches are of the process
+        worker.everyone(None)
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        switches.set_determinism(before)
 
 
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
@@ -326,24 +334,30 @@ def _write_layer(
 
 
 def read_records(plan: Plan, out: Path) -> tuple[CurvatureRecord, ...]:
-    """Of all layers that a finished sweep has guided. Raises FourfoldError for one that cannot be read."""
-    return tuple(_read_record(out, layer) for layer in guided_layers(plan))
+    """Of guided layers whose curvature is finished and whose record can be read."""
+    return tuple(filter(None, (_read_record(out, layer) for layer in guided_layers(plan))))
 
 
 def predicted_shares(plan: Plan, out: Path | None) -> dict[int, float]:
     """By layer, what the sweep of an unfinished run in OUT predicts; nothing before it is done."""
-    layers = guided_layers(plan)
-    if out is None or not all(_record_path(sweep_folder(out), layer).is_file() for layer in layers):
-        return {}
-    return {record.layer: record.predicted_share for record in read_records(plan, out)}
+    records = read_records(plan, out) if out else ()
+    shares = {record.layer: record.predicted_share for record in records}
+    return shares if len(shares) == len(guided_layers(plan)) else {}
 
 
-def _read_record(out: Path, layer: int) -> CurvatureRecord:
-    path = _record_path(sweep_folder(out), layer)
+def _read_record(out: Path, layer: int) -> CurvatureRecord | None:
     try:
-        return CurvatureRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise FourfoldError(f"{path}: the sweep's record cannot be read ({error}); start over with --restart") from None
+        return CurvatureRecord(**json.loads(_record_path(sweep_folder(out), layer).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _damage(out: Path, layer: int) -> str:
+    """Return why a layer's curvature is not the one that was recorded; empty if it is."""
+    record, folder = _read_record(out, layer), sweep_folder(out)
+    if record is None:
+        return f"{_record_path(folder, layer).name}: cannot be read"
+    return damage(_path(folder, CURVATURE, layer), record.sha256)
 
 
 def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
@@ -352,12 +366,9 @@ def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
     Raises FourfoldError if the file or the source is not what it was.
     """
     record, path = _read_record(out, layer), _path(sweep_folder(out), CURVATURE, layer)
-    found = sha256_file(path)
-    if found != record.sha256:
-        raise FourfoldError(
-            f"{path}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; the file was changed or damaged. "
-            "Start over with --restart"
-        )
+    if problem := _damage(out, layer):
+        raise FourfoldError(f"{path.parent}: {problem}. Rerun the same command: it computes the curvatures again")
+    assert record is not None
     if source_digest != record.source_digest:
         raise FourfoldError(
             f"layer {layer}: the source holds not the bytes that its curvature was made from; bring the first source "

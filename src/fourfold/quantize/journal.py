@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,13 @@ def hold(out: Path) -> Iterator[None]:
 class Journal:
     """The records under OUT/.fourfold of one run. Every write is durable before it counts."""
 
-    def __init__(self, out: Path, identity: Identity, settings: Settings, records: dict[str, ShardRecord]) -> None:
+    def __init__(
+        self, out: Path, identity: Identity, settings: Settings, records: Mapping[str, ShardRecord | None]
+    ) -> None:
+        """records: by shard; None: one that cannot be read, so that its shard counts as not finished."""
         self.out, self.identity, self.settings = out, identity, settings
-        self._records = records
+        self._records = {shard: record for shard, record in records.items() if record is not None}
+        self.unreadable = tuple(shard for shard, record in records.items() if record is None)
 
     def __contains__(self, shard: str) -> bool:
         return shard in self._records
@@ -205,9 +209,9 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
             Identity(**state["identity"]),
             Settings(batches, state["settings"]["threads"], tuple(state["settings"]["devices"])),
         )
-        read = [_read_record(record) for record in sorted(_records_folder(out).glob("*.json"))]
     refuse_changes(out, identity, before)
-    return Journal(out, identity, settings, {record.shard: record for record in read})
+    records = {path.stem: _read_record(path) for path in sorted(_records_folder(out).glob("*.json"))}
+    return Journal(out, identity, settings, records)
 
 
 def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
@@ -215,13 +219,16 @@ def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
     write_text(out / RUN, json.dumps(state, indent=1))
 
 
-def _read_record(path: Path) -> ShardRecord:
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(
-        ProjectionStatistics(**{**row, "method": Method(row["method"]), "target": Target(row["target"])})
-        for row in raw.pop("projections")
-    )
-    return ShardRecord(**raw, projections=rows)
+def _read_record(path: Path) -> ShardRecord | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(
+            ProjectionStatistics(**{**row, "method": Method(row["method"]), "target": Target(row["target"])})
+            for row in raw.pop("projections")
+        )
+        return ShardRecord(**raw, projections=rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def finished_identity(out: Path) -> Identity | None:

@@ -87,14 +87,14 @@ def read_experts(plan: Plan, out: Path, record: ShardRecord, experts: Sequence[i
     return torch.cat([stack(GATE), stack(UP)], dim=1), stack(DOWN)
 
 
-def check_shard(out: Path, record: ShardRecord) -> None:
-    """Raises FourfoldError if the shard in OUT is not the one that was recorded."""
-    found = sha256_file(out / record.shard)
-    if found != record.sha256:
-        raise FourfoldError(
-            f"{out / record.shard}: sha256 is {found[:16]}..., {record.sha256[:16]}... was written; "
-            "the file was changed or damaged. Start over with --restart"
-        )
+def damage(path: Path, sha256: str) -> str:
+    """Return how a finished file differs from what was written, as its name and the reason; empty if it does not."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return "" if found == sha256 else f"{path.name}: sha256 {found[:16]}, expected {sha256[:16]}"
 
 
 def check_source(record: ShardRecord, digest: str) -> None:
@@ -105,16 +105,6 @@ def check_source(record: ShardRecord, digest: str) -> None:
             f"{what}: the source holds not the bytes that {record.shard} was made from; "
             "bring the first source back, or start over with --restart"
         )
-
-
-def sha256_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FourfoldError(
-            f"{path}: a finished shard cannot be read: {error.strerror}; start over with --restart"
-        ) from None
 
 
 def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:

@@ -83,6 +83,9 @@ class Watch:
     def tell(self, stage: str, layer: int = -1, text: str = "") -> None:
         self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers, text=text))
 
+    def note(self, text: str, layer: int = -1) -> None:
+        self.progress(Event(kind="note", layer=layer, text=text))
+
     @contextmanager
     def stage(self, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
         """A timed stage of `total` units, of which the tick it yields tells how many more are done."""
@@ -205,7 +208,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     calibration, heldout = texts
     ranks = (str(team.ranks),) if team.ranks else ()
     for note in (*plan.run_warnings, *calibration.notes, *ranks, *gil_advice()):
-        watch.progress(Event(kind="note", text=note))
+        watch.note(note)
     identity = identify(plan, calibration, heldout)
     devices = tuple(map(widening.named, team.names))
     memory = plan.memory
@@ -216,14 +219,18 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     )
     journal = team.agree(lambda: _open(out, identity, settings))
     if journal is None:
-        watch.progress(Event(kind="note", text=f"{out} is finished already; nothing to do"))
+        watch.note(f"{out} is finished already; nothing to do")
         return read_summary(out)
     if journal.settings.devices != devices:
-        watch.progress(Event(kind="note", text=_other_devices(journal.settings.devices, devices)))
+        watch.note(_other_devices(journal.settings.devices, devices))
+    for shard in journal.unreadable:
+        watch.note(f"{shard}: its record in {STATE} cannot be read; written again")
     team.threads = journal.settings.threads
     team.patience_seconds = max(team.patience_seconds, patience_seconds(plan.work, plan.time))
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
     left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
+    if left and left.problem:
+        watch.note(f"guidance: {left.problem}; curvatures are computed again")
     order = [*(left.layers if left else ()), *range(plan.solve.stop)]
     with ReadAhead(plan, team.trace, order, team.links) as ahead, Writer(team.trace) as writer:
         job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
@@ -280,8 +287,8 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             traffic = streams.attend(worker, layer, both, batches, tick)
             layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
         del taken  # its experts, which are with their owners
-        if layer_plan.shard in job.journal:
-            release_layer = restore_layer(job, worker, layer_plan, layer, tensors)
+        if is_finished(job, worker, layer_plan, tensors):
+            release_layer = restore_layer(job, worker, layer_plan, layer)
         elif number in plan.solve:
             release_layer = solve(job, worker, layer_plan, layer, tensors, traffic)
         else:
@@ -345,23 +352,35 @@ def solve(
         if whole.chunk < job.journal.settings.batches.experts and layer.is_routed:
             job.journal.shrink(whole.chunk)
             text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
-            job.watch.progress(Event(kind="note", layer=layer.index, text=text))
+            job.watch.note(text, layer.index)
         with worker.span("wait for writer", layer_plan.index):
             job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
 
 
-def restore_layer(
-    job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors
-) -> DecoderLayer:
-    """A layer that an earlier run finished, its codes read back."""
+def is_finished(job: Job, worker: Worker, layer_plan: LayerPlan, tensors: LayerTensors) -> bool:
+    """Whether an earlier run finished a layer and its shard is what was written then. All workers decide alike.
+
+    Raises FourfoldError if the source is not what the shard was made from.
+    """
+    if layer_plan.shard not in job.journal:
+        return False
     record = job.journal[layer_plan.shard]
+    output.check_source(record, tensors.digest)
     with job.stage(worker, "restore", layer_plan.index):
-        worker.once(lambda: output.check_shard(job.out, record))
-        output.check_source(record, tensors.digest)
-        if not layer.is_routed:
-            return layer
-        stacks = output.read_experts(job.plan, job.out, record, layer.owned)
+        problems = worker.everyone(worker.once(lambda: output.damage(job.out / record.shard, record.sha256)))
+    problem = next(filter(None, problems), "")
+    if problem and worker.leads:
+        job.watch.note(f"layer {layer_plan.index}: {problem}; quantized again", layer_plan.index)
+    return not problem
+
+
+def restore_layer(job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer) -> DecoderLayer:
+    """Return a finished layer with its codes read back."""
+    if not layer.is_routed:
+        return layer
+    with job.stage(worker, "restore", layer_plan.index):
+        stacks = output.read_experts(job.plan, job.out, job.journal[layer_plan.shard], layer.owned)
         return layer.with_experts(*(stack.to(layer.device) for stack in stacks))
 
 
@@ -391,13 +410,19 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
 def copy_rest(job: Job) -> None:
     """On the writer's thread: everything outside the decoder layers. Not in a trial.
 
-    A shard that an earlier run wrote is read again, and so is its source: like a layer's, they must be what they were.
+    A shard that an earlier run wrote is read again, and so is its source, which must be what it was. A damaged shard is
+    copied again.
     """
     for shard in () if job.plan.partial else job.plan.rest:
         job.watch.tell("copy")
-        if shard.shard in job.journal:
-            record = job.journal[shard.shard]
-            output.check_shard(job.out, record)
-            output.check_source(record, output.rest_digest(shard, job.plan.index))
-        else:
-            job.journal.add(output.write_rest(job.out, shard, job.plan.index))
+        before = job.journal[shard.shard] if shard.shard in job.journal else None
+        problem = before and output.damage(job.out / before.shard, before.sha256)
+        if before and not problem:
+            output.check_source(before, output.rest_digest(shard, job.plan.index))
+            continue
+        if problem:
+            job.watch.note(f"{problem}; copied again")
+        written = output.write_rest(job.out, shard, job.plan.index)
+        if before:
+            output.check_source(before, written.source_digest)
+        job.journal.add(written)
