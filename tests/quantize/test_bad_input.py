@@ -236,9 +236,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(
     source: Path, release: Path, small: MakeRecipe, tmp_path: Path
 ) -> None:
     """The log is the first to feel a full disk; it must not hide the error that says so, nor end a run."""
-    log = tmp_path / "out/.fourfold/run.log"
-    log.parent.mkdir(parents=True)
-    log.symlink_to("/dev/full")
+    (tmp_path / "out/.fourfold/run.log").mkdir(parents=True)
     releases.run(source, tmp_path / "out", small())
     assert releases.tree(tmp_path / "out") == releases.tree(release)
 
