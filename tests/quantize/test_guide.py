@@ -24,11 +24,11 @@ from torch.nn.functional import cross_entropy
 import checkpoints
 import fourfold
 import releases
-from fourfold.core import switches
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
 from fourfold.quantize import calibrate, guide
+from fourfold.quantize.determinism import Switches, repeatable
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, what_is_left
 from fourfold.quantize.output import ReadAhead, Writer
@@ -460,25 +460,25 @@ def test_guidance_loses_a_fifth_less_on_the_example(example_model: Path, tmp_pat
 
 
 @pytest.fixture(params=[(False, False, True), (True, False, False), (True, True, True)])
-def switched(request: pytest.FixtureRequest) -> Iterator[switches.Determinism]:
+def switched(request: pytest.FixtureRequest) -> Iterator[Switches]:
     """What a caller may have set."""
-    before = switches.determinism()
-    switches.set_determinism(request.param)
-    yield request.param
-    switches.set_determinism(before)
+    before = Switches.now()
+    Switches(*request.param).set()
+    yield Switches(*request.param)
+    before.set()
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool, switched: switches.Determinism) -> None:
+def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool, switched: Switches) -> None:
     """By two workers on GPUs, which come and go one after the other; no GPU is needed for the switches."""
     team = Team([CPU] * 2)
 
     def sweeps(worker: Worker) -> None:
         on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), everyone=worker.everyone, once=worker.once)
-        with contextlib.suppress(ZeroDivisionError), guide._repeatable(on_gpu):
-            assert switches.determinism() == (True, True, False)
+        with contextlib.suppress(ZeroDivisionError), repeatable(on_gpu):
+            assert Switches.now() == (True, True, False)
             assert 1 / (not fails)
         worker.everyone(None)
 
     team.run(sweeps)
-    assert switches.determinism() == switched
+    assert Switches.now() == switched

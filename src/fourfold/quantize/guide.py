@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fourfold.core import guidance, moments, switches
+from fourfold.core import guidance, moments
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.quantize.determinism import repeatable
 from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
@@ -166,7 +167,7 @@ def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
     else:
         gradient_RTD = _own_rows(worker, guide, GRADIENT, guide.left.backward.start + 1)
     for number in guide.left.backward:
-        with stage("backward", number, guide.token_RT.numel(), "tokens") as tick, _repeatable(worker):
+        with stage("backward", number, guide.token_RT.numel(), "tokens") as tick, repeatable(worker):
             layer, tensors = _take(worker, guide, number)
             hidden_RTD = _inputs(worker, guide, number)
             pushed_RTD, weight_T = _through_layer(layer, guide, hidden_RTD, gradient_RTD, tick)
@@ -249,23 +250,6 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
     if worker.leads:
         guide.writer.submit(partial(_replace_rows, guide.folder, place, all_RTD))
     return gradient_RTD
-
-
-@contextmanager
-def _repeatable(worker: Worker) -> Iterator[None]:
-    """On GPUs, sum a backward pass in one order, in all workers of this process: torch's default is faster, and differs
-    from run to run.
-    """
-    if worker.device.type != "cuda":
-        yield
-        return
-    before = worker.once(switches.determinism)  # the switches are of the process: read before any worker sets them
-    switches.set_determinism((True, True, False))  # filling would take time and change nothing
-    try:
-        yield
-        worker.everyone(None)
-    finally:
-        switches.set_determinism(before)
 
 
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
