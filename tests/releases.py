@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import checkpoints
-from fourfold.bundled import HELDOUT_TEXTS, TEXT
+from fourfold.bundled import CALIBRATION_TEXTS, HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
@@ -26,12 +26,15 @@ FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MEMORY_BYTES = 2 * 2**30  # the same batches on every machine
 machine = Machine(memory_bytes=MEMORY_BYTES)  # of runs that name none; `pytest --devices "cpu*4"` sets another
+DOCUMENTS = 12  # of calibration text: some 25,000 tokens
 RECIPE = """
 name = "small"
 [calibration]
 length = 128
 [[calibration.sources]]
-builtin = "general"
+path = "prose.jsonl"
+kind = "text"
+fields = ["text"]
 rows = 8
 [heldout]
 path = "heldout.txt"
@@ -54,7 +57,9 @@ SIDECARS = {
 
 
 def write_recipe(folder: Path) -> Path:
-    """RECIPE as a file. Its held-out text is the start of the bundled one, whose tokens alone would take a second."""
+    """RECIPE as a file. Its texts are the starts of the bundled ones, whose tokens alone would take half of a run."""
+    documents = (TEXT / CALIBRATION_TEXTS["general"].file).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "prose.jsonl").write_text("".join(documents[:DOCUMENTS]), encoding="utf-8")
     text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")
     (folder / "heldout.txt").write_text(text[:12_000], encoding="utf-8")
     (folder / "small.toml").write_text(RECIPE, encoding="utf-8")

@@ -112,9 +112,10 @@ def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) ->
         "recipe: solver.damp is 0.02, was 0.05; solver.order is 'natural', was 'activation'"
     ]
     seeded = refusal(model, begun, recipe, "calibration.seed=7")
-    assert [line.partition(" is ")[0] for line in seeded] == ["recipe: calibration.seed", "calibration: general"]
-    assert re.fullmatch(r"calibration: general is 'sha256 \w{16}', was 'sha256 \w{16}'", seeded[1])
-    more = refusal(model, begun, recipe, 'calibration.sources=[{builtin="general", rows=4}, {builtin="math", rows=4}]')
+    assert [line.partition(" is ")[0] for line in seeded] == ["recipe: calibration.seed", "calibration: prose.jsonl"]
+    assert re.fullmatch(r"calibration: prose.jsonl is 'sha256 \w{16}', was 'sha256 \w{16}'", seeded[1])
+    first = f'{{path="{recipe.parent / "prose.jsonl"}", kind="text", fields=["text"], rows=4}}'
+    more = refusal(model, begun, recipe, f'calibration.sources=[{first}, {{builtin="math", rows=4}}]')
     assert "calibration.sources.0.rows is 4, was 8; calibration.sources.1.rows is 4, was absent" in more[0]
     assert refusal(model, begun, recipe, layers=range(1)) == ["layers: is 0-0, was 0-1"]
 
