@@ -92,7 +92,7 @@ def test_sums_are_those_of_float64(
     assert all(tensor.dtype == torch.float32 for tensor in (found.hessian_EKK, found.weight_E, found.energy2_E))
     for expert, sums in enumerate(expected):
         assert worst(found.hessian_EKK[expert], sums.hessian_KK) < 1e-6
-        assert found.cross_EKK is not None and worst(found.cross_EKK[expert], sums.cross_KK) < 1e-6
+        assert found.cross_EKK is not None and worst(found.cross_EKK[expert], sums.cross_KK) < 5e-6
         assert found.weight_E[expert].item() == pytest.approx(sums.weight, rel=1e-6)
         assert found.energy2_E[expert].item() == pytest.approx(sums.energy2, rel=1e-6)
         assert found.count_E[expert].item() == sums.count
