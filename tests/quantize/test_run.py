@@ -219,16 +219,6 @@ def test_changed_tensors_outside_the_layers_are_refused(
         releases.run(other, tmp_path / "out", small())
 
 
-@pytest.mark.parametrize("shard", [LAYER_SHARDS[0], REST_SHARD])
-def test_a_damaged_shard_is_not_gone_on_with(source: Path, small: MakeRecipe, tmp_path: Path, shard: str) -> None:
-    interrupt(source, tmp_path / "out", small(), "solve", 1)
-    content = bytearray((tmp_path / "out" / shard).read_bytes())
-    content[-3] ^= 1
-    (tmp_path / "out" / shard).write_bytes(content)
-    with pytest.raises(FourfoldError, match=rf"{shard}: sha256 is .* was changed or damaged"):
-        releases.run(source, tmp_path / "out", small())
-
-
 @pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     """A kernel's ru_maxrss begins with it: a run started from a big process would be taken for a big one."""

@@ -86,7 +86,7 @@ def test_a_run_and_its_evaluation_multiply_no_bf16(
     monkeypatch.setattr(drafts, "PROMPTS", 2)
     recipe = small("guidance.tokens=256", "solver.passes=0", 'solver.scale="absmax"')
     releases.run(source, tmp_path / "out", recipe)
-    protocol = evaluate.Protocol(text=Path(recipe.heldout.path), windows=1, length=64)
+    protocol = evaluate.Protocol(text=Path(recipe.heldout.path), windows=2, length=128)
     evaluate.evaluate(tmp_path / "out", source, protocol=protocol)
     assert multiplied == (set() if widened else USUAL)
 
