@@ -31,7 +31,7 @@ from gemm_rate import machine, measure_rates
 from torch import Tensor
 from transformers import AutoConfig
 
-from fourfold.core import gptq, grid, guidance, moments, widening
+from fourfold.core import gptq, grid, guidance, metrics, moments, widening
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Batches, Rows
 from fourfold.model.family import FAMILIES
@@ -56,7 +56,7 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "shrink": ([(moments, "shrink"), (moments, "shrink_to_zero")], "fp32"),
     "factor": ([(gptq, "factorize_")], "fp32"),
     "gap of the rows": ([(observe, "_gap"), (moments, "gap")], "fp32"),
-    "asymmetric target": ([(gptq, "retarget")], "fp32"),
+    "asymmetric target": ([(site, "_target")], "fp32"),
     "row metric": (
         [(solve, "row_moments"), (solve, "row_pool"), (guidance, "gate_up_metric"), (guidance, "factorize_rows")],
         MOMENTS,
@@ -64,7 +64,9 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "scale search": ([(grid, "search_scales")], "fp32"),
     "columns": ([(gptq, "solve_codes")], "fp32"),
     "refinement": ([(gptq, "refine")], "fp32"),
-    "errors for the log": ([(site, "_judge")], "fp32"),
+    "errors for the log": (
+        [(site, "_over_rtn"), (site, "_own_moments"), (metrics, "proxy_rows"), (metrics, "energy")], "fp32"
+    ),
     "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
     "advance": ([(streams, "advance")], "bf16"),
 }
@@ -207,7 +209,7 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
         "scale search": experts * weights * 7.0 * candidates if solver.scale == "search" else 0.0,
         "columns": 1.0 * products,
         "refinement": 2.0 * solver.passes * products,
-        "errors for the log": 2.0 * products,  # of errors and of weights, one triangle each
+        "errors for the log": 4.0 * products,  # of errors, of weights, and of both beside RTN's: one triangle each
         "packing": 0.0,
         "advance": expert_forward * both + heldout * (2.0 * kept_parameters + options.topk * 6.0 * hidden * width),
     }

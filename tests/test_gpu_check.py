@@ -21,13 +21,23 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 HANGS = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
 
 
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
-    module = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    return benchmark("gpu_check")
+
+
+def test_functions_that_a_layer_is_timed_by_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    places = [place for places, _ in benchmark("full_layer").STEPS.values() for place in places]
+    assert [name for module, name in places if not hasattr(module, name)] == []
 
 
 def run(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, steps: list[Any], *words: str) -> Any:
