@@ -83,14 +83,14 @@ def report(
         from fourfold.model.hub import check_repo_id
         from fourfold.quantize.journal import require_release
 
-        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-            raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
         for folder in filter(None, (out, against)):
             require_release(folder)
             read_config(folder)
-
         if repo is not None:
             check_repo_id("--repo", repo)
+        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+            raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
+
         from fourfold.release.contents import CARD, FIGURES, PAGE
         from fourfold.release.report.about import About
         from fourfold.release.report.write import write
