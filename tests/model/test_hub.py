@@ -262,6 +262,19 @@ def test_repository_without_safetensors(server: FakeHub) -> None:
     assert server.downloaded() == set()
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (b'{"model_type": "llama"}', "a dense model"),
+        (b'{"model_type": "qwen3_moe", "quantization_config": {"quant_method": "gptq"}}', "already quantized"),
+    ],
+)
+def test_what_config_json_rules_out_is_not_downloaded(server: FakeHub, config: bytes, said: str) -> None:
+    server.files = server.files | {"config.json": config}
+    assert said in refused("org/model")
+    assert server.downloaded() == {"config.json"}
+
+
 def test_hub_that_is_down(server: FakeHub) -> None:
     server.refuse = {"/main": (503, {}, b"")}
     message = refused("org/model")

@@ -25,12 +25,12 @@ from huggingface_hub.utils.tqdm import tqdm
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.config import local_folder, no_such_folder
+from fourfold.model.config import CONFIG, local_folder, no_such_folder, read_source_config
 from fourfold.model.files import SIDECARS
 from fourfold.model.headers import INDEX_NAME
 
 CARD = "README.md"
-WANTED = ["config.json", INDEX_NAME, "*.safetensors", CARD, *SIDECARS]
+WANTED = [CONFIG, INDEX_NAME, "*.safetensors", CARD, *SIDECARS]
 UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats in subfolders, Mistral's second copy
 SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)  # "?": signed addresses
 
@@ -107,6 +107,8 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
             planned = None  # the Hub cannot be asked; the cache may do, or else the next call says why
         if planned is not None:
             _check_planned(repo, planned)
+            first = snapshot_download(repo, revision=revision, allow_patterns=[CONFIG], tqdm_class=_Silent)
+            read_source_config(Path(first))  # gigabytes are not fetched for a model that will be refused
         return Path(snapshot_download(repo, tqdm_class=None if progress else _Silent, **options))
     except (OSError, RuntimeError, HTTPError) as error:  # RuntimeError: hf_xet's
         asked = f"{repo}@{revision}" if revision else repo
