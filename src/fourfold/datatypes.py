@@ -46,8 +46,7 @@ class Target(StrEnum):
     """Which outputs a projection was solved for. docs/numerics.md section 8."""
 
     PLAIN = "plain"  # the source weights' own
-    ASYMMETRIC = "asymmetric"  # the source stream's
-    RESIDUAL = "residual"  # those, and the gap of the residual stream
+    RESIDUAL = "residual"  # what brings the residual stream closest to the source's
 
 
 class Action(StrEnum):
@@ -139,13 +138,12 @@ class Batches:
 class Moments:
     """Second moments of the inputs of one input site, for a stack of experts: fp32 sums, never means.
 
-    hessian_EKK: sum of w x x^T; cross_EKK: sum of w (x_source - x) x^T, or None without a second stream;
-    weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2; gap_ENK: sum of w y x^T, y what the
-    source's residual stream has over the release's where the site's output is added, or None; gap2_EN: sum of w y^2.
+    hessian_EKK: sum of w x x^T; weight_E: sum of w; count_E: tokens (int64); energy2_E: sum of (w |x|^2)^2;
+    gap_ENK: sum of w y x^T, y what the site's output lacks of what the source's residual stream has, or None;
+    gap2_EN: sum of w y^2.
     """
 
     hessian_EKK: Tensor
-    cross_EKK: Tensor | None
     weight_E: Tensor
     count_E: Tensor
     energy2_E: Tensor
@@ -155,7 +153,6 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             hessian_EKK=self.hessian_EKK + other.hessian_EKK,
-            cross_EKK=_add(self.cross_EKK, other.cross_EKK),
             weight_E=self.weight_E + other.weight_E,
             count_E=self.count_E + other.count_E,
             energy2_E=self.energy2_E + other.energy2_E,
@@ -168,7 +165,7 @@ def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None and second is None:
         return None
     if first is None or second is None:
-        raise ValueError("moments with and without a cross moment or gap cannot be merged")
+        raise ValueError("moments with and without a gap cannot be merged")
     return first + second
 
 

@@ -100,17 +100,18 @@ class Scheme:
 class Solver:
     """How codes and scales are found. Each ingredient is one key; docs/numerics.md has the mathematics and ablations.
 
-    asymmetric: Fit the source model's outputs from the inputs that the quantized model gives each expert (GPTAQ); false
-        calibrates on the source model's inputs alone, in one stream.
-    alpha: Share of that asymmetric correction that is applied; 0 is plain GPTQ.
-    residual: With `asymmetric`, `down_proj` also corrects what the quantized model's residual stream lacks.
+    asymmetric: Calibrate on the inputs that the quantized model gives each expert, and fit `down_proj` to what brings
+        the residual stream closest to the source model's; false calibrates on the source model's inputs alone, in one
+        stream.
     router_weighted: Weigh each token by its router weight for the expert.
+    norm_power: Weigh each token by its hidden state x behind the layer, by (1 / |x|) to this power besides; 0 does not.
     pool: Weight of the layer-wide Hessian in each expert's: H' = (m H + n0 P) / (m + n0), with n0 = `pool` * K
         effective tokens; 0 gives each expert its own alone.
     effective_tokens: Count an expert's tokens m by their energy, so that a few loud tokens count as few; false counts
         them all.
     trace_matched: Scale the layer-wide Hessian P to the trace of each expert's own before they are mixed.
-    pool_rows: Random tokens of the layer that go through each expert to make the pool of its `down_proj`.
+    pool_rows: Random tokens of the layer that go through each expert to make the pool of its `down_proj`, at least;
+        five for each of its inputs where that is more.
     damp: Damping added to the diagonal of the Hessian, relative to what `damp_kind` names.
     damp_kind: `"diagonal"` damps each channel relative to its own diagonal entry; `"mean"` by the mean of the diagonal,
         as GPTQ does.
@@ -132,9 +133,8 @@ class Solver:
     """
 
     asymmetric: bool = True
-    alpha: float = 1.0
-    residual: bool = True
     router_weighted: bool = True
+    norm_power: float = 0.5
     pool: float = 0.5
     effective_tokens: bool = True
     trace_matched: bool = True
@@ -218,7 +218,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
 RANGES: dict[str, tuple[float, float]] = {
     "guidance.tokens": (0, 2**24),
     "guidance.damp": (0, 1),
-    "solver.alpha": (0, 1),
+    "solver.norm_power": (0, 2),
     "solver.pool": (0, 1024),
     "solver.pool_rows": (1, 2**20),
     "solver.damp": (0, 1),

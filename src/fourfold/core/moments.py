@@ -14,8 +14,7 @@ PAIRS_PER_PIECE = 16_384  # pairs whose fp32 inputs exist at one time
 PANEL = 256  # rows of a Hessian that one GEMM adds to: of K = 2048 more than two fifths of the work is left out
 MIRRORED = 32  # rows that are copied at a time from below the diagonal to above it
 
-# hessian_KK, cross_KK, input_TK, target_TK, token_S, root_S: see add_products_torch_
-AddProducts = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+AddProducts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see add_products_torch_
 
 
 class NotFinite(FourfoldError):
@@ -26,25 +25,21 @@ class NotFinite(FourfoldError):
         self.expert = expert
 
 
-def accumulate(
-    input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor, offsets: list[int]
-) -> Moments:
+def accumulate(input_TK: Tensor, token_S: Tensor, weight_S: Tensor, offsets: list[int]) -> Moments:
     """Second moments of the inputs of E experts, fp32 sums.
 
-    input_TK: what the experts are given; target_TK: what the source stream gives for the same tokens, or None;
-    token_S: row of each (token, expert) pair, sorted by expert; weight_S: w of the pair, fp32, >= 0;
-    offsets: E + 1 ints, expert e owns pairs offsets[e]:offsets[e + 1].
-    Hessian sum w x x^T from xs = bf16(sqrt(w) x); cross sum w (target - x) x^T from bf16(sqrt(w) (target - x)).
+    input_TK: what the experts are given; token_S: row of each (token, expert) pair, sorted by expert; weight_S: w of
+    the pair, fp32, >= 0; offsets: E + 1 ints, expert e owns pairs offsets[e]:offsets[e + 1].
+    Hessian sum w x x^T from xs = bf16(sqrt(w) x).
     """
     if input_TK.is_cuda:
-        return cuda.accumulate(input_TK, target_TK, token_S, weight_S, offsets)
-    return accumulate_by(_add_products(input_TK), input_TK, target_TK, token_S, weight_S, offsets)
+        return cuda.accumulate(input_TK, token_S, weight_S, offsets)
+    return accumulate_by(_add_products(input_TK), input_TK, token_S, weight_S, offsets)
 
 
 def accumulate_by(
-    add_products_: AddProducts, input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor,
-    offsets: list[int],
-) -> Moments:  # fmt: skip
+    add_products_: AddProducts, input_TK: Tensor, token_S: Tensor, weight_S: Tensor, offsets: list[int]
+) -> Moments:
     """The same for any device, an expert and piece of its pairs at a time: the CPU's way.
 
     With `add_products_torch_` it is what the kernels are held against.
@@ -52,66 +47,56 @@ def accumulate_by(
     experts, inputs = len(offsets) - 1, input_TK.shape[1]
     device = input_TK.device
     hessian_EKK = torch.zeros(experts, inputs, inputs, device=device)
-    cross_EKK = None if target_TK is None else torch.zeros_like(hessian_EKK)
     weight_E, energy2_E = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
     # A loop over experts, but each step is a GEMM of K x tokens x K; grouped_mm of the same took a quarter longer on a
     # CPU, and one GEMM per expert gives the same bits however experts are chunked.
     for expert in range(experts):
-        cross_KK = None if cross_EKK is None else cross_EKK[expert]
         for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
             piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
             root_S = weight_S[piece].sqrt()
-            energy_S = add_products_(hessian_EKK[expert], cross_KK, input_TK, target_TK, token_S[piece], root_S)
+            energy_S = add_products_(hessian_EKK[expert], input_TK, token_S[piece], root_S)
             weight_E[expert] += weight_S[piece].sum()
             energy2_E[expert] += energy_S.square_().sum()
         mirror_(hessian_EKK[expert])
     count_E = torch.tensor(offsets, device=device).diff()
-    return Moments(hessian_EKK, cross_EKK, weight_E, count_E, energy2_E)
+    return Moments(hessian_EKK, weight_E, count_E, energy2_E)
 
 
 def _add_products(input_TK: Tensor) -> AddProducts:
     return bf16.add_products_ if bf16.fits(input_TK) else add_products_torch_
 
 
-def add_products_torch_(
-    hessian_KK: Tensor, cross_KK: Tensor | None, input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor,
-    root_S: Tensor,
-) -> Tensor:  # fmt: skip
-    """Add xs xs^T of pairs to the lower triangle, (target - x)s xs^T to the cross sum, in place. Returns |xs|^2, [S].
+def add_products_torch_(hessian_KK: Tensor, input_TK: Tensor, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """Add xs xs^T of pairs to the lower triangle, in place. Returns |xs|^2, [S].
 
     What is above the triangle is of no use then. GEMMs in panels of the triangle.
     """
-    scaled_SK = scale_rows(input_TK, None, token_S, root_S)
+    scaled_SK = scale_rows(input_TK, token_S, root_S)
     for first in range(0, len(hessian_KK), PANEL):
         panel = slice(first, first + PANEL)
         hessian_KK[panel, : panel.stop].addmm_(scaled_SK[:, panel].T, scaled_SK[:, : panel.stop])
-    if cross_KK is not None and target_TK is not None:
-        cross_KK.addmm_(scale_rows(input_TK, target_TK, token_S, root_S).T, scaled_SK)
     return scaled_SK.square_().sum(dim=1)
 
 
-def scale_rows(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor) -> Tensor:
-    """bf16(root x), or bf16(root (target - x)) with the difference in fp32, of each pair's token: fp32 [S, K]."""
-    value_SK = input_TK[token_S].float()
-    if target_TK is not None:
-        value_SK = target_TK[token_S].float() - value_SK
-    return value_SK.mul_(root_S[:, None]).bfloat16().float()
+def scale_rows(input_TK: Tensor, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """bf16(root x) of each pair's token: fp32 [S, K]."""
+    return input_TK[token_S].float().mul_(root_S[:, None]).bfloat16().float()
 
 
 def gap(
-    gap_TN: Tensor, token_S: Tensor, input_SK: Tensor, weight_S: Tensor, offsets: list[int]
+    missing: Callable[[int, slice], Tensor], outputs: int, input_SK: Tensor, weight_S: Tensor, offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Sums of w y x^T and of w y^2 for E experts, fp32 [E, N, K] and [E, N]: what the outputs of their tokens lack,
-    beside what they are given.
+    """Sums of w y x^T and of w y^2 for E experts, y what the outputs of their tokens lack: fp32 [E, N, K] and [E, N].
 
-    gap_TN: y of each token; input_SK: x of each pair; token_S, weight_S, offsets: see accumulate. fp32 products.
+    missing: y of some pairs of an expert, fp32 [S, N], which is overwritten; outputs: N; input_SK: x of each pair;
+    weight_S, offsets: see accumulate. fp32 products.
     """
-    total_ENK = torch.zeros(len(offsets) - 1, gap_TN.shape[1], input_SK.shape[1], device=input_SK.device)
+    total_ENK = torch.zeros(len(offsets) - 1, outputs, input_SK.shape[1], device=input_SK.device)
     energy_EN = total_ENK.new_zeros(total_ENK.shape[:2])
     for expert, total_NK in enumerate(total_ENK):  # as in accumulate_by: a GEMM of N x tokens x K each
         for first in range(offsets[expert], offsets[expert + 1], PAIRS_PER_PIECE):
             piece = slice(first, min(first + PAIRS_PER_PIECE, offsets[expert + 1]))
-            gap_SN = gap_TN[token_S[piece]].float()
+            gap_SN = missing(expert, piece)
             weighted_SN = gap_SN * weight_S[piece, None]
             total_NK.addmm_(weighted_SN.T, input_SK[piece].float())
             energy_EN[expert] += weighted_SN.mul_(gap_SN).sum(dim=0)
@@ -124,7 +109,7 @@ def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
     add_products_ = _add_products(input_TK)
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
         token_S = torch.arange(first, min(first + PAIRS_PER_PIECE, len(input_TK)), device=input_TK.device)
-        add_products_(total_KK, None, input_TK, None, token_S, weight_T[token_S].sqrt())
+        add_products_(total_KK, input_TK, token_S, weight_T[token_S].sqrt())
     return mirror_(total_KK)
 
 
@@ -176,11 +161,10 @@ def shrink(
 
 
 def _require_finite(moments: Moments, trace_E: Tensor) -> None:
-    """The diagonal tells for x x^T, whose other entries are never larger; for the others the sum of all does."""
+    """The diagonal tells for x x^T, whose other entries are never larger; for y x^T the sum of all does."""
     finite_E = trace_E.isfinite()
-    for sum_ENK in (moments.cross_EKK, moments.gap_ENK):
-        if sum_ENK is not None:
-            finite_E &= sum_ENK.sum(dim=(1, 2)).isfinite()
+    if moments.gap_ENK is not None:
+        finite_E &= moments.gap_ENK.sum(dim=(1, 2)).isfinite()
     if not finite_E.all():
         raise NotFinite(int((~finite_E).nonzero()[0]))
 

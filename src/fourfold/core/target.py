@@ -10,22 +10,16 @@ from fourfold.core.gptq import Factor, take
 PANEL = 128  # columns of an inverse that exist at one time
 
 
-def retarget(
-    weight_ENK: Tensor, cross_EKK: Tensor, factor: Factor, alpha: float, gap_ENK: Tensor | None = None
-) -> Tensor:
-    """Return W + alpha (W C + Y) H^-1, whose output on the release stream comes closest to the source's. [E, N, K].
+def retarget(weight_ENK: Tensor, gap_ENK: Tensor, factor: Factor) -> Tensor:
+    """Return W + Y H^-1, whose output comes closest to W x + y. [E, N, K].
 
-    cross_EKK: C, mean of w (x_source - x) x^T: GPTAQ (arXiv 2504.02692) as one change of target. gap_ENK: Y, mean of
-    w y x^T, y the additional output that is wanted, as in LoaQ (arXiv 2509.06297). Both shrunk as ridge regression does
-    (moments.shrink_to_zero).
+    gap_ENK: Y, mean of w y x^T, y the additional output that is wanted, shrunk as ridge regression does
+    (moments.shrink_to_zero): as in LoaQ (arXiv 2509.06297), with what GPTAQ (arXiv 2504.02692) wants in it.
     """
-    moved_ENK = torch.bmm(weight_ENK, cross_EKK)
-    if gap_ENK is not None:
-        moved_ENK += gap_ENK
-    moved_ENK = _project(moved_ENK, factor).div_(factor.pivot_EK[:, None, :])
+    moved_ENK = _project(gap_ENK, factor).div_(factor.pivot_EK[:, None, :])
     moved_ENK = torch.linalg.solve_triangular(factor.unit_EKK, moved_ENK, upper=True, left=False, unitriangular=True)
-    natural_ENK = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
-    return torch.add(weight_ENK, natural_ENK, alpha=alpha, out=natural_ENK)
+    natural_ENK: Tensor = moved_ENK.gather(2, factor.order_EK.argsort(dim=1)[:, None, :].expand_as(weight_ENK))
+    return natural_ENK.add_(weight_ENK)
 
 
 def james_stein(

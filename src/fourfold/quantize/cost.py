@@ -108,7 +108,7 @@ def exchange(work: Workload, workers: int, *, on_cpu: bool, inputs: str = "devic
     """
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
     rows_bytes, sums_bytes = tokens * work.hidden * BF16, tokens * work.hidden * FP32
-    gap_bytes = work.has_gap * work.calibration_tokens * work.hidden * BF16
+    gap_bytes = work.asymmetric * work.calibration_tokens * work.hidden * BF16
     here, several = workers // hosts, workers > 1
     parts = here + hosts - 1  # sums that each worker adds up, one of each worker here and of each other host
     if on_cpu:
@@ -178,12 +178,11 @@ def _steps(work: Workload, workers: int) -> Iterator[tuple[str, str, tuple[_Part
     yield "held-out rows", "forward", (*heldout, head)
     yield "activations for down", "forward", solved(estimate.activations_flop(work), estimate.activations_bytes(work))
     yield "moments", "moments", solved(estimate.moments_flop(work))
-    yield "cross moments", "moments", solved(estimate.moments_flop(work) * work.asymmetric)
     yield "gap between the streams", "gemm", solved(estimate.gap_flop(work))
     pools = _Part(estimate.gate_up_pool_flop(work), 0.0, rows), _Part(estimate.down_pool_flop(work), 0.0, experts)
     yield "pools", "moments", pools
     yield "factor", "factor", solved(estimate.factor_flop(work))
-    yield "asymmetric target", "factor", solved(estimate.target_flop(work))
+    yield "target of down", "factor", solved(estimate.target_flop(work))
     yield "scale search", "elementwise", solved(estimate.scales_flop(work))
     yield "columns", "gemm", solved(estimate.columns_flop(work))
     yield "columns in a block", "elementwise", solved(estimate.in_block_flop(work))

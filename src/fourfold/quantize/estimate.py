@@ -12,6 +12,7 @@ TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and ind
 COLUMNS = 128.0  # of a block in core/gptq
 BF16, FP32 = 2, 4
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
+POOL_ROWS_PER_INPUT = 5  # of down
 SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
 ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens per hidden dimension on
 
@@ -42,7 +43,6 @@ class Workload:
     heldout_tokens: int
     heldout_length: int
     asymmetric: bool
-    residual: bool
     candidates: int
     passes: int
     pooled: bool
@@ -72,11 +72,7 @@ class Workload:
     @property
     def inputs_per_token(self) -> int:
         """Vectors of D that a layer's experts are learnt from: each stream's input, and the gap between the streams."""
-        return self.calibration_streams + self.has_gap
-
-    @property
-    def has_gap(self) -> bool:
-        return self.asymmetric and self.residual
+        return 3 if self.asymmetric else 1
 
     @property
     def sites(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -170,6 +166,14 @@ def damping_by_rule(work: Workload) -> float:
     return next(damping for least, damping in ROW_DAMPING if work.guidance_tokens >= least * work.hidden)
 
 
+def pool_rows(least: int, width: int) -> int:
+    """Random tokens that go through each expert for the pool of its down: so many for each input, or the least.
+
+    A pool of fewer tokens than inputs is noise itself (docs/numerics.md section 2).
+    """
+    return max(least, POOL_ROWS_PER_INPUT * width)
+
+
 def _free_bytes(out: Path) -> int:
     folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(folder).free
@@ -223,13 +227,13 @@ def activations_flop(work: Workload) -> float:
 
 
 def moments_flop(work: Workload) -> float:
-    """x x^T of every pair at both sites, as full GEMMs. The cross moment takes as much again."""
+    """x x^T of every pair at both sites, as full GEMMs."""
     return work.solved_layers * 2.0 * work.pairs * sum(inputs**2 for inputs, _ in work.sites)
 
 
 def gap_flop(work: Workload) -> float:
-    """What the rows lack times the activations of every pair, in fp32."""
-    return work.solved_layers * 2.0 * work.pairs * work.width * work.hidden * work.has_gap
+    """What the outputs of every pair lack, from its activations, times these, in fp32."""
+    return work.solved_layers * 4.0 * work.pairs * work.width * work.hidden * work.asymmetric
 
 
 def gate_up_pool_flop(work: Workload) -> float:
@@ -249,11 +253,9 @@ def factor_flop(work: Workload) -> float:
 
 
 def target_flop(work: Workload) -> float:
-    """W C H^-1: one GEMM and two triangular solves, with a gap one more for what may be chance; nothing where the
-    target is the weight itself.
-    """
-    told = 1.0 * work.hidden * work.width**2 * work.has_gap
-    return _per_solve(work, told + sum(4.0 * outputs * inputs**2 for inputs, outputs in work.sites)) * work.asymmetric
+    """Y H^-1 at down: two triangular solves, one more for what may be chance, and two of the degrees of freedom."""
+    told = 3.0 * work.hidden * work.width**2 + 2.0 * work.width**3
+    return _per_solve(work, told) * work.asymmetric
 
 
 def columns_flop(work: Workload) -> float:

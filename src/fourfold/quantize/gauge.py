@@ -152,10 +152,9 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
     offsets = [PAIRS * expert for expert in range(count + 1)]
     input_TK = gauge.normal(count * PAIRS, inputs).bfloat16()
     every_S, ones_S = torch.arange(len(input_TK), device=gauge.device), torch.ones(len(input_TK), device=gauge.device)
-    target_TK = input_TK.flip(0) if work.asymmetric else None
 
     def accumulate() -> Moments:
-        return moments.accumulate(input_TK, target_TK, every_S, ones_S, offsets)
+        return moments.accumulate(input_TK, every_S, ones_S, offsets)
 
     weight_ENK = gauge.normal(count, outputs, inputs)
     hessian_EKK = accumulate().hessian_EKK / PAIRS
@@ -169,7 +168,7 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
 
     def factorize() -> None:
         made = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
-        target.retarget(weight_ENK, hessian_EKK, made, 1.0)
+        target.retarget(weight_ENK, weight_ENK, made)
 
     def columns() -> None:
         codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
@@ -177,7 +176,7 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
 
     product, square = count * outputs * inputs**2, count * inputs**2
     return {
-        "moments": gauge.per_second(2.0 * PAIRS * square * (1 + work.asymmetric), accumulate),
+        "moments": gauge.per_second(2.0 * PAIRS * square, accumulate),
         "factor": gauge.per_second(square * inputs / 3 + 4.0 * product, factorize),
         "gemm": gauge.per_second(3.0 * product, columns),
         "elementwise": gauge.per_second(

@@ -18,6 +18,7 @@ from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
 from fourfold.quantize import pinned
+from fourfold.quantize.chunk import POOL_PIECE
 from fourfold.quantize.estimate import Workload, inputs_bytes
 from fourfold.units import size
 
@@ -58,21 +59,15 @@ def embedding_bytes(work: Workload) -> int:
     return work.vocabulary * work.hidden * BF16
 
 
-def moments_bytes(work: Workload, inputs: int) -> int:
-    """Of one expert at a site with K inputs: hessian, and cross where the target is asymmetric. fp32."""
-    return work.calibration_streams * inputs * inputs * FP32
-
-
-def solve_bytes(work: Workload, inputs: int, outputs: int) -> int:
-    """Of one expert in the solve of a site, its moments included. The cross moment is there besides."""
-    squares = SQUARES + work.calibration_streams - 1
-    return (squares * inputs * inputs + STACKS * outputs * inputs) * FP32
+def solve_bytes(inputs: int, outputs: int) -> int:
+    """Of one expert in the solve of a site, its moments included. fp32."""
+    return (SQUARES * inputs * inputs + STACKS * outputs * inputs) * FP32
 
 
 def activation_bytes(work: Workload) -> int:
     """Of one expert, what down is learnt from: silu(gate) * up of its pairs and of the pool's rows."""
     pairs = int(work.calibration_streams * work.tokens_per_expert * SKEW) * work.width * BF16
-    pool = work.pool_rows * work.width * (3 * BF16 + FP32) + work.width**2 * FP32
+    pool = min(work.pool_rows, POOL_PIECE) * work.width * (3 * BF16 + FP32) + 2 * work.width**2 * FP32
     return pairs + (pool if work.pooled else 0)
 
 
@@ -83,7 +78,7 @@ def row_metric_bytes(work: Workload) -> tuple[int, int]:
     rows = 2 * work.width
     stacks = tuple(ROW_STACKS * outputs * inputs * FP32 for inputs, outputs in work.sites)
     pairs = int(work.tokens_per_expert * SKEW) * rows * (2 * BF16 + FP32)
-    pool = work.pool_rows * rows * (2 * BF16 + 2 * FP32) * work.pooled
+    pool = min(work.pool_rows, POOL_PIECE) * rows * (2 * BF16 + 2 * FP32) * work.pooled
     gate_up = stacks[0] + ROW_SQUARES * rows**2 * FP32 + max(pairs, pool)
     return gate_up * work.guided_sites[0], stacks[1] * work.guided_sites[1]
 
@@ -95,12 +90,12 @@ def curvature_bytes(work: Workload) -> int:
 
 def gap_bytes(work: Workload) -> int:
     """Of one expert: what its outputs are to make up for. fp32."""
-    return work.has_gap * work.hidden * work.width * FP32
+    return work.asymmetric * work.hidden * work.width * FP32
 
 
 def chunk_bytes(work: Workload) -> int:
     """What one more expert in a chunk costs, at the dearer of its two sites."""
-    gate_up, down = (solve_bytes(work, inputs, outputs) for inputs, outputs in work.sites)
+    gate_up, down = (solve_bytes(inputs, outputs) for inputs, outputs in work.sites)
     gate_up_rows, down_rows = row_metric_bytes(work)
     return max(gate_up + gate_up_rows, down + down_rows + activation_bytes(work) + gap_bytes(work))
 
@@ -108,7 +103,7 @@ def chunk_bytes(work: Workload) -> int:
 def gather_bytes(work: Workload) -> int:
     """The larger of one expert's inputs in fp32 (core/moments) and a batch of gathered ones, gate and up."""
     pairs = work.calibration_tokens * work.topk
-    piece = min(pairs, PAIRS_PER_PIECE) * work.hidden * (2 + work.calibration_streams) * FP32
+    piece = min(pairs, PAIRS_PER_PIECE) * work.hidden * 3 * FP32
     batch = min(pairs, PAIRS_PER_BATCH) * (work.hidden + 4 * work.width) * BF16
     return max(piece, batch)
 
@@ -311,7 +306,7 @@ def plan_memory(
     gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
     most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
     if on_cpu:
-        most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(work, *site) for site in work.sites), 1))
+        most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(*site) for site in work.sites), 1))
     sizes = Sizes(chunk=_ceil_div(own, _ceil_div(own, most)), tokens=tokens, rows=rows, inputs=inputs)
     return MemoryPlan(
         devices=tuple(devices),
@@ -386,7 +381,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     fetched = 0 if on_cpu else sizes.tokens * work.hidden * BF16  # a worker's last outputs, on their way to the host
     solved = solved_bytes(work) // workers
     gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
-    gate_up, down = (moments_bytes(work, inputs) for inputs, _ in work.sites)
+    gate_up, down = (inputs * inputs * FP32 for inputs, _ in work.sites)
     moments = sizes.chunk * (max(gate_up, down + activation_bytes(work) + gap_bytes(work)) + gathered)
     passing, kept = kept, kept + curvature_bytes(work)
     # stage: bytes that lie on the host, whoever works; bytes of each worker

@@ -1,29 +1,27 @@
-"""Run one layer over the streams: attention, MoE inputs, routing; moments of a chunk of experts."""
+"""Run one layer over the streams: attention, MoE inputs, routing."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fourfold.core import guidance, metrics, moments, widening
-from fourfold.datatypes import Batches, Moments, Rows, StreamDrift, Tick
+from fourfold.core import metrics
+from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
 from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
     Routing,
-    activate,
     attend,
-    expert_hidden,
-    of_gate_up,
     run_experts,
     sort_pairs,
 )
 from fourfold.quantize.workers import Worker
+
+MOST_IMPORTANT = 4.0  # times the median token: a state of length zero is next to nothing, and its errors are too
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,11 @@ class Observed:
     """What a layer's moments come from: the release stream (asymmetric) or the source stream.
 
     input_TD: the experts' inputs, of all workers' tokens, on the layer's device or on the host; counts: tokens of each
-    worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where the target
-    is asymmetric, or None. In the first layer both streams' inputs are one tensor; those of down differ there all the
-    same. gap_TD: what the source's rows have over the release's before the experts' output is added, over the sum of
-    the token's router weights, where down is to make up for it; None in the first layer, where it is nothing.
+    worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where down is to
+    bring the residual stream to the source's, or None. In the first layer both streams' inputs are one tensor.
+    gap_TD: what the source's rows have over the release's before the experts' output is added, over the sum of the
+    token's router weights; None in the first layer, where it is nothing. importance_T: what an error at each token
+    weighs (token_importance), on the layer's device.
     """
 
     input_TD: Tensor
@@ -58,21 +57,23 @@ class Observed:
     pairs: Pairs
     target_TD: Tensor | None
     gap_TD: Tensor | None
+    importance_T: Tensor
 
 
-def observe(
-    worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None, residual: bool
-) -> Observed:
-    """What a layer's own experts are learnt from; one tensor stays one. residual: with the gap between both rows."""
+def observe(worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None) -> Observed:
+    """What a layer's own experts are learnt from, before the experts' output is added to the rows. One tensor stays one;
+    all tokens weigh the same.
+    """
     traffic = source if release is None else release
     assert traffic.input_TD is not None and traffic.routing is not None
     routing = traffic.routing.to(layer.stacks[0].device)
     pairs = sort_pairs(routing, layer.owned, layer.experts)
     target_TD = None if release is None else source.input_TD
     gap_TD = None
-    if release is not None and residual and target_TD is not traffic.input_TD:
+    if release is not None and target_TD is not traffic.input_TD:
         gap_TD = _gap(worker, source, release).to(traffic.input_TD.device, non_blocking=True)
-    return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD)
+    importance_T = torch.ones(len(traffic.input_TD), device=routing.weight_TA.device)
+    return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD, importance_T)
 
 
 def _gap(worker: Worker, source: Traffic, release: Traffic) -> Tensor:
@@ -86,6 +87,17 @@ def _gap(worker: Worker, source: Traffic, release: Traffic) -> Tensor:
     weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
     room.own_TX.div_(weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu())
     return worker.gathered(room)[0]
+
+
+def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
+    """What an error at each token weighs, of all workers' tokens: (median |x| / |x|)^power, at most MOST_IMPORTANT.
+
+    rows: of the source behind the layer. The norm before the next layer divides by |x|, so that an error beside a long
+    state matters less; but all later tokens may attend to one whose state is very long, so that it matters more than
+    1 / |x|^2 (docs/numerics.md section 1). fp32 [T].
+    """
+    length_T, _ = worker.gather([rows.hidden_RTD.float().norm(dim=-1).flatten()])
+    return (length_T.median() / length_T).pow_(power).nan_to_num_(1.0).clamp_(max=MOST_IMPORTANT)
 
 
 def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
@@ -253,129 +265,3 @@ def pass_batch(
 def _batches(count: int, size: int) -> Iterator[slice]:
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.
-
-    input_TD: MoE inputs that the moments use; target_TD, gap_TD: see Observed, of the same tokens; weight_S: w of each
-    pair (router weight, or one).
-    """
-
-    experts: range  # places among the worker's own
-    pairs: Pairs
-    weight_S: Tensor
-    input_TD: Tensor
-    target_TD: Tensor | None
-    gap_TD: Tensor | None
-
-
-def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
-    """inputs: see Batches; from the host each pair's own input is brought."""
-    pairs = observed.pairs.of_experts(experts)
-    input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
-    if inputs != "device":
-        device, token_S = pairs.token_S.device, pairs.token_S.cpu()
-        same = target_TD is input_TD
-        input_TD = input_TD[token_S].to(device)
-        if target_TD is not None:
-            target_TD = input_TD if same else target_TD[token_S].to(device)
-        if gap_TD is not None:
-            gap_TD = gap_TD[token_S].to(device)
-        pairs = dataclasses.replace(pairs, token_S=torch.arange(len(token_S), device=device))
-    weight_S = pairs.weight_S.float()
-    return Chunk(
-        experts=experts,
-        pairs=pairs,
-        weight_S=weight_S if router_weighted else torch.ones_like(weight_S),
-        input_TD=input_TD,
-        target_TD=target_TD,
-        gap_TD=gap_TD,
-    )
-
-
-def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> Tensor:
-    """Mean of x x^T over the layer's tokens, each weighted by the sum of its router weights. fp32 [K, K], K = D.
-
-    Each worker adds up its own tokens.
-    """
-    own = own_tokens(worker, observed.counts)
-    weight_T = observed.routing.weight_TA.float().sum(dim=1)
-    if not router_weighted:
-        weight_T = torch.ones_like(weight_T)
-    total_KK = worker.total(moments.pool(observed.input_TD[own].to(weight_T.device), weight_T[own]))
-    return total_KK.div_(weight_T.sum())
-
-
-def gate_up_moments(chunk: Chunk) -> Moments:
-    """Moments of the experts' inputs, K = D. Without a cross moment where both streams' inputs are one tensor."""
-    target_TD = None if chunk.target_TD is chunk.input_TD else chunk.target_TD
-    return moments.accumulate(
-        chunk.input_TD, target_TD, chunk.pairs.token_S, chunk.weight_S, list(chunk.pairs.offsets)
-    )
-
-
-def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Moments:
-    """Moments of the activations silu(gate) * up, K = I.
-
-    gate_up_ENK: of the chunk's experts, the weights that the moments use (dequantized for the release stream).
-    With a target, its activations come from the source stream's inputs and the source weights, same pairs. What down
-    puts out is added to the rows, so that it can make up for their gap too.
-    """
-    hidden_SI = expert_hidden(chunk.input_TD, chunk.pairs, gate_up_ENK, layer.activation)
-    target_SI = None
-    if chunk.target_TD is not None:
-        source_ENK = layer.stacks[0][chunk.experts.start : chunk.experts.stop]
-        target_SI = expert_hidden(chunk.target_TD, chunk.pairs, source_ENK, layer.activation)
-    every_S, offsets = torch.arange(len(hidden_SI), device=hidden_SI.device), list(chunk.pairs.offsets)
-    own = moments.accumulate(hidden_SI, target_SI, every_S, chunk.weight_S, offsets)
-    if chunk.gap_TD is None:
-        return own
-    gap_EDI, gap2_ED = moments.gap(chunk.gap_TD, chunk.pairs.token_S, hidden_SI, chunk.weight_S, offsets)
-    return dataclasses.replace(own, gap_ENK=gap_EDI, gap2_EN=gap2_ED)
-
-
-def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:
-    """Mean of a a^T over the same random tokens for every expert of a chunk: fp32 [E, K, K], K = I.
-
-    gate_up_ENK: of the chunk's experts; input_PD: what the tokens bring to any expert. Neurons of different experts do
-    not correspond, so each expert has a pool of its own.
-    """
-    return _pool_of_random(gate_up_ENK, input_PD, lambda gate_up_EPN: activate(gate_up_EPN, layer.activation))
-
-
-def row_moments(chunk: Chunk, gate_up_ENK: Tensor) -> Moments:
-    """Moments of how gate and up change what an expert puts out (core/guidance.sensitivities), K = 2I, tokens weighted
-    by their router weights squared. gate_up_ENK: of the chunk's experts, the source weights.
-    """
-    rows = gate_up_ENK.shape[1]
-    changed_SN = of_gate_up(chunk.input_TD, chunk.pairs, gate_up_ENK, rows, guidance.sensitivities)
-    every_S = torch.arange(len(changed_SN), device=changed_SN.device)
-    weight_S = chunk.pairs.weight_S.float().square()
-    return moments.accumulate(changed_SN, None, every_S, weight_S, list(chunk.pairs.offsets))
-
-
-def row_pool(gate_up_ENK: Tensor, input_PD: Tensor) -> Tensor:
-    """The same of random tokens that all weigh the same, their mean: fp32 [E, 2I, 2I]. See down_pool."""
-    return _pool_of_random(gate_up_ENK, input_PD, guidance.sensitivities)
-
-
-def _pool_of_random(gate_up_ENK: Tensor, input_PD: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of x x^T over random tokens, x what `make` gives for gate and up of a token, of each expert: [E, K, K]."""
-    with widening.products(input_PD.device):
-        gate_up_EPN = torch.matmul(input_PD, gate_up_ENK.transpose(1, 2))
-    made_EPK = make(gate_up_EPN)
-    experts, rows = made_EPK.shape[:2]
-    # Every row of every expert is a pair, and all weigh the same.
-    own = moments.accumulate(
-        made_EPK.flatten(0, 1), None, torch.arange(experts * rows, device=made_EPK.device),
-        torch.ones(experts * rows, device=made_EPK.device), [rows * expert for expert in range(experts + 1)],
-    )  # fmt: skip
-    return own.hessian_EKK.div_(rows)
-
-
-def random_tokens(count: int, wanted: int, seed: int) -> Tensor:
-    """`wanted` of `count` tokens without replacement, ascending, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values

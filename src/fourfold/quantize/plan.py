@@ -22,7 +22,7 @@ from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_ad
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
-from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk
+from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
@@ -377,11 +377,10 @@ def _workload(
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
-        residual=solver.residual,
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
-        pool_rows=solver.pool_rows,
+        pool_rows=min(pool_rows(solver.pool_rows, text.moe_intermediate_size), rows * length),
         guidance_tokens=guided,
         guidance_sites=recipe.guidance.sites,
         swept_layers=len(swept),

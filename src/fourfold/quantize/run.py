@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -55,60 +54,23 @@ from fourfold.quantize.journal import (
     log,
     open_journal,
 )
-from fourfold.quantize.memory import device_budget, give_back_free_memory, sweep_rows
-from fourfold.quantize.observe import Traffic, observe
+from fourfold.quantize.memory import device_budget, sweep_rows
+from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
+from fourfold.quantize.streams import Stream
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import write_trace
+from fourfold.quantize.watch import Watch
 from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
-BothTraffic = tuple[Traffic, Traffic | None]  # of source and release
+Both = tuple[Stream, Stream]  # source and release
 
 NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
-
-
-@dataclass
-class Watch:
-    """Tells progress and adds up seconds by stage. layers: that rows go through in this run."""
-
-    progress: Progress
-    layers: int
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def tell(self, stage: str, layer: int = -1, text: str = "") -> None:
-        self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers, text=text))
-
-    def note(self, text: str, layer: int = -1) -> None:
-        self.progress(Event(kind="note", layer=layer, text=text))
-
-    @contextmanager
-    def stage(self, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
-        """A timed stage of `total` units, of which the tick it yields tells how many more are done."""
-        done = 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done = min(done + count, total) if total else done + count
-            self.progress(
-                Event(kind="stage", stage=stage, layer=layer, layers=self.layers, done=done, total=total, unit=unit)
-            )
-
-        self.tell(stage, layer)
-        give_back_free_memory()
-        start = time.perf_counter()
-        yield tick
-        self.seconds[stage] += time.perf_counter() - start
-
-    def finished(self, layer: int, drift: StreamDrift) -> None:
-        data: dict[str, object] = {"hidden_error": drift.hidden_error, "memory_bytes": finish.peak_memory()}
-        if drift.router_agreement is not None:
-            data["router_agreement"] = drift.router_agreement
-        self.progress(Event(kind="layer", layer=layer, layers=self.layers, data=data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +229,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     """Both streams through all layers; every layer solved once, in this run or an earlier one. A recipe with guidance
     has the source swept before.
     """
-    plan, batches = job.plan, job.journal.settings.batches
-    drifts: list[StreamDrift] = []
+    plan, drifts = job.plan, []
     statistics, reference = None, None
     if job.left is not None:
         look_ahead(job, worker, job.left)
@@ -278,31 +239,10 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     if worker.leads:
         job.writer.submit(partial(copy_rest, job))
     for layer_plan in plan.layers[: plan.solve.stop]:
-        number = layer_plan.index
-        with job.stage(worker, "read", number):
-            taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
-            layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
-        tokens = worker.size * streams.attended_tokens(*both)
-        with job.stage(worker, "attend", number, tokens, "tokens") as tick:
-            traffic = streams.attend(worker, layer, both, batches, tick)
-            layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
-        del taken  # its experts, which are with their owners
-        if is_finished(job, worker, layer_plan, tensors):
-            release_layer = restore_layer(job, worker, layer_plan, layer)
-        elif number in plan.solve:
-            release_layer = solve(job, worker, layer_plan, layer, tensors, traffic)
-        else:
-            release_layer = layer
-        if number + 1 == plan.solve.stop:
-            both = both[0].without_calibration(), both[1].without_calibration()
-        tokens = worker.size * (both[0].tokens + both[1].tokens)
-        with job.stage(worker, "advance", number, tokens, "tokens") as tick:
-            layers = layer, release_layer
-            both, drift = streams.advance(worker, layers, traffic, both, batches, tick)
+        both, drift = pass_layer(job, worker, layer_plan, both)
         drifts.append(drift)
-        del layer, layers, release_layer, traffic  # or they lie beside the next layer's until it has its own
         if worker.leads:
-            job.watch.finished(number, drift)
+            job.watch.finished(layer_plan.index, drift)
     if worker.leads:
         with worker.span("wait for writer"):
             job.writer.join()
@@ -312,6 +252,39 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             statistics, reference = streams.measure(worker, plan.index, plan.skeleton, *heldout)
     spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
     return Measured(statistics, reference, tuple(drifts), tuple(span for part in spans for span in part))
+
+
+def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, both: Both) -> tuple[Both, StreamDrift]:
+    """Both streams through a layer, source and release; solved on the way, unless it is finished or not to be."""
+    plan, batches, number = job.plan, job.journal.settings.batches, layer_plan.index
+    with job.stage(worker, "read", number):
+        taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
+        layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
+    tokens = worker.size * streams.attended_tokens(*both)
+    with job.stage(worker, "attend", number, tokens, "tokens") as tick:
+        traffic = streams.attend(worker, layer, both, batches, tick)
+        layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
+    del taken  # its experts, which are with their owners
+    finished, observed = is_finished(job, worker, layer_plan, tensors), None
+    if layer.is_routed and number in plan.solve and not finished:
+        observed = observe(worker, layer, *traffic)
+    source, release = both
+    with job.stage(worker, "advance", number, worker.size * source.calibration_tokens, "tokens") as tick:
+        source = streams.advance(worker, layer, traffic[0], source, batches, tick)
+    if finished:
+        release_layer = restore_layer(job, worker, layer_plan, layer)
+    elif number in plan.solve:
+        release_layer = solve(job, worker, layer_plan, layer, tensors, observed, source)
+    else:
+        release_layer = layer
+    if number + 1 == plan.solve.stop:
+        source, release = source.without_calibration(), release.without_calibration()
+    tokens = worker.size * (release.tokens + source.heldout.token_RT.numel())
+    with job.stage(worker, "advance", number, tokens, "tokens") as tick:
+        release = streams.advance(worker, release_layer, traffic[1], release, batches, tick)
+        layers, heldout = (layer, release_layer), (source.heldout, release.heldout)
+        (drift,) = streams.pass_rows_(worker, layers, heldout, batches, tick)
+    return (source, release), drift
 
 
 def look_ahead(job: Job, worker: Worker, left: Left) -> None:
@@ -328,19 +301,23 @@ def look_ahead(job: Job, worker: Worker, left: Left) -> None:
 
 
 def solve(
-    job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors, traffic: BothTraffic
-) -> DecoderLayer:
+    job: Job, worker: Worker, layer_plan: LayerPlan, layer: DecoderLayer, tensors: LayerTensors,
+    observed: Observed | None, source: Stream,
+) -> DecoderLayer:  # fmt: skip
     """Codes and scales of a layer's own experts, and all workers' to the writer; a dense layer is copied.
 
-    Returns the layer with the experts that engines multiply by.
+    observed: None of a dense layer; source: behind the layer. Returns the layer with the experts that engines multiply
+    by.
     """
     result = NOTHING_ROUTED
-    if layer.is_routed:
+    if observed is not None and source.calibration is not None:
         skeleton = job.plan.skeleton
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
             chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
-            observed = observe(worker, layer, *traffic, job.plan.recipe.solver.residual)
+            if power := job.plan.recipe.solver.norm_power:
+                importance_T = token_importance(worker, source.calibration, power).to(layer.device)
+                observed = dataclasses.replace(observed, importance_T=importance_T)
             curvature = None
             if job.left is not None:
                 moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))

@@ -55,7 +55,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     """Codes and scales of one site's stack, by the recipe. docs/numerics.md.
 
     An expert whose outputs have a larger error than those of round-to-nearest is solved again for the outputs of the
-    source weights, without a metric of the rows.
+    source weights, without a metric of the rows; one that still has is rounded.
     """
     solver, scheme, weight_ENK = recipe.solver, recipe.scheme, site.weight_ENK
     n0 = solver.pool * weight_ENK.shape[-1]
@@ -66,7 +66,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
         delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
     )
     factor = gptq.factorize_(hessian_EKK, damping, solver.order, scheme.group_size)
-    target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0), solver.alpha)
+    target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0))
     objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
     group = _find_codes(objective, recipe)
     guided = _gain(objective, group, site.judged, recipe)
@@ -74,16 +74,21 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     if solver.fallback_share:
         rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
         group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme)
-    over_rtn_EP = _over_rtn(site.projections, weight_ENK, group, hessian_EKK, scheme)
-    if aim is not Target.PLAIN or site.rows is not None:
-        for expert in (over_rtn_EP > 1).any(dim=1).nonzero().flatten().tolist():
-            place = slice(expert, expert + 1)
-            plain = objective.without_rows(place, weight_ENK[place])
-            again = _find_codes(plain, recipe)
-            group.codes_ENK[place], group.scale_ENG[place] = again.codes_ENK, again.scale_ENG
-            over_rtn_EP[place] = _over_rtn(site.projections, weight_ENK[place], again, hessian_EKK[place], scheme)
+    judged_EKK = hessian_EKK if n0 else _pooled(site)
+    over_rtn_EP = _over_rtn(site.projections, weight_ENK, group, judged_EKK, scheme)
+    for expert in (over_rtn_EP > 1).any(dim=1).nonzero().flatten().tolist():
+        place = slice(expert, expert + 1)
+        own_ENK, own_EKK = weight_ENK[place], judged_EKK[place]
+        if targets[expert] is not Target.PLAIN or site.rows is not None:
+            plain = objective.without_rows(place, own_ENK)
             targets[expert], methods[expert] = Target.PLAIN, plain.methods[0]
-    del target_ENK, objective, hessian_EKK
+            _put(group, place, _find_codes(plain, recipe))
+            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, scheme)
+        if (over_rtn_EP[place] > 1).any():
+            methods[expert] = Method.RTN
+            _put(group, place, _round_to_nearest(own_ENK, scheme))
+            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, scheme)
+    del target_ENK, objective, hessian_EKK, judged_EKK
     error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
     own_EKK, share_E = _own_moments(site)
     parts = len(site.projections), -1
@@ -104,21 +109,17 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     )
 
 
-def _target(site: Site, factor: gptq.Factor, share_E: Tensor, alpha: float) -> tuple[Tensor, Target]:
+def _target(site: Site, factor: gptq.Factor, share_E: Tensor) -> tuple[Tensor, Target]:
     """The weights [E, N, K] that the codes are to come close to. share_E: see moments.own_share."""
     own = site.moments
-    if own.cross_EKK is None or not alpha:
+    if own.gap_ENK is None or own.gap2_EN is None:
         return site.weight_ENK, Target.PLAIN
-    gap_ENK = None
-    if own.gap_ENK is not None and own.gap2_EN is not None:
-        energy_EN = own.gap2_EN / own.weight_E.where(own.weight_E > 0, 1.0)[:, None]
-        own_share_E = share_E / own.weight_E.where(own.weight_E > 0, 1.0)  # hessian_EKK is a sum
-        freedom_E = target.degrees_of_freedom(own.hessian_EKK, own_share_E, factor)
-        gap_ENK = moments.shrink_to_zero(own.gap_ENK, own.weight_E, share_E)
-        gap_ENK = target.james_stein(gap_ENK, energy_EN, own.count_E, share_E, freedom_E, factor)
-    cross_EKK = moments.shrink_to_zero(own.cross_EKK, own.weight_E, share_E)
-    target_ENK = target.retarget(site.weight_ENK, cross_EKK, factor, alpha, gap_ENK)
-    return target_ENK, Target.ASYMMETRIC if gap_ENK is None else Target.RESIDUAL
+    weight_E = own.weight_E.where(own.weight_E > 0, 1.0)  # hessian_EKK and gap2_EN are sums
+    freedom_E = target.degrees_of_freedom(own.hessian_EKK, share_E / weight_E, factor)
+    gap_ENK = moments.shrink_to_zero(own.gap_ENK, own.weight_E, share_E)
+    energy_EN = own.gap2_EN / weight_E[:, None]
+    gap_ENK = target.james_stein(gap_ENK, energy_EN, own.count_E, share_E, freedom_E, factor)
+    return target.retarget(site.weight_ENK, gap_ENK, factor), Target.RESIDUAL
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _gain(objective: _Objective, group: QuantizedGroup, experts: int, recipe: Re
     if objective.rows is None or not experts:
         return 0.0, 0.0
     first = slice(0, experts)
-    guided = QuantizedGroup(group.codes_ENK[first], group.scale_ENG[first])
+    guided = _taken(group, first)
     unguided = objective.without_rows(first, objective.target_ENK[first])
     return objective.cost(guided), objective.cost(_find_codes(unguided, recipe))
 
@@ -213,6 +214,20 @@ def _over_rtn(
     solved_EP = energy(grid.dequantize(group.codes_ENK, group.scale_ENG).sub_(weight_ENK))
     scale_ENG = grid.absmax_scales(weight_ENK, scheme.group_size, scheme.scale_dtype)
     return solved_EP / energy(grid.rounding_error(weight_ENK, scale_ENG))
+
+
+def _pooled(site: Site) -> Tensor:
+    """What an expert without a pool is judged by: its own tokens and the layer's, as the default recipe mixes them."""
+    n0 = 0.5 * site.weight_ENK.shape[-1]
+    return moments.shrink(site.moments, site.pool_EKK, n0, effective=True, trace_matched=True)[0]
+
+
+def _taken(group: QuantizedGroup, place: slice) -> QuantizedGroup:
+    return QuantizedGroup(group.codes_ENK[place], group.scale_ENG[place])
+
+
+def _put(group: QuantizedGroup, place: slice, found: QuantizedGroup) -> None:
+    group.codes_ENK[place], group.scale_ENG[place] = found.codes_ENK, found.scale_ENG
 
 
 def _own_moments(site: Site) -> tuple[Tensor, Tensor]:

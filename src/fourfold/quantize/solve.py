@@ -17,19 +17,21 @@ from fourfold.core import grid, guidance, moments, pack
 from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
-from fourfold.quantize.link import Link
-from fourfold.quantize.observe import (
+from fourfold.quantize.chunk import (
     Chunk,
-    Observed,
+    Pool,
     down_moments,
     down_pool,
     gate_up_moments,
     gate_up_pool,
     make_chunk,
-    random_tokens,
+    random_pool,
     row_moments,
     row_pool,
 )
+from fourfold.quantize.estimate import pool_rows
+from fourfold.quantize.link import Link
+from fourfold.quantize.observe import Observed
 from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
@@ -84,8 +86,7 @@ def solve_layer(
     Raises FourfoldError naming the layer and the expert whose moments are not finite, and where one is too many.
     """
     clock = _Clock(worker, layer.index)
-    tokens, device = len(observed.input_TD), layer.stacks[0].device
-    token_P = random_tokens(tokens, recipe.solver.pool_rows, seed=layer.index).to(observed.input_TD.device)
+    device = layer.stacks[0].device
     with clock("moments"):
         pool_KK = gate_up_pool(worker, observed, recipe.solver.router_weighted)
     down_rows = None
@@ -98,7 +99,7 @@ def solve_layer(
         chunking=chunking,
         clock=clock,
         pool_KK=pool_KK,
-        pool_PD=observed.input_TD[token_P].to(device),
+        pool=random_pool(observed, pool_rows(recipe.solver.pool_rows, layer.stacks[1].shape[2]), layer.index, device),
         curvature=curvature,
         down_rows=down_rows,
         released=(torch.empty_like(layer.stacks[0]), torch.empty_like(layer.stacks[1])),
@@ -133,7 +134,7 @@ class _Job:
     chunking: Chunking
     clock: _Clock
     pool_KK: Tensor
-    pool_PD: Tensor
+    pool: Pool
     curvature: Curvature | None
     down_rows: guidance.RowFactor | None
     released: tuple[Tensor, Tensor]
@@ -184,7 +185,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
             else:
                 used_ENK = (job.released if solver.asymmetric else layer.stacks)[0][place]
                 site_moments = down_moments(chunk, layer, used_ENK)
-                pool_EKK = down_pool(layer, used_ENK, job.pool_PD)
+                pool_EKK = down_pool(layer, used_ENK, job.pool)
             row_metric = job.down_rows if which else _gate_up_rows(job, chunk, place)
         job.chunking.tick(len(places))
         with clock("solve"):
@@ -216,7 +217,7 @@ def _gate_up_rows(job: _Job, chunk: Chunk, place: slice) -> guidance.RowFactor |
     if curvature is None or job.recipe.guidance.sites == "down":
         return None
     gate_up_ENK, down_ENK = (stack[place] for stack in job.layer.stacks)
-    own, pool_ERR = row_moments(chunk, gate_up_ENK), row_pool(gate_up_ENK, job.pool_PD)
+    own, pool_ERR = row_moments(chunk, gate_up_ENK), row_pool(gate_up_ENK, job.pool)
     n0 = solver.pool * gate_up_ENK.shape[1]
     with _named_experts(job.layer, place):
         moment_ERR, _ = moments.shrink(

@@ -112,22 +112,14 @@ def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[Traffic, Tra
 
 
 def advance(
-    worker: Worker,
-    layers: tuple[DecoderLayer, DecoderLayer],
-    traffic: tuple[Traffic, Traffic | None],
-    streams: tuple[Stream, Stream],
-    batches: Batches,
-    tick: Tick,
-) -> tuple[tuple[Stream, Stream], StreamDrift]:
-    """Both streams to the next layer; held-out rows pass here too. layers, traffic, streams: (source, release)."""
-    source, release = (
-        Stream(advance_(worker, layer, own, batches, tick), stream.heldout) if own and stream.calibration else stream
-        for layer, own, stream in zip(layers, traffic, streams, strict=True)
-    )
-    (drift,) = pass_rows_(worker, layers, (source.heldout, release.heldout), batches, tick)
-    for layer, stream in zip(layers, (source, release), strict=True):
-        require_numbers(layer, None if stream.calibration is None else stream.calibration.hidden_RTD)
-    return (source, release), drift
+    worker: Worker, layer: DecoderLayer, traffic: Traffic | None, stream: Stream, batches: Batches, tick: Tick
+) -> Stream:
+    """A stream's calibration rows, if it has any, to the next layer, in place."""
+    if traffic is None or stream.calibration is None:
+        return stream
+    rows = advance_(worker, layer, traffic, batches, tick)
+    require_numbers(layer, rows.hidden_RTD)
+    return Stream(rows, stream.heldout)
 
 
 def pass_rows_(

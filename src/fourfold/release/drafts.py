@@ -19,7 +19,7 @@ from fourfold.datatypes import Rows, Tick
 from fourfold.model.head import Head, logits
 from fourfold.model.mtp import DraftHead, Drafts, read_draft_head
 from fourfold.model.weights import Weights
-from fourfold.quantize.run import Watch
+from fourfold.quantize.watch import Watch
 from fourfold.release.sweep import Compute, sweep_
 
 STEPS = 3

@@ -20,8 +20,8 @@ from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_token
 from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.devices import check_device
 from fourfold.quantize.journal import FINISHED, read_state, refuse_links
-from fourfold.quantize.run import Watch
 from fourfold.quantize.streams import compare
+from fourfold.quantize.watch import Watch
 from fourfold.recipe import FILE_KINDS, Heldout
 from fourfold.release import drafts
 from fourfold.release.schemas import Metrics, State, read_record

@@ -40,63 +40,46 @@ def fits(input_TK: Tensor) -> bool:
     return AVAILABLE and bf16_on_cpu and input_TK.shape[1] % PANEL == 0
 
 
-def add_products_(
-    hessian_KK: Tensor, cross_KK: Tensor | None, input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor,
-    root_S: Tensor,
-) -> Tensor:  # fmt: skip
-    """Add x x^T of each pair to the lower triangle, in place, and (target - x) x^T to cross_KK; returns |x|^2, [S].
+def add_products_(hessian_KK: Tensor, input_TK: Tensor, token_S: Tensor, root_S: Tensor) -> Tensor:
+    """Add x x^T of each pair, x the bf16(root x) of its token, to the lower triangle, in place; returns |x|^2, [S].
 
-    x is bf16(root x) of the pair's token, target - x likewise with the difference in fp32. What is above hessian_KK's
-    diagonal is no longer of use.
+    What is above hessian_KK's diagonal is no longer of use.
     """
     energy_S = torch.empty(len(token_S))
-    packed = _pack(input_TK, None, token_S, root_S, energy_S)
+    packed = _pack(input_TK, token_S, root_S, energy_S)
     panels = len(packed)
     lower = np.stack(np.tril_indices(panels)[::-1], axis=1)
     order = np.lexsort((lower[:, 1], lower[:, 0]))
-    _add(hessian_KK, packed, packed, lower[order])
-    if cross_KK is not None and target_TK is not None:
-        every = np.stack(np.divmod(np.arange(panels * panels), panels), axis=1)
-        _add(cross_KK, _pack(input_TK, target_TK, token_S, root_S, energy_S.new_empty(len(token_S))), packed, every)
+    over_rows(_add_tiles, len(lower), [hessian_KK.numpy(), packed, np.ascontiguousarray(lower[order])])
     return energy_S
 
 
 def energy(weight_NK: Tensor, hessian_KK: Tensor) -> float:
     """tr(W H W^T) as the sum of H times W^T W. weight_NK: BF16; hessian_KK: fp32, symmetric."""
     gram_KK = torch.zeros_like(hessian_KK)
-    add_products_(gram_KK, None, weight_NK, None, torch.arange(len(weight_NK)), torch.ones(len(weight_NK)))
+    add_products_(gram_KK, weight_NK, torch.arange(len(weight_NK)), torch.ones(len(weight_NK)))
     partial_K = torch.empty(len(hessian_KK))
     over_rows(_dot_lower, len(hessian_KK), [gram_KK.numpy(), hessian_KK.numpy(), partial_K.numpy()])
     return float(partial_K.sum(dtype=torch.float64))
 
 
-def _pack(input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, root_S: Tensor, energy_S: Tensor) -> Ints:
+def _pack(input_TK: Tensor, token_S: Tensor, root_S: Tensor, energy_S: Tensor) -> Ints:
     """[K / PANEL, words, PANEL], a word the values of two pairs; energy_S: where |x|^2 is written."""
     words = -(-len(token_S) // 2)
     packed = np.empty((input_TK.shape[1] // PANEL, words, PANEL), np.int32)
-    inputs, targets = (
-        each.view(torch.int16).numpy() for each in (input_TK, input_TK if target_TK is None else target_TK)
-    )
-    source = inputs, targets, target_TK is not None
-    over_rows(_pack_words, words, [source, token_S.numpy(), root_S.numpy(), packed, energy_S.numpy()])
+    inputs = input_TK.view(torch.int16).numpy()
+    over_rows(_pack_words, words, [inputs, token_S.numpy(), root_S.numpy(), packed, energy_S.numpy()])
     return packed
-
-
-def _add(sums_KK: Tensor, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> None:
-    """tiles: [count, 2], panel of columns and panel of rows of each part of the sums that is wanted."""
-    over_rows(_add_tiles, len(tiles), [sums_KK.numpy(), left, right, np.ascontiguousarray(tiles)])
 
 
 @native()
 def _pack_words(
-    first: int, last: int, source: tuple[NDArray[np.int16], NDArray[np.int16], bool], token: NDArray[np.int64],
-    root: Floats, packed: Ints, energy: Floats,
+    first: int, last: int, inputs: NDArray[np.int16], token: NDArray[np.int64], root: Floats, packed: Ints,
+    energy: Floats,
 ) -> None:  # fmt: skip
-    """source: inputs, targets, whether it is their difference that is wanted."""
-    inputs, targets, difference = source
     columns = inputs.shape[1]
-    value, other = np.zeros((2, columns), np.float32), np.empty(columns, np.float32)
-    bits, other_bits = value.view(np.int32), other.view(np.int32)
+    value = np.zeros((2, columns), np.float32)
+    bits = value.view(np.int32)
     for word in range(first, last):
         for half in range(2):
             pair = 2 * word + half
@@ -105,11 +88,6 @@ def _pack_words(
                 continue
             for column in range(columns):
                 bits[half, column] = np.int32(inputs[token[pair], column]) << SIXTEEN
-            if difference:
-                for column in range(columns):
-                    other_bits[column] = np.int32(targets[token[pair], column]) << SIXTEEN
-                for column in range(columns):
-                    value[half, column] = other[column] - value[half, column]
             for column in range(columns):
                 value[half, column] *= root[pair]
             round_bits(bits[half], SIXTEEN)
@@ -183,14 +161,15 @@ _add_tile: Any = intrinsic(_add_tile_types)
 
 
 @native()
-def _add_tiles(first: int, last: int, sums: Floats, left: Ints, right: Ints, tiles: NDArray[np.int64]) -> None:
+def _add_tiles(first: int, last: int, sums: Floats, packed: Ints, tiles: NDArray[np.int64]) -> None:
+    """tiles: [count, 2], panel of columns and panel of rows of each part of the sums that is wanted."""
     pitch = sums.strides[0]
-    for start in range(0, left.shape[1], PIECE):
-        words = min(PIECE, left.shape[1] - start)
+    for start in range(0, packed.shape[1], PIECE):
+        words = min(PIECE, packed.shape[1] - start)
         for item in range(first, last):
             column, row = tiles[item, 0], tiles[item, 1]
             for part in range(0, PANEL, TILE):
                 _add_tile(
-                    left[row, start:, part:].ctypes.data, right[column, start:].ctypes.data,
+                    packed[row, start:, part:].ctypes.data, packed[column, start:].ctypes.data,
                     sums[row * PANEL + part :, column * PANEL :].ctypes.data, pitch, words,
                 )  # fmt: skip

@@ -75,15 +75,12 @@ TILE = 128  # rows and columns of a tile of the sums
 
 
 @jit
-def _scaled(input_ptr, source_ptr, token, root, column, inside, CROSS: tl.constexpr, INTERPRET: tl.constexpr):
-    """bf16(sqrt(w) x), or bf16(sqrt(w) (source - x)), of a strip [pairs, columns]; 0 outside.
+def _scaled(input_ptr, token, root, column, inside, INTERPRET: tl.constexpr):
+    """bf16(sqrt(w) x) of a strip [pairs, columns]; 0 outside.
 
     Interpreted, BF16 values are kept in fp32: tl.dot would multiply their bit patterns.
     """
     value = tl.load(input_ptr + token[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if CROSS:
-        source = tl.load(source_ptr + token[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = source - value
     value = value * root[:, None]
     if INTERPRET:
         return round_bf16(value)
@@ -93,12 +90,12 @@ def _scaled(input_ptr, source_ptr, token, root, column, inside, CROSS: tl.conste
 
 @jit
 def _second_moments(
-    input_ptr, source_ptr, token_ptr, root_ptr, offset_ptr, sum_ptr, inputs,
-    CROSS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
+    input_ptr, token_ptr, root_ptr, offset_ptr, sum_ptr, inputs,
+    TILE: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one expert's sums, added to it; of a Hessian the lower tiles only, each put in both its places."""
+    """One lower tile of one expert's sums, added to it, and put in both its places."""
     right, left, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if CROSS or right <= left:
+    if right <= left:
         first, last = tl.load(offset_ptr + expert), tl.load(offset_ptr + expert + 1)
         row, column = left * TILE + tl.arange(0, TILE), right * TILE + tl.arange(0, TILE)
         total = tl.zeros((TILE, TILE), dtype=tl.float32)
@@ -107,24 +104,18 @@ def _second_moments(
             token = tl.load(token_ptr + pair, mask=pair < last, other=0) * inputs
             root = tl.load(root_ptr + pair, mask=pair < last, other=0.0)
             inside = (pair < last)[:, None]
-            strip = _scaled(
-                input_ptr, source_ptr, token, root, row, inside & (row < inputs)[None, :], CROSS, INTERPRET
-            )
-            other = _scaled(
-                input_ptr, source_ptr, token, root, column, inside & (column < inputs)[None, :], False, INTERPRET
-            )
+            strip = _scaled(input_ptr, token, root, row, inside & (row < inputs)[None, :], INTERPRET)
+            other = _scaled(input_ptr, token, root, column, inside & (column < inputs)[None, :], INTERPRET)
             total = tl.dot(tl.trans(strip), other, total)
-        if not CROSS:
-            if right == left:  # bit for bit symmetric, whatever order a tensor core sums in
-                total = tl.where(row[:, None] >= column[None, :], total, tl.trans(total))
+        if right == left:  # bit for bit symmetric, whatever order a tensor core sums in
+            total = tl.where(row[:, None] >= column[None, :], total, tl.trans(total))
         place = sum_ptr + expert * inputs * inputs + row[:, None] * inputs + column[None, :]
         inside = (row < inputs)[:, None] & (column < inputs)[None, :]
         total += tl.load(place, mask=inside, other=0.0)
         tl.store(place, total, mask=inside)
-        if not CROSS:
-            if right < left:
-                mirrored = sum_ptr + expert * inputs * inputs + column[:, None] * inputs + row[None, :]
-                tl.store(mirrored, tl.trans(total), mask=(column < inputs)[:, None] & (row < inputs)[None, :])
+        if right < left:
+            mirrored = sum_ptr + expert * inputs * inputs + column[:, None] * inputs + row[None, :]
+            tl.store(mirrored, tl.trans(total), mask=(column < inputs)[:, None] & (row < inputs)[None, :])
 
 
 @jit
@@ -144,7 +135,7 @@ def _token_sums(
         for begin in range(0, inputs, COLUMNS):
             column = begin + tl.arange(0, COLUMNS)
             inside = (pair < last)[:, None] & (column < inputs)[None, :]
-            value = _scaled(input_ptr, input_ptr, token, root, column, inside, False, INTERPRET).to(tl.float32)
+            value = _scaled(input_ptr, token, root, column, inside, INTERPRET).to(tl.float32)
             energy += tl.sum(value * value, axis=1)
         energy2 += energy * energy
         weight_sum += tl.load(weight_ptr + pair, mask=pair < last, other=0.0)
@@ -152,33 +143,26 @@ def _token_sums(
     tl.store(energy2_ptr + expert, tl.sum(energy2, axis=0))
 
 
-def accumulate(
-    input_TK: Tensor, target_TK: Tensor | None, token_S: Tensor, weight_S: Tensor, offsets: list[int]
-) -> Moments:
+def accumulate(input_TK: Tensor, token_S: Tensor, weight_S: Tensor, offsets: list[int]) -> Moments:
     """moments.accumulate: rows are loaded through token_S, so no gathered copy of the inputs exists."""
     experts, inputs = len(offsets) - 1, input_TK.shape[1]
     device = input_TK.device
     hessian_EKK = torch.zeros(experts, inputs, inputs, device=device)
-    cross_EKK = None if target_TK is None else torch.zeros_like(hessian_EKK)
     weight_E, energy2_E = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
     offset_E = torch.tensor(offsets, dtype=torch.int32, device=device)
     input_TK, token_S, weight_S = input_TK.contiguous(), token_S.contiguous(), weight_S.contiguous()
     root_S = weight_S.sqrt()
     if offsets[-1] > offsets[0]:
         tiles = blocks(inputs, TILE)
-        for sum_EKK, source_TK in ((hessian_EKK, None), (cross_EKK, target_TK)):
-            if sum_EKK is None:
-                continue
-            _second_moments[(tiles, tiles, experts)](
-                input_TK, input_TK if source_TK is None else source_TK.contiguous(), token_S, root_S, offset_E, sum_EKK,
-                inputs, CROSS=source_TK is not None, TILE=TILE, STEP=PAIRS_PER_STEP, INTERPRET=INTERPRETED, num_warps=8,
-                **FUSED,
-            )  # fmt: skip
+        _second_moments[(tiles, tiles, experts)](
+            input_TK, token_S, root_S, offset_E, hessian_EKK, inputs,
+            TILE=TILE, STEP=PAIRS_PER_STEP, INTERPRET=INTERPRETED, num_warps=8, **FUSED,
+        )  # fmt: skip
         _token_sums[(experts,)](
             input_TK, token_S, weight_S, root_S, offset_E, weight_E, energy2_E, inputs,
             COLUMNS=256, STEP=16, INTERPRET=INTERPRETED, **FUSED,
         )  # fmt: skip
-    return Moments(hessian_EKK, cross_EKK, weight_E, offset_E.diff().long(), energy2_E)
+    return Moments(hessian_EKK, weight_E, offset_E.diff().long(), energy2_E)
 
 
 # ---- column loop
