@@ -52,7 +52,10 @@ def observed() -> Observed:
     gap_TD = 0.2 * loudness_T1 * normal(TOKENS, HIDDEN, seed=8)
     pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
     assert torch.tensor(pairs.offsets).diff().tolist()[:-1] == list(COUNTS)
-    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16())
+    importance_T = loudness_T1.flatten() ** -0.5
+    return Observed(
+        input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16(), importance_T
+    )
 
 
 def quantized(layer: DecoderLayer, observed: Observed, preset: str) -> LayerResult:
@@ -65,6 +68,8 @@ def quantized(layer: DecoderLayer, observed: Observed, preset: str) -> LayerResu
         curvature = solve.Curvature(gradient_TD.T @ gradient_TD / 512, damping=0.05)
     if not recipe.solver.asymmetric:
         observed = replace(observed, target_TD=None, gap_TD=None)
+    if not recipe.solver.norm_power:
+        observed = replace(observed, importance_T=torch.ones(TOKENS))
     return solve.solve_layer(
         alone(torch.device("cpu")), layer, observed, recipe, solve.Chunking(3, "device", "", lambda count: None),
         curvature,
@@ -91,10 +96,10 @@ def over_rtn(layer: DecoderLayer, observed: Observed, result: LayerResult, recip
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_expert_is_worse_than_rounding(layer: DecoderLayer, observed: Observed, preset: str) -> None:
-    """Over all tokens of the layer; `card` knows no pool, as the reference does not, so that its own tokens count."""
+    """Over all tokens of the layer, as engines may bring any of them to any expert."""
     result = quantized(layer, observed, preset)
     for name, ratio_E in over_rtn(layer, observed, result, load_recipe(preset)).items():
-        assert preset == "card" or (ratio_E <= 1 + 1e-3).all(), (name, ratio_E)
+        assert (ratio_E <= 1 + 1e-3).all(), (name, ratio_E)
         assert (ratio_E[-2:] < 0.9).all(), (name, ratio_E)
     assert all(0 < row.error_over_rtn <= 1 for row in result.projections)
 
