@@ -52,28 +52,43 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @dataclass
 class Moments:
-    """Sums over the tokens of one expert."""
+    """Sums over the tokens of one expert; gap_NK, gap2_N: of w y x^T and of w y^2, y what its outputs lack."""
 
     hessian_KK: Array
-    cross_KK: Array
     weight: float
     count: int
     energy2: float
+    gap_NK: Array
+    gap2_N: Array
 
 
-def moments(input_TK: NDArray[np.float32], target_TK: NDArray[np.float32], weight_T: NDArray[np.float32]) -> Moments:
-    """Token by token; xs = bf16(sqrt(w) x) and bf16(sqrt(w) (target - x)), formed in fp32, are what is summed."""
-    inputs = input_TK.shape[1]
-    sums = Moments(np.zeros((inputs, inputs)), np.zeros((inputs, inputs)), 0.0, 0, 0.0)
-    for x_K, target_K, weight in zip(input_TK, target_TK, weight_T, strict=True):
+def moments(
+    input_TK: NDArray[np.float32], weight_T: NDArray[np.float32], missing_TN: NDArray[np.float32] | None = None
+) -> Moments:
+    """Token by token. The Hessian sums xs = bf16(sqrt(w) x), formed in fp32; the gap sums x and y as they are.
+
+    missing_TN: y of each token; without it the gap has no rows.
+    """
+    tokens, inputs = input_TK.shape
+    missing_TN = np.zeros((tokens, 0), dtype=np.float32) if missing_TN is None else missing_TN
+    outputs = missing_TN.shape[1]
+    sums = Moments(np.zeros((inputs, inputs)), 0.0, 0, 0.0, np.zeros((outputs, inputs)), np.zeros(outputs))
+    for x_K, weight, y_N in zip(input_TK, weight_T, missing_TN, strict=True):
         scaled_K = to_bf16(x_K * np.sqrt(weight)).astype(np.float64)
-        difference_K = to_bf16((target_K - x_K) * np.sqrt(weight)).astype(np.float64)
         sums.hessian_KK += np.outer(scaled_K, scaled_K)
-        sums.cross_KK += np.outer(difference_K, scaled_K)
         sums.weight += float(weight)
         sums.count += 1
         sums.energy2 += float(scaled_K @ scaled_K) ** 2
+        sums.gap_NK += float(weight) * np.outer(y_N.astype(np.float64), x_K.astype(np.float64))
+        sums.gap2_N += float(weight) * y_N.astype(np.float64) ** 2
     return sums
+
+
+def token_importance(hidden_TD: Array, power: float) -> list[float]:
+    """(median |x| / |x|)^power, at most 4; the median of an even number is the lower one of the middle two."""
+    lengths = [math.sqrt(float(x_D @ x_D)) for x_D in hidden_TD]
+    median = sorted(lengths)[(len(lengths) - 1) // 2]
+    return [min((median / length) ** power, 4.0) for length in lengths]
 
 
 def effective_tokens(own: Moments) -> float:
@@ -92,8 +107,9 @@ def shrink(own: Moments, pool_KK: Array, n0: float, *, effective: bool, trace_ma
     return (m * mean_KK + n0 * tau * pool_KK) / (m + n0), m
 
 
-def shrink_cross(own: Moments, m: float, n0: float) -> Array:
-    return own.cross_KK / own.weight * m / (m + n0) if own.count else own.cross_KK
+def shrink_gap(own: Moments, m: float, n0: float) -> Array:
+    """Y: the mean of w y x^T times m / (m + n0)."""
+    return own.gap_NK / own.weight * m / (m + n0) if own.count else own.gap_NK
 
 
 def damp(hessian_KK: Array, delta: float, kind: str, floor: float) -> Array:
@@ -284,9 +300,9 @@ def _descend_scales(
         scale_NG[row, group] = stored(float(best), dtype)
 
 
-def retarget(weight_NK: Array, cross_KK: Array, hessian_KK: Array, alpha: float, gap_NK: Array | float = 0.0) -> Array:
-    """W + alpha (W C + Y) H^-1, with the inverse as it is written."""
-    moved_NK: Array = weight_NK + alpha * (weight_NK @ cross_KK + gap_NK) @ np.linalg.inv(hessian_KK)
+def retarget(weight_NK: Array, gap_NK: Array, hessian_KK: Array) -> Array:
+    """W + Y H'^-1, with the inverse as it is written."""
+    moved_NK: Array = weight_NK + gap_NK @ np.linalg.inv(hessian_KK)
     return moved_NK
 
 
@@ -305,6 +321,15 @@ def james_stein(gap_NK: Array, energy_N: Array, count: int, share: float, freedo
             kept = max(1 - (energy - explained) * share * freedom / (count - freedom) / explained, 0.0)
         rows.append(gap_K * kept)
     return np.stack(rows)
+
+
+def residual_target(weight_NK: Array, own: Moments, m: float, n0: float, hessian_KK: Array) -> Array:
+    """W + Y H'^-1, Y as far as it is not chance. hessian_KK: H', shrunk with m and n0, and damped."""
+    if own.count == 0:
+        return weight_NK
+    freedom = degrees_of_freedom(own, m, n0, hessian_KK)
+    gap_NK, energy_N = shrink_gap(own, m, n0), own.gap2_N / own.weight
+    return retarget(weight_NK, james_stein(gap_NK, energy_N, own.count, m / (m + n0), freedom, hessian_KK), hessian_KK)
 
 
 def proxy(error_NK: Array, hessian_KK: Array) -> float:
