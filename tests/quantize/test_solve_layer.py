@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 import problems
 import reference
 from fourfold.core import guidance, pack
-from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
 from fourfold.quantize import estimate, site, solve
 from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
@@ -63,7 +63,9 @@ def layer() -> DecoderLayer:
 
 @pytest.fixture(scope="module")
 def observed() -> Observed:
-    """Expert 3 gets no token, as its score is never among the best two. Tokens weigh up to nine times as much as others."""
+    """Expert 3 gets no token, as its score is never among the best two; a token weighs up to nine times as much as
+    another. The gap is so small that no expert's target is replaced by its source weights.
+    """
     input_TD = normal(TOKENS, HIDDEN, seed=3) * torch.arange(1, HIDDEN + 1) ** -0.4
     score_TE = normal(TOKENS, EXPERTS, seed=4)
     score_TE[:, 3] = -10
@@ -71,7 +73,7 @@ def observed() -> Observed:
     routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
     target_TD = input_TD + 0.05 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
     pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
-    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 8
+    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 16
     importance_T = 3.0 ** normal(TOKENS, seed=9).tanh()
     return Observed(
         input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16(), importance_T
@@ -194,6 +196,7 @@ def test_every_projection_of_every_expert_has_a_row(result: LayerResult, observe
         for projection in PROJECTIONS:
             row = row_of(result, expert, projection)
             assert (row.layer, row.method, row.passes, row.tokens) == (2, Method.GPTQ, 2, counts[expert])
+            assert row.target == (Target.RESIDUAL if projection == "down_proj" else Target.PLAIN)
             assert row.damping == pytest.approx(0.05) and 0 <= row.effective_tokens <= counts[expert]
             assert (row.gptqmodel_loss is None) == (counts[expert] == 0) and row.seconds > 0
     spent = sum(row.seconds for row in result.projections)
@@ -334,9 +337,8 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic))
     assert seen.target_TD is seen.input_TD and seen.gap_TD is None and (seen.importance_T == 1).all()
     released = {asymmetric: solve_with(layer, seen, recipe(asymmetric=asymmetric)) for asymmetric in (False, True)}
-    plain, asymmetric = released.values()
-    assert plain.gate_up_ENK is not None and asymmetric.gate_up_ENK is not None
-    assert torch.equal(plain.gate_up_ENK, asymmetric.gate_up_ENK)
+    one, two = (found.gate_up_ENK for found in released.values())
+    assert one is not None and two is not None and torch.equal(one, two)
     input_TD, pairs = traffic_of(observed)
 
     def output(chosen: DecoderLayer) -> Tensor:
@@ -345,10 +347,11 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
         return torch.stack([chosen.stacks[1][expert].float() @ hidden_I
                             for expert, hidden_I in zip(expert_S.tolist(), hidden_SI, strict=True)])  # fmt: skip
 
-    wanted_SD = output(layer)
-    error = {asymmetric: (output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD).norm()
-             for asymmetric, result in released.items()}  # fmt: skip
-    assert error[True] < 0.9 * error[False]
+    wanted_SD, error = output(layer), {}
+    for asymmetric, result in released.items():
+        lacking_SD = output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD
+        error[asymmetric] = float((pairs.weight_S.float() * lacking_SD.square().sum(dim=1)).sum())
+    assert error[True] < 0.95 * error[False]
 
 
 def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed: Observed) -> None:
@@ -394,7 +397,7 @@ def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Obs
             lacking_SD[own] -= hidden_SI[own] @ result.down_ENK[expert].float().T
         return (weight_S[:, None] * lacking_SD.square()).sum()
 
-    assert error(observed.gap_TD) < 0.95 * error(None)
+    assert error(observed.gap_TD) < 0.9 * error(None)
 
 
 @pytest.mark.parametrize("inputs", ["host", "file"])
@@ -481,7 +484,7 @@ def test_chunks_do_not_matter_to_guidance(
 
 
 def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Observed) -> None:
-    """Router weights squared times importance, gate and up of each pair's own expert, derivatives by autograd in float64."""
+    """Router weights squared times importance, each pair's own expert, derivatives by autograd in float64."""
     chunk = make_chunk(observed, range(1, 4), False, "device")
     gate_up_ENK = layer.stacks[0][1:4]
     found = row_moments(chunk, gate_up_ENK)
