@@ -23,7 +23,7 @@ from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
 from problems import GROUP, Problem
 
-# What acts before a site is made: see test_solve_layer.py.
+# What acts before a site is made: see test_solve_layer.py, and of norm_power test_observe.py and test_run.py.
 ELSEWHERE = {"asymmetric", "norm_power", "router_weighted", "pool_rows"}
 # Fields of the presets, a value other than that of `best`, and what else must be set for the field to be used.
 OTHER_VALUES: list[tuple[str, object, dict[str, Any]]] = [
