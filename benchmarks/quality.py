@@ -5,7 +5,7 @@
     python benchmarks/quality.py --methods "best on code" "guided on code" --tokens 65536 --text chat \\
         --json benchmarks/results/quality_chat.json
     python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
-        --methods gptqmodel card fast best guided "best - residual stream" --json benchmarks/results/quality_deep.json
+        --methods gptqmodel card fast best guided --json benchmarks/results/quality_deep.json
     python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
 
 `--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
@@ -69,7 +69,6 @@ def less(ingredient: str, *overrides: str) -> Method:
     return Method(f"best - {ingredient}", "best", overrides)
 
 
-RESIDUAL = less("residual stream", "solver.residual=false")
 METHODS = (
     Method(RTN, "card", ("solver.fallback_share=1",)),
     Method(PEER),
@@ -80,8 +79,8 @@ METHODS = (
     Method("guided down only", "guided", ("guidance.sites=down",)),
     Method("best on code", "best", code_alone=True),
     Method("guided on code", "guided", code_alone=True),
-    RESIDUAL,
-    less("asymmetric target", "solver.alpha=0"),
+    less("target of down", "solver.asymmetric=false"),
+    less("token importance", "solver.norm_power=0"),
     less("pool", "solver.pool=0"),
     less("effective tokens", "solver.effective_tokens=false"),
     less("trace matching", "solver.trace_matched=false"),
@@ -381,7 +380,7 @@ def model_path(argument: str) -> Path:
 def main() -> None:
     names = [method.name for method in METHODS]
     ablation = ["best", *(name for name in names if name.startswith("best - "))]
-    standard = [name for name in names if name not in ablation[1:] or name == RESIDUAL.name]
+    standard = [name for name in names if name not in ablation[1:]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_path, default=EXAMPLE, help=f"a folder, or {REAL.name}: built if missing")
     parser.add_argument("--methods", nargs="+", choices=names, default=standard, metavar="NAME", help=", ".join(names))

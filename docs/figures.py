@@ -323,8 +323,7 @@ def gil() -> str:
 @figure
 def presets() -> str:
     titles = {
-        "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`",
-        "best - residual stream": "`best`, `residual = false`", "best": "`best`",
+        "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`", "best": "`best`",
         "guided down only": "`guided`, down only", "guided": "`guided`",
     }  # fmt: skip
     rows = []
@@ -370,8 +369,7 @@ def deep() -> str:
         cells = [" / ".join(kld(mean(name, method, tokens)[KLD], 3) for tokens in sizes)]
         for key in (KLD, MEDIAN, "kl_mean"):
             cells.append(" / ".join(f"{ratio(name, method, PEER, key, tokens):.2f}" for tokens in sizes))
-        title = "`best`, `residual = false`" if method == "best - residual stream" else label(method)
-        rows.append([title, *cells, percent(mean(name, method)["top1_agreement"])])
+        rows.append([label(method), *cells, percent(mean(name, method)["top1_agreement"])])
     header = ["KLD (x 10^-3 nats), 16k / 64k tokens", "of GPTQModel's", "median, of GPTQModel's"]
     return table(["16 layers", *header, "free routing, of GPTQModel's", "top-1 agreement, 64k"], rows)
 
