@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures reference audit bench-example bench-quality bench-ablation bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures reference audit bench-example bench-quality bench-ablation bench-real bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -16,6 +16,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := examples/tiny-qwen3.6-moe
 RELEASE := demo/tiny-qwen3.6-moe-int4
+# 0.005: GPTQModel's default
+REAL := --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 --methods rtn gptqmodel fast best guided
 
 # 3.11 first: constraints.txt was tried with it. A name may be there and still not run (pyenv's shims), so each is run.
 FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -84,6 +86,14 @@ bench-quality: $(INSTALLED)  ## quality beside GPTQModel: half an hour the first
 
 bench-ablation: $(INSTALLED)  ## quality of `best` without each of its ingredients: half an hour the first time
 	$(BIN)/python benchmarks/quality.py --ablation --json benchmarks/results/quality_ablation.json $(ARGS)
+
+bench-real: $(INSTALLED)  ## quality on a model with real activations, which is built first: many hours the first time
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 32768 65536 131072 \
+		--json benchmarks/results/quality_real.json $(ARGS)
+	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text .cache/real-moe/code.txt \
+		--json benchmarks/results/quality_real_code.json $(ARGS)
+	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text chat \
+		--json benchmarks/results/quality_real_chat.json $(ARGS)
 
 bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate: half an hour
 	$(BIN)/python benchmarks/gemm_rate.py --device cpu --threads 1

@@ -17,6 +17,7 @@ compares BF16 products with those of core/widening; these variables make torch t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -37,7 +38,8 @@ from fourfold.datatypes import Batches, Rows
 from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import CAPTURE, Skeleton
-from fourfold.quantize import observe, site, solve, streams
+from fourfold.quantize import chunk, observe, site, solve, streams
+from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
 from fourfold.quantize.workers import alone
@@ -52,11 +54,12 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "attention, router": ([(streams, "attend")], "bf16"),
     "moments": ([(moments, "accumulate")], MOMENTS),
     "pools": ([(solve, "gate_up_pool"), (solve, "down_pool")], MOMENTS),
-    "activations for down": ([(observe, "expert_hidden")], "bf16"),
+    "activations for down": ([(chunk, "expert_hidden")], "bf16"),
     "shrink": ([(moments, "shrink"), (moments, "shrink_to_zero")], "fp32"),
     "factor": ([(gptq, "factorize_")], "fp32"),
-    "gap of the rows": ([(observe, "_gap"), (moments, "gap")], "fp32"),
-    "asymmetric target": ([(site, "_target")], "fp32"),
+    "gap between the streams": ([(observe, "_gap"), (moments, "gap")], "fp32"),
+    "importance of tokens": ([(observe, "token_importance")], "fp32"),
+    "target of down": ([(site, "_target")], "fp32"),
     "row metric": (
         [(solve, "row_moments"), (solve, "row_pool"), (guidance, "gate_up_metric"), (guidance, "factorize_rows")],
         MOMENTS,
@@ -68,7 +71,7 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
         [(site, "_over_rtn"), (site, "_own_moments"), (metrics, "proxy_rows"), (metrics, "energy")], "fp32"
     ),
     "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
-    "advance": ([(streams, "advance")], "bf16"),
+    "advance": ([(streams, "advance"), (streams, "pass_rows_")], "bf16"),
 }
 
 
@@ -196,16 +199,18 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
     heldout = 2 * ROW
     candidates = solver.scale_steps * (1 + recipe.scheme.signed)
     guided = recipe.guidance.tokens > 0
+    pooled = experts * min(pool_rows(solver.pool_rows, width), options.tokens)
     return {
         "attention, router": 2.0 * options.tokens * both * kept_parameters,
-        "moments": pairs * squares * (1.0 + 2.0 * solver.asymmetric),  # of x x^T one triangle
-        "pools": options.tokens * hidden**2 + experts * solver.pool_rows * (4.0 * hidden * width + width**2),
+        "moments": 1.0 * pairs * squares,  # one triangle
+        "pools": options.tokens * hidden**2 + pooled * (4.0 * hidden * width + width**2),
         "activations for down": pairs * both * 4.0 * hidden * width,
         "shrink": 0.0,
         "factor": experts * sum(inputs**3 for inputs, _ in sites) / 3.0,
-        "gap of the rows": pairs * 2.0 * hidden * width * (solver.asymmetric and solver.residual),
-        "asymmetric target": 4.0 * products * solver.asymmetric,
-        "row metric": (pairs + experts * solver.pool_rows) * (4.0 * hidden * width + 4.0 * width**2) * guided,
+        "gap between the streams": pairs * 4.0 * hidden * width * solver.asymmetric,
+        "importance of tokens": 2.0 * options.tokens * hidden * (solver.norm_power > 0),
+        "target of down": experts * (3.0 * hidden * width**2 + 2.0 * width**3) * solver.asymmetric,
+        "row metric": (pairs + pooled) * (4.0 * hidden * width + 4.0 * width**2) * guided,
         "scale search": experts * weights * 7.0 * candidates if solver.scale == "search" else 0.0,
         "columns": 1.0 * products,
         "refinement": 2.0 * solver.passes * products,
@@ -229,10 +234,16 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     with clock.watching(), torch.no_grad():
         traffic = streams.attend(worker, layer, both, batches, ignore)
         layer = streams.own_experts(worker, layer, traffic)
-        seen = observe.observe(worker, layer, *traffic, recipe.solver.residual)
+        seen = observe.observe(worker, layer, *traffic)
+        source = streams.advance(worker, layer, traffic[0], both[0], batches, ignore)
+        if power := recipe.solver.norm_power:
+            importance_T = observe.token_importance(worker, source.calibration, power).to(device)
+            seen = dataclasses.replace(seen, importance_T=importance_T)
         result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
-        streams.advance(worker, (layer, release_layer), traffic, both, batches, ignore)
+        release = streams.advance(worker, release_layer, traffic[1], both[1], batches, ignore)
+        heldout = source.heldout, release.heldout
+        streams.pass_rows_(worker, (layer, release_layer), heldout, batches, ignore)
     seconds = clock.now() - start
     kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
     errors = sorted(row.relative_error for row in result.projections)
@@ -272,16 +283,16 @@ def with_rates(figures: dict[str, Any], rates: dict[str, Any], products: str = "
 
 
 def show(figures: dict[str, Any]) -> None:
-    print(f"{'step':>22} {'seconds':>9} {'share':>6} {'GFLOP':>10} {'GFLOP/s':>8} {'of GEMM':>8}")
+    print(f"{'step':>23} {'seconds':>9} {'share':>6} {'GFLOP':>10} {'GFLOP/s':>8} {'of GEMM':>8}")
     for step, row in figures["steps"].items():
-        line = f"{step:>22} {row['seconds']:9.2f} {row['seconds'] / figures['seconds']:6.1%}"
+        line = f"{step:>23} {row['seconds']:9.2f} {row['seconds'] / figures['seconds']:6.1%}"
         if row["gflop"]:
             line += f" {row['gflop']:10,.0f} {row['gflop_per_second']:8,.0f} {row['of_gemm']:8.0%}"
         print(line)
     floor = f"all arithmetic at the GEMM rates: {figures['floor_seconds']:.2f} s"
-    print(f"{'layer':>22} {figures['seconds']:9.2f}; {floor}")
+    print(f"{'layer':>23} {figures['seconds']:9.2f}; {floor}")
     peak = ", ".join(f"{place} {size / 1e9:.2f} GB" for place, size in figures["peak_bytes"].items())
-    print(f"{'peak memory':>22} {peak}")
+    print(f"{'peak memory':>23} {peak}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -5,8 +5,10 @@
     python benchmarks/quality.py --methods "best on code" "guided on code" --tokens 65536 --text chat \\
         --json benchmarks/results/quality_chat.json
     python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
-        --methods gptqmodel card fast best guided "best - residual stream" --json benchmarks/results/quality_deep.json
+        --methods gptqmodel card fast best guided --json benchmarks/results/quality_deep.json
+    python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
 
+`--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
 Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
 GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
 """
@@ -41,16 +43,16 @@ from fourfold.datatypes import Event
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
-from fourfold.recipe import HELDOUT_TEXTS, Recipe, load_recipe
+from fourfold.recipe import CHOICES, HELDOUT_TEXTS, Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
 ROW_TOKENS = 512
-HELDOUT_WINDOWS = 48
 STORAGE = "gptq"  # what all methods write: GPTQModel's own
 FALLBACK = 0.16  # experts below this share of the mean load are rounded: GPTQModel's 0.5 % of tokens, with 8 of 256
 PEER, RTN = "gptqmodel", "rtn"
+EXAMPLE, REAL = ROOT / "examples/tiny-qwen3.6-moe", ROOT / ".cache/models/real-moe"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,6 @@ def less(ingredient: str, *overrides: str) -> Method:
     return Method(f"best - {ingredient}", "best", overrides)
 
 
-RESIDUAL = less("residual stream", "solver.residual=false")
 METHODS = (
     Method(RTN, "card", ("solver.fallback_share=1",)),
     Method(PEER),
@@ -78,8 +79,8 @@ METHODS = (
     Method("guided down only", "guided", ("guidance.sites=down",)),
     Method("best on code", "best", code_alone=True),
     Method("guided on code", "guided", code_alone=True),
-    RESIDUAL,
-    less("asymmetric target", "solver.alpha=0"),
+    less("target of down", "solver.asymmetric=false"),
+    less("token importance", "solver.norm_power=0"),
     less("pool", "solver.pool=0"),
     less("effective tokens", "solver.effective_tokens=false"),
     less("trace matching", "solver.trace_matched=false"),
@@ -132,24 +133,29 @@ REQUIREMENTS = (
 
 
 class Bench:
-    """One model, its held-out rows, and the cache of runs. The judge is made when the first run is missing."""
+    """One model, its held-out rows, and the cache of runs. The judge is made when the first run is missing.
 
-    def __init__(self, model: Path, cache: Path, text: str) -> None:
+    text: a text that ships with fourfold, or a file; windows: how many of its windows are measured.
+    fallback_share: of all calibration tokens, the same rule for GPTQModel and `card`; None: FALLBACK of the mean load.
+    """
+
+    def __init__(self, model: Path, cache: Path, text: str, windows: int, fallback_share: float | None = None) -> None:
         self.model, self.cache = model, cache
         self.skeleton = Skeleton.open(model)
+        mean_load = self.skeleton.text.num_experts_per_tok / self.skeleton.experts
+        self.fallback_share = FALLBACK * mean_load if fallback_share is None else fallback_share
+        widths = self.skeleton.text.hidden_size, self.skeleton.text.moe_intermediate_size
+        sizes = [size for size in CHOICES["scheme.group_size"] if not any(width % size for width in widths)]
+        self.group_size = max(sizes)
         self.tokenizer = calibrate.load_tokenizer(model)
-        windows = (f"heldout.windows={HELDOUT_WINDOWS}", f"heldout.length={ROW_TOKENS}", f"heldout.builtin={text}")
-        self.heldout = calibrate.heldout(load_recipe("best", windows), self.tokenizer)
+        origin = "builtin" if text in HELDOUT_TEXTS else "path"
+        wanted = (f"heldout.windows={windows}", f"heldout.length={ROW_TOKENS}", f"heldout.{origin}={text}")
+        self.heldout = calibrate.heldout(load_recipe("best", wanted), self.tokenizer)
         self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
         source = ROOT / "src/fourfold"
         self.judging = digest([HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"])
         self.solving = digest(*((source / room).rglob("*.py") for room in ("core", "model", "quantize")))
         self._judge: Judge | None = None
-
-    @property
-    def fallback_share(self) -> float:
-        """Of all calibration tokens: the same rule for GPTQModel and `card`."""
-        return FALLBACK * self.skeleton.text.num_experts_per_tok / self.skeleton.experts
 
     def recipe(self, method: Method, tokens: int, seed: int) -> Recipe:
         preset = method.preset or "card"
@@ -158,6 +164,7 @@ class Bench:
         if method.code_alone:
             overrides = [f'calibration.sources=[{{builtin="code", rows={tokens // ROW_TOKENS}}}]']
         overrides += [f"calibration.length={ROW_TOKENS}", f"calibration.seed={seed}", f"format={STORAGE}"]
+        overrides.append(f"scheme.group_size={self.group_size}")
         overrides += ["heldout.windows=2", f"heldout.length={ROW_TOKENS}"]  # the judge has more
         if preset == "card":
             overrides.append(f"solver.fallback_share={self.fallback_share}")
@@ -217,7 +224,8 @@ class Bench:
             # It leaves logs/ where it is started, and Hub and offload folders where these point.
             environment = os.environ | {"HF_HOME": str(folder / "hub"), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
             python = PEERS / ".venv-gptqmodel/bin/python"
-            command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, release, str(self.fallback_share)]
+            command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, release]
+            command += [str(self.fallback_share), str(self.group_size)]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"GPTQModel: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -276,9 +284,11 @@ def mean_of_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"method": first["method"], "seeds": seeds} | means | {"kl_interval": bootstrap(windows)}
 
 
-def check(lines: dict[tuple[str, int], dict[str, Any]], layers: int) -> Iterator[dict[str, Any]]:
-    """Each requirement whose figures are there, and whether it is met."""
-    for wanted in REQUIREMENTS:
+def check(
+    lines: dict[tuple[str, int], dict[str, Any]], layers: int, requirements: Sequence[Requirement]
+) -> Iterator[dict[str, Any]]:
+    """Each requirement whose figures are there, and whether it is met; besides, `best` rounds no expert."""
+    for wanted in requirements:
         keys = (wanted.method, wanted.tokens), (wanted.other, wanted.tokens)
         if layers >= wanted.least_layers and all(key in lines for key in keys):
             ratio = lines[keys[0]][wanted.figure] / lines[keys[1]][wanted.figure]
@@ -353,28 +363,46 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
             "storage": STORAGE,
             "calibration_row_tokens": ROW_TOKENS,
             "fallback_share": bench.fallback_share,
+            "group_size": bench.group_size,
         },
         "runs": [{name: value for name, value in run.items() if name not in left_out} for run in runs],
     }
 
 
+def model_path(argument: str) -> Path:
+    """The model's folder; `real-moe` is built when it is missing."""
+    if argument != REAL.name:
+        return Path(argument).resolve()
+    subprocess.run([sys.executable, HERE / "real_moe/build.py"], check=True)
+    return REAL
+
+
 def main() -> None:
     names = [method.name for method in METHODS]
     ablation = ["best", *(name for name in names if name.startswith("best - "))]
-    standard = [name for name in names if name not in ablation[1:] or name == RESIDUAL.name]
+    standard = [name for name in names if name not in ablation[1:]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny-qwen3.6-moe")
+    parser.add_argument("--model", type=model_path, default=EXAMPLE, help=f"a folder, or {REAL.name}: built if missing")
     parser.add_argument("--methods", nargs="+", choices=names, default=standard, metavar="NAME", help=", ".join(names))
     parser.add_argument(
         "--ablation", action="store_const", dest="methods", const=ablation, help="`best`, and without each ingredient"
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 16_384, 65_536])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--text", choices=list(HELDOUT_TEXTS), default="wikitext-2-test", help="that is held out")
+    parser.add_argument(
+        "--text", default="wikitext-2-test", help=f"that is held out: {', '.join(HELDOUT_TEXTS)}, or a file"
+    )
+    parser.add_argument("--windows", type=int, default=48, help=f"of {ROW_TOKENS} tokens of that text")
+    parser.add_argument(
+        "--fallback-share",
+        type=float,
+        metavar="SHARE",
+        help=f"of all calibration tokens: GPTQModel and `card` round experts with fewer ({FALLBACK} of the mean load)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as GPTQModel: CPU seconds are then comparable, and cores can be shared
-    bench = Bench(options.model.resolve(), ROOT / ".cache/quality", options.text)
+    bench = Bench(options.model, ROOT / ".cache/quality", options.text, options.windows, options.fallback_share)
     runs: list[dict[str, Any]] = []
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     for tokens in options.tokens:
@@ -390,7 +418,9 @@ def main() -> None:
             seconds = time.perf_counter() - started
             told = f"{tokens:>6} tokens  {method.name:<28} forced KL {forced:.3f}e-3  ({seconds:.0f} s)"
             print(told, file=sys.stderr, flush=True)
-    requirements = list(check(lines, bench.skeleton.layers))
+    # The limits are of models that were trained for minutes.
+    limits = () if bench.model == REAL else REQUIREMENTS
+    requirements = list(check(lines, bench.skeleton.layers, limits))
     show(lines, requirements, bench.model.name)
     if options.json:
         means = [line | {"tokens": tokens} for (_, tokens), line in lines.items()]

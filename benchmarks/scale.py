@@ -26,7 +26,7 @@ from speed import recipe_of
 
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange
-from fourfold.quantize.estimate import BF16, Workload
+from fourfold.quantize.estimate import BF16, Workload, pool_rows
 from fourfold.quantize.memory import attend_token_bytes, plan_memory
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.ranks import GPU_BYTES
@@ -79,22 +79,22 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
     shards = [BF16 * count + packed_bytes * has for count, has in zip(kept, routed, strict=True)]
     read_bytes = BF16 * (sum(kept) + experts * sum(routed))
     ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16
+    tokens = sum(source.rows for source in recipe.calibration.sources) * recipe.calibration.length
     return Workload(
         hidden=text.hidden_size,
         width=text.moe_intermediate_size,
         experts=skeleton.experts,
         topk=text.num_experts_per_tok,
         vocabulary=text.vocab_size,
-        calibration_tokens=sum(source.rows for source in recipe.calibration.sources) * recipe.calibration.length,
+        calibration_tokens=tokens,
         calibration_length=recipe.calibration.length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
-        residual=solver.residual,
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
-        pool_rows=solver.pool_rows,
+        pool_rows=min(pool_rows(solver.pool_rows, text.moe_intermediate_size), tokens),
         guidance_tokens=recipe.guidance.tokens,
         guidance_sites=recipe.guidance.sites,
         swept_layers=skeleton.layers if recipe.guidance.tokens else 0,

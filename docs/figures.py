@@ -19,6 +19,7 @@ from results import (
     MEDIAN,
     METHODS,
     PEER,
+    REAL,
     ROOT,
     SIZES,
     TOKENS,
@@ -29,12 +30,14 @@ from results import (
     kld,
     label,
     mean,
+    measured,
     methods,
     options,
     percent,
     predicted,
     ratio,
     result,
+    sizes,
     table,
     tested_on,
 )
@@ -72,9 +75,11 @@ def about(name: str) -> str:
 def conditions(name: str) -> Iterator[str]:
     found = result(name)
     if "means" in found:
-        model, row = found["model"], mean(name, methods(name)[0])
+        model, counts = found["model"], sizes(name)
+        tokens = TOKENS if TOKENS in counts else counts[-1]
+        row = mean(name, methods(name)[0], tokens)
         yield f"{model['layers']} layers, {model['experts']} experts"
-        yield f"{TOKENS:,} calibration tokens, {row['positions']:,.0f} held-out predictions"
+        yield f"{tokens:,} calibration tokens, {row['positions']:,.0f} held-out predictions"
         yield f"mean of {max(len(row['seeds']) for row in found['means'])} seeds"
     if "tools" in found:
         flags = options(name)
@@ -168,6 +173,33 @@ def quality() -> str:
         worst = f"{row['worst_over_rtn']:.2f}" if "worst_over_rtn" in row else ""
         rows.append([label(method), *cells, worst])
     return table(header, rows)
+
+
+@figure
+def real() -> str:
+    """Quality on the model of benchmarks/real_moe, for each text that was measured, and what the figures hold for."""
+    found = [name for name in REAL if measured(name)]
+    return "\n\n".join(map(real_text, found)) or "Not measured yet: `make bench-real`."
+
+
+def real_text(name: str) -> str:
+    """RTN looks at no token: its KLD stands once for all sizes."""
+    counts, rows = sizes(name), []
+    last = TOKENS if TOKENS in counts else counts[-1]
+    of_sizes, at = " / ".join(f"{tokens // 1024}k" for tokens in counts), f"{last // 1024}k"
+    for method in methods(name):
+        row = mean(name, method, last)
+        values = [kld(mean(name, method, tokens)[KLD], 1) for tokens in counts]
+        cells = [values[0] if method == "rtn" else " / ".join(values)]
+        for key in (KLD, MEDIAN):
+            cells.append(" / ".join(f"{ratio(name, method, PEER, key, tokens):.2f}" for tokens in counts))
+        cells += [percent(row[key], 1) for key in ("top1_agreement", "router_agreement")]
+        cells += [fallback(row), f"{row['worst_over_rtn']:.2f}" if "worst_over_rtn" in row else ""]
+        rows.append([label(method), *cells, "" if method == "rtn" else f"{row['cpu_seconds']:,.0f}"])
+    header = [REAL[name], f"mean KLD, {of_sizes} tokens", "of GPTQModel's", "median KLD, of GPTQModel's"]
+    header += [f"top-1 agreement, {at}", f"router agreement, {at}", f"RTN fallback, {at}"]
+    shown = table([*header, f"worst projection's output error, over RTN's, {at}", f"CPU s, {at}"], rows)
+    return f"{shown}\n\nMeasured on {REAL[name]}: {about(name)}."
 
 
 @figure
@@ -291,8 +323,7 @@ def gil() -> str:
 @figure
 def presets() -> str:
     titles = {
-        "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`",
-        "best - residual stream": "`best`, `residual = false`", "best": "`best`",
+        "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`", "best": "`best`",
         "guided down only": "`guided`, down only", "guided": "`guided`",
     }  # fmt: skip
     rows = []
@@ -338,8 +369,7 @@ def deep() -> str:
         cells = [" / ".join(kld(mean(name, method, tokens)[KLD], 3) for tokens in sizes)]
         for key in (KLD, MEDIAN, "kl_mean"):
             cells.append(" / ".join(f"{ratio(name, method, PEER, key, tokens):.2f}" for tokens in sizes))
-        title = "`best`, `residual = false`" if method == "best - residual stream" else label(method)
-        rows.append([title, *cells, percent(mean(name, method)["top1_agreement"])])
+        rows.append([label(method), *cells, percent(mean(name, method)["top1_agreement"])])
     header = ["KLD (x 10^-3 nats), 16k / 64k tokens", "of GPTQModel's", "median, of GPTQModel's"]
     return table(["16 layers", *header, "free routing, of GPTQModel's", "top-1 agreement, 64k"], rows)
 

@@ -18,6 +18,7 @@ TOKENS = 65_536  # of calibration, where a table shows one size
 SIZES = {4_096: "4k", 16_384: "16k", TOKENS: "64k"}
 KLD, MEDIAN = "forced_kl_mean", "kl_median"
 LARGE = "Qwen3.6-35B-A3B"
+REAL = {"quality_real": "prose", "quality_real_code": "code", "quality_real_chat": "chat"}  # of `make bench-real`: text
 METHODS = {  # of README's results, a row each
     "rtn": "round-to-nearest (RTN)",
     PEER: "GPTQModel",
@@ -31,6 +32,15 @@ METHODS = {  # of README's results, a row each
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
+
+
+def sizes(name: str) -> list[int]:
+    """Calibration tokens of a result of benchmarks/quality.py."""
+    return sorted({row["tokens"] for row in result(name)["means"]})
 
 
 def methods(name: str) -> list[str]:

@@ -261,7 +261,7 @@ def dequantize(codes_NK: Codes, scale_NG: Array) -> Array:
     return codes_NK * spread(scale_NG, codes_NK.shape[1])
 
 
-# ---- refinement (section 7), asymmetric target (section 8)
+# ---- refinement (section 7), the target of down (section 8)
 
 
 def coordinate_descent(

@@ -102,6 +102,21 @@ def test_another_model_is_another_entry(docs: Any, monkeypatch: pytest.MonkeyPat
     assert "16 layers: 16 layers, 8 experts;" in docs.readme()
 
 
+def test_real_model_has_a_table_for_each_text_that_was_measured(docs: Any, page: Path) -> None:
+    results = page.parent / "results"
+    for path in results.glob("quality_real*.json"):
+        path.unlink()
+    assert docs.real() == "Not measured yet: `make bench-real`."
+    shutil.copyfile(results / "quality.json", results / "quality_real.json")
+    shutil.copyfile(results / "quality_deep.json", results / "quality_real_chat.json")
+    prose, measured, chat, _ = docs.real().split("\n\n")
+    header, _, *rows = prose.splitlines()
+    assert header.startswith("| prose | mean KLD, 4k / 16k / 64k tokens |")
+    assert {row.count("|") for row in rows} == {header.count("|")} == {10}
+    assert "24,528 held-out predictions" in measured and "`benchmarks/results/quality_real.json`" in measured
+    assert chat.startswith("| chat |")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -1,8 +1,9 @@
 """Quantize a model's routed experts with GPTQModel: runs under the interpreter that gptqmodel.sh made.
 
-    .venv-gptqmodel/bin/python gptqmodel_quantize.py MODEL ROWS.json OUT SHARE
+    .venv-gptqmodel/bin/python gptqmodel_quantize.py MODEL ROWS.json OUT SHARE [GROUP_SIZE]
 
 ROWS.json: lists of token ids, of one length. SHARE: of all calibration tokens; experts with fewer are rounded.
+GROUP_SIZE: input features that share a scale, 128 by default.
 The last line of stdout is JSON: seconds, cpu_seconds (of quantize() alone), peak_bytes, projections, rounded, versions.
 Start it in a folder of its own: it leaves logs/ there.
 """
@@ -46,7 +47,7 @@ def import_torchvision() -> None:
         import_torchvision.schema = schema  # a library's definitions end with it
 
 
-def main(model: str, rows: str, out: str, share: str) -> None:
+def main(model: str, rows: str, out: str, share: str, group_size: str = "128") -> None:
     import torch
 
     torch.set_num_threads(1)  # its quickest here; two threads stall
@@ -55,7 +56,7 @@ def main(model: str, rows: str, out: str, share: str) -> None:
     from gptqmodel.quantization.config import GPTQConfig
 
     fallback = {"strategy": "rtn", "threshold": f"{100 * float(share):.6g}%"}
-    config = GPTQConfig(bits=4, group_size=128, sym=True, dynamic=EXPERTS_ONLY, fallback=fallback)
+    config = GPTQConfig(bits=4, group_size=int(group_size), sym=True, dynamic=EXPERTS_ONLY, fallback=fallback)
     loaded = GPTQModel.load(model, config)
     with open(rows) as file:
         calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in json.load(file)]

@@ -25,8 +25,7 @@ SCALES = {"SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LA
 TILE = {"ROWS": cuda_rows.ROWS, "BLOCK": 128}
 REFIT = {"REFIT": True, "SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST}
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
-    (cuda._second_moments, MOMENTS | {"CROSS": False}, 8),
-    (cuda._second_moments, MOMENTS | {"CROSS": True}, 8),
+    (cuda._second_moments, MOMENTS, 8),
     (cuda._token_sums, {"COLUMNS": 256, "STEP": 16, "INTERPRET": False}, 4),
     (cuda._column_loop, LOOP, 8),
     (cuda._scale_search, SCALES, 4),
@@ -34,8 +33,7 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda_rows._refine_tile, TILE | REFIT, cuda_rows.REFINE_WARPS),
     (cuda._pack, {"WORDS": cuda.WORDS_PER_PROGRAM}, 4),
 ]
-POINTERS = {"input_ptr": "*bf16", "source_ptr": "*bf16", "token_ptr": "*i64", "offset_ptr": "*i32", "codes_ptr": "*i8",
-            "words_ptr": "*i32"}  # fmt: skip
+POINTERS = {"input_ptr": "*bf16", "token_ptr": "*i64", "offset_ptr": "*i32", "codes_ptr": "*i8", "words_ptr": "*i32"}
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, capability: int) -> dict[str, Any]:

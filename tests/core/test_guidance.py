@@ -495,7 +495,7 @@ def test_sensitivities_are_inputs_of_a_second_moment_like_any_other() -> None:
     seen_T2I = guidance.sensitivities(gate_up_T2I.bfloat16())
     assert seen_T2I.dtype == torch.bfloat16
     square_T = weight_T.float().square()
-    sums = moments.accumulate(seen_T2I, None, torch.arange(TOKENS), square_T, [0, 2, 2, TOKENS])
+    sums = moments.accumulate(seen_T2I, torch.arange(TOKENS), square_T, [0, 2, 2, TOKENS])
     mean_ENN, _ = moments.shrink(sums, torch.eye(2 * WIDTH), 0.0, effective=True, trace_matched=True)
     exact_T2I = guidance.sensitivities(gate_up_T2I) * weight_T[:, None]
     wanted_NN = exact_T2I[2:].T @ exact_T2I[2:] / weight_T[2:].square().sum()

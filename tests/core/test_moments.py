@@ -40,22 +40,20 @@ def expected(problem: Problem) -> list[reference.Moments]:
     return [reference.moments(*(values.numpy() for values in problem.tokens_of(expert))) for expert in range(3)]
 
 
-def accumulate(problem: Problem, *, cross: bool = True) -> Moments:
-    """With a gap where there is a cross moment."""
-    pairs = problem.token_S, problem.weight_S, problem.offsets
-    if not cross:
-        return moments.accumulate(problem.input_TK, None, *pairs)
-    own = moments.accumulate(problem.input_TK, problem.target_TK, *pairs)
-    lacking_TN = problem.target_TK[:, :24].flip(0) - problem.input_TK[:, :24]
-    input_SK = problem.input_TK[problem.token_S]
-    gap_ENK, gap2_EN = moments.gap(lacking_TN, problem.token_S, input_SK, *pairs[1:])
+def accumulate(problem: Problem, *, gap: bool = True) -> Moments:
+    pairs = problem.weight_S, problem.offsets
+    own = moments.accumulate(problem.input_TK, problem.token_S, *pairs)
+    if not gap:
+        return own
+    outputs, input_SK = problem.missing_SN.shape[1], problem.input_TK[problem.token_S]
+    gap_ENK, gap2_EN = moments.gap(problem.missing, outputs, input_SK, *pairs)
     return dataclasses.replace(own, gap_ENK=gap_ENK, gap2_EN=gap2_EN)
 
 
 def of_tokens(input_TK: Tensor, weight_T: Tensor | None = None) -> Moments:
     """One expert that all tokens go to."""
     weight_T = torch.ones(len(input_TK)) if weight_T is None else weight_T
-    return moments.accumulate(input_TK, None, torch.arange(len(input_TK)), weight_T, [0, len(input_TK)])
+    return moments.accumulate(input_TK, torch.arange(len(input_TK)), weight_T, [0, len(input_TK)])
 
 
 def part(problem: Problem, first: int, last: int) -> Problem:
@@ -67,6 +65,7 @@ def part(problem: Problem, first: int, last: int) -> Problem:
         token_S=problem.token_S[place_S],
         weight_S=problem.weight_S[place_S],
         offsets=[sum(counts[:e]) for e in range(len(counts) + 1)],
+        missing_SN=problem.missing_SN[place_S],
     )
 
 
@@ -92,7 +91,8 @@ def test_sums_are_those_of_float64(
     assert all(tensor.dtype == torch.float32 for tensor in (found.hessian_EKK, found.weight_E, found.energy2_E))
     for expert, sums in enumerate(expected):
         assert worst(found.hessian_EKK[expert], sums.hessian_KK) < 1e-6
-        assert found.cross_EKK is not None and worst(found.cross_EKK[expert], sums.cross_KK) < 5e-6
+        assert found.gap_ENK is not None and worst(found.gap_ENK[expert], sums.gap_NK) < 2e-6
+        assert found.gap2_EN is not None and worst(found.gap2_EN[expert], sums.gap2_N) < 2e-6
         assert found.weight_E[expert].item() == pytest.approx(sums.weight, rel=1e-6)
         assert found.energy2_E[expert].item() == pytest.approx(sums.energy2, rel=1e-6)
         assert found.count_E[expert].item() == sums.count
@@ -108,17 +108,6 @@ def test_one_token_is_its_rounded_outer_product_to_the_bit() -> None:
     assert not torch.equal(scaled_K, x_K * root)  # so rounding is what is tested
 
 
-def test_the_difference_of_the_streams_is_formed_before_it_is_rounded() -> None:
-    # 0.001 beside 1: to subtract values rounded to bfloat16 would give 0.
-    input_TK = torch.tensor([[1.0, 2.0]])
-    target_TK = torch.tensor([[1.001, 2.0]])
-    found = moments.accumulate(input_TK, target_TK, torch.tensor([0]), torch.ones(1), [0, 1])
-    assert found.cross_EKK is not None
-    difference = (target_TK - input_TK).bfloat16().float()[0, 0]
-    assert torch.equal(found.cross_EKK[0], torch.stack([difference * input_TK[0], torch.zeros(2)]))
-    assert found.cross_EKK[0, 0, 1] == 2 * found.cross_EKK[0, 0, 0] > 0.0019  # not symmetric: rows are differences
-
-
 def test_hessians_are_symmetric_and_of_the_expert_alone(problem: Problem, own: Moments) -> None:
     assert torch.equal(own.hessian_EKK, own.hessian_EKK.mT)
     for expert in range(3):
@@ -128,20 +117,18 @@ def test_hessians_are_symmetric_and_of_the_expert_alone(problem: Problem, own: M
             token_S=problem.token_S[pairs],
             weight_S=problem.weight_S[pairs],
             offsets=[0, pairs.stop - pairs.start],
+            missing_SN=problem.missing_SN[pairs],
         )
         found = accumulate(alone)
-        assert torch.equal(found.hessian_EKK[0], own.hessian_EKK[expert])
-        assert found.cross_EKK is not None and own.cross_EKK is not None
-        assert torch.equal(found.cross_EKK[0], own.cross_EKK[expert])
+        for name in ("hessian_EKK", "gap_ENK", "gap2_EN"):
+            assert torch.equal(getattr(found, name)[0], getattr(own, name)[expert]), name
 
 
-def test_an_expert_without_tokens_has_zeros_and_a_reader_that_asks_for_no_cross_gets_none(problem: Problem) -> None:
-    offsets = [0, 0, *problem.offsets[1:]]
-    found = moments.accumulate(problem.input_TK, None, problem.token_S, problem.weight_S, offsets)
-    assert found.cross_EKK is None and found.count_E[0] == 0 and found.weight_E[0] == 0 and found.energy2_E[0] == 0
-    assert not found.hessian_EKK[0].any()
-    rest = accumulate(problem, cross=False)
-    assert torch.equal(found.hessian_EKK[1:], rest.hessian_EKK)
+def test_an_expert_without_tokens_has_zeros(problem: Problem, own: Moments) -> None:
+    found = accumulate(dataclasses.replace(problem, offsets=[0, 0, *problem.offsets[1:]]))
+    for field in dataclasses.fields(Moments):
+        assert not getattr(found, field.name)[0].any(), field.name
+        assert torch.equal(getattr(found, field.name)[1:], getattr(own, field.name)), field.name
 
 
 @pytest.mark.parametrize("cuts", [(100,), (1, 2), (0, 50, 50, 200)])
@@ -156,11 +143,11 @@ def test_chunks_of_tokens_merge(problem: Problem, own: Moments, cuts: tuple[int,
     assert_same_bits(reduce(add, [accumulate(chunk) for chunk in chunks]), merged)
 
 
-def test_moments_with_and_without_cross_do_not_merge(problem: Problem, own: Moments) -> None:
-    without = accumulate(problem, cross=False)
-    assert (without + without).cross_EKK is None
+def test_moments_with_and_without_a_gap_do_not_merge(problem: Problem, own: Moments) -> None:
+    without = accumulate(problem, gap=False)
+    assert (without + without).gap_ENK is None and (without + without).gap2_EN is None
     for pair in ((own, without), (without, own)):
-        with pytest.raises(ValueError, match="cross"):
+        with pytest.raises(ValueError, match="gap"):
             add(*pair)
 
 
@@ -173,8 +160,7 @@ def test_same_bits_again(problem: Problem, own: Moments) -> None:
 
 def test_pool_is_the_weighted_sum(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_T = torch.rand(len(problem.input_TK), generator=torch.Generator().manual_seed(1))
-    inputs = problem.input_TK.float().numpy()
-    sums = reference.moments(inputs, inputs, weight_T.numpy())
+    sums = reference.moments(problem.input_TK.float().numpy(), weight_T.numpy())
     for pairs_per_piece in (100, 16_384):
         monkeypatch.setattr(moments, "PAIRS_PER_PIECE", pairs_per_piece)
         found = moments.pool(problem.input_TK, weight_T) / weight_T.sum()
@@ -284,42 +270,45 @@ def test_a_moment_that_is_not_finite_is_an_error_naming_the_expert(own: Moments,
 
 
 @pytest.mark.parametrize("effective", [True, False])
-def test_cross_shrinks_to_zero(own: Moments, expected: list[reference.Moments], effective: bool) -> None:
+def test_the_gap_shrinks_to_zero(own: Moments, expected: list[reference.Moments], effective: bool) -> None:
     m_E = moments.effective_tokens(own) if effective else own.count_E.float()
-    assert own.cross_EKK is not None
-    found = moments.shrink_to_zero(own.cross_EKK, own.weight_E, moments.own_share(m_E, 128.0))
+    assert own.gap_ENK is not None
+    before = own.gap_ENK.clone()
+    found = moments.shrink_to_zero(own.gap_ENK, own.weight_E, moments.own_share(m_E, 128.0))
     for expert, sums in enumerate(expected):
-        assert worst(found[expert], reference.shrink_cross(sums, m_E[expert].item(), 128.0)) < 5e-6
-    assert not torch.equal(found, own.cross_EKK)
+        assert worst(found[expert], reference.shrink_gap(sums, m_E[expert].item(), 128.0)) < 5e-6
+    assert torch.equal(own.gap_ENK, before)
     nothing_E = torch.zeros(1)
     assert not moments.own_share(nothing_E, 0.0).any()
     assert not moments.shrink_to_zero(torch.zeros(1, 4, 4), nothing_E, nothing_E).any()
 
 
-def test_the_gap_is_the_weighted_sum_of_what_tokens_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 against float64, an expert without tokens among them; the same bits however experts are chunked."""
-    problem = problems.make()
+def test_the_gap_is_the_same_however_experts_are_chunked(problem: Problem) -> None:
+    """To the bit, an expert without tokens among them."""
     offsets = [*problem.offsets, problem.offsets[-1]]
-    gap_TN = problem.target_TK[:, :24].flip(0) - problem.input_TK[:, :24]
-    input_SK = problem.input_TK[problem.token_S]
-    monkeypatch.setattr(moments, "PAIRS_PER_PIECE", 100)
 
     def of(first: int, last: int) -> tuple[Tensor, Tensor]:
-        own = slice(offsets[first], offsets[last])
-        shifted = [offset - offsets[first] for offset in offsets[first : last + 1]]
-        return moments.gap(gap_TN, problem.token_S[own], input_SK[own], problem.weight_S[own], shifted)
+        pairs = slice(offsets[first], offsets[last])
+        shifted = [offset - pairs.start for offset in offsets[first : last + 1]]
+        missing_SN, input_SK = problem.missing_SN[pairs], problem.input_TK[problem.token_S[pairs]]
+        return moments.gap(lambda _, piece: missing_SN[piece].clone(), 24, input_SK, problem.weight_S[pairs], shifted)
 
-    found_ENK, energy_EN = of(0, 4)
-    for expert in range(3):
-        own = slice(*offsets[expert : expert + 2])
-        lacking_SN, weight_S = gap_TN[problem.token_S[own]].double(), problem.weight_S[own].double()
-        wanted_NK = (lacking_SN * weight_S[:, None]).T @ input_SK[own].double()
-        assert (found_ENK[expert] - wanted_NK).abs().max() < 2e-6 * wanted_NK.abs().max()
-        wanted_N = (lacking_SN.square() * weight_S[:, None]).sum(dim=0)
-        assert torch.allclose(energy_EN[expert].double(), wanted_N, rtol=2e-6)
-    assert not found_ENK[3].any() and not energy_EN[3].any()
-    for whole, *parts in zip((found_ENK, energy_EN), of(0, 1), of(1, 4), strict=True):
-        assert torch.equal(torch.cat(parts), whole)
+    whole = of(0, 4)
+    for found, *parts in zip(whole, of(0, 1), of(1, 4), strict=True):
+        assert torch.equal(torch.cat(parts), found)
+        assert found[:3].any(dim=1).all() and not found[3].any()
+
+
+def test_what_is_missing_is_asked_for_in_pieces_of_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "PAIRS_PER_PIECE", 3)
+    asked = []
+
+    def missing(expert: int, pairs: slice) -> Tensor:
+        asked.append((expert, pairs.start, pairs.stop))
+        return torch.ones(pairs.stop - pairs.start, 2)
+
+    moments.gap(missing, 2, torch.ones(9, 4), torch.ones(9), [0, 4, 4, 9])
+    assert asked == [(0, 0, 3), (0, 3, 4), (2, 4, 7), (2, 7, 9)]
 
 
 def test_a_gap_that_is_not_finite_is_an_error(own: Moments) -> None:
@@ -367,30 +356,28 @@ def test_all_dead_channels_are_damped_alike(kind: str, floor: float) -> None:
 def test_native_products_of_whole_numbers_are_torchs_bit_for_bit(pairs: int, inputs: int, threads: int) -> None:
     """Every sum is exact, whatever its order; pairs that fill no word, tiles that start anew."""
     generator = torch.Generator().manual_seed(3)
-    input_TK, target_TK = torch.randint(-8, 9, (2, 400, inputs), generator=generator).bfloat16()
+    input_TK = torch.randint(-8, 9, (400, inputs), generator=generator).bfloat16()
     token_S = torch.randint(400, (pairs,), generator=generator)
     root_S = torch.randint(1, 4, (pairs,), generator=generator).float()
     sums = []
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     for add_products_ in (bf16.add_products_, moments.add_products_torch_):
-        hessian_KK, cross_KK = torch.ones(2, inputs, inputs)
-        energy_S = add_products_(hessian_KK, cross_KK, input_TK, target_TK, token_S, root_S)
-        sums.append((hessian_KK.tril(), cross_KK, energy_S))
+        hessian_KK = torch.ones(inputs, inputs)
+        energy_S = add_products_(hessian_KK, input_TK, token_S, root_S)
+        sums.append((hessian_KK.tril(), energy_S))
     torch.set_num_threads(before)
     assert all(torch.equal(found, wanted) for found, wanted in zip(*sums, strict=True))
 
 
 @pytest.mark.skipif(not bf16.AVAILABLE, reason="a CPU without AVX-512 BF16")
-@pytest.mark.parametrize("cross", [False, True])
-def test_native_products_are_of_the_same_rounded_rows(cross: bool) -> None:
+def test_native_products_are_of_the_same_rounded_rows() -> None:
     problem = problems.make(seed=11)
     sums = []
     for add_products_ in (bf16.add_products_, moments.add_products_torch_):
-        hessian_KK, cross_KK = torch.zeros(2, 256, 256)
-        given = problem.input_TK, problem.target_TK if cross else None, problem.token_S, problem.weight_S.sqrt()
-        energy_S = add_products_(hessian_KK, cross_KK if cross else None, *given)
-        sums.append((hessian_KK.tril(), cross_KK, energy_S))
+        hessian_KK = torch.zeros(256, 256)
+        energy_S = add_products_(hessian_KK, problem.input_TK, problem.token_S, problem.weight_S.sqrt())
+        sums.append((hessian_KK.tril(), energy_S))
     for found, wanted in zip(*sums, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-6, atol=2e-6 * float(wanted.abs().max()))
 
@@ -399,5 +386,5 @@ def test_products_stay_not_finite() -> None:
     input_TK = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e38] * 8], dtype=torch.bfloat16)
     for add_products_ in (bf16.add_products_, moments.add_products_torch_)[not bf16.AVAILABLE :]:
         hessian_KK = torch.zeros(32, 32)
-        add_products_(hessian_KK, None, input_TK, None, torch.tensor([0]), torch.tensor([2.0]))
+        add_products_(hessian_KK, input_TK, torch.tensor([0]), torch.tensor([2.0]))
         assert not hessian_KK.diagonal().isfinite().any()

@@ -24,43 +24,32 @@ def hessian_EKK() -> Tensor:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-@pytest.mark.parametrize("with_gap", [False, True])
-def test_retarget_is_w_plus_alpha_w_c_and_gap_over_h(
-    weight_ENK: Tensor, hessian_EKK: Tensor, order: str, alpha: float, with_gap: bool
-) -> None:
-    cross_EKK = problems.crosses(problems.make())
-    gap_ENK = 0.1 * weight_ENK.flip(1, 2) @ cross_EKK if with_gap else None
-    before = [None if given is None else given.clone() for given in (weight_ENK, cross_EKK, gap_ENK)]
-    found = target.retarget(weight_ENK, cross_EKK, factorize(hessian_EKK, order)[0], alpha, gap_ENK)
+def test_retarget_is_w_plus_gap_over_h(weight_ENK: Tensor, hessian_EKK: Tensor, order: str) -> None:
+    gap_ENK = problems.gaps(problems.make())
+    before = weight_ENK.clone(), gap_ENK.clone()
+    factor = factorize(hessian_EKK, order)[0]
+    found = target.retarget(weight_ENK, gap_ENK, factor)
     for expert in range(3):
-        weight_NK, cross_KK = problems.array(weight_ENK[expert]), problems.array(cross_EKK[expert])
-        gap_NK = 0.0 if gap_ENK is None else problems.array(gap_ENK[expert])
-        wanted = reference.retarget(weight_NK, cross_KK, damped(hessian_EKK, expert), alpha, gap_NK)
+        weight_NK, gap_NK = problems.array(weight_ENK[expert]), problems.array(gap_ENK[expert])
+        wanted = reference.retarget(weight_NK, gap_NK, damped(hessian_EKK, expert))
         assert np.abs(problems.array(found[expert]) - wanted).max() < 1e-10 * np.abs(wanted).max()
         assert np.abs(wanted - weight_NK).max() > 1e-3 * np.abs(weight_NK).max()  # there is something to see
-    for tensor, old in zip((weight_ENK, cross_EKK, gap_ENK), before, strict=True):
-        assert tensor is None or (old is not None and torch.equal(tensor, old))
-    assert torch.equal(target.retarget(weight_ENK, 0 * cross_EKK, factorize(hessian_EKK)[0], alpha), weight_ENK)
+    for tensor, old in zip((weight_ENK, gap_ENK), before, strict=True):
+        assert torch.equal(tensor, old)
+    assert torch.equal(target.retarget(weight_ENK, 0 * gap_ENK, factor), weight_ENK)
 
 
 def test_the_retarget_identity() -> None:
-    """|W xf + y - Wq x|^2 = (W* - Wq) H (W* - Wq)^T + a constant, for any Wq."""
+    """|W x + y - Wq x|^2 = (W* - Wq) H (W* - Wq)^T + a constant, for any Wq."""
     problem = problems.make(inputs=64, outputs=6)
-    hessian_EKK, cross_EKK = problems.hessians(problem), problems.crosses(problem)
-    weight_ENK = problem.weight_ENK.double()
-    tokens = [[values.double() for values in problem.tokens_of(expert)] for expert in range(3)]
-    lacking = [(input_SK[:, :6] - input_SK[:, 6:12].abs()).contiguous() for input_SK, _, _ in tokens]  # y: [S, N]
-    gap_ENK = torch.stack([(weight_S[:, None] * lacking_SN).T @ input_SK / weight_S.sum()
-                           for (input_SK, _, weight_S), lacking_SN in zip(tokens, lacking, strict=True)])  # fmt: skip
-    factor = factorize(hessian_EKK, settings=UNDAMPED)[0]
-    target_ENK = target.retarget(weight_ENK, cross_EKK, factor, 1.0, gap_ENK)
+    hessian_EKK, weight_ENK = problems.hessians(problem), problem.weight_ENK.double()
+    target_ENK = target.retarget(weight_ENK, problems.gaps(problem), factorize(hessian_EKK, settings=UNDAMPED)[0])
     for expert in range(3):
-        input_SK, source_SK, weight_S = tokens[expert]
+        input_SK, weight_S, missing_SN = (values.double() for values in problem.tokens_of(expert))
         constants = []
         for seed in range(4):
             wq_NK = weight_ENK[expert] + 0.01 * integers(-9, 10, 6, 64, seed=seed)
-            output_SN = source_SK @ weight_ENK[expert].T + lacking[expert] - input_SK @ wq_NK.T
+            output_SN = input_SK @ (weight_ENK[expert] - wq_NK).T + missing_SN
             loss = (weight_S[:, None] * output_SN.square()).sum() / weight_S.sum()
             constants.append((loss - proxy_E((target_ENK[expert] - wq_NK)[None], hessian_EKK[expert][None])).item())
         assert constants == pytest.approx([constants[0]] * 4, rel=1e-9, abs=1e-12)
@@ -99,10 +88,36 @@ def test_degrees_of_freedom_follow_the_definition(
 ) -> None:
     monkeypatch.setattr(target, "PANEL", panel)
     factor, damped_EKK = factorize(hessian_EKK, order)
-    share_E = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    found = target.degrees_of_freedom(hessian_EKK, share_E, factor).tolist()
-    wanted = share_E * (torch.linalg.inv(damped_EKK) @ hessian_EKK).diagonal(dim1=1, dim2=2).sum(dim=1)
-    assert found == pytest.approx(wanted.tolist(), rel=1e-10)
+    found = target.degrees_of_freedom(hessian_EKK, torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64), factor)
+    for expert, (m, n0) in enumerate([(9.0, 1.0), (3.0, 3.0), (1.0, 9.0)]):
+        hessian_KK = problems.array(hessian_EKK[expert])
+        own = reference.Moments(7 * hessian_KK, 7.0, 10, 1.0, np.zeros((0, 0)), np.zeros(0))
+        wanted = reference.degrees_of_freedom(own, m, n0, problems.array(damped_EKK[expert]))
+        assert found[expert].item() == pytest.approx(wanted, rel=1e-10)
+
+
+def test_the_whole_target_is_that_of_float64() -> None:
+    """Sums of tokens, shrunk, damped, believed in part, in fp32: as the solver puts it together."""
+    problem, n0 = problems.make(), 128.0
+    own = moments.accumulate(problem.input_TK, problem.token_S, problem.weight_S, problem.offsets)
+    gap_ENK, gap2_EN = moments.gap(
+        problem.missing, 24, problem.input_TK[problem.token_S], problem.weight_S, problem.offsets
+    )
+    pool_KK = moments.pool(problem.input_TK, torch.ones(480)) / 480
+    hessian_EKK, m_E = moments.shrink(own, pool_KK, n0, effective=True, trace_matched=True)
+    factor, _ = factorize(hessian_EKK)
+    share_E = moments.own_share(m_E, n0)
+    freedom_E = target.degrees_of_freedom(own.hessian_EKK, share_E / own.weight_E, factor)
+    mean_ENK, energy_EN = moments.shrink_to_zero(gap_ENK, own.weight_E, share_E), gap2_EN / own.weight_E[:, None]
+    kept_ENK = target.james_stein(mean_ENK, energy_EN, own.count_E, share_E, freedom_E, factor)
+    found = target.retarget(problem.weight_ENK, kept_ENK, factor)
+    for expert in range(3):
+        sums = reference.moments(*(values.numpy() for values in problem.tokens_of(expert)))
+        shrunk_KK, m = reference.shrink(sums, problems.array(pool_KK), n0, effective=True, trace_matched=True)
+        weight_NK = problems.array(problem.weight_ENK[expert])
+        wanted = reference.residual_target(weight_NK, sums, m, n0, damped(torch.from_numpy(shrunk_KK)[None], 0))
+        moved = np.abs(wanted - weight_NK).max()
+        assert np.abs(problems.array(found[expert]) - wanted).max() < 1e-3 * moved and moved > 1e-3
 
 
 @pytest.mark.parametrize("told", [0.0, 0.5, 0.95])
@@ -123,7 +138,7 @@ def test_a_map_is_believed_as_far_as_its_tokens_support_it(told: float, tokens: 
     map_NK = normal(200, 64)
     map_NK *= (told / ((map_NK @ pool_KK) * map_NK).sum(dim=1, keepdim=True)) ** 0.5
     gap_SN = input_SK @ map_NK.T + (1 - told) ** 0.5 * normal(tokens, 200)
-    own = moments.accumulate(input_SK, None, torch.arange(tokens), torch.ones(tokens), [0, tokens])
+    own = moments.accumulate(input_SK, torch.arange(tokens), torch.ones(tokens), [0, tokens])
     hessian_EKK, m_E = moments.shrink(own, pool_KK.float(), 32.0, effective=True, trace_matched=True)
     factor = factorize(hessian_EKK.double(), settings=UNDAMPED)[0]
     share_E = moments.own_share(m_E, 32.0).double()
@@ -135,7 +150,7 @@ def test_a_map_is_believed_as_far_as_its_tokens_support_it(told: float, tokens: 
     def error(gap_ENK: Tensor) -> float:
         """What a map misses of B x, mean of the rows; no map misses `told`."""
         zero_NK = torch.zeros_like(map_NK)
-        found_NK = target.retarget(zero_NK[None], torch.zeros(1, 64, 64).double(), factor, 1.0, gap_ENK)[0]
+        found_NK = target.retarget(zero_NK[None], gap_ENK, factor)[0]
         missed_NK = found_NK - map_NK
         return float(((missed_NK @ pool_KK) * missed_NK).sum() / len(map_NK))
 

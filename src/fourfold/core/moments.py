@@ -88,8 +88,8 @@ def gap(
 ) -> tuple[Tensor, Tensor]:
     """Sums of w y x^T and of w y^2 for E experts, y what the outputs of their tokens lack: fp32 [E, N, K] and [E, N].
 
-    missing: y of some pairs of an expert, fp32 [S, N], which is overwritten; outputs: N; input_SK: x of each pair;
-    weight_S, offsets: see accumulate. fp32 products.
+    missing: y of some pairs of an expert, fp32 [S, N]; outputs: N; input_SK: x of each pair; weight_S, offsets: see
+    accumulate. fp32 products.
     """
     total_ENK = torch.zeros(len(offsets) - 1, outputs, input_SK.shape[1], device=input_SK.device)
     energy_EN = total_ENK.new_zeros(total_ENK.shape[:2])

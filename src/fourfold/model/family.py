@@ -81,6 +81,18 @@ FAMILIES = {
             mtp_prefix="",
             groups=_KEPT,
         ),
+        Family(
+            model_type="qwen2_moe",
+            architecture="Qwen2MoeForCausalLM",
+            modeling="transformers.models.qwen2_moe.modeling_qwen2_moe",
+            layer_class="Qwen2MoeDecoderLayer",
+            rotary_class="Qwen2MoeRotaryEmbedding",
+            norm_class="Qwen2MoeRMSNorm",
+            text_key="",
+            text_prefix="model.",
+            mtp_prefix="",
+            groups=_KEPT,
+        ),
     )
 }
 

@@ -61,8 +61,8 @@ class Observed:
 
 
 def observe(worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None) -> Observed:
-    """What a layer's own experts are learnt from, before the experts' output is added to the rows. One tensor stays
-    one; all tokens weigh the same.
+    """What a layer's own experts are learnt from, before their output is added to the rows. One tensor stays one; all
+    tokens weigh the same.
     """
     traffic = source if release is None else release
     assert traffic.input_TD is not None and traffic.routing is not None
