@@ -106,8 +106,8 @@ def over_rtn(layer: DecoderLayer, observed: Observed, result: LayerResult, recip
 def test_no_expert_is_worse_than_rounding(layer: DecoderLayer, observed: Observed, preset: str) -> None:
     """Over all tokens of the layer, as any of them may come to any expert in use.
 
-    `card` is fit to an expert's own tokens alone, whose share in what it is judged by is m / (m + K / 2): at twice as
-    many tokens as inputs they hide a tenth.
+    `card` fits an expert to its own tokens alone, and the guard counts these as m of m + K / 2. Here an expert with
+    twice as many tokens as inputs passes, and its error over all tokens is 8 % above RTN's.
     """
     result = quantized(layer, observed, preset)
     for name, ratio_E in over_rtn(layer, observed, result, load_recipe(preset)).items():
