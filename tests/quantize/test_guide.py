@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ import fourfold
 import releases
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.model.head import build_head, sampled_gradient
-from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
+from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back, read_layer
 from fourfold.quantize import calibrate, guide
 from fourfold.quantize.determinism import Switches, repeatable
 from fourfold.quantize.devices import Machine
@@ -34,7 +34,7 @@ from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, w
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import read_embedding, read_head
-from fourfold.quantize.workers import Team, Worker
+from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -326,6 +326,20 @@ def test_long_gradients_are_shortened_alone() -> None:
     clipped_RTD = guide.clip(gradient_RTD)
     torch.testing.assert_close(clipped_RTD[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 30.0, 30.0]))
     torch.testing.assert_close(clipped_RTD[1, :, 1], torch.tensor([0.1, 0.1, 0.1, -1.0, 0.0]))
+
+
+def test_one_loud_gradient_does_not_make_a_curvature() -> None:
+    """10^4 times as long as the others: of the trace it would be all, clipped it is less than half."""
+    gradient_TD = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
+    gradient_TD[77] *= 1e4
+
+    def share(some_TD: Tensor) -> float:
+        layer = cast(DecoderLayer, SimpleNamespace(device=CPU, index=0))
+        curvature_DD = guide._curvature(alone(CPU), layer, some_TD[None], torch.ones(256))
+        own_DD = torch.outer(some_TD[77].float(), some_TD[77].float()) / 256
+        return float(own_DD.trace() / curvature_DD.trace())
+
+    assert share(gradient_TD) > 0.99 and 0.2 < share(guide.clip(gradient_TD[None])[0]) < 0.5
 
 
 def test_a_token_without_an_embedding_does_not_take_a_curvature_over(model: Path, swept: Path, tmp_path: Path) -> None:

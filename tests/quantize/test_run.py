@@ -16,14 +16,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import checkpoints
+import reference
 import releases
+import whole
 from fourfold.datatypes import Event, FourfoldError
+from fourfold.model.layer import DecoderLayer
+from fourfold.quantize import calibrate
 from fourfold.quantize import plan as plan_module
+from fourfold.quantize import run as run_module
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.memory import MemoryPlan
+from fourfold.quantize.observe import Observed
 from fourfold.quantize.run import quantize
+from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -87,6 +95,34 @@ def test_progress_comes_to_its_totals(source: Path, small: MakeRecipe, tmp_path:
     assert events[-1].kind == "done" and events[-1].data == summary.to_json()
     assert all(event.layers == 2 for event in events if event.kind == "layer")
     assert {place: counts[-1] for place, counts in ticks.items() if counts[-1][0] != counts[-1][1]} == {}
+
+
+# --- what tokens weigh ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_tokens_weigh_by_the_sources_states_behind_the_layer(
+    source: Path, small: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: float
+) -> None:
+    """Against a whole model on the calibration rows, whose states get longer from layer to layer."""
+    importance: dict[int, list[Tensor]] = defaultdict(list)
+    solve_layer = run_module.solve_layer
+
+    def watched(worker: Worker, layer: DecoderLayer, observed: Observed, *rest: Any) -> Any:
+        importance[layer.index].append(observed.importance_T)
+        return solve_layer(worker, layer, observed, *rest)
+
+    monkeypatch.setattr(run_module, "solve_layer", watched)
+    recipe = small("solver.passes=0", 'solver.scale="absmax"', f"solver.norm_power={power}")
+    releases.run(source, tmp_path / "out", recipe)
+    token_RT = calibrate.collect(recipe, AutoTokenizer.from_pretrained(source)).token_RT
+    seen = whole.see(AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16), token_RT)
+    assert sorted(importance) == [0, 1]
+    for layer, found in importance.items():
+        wanted = reference.token_importance(seen.hidden[layer].flatten(0, 1).double().numpy(), power)
+        for found_T in found:  # of each worker, of all tokens
+            torch.testing.assert_close(found_T.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0.01, atol=0)
+        assert (min(wanted) < 0.97 and max(wanted) > 1.03) == (power > 0)
 
 
 # --- chunks and batches ---------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from torch.nn.functional import silu
 import problems
 import reference
 from fourfold.core import guidance, pack
-from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
-from fourfold.quantize import site, solve
-from fourfold.quantize.observe import Observed, Traffic, make_chunk, observe, row_moments, row_pool
+from fourfold.quantize import estimate, site, solve
+from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
+from fourfold.quantize.observe import Observed, Traffic, observe
 from fourfold.quantize.workers import alone
 from fourfold.recipe import Guidance, Recipe, load_recipe
 
@@ -62,7 +63,9 @@ def layer() -> DecoderLayer:
 
 @pytest.fixture(scope="module")
 def observed() -> Observed:
-    """Expert 3 gets no token, as its score is never among the best two."""
+    """Expert 3 gets no token, as its score is never among the best two; a token weighs up to nine times as much as
+    another. The gap is so small that no expert's target is replaced by its source weights.
+    """
     input_TD = normal(TOKENS, HIDDEN, seed=3) * torch.arange(1, HIDDEN + 1) ** -0.4
     score_TE = normal(TOKENS, EXPERTS, seed=4)
     score_TE[:, 3] = -10
@@ -70,8 +73,11 @@ def observed() -> Observed:
     routing = Routing(index_TA=index_TA, weight_TA=(value_TA / value_TA.sum(dim=1, keepdim=True)).bfloat16())
     target_TD = input_TD + 0.05 * input_TD @ normal(HIDDEN, HIDDEN, seed=5) / 8
     pairs = sort_pairs(routing, range(EXPERTS), EXPERTS)
-    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 8
-    return Observed(input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16())
+    gap_TD = (target_TD - input_TD).tanh() @ normal(HIDDEN, HIDDEN, seed=6) / 16
+    importance_T = 3.0 ** normal(TOKENS, seed=9).tanh()
+    return Observed(
+        input_TD.bfloat16(), (TOKENS,), routing, pairs, target_TD.bfloat16(), gap_TD.bfloat16(), importance_T
+    )
 
 
 def solve_with(
@@ -80,8 +86,8 @@ def solve_with(
 ) -> LayerResult:  # fmt: skip
     if not recipe.solver.asymmetric:
         observed = replace(observed, target_TD=None, gap_TD=None)
-    if not recipe.solver.residual:
-        observed = replace(observed, gap_TD=None)
+    if not recipe.solver.norm_power:
+        observed = replace(observed, importance_T=torch.ones(TOKENS))
     ticks = list[int]()
     chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
     result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
@@ -112,12 +118,14 @@ def traffic_of(observed: Observed) -> tuple[Tensor, Pairs]:
 
 
 def hessian_of(observed: Observed, expert: int, *, weighted: bool) -> np.ndarray:
-    """Mean of w x x^T over an expert's tokens, float64."""
+    """Mean of w x x^T over an expert's tokens, float64. weighted: by router weight and importance."""
     input_TD, pairs = traffic_of(observed)
     place = slice(pairs.offsets[expert], pairs.offsets[expert + 1])
-    inputs = input_TD[pairs.token_S[place]].float().numpy()
-    weights = pairs.weight_S[place].float().numpy() if weighted else np.ones(len(inputs), dtype=np.float32)
-    own = reference.moments(inputs, inputs, weights)
+    token_S = pairs.token_S[place]
+    inputs = input_TD[token_S].float().numpy()
+    weight_S = pairs.weight_S[place].float() * observed.importance_T[token_S]
+    weights = weight_S.numpy() if weighted else np.ones(len(inputs), dtype=np.float32)
+    own = reference.moments(inputs, weights)
     return own.hessian_KK / own.weight
 
 
@@ -188,6 +196,7 @@ def test_every_projection_of_every_expert_has_a_row(result: LayerResult, observe
         for projection in PROJECTIONS:
             row = row_of(result, expert, projection)
             assert (row.layer, row.method, row.passes, row.tokens) == (2, Method.GPTQ, 2, counts[expert])
+            assert row.target == (Target.RESIDUAL if projection == "down_proj" else Target.PLAIN)
             assert row.damping == pytest.approx(0.05) and 0 <= row.effective_tokens <= counts[expert]
             assert (row.gptqmodel_loss is None) == (counts[expert] == 0) and row.seconds > 0
     spent = sum(row.seconds for row in result.projections)
@@ -259,14 +268,17 @@ def test_weights_of_zero_have_no_relative_error(layer: DecoderLayer, observed: O
     ("field", "value", "changed"),
     [
         ("router_weighted", False, PROJECTIONS),
+        ("norm_power", 0.0, PROJECTIONS),
         ("pool_rows", 50, ("down_proj",)),
-        ("asymmetric", False, PROJECTIONS),
-        ("residual", False, ("down_proj",)),
+        ("asymmetric", False, ("down_proj",)),  # on the same inputs: gate and up have no target of their own
     ],
 )
 def test_every_field_does_something(
-    layer: DecoderLayer, observed: Observed, result: LayerResult, field: str, value: object, changed: tuple[str, ...]
-) -> None:
+    layer: DecoderLayer, observed: Observed, result: LayerResult, monkeypatch: pytest.MonkeyPatch, field: str,
+    value: object, changed: tuple[str, ...],
+) -> None:  # fmt: skip
+    if field == "pool_rows":
+        monkeypatch.setattr(estimate, "POOL_ROWS_PER_INPUT", 0)
     found = solve_with(layer, observed, recipe(**{field: value}))
     differing = {name.split(".")[-2] for name in result.tensors
                  if not torch.equal(found.tensors[name], result.tensors[name])}  # fmt: skip
@@ -322,12 +334,11 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
     traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
-    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic), residual=True)
-    assert seen.target_TD is seen.input_TD and seen.gap_TD is None
-    released = {alpha: solve_with(layer, seen, recipe(alpha=alpha)) for alpha in (0.0, 1.0)}
-    plain, asymmetric = (released[alpha] for alpha in (0.0, 1.0))
-    assert plain.gate_up_ENK is not None and asymmetric.gate_up_ENK is not None
-    assert torch.equal(plain.gate_up_ENK, asymmetric.gate_up_ENK)
+    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic))
+    assert seen.target_TD is seen.input_TD and seen.gap_TD is None and (seen.importance_T == 1).all()
+    released = {asymmetric: solve_with(layer, seen, recipe(asymmetric=asymmetric)) for asymmetric in (False, True)}
+    one, two = (found.gate_up_ENK for found in released.values())
+    assert one is not None and two is not None and torch.equal(one, two)
     input_TD, pairs = traffic_of(observed)
 
     def output(chosen: DecoderLayer) -> Tensor:
@@ -336,14 +347,15 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
         return torch.stack([chosen.stacks[1][expert].float() @ hidden_I
                             for expert, hidden_I in zip(expert_S.tolist(), hidden_SI, strict=True)])  # fmt: skip
 
-    wanted_SD = output(layer)
-    error = {alpha: (output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD).norm()
-             for alpha, result in released.items()}  # fmt: skip
-    assert error[1.0] < 0.9 * error[0.0]
+    wanted_SD, error = output(layer), {}
+    for asymmetric, result in released.items():
+        lacking_SD = output(layer.with_experts(result.gate_up_ENK, result.down_ENK)) - wanted_SD
+        error[asymmetric] = float((pairs.weight_S.float() * lacking_SD.square().sum(dim=1)).sum())
+    assert error[True] < 0.95 * error[False]
 
 
 def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed: Observed) -> None:
-    """By a token's router weights in sum. Only where the recipe asks for it, and where there is a second stream."""
+    """By a token's router weights in sum. Only where there is a second stream."""
     worker = alone(torch.device("cpu"))
     token_RT = torch.zeros(2, TOKENS // 2, dtype=torch.int64)
     source, release = (
@@ -352,30 +364,29 @@ def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed
         for seed, input_TD in ((7, observed.target_TD), (8, observed.input_TD))
     )  # fmt: skip
     kept = source.rows.hidden_RTD.clone(), release.rows.hidden_RTD.clone()
-    found_TD = observe(worker, layer, source, release, residual=True).gap_TD
+    found_TD = observe(worker, layer, source, release).gap_TD
     assert found_TD is not None
     lacking_TD = (kept[0].float() - kept[1].float()).view(TOKENS, HIDDEN)
     sum_T1 = observed.routing.weight_TA.float().sum(dim=1, keepdim=True)
     assert (found_TD.float() - lacking_TD / sum_T1).abs().max() < 2**-7 * lacking_TD.abs().max()
     louder = replace(release, routing=replace(observed.routing, weight_TA=2 * observed.routing.weight_TA))
-    halved_TD = observe(worker, layer, source, louder, residual=True).gap_TD
+    halved_TD = observe(worker, layer, source, louder).gap_TD
     assert halved_TD is not None and torch.equal(2 * halved_TD, found_TD)
     assert torch.equal(source.rows.hidden_RTD, kept[0]) and torch.equal(release.rows.hidden_RTD, kept[1])
-    assert observe(worker, layer, source, release, residual=False).gap_TD is None
-    assert observe(worker, layer, source, None, residual=True).gap_TD is None
+    assert observe(worker, layer, source, None).gap_TD is None
 
 
 def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Observed) -> None:
     """Router weights of a token sum to one, so each of its experts is wanted to add all of it."""
     input_TD, pairs = traffic_of(observed)
     assert observed.gap_TD is not None and observed.target_TD is not None
-    weight_S = pairs.weight_S.float()
+    weight_S = pairs.weight_S.float() * observed.importance_T[pairs.token_S]
     expert_S = torch.arange(EXPERTS).repeat_interleave(torch.tensor(pairs.offsets).diff())
 
-    def error(residual: bool) -> Tensor:
+    def error(told_TD: Tensor | None) -> Tensor:
         """Of the residual stream behind the layer, as far as one expert's output goes."""
         assert observed.gap_TD is not None and observed.target_TD is not None
-        result = solve_with(layer, observed, recipe(residual=residual))
+        result = solve_with(layer, replace(observed, gap_TD=told_TD), recipe())
         assert result.gate_up_ENK is not None and result.down_ENK is not None
         hidden_SI = expert_hidden(input_TD, pairs, result.gate_up_ENK, silu).float()
         source_SI = expert_hidden(observed.target_TD, pairs, layer.stacks[0], silu).float()
@@ -386,7 +397,7 @@ def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Obs
             lacking_SD[own] -= hidden_SI[own] @ result.down_ENK[expert].float().T
         return (weight_S[:, None] * lacking_SD.square()).sum()
 
-    assert error(residual=True) < 0.95 * error(residual=False)
+    assert error(observed.gap_TD) < 0.9 * error(None)
 
 
 @pytest.mark.parametrize("inputs", ["host", "file"])
@@ -473,7 +484,7 @@ def test_chunks_do_not_matter_to_guidance(
 
 
 def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Observed) -> None:
-    """Router weights squared, gate and up of each pair's own expert, derivatives by autograd in float64."""
+    """Router weights squared times importance, each pair's own expert, derivatives by autograd in float64."""
     chunk = make_chunk(observed, range(1, 4), False, "device")
     gate_up_ENK = layer.stacks[0][1:4]
     found = row_moments(chunk, gate_up_ENK)
@@ -482,13 +493,15 @@ def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Obs
         pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
         input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
         weight_S = observed.pairs.weight_S[pairs].double().square()
+        weight_S *= observed.importance_T[observed.pairs.token_S[pairs]]
         changed_SN = neurons(input_SD, gate_up_ENK[place])
         wanted_NN = torch.einsum("s,sn,sm->nm", weight_S, changed_SN, changed_SN)
         assert (found.hessian_EKK[place] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
         assert found.weight_E[place] == pytest.approx(float(weight_S.sum()), rel=1e-5)
-    pool_ENN = row_pool(gate_up_ENK, observed.input_TD[:50])
+    importance_P = observed.importance_T[:50]
+    pool_ENN = row_pool(gate_up_ENK, Pool(observed.input_TD[:50], importance_P))
     changed_PN = neurons(observed.input_TD[:50].double(), gate_up_ENK[2])
-    wanted_NN = changed_PN.T @ changed_PN / 50
+    wanted_NN = (importance_P[:, None] * changed_PN).T @ changed_PN / importance_P.sum()
     assert (pool_ENN[2] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
 
 
@@ -507,13 +520,13 @@ def test_row_moments_are_shrunk_to_the_experts_pool(
     solve_with(layer, observed, guided("both"), curvature=curvature)
     for expert in (1, 3):
         pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
-        input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
-        changed_SN = neurons(input_SD, layer.stacks[0][expert]).float().numpy()
-        own = reference.moments(changed_SN, changed_SN, observed.pairs.weight_S[pairs].float().square().numpy())
-        pool_PN = neurons(observed.input_TD.double(), layer.stacks[0][expert]).numpy()
-        wanted_NN, _ = reference.shrink(
-            own, pool_PN.T @ pool_PN / TOKENS, 0.5 * 2 * WIDTH, effective=True, trace_matched=True
-        )
+        token_S = observed.pairs.token_S[pairs]
+        changed_SN = neurons(observed.input_TD[token_S].double(), layer.stacks[0][expert]).float().numpy()
+        weight_S = observed.pairs.weight_S[pairs].float().square() * observed.importance_T[token_S]
+        own = reference.moments(changed_SN, weight_S.numpy())
+        pool_PN, importance_P = neurons(observed.input_TD.double(), layer.stacks[0][expert]), observed.importance_T
+        pool_NN = (importance_P[:, None] * pool_PN).T @ pool_PN / importance_P.sum()
+        wanted_NN, _ = reference.shrink(own, pool_NN.numpy(), 0.5 * 2 * WIDTH, effective=True, trace_matched=True)
         error_NN = problems.array(seen[0][expert]) - wanted_NN
         assert np.linalg.norm(error_NN) < 0.01 * np.linalg.norm(wanted_NN), expert
 

@@ -96,7 +96,10 @@ def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
     state matters less; but all later tokens may attend to one whose state is very long, so that it matters more than
     1 / |x|^2 (docs/numerics.md section 1). fp32 [T].
     """
-    length_T, _ = worker.gather([rows.hidden_RTD.float().norm(dim=-1).flatten()])
+    length_RT = torch.empty(rows.hidden_RTD.shape[:2])
+    for length_T, hidden_TD in zip(length_RT, rows.hidden_RTD, strict=True):  # fp32 of all rows at once may be 2 GB
+        torch.norm(hidden_TD.float(), dim=-1, out=length_T)
+    length_T, _ = worker.gather([length_RT.flatten()])
     return (length_T.median() / length_T).pow_(power).nan_to_num_(1.0).clamp_(max=MOST_IMPORTANT)
 
 
