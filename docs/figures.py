@@ -52,6 +52,7 @@ GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
 CHECKPOINTS = {  # of each family, for readers who do not know model_type
     "qwen3_5_moe": "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B",
     "qwen3_moe": "Qwen3-30B-A3B, Qwen3-235B-A22B",
+    "qwen2_moe": "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
 }
 FIGURES: dict[str, Callable[..., str]] = {}
 

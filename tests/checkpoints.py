@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3MoeConfig,
@@ -28,7 +30,11 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3.6-moe"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 VOCABULARY = 2048  # of the example's tokenizer
 SHARD_BYTES = 5 * 10**9
-CLASSES = {"qwen3_5_moe": Qwen3_5MoeForConditionalGeneration, "qwen3_moe": Qwen3MoeForCausalLM}
+CLASSES = {
+    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+    "qwen2_moe": Qwen2MoeForCausalLM,
+}
 
 Shape = tuple[int, ...]
 
@@ -52,11 +58,11 @@ def tiny(  # noqa: PLR0913  a size each, by keyword only
 ) -> Path:
     """Make a small checkpoint that transformers loads and runs, the same bytes for the same arguments.
 
-    family: qwen3_5_moe (vision, linear attention, MTP) or qwen3_moe (text only, full attention);
+    family: qwen3_5_moe (vision, linear attention, MTP); qwen3_moe and qwen2_moe (text only, full attention);
     per_expert: the main layers' experts one by one, as save_pretrained writes them, instead of in two
-    stacks; by default as on the Hub: True for qwen3_moe, False for qwen3_5_moe;
-    mtp: the draft head's experts "fused" or "split"; None for no draft head (qwen3_moe never has one);
-    dense_layers: layers without routed experts (qwen3_moe only);
+    stacks; by default as on the Hub: False for qwen3_5_moe alone;
+    mtp: the draft head's experts "fused" or "split"; None for no draft head (qwen3_5_moe alone has one);
+    dense_layers: layers without routed experts (not qwen3_5_moe);
     layer_types: of qwen3_5_moe; by default every fourth layer and the last are full attention.
     Returns the folder.
     """
@@ -76,8 +82,8 @@ def tiny(  # noqa: PLR0913  a size each, by keyword only
         "pad_token_id": 0,
         "tie_word_embeddings": tied,
     }
-    if family == "qwen3_moe":
-        mtp, config = None, _qwen3_moe(sizes, dense_layers)
+    if family != "qwen3_5_moe":
+        mtp, config = None, _text_alone(family, sizes, dense_layers)
     else:
         assert not dense_layers, "qwen3_5_moe has no dense layers"
         config = _qwen3_5_moe(sizes, layer_types or _layer_types(layers))
@@ -85,7 +91,7 @@ def tiny(  # noqa: PLR0913  a size each, by keyword only
     if mtp:
         generator = torch.Generator().manual_seed(seed + 1)
         tensors |= {name: _value(name, shape, generator) for name, shape in mtp_shapes(config.text_config)}
-    if family == "qwen3_moe" if per_expert is None else per_expert:
+    if family != "qwen3_5_moe" if per_expert is None else per_expert:
         tensors = _split(tensors, mtp=False)
     if mtp == "split":
         tensors = _split(tensors, mtp=True)
@@ -162,8 +168,13 @@ def _layer_types(layers: int) -> list[str]:
     return ["full_attention" if here else "linear_attention" for here in full]
 
 
-def _qwen3_moe(sizes: dict[str, Any], dense_layers: Sequence[int]) -> Any:
-    return Qwen3MoeConfig(
+def _text_alone(family: str, sizes: dict[str, Any], dense_layers: Sequence[int]) -> Any:
+    """qwen3_moe, or qwen2_moe: a shared expert, biases in attention, heads of the hidden size over their number."""
+    kind: type[Any] = Qwen3MoeConfig
+    if family == "qwen2_moe":
+        kind, sizes = Qwen2MoeConfig, sizes | {"shared_expert_intermediate_size": 2 * sizes["moe_intermediate_size"]}
+        del sizes["head_dim"]
+    return kind(
         **sizes,
         intermediate_size=2 * sizes["moe_intermediate_size"],
         mlp_only_layers=list(dense_layers),

@@ -39,7 +39,7 @@ class Method(StrEnum):
     GPTQ = "gptq"
     DIAGONAL = "diag"  # the factorization failed at every damping: diag(H) in its place
     ROW_DIAGONAL = "row-diag"  # guidance's metric of the rows has no factor: its diagonal, which guides nothing
-    RTN = "rtn"  # round-to-nearest, by the recipe's fallback rule only
+    RTN = "rtn"  # round-to-nearest, by the recipe's fallback rule or where GPTQ has a larger output error
 
 
 class Target(StrEnum):

@@ -275,6 +275,7 @@ FAMILIES = {
     "qwen3_5_moe, 64": ({"hidden": 192, "width": 64}, 64, "gptq"),
     "qwen3_5_moe, 32, no MTP, tied": ({"hidden": 160, "width": 96, "mtp": None, "tied": True}, 32, "gptq_v2"),
     "qwen3_moe, 64, tied": ({"hidden": 192, "width": 64, "tied": True}, 64, "compressed-tensors"),
+    "qwen2_moe, 64, dense": ({"hidden": 192, "width": 64, "dense_layers": (1,)}, 64, "gptq"),
     "qwen3_moe, 32, dense, fused": (
         {"hidden": 160, "width": 96, "layers": 3, "dense_layers": (1,), "per_expert": False}, 32, "compressed-tensors"
     ),

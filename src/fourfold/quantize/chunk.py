@@ -12,6 +12,7 @@ from torch import Tensor
 from fourfold.core import guidance, moments, widening
 from fourfold.datatypes import Moments
 from fourfold.model.layer import DecoderLayer, Pairs, activate, expert_hidden, of_gate_up
+from fourfold.quantize.estimate import ROW_POOL_ROWS
 from fourfold.quantize.observe import Observed, own_tokens
 from fourfold.quantize.workers import Worker
 
@@ -134,8 +135,12 @@ def row_moments(chunk: Chunk, gate_up_ENK: Tensor) -> Moments:
 
 
 def row_pool(gate_up_ENK: Tensor, pool: Pool) -> Tensor:
-    """The same of random tokens, without their router weights, their mean: fp32 [E, 2I, 2I]. See down_pool."""
-    return _pool_of_random(gate_up_ENK, pool, guidance.sensitivities)
+    """The same of random tokens, without their router weights, their mean: fp32 [E, 2I, 2I]. See down_pool.
+
+    At most ROW_POOL_ROWS of the pool, evenly: 2I rows are many, and their metric only shades what the curvature tells.
+    """
+    few = slice(None, None, -(-len(pool.input_PD) // ROW_POOL_ROWS))
+    return _pool_of_random(gate_up_ENK, Pool(pool.input_PD[few], pool.importance_P[few]), guidance.sensitivities)
 
 
 def _pool_of_random(gate_up_ENK: Tensor, pool: Pool, make: Callable[[Tensor], Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ COLUMNS = 128.0  # of a block in core/gptq
 BF16, FP32 = 2, 4
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
 POOL_ROWS_PER_INPUT = 5  # of down
+ROW_POOL_ROWS = 2_048  # random tokens for the pool of gate and up's rows, where they have a metric
 SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
 ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens per hidden dimension on
 
@@ -303,7 +304,7 @@ def curvature_flop(work: Workload) -> float:
 def sensitivities_flop(work: Workload) -> float:
     """Gate and up once more, and the second moments of what they let through: of gate_up's rows."""
     rows = 2 * work.width
-    pairs = work.pairs + work.pool_rows * work.experts * work.pooled
+    pairs = work.pairs + min(work.pool_rows, ROW_POOL_ROWS) * work.experts * work.pooled
     return work.solved_layers * pairs * (4.0 * work.width * work.hidden + 2.0 * rows**2) * work.guided_sites[0]
 
 

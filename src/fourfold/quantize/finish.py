@@ -87,7 +87,6 @@ def finish(
     state = fourfold_json(journal, plan, texts, measured, index) | {
         "projections": len(projections),
         "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
-        "worse_than_rtn": sum(row.error_over_rtn > 1 for row in projections),
         "seconds": seconds,
         "layer_seconds": _layer_seconds(records),
         "peak_memory_bytes": peak_memory(),

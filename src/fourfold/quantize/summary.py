@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,8 @@ def read_summary(out: Path) -> Summary:
         peak_memory_bytes=state["peak_memory_bytes"],
         planned_memory_bytes=state["planned_memory_bytes"],
         workers=tuple(state["workers"]),
-        notes=(*state["calibration"]["notes"], *_worse_than_rtn(state)),
+        notes=tuple(state["calibration"]["notes"]),
     )
-
-
-def _worse_than_rtn(state: Mapping[str, Any]) -> Iterator[str]:
-    """A note where a projection's output error is larger than that of round-to-nearest."""
-    if worse := state.get("worse_than_rtn"):
-        yield (
-            f"{worse:,} of {state['projections']:,} projections have a larger output error than round-to-nearest: "
-            "error_over_rtn in quant_log.csv"
-        )
 
 
 def finished_already(

@@ -133,6 +133,8 @@ PARSERS = {
     ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
     ("qwen3_moe", VLLM): ("qwen3", "hermes"),
     ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
+    ("qwen2_moe", VLLM): ("qwen3", "hermes"),
+    ("qwen2_moe", SGLANG): ("qwen3", "qwen25"),
 }
 XML_CALL, XML_PARSER, THINKING = "<function=", "qwen3_coder", "<think>"
 
