@@ -215,3 +215,17 @@ def test_a_pool_has_five_tokens_for_each_input_or_more(observed: Observed) -> No
     assert [pool_rows(2048, width) for width in (128, 409, 410, 512, 768)] == [2048, 2048, 2050, 2560, 3840]
     whole: Pool = random_pool(observed, pool_rows(2048, WIDTH), 5, CPU)
     assert torch.equal(whole.input_PD, observed.input_TD) and torch.equal(whole.importance_P, observed.importance_T)
+
+
+def test_the_rows_metric_takes_some_of_the_pool_evenly(
+    released_ENK: Tensor, observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the plan counts, also where the pool is not a multiple of them."""
+    pool = random_pool(observed, 100, 5, CPU)
+    monkeypatch.setattr(chunk, "ROW_POOL_ROWS", 80)
+    found_ENN = row_pool(released_ENK, pool)
+    place_P = torch.arange(80) * 5 // 4
+    few = Pool(pool.input_PD[place_P], pool.importance_P[place_P])
+    monkeypatch.setattr(chunk, "ROW_POOL_ROWS", 100)
+    assert torch.equal(found_ENN, row_pool(released_ENK, few))
+    assert not torch.allclose(found_ENN, row_pool(released_ENK, pool), rtol=1e-3)

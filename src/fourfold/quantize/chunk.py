@@ -139,8 +139,11 @@ def row_pool(gate_up_ENK: Tensor, pool: Pool) -> Tensor:
 
     At most ROW_POOL_ROWS of the pool, evenly: 2I rows are many, and their metric only shades what the curvature tells.
     """
-    few = slice(None, None, -(-len(pool.input_PD) // ROW_POOL_ROWS))
-    return _pool_of_random(gate_up_ENK, Pool(pool.input_PD[few], pool.importance_P[few]), guidance.sensitivities)
+    rows = len(pool.input_PD)
+    few = min(rows, ROW_POOL_ROWS)
+    place_P = torch.arange(few, device=pool.input_PD.device) * rows // few
+    part = Pool(pool.input_PD[place_P], pool.importance_P[place_P])
+    return _pool_of_random(gate_up_ENK, part, guidance.sensitivities)
 
 
 def _pool_of_random(gate_up_ENK: Tensor, pool: Pool, make: Callable[[Tensor], Tensor]) -> Tensor:
