@@ -171,7 +171,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown": (
         lambda model: write(model, top(model_type="mixtral")),
-        "model_type: got 'mixtral', expected one of qwen3_5_moe, ",
+        "model_type: got 'mixtral', expected one of qwen2_moe, ",
     ),
     "no type": (lambda model: write(model, lambda raw: raw.pop("model_type")), "model_type: got None, expected one of"),
 }

@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (truncate, "is the download complete"),
     "missing shard": (lambda model: next(model.glob("*.safetensors")).unlink(), "missing; is the download complete"),
     "quantized already": (configured(quantization_config={"quant_method": "awq"}), r"already quantized \(.awq.\)"),
-    "unknown model_type": (configured(model_type="mixtral"), "model_type: got .mixtral., expected one of qwen3_5_moe"),
+    "unknown model_type": (configured(model_type="mixtral"), "model_type: got .mixtral., expected one of qwen2_moe"),
     "no config": (lambda model: (model / "config.json").unlink(), r"no config\.json"),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.json"),
     "no model": (shutil.rmtree, "no such folder"),
