@@ -81,7 +81,8 @@ def conditions(name: str) -> Iterator[str]:
         row = mean(name, methods(name)[0], tokens)
         yield f"{model['layers']} layers, {model['experts']} experts"
         yield f"{tokens:,} calibration tokens, {row['positions']:,.0f} held-out predictions"
-        yield f"mean of {max(len(row['seeds']) for row in found['means'])} seeds"
+        seeds = max(len(row["seeds"]) for row in found["means"])
+        yield f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     if "tools" in found:
         flags = options(name)
         yield f"width 2048 -> 512, {flags['--experts']} experts, top {flags['--topk']}"
