@@ -54,6 +54,23 @@ _KEPT = (
     ("norms", "norm.", "norms stay BF16"),
 )
 
+
+def _text_alone(model_type: str, classes: str) -> Family:
+    """A text model without draft head. classes: what the names of its classes in transformers begin with."""
+    return Family(
+        model_type=model_type,
+        architecture=f"{classes}ForCausalLM",
+        modeling=f"transformers.models.{model_type}.modeling_{model_type}",
+        layer_class=f"{classes}DecoderLayer",
+        rotary_class=f"{classes}RotaryEmbedding",
+        norm_class=f"{classes}RMSNorm",
+        text_key="",
+        text_prefix="model.",
+        mtp_prefix="",
+        groups=_KEPT,
+    )
+
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -69,30 +86,8 @@ FAMILIES = {
             mtp_prefix="mtp.",
             groups=_KEPT,
         ),
-        Family(
-            model_type="qwen3_moe",
-            architecture="Qwen3MoeForCausalLM",
-            modeling="transformers.models.qwen3_moe.modeling_qwen3_moe",
-            layer_class="Qwen3MoeDecoderLayer",
-            rotary_class="Qwen3MoeRotaryEmbedding",
-            norm_class="Qwen3MoeRMSNorm",
-            text_key="",
-            text_prefix="model.",
-            mtp_prefix="",
-            groups=_KEPT,
-        ),
-        Family(
-            model_type="qwen2_moe",
-            architecture="Qwen2MoeForCausalLM",
-            modeling="transformers.models.qwen2_moe.modeling_qwen2_moe",
-            layer_class="Qwen2MoeDecoderLayer",
-            rotary_class="Qwen2MoeRotaryEmbedding",
-            norm_class="Qwen2MoeRMSNorm",
-            text_key="",
-            text_prefix="model.",
-            mtp_prefix="",
-            groups=_KEPT,
-        ),
+        _text_alone("qwen3_moe", "Qwen3Moe"),
+        _text_alone("qwen2_moe", "Qwen2Moe"),
     )
 }
 
