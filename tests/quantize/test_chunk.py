@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from fourfold.core import moments
 from fourfold.datatypes import Rows
@@ -30,6 +29,7 @@ from fourfold.quantize.chunk import (
 from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.observe import Observed, Traffic, observe
 from fourfold.quantize.workers import Team, Worker, alone
+from quantize.test_solve_layer import make_layer, normal
 
 EXPERTS, HIDDEN, WIDTH, ROWS, LENGTH = 4, 36, 28, 5, 67
 TOKENS = ROWS * LENGTH
@@ -37,22 +37,9 @@ OWN = range(1, EXPERTS)  # the chunk; expert 3 gets no token
 CPU = torch.device("cpu")
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def layer() -> DecoderLayer:
-    return DecoderLayer(
-        index=0,
-        module=nn.Identity(),
-        rotary=nn.Identity(),
-        activation=silu,
-        experts=EXPERTS,
-        owned=tuple(range(EXPERTS)),
-        gate_up_ENK=0.2 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1),
-        down_ENK=0.2 * normal(EXPERTS, HIDDEN, WIDTH, seed=2),
-    )
+    return make_layer(0, EXPERTS, WIDTH, HIDDEN, scale=0.2, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 from fourfold.core import grid, target
@@ -16,7 +16,7 @@ from fourfold.model.layer import DecoderLayer, Routing, activate, sort_pairs
 from fourfold.quantize import site, solve
 from fourfold.quantize.observe import MOST_IMPORTANT, Observed
 from fourfold.recipe import Guidance, Recipe, load_recipe
-from quantize.test_solve_layer import alone, normal
+from quantize.test_solve_layer import alone, make_layer, normal
 
 HIDDEN, WIDTH, TOKENS, GROUP = 64, 64, 512, 32
 COUNTS = (0, 1, HIDDEN // 8, HIDDEN // 2, 2 * HIDDEN, TOKENS)  # tokens of each expert but the last, which has the rest
@@ -26,16 +26,7 @@ PRESETS = ("card", "fast", "best", "guided")
 
 @pytest.fixture(scope="module")
 def layer() -> DecoderLayer:
-    return DecoderLayer(
-        index=1,
-        module=nn.Identity(),
-        rotary=nn.Identity(),
-        activation=silu,
-        experts=EXPERTS,
-        owned=tuple(range(EXPERTS)),
-        gate_up_ENK=(0.1 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1)).bfloat16(),
-        down_ENK=(0.1 * normal(EXPERTS, HIDDEN, WIDTH, seed=2)).bfloat16(),
-    )
+    return make_layer(1, EXPERTS, WIDTH, HIDDEN)
 
 
 @pytest.fixture(scope="module")

@@ -47,18 +47,25 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def layer() -> DecoderLayer:
+def make_layer(
+    index: int, experts: int, width: int, hidden: int, scale: float = 0.1, dtype: torch.dtype = torch.bfloat16
+) -> DecoderLayer:
+    """Random experts alone. scale: the standard deviation of their weights."""
     return DecoderLayer(
-        index=2,
+        index=index,
         module=nn.Identity(),
         rotary=nn.Identity(),
         activation=silu,
-        experts=EXPERTS,
-        owned=tuple(range(EXPERTS)),
-        gate_up_ENK=(0.1 * normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1)).bfloat16(),
-        down_ENK=(0.1 * normal(EXPERTS, HIDDEN, WIDTH, seed=2)).bfloat16(),
+        experts=experts,
+        owned=tuple(range(experts)),
+        gate_up_ENK=(scale * normal(experts, 2 * width, hidden, seed=1)).to(dtype),
+        down_ENK=(scale * normal(experts, hidden, width, seed=2)).to(dtype),
     )
+
+
+@pytest.fixture(scope="module")
+def layer() -> DecoderLayer:
+    return make_layer(2, EXPERTS, WIDTH, HIDDEN)
 
 
 @pytest.fixture(scope="module")

@@ -310,7 +310,8 @@ def solve(
     by.
     """
     result = NOTHING_ROUTED
-    if observed is not None and source.calibration is not None:
+    if observed is not None:
+        assert source.calibration is not None
         skeleton = job.plan.skeleton
         prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
