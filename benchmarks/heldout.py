@@ -15,7 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fourfold.core import grid, metrics, pack
+from fourfold.core import grid, metrics
+from fourfold.formats import FORMATS
+from fourfold.formats.format import Format
 from fourfold.model.family import DOWN, GATE, UP
 
 WINDOWS_PER_BATCH = 8
@@ -100,8 +102,7 @@ def read_experts(release: Path, prefix: str, experts: int) -> tuple[Tensor, Tens
     """gate_up and down [E, N, K] in BF16 of one layer. prefix: the module's name, `...mlp.experts`."""
     found = _tensors(release, f"{prefix}.")
     settings = json.loads((release / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    compressed = settings["quant_method"] == "compressed-tensors"
-    format = "compressed-tensors" if compressed else settings["checkpoint_format"]
+    format = next(one for one in FORMATS if one.named_by(settings))
 
     def stack(projection: str) -> Tensor:
         weights = []
@@ -109,7 +110,7 @@ def read_experts(release: Path, prefix: str, experts: int) -> tuple[Tensor, Tens
             own = f"{prefix}.{expert}.{projection}."
             stored = {name.removeprefix(own): value for name, value in found.items() if name.startswith(own)}
             _require_plain(own, stored, format)
-            group = pack.unpack({suffix: value[None] for suffix, value in stored.items()}, format)
+            group = format.unpack({suffix: value[None] for suffix, value in stored.items()})
             weights.append(grid.dequantize(group.codes_ENK, group.scale_ENG)[0].bfloat16())
         return torch.stack(weights)
 
@@ -124,15 +125,12 @@ def _tensors(release: Path, prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def _require_plain(name: str, stored: dict[str, Tensor], format: str) -> None:
-    """What `pack.unpack` takes for granted of the gptq storages: the zero point 8, and groups of neighbours."""
-    if format not in pack.ZERO_WORDS:
-        return
-    inputs, groups = len(stored["g_idx"]), len(stored["scales"])
-    if not torch.equal(stored["g_idx"].long(), torch.arange(inputs) // (inputs // groups)):
-        raise ValueError(f"{name}g_idx: groups of neighbouring columns are wanted")
-    if not bool((stored["qzeros"] == pack.ZERO_WORDS[format]).all()):
-        raise ValueError(f"{name}qzeros: the zero point 8 is wanted everywhere")
+def _require_plain(name: str, stored: dict[str, Tensor], format: Format) -> None:
+    """What `Format.unpack` takes for granted: the zero point 8, and groups of neighbours."""
+    inputs = format.unpack(stored).codes_ENK.shape[-1]
+    groups = stored[format.scales].shape[format.inputs_axis]
+    for problem in format.companion_problems(stored, inputs // groups):
+        raise ValueError(f"{name}: {problem}")
 
 
 def bootstrap(means: list[float]) -> tuple[float, float]:

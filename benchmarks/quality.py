@@ -153,8 +153,9 @@ class Bench:
         self.heldout = calibrate.heldout(load_recipe("best", wanted), self.tokenizer)
         self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
         source = ROOT / "src/fourfold"
-        self.judging = digest([HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"])
-        self.solving = digest(*((source / room).rglob("*.py") for room in ("core", "model", "quantize")))
+        own = [HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"]
+        self.judging = digest([*own, *sorted((source / "formats").glob("*.py"))])
+        self.solving = digest(*((source / room).rglob("*.py") for room in ("core", "formats", "model", "quantize")))
         self._judge: Judge | None = None
 
     def recipe(self, method: Method, tokens: int, seed: int) -> Recipe:

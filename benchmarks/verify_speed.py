@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core import fidelity, grid, pack
+from fourfold.core import fidelity, grid
 from fourfold.datatypes import Method, ProjectionStatistics, QuantizedGroup
+from fourfold.formats import named
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.files import copy_file, dump, write_text
@@ -38,6 +40,7 @@ from fourfold.model.layer import read_layer
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import output
+from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json, peak_memory, quant_log
 from fourfold.quantize.identity import source_digest, source_parts
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
@@ -100,7 +103,8 @@ def make_release(source: Path, out: Path) -> None:
         shards[rest.shard] = {"bytes": record.size_bytes, "sha256": record.sha256}
     for name in TOKENIZER:
         copy_file(source / name, out / name)
-    settings = {"quantization_config": pack.quantization_config(recipe.format, recipe.scheme.group_size)}
+    drafts = draft_prefixes(plan.skeleton, plan.index.headers)
+    settings = {"quantization_config": named(recipe.format).quantization_config(recipe.scheme.group_size, drafts)}
     write_text(out / "config.json", dump({**plan.skeleton.raw, **settings}))
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_text(out / "quant_log.csv", quant_log(rows))
@@ -119,13 +123,14 @@ def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[Proj
     names = [claim.header.name for claim in layer.claims if ".experts." not in claim.header.name]
     read = read_layer(plan.index, plan.skeleton, layer.index, names)
     prefix, scheme = plan.skeleton.family.layer_prefix(layer.index), plan.recipe.scheme
+    form = named(plan.recipe.format)
     tensors = {prefix + name: value for name, value in read.kept.items()}
     assert read.gate_up_ENK is not None and read.down_ENK is not None
     rows = []
     for expert in range(plan.skeleton.experts):
         gate_NK, up_NK = read.gate_up_ENK[expert].chunk(2)
         for projection, weight_NK in ((GATE, gate_NK), (UP, up_NK), (DOWN, read.down_ENK[expert])):
-            stored, error = round_projection(weight_NK, scheme.group_size, scheme.scale_dtype, plan.recipe.format)
+            stored, error = round_projection(weight_NK, scheme.group_size, scheme.scale_dtype, form)
             own = f"{plan.skeleton.family.experts_prefix(layer.index)}{expert}.{projection}."
             tensors |= {own + suffix: value for suffix, value in stored.items()}
             rows.append(statistics(layer.index, expert, projection, error))
@@ -133,13 +138,15 @@ def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[Proj
 
 
 def round_projection(
-    weight_NK: Tensor, group_size: int, scale_dtype: str, format: str
+    weight_NK: Tensor, group_size: int, scale_dtype: str, format: Format
 ) -> tuple[dict[str, Tensor], float]:
     weight_1NK = weight_NK.float()[None]
     scale_1NG = grid.absmax_scales(weight_1NK, group_size, scale_dtype)
     group = QuantizedGroup(grid.round_to_nearest(weight_1NK, scale_1NG), scale_1NG)
-    stored = {suffix: value[0] for suffix, value in pack.pack(group, format).items()}
-    error, _, norm = fidelity.squared_errors(weight_NK, stored, format)
+    stored = {suffix: value[0] for suffix, value in format.pack(group).items()}
+    error, _, norm = fidelity.squared_errors(
+        weight_NK, format.oriented(stored[format.codes]), format.oriented(stored[format.scales])
+    )
     return stored, (error / norm) ** 0.5
 
 

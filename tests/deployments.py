@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fourfold.formats import COMPRESSED_TENSORS, GPTQ_V2
 from fourfold.serve.kvcache import Geometry
 from fourfold.serve.machine import Gpu, Machine
 from fourfold.serve.served import Served
@@ -19,7 +20,7 @@ REFERENCE = Served(
     folder=Path("release"),
     name="Qwen3.6-35B-A3B-GPTQ-Int4",
     model_type="qwen3_5_moe",
-    format="gptq_v2",
+    format=GPTQ_V2,
     group_size=128,
     expert_width=512,
     vision=True,
@@ -31,7 +32,7 @@ REFERENCE = Served(
     template="{% if think %}<think>{% endif %}<function=",
     sampling={"temperature": 1.0, "top_k": 20},
 )
-OURS = replace(REFERENCE, format="compressed-tensors")
+OURS = replace(REFERENCE, format=COMPRESSED_TENSORS)
 CPU = Machine(gpus=(), host_bytes=64 * 2**30, no_gpu="there is no nvidia-smi")
 
 

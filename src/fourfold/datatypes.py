@@ -15,10 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from reprlib import Repr
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_brief = Repr()  # what strangers wrote goes into messages, but not at any length
+_brief.maxstring = _brief.maxother = 200
+brief = _brief.repr
 
 
 class FourfoldError(ValueError):

@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from fourfold import formats
 from fourfold.bundled import CALIBRATION_TEXTS, HELDOUT_TEXTS
 from fourfold.datatypes import FourfoldError
 from fourfold.schema import Schema, apply_override, nearest
@@ -203,9 +204,8 @@ class Recipe:
 ORIGINS = ("builtin", "path", "dataset")
 OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 CHOICES: dict[str, tuple[object, ...]] = {
-    "format": FORMATS,
+    "format": formats.NAMES,
     "scheme.group_size": (32, 64, 128),
     "scheme.scale_dtype": ("bf16", "fp16"),
     "solver.damp_kind": ("diagonal", "mean"),
@@ -412,9 +412,11 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
         )
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
-    if recipe.format == "compressed-tensors" and recipe.scheme.scale_dtype == "fp16":
-        hint = " Its scales are stored as BF16; gptq and gptq_v2 store FP16"
-        raise schema.mismatch("scheme.scale_dtype", "fp16", "'bf16' with format 'compressed-tensors'", hint)
+    stored_as = formats.named(recipe.format).scale_dtype
+    if recipe.scheme.scale_dtype == "fp16" and stored_as != "F16":
+        others = " and ".join(one.name for one in formats.FORMATS if one.scale_dtype == "F16")
+        hint = f" Its scales are stored as {stored_as}; {others} store FP16"
+        raise schema.mismatch("scheme.scale_dtype", "fp16", f"'bf16' with format {recipe.format!r}", hint)
     if solver.scale_low > solver.scale_high:
         wanted = f"at most scale_high = {solver.scale_high}"
         raise schema.mismatch("solver.scale_low", solver.scale_low, wanted)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fourfold import terminal
+from fourfold.formats import NAMES
 from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice
-from fourfold.recipe import FORMATS
 from fourfold.tables.release import show_comparison, show_converted, show_inspection, show_published
 
 INSPECT_EXAMPLES = f"""\b
@@ -79,9 +79,7 @@ AnyRelease = Annotated[
     ),
 ]
 New = Annotated[Path, typer.Argument(metavar="NEW", show_default=False, help="Folder to write: new or empty.")]
-Format = Annotated[
-    str, typer.Option("--format", **choice(*FORMATS), show_default=False, help="How NEW stores int4.")
-]
+Format = Annotated[str, typer.Option("--format", **choice(*NAMES), show_default=False, help="How NEW stores int4.")]
 ConvertJson = Annotated[bool, typer.Option("--json", help="Print what came of it as one JSON object.")]
 
 

@@ -11,8 +11,10 @@ import torch
 import problems
 import reference
 import releases
-from fourfold.core import fidelity, pack
+from fourfold.core import fidelity
+from fourfold.core.pack import pack_codes
 from fourfold.datatypes import QuantizedGroup
+from fourfold.formats import named
 
 
 @pytest.mark.parametrize("form", releases.FORMATS)
@@ -24,9 +26,12 @@ def test_squared_errors(monkeypatch: pytest.MonkeyPatch, form: str, rows: int, i
     weight = (torch.randn(rows, inputs, generator=generator) * 0.02).bfloat16()
     codes = torch.randint(-8, 8, (1, rows, inputs), generator=generator, dtype=torch.int8)
     scales = (torch.randn(1, rows, inputs // 64, generator=generator) * 0.01).bfloat16().float()
-    stored = {name: value[0] for name, value in pack.pack(QuantizedGroup(codes, scales), form).items()}
+    format = named(form)
+    stored = {name: value[0] for name, value in format.pack(QuantizedGroup(codes, scales)).items()}
     wanted = weight.double() - releases.dequantize({"x." + name: value for name, value in stored.items()}, "x.")
-    error, rounded, norm = fidelity.squared_errors(weight, stored, form)
+    error, rounded, norm = fidelity.squared_errors(
+        weight, format.oriented(stored[format.codes]), format.oriented(stored[format.scales])
+    )
     assert error == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     groups = problems.array(weight).reshape(-1, 64)
     steps = [reference.stored(float(np.float32(np.abs(group).max() * (2 / 15))), "bf16") for group in groups]
@@ -38,8 +43,7 @@ def test_squared_errors(monkeypatch: pytest.MonkeyPatch, form: str, rows: int, i
 def test_an_exact_projection_has_no_error() -> None:
     codes, scales = torch.randint(-8, 8, (1, 8, 128), dtype=torch.int8), torch.full((1, 8, 1), 2.0**-7)
     weight = (codes[0] * 2.0**-7).bfloat16()
-    stored = {name: value[0] for name, value in pack.pack(QuantizedGroup(codes, scales), "gptq").items()}
-    assert fidelity.squared_errors(weight, stored, "gptq")[0] == 0
+    assert fidelity.squared_errors(weight, pack_codes(codes)[0], scales[0])[0] == 0
 
 
 def test_code_counts() -> None:

@@ -104,10 +104,10 @@ def compressed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quantized by 'awq', which is not read; wanted gptq"),
+        ({"quant_method": "awq", "bits": 4}, "quantized by 'awq', which is not read; expected 4 bits by"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"bits": 4}, "quantized by None"),
-        ({"quant_method": "gptq", "bits": 8}, "8 bits packed in 'int32'; wanted 4"),
+        ({"quant_method": "gptq", "bits": 8}, "8 bits packed in 'int32'; expected 4"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int8"}, "4 bits packed in 'int8'"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'gptq' with 'marlin'"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
@@ -134,7 +134,7 @@ def test_what_is_not_read_is_named(config: object, message: str) -> None:
     ],
 )
 def test_what_is_read(config: dict[str, Any], format: str) -> None:
-    assert readable_format({"quantization_config": config}, Path("release")) == format
+    assert str(readable_format({"quantization_config": config}, Path("release"))) == format
     assert readable_format({}, Path("release")) is None
 
 

@@ -14,6 +14,7 @@ import torch
 import checkpoints
 from fourfold.core.kernels import cuda
 from fourfold.datatypes import Action, FourfoldError
+from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import advice, memory, pinned
@@ -429,9 +430,9 @@ def test_tensor_parallel_sizes_that_groups_do_not_divide(full: Path, tmp_path: P
     narrow = on_gpus(8, 128, checkpoints.tiny(tmp_path, width=128))
     assert narrow == ["tensor parallel 2, 4, 8: width 128 / 2 not divisible by group size 128"]
     assert len(f"warning: {narrow[0]}") <= 80
-    (packed,) = advice.tensor_parallel_advice(512, 128, "compressed-tensors")  # as inspect has it
+    (packed,) = advice.tensor_parallel_advice(512, 128, named("compressed-tensors"))  # as inspect has it
     assert "vLLM refuses to load" in packed and "expert parallel, a smaller group size" in packed
-    (gptq,) = advice.tensor_parallel_advice(512, 128, "gptq")
+    (gptq,) = advice.tensor_parallel_advice(512, 128, named("gptq"))
     assert "moe_wna16" in gptq and "refuses to load" not in gptq
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import problems
 import reference
-from fourfold.core import gptq, grid, guidance, metrics, moments, pack
+from fourfold.core import gptq, grid, guidance, metrics, moments
 from fourfold.datatypes import FourfoldError, Method, Moments, QuantizedGroup, Target
+from fourfold.formats import named
 from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
 from problems import GROUP, Problem
@@ -381,7 +382,7 @@ def test_what_was_measured_is_what_is_stored(site: Site, format: str, scale_dtyp
     except FourfoldError:
         return
     group = solve_site(site, chosen).group
-    assert torch.equal(pack.unpack(pack.pack(group, format), format).scale_ENG, group.scale_ENG)
+    assert torch.equal(named(format).unpack(named(format).pack(group)).scale_ENG, group.scale_ENG)
 
 
 # ---- the reference card's rule

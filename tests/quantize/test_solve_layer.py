@@ -15,8 +15,9 @@ from torch.nn.functional import silu
 
 import problems
 import reference
-from fourfold.core import guidance, pack
+from fourfold.core import guidance
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
+from fourfold.formats import named
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
 from fourfold.quantize import estimate, site, solve
 from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
@@ -145,7 +146,7 @@ def test_every_expert_has_every_tensor(layer: DecoderLayer, observed: Observed, 
     wanted = {}
     for expert in range(EXPERTS):
         for projection, weight_ENK in stacked(layer).items():
-            shapes = pack.tensor_shapes(format, *weight_ENK.shape[1:], GROUP)
+            shapes = named(format).tensor_shapes(*weight_ENK.shape[1:], weight_ENK.shape[2] // GROUP)
             wanted |= {f"{PREFIX}{expert}.{projection}.{suffix}": shape for suffix, (_, shape) in shapes.items()}
     assert {name: tuple(tensor.shape) for name, tensor in found.tensors.items()} == wanted
 

@@ -35,7 +35,7 @@ def test_a_release(tmp_path: Path, form: str) -> None:
     releases.run(source, tmp_path / "out", recipe)
     (tmp_path / "out" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "eos_token_id": 1}')
     served = open_served(tmp_path / "out", "mine")
-    assert (served.name, served.format, served.group_size) == ("mine", form, 32)
+    assert (served.name, str(served.format), served.group_size) == ("mine", form, 32)
     assert served.sampling == {"temperature": 0.6, "top_k": 20}
     assert served.has_draft
 

@@ -5,28 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.core import grid, pack
+from fourfold.core import grid
+from fourfold.core.pack import unpack_codes
 
 SLAB_ELEMENTS = 2**18  # of one fp32 temporary: it stays in a core's cache, twice as fast as a whole projection at once
 
 
-def squared_errors(weight_NK: Tensor, tensors: dict[str, Tensor], format: str) -> tuple[float, float, float]:
+def squared_errors(weight_NK: Tensor, words_NW: Tensor, stored_scale_NG: Tensor) -> tuple[float, float, float]:
     """|W - Wq|^2, the same of round-to-nearest with absmax scales, and |W|^2, in fp32 with sums of slabs in float64.
 
-    weight_NK: the source's; tensors: of one projection, by suffix, without a dimension of experts; Wq is what
-    core/pack.py unpacks from them.
+    weight_NK: the source's; words_NW: codes as core/pack.py packs them, int32 [N, K // 8]; stored_scale_NG: any float
+    dtype. The last two may be views in any order of memory.
     """
-    words, scales = pack.CODES_AND_SCALES[format]
     rows = max(SLAB_ELEMENTS // weight_NK.shape[1], 1)
     error = rounded = norm = 0.0
     for first in range(0, len(weight_NK), rows):
         place = slice(first, first + rows)
-        along = place if format == "compressed-tensors" else (slice(None), place)  # gptq: output features are columns
-        group = pack.unpack({words: tensors[words][along], scales: tensors[scales][along]}, format)
-        slab_NK = weight_NK[place].float()
+        slab_NK, stored_NG = weight_NK[place].float(), stored_scale_NG[place].float()
         norm += _square(slab_NK)
-        error += _square(slab_NK - grid.dequantize(group.codes_ENK, group.scale_ENG))
-        scale_NG = grid.absmax_scales(slab_NK, slab_NK.shape[1] // group.scale_ENG.shape[-1], "bf16")
+        error += _square(slab_NK - grid.dequantize(unpack_codes(words_NW[place]), stored_NG))
+        scale_NG = grid.absmax_scales(slab_NK, slab_NK.shape[1] // stored_NG.shape[-1], "bf16")
         rounded += _square(grid.rounding_error(slab_NK, scale_NG))
     return error, rounded, norm
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import FourfoldError
+from fourfold import formats
+from fourfold.datatypes import FourfoldError, brief
 from fourfold.model.family import FAMILIES, Family
-from fourfold.model.json_object import brief, read_object
+from fourfold.model.json_object import read_object
 
 CONFIG = "config.json"
 MAX_DEPTH = 16
@@ -55,7 +56,6 @@ TEXTS = {"layer_types", "architectures", "ignore"}
 # (what, at most or a multiple of what): of numbers that stand side by side.
 AT_MOST = (("num_experts_per_tok", "num_experts"),)
 MULTIPLES = (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"))
-READ_METHODS = ("gptq", "compressed-tensors", "auto-round")
 
 
 def check_model(model: str | Path) -> None:
@@ -195,7 +195,7 @@ def check_values(raw: Mapping[str, Any], path: Path) -> None:
     if not isinstance(settings, dict):
         raise _wrong(path, "quantization_config", settings, "an object")
     method = settings.get("quant_method")
-    if isinstance(method, str) and method in READ_METHODS:
+    if isinstance(method, str) and method in formats.METHODS:
         _check(settings, path, "quantization_config.")
     if str(raw.get("model_type")) in FAMILIES:
         _check({key: value for key, value in raw.items() if value is not settings}, path, "")

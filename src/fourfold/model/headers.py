@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.datatypes import FourfoldError, TensorHeader, brief
 from fourfold.model.config import other_contents
-from fourfold.model.json_object import brief, parse_object, read_bytes, read_object
+from fourfold.model.json_object import parse_object, read_bytes, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -7,16 +7,11 @@ import os
 import stat
 from collections import Counter
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
-from fourfold.datatypes import FourfoldError
+from fourfold.datatypes import FourfoldError, brief
 
 MAX_BYTES = 100_000_000  # safetensors' own limit for a header; 31,000 tensors take 4 MB
-
-_brief = Repr()  # what strangers wrote goes into messages, but not at any length
-_brief.maxstring = _brief.maxother = 200
-brief = _brief.repr
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -13,38 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core import pack
-from fourfold.datatypes import FourfoldError
+from fourfold import formats
+from fourfold.datatypes import FourfoldError, brief
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex, require_finite
 from fourfold.model.config import CONFIG, quantization, read_config
 from fourfold.model.family import split_names
 from fourfold.model.head import Head, build_head
-from fourfold.model.json_object import brief
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import Skeleton
 
 NAMES_SHOWN = 5
-# Suffixes of a quantized projection; those after the first two may be absent.
-SUFFIXES: dict[str, Suffixes] = {
-    "gptq": ("qweight", "scales", "qzeros", "g_idx"),
-    "gptq_v2": ("qweight", "scales", "qzeros", "g_idx"),
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
-}
 Shape = tuple[int, ...]
-Suffixes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Weights:
     """One checkpoint, quantized or not.
 
-    skeleton: of the BF16 source, which a release shares; format: of quantized projections (core/pack.py), None where
-    config.json names no quantization.
+    skeleton: of the BF16 source, which a release shares; format: of quantized projections, None where config.json names
+    no quantization.
     """
 
     skeleton: Skeleton
     index: TensorIndex
-    format: str | None
+    format: Format | None
 
     @classmethod
     def open(cls, folder: Path, skeleton: Skeleton) -> Weights:
@@ -90,11 +83,11 @@ class Weights:
             return value.to(device)
         assert self.format is not None
         stem, tensors = name.removesuffix("weight"), {}
-        for suffix in SUFFIXES[self.format]:
+        for suffix in self.format.suffixes:
             if stem + suffix in self.index.headers:
                 tensors[suffix] = self.index.read(stem + suffix)
                 require_finite(tensors[suffix], stem + suffix)
-        return pack.dequantize({suffix: part.to(device)[None] for suffix, part in tensors.items()}, self.format)[0]
+        return self.format.dequantize({suffix: part.to(device)[None] for suffix, part in tensors.items()})[0]
 
     def layer(self, layer: int, device: torch.device, dtype: torch.dtype) -> DecoderLayer:
         """One decoder layer, its routed experts dequantized."""
@@ -151,61 +144,41 @@ class Weights:
             if headers[name].shape != shape:
                 yield f"{name} is {list(headers[name].shape)}, wanted {list(shape)}"
             return
-        stem, suffixes = name.removesuffix("weight"), SUFFIXES.get(self.format or "", ())
+        stem, form = name.removesuffix("weight"), self.format
+        suffixes = form.suffixes if form else ()
         found = {suffix: headers[stem + suffix].shape for suffix in suffixes if stem + suffix in headers}
-        if len(shape) != 2 or not suffixes or not set(suffixes[:2]) <= set(found):
+        if len(shape) != 2 or form is None or not {form.codes, form.scales} <= set(found):
             yield f"{name} is missing"
             return
-        scales = suffixes[1]
-        if len(found[scales]) != 2:
-            yield f"{stem}{scales} is {list(found[scales])}, wanted two dimensions"
+        if len(found[form.scales]) != 2:
+            yield f"{stem}{form.scales} is {list(found[form.scales])}, wanted two dimensions"
             return
-        groups = found[scales][0 if scales == "scales" else 1]
+        groups = found[form.scales][form.inputs_axis]
         if not groups or shape[1] % groups:
-            yield f"{stem}{scales} is {list(found[scales])}, {groups} groups of {shape[1]} inputs"
-        for suffix, wanted in _stored_shapes(shape, groups).items():
+            yield f"{stem}{form.scales} is {list(found[form.scales])}, {groups} groups of {shape[1]} inputs"
+        for suffix, wanted in form.read_shapes(*shape, groups).items():
             if suffix in found and found[suffix] != wanted:
                 yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for 4 bits"
 
 
-def _stored_shapes(shape: Shape, groups: int) -> dict[str, Shape]:
-    outputs, inputs = shape
-    return {
-        "qweight": (inputs // 8, outputs),
-        "scales": (groups, outputs),
-        "qzeros": (groups, outputs // 8),
-        "g_idx": (inputs,),
-        "weight_packed": (outputs, inputs // 8),
-        "weight_scale": (outputs, groups),
-        "weight_zero_point": (-(-outputs // 8), groups),
-        "weight_g_idx": (inputs,),
-    }
-
-
-def storage_format(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """The format (core/pack.py) of quantized projections by config.json's `quantization_config`, None if it has none.
+def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
+    """Return the format that config.json's `quantization_config` means, None if it has none.
 
     Raises FourfoldError for a method that is not known. Width and layout are for `readable_format`.
     """
     config = quantization(raw)
     if not config:
         return None
-    method, packing = config.get("quant_method"), str(config.get("packing_format", ""))
-    if method == "compressed-tensors":
-        return "compressed-tensors"
-    if method == "auto-round" and packing == "auto_round:auto_gptq":
-        return "gptq"
-    stored = config.get("checkpoint_format", "gptq")
-    if method == "gptq" and stored in ("gptq", "gptq_v2"):
-        return str(stored)
-    found = brief(method) + (f" with {brief(packing or stored)}" if method in ("gptq", "auto-round") else "")
-    raise FourfoldError(
-        f"{folder / CONFIG}: quantized by {found}, which is not read; wanted gptq, gptq_v2, "
-        "compressed-tensors (pack-quantized) or auto-round (auto_gptq) with 4 bits"
-    )
+    for form in formats.FORMATS:
+        if form.named_by(config):
+            return form
+    detail = config.get("packing_format") or config.get("checkpoint_format")
+    found = brief(config.get("quant_method")) + (f" with {brief(detail)}" if detail else "")
+    wanted = ", ".join(form.read_as for form in formats.FORMATS)
+    raise FourfoldError(f"{folder / CONFIG}: quantized by {found}, which is not read; expected 4 bits by {wanted}")
 
 
-def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: str | None) -> str:
+def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Format | None) -> str:
     """How config.json's group size differs from what the scales have; "" if it does not, or names none.
 
     Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
@@ -214,8 +187,7 @@ def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: str |
     stated = list(_group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
     if format is None or not stated:
         return ""
-    codes, scales = pack.CODES_AND_SCALES[format]
-    axis = 1 if format == "compressed-tensors" else 0
+    codes, scales, axis = format.codes, format.scales, format.inputs_axis
     for name, header in sorted(index.headers.items()):
         word = index.headers.get(name.removesuffix(scales) + codes)
         if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
@@ -238,34 +210,9 @@ def _group_sizes(settings: object) -> Iterator[object]:
         yield from _group_sizes(value)
 
 
-def readable_format(raw: Mapping[str, Any], folder: Path) -> str | None:
+def readable_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
     """storage_format of what `Weights` reads. Raises FourfoldError for a method, width or layout that it does not."""
     format = storage_format(raw, folder)
-    config = quantization(raw)
-    if format == "compressed-tensors":
-        _check_compressed(config, folder)
-    elif format and (config.get("bits") != 4 or config.get("pack_dtype", "int32") != "int32"):
-        raise FourfoldError(
-            f"{folder / CONFIG}: {brief(config.get('bits'))} bits packed in "
-            f"{brief(config.get('pack_dtype', 'int32'))}; wanted 4 bits packed in int32"
-        )
+    if format and (problem := format.unreadable(quantization(raw))):
+        raise FourfoldError(f"{folder / CONFIG}: {problem}")
     return format
-
-
-def _check_compressed(config: Mapping[str, Any], folder: Path) -> None:
-    groups = config.get("config_groups") or {}
-    for name, group in groups.items():
-        where = f"{folder / CONFIG}: config group {brief(name)}"
-        if not isinstance(group, dict):
-            raise FourfoldError(f"{where}: got {brief(group)}, expected an object")
-        weights = group.get("weights") or {}
-        layout = group.get("format") or config.get("format")
-        found = (layout, weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
-        if found[:3] != ("pack-quantized", 4, "int") or found[3] not in ("group", "channel"):
-            layout, bits, kind, strategy = map(brief, found)
-            raise FourfoldError(
-                f"{where} is {layout} with {bits} bits of type {kind} by {strategy}; "
-                "wanted 'pack-quantized' with 4 bits of 'int' by 'group' or 'channel'"
-            )
-    if not groups:
-        raise FourfoldError(f"{folder / CONFIG}: compressed-tensors without config_groups")

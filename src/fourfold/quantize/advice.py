@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourfold import formats
 from fourfold.datatypes import Event
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
@@ -46,17 +48,15 @@ def start_event(plan: Plan, out: Path) -> Event:
     return Event(kind="start", text="\n".join(f"{name:9}{fact}" for name, fact in facts), data=dict(facts))
 
 
-def release_advice(
-    skeleton: Skeleton, index: TensorIndex, recipe: Recipe, devices: Sequence[str]
-) -> Iterator[str]:
+def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
-    yield from format_advice(skeleton, has_draft(skeleton, index.headers), recipe.format)
+    yield from format_advice(skeleton, has_draft(skeleton, index.headers), formats.named(recipe.format))
     width, size = skeleton.text.moe_intermediate_size, recipe.scheme.group_size
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
         yield problem
 
 
-def format_advice(skeleton: Skeleton, draft: bool, format: str) -> Iterator[str]:
+def format_advice(skeleton: Skeleton, draft: bool, format: Format) -> Iterator[str]:
     """What engines will make of a release. draft: whether it has a draft head."""
     text = skeleton.text
     if text.hidden_size % 128:
@@ -66,10 +66,10 @@ def format_advice(skeleton: Skeleton, draft: bool, format: str) -> Iterator[str]
             "no MTP tensors in the checkpoint: a release of it cannot draft its own tokens; vLLM loads it with MTP "
             "switched on without an error and accepts 0 drafts"
         )
-    if draft and format != "compressed-tensors":
+    if draft and not format.sglang_drafts:
         yield (
             f"format {format} with MTP: SGLang drops the draft head's experts without a word; for "
-            "drafts in SGLang take format compressed-tensors (vLLM runs both)"
+            f"drafts in SGLang take format {formats.DRAFTS_IN_SGLANG} (vLLM runs both)"
         )
 
 
@@ -81,18 +81,10 @@ def tensor_parallel_problem(width: int, size: int, gpus: int) -> str:
     return f"tensor parallel {', '.join(map(str, bad))}: width {width} / {bad[0]} not divisible by group size {size}"
 
 
-def tensor_parallel_advice(width: int, size: int, format: str) -> Iterator[str]:
+def tensor_parallel_advice(width: int, size: int, format: Format) -> Iterator[str]:
     """The same for any server, with what engines do then."""
-    problem = tensor_parallel_problem(width, size, TENSOR_PARALLEL[-1])
-    if not problem:
-        return
-    effect = "vLLM refuses to load it, SGLang loads empty scales without an error"
-    if format != "compressed-tensors":
-        effect = (
-            "vLLM falls back from Marlin to the slower moe_wna16 (on CPUs it refuses), SGLang is right with "
-            "--quantization moe_wna16 only"
-        )
-    yield f"{problem}; {effect}. Try: expert parallel, a smaller group size, or fewer GPUs"
+    if problem := tensor_parallel_problem(width, size, TENSOR_PARALLEL[-1]):
+        yield f"{problem}; {format.split_groups}. Try: expert parallel, a smaller group size, or fewer GPUs"
 
 
 def run_advice(recipe: Recipe, work: Workload, memory: MemoryPlan, disk: DiskPlan) -> Iterator[str]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fourfold.core.pack import tensor_shapes
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
+from fourfold.formats import named
 from fourfold.model.checkpoint import DTYPES, TensorIndex
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.skeleton import Skeleton
@@ -120,6 +120,11 @@ def has_draft(skeleton: Skeleton, names: Iterable[str]) -> bool:
     return skeleton.has_mtp and any(name.startswith(skeleton.family.mtp_prefix) for name in names)
 
 
+def draft_prefixes(skeleton: Skeleton, names: Iterable[str]) -> tuple[str, ...]:
+    """What the names of the draft heads' tensors begin with, of those that are there."""
+    return (skeleton.family.mtp_prefix,) if has_draft(skeleton, names) else ()
+
+
 def wanted_tensors(
     skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe
 ) -> Iterator[tuple[str, Wanted]]:
@@ -149,7 +154,7 @@ def _wanted_expert(name: str, shape: tuple[int, ...], layer: int, recipe: Recipe
     """One projection [N, K] of a routed expert."""
     outputs, inputs = _projection_shape(name, shape)
     size = recipe.scheme.group_size
-    stored = tensor_shapes(recipe.format, outputs, inputs, size)
+    stored = named(recipe.format).tensor_shapes(outputs, inputs, inputs // size)
     return Wanted(
         shape=(outputs, inputs),
         dtypes=("BF16",),

@@ -11,21 +11,23 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fourfold
-from fourfold.core import metrics, pack
+from fourfold.core import metrics
 from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
+from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.hub import hub_name, stated_terms
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
+from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, REFERENCE, Journal, close
@@ -65,8 +67,8 @@ def finish(
     out, records = journal.out, journal.records
     projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
-    dense = (layer.index for layer in plan.layers if not layer.routed)
-    settings = quantization_config(plan.recipe.format, plan.recipe.scheme.group_size, dense)
+    drafts = draft_prefixes(plan.skeleton, index.headers)
+    settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group_size, drafts)
     texts_by_name = {
         "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),
@@ -98,16 +100,6 @@ def finish(
     tell("finish", text="journal")
     close(out)
     return read_summary(out)
-
-
-def quantization_config(format: str, group_size: int, dense: Iterable[int]) -> dict[str, Any]:
-    """config.json's `quantization_config`. Layers without routed experts (`dense`) are kept, and named: engines would
-    take their MLPs for quantized ones. The formats of GPTQ name what is quantized instead, by a pattern.
-    """
-    config = pack.quantization_config(format, group_size)
-    if "ignore" in config:
-        config["ignore"] += [f"re:.*layers\\.{layer}\\.mlp\\..*" for layer in dense]
-    return config
 
 
 def index_json(index: TensorIndex) -> str:

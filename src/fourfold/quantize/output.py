@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core import grid, pack
+from fourfold.core import grid
 from fourfold.datatypes import Action, FourfoldError, ShardRecord, TensorHeader
+from fourfold.formats import named
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import DOWN, GATE, UP, split_names
 from fourfold.model.layer import LayerTensors, read_layer
@@ -70,17 +71,17 @@ def write_tensors(out: Path, shard: str, tensors: Mapping[str, Tensor]) -> Writt
 def read_experts(plan: Plan, out: Path, record: ShardRecord, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Some of a finished layer's experts, gate_up and down, dequantized in BF16 from its shard."""
     index = TensorIndex.open_shards(out, [record.shard])
-    prefix, format = plan.skeleton.family.experts_prefix(record.layer), plan.recipe.format
+    prefix, format = plan.skeleton.family.experts_prefix(record.layer), named(plan.recipe.format)
 
     def stack(projection: str) -> Tensor:
         stacks: dict[str, Tensor] = {}
-        for suffix in pack.CODES_AND_SCALES[format]:
+        for suffix in (format.codes, format.scales):
             names = [f"{prefix}{expert}.{projection}.{suffix}" for expert in experts]
             header = index.header(names[0])
             stacks[suffix] = torch.empty(len(names), *header.shape, dtype=DTYPES[header.dtype])
             for place, name in enumerate(names):
                 index.read(name, out=stacks[suffix][place])
-        group = pack.unpack(stacks, format)
+        group = format.unpack(stacks)
         return torch.stack([grid.dequantize(codes_NK, scale_NG).bfloat16()
                             for codes_NK, scale_NG in zip(group.codes_ENK, group.scale_ENG, strict=True)])  # fmt: skip
 

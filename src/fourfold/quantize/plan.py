@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import Action, FourfoldError, reason
+from fourfold.datatypes import Action, FourfoldError, brief, reason
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
-from fourfold.model.json_object import brief, read_object
+from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused

@@ -13,8 +13,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fourfold.core import grid, guidance, moments, pack
+from fourfold.core import grid, guidance, moments
 from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
+from fourfold.formats import named
+from fourfold.formats.format import Format
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.chunk import (
@@ -172,7 +174,7 @@ def _halved(size: int, worker: Worker, layer: int) -> int:
 
 def _solve_chunk(job: _Job, places: range) -> Part:
     """Codes of a chunk of experts: gate_up, then down on what the released gate_up puts out."""
-    layer, solver, clock = job.layer, job.recipe.solver, job.clock
+    layer, solver, clock, format = job.layer, job.recipe.solver, job.clock, named(job.recipe.format)
     place, experts = slice(places.start, places.stop), layer.owned[places.start : places.stop]
     tensors: dict[str, Tensor] = {}
     rows: list[ProjectionStatistics] = []
@@ -200,9 +202,9 @@ def _solve_chunk(job: _Job, places: range) -> Part:
             )
             with _named_experts(layer, place):
                 solved = solve_site(site, job.recipe)
-            packed = _pack(solved.group, projections, job.recipe.format)
+            packed = _pack(solved.group, projections, format)
             released_ENK = job.released[which]
-            released_ENK[place] = _unpack(packed, job.recipe.format).to(released_ENK.dtype)
+            released_ENK[place] = _unpack(packed, format).to(released_ENK.dtype)
             tensors |= _named(job.chunking.prefix, experts, packed, clock.worker.link)
             rows += _statistics(layer.index, experts, projections, solved, solver)
             if row_metric is not None:
@@ -249,25 +251,23 @@ def _named_experts(layer: DecoderLayer, place: slice) -> Iterator[None]:
         raise FourfoldError(f"layer {layer.index}, {named}") from None
 
 
-def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: str) -> dict[str, dict[str, Tensor]]:
+def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: Format) -> dict[str, dict[str, Tensor]]:
     """A site's stack as the release stores it: projection -> tensor suffix -> [E, ...]."""
     count = len(projections)
     codes, scales = group.codes_ENK.chunk(count, dim=1), group.scale_ENG.chunk(count, dim=1)
     return {
-        projection: pack.pack(QuantizedGroup(*part), format)
+        projection: format.pack(QuantizedGroup(*part))
         for projection, *part in zip(projections, codes, scales, strict=True)
     }
 
 
-def _unpack(packed: dict[str, dict[str, Tensor]], format: str) -> Tensor:
+def _unpack(packed: dict[str, dict[str, Tensor]], format: Format) -> Tensor:
     """The weights [E, N, K] that an engine multiplies by, from the packed tensors themselves; fp32."""
-    groups = [pack.unpack(tensors, format) for tensors in packed.values()]
+    groups = [format.unpack(tensors) for tensors in packed.values()]
     return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
 
 
-def _named(
-    prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link
-) -> dict[str, Tensor]:
+def _named(prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link) -> dict[str, Tensor]:
     """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on; on the host when the link is settled."""
     return {
         f"{prefix}{expert}.{projection}.{suffix}": tensor

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core import pack
+from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import read_config
 from fourfold.model.family import split_names
@@ -105,7 +106,7 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
     a way that is not read.
     """
     stocks = _open(first), _open(second)
-    found = Comparison(first=str(first), second=str(second), formats=(stocks[0].format, stocks[1].format))
+    found = Comparison(first=str(first), second=str(second), formats=_names(stocks))
     pieces = _pieces(stocks[0]), _pieces(stocks[1])
     names = [
         {*piece, *(f"{name}weight" for name in stock.projections)} for piece, stock in zip(pieces, stocks, strict=True)
@@ -129,6 +130,11 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
     found.errors = WeightErrors.of(errors)
     _compare_metrics(found, first, second)
     return found
+
+
+def _names(stocks: tuple[Stored, Stored]) -> tuple[str | None, str | None]:
+    one, other = (stock.format.name if stock.format else None for stock in stocks)
+    return one, other
 
 
 def _open(folder: Path) -> Stored:
@@ -174,7 +180,7 @@ def _weight_error(source: Stored, piece: Piece, release: Stored, stem: str) -> f
     weight_NK = torch.empty(piece.shape, dtype=dtype)
     source.index.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
     wanted_NK = weight_NK.float()
-    stored_NK = _dequantize(release.read(projection), str(release.format))
+    stored_NK = _dequantize(release, release.read(projection))
     error, size = float((wanted_NK - stored_NK).norm()), float(wanted_NK.norm())
     return error / size if size else float(error > 0)
 
@@ -184,36 +190,36 @@ def _compare_projections(
 ) -> None:
     tensors = [stock.read(projection) for stock, projection in zip(stocks, projections, strict=True)]
     (one, other), name = projections, f"{projections[0].name}weight"
-    formats = [str(stock.format) for stock in stocks]
     found.projections += 1
     if (one.outputs, one.inputs, one.groups) != (other.outputs, other.inputs, other.groups):
         found.different.append(name)
         return
-    plain = [not any(layout_problems(*rest)) for rest in zip(tensors, projections, formats, strict=True)]
+    stored = list(zip(tensors, projections, (_format(stock) for stock in stocks), strict=True))
+    plain = [not any(layout_problems(*one)) for one in stored]
     if not all(plain):  # zero points or an order of groups: the weights themselves say whether it is the same
-        weights = [_dequantize(part, format) for part, format in zip(tensors, formats, strict=True)]
+        weights = [_dequantize(stock, part) for stock, part in zip(stocks, tensors, strict=True)]
         if not torch.equal(*weights):
             found.different.append(name)
         return
-    words, scales = zip(*(_in_rows(part, format) for part, format in zip(tensors, formats, strict=True)), strict=True)
+    words = [format.oriented(part[format.codes]) for part, _, format in stored]
+    scales = [format.oriented(part[format.scales]).float() for part, _, format in stored]
     changed = 0
     if not torch.equal(*words):
-        changed = int((pack.unpack_codes(words[0]) != pack.unpack_codes(words[1])).sum())
+        changed = int((unpack_codes(words[0]) != unpack_codes(words[1])).sum())
     found.codes += words[0].numel() * 8
     found.codes_changed += changed
     found.projections_changed += changed > 0
     found.scales.add(*scales)
 
 
-def _in_rows(tensors: Mapping[str, Tensor], format: str) -> tuple[Tensor, Tensor]:
-    """Codes in words and scales in fp32, a row for each output feature."""
-    codes, scales = (tensors[suffix] for suffix in pack.CODES_AND_SCALES[format])
-    wanted = "compressed-tensors"
-    return pack.relayout(codes, format, wanted), pack.relayout(scales.float(), format, wanted)
+def _dequantize(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
+    return _format(stored).dequantize({suffix: value[None] for suffix, value in tensors.items()})[0]
 
 
-def _dequantize(tensors: Mapping[str, Tensor], format: str) -> Tensor:
-    return pack.dequantize({suffix: value[None] for suffix, value in tensors.items()}, format)[0]
+def _format(stored: Stored) -> Format:
+    """Of a checkpoint with int4 projections."""
+    assert stored.format is not None
+    return stored.format
 
 
 def _compare_metrics(found: Comparison, first: Path, second: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 from torch import Tensor
 
 import fourfold
-from fourfold.core import grid, pack
+from fourfold import formats
+from fourfold.core import grid
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.config import read_config
 from fourfold.model.family import split_names
@@ -25,7 +27,8 @@ from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
-from fourfold.quantize.finish import index_json, quantization_config
+from fourfold.quantize.claims import draft_prefixes
+from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, REFERENCE, STATE, hold
 from fourfold.recipe import Recipe, dump_recipe
@@ -34,7 +37,6 @@ from fourfold.release.stored import Projection, Stored, generalized, layout_prob
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.rules import config_problems
 
-FORMATS = tuple(pack.CODES_AND_SCALES)
 GROUP_SIZES = (32, 64, 128)
 RECIPE, LOG, METRICS = "recipe.toml", "quant_log.csv", "metrics.json"
 SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
@@ -121,13 +123,13 @@ class _Job:
     skeleton: Skeleton
     stored: Stored
     release: Release | None
-    format: str
+    format: Format
     progress: Progress
     scales: Scales = dataclasses.field(default_factory=Scales)
     done_bytes: int = 0
 
     @property
-    def before(self) -> str:
+    def before(self) -> Format:
         assert self.stored.format is not None
         return self.stored.format
 
@@ -151,8 +153,8 @@ class _Job:
 
 def _open(out: Path, format: str, progress: Progress) -> _Job:
     """OUT with its headers, configuration and the layout of every projection checked."""
-    if format not in FORMATS:
-        raise FourfoldError(f"format {format!r}: wanted one of {', '.join(FORMATS)}")
+    if format not in formats.NAMES:
+        raise FourfoldError(f"format {format!r}: wanted one of {', '.join(formats.NAMES)}")
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
@@ -163,7 +165,7 @@ def _open(out: Path, format: str, progress: Progress) -> _Job:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
         )
-    job = _Job(skeleton=skeleton, stored=stored, release=release, format=format, progress=progress)
+    job = _Job(skeleton=skeleton, stored=stored, release=release, format=formats.named(format), progress=progress)
     _check_groups(out, stored)
     _check_layout(job)
     return job
@@ -181,9 +183,8 @@ def _check_groups(out: Path, stored: Stored) -> None:
 
 def _check_layout(job: _Job) -> None:
     """Zero points and orders of groups: small, so all are read before anything is written."""
-    code, scale = pack.CODES_AND_SCALES[job.before]
     for projection in job.stored.projections.values():
-        beside = [suffix for suffix in projection.suffixes if suffix not in (code, scale)]
+        beside = [suffix for suffix in projection.suffixes if suffix not in (job.before.codes, job.before.scales)]
         tensors = {suffix: job.index.read(projection.name + suffix) for suffix in beside}
         for problem in layout_problems(tensors, projection, job.before):
             raise FourfoldError(
@@ -218,8 +219,8 @@ def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
     converted = Converted(
         out=str(job.index.folder),
         new=str(new),
-        before=job.before,
-        after=job.format,
+        before=job.before.name,
+        after=job.format.name,
         projections=len(job.stored.projections),
         split=sum(name not in index.headers for name in job.stored.kept),
         scales=job.scales,
@@ -244,9 +245,8 @@ def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
 def _write_shards(job: _Job, folder: Path) -> list[WrittenShard]:
     """A shard for each of OUT's, in the same order, numbered; each projection where its codes were."""
     shards: dict[str, list[OutputTensor]] = {}
-    code = pack.CODES_AND_SCALES[job.before][0]
     for projection in job.stored.projections.values():
-        shard = job.index.header(projection.name + code).shard
+        shard = job.index.header(projection.name + job.before.codes).shard
         shards.setdefault(shard, []).extend(_projection(job, projection))
     for name, header in job.stored.kept.items():
         shards.setdefault(header.shard, []).extend(_kept(job, name))
@@ -256,22 +256,20 @@ def _write_shards(job: _Job, folder: Path) -> list[WrittenShard]:
 
 def _projection(job: _Job, projection: Projection) -> Iterator[OutputTensor]:
     """A projection's tensors in the other format; codes and scales are read when their turn comes."""
-    stems = zip(pack.CODES_AND_SCALES[job.before], pack.CODES_AND_SCALES[job.format], (_codes, _scales), strict=True)
-    size = projection.group_size
-    stored = pack.tensor_shapes(job.format, projection.outputs, projection.inputs, size)
-    for suffix, after, read in stems:
+    before, form, sizes = job.before, job.format, (projection.outputs, projection.inputs, projection.groups)
+    stored = form.tensor_shapes(*sizes)
+    for suffix, after, read in ((before.codes, form.codes, _codes), (before.scales, form.scales, _scales)):
         dtype, shape = stored[after]
         name = projection.name + suffix
         yield OutputTensor(name=projection.name + after, dtype=dtype, shape=shape, data=partial(read, job, name))
-    beside = pack.companions(job.format, projection.outputs, projection.inputs, projection.groups)
-    for suffix, value in beside.items():
+    for suffix, value in form.companions(*sizes).items():
         yield OutputTensor.of(projection.name + suffix, value)
 
 
 def _codes(job: _Job, name: str) -> Iterator[memoryview]:
     words = job.index.read(name)
     job.tick(words.nbytes)
-    yield raw_bytes(pack.relayout(words, job.before, job.format))
+    yield raw_bytes(job.format.oriented(job.before.oriented(words)).contiguous())
 
 
 def _scales(job: _Job, name: str) -> Iterator[memoryview]:
@@ -280,7 +278,7 @@ def _scales(job: _Job, name: str) -> Iterator[memoryview]:
     job.tick(before.nbytes)
     after = grid.stored(before.float(), "bf16")
     job.scales.add(before.float(), after)
-    yield raw_bytes(pack.relayout(after.to(pack.SCALE_DTYPES[job.format]), job.before, job.format))
+    yield raw_bytes(job.format.stored_scales(job.before.oriented(after)))
 
 
 def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
@@ -315,19 +313,16 @@ def _rows(job: _Job, name: str, start: int, size_bytes: int) -> Iterator[memoryv
 
 def _settings(job: _Job, after: Stored) -> dict[str, Any]:
     """quantization_config: as quantize writes it, but where another tool has quantized more or less than experts."""
-    skeleton = job.skeleton
-    dense = [layer for layer in range(skeleton.layers) if not skeleton.is_routed(layer)]
-    settings = quantization_config(job.format, job.group_size, dense)
+    drafts = draft_prefixes(job.skeleton, after.index.headers)
+    settings = job.format.quantization_config(job.group_size, drafts)
     quantized, kept = after.quantized_modules, after.kept_modules
-    draft = any(name.startswith(skeleton.family.mtp_prefix) for name in kept) if skeleton.family.mtp_prefix else False
-    if config_problems(settings, job.group_size, quantized=quantized, kept=kept, draft=draft):
-        patterns = _exclusions(quantized, kept)
-        if job.format == "compressed-tensors":
-            settings["ignore"] = [f"re:{pattern}" for pattern in patterns]
-        else:
-            settings["dynamic"] = {f"-:{pattern}": {} for pattern in patterns}
-    problems = config_problems(settings, job.group_size, quantized=quantized, kept=kept, draft=draft)
-    assert not problems, problems
+
+    def problems() -> list[str]:
+        return config_problems(job.format, settings, job.group_size, quantized=quantized, kept=kept, draft=bool(drafts))
+
+    if problems():
+        settings = job.format.excluding(settings, _exclusions(quantized, kept))
+    assert not (left := problems()), left
     return settings
 
 
@@ -335,20 +330,26 @@ def _exclusions(quantized: Collection[str], kept: Collection[str]) -> list[str]:
     """Patterns, as few as will do, that match every kept module and no quantized one: first those of whole blocks,
     which engines that join projections (q, k and v) match too, then a module of all layers, then of one.
     """
-    blocks = [pattern.removeprefix("re:") for pattern in pack.KEPT_PATTERNS]
     chosen: list[str] = []
     for module in kept:
-        if any(re.match(pattern, module) for pattern in chosen):
-            continue
-        tried = (*blocks, f"{generalized(module)}$", f"{re.escape(module)}$")
-        chosen.append(
-            next(
-                pattern
-                for pattern in tried
-                if re.match(pattern, module) and not any(re.match(pattern, other) for other in quantized)
+        if not any(re.match(pattern, module) for pattern in chosen):
+            chosen.append(
+                next(
+                    pattern for pattern in _patterns(module) if not any(re.match(pattern, other) for other in quantized)
+                )
             )
-        )
     return chosen
+
+
+def _patterns(module: str) -> Iterator[str]:
+    """Patterns that match a module, the widest first. Engines put other names before a block: those are left open."""
+    *blocks, last = module.split(".")
+    for block in blocks:
+        if not block.isdecimal():
+            yield rf".*{re.escape(block)}\..*"
+    yield rf".*{generalized('.'.join([*blocks[-1:], last]))}$"
+    yield f"{generalized(module)}$"
+    yield f"{re.escape(module)}$"
 
 
 def _write_ours(release: Release, folder: Path, shards: list[WrittenShard], converted: Converted) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from fourfold.core import pack
+from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import FAMILIES, Family
@@ -34,12 +35,7 @@ HOST_BYTES = 64 * 2**30
 # Machines that a command is made for, least memory first: (GPUs, GiB of each), with sizes that are sold.
 MACHINES = ((1, 12), (1, 16), (1, 24), (2, 16), (1, 32), (4, 12), (1, 48), (1, 80), (2, 80), (4, 80), (8, 80), (8, 141))
 CAPABILITY = (8, 6)
-TRANSFORMERS = {  # as docs/formats.md has them
-    None: (True, "loads it as any BF16 model; the draft head is ignored"),
-    "compressed-tensors": (True, "loads it, with the compressed-tensors package; exact; the draft head is ignored"),
-    "gptq": (False, "asks for optimum and gptqmodel, and fails on fused experts with them"),
-    "gptq_v2": (False, "asks for optimum and gptqmodel, and fails on fused experts with them"),
-}
+TRANSFORMERS_BF16 = "loads it as any BF16 model; the draft head is ignored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +146,8 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _format(raw: Mapping[str, Any], folder: Path) -> tuple[str | None, str]:
-    """The storage that is read, and why it is not."""
+def _format(raw: Mapping[str, Any], folder: Path) -> tuple[Format | None, str]:
+    """The format that is read, and why it is not."""
     try:
         return readable_format(raw, folder), ""
     except FourfoldError as error:
@@ -238,7 +234,7 @@ class _Sample:
         for projection in _first_of_each(stored):
             assert stored.format is not None
             tensors = stored.read(projection)
-            scale = tensors[pack.CODES_AND_SCALES[stored.format][1]].float()
+            scale = tensors[stored.format.scales].float()
             scales += scale.numel()
             negative += int((scale < 0).sum())
             rounded += int((scale.to(torch.bfloat16).float() != scale).sum())
@@ -267,15 +263,14 @@ def _first_of_each(stored: Stored) -> list[Projection]:
 def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample, family: Family | None) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
-    suffix = pack.CODES_AND_SCALES[stored.format][1]
     headers = stored.index.headers
     return Quantized(
         method=str(quantization(raw).get("quant_method")),
-        format=stored.format,
+        format=stored.format.name,
         projections=len(stored.projections),
         by_group=_by_group(stored, family),
         group_sizes=tuple(sorted({projection.group_size for projection in stored.projections.values()})),
-        scale_dtypes=tuple(sorted({headers[name + suffix].dtype for name in stored.projections})),
+        scale_dtypes=tuple(sorted({headers[name + stored.format.scales].dtype for name in stored.projections})),
         looked_at=sample.looked_at,
         negative=sample.negative / max(sample.scales, 1),
         rounded=sample.rounded / max(sample.scales, 1),
@@ -296,7 +291,8 @@ def _engines(served: Served) -> Iterator[EngineRow]:
             command=command.text() if takes else "",
             notes=(*command.problems, *command.notes),
         )
-    takes, said = TRANSFORMERS[served.format]
+    form = served.format
+    takes, said = (form.transformers_loads, form.transformers_note) if form else (True, TRANSFORMERS_BF16)
     yield EngineRow(engine="transformers", takes=takes, gpus="", command="", notes=(said,))
 
 
@@ -330,8 +326,9 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
         yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
     if stored.format is None or not stored.projections:
         return
-    if settings.get("quant_method") in ("gptq", "compressed-tensors"):
+    if settings.get("quant_method") == stored.format.method:
         said = config_problems(
+            stored.format,
             settings,
             served.group_size,
             quantized=stored.quantized_modules,
@@ -342,15 +339,13 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
     if served.group_size:
         yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
         yield from format_advice(skeleton, bool(draft), stored.format)
-    if stored.format == "compressed-tensors":
-        return
-    if draft == "fused":
-        yield (
-            "draft experts in one stack: SGLang stops at KeyError 'model.layers.0.mlp.experts.w2_weight' if it "
-            "drafts; `fourfold convert OUT NEW --format compressed-tensors` makes a release whose drafts it loads"
-        )
-    elif draft:
-        yield "`fourfold convert OUT NEW --format compressed-tensors` makes a release whose drafts SGLang loads"
-    if stored.format == "gptq_v2":
-        yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers, with no error"
-    yield "SGLang takes it with --quantization moe_wna16 only: its own choice, gptq_marlin, asserts FP16 activations"
+    if draft and not stored.format.sglang_drafts:
+        fix = f"`fourfold convert OUT NEW --format {formats.DRAFTS_IN_SGLANG}` makes a release whose drafts"
+        if draft == "fused":
+            yield (
+                "draft experts in one stack: SGLang stops at KeyError 'model.layers.0.mlp.experts.w2_weight' if it "
+                f"drafts; {fix} it loads"
+            )
+        else:
+            yield f"{fix} SGLang loads"
+    yield from filter(None, (stored.format.vllm_cpu, stored.format.sglang_note))

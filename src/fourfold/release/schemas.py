@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from fourfold.datatypes import FourfoldError
-from fourfold.model.json_object import brief
-from fourfold.recipe import FORMATS
+from fourfold.datatypes import FourfoldError, brief
+from fourfold.formats import NAMES
 from fourfold.units import FIGURES
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -108,7 +107,7 @@ State = record(
     partial=bool,
     identity=record(recipe=str, source=str, calibration=str, heldout=str, parts=record(source=Anything)),
     recipe=str,
-    format=Literal.__getitem__(tuple(FORMATS)),
+    format=Literal.__getitem__(NAMES),
     source=record({"hub": str, "terms": by_name(str | list[str])}, headers=str, content=str),
     calibration=record({"shingles": each(str)}, rows=Count, length=Count, sources=each(Text), notes=each(str)),
     output=record(content=str, shards=by_name(record(bytes=Count, sha256=str)), tensor_bytes=Count),

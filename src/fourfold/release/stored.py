@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.core import pack
 from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.weights import SUFFIXES
 
-SHAPE = "weight_shape"  # beside the suffixes that are read: of no use to a reader, compressed-tensors has it
 CENTRE = 0  # a zero point of 8, as a code
 
 
@@ -35,10 +33,10 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """format: of core/pack.py, None where nothing is int4; projections: by name; kept: every other tensor by name."""
+    """format: None where nothing is int4; projections: by name; kept: every other tensor by name."""
 
     index: TensorIndex
-    format: str | None
+    format: Format | None
     projections: Mapping[str, Projection]
     kept: Mapping[str, TensorHeader]
 
@@ -60,22 +58,21 @@ class Stored:
         return {suffix: self.index.read(projection.name + suffix) for suffix in projection.suffixes}
 
 
-def take_stock(index: TensorIndex, format: str | None) -> Stored:
+def take_stock(index: TensorIndex, format: Format | None) -> Stored:
     """Sort a checkpoint's tensors. Raises FourfoldError for a projection whose parts do not fit each other."""
     projections: dict[str, Projection] = {}
     if format is not None:
-        codes = pack.CODES_AND_SCALES[format][0]
         for name in sorted(index.headers):
-            if name.endswith(f".{codes}"):
-                projection = _projection(index, name.removesuffix(codes), format)
+            if name.endswith(f".{format.codes}"):
+                projection = _projection(index, name.removesuffix(format.codes), format)
                 projections[projection.name] = projection
     parts = {name + suffix for name, projection in projections.items() for suffix in projection.suffixes}
     kept = {name: header for name, header in index.headers.items() if name not in parts}
     return Stored(index=index, format=format, projections=projections, kept=kept)
 
 
-def _projection(index: TensorIndex, name: str, format: str) -> Projection:
-    codes, scales = pack.CODES_AND_SCALES[format]
+def _projection(index: TensorIndex, name: str, format: Format) -> Projection:
+    codes, scales = format.codes, format.scales
     word, scale = index.headers[name + codes], index.headers.get(name + scales)
     if scale is None or len(scale.shape) != 2 or len(word.shape) != 2 or word.dtype != "I32":
         found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
@@ -83,28 +80,24 @@ def _projection(index: TensorIndex, name: str, format: str) -> Projection:
             f"{index.folder}: {name}{codes} is {word.dtype} {list(word.shape)} and {name}{scales} is {found}; wanted "
             "int32 words and a scale for each group, both of two dimensions"
         )
-    by_row = format == "compressed-tensors"
-    outputs, words = word.shape if by_row else reversed(word.shape)
-    groups = scale.shape[1 if by_row else 0]
+    axis = format.inputs_axis
+    outputs, words, groups = word.shape[1 - axis], word.shape[axis], scale.shape[axis]
     if not groups or words * 8 % groups:
         raise FourfoldError(
             f"{index.folder}: {name}{scales} is {list(scale.shape)}: {groups} groups of {words * 8:,} inputs; wanted a "
             "number of groups that divides them"
         )
-    there = tuple(suffix for suffix in (*SUFFIXES[format], SHAPE) if name + suffix in index.headers)
+    known = dict.fromkeys([*format.suffixes, *format.tensor_shapes(outputs, words * 8, groups)])
+    there = tuple(suffix for suffix in known if name + suffix in index.headers)
     return Projection(name=name, outputs=outputs, inputs=words * 8, groups=groups, suffixes=there)
 
 
-def layout_problems(tensors: Mapping[str, Tensor], projection: Projection, format: str) -> Iterator[str]:
+def layout_problems(tensors: Mapping[str, Tensor], projection: Projection, format: Format) -> Iterator[str]:
     """Why a projection is no plain symmetric one: zero points that are not 8, groups of inputs that do not follow.
 
     tensors: by suffix; what is absent is as it should be.
     """
-    zeros, index = None, tensors.get("weight_g_idx", tensors.get("g_idx"))
-    if "qzeros" in tensors:
-        zeros = pack.unpack_codes(tensors["qzeros"]) + (1 if format == "gptq" else 0)
-    elif "weight_zero_point" in tensors:
-        zeros = pack.unpack_codes(tensors["weight_zero_point"].mT).mT[: projection.outputs]
+    zeros, index = format.zero_points(tensors, projection.outputs), tensors.get(format.index)
     if zeros is not None and (wrong := int((zeros != CENTRE).sum())):
         least, most = int(zeros.min()) + 8, int(zeros.max()) + 8
         if least == most:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fourfold.datatypes import FourfoldError
+from fourfold.formats import DRAFTS_IN_SGLANG
 from fourfold.install import pip_install
 from fourfold.serve import engines
 from fourfold.serve.engines import ENGINES, KV_CACHES, SGLANG, VLLM, Engine, Profile, Version
@@ -163,11 +164,12 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
 
 
 def _drafts_by_itself(served: Served, engine: str) -> bool:
-    return served.has_draft and not (engine == SGLANG and _is_gptq(served))
+    return served.has_draft and not (engine == SGLANG and _drops_drafts(served))
 
 
-def _is_gptq(served: Served) -> bool:
-    return served.format in ("gptq", "gptq_v2")
+def _drops_drafts(served: Served) -> bool:
+    """Whether SGLang loads the release without its draft head's experts."""
+    return served.format is not None and not served.format.sglang_drafts
 
 
 def _experts_apart(engine: Engine, at: Version, extra: tuple[str, ...]) -> bool:
@@ -264,8 +266,8 @@ def _vllm(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings
 def _sglang(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
     settings: Settings = [("metrics", "")]
     environment: dict[str, str] = {}
-    if _is_gptq(served):  # its own choice, gptq_marlin, asserts FP16 and is right on one GPU only
-        settings.append(("quantization", "moe_wna16"))
+    if (form := served.format) and form.sglang_method != form.method:  # SGLang's own choice by config.json is wrong
+        settings.append(("quantization", form.sglang_method))
     if drafts := found.cache.drafts:
         settings += [("drafts", "EAGLE"), ("draft_steps", str(drafts)), ("draft_topk", "1")]
         settings.append(("draft_tokens", str(drafts + 1)))
@@ -304,10 +306,10 @@ def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: 
             "--quantization must not be passed to vLLM: it reads the method from config.json, and moe_wna16 stops at "
             "KeyError experts.w2_weight in the MTP loader"
         )
-    if engine.name == SGLANG and drafts and _is_gptq(served):
+    if engine.name == SGLANG and drafts and _drops_drafts(served):
         yield (
             f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without "
-            "an error and every draft is wrong. Way out: a release in format compressed-tensors, --mtp 0, or vLLM"
+            f"an error and every draft is wrong. Try: a release in format {DRAFTS_IN_SGLANG}, --mtp 0, or vLLM"
         )
     yield from _default_problems(engine, at, drafts, wanted)
 
@@ -349,11 +351,11 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         if engine.name == VLLM and not cache.old:
             yield f"if vLLM says `{engines.TRAPS[0].said}`: {engines.TRAPS[0].why}"
     if wanted.drafts is None and served.has_draft and not cache.drafts:
-        yield f"no drafts: SGLang does not load a {served.format} release's draft experts; compressed-tensors has them"
+        yield f"no drafts: SGLang does not load a {served.format} release's draft experts; {DRAFTS_IN_SGLANG} has them"
     if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:
         yield "on a CPU vLLM stops at a request that samples with top_k under MTP: --mtp 0, or temperature 0 in each"
-    if engine.name == VLLM and served.format == "gptq_v2" and not machine.gpus:
-        yield "vLLM's kernel for Intel AMX reads gptq_v2's zero points as gptq's: wrong numbers there; gptq is right"
+    if engine.name == VLLM and served.format and served.format.vllm_cpu and not machine.gpus:
+        yield served.format.vllm_cpu
     if wanted.thinking_budget is not None and wanted.plugin is None:
         yield f"the thinking budget {_needs_plugin()}"
     if profile.measured and served.is_reference:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold.formats.format import Format
 from fourfold.model.config import quantization, read_config
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
@@ -20,7 +21,7 @@ REFERENCE = "Qwen3.6-35B-A3B"  # of whom the reference's measured figures are
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """format: of core/pack.py, None where nothing is quantized. group_size: 0 where there are no groups.
+    """format: None where nothing is quantized. group_size: 0 where there are no groups.
 
     draft_bytes: of all tensors of the draft head, 0: there is none; weight_bytes: of all others. context: the longest
     that the model was made for. splits: numbers that tensor parallel must divide, by what they count. sampling: of
@@ -30,7 +31,7 @@ class Served:
     folder: Path
     name: str
     model_type: str
-    format: str | None
+    format: Format | None
     group_size: int
     expert_width: int
     vision: bool

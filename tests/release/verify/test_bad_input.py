@@ -85,7 +85,7 @@ def test_another_recipe(copy: Broken) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "awq"}, "quantized by 'awq', which is not read; wanted gptq"),
+        ({"quant_method": "awq"}, "quantized by 'awq', which is not read; expected 4 bits by"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "quantized by 'gptq' with 'marlin'"),
         ({"quant_method": None}, "quantized by None, which is not read"),
         (None, "no quantization_config"),

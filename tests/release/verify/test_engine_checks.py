@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fourfold.formats import COMPRESSED_TENSORS, GPTQ
 from fourfold.quantize.reference import Reference
 from fourfold.release.verify import image, sglang, vllm
 from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
@@ -178,10 +179,10 @@ def test_tokens_after_an_image(found: list[int], status: Status) -> None:
 def test_sglang_trap(model: str, trap: bool) -> None:
     load = LOAD | {"unwritten": {"w13_qweight": "8 of 8"}}
     loads = {"engine": "SGLang 0.5.23", "loads": {model: load}}
-    check = sglang.check_loads(loads, "moe_wna16")
+    check = sglang.check_loads(loads, GPTQ)
     assert check.status is Status.FAIL
     assert ("format compressed-tensors" in check.evidence) is trap
-    assert "format compressed-tensors" not in sglang.check_loads(loads, "compressed-tensors").evidence
+    assert "format compressed-tensors" not in sglang.check_loads(loads, COMPRESSED_TENSORS).evidence
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def quantization(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[s
 CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "dynamic without the MTP rule": (GPTQ, lambda q: q["dynamic"].pop("-:.*mtp.*"), "names mtp"),
     "dynamic is null": (GPTQ, lambda q: q.update(dynamic=None), "dynamic is None"),
-    "kept modules not excluded": (GPTQ, lambda q: q["dynamic"].pop("-:^(?!.*\\.mlp\\.experts).*$"), "does not exclude"),
+    "kept modules not excluded": (GPTQ, lambda q: q["dynamic"].pop(next(iter(q["dynamic"]))), "does not exclude"),
     "sym is missing": (GPTQ, lambda q: q.pop("sym"), "sym is missing"),
     "sym is no boolean": (GPTQ, lambda q: q.update(sym=1), "sym is 1"),
     "desc_act": (GPTQ, lambda q: q.update(desc_act=True), "desc_act is True"),
@@ -275,7 +275,14 @@ CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = 
     "bad pattern": (GPTQ, lambda q: q["dynamic"].update({"-:(mtp": {}}), "no regular expression"),
     "experts excluded": (GPTQ, lambda q: q["dynamic"].update({"-:.*experts.*": {}}), "which is quantized"),
     "ignore without MTP": (CT, lambda q: q["ignore"].remove("re:.*mtp.*"), "does not exclude mtp."),
-    "ignore without the router": (CT, lambda q: q["ignore"].remove("re:.*mlp\\.gate$"), "mlp.gate, which is not"),
+    "ignore without the router": (
+        CT, lambda q: q["ignore"].__setitem__(0, "re:^(?!.*\\.(experts|gate)).*$"), "mlp.gate, which is not",
+    ),
+    "targets without down": (
+        CT, lambda q: q["config_groups"]["group_0"].update(targets=["re:.*(gate|up)_proj"]), "targets does not name",
+    ),
+    "targets is null": (CT, lambda q: q["config_groups"]["group_0"].update(targets=None), "targets is None"),
+    "bad target": (CT, lambda q: q["config_groups"]["group_0"].update(targets=["re:(x"]), "no regular expression"),
     "ignore is null": (CT, lambda q: q.update(ignore=None), "ignore is None"),
     "format": (CT, lambda q: q.update(format="marlin-24"), "format is 'marlin-24'"),
     "group size of weights": (
@@ -287,7 +294,7 @@ CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = 
     "activations": (
         CT, lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "activations",
     ),
-    "two groups": (CT, lambda q: q["config_groups"].update(group_1={}), "wanted one group"),
+    "two groups": (CT, lambda q: q["config_groups"].update(group_1={}), "expected one group"),
 }  # fmt: skip
 
 

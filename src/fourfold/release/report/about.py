@@ -100,8 +100,7 @@ def card_data(records: Records, about: About) -> ModelCardData:
 
 
 def tags(records: Records) -> list[str]:
-    format = records.release.format
-    names = ["fourfold", "int4", "4-bit", "quantized", "moe", "compressed-tensors" if "tensors" in format else "gptq"]
+    names = ["fourfold", "int4", "4-bit", "quantized", "moe", records.release.format.method]
     methods = {row.method for row in records.projections}
     names += ["gptq"] if methods & {"gptq", "diag", "row-diag"} else []
     names += ["vllm", "sglang"]

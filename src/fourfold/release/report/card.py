@@ -60,9 +60,7 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
         autoescape=False,  # finalize does it, as Markdown wants
     )
     data = card_data(records, about)
-    context = (
-        _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
-    )
+    context = _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
     body = environment.get_template("card.md.jinja").render(
         **context,
         name=about.name.rpartition("/")[2],
@@ -132,7 +130,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         "groups": table(("tensors", "", "count", "bytes", "why"), groups),
         "group_size": scheme.group_size,
         "signed": ", scales with a sign" if scheme.signed else "",
-        "format": records.release.format,
+        "format": records.release.format.name,
         "scale_dtype": scheme.scale_dtype.upper(),
         "stale": records.stale,
     }
@@ -366,7 +364,7 @@ def _bench(bench: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _limits(records: Records, commands: Sequence[Serving]) -> Iterator[object]:
     yield from records.state["calibration"]["notes"]
-    if records.release.format != "compressed-tensors":
+    if not records.release.format.sglang_drafts:
         yield (
             f"SGLang skips the draft experts of a {records.release.format} release without an error: serve it there "
             "without drafts, or in vLLM"

@@ -112,7 +112,7 @@ def _check_projections(expected: Mapping[str, Expected], survey: Survey) -> Iter
 def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     """quantization_config: required keys, exclusions for kept modules and the draft head, agreement with the recipe."""
     problems = []
-    if release.format != release.recipe.format:
+    if release.format.name != release.recipe.format:
         problems.append(
             f"config.json says {release.format}, the release was made as {release.recipe.format} (recipe.toml)"
         )
@@ -122,7 +122,7 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     kept = [name.removesuffix(".weight") for name in linear if name.endswith(".weight") and "embed" not in name]
     draft = bool(prefix) and any(name.startswith(prefix) for name in expected)
     problems += config_problems(
-        release.quantization, release.group_size, quantized=sorted(quantized), kept=kept, draft=draft
+        release.format, release.quantization, release.group_size, quantized=sorted(quantized), kept=kept, draft=draft
     )
     seen = f"{release.format}, groups of {release.group_size}; {len(kept):,} kept modules are excluded"
     return judge(FILES, "quantization_config", problems, seen + (", the draft head too" if draft else ""))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourfold.core import pack
 from fourfold.datatypes import Action, FourfoldError
+from fourfold.formats.format import Format
 from fourfold.model.config import read_config
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import storage_format
@@ -35,8 +35,8 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """state: fourfold.json; raw: config.json; format: as its quantization_config has it (core/pack.py); reference: None
-    in releases of versions that wrote none.
+    """state: fourfold.json; raw: config.json; format: as its quantization_config has it; reference: None in releases of
+    versions that wrote none.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Release:
     raw: Mapping[str, Any]
     skeleton: Skeleton
     recipe: Recipe
-    format: str
+    format: Format
     reference: Reference | None
 
     @property
@@ -60,7 +60,7 @@ class Release:
         """Every tensor that must be there, by name. names: of the release; all of a draft head is wanted or none."""
         # Without the names of stacks each expert is wanted as a tensor of its own, as engines load them.
         single = {name: names[name] for name in names if not name.endswith((".gate_up_proj", ".down_proj"))}
-        recipe = dataclasses.replace(self.recipe, format=self.format)
+        recipe = dataclasses.replace(self.recipe, format=self.format.name)
         found: dict[str, Expected] = {}
         for name, wanted in wanted_tensors(self.skeleton, single, recipe):
             found.update(self._stored(name, wanted))
@@ -72,7 +72,8 @@ class Release:
             return
         outputs, inputs = wanted.shape
         prefix = name.removesuffix("weight")
-        for suffix, (dtype, shape) in pack.tensor_shapes(self.format, outputs, inputs, self.group_size).items():
+        stored = self.format.tensor_shapes(outputs, inputs, inputs // self.group_size)
+        for suffix, (dtype, shape) in stored.items():
             yield f"{prefix}{suffix}", Expected(dtypes=(dtype,), shape=shape, projection=prefix)
 
 

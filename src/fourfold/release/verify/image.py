@@ -70,10 +70,11 @@ def _why_not(release: Release, source: Path | None) -> str:
         return NO_IMAGES
     if source is None:
         return "--source is wanted to compare with"
-    if release.format != "compressed-tensors":
-        return f"transformers does not run the format {release.format} without optimum and gptqmodel"
-    if importlib.util.find_spec("compressed_tensors") is None:
-        return "compressed-tensors is not installed beside fourfold: pip install compressed-tensors"
+    form = release.format
+    if not form.transformers_loads:
+        return f"transformers does not run the format {form}: it {form.transformers_note}"
+    if importlib.util.find_spec(form.transformers_package.replace("-", "_")) is None:
+        return f"{form.transformers_package} is not installed beside fourfold: pip install {form.transformers_package}"
     wanted = int(SPARE * release.state["source_tensor_bytes"])
     free = psutil.virtual_memory().available
     if wanted > free:

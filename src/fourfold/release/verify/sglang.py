@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fourfold import formats
+from fourfold.formats.format import Format
 from fourfold.release.verify.check import Check, Level, judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
@@ -14,8 +16,8 @@ FAMILIES = ("qwen3_5_moe",)  # whose classes the script builds
 DRAFT_CLASS = "Qwen3_5ForCausalLMMTP"
 LOADER, SERVED = "loader", "runs"
 TRAP = (
-    "SGLang does not load a gptq release's draft experts: moe_wna16 takes them for int4 and skips their BF16 weights "
-    "without an error, so every draft is wrong. Way out: a release in format compressed-tensors, or serving without MTP"
+    "SGLang does not load this format's draft experts: it takes them for int4 and skips their BF16 weights without an "
+    f"error, so every draft is wrong. Try: a release in format {formats.DRAFTS_IN_SGLANG}, or serve without MTP"
 )
 
 
@@ -25,23 +27,23 @@ def checks(engine: Engine, release: Release) -> Iterator[Check]:
     if model_type not in FAMILIES:
         yield skip(Level.ENGINE, LOADER, f"SGLang's loader is watched for {', '.join(FAMILIES)}, this is {model_type}")
         return
-    method = "compressed-tensors" if release.format == "compressed-tensors" else "moe_wna16"
+    method = release.format.sglang_method
     answer = engine.ask(SCRIPT, "loader", {"model": str(release.folder.resolve()), "method": method})
     if answer.failure:
         yield judge(Level.ENGINE, LOADER, [answer.failure], "")
     else:
-        yield check_loads(answer.content, method)
+        yield check_loads(answer.content, release.format)
     yield skip(Level.ENGINE, SERVED, "with SGLang no kernel is run, only its loader is watched")
 
 
-def check_loads(content: Mapping[str, Any], method: str) -> Check:
-    """method: as SGLang's --quantization names it."""
-    problems, loads = [], content["loads"]
+def check_loads(content: Mapping[str, Any], format: Format) -> Check:
+    """content: the loader's answer; format: of the release."""
+    problems, loads, method = [], content["loads"], format.sglang_method
     for model, load in loads.items():
         found = [f"{name}: {count} elements never written" for name, count in load["unwritten"].items()]
         found += [f"{name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
         problems += [f"{model}: {said}" for said in found]
-        if model == DRAFT_CLASS and found and method == "moe_wna16":
+        if model == DRAFT_CLASS and found and not format.sglang_drafts:
             problems.insert(0, TRAP)
     wrote = ", ".join(f"{load['parameters']:,} parameters of {model}" for model, load in loads.items())
     seen = f"{content['engine']}, {method}: every element written, {wrote}"

@@ -1,0 +1,201 @@
+"""What a format is: tensors of a projection, `quantization_config`, layout, engines that read it. docs/formats.md.
+
+Imports torch only inside of functions on tensors: arguments are checked before torch is there.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fourfold.datatypes import QuantizedGroup, brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXPERT = r".*\.experts\.\d+\."  # how the name of a routed expert's projection begins, in every engine
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which modules a quantization_config quantizes: those that `targets` names and `excluded` does not.
+
+    Entries are regular expressions, matched from the start; exact: module names that are excluded as they are;
+    targets: None if every linear module is one. key: where the exclusions stand.
+    """
+
+    key: str
+    excluded: tuple[str, ...]
+    exact: tuple[str, ...] = ()
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """How projections [N, K] are stored, and what engines make of it.
+
+    methods: config.json's `quant_method`: the first is written, all are read; read_as: the same for messages.
+    codes, scales, zeros, index: suffixes of packed codes, scales, zero points and each input's group; the last two may
+    be absent. by_row: codes and scales have a row for each output feature, otherwise a column. scale_dtype: "BF16" or
+    "F16". transformers_*: whether transformers loads the format, how, and the package that it needs ("": none).
+    sglang_method: SGLang's --quantization; sglang_drafts: whether it loads the draft head's experts. sglang_note,
+    vllm_cpu (vLLM on a CPU): known issues, "" without one. split_groups: what engines do if tensor parallel splits a
+    group.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    read_as: str
+    codes: str
+    scales: str
+    zeros: str
+    index: str
+    by_row: bool
+    scale_dtype: str
+    transformers_loads: bool
+    transformers_note: str
+    transformers_package: str
+    sglang_method: str
+    sglang_drafts: bool
+    sglang_note: str
+    split_groups: str
+    vllm_cpu: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def method(self) -> str:
+        return self.methods[0]
+
+    @property
+    def inputs_axis(self) -> int:
+        """Along which axis of one projection's codes and scales input features and their groups lie."""
+        return 1 if self.by_row else 0
+
+    @property
+    def suffixes(self) -> tuple[str, str, str, str]:
+        """What is read of a projection, required ones first."""
+        return self.codes, self.scales, self.zeros, self.index
+
+    # --- tensors --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tensor_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, tuple[str, Shape]]:
+        """Return what a projection [N, K] becomes: suffix -> (safetensors dtype, shape)."""
+
+    def read_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, Shape]:
+        """Return the shapes that 4 bits have, by suffix, of all that is read."""
+        return {suffix: shape for suffix, (_, shape) in self.tensor_shapes(outputs, inputs, groups).items()}
+
+    @abstractmethod
+    def companions(self, outputs: int, inputs: int, groups: int) -> dict[str, Tensor]:
+        """Return what is stored beside codes and scales, by suffix: the same for every projection of a shape."""
+
+    @abstractmethod
+    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int) -> Tensor | None:
+        """Return zero points as codes, int8 [..., N, G]: 0 is the zero point 8. None if none are stored."""
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Return a view of stored codes or scales with a row for each output feature, or the inverse of that."""
+        return stored if self.by_row else stored.mT
+
+    def stored_scales(self, scale_ENG: Tensor) -> Tensor:
+        """Return scales [..., N, G] as they are stored: contiguous, in the format's dtype."""
+        import torch
+
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[self.scale_dtype]
+        return self.oriented(scale_ENG).contiguous().to(dtype)
+
+    def pack(self, group: QuantizedGroup) -> dict[str, Tensor]:
+        """Return a stack of projections as a release stores it: suffix -> stack [E, ...]. See tensor_shapes."""
+        from fourfold.core.pack import pack_codes
+
+        experts, outputs, inputs = group.codes_ENK.shape
+        stored = {
+            self.codes: self.oriented(pack_codes(group.codes_ENK)).contiguous(),
+            self.scales: self.stored_scales(group.scale_ENG),
+        }
+        beside = self.companions(outputs, inputs, group.scale_ENG.shape[-1])
+        return stored | {suffix: value.expand(experts, *value.shape).clone() for suffix, value in beside.items()}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedGroup:
+        """Return the inverse of `pack`. tensors: by suffix; only codes and scales are read."""
+        from fourfold.core.pack import unpack_codes
+
+        return QuantizedGroup(
+            unpack_codes(self.oriented(tensors[self.codes])), self.oriented(tensors[self.scales]).float()
+        )
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weights fp32 [E, N, K] that stacks of stored tensors stand for, whoever made them.
+
+        tensors: by suffix, as `pack` gives them. Absent zero points are 8; an absent index (int32 [E, K], the group of
+        each input) stands for groups of consecutive inputs.
+        """
+        import torch
+
+        group = self.unpack(tensors)
+        codes_ENK, scale_ENG = group.codes_ENK, group.scale_ENG
+        experts, outputs, inputs = codes_ENK.shape
+        zero_ENG = self.zero_points(tensors, outputs)
+        if zero_ENG is None:
+            zero_ENG = torch.zeros(1, 1, 1, dtype=torch.int8, device=codes_ENK.device).expand(scale_ENG.shape)
+        index_EK = tensors.get(self.index)
+        if index_EK is None:
+            size = inputs // scale_ENG.shape[-1]
+            index_EK = (torch.arange(inputs, device=codes_ENK.device) // size).expand(experts, inputs)
+        index_ENK = index_EK.to(torch.int64)[:, None, :].expand(experts, outputs, inputs)
+        centred_ENK = codes_ENK.float() - zero_ENG.float().gather(2, index_ENK)
+        return centred_ENK * scale_ENG.gather(2, index_ENK)
+
+    @abstractmethod
+    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int) -> Iterator[str]:
+        """Yield how tensors beside codes and scales of one projection differ from `companions`."""
+
+    # --- config.json ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def named_by(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a quantization_config means this format. Width and layout are for `unreadable`."""
+
+    @abstractmethod
+    def unreadable(self, config: Mapping[str, Any]) -> str:
+        """Return why a quantization_config that means this format is not read; "" if it is."""
+
+    @abstractmethod
+    def quantization_config(self, group_size: int, drafts: Sequence[str]) -> dict[str, Any]:
+        """Return config.json's `quantization_config` of a release whose routed experts alone are quantized.
+
+        drafts: what the names of the draft heads' tensors begin with, as in "mtp."; empty without one.
+        """
+
+    @abstractmethod
+    def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
+        """Return `config` with every linear module quantized that matches no pattern."""
+
+    @abstractmethod
+    def config_problems(self, config: Mapping[str, Any], group_size: int, draft: bool) -> Iterator[str]:
+        """Yield what engines would take amiss of a quantization_config. draft: the release has a draft head."""
+
+    @abstractmethod
+    def selection(self, config: Mapping[str, Any]) -> Selection | None:
+        """Return which modules it quantizes; None if it does not say, which is a config problem."""
+
+
+def draft_pattern(prefix: str) -> str:
+    """Return the regular expression for modules of a draft head. prefix: of its tensors."""
+    return f".*{re.escape(prefix.rstrip('.'))}.*"
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Yield the keys whose values are not the expected ones, of the same type."""
+    for key, value in expected.items():
+        if key not in found:
+            yield f"{where}{key} is missing, expected {value!r}"
+        elif found[key] != value or type(found[key]) is not type(value):
+            yield f"{where}{key} is {brief(found[key])}, expected {value!r}"
