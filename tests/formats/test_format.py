@@ -146,7 +146,7 @@ PUBLISHED = {
     "compressed-tensors": r"""{"quant_method": "compressed-tensors", "format": "pack-quantized",
       "quantization_status": "compressed",
       "ignore": ["re:^(?!.*\\.experts\\.\\d+\\.).*$", "re:.*mtp.*", "re:.*decoder\\..*"],
-      "config_groups": {"group_0": {"targets": ["re:.*\\.experts\\.\\d+\\..*"],
+      "config_groups": {"group_0": {"targets": ["Linear"],
         "input_activations": null, "output_activations": null,
         "weights": {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128,
                     "dynamic": false, "actorder": null, "observer": "minmax"}}}}""",

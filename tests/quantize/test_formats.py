@@ -76,7 +76,7 @@ def quantization_config(form: str, group: int) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
                    "dynamic": False, "actorder": None, "observer": "minmax"}  # fmt: skip
         ignore = [r"re:^(?!.*\.experts\.\d+\.).*$", "re:.*mtp.*", r"re:.*decoder\..*"]
-        group_0 = {"targets": [r"re:.*\.experts\.\d+\..*"], "input_activations": None, "output_activations": None,
+        group_0 = {"targets": ["Linear"], "input_activations": None, "output_activations": None,
                    "weights": weights}  # fmt: skip
         return {"quant_method": "compressed-tensors", "format": "pack-quantized",
                 "quantization_status": "compressed", "ignore": ignore,

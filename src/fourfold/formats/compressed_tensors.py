@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 SHAPE = "weight_shape"
-LINEAR = "Linear"  # a target that is a class: every linear module
+# A target that is a class: every linear module. SGLang 0.5.10 takes the experts' bits from the group that has it.
+LINEAR = "Linear"
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 # SGLang refuses a linear module that is neither a target nor ignored, so all but routed experts are ignored.
 OTHERS = f"re:^(?!{EXPERT}).*$"
@@ -78,7 +79,7 @@ class CompressedTensors(Format):
     def quantization_config(self, group_size: int, drafts: Sequence[str]) -> dict[str, Any]:
         weights = WEIGHTS | {"group_size": group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
         group = {
-            "targets": [f"re:{EXPERT}.*"], "input_activations": None, "output_activations": None, "weights": weights,
+            "targets": [LINEAR], "input_activations": None, "output_activations": None, "weights": weights,
         }  # fmt: skip
         ignored = [f"re:{draft_pattern(prefix)}" for prefix in drafts]
         return {
