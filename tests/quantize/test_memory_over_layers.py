@@ -36,7 +36,8 @@ widening.required |= widened == "True"
 resident = []
 def tell(event):
     if event.kind == "layer":
-        resident.append(1024 * int(re.search("VmRSS: *([0-9]+)", Path("/proc/self/status").read_text().expandtabs())[1]))
+        status = Path("/proc/self/status").read_text().expandtabs()
+        resident.append(1024 * int(re.search("VmRSS: *([0-9]+)", status)[1]))
 recipe = load_recipe("best", overrides)
 summary = quantize(Path(model), Path(out), recipe, machine=Machine(memory_bytes=2**31), progress=tell)
 print(json.dumps([summary.peak_memory_bytes["host"], summary.planned_memory_bytes["host"], resident]))
