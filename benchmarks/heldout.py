@@ -127,9 +127,8 @@ def _tensors(release: Path, prefix: str) -> dict[str, Tensor]:
 
 def _require_plain(name: str, stored: dict[str, Tensor], format: Format) -> None:
     """What `Format.unpack` takes for granted: the zero point 8, and groups of neighbours."""
-    inputs = format.unpack(stored).codes_ENK.shape[-1]
-    groups = stored[format.scales].shape[format.inputs_axis]
-    for problem in format.companion_problems(stored, inputs // groups):
+    words, groups = (stored[suffix].shape[format.inputs_axis] for suffix in (format.codes, format.scales))
+    for problem in format.companion_problems(stored, 8 * words // groups):
         raise ValueError(f"{name}: {problem}")
 
 

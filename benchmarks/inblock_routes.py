@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from gemm_rate import machine
 from torch import Tensor
 from torch.utils.cpp_extension import load_inline
 
+from fourfold.core import grid
 from fourfold.core.gptq import inblock_torch
 from fourfold.core.kernels import cpu
 
 ROWS, COLUMNS, STEP, REPETITIONS = 1024, 128, 16, 20
+INT4 = grid.Grid(levels=grid.INT4, group_size=COLUMNS, scale_dtype="bf16")
 SOURCE = """
 #include <torch/extension.h>
 #include <algorithm>
@@ -120,8 +123,9 @@ def main() -> None:
     feedback_EBB = torch.randn(1, COLUMNS, COLUMNS, generator=generator) * 0.05
     scale_ENB = (weight_ENB.abs().amax(dim=2, keepdim=True) / 7).expand_as(weight_ENB)
     given = weight_ENB.contiguous(), weight_ENB, feedback_EBB, scale_ENB
-    routes = {"torch": inblock_torch, "numba": cpu.inblock, "torch.compile": compiled, "C++": extension()}
-    wanted, _ = inblock_torch(*given)
+    ours = {"torch": partial(inblock_torch, grid=INT4), "numba": partial(cpu.inblock, grid=INT4)}
+    routes = ours | {"torch.compile": compiled, "C++": extension()}
+    wanted, _ = inblock_torch(*given, INT4)
     found = {}
     for name, route in routes.items():
         start = time.perf_counter()

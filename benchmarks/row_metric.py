@@ -28,8 +28,9 @@ from fourfold.core.kernels import cpu
 SITES = {"gate_up": (1024, 2048), "down": (2048, 512)}
 GROUP, PASSES, REPETITIONS = 128, 2, 3
 DAMPING = Damping(delta=0.05, kind="diagonal", floor=1e-4, retries=())
-REFIT = Refit(dtype="bf16", signed=True)
-SEARCH = grid.ScaleSearch(low=0.45, high=1.15, steps=36, signed=True, dtype="bf16")
+REFIT = Refit(signed=True)
+INT4 = grid.Grid(levels=grid.INT4, group_size=GROUP, scale_dtype="bf16")
+SEARCH = grid.ScaleSearch(low=0.45, high=1.15, steps=36, signed=True)
 
 
 def second_moment(size: int, decay: float, seed: int) -> Tensor:
@@ -66,12 +67,15 @@ def solve_side_by_side(
     natural_EN = rows.order_EN[:, place_N]
     step = len(place_N) // blocks
 
-    def by_blocks(target: Tensor, weight: Tensor, feedback: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def by_blocks(
+        target: Tensor, weight: Tensor, feedback: Tensor, scale: Tensor, onto: grid.Grid
+    ) -> tuple[Tensor, Tensor]:
         parts, error_EBN = [], torch.empty(weight.mT.shape)
         for start in range(0, len(place_N), step):
             block = slice(start, start + step)
             carried = (error_EBN[..., :start] @ unit_NN[:start, block]).mT
-            codes, fed = cpu.inblock(target[:, block] + carried, weight[:, block] + carried, feedback, scale[:, block])
+            moved = target[:, block] + carried, weight[:, block] + carried
+            codes, fed = cpu.inblock(*moved, feedback, scale[:, block], onto)
             error_EBN[..., block] = (fed - carried).mT
             parts.append((codes, fed))
         codes_ENB, fed_ENB = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -79,7 +83,7 @@ def solve_side_by_side(
 
     def run() -> Tensor:
         plain, gptq.inblock = gptq.inblock, by_blocks
-        codes_ENK = gptq.solve_codes(gptq.take(target_ENK, natural_EN), gptq.take(scale_ENG, natural_EN), factor)
+        codes_ENK = gptq.solve_codes(gptq.take(target_ENK, natural_EN), gptq.take(scale_ENG, natural_EN), factor, INT4)
         gptq.inblock = plain
         return gptq.take(codes_ENK, natural_EN.argsort(dim=1))
 
@@ -105,7 +109,7 @@ def refine_side_by_side(
                 own = gradient_EBN @ (rows.metric_ENN[:, part] / bound_ER1).mT
                 state = tuple(each[..., part].contiguous() for each in (target_EKN, error_EKN, code_EKN, scale_EGN))
                 before = state[1][:, columns].clone()
-                cpu.refine_group_(group, own, hessian_EBB @ state[2][:, columns], hessian_EBB, state, REFIT)
+                cpu.refine_group_(group, own, hessian_EBB @ state[2][:, columns], hessian_EBB, state, REFIT, INT4)
                 gradient_EBN[..., part] += hessian_EBB @ (state[1][:, columns] - before)
                 for whole, own_part in zip((error_EKN, code_EKN, scale_EGN), state[1:], strict=True):
                     whole[..., part] = own_part
@@ -130,14 +134,14 @@ def measure(site: str) -> dict[str, Any]:
     factor = gptq.factorize_(hessian_EKK, DAMPING, "activation", GROUP)
     metric_ENN = second_moment(outputs, 0.75, seed=2)
     factor_seconds, rows = timed(lambda: guidance.factorize_rows(metric_ENN, 0.05))
-    scale_ENG = grid.search_scales(target_ENK, factor.natural_pivot(), GROUP, SEARCH)
+    scale_ENG = grid.search_scales(target_ENK, factor.natural_pivot(), INT4, SEARCH)
 
     def judged(codes_ENK: Tensor, refined_ENG: Tensor) -> float:
         return proxy(target_ENK, codes_ENK, refined_ENG, hessian_EKK, rows)
 
     solves: dict[str, Callable[[], Tensor]] = {
-        "no metric": lambda: gptq.solve_codes(target_ENK, scale_ENG, factor),
-        "row by row": lambda: gptq.solve_codes(target_ENK, scale_ENG, factor, rows),
+        "no metric": lambda: gptq.solve_codes(target_ENK, scale_ENG, factor, INT4),
+        "row by row": lambda: gptq.solve_codes(target_ENK, scale_ENG, factor, INT4, rows),
         "16 blocks side by side": solve_side_by_side(target_ENK, scale_ENG, factor, rows, 16),
     }
     found: dict[str, Any] = {"predicted_share": float(rows.pivot_EN.sum() / moments.trace(rows.metric_ENN).sum()),
@@ -150,8 +154,8 @@ def measure(site: str) -> dict[str, Any]:
     start_ENK = codes["row by row"]
     given = target_ENK, start_ENK, scale_ENG, hessian_EKK
     refinements: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "no metric": lambda: gptq.refine(target_ENK, codes["no metric"], scale_ENG, hessian_EKK, PASSES, REFIT),
-        "row by row": lambda: gptq.refine(*given, PASSES, REFIT, rows),
+        "no metric": lambda: gptq.refine(target_ENK, codes["no metric"], scale_ENG, hessian_EKK, PASSES, REFIT, INT4),
+        "row by row": lambda: gptq.refine(*given, PASSES, REFIT, INT4, rows),
     }
     for blocks in (outputs // 4, outputs // 16, outputs // 64):
         name = f"{outputs // blocks} rows side by side"

@@ -44,6 +44,7 @@ from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json, peak_memory, quant_log
 from fourfold.quantize.identity import source_digest, source_parts
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
+from fourfold.quantize.site import grid_of
 from fourfold.recipe import dump_recipe, load_recipe
 from fourfold.release.verify.run import verify
 
@@ -130,19 +131,17 @@ def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[Proj
     for expert in range(plan.skeleton.experts):
         gate_NK, up_NK = read.gate_up_ENK[expert].chunk(2)
         for projection, weight_NK in ((GATE, gate_NK), (UP, up_NK), (DOWN, read.down_ENK[expert])):
-            stored, error = round_projection(weight_NK, scheme.group_size, scheme.scale_dtype, form)
+            stored, error = round_projection(weight_NK, grid_of(scheme), form)
             own = f"{plan.skeleton.family.experts_prefix(layer.index)}{expert}.{projection}."
             tensors |= {own + suffix: value for suffix, value in stored.items()}
             rows.append(statistics(layer.index, expert, projection, error))
     return output.write_tensors(out, layer.shard, tensors), rows
 
 
-def round_projection(
-    weight_NK: Tensor, group_size: int, scale_dtype: str, format: Format
-) -> tuple[dict[str, Tensor], float]:
+def round_projection(weight_NK: Tensor, onto: grid.Grid, format: Format) -> tuple[dict[str, Tensor], float]:
     weight_1NK = weight_NK.float()[None]
-    scale_1NG = grid.absmax_scales(weight_1NK, group_size, scale_dtype)
-    group = QuantizedGroup(grid.round_to_nearest(weight_1NK, scale_1NG), scale_1NG)
+    scale_1NG = grid.absmax_scales(weight_1NK, onto)
+    group = QuantizedGroup(grid.round_to_nearest(weight_1NK, scale_1NG, onto), scale_1NG)
     stored = {suffix: value[0] for suffix, value in format.pack(group).items()}
     error, _, norm = fidelity.squared_errors(
         weight_NK, format.oriented(stored[format.codes]), format.oriented(stored[format.scales])

@@ -179,7 +179,7 @@ def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 class QuantizedGroup:
     """Codes and scales of a stack of expert projections that share one input site. Knows no storage format.
 
-    codes_ENK: int8 in [-8, 7]; scale_ENG: fp32 values that the storage format holds exactly.
+    codes_ENK: int8; scale_ENG: fp32 values that the format holds exactly.
     """
 
     codes_ENK: Tensor

@@ -1,6 +1,6 @@
 """Compile the Triton kernels of core/kernels for a GPU that need not be there; one JSON object per kernel on stdout.
 
-    python tests/core/compile_kernels.py 90
+python tests/core/compile_kernels.py 90
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from triton.compiler import ASTSource
 
 from fourfold.core.kernels import cuda, cuda_rows
 
+LEVELS = {"LOW": -8.0, "HIGH": 7.0}
 MOMENTS = {"TILE": cuda.TILE, "STEP": cuda.PAIRS_PER_STEP, "INTERPRET": False}
-LOOP = {"ROWS": cuda.ROWS_PER_PROGRAM, "BLOCK": 128, "SUB": cuda.SUB_BLOCK}
+LOOP = {"ROWS": cuda.ROWS_PER_PROGRAM, "BLOCK": 128, "SUB": cuda.SUB_BLOCK} | LEVELS
 SCALES = {"SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST, "ROWS": cuda.ROWS_PER_SEARCH,
-          "SIZE": 128}  # fmt: skip
-TILE = {"ROWS": cuda_rows.ROWS, "BLOCK": 128}
+          "SIZE": 128} | LEVELS  # fmt: skip
+TILE = {"ROWS": cuda_rows.ROWS, "BLOCK": 128} | LEVELS
 REFIT = {"REFIT": True, "SIGNED": True, "FP16": False, "LEAST": cuda.SMALLEST, "MOST": cuda.LARGEST}
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (cuda._second_moments, MOMENTS, 8),

@@ -25,10 +25,11 @@ from fourfold.core import gptq, grid, moments, pack
 from fourfold.core.grid import ScaleSearch
 from fourfold.core.kernels import cuda
 from fourfold.datatypes import Moments
+from grids import int4, int8
 from problems import Problem
 
 pytest.importorskip("triton")
-SEARCH = ScaleSearch(low=0.45, high=1.15, steps=36, signed=True, dtype="bf16")
+SEARCH = ScaleSearch(low=0.45, high=1.15, steps=36, signed=True)
 
 
 def integers(low: int, high: int, *shape: int, seed: int) -> Tensor:
@@ -132,13 +133,23 @@ def test_column_loop_is_column_by_column_in_exact_arithmetic(rows: int, columns:
     # not contiguous: what the solve hands over are slices
     given = [values.to(device).mT.contiguous().mT for values in (target, weight, unread, scale)]
     before = [values.clone() for values in given]
-    codes, error = (values.cpu() for values in cuda.inblock(*given))
+    codes, error = (values.cpu() for values in cuda.inblock(*given, int4()))
     assert codes.dtype == torch.int8 and error.dtype == torch.float32
     assert all(torch.equal(*pair) for pair in ((given[0], before[0]), (given[1], before[1]), (given[3], before[3])))
     for expert in range(2):
         arrays = (problems.array(values[expert]) for values in (target, weight, feedback, scale))
         wanted_codes, wanted_error = reference.in_block(*arrays)
         assert (codes[expert].numpy() == wanted_codes).all() and (error[expert].numpy() == wanted_error).all()
+
+
+def test_levels_are_the_grids(device: str) -> None:
+    target = integers(-2000, 2000, 1, 3, 40, seed=0) / 8
+    ones = torch.ones_like(target)
+    codes, _ = cuda.inblock(*(t.to(device) for t in (target, target, torch.zeros(1, 40, 40), ones)), int8())
+    assert torch.equal(codes.cpu(), target.round().clamp(-128, 127).to(torch.int8)) and codes.min() == -128
+    one = ScaleSearch(low=1.0, high=1.0, steps=1, signed=False)
+    found = cuda.search_scales(target[..., :32].to(device), torch.ones(1, 32, device=device), int8(32), one).cpu()
+    assert torch.equal(found, grid.stored(target[..., :32].abs().amax(dim=2, keepdim=True) / 128, "bf16"))
 
 
 @pytest.mark.parametrize("columns", [32, 64, 128])
@@ -149,8 +160,10 @@ def test_codes_are_those_of_torch_but_at_ties(columns: int, device: str) -> None
     weight = target + 0.1 * torch.randn(experts, rows, columns, generator=generator)
     feedback = 0.1 * torch.randn(experts, columns, columns, generator=generator)
     scale = grid.stored(0.1 + 0.3 * torch.rand(experts, rows, 1, generator=generator), "bf16").expand_as(target)
-    codes, error = (values.cpu() for values in cuda.inblock(*(t.to(device) for t in (target, weight, feedback, scale))))
-    wanted, _ = gptq.inblock_torch(target, weight, feedback, scale)
+    codes, error = (
+        values.cpu() for values in cuda.inblock(*(t.to(device) for t in (target, weight, feedback, scale)), int4())
+    )
+    wanted, _ = gptq.inblock_torch(target, weight, feedback, scale, int4())
     assert torch.equal(error, weight - codes * scale)
     for expert, row in (codes != wanted).any(dim=2).nonzero().tolist():
         first = int((codes != wanted)[expert, row].nonzero()[0])  # what comes after it follows from it
@@ -164,9 +177,9 @@ def test_codes_round_half_to_even_and_clamp(device: str) -> None:
     values = [-8.6, -8.5, -7.5, -1.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.5, 9.0, 1e30, -1e30]
     target = torch.tensor(values, device=device)[None, None]
     feedback = torch.zeros(1, len(values), len(values), device=device)
-    codes, _ = cuda.inblock(target, target, feedback, torch.ones_like(target))
+    codes, _ = cuda.inblock(target, target, feedback, torch.ones_like(target), int4())
     assert codes.flatten().tolist() == [-8, -8, -8, -2, 0, 0, 2, 2, 6, 7, 7, 7, -8]
-    codes, _ = cuda.inblock(target, target, feedback, -torch.ones_like(target))
+    codes, _ = cuda.inblock(target, target, feedback, -torch.ones_like(target), int4())
     assert codes.flatten().tolist() == [7, 7, 7, 2, 0, 0, -2, -2, -6, -8, -8, -8, 7]
 
 
@@ -176,7 +189,7 @@ def test_halves_of_any_scale_go_to_even(device: str) -> None:
     scale_M = torch.arange(128) / 128 + 1
     target = (scale_M[:, None] * halves_N)[None].to(device)
     feedback = torch.zeros(1, len(halves_N), len(halves_N), device=device)
-    codes, _ = cuda.inblock(target, target, feedback, scale_M[None, :, None].to(device).expand_as(target))
+    codes, _ = cuda.inblock(target, target, feedback, scale_M[None, :, None].to(device).expand_as(target), int4())
     assert torch.equal(codes.cpu().float(), halves_N.round().expand(1, 128, -1))
 
 
@@ -186,28 +199,31 @@ def test_halves_of_any_scale_go_to_even(device: str) -> None:
 def cost(weight_ENK: Tensor, scale_ENG: Tensor, importance_EK: Tensor) -> Tensor:
     """What the search minimises, float64 [E, N, G]."""
     size = weight_ENK.shape[-1] // scale_ENG.shape[-1]
-    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
+    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG, int4())
     error_ENK = weight_ENK.double() - codes_ENK * grid.spread(scale_ENG.double(), size)
     return (error_ENK.square() * importance_EK[:, None].double()).unflatten(-1, (-1, size)).sum(dim=-1)
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "groups", "search"),
+    ("size", "rows", "groups", "search", "dtype"),
     [
-        (128, 5, 1, SEARCH),
-        (32, 33, 2, ScaleSearch(low=0.5, high=1.0, steps=5, signed=True, dtype="fp16")),
-        (24, 33, 3, ScaleSearch(low=0.9, high=2.0, steps=2, signed=False, dtype="bf16")),
+        (128, 5, 1, SEARCH, "bf16"),
+        (32, 33, 2, ScaleSearch(low=0.5, high=1.0, steps=5, signed=True), "fp16"),
+        (24, 33, 3, ScaleSearch(low=0.9, high=2.0, steps=2, signed=False), "bf16"),
     ],
 )
-def test_scales_are_those_of_torch(size: int, rows: int, groups: int, search: ScaleSearch, device: str) -> None:
+def test_scales_are_those_of_torch(
+    size: int, rows: int, groups: int, search: ScaleSearch, dtype: str, device: str
+) -> None:
     experts, rows = (2, rows) if device == "cpu" else (8, 30 * rows)
     generator = torch.Generator().manual_seed(size)
     weight_ENK = 0.02 * torch.randn(experts, rows, groups * size, generator=generator)
     weight_ENK[0, 0, :size] = 0
     importance_EK = torch.rand(experts, groups * size, generator=generator).mul(7).exp()
-    found = cuda.search_scales(weight_ENK.to(device), importance_EK.to(device), size, search).cpu()
+    onto = int4(size, dtype)
+    found = cuda.search_scales(weight_ENK.to(device), importance_EK.to(device), onto, search).cpu()
     pairs = zip(weight_ENK, importance_EK, strict=True)
-    wanted = torch.stack([grid.choose_scales_torch(w, i, grid.candidates(w, size, search)) for w, i in pairs])
+    wanted = torch.stack([grid.choose_scales_torch(w, i, grid.candidates(w, onto, search), onto) for w, i in pairs])
     assert found.dtype == torch.float32 and found.shape == wanted.shape and found[0, 0, 0] == 2.0**-17
     assert (found == wanted).float().mean() >= 0.99
     costs = cost(weight_ENK, found, importance_EK), cost(weight_ENK, wanted, importance_EK)
@@ -217,7 +233,7 @@ def test_scales_are_those_of_torch(size: int, rows: int, groups: int, search: Sc
 def test_scales_are_those_of_brute_force(device: str) -> None:
     weight_ENK = problems.make(experts=1, outputs=4, inputs=32).weight_ENK
     importance_EK = torch.rand(1, 32, generator=torch.Generator().manual_seed(0)).mul(7).exp()
-    found = cuda.search_scales(weight_ENK.to(device), importance_EK.to(device), 32, SEARCH).cpu()
+    found = cuda.search_scales(weight_ENK.to(device), importance_EK.to(device), int4(32), SEARCH).cpu()
     naive = reference.Search(0.45, 1.15, 36, True, "bf16")
     weight_NK, importance_K = problems.array(weight_ENK[0]), problems.array(importance_EK[0])
     wanted = torch.from_numpy(reference.search_scales(weight_NK, importance_K, 32, naive)).float()[None]
@@ -232,10 +248,12 @@ def test_candidates_are_stored(dtype: str, device: str) -> None:
     halves = (bits & ~0xFFFF) | 0x8000
     ends = torch.tensor([0.0, 1e-30, 2.0**-17, 2.0**-18, 65280.0, 65300.0, 65535.0, 1e18, 3e-8])
     value_N = torch.cat([bits.view(torch.float32), halves.view(torch.float32), ends])
-    one = ScaleSearch(low=1.0, high=1.0, steps=1, signed=False, dtype=dtype)
+    one = ScaleSearch(low=1.0, high=1.0, steps=1, signed=False)
     weight_ENK = torch.zeros(1, len(value_N), 8)
     weight_ENK[0, :, 3] = -8 * value_N
-    found_N = cuda.search_scales(weight_ENK.to(device), torch.zeros(1, 8, device=device), 8, one).cpu().flatten()
+    found_N = (
+        cuda.search_scales(weight_ENK.to(device), torch.zeros(1, 8, device=device), int4(8, dtype), one).cpu().flatten()
+    )
     assert torch.equal(found_N, grid.stored(value_N, dtype))
     assert found_N.tolist() == [reference.stored(value, dtype) for value in value_N.tolist()]
 
@@ -246,13 +264,16 @@ def test_ties_go_to_the_first_and_no_cost_is_taken_for_none(device: str) -> None
     weight_ENK[0, 0, :3] = torch.tensor([8.0, -7.0, 3.0])
     weight_ENK[0, 1] = 3e38  # every candidate costs inf
     ones_EK = torch.ones(1, 32)
-    wide = ScaleSearch(low=1.25, high=1.25, steps=1, signed=True, dtype="bf16")  # nothing is clamped: signs are equal
-    found = cuda.search_scales(weight_ENK.to(device), ones_EK.to(device), 32, wide).cpu()
+    wide = ScaleSearch(low=1.25, high=1.25, steps=1, signed=True)  # nothing is clamped: signs are equal
+    found = cuda.search_scales(weight_ENK.to(device), ones_EK.to(device), int4(32), wide).cpu()
     assert found.flatten().tolist() == [1.25, 2.0**-17, 2.0**-17]
     exact = dataclasses.replace(wide, low=1.0, high=1.0)  # one side holds 8 and -7, the other does not
     weight_ENK = torch.zeros(1, 2, 32)
     weight_ENK[0, :, :2] = torch.tensor([[8.0, -7.0], [-8.0, 7.0]])
-    assert cuda.search_scales(weight_ENK.to(device), ones_EK.to(device), 32, exact).flatten().tolist() == [-1.0, 1.0]
+    assert cuda.search_scales(weight_ENK.to(device), ones_EK.to(device), int4(32), exact).flatten().tolist() == [
+        -1.0,
+        1.0,
+    ]
 
 
 # ---- packing

@@ -9,9 +9,10 @@ from torch import Tensor
 from fourfold.core import gptq, grid
 from fourfold.core.gptq import Refit
 from fourfold.core.kernels import cuda_rows
+from grids import grid_for, int4
 
 pytest.importorskip("triton")
-SIGNED = Refit(dtype="bf16", signed=True)
+SIGNED, UNSIGNED = Refit(signed=True), Refit(signed=False)
 EXPERTS, GROUPS = 2, 3
 
 
@@ -47,15 +48,15 @@ def test_codes_by_rows_are_those_of_torch(columns: int, rows: int, shared: bool,
     feedback_EBB = upper(0.2 * normal(experts, columns, columns, seed=3) / columns**0.5)
     unit_ENN = upper(0.5 * normal(1 if shared else experts, rows, rows, seed=4) / rows**0.5)
     given = target_ENB, weight_ENB, feedback_EBB, scale_ENB, unit_ENN
-    wanted_codes, wanted_fed = gptq.inblock_by_rows_torch(*given)
-    codes, fed = (values.cpu() for values in cuda_rows.inblock_by_rows(*(each.to(device) for each in given)))
+    wanted_codes, wanted_fed = gptq.inblock_by_rows_torch(*given, int4())
+    codes, fed = (values.cpu() for values in cuda_rows.inblock_by_rows(*(each.to(device) for each in given), int4()))
     assert same(codes, wanted_codes, device) and codes.any() and codes.dtype == torch.int8
     if device == "cpu":
         torch.testing.assert_close(fed, wanted_fed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("refit", [None, SIGNED, Refit(dtype="fp16", signed=False)], ids=["codes", "bf16", "fp16"])
+@pytest.mark.parametrize("refit", [None, SIGNED, UNSIGNED], ids=["codes", "bf16", "fp16"])
 @pytest.mark.parametrize(("columns", "rows"), [(12, 9), (16, 3)])
 def test_refinement_by_rows_is_that_of_torch(
     columns: int, rows: int, refit: Refit | None, shared: bool, device: str
@@ -81,7 +82,7 @@ def test_refinement_by_rows_is_that_of_torch(
         hessian_EBB = hessian_EKK[:, block, block]
         group = (hessian_EKK[:, block] @ error_EKN, hessian_EBB @ code_EKN[:, block], hessian_EBB)
         on_device = tuple(each.to(place) for each in group)
-        kernel_(1, on_device, relative_ENN.to(place), state, refit)
+        kernel_(1, on_device, relative_ENN.to(place), state, refit, grid_for(refit))
         outcomes.append(tuple(values.cpu() for values in (*state, on_device[0])))
     (_, error, code, scale, gradient), (_, error_torch, code_torch, scale_torch, gradient_torch) = outcomes
     assert same(code, code_torch, device) and (code != code_EKN).float().mean() > 0.02

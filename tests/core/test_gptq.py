@@ -18,11 +18,12 @@ import reference
 from fourfold.core import gptq, grid
 from fourfold.core.gptq import Damping, Factor, Refit
 from fourfold.core.kernels import cpu
+from grids import grid_for, int4
 from problems import GROUP
 
 ORDERS = ["activation", "group-aware", "natural"]
 DAMPING = Damping(delta=0.05, kind="diagonal", floor=1e-4, retries=(0.1, 0.2, 0.5, 1.0))
-SIGNED = Refit(dtype="bf16", signed=True)
+SIGNED, UNSIGNED = Refit(signed=True), Refit(signed=False)
 UNDAMPED = Damping(delta=0.0, kind="diagonal", floor=0.0, retries=())
 
 Inblock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -41,7 +42,7 @@ def hessian_EKK() -> Tensor:
 @pytest.fixture(scope="module")
 def scale_ENG(weight_ENK: Tensor) -> Tensor:
     """Half of them negative; small enough that codes are clamped at either end."""
-    scale_ENG = grid.absmax_scales(weight_ENK.float(), GROUP, "bf16").double() * 0.75
+    scale_ENG = grid.absmax_scales(weight_ENK.float(), int4(GROUP)).double() * 0.75
     sign_ENG = torch.rand(scale_ENG.shape, generator=torch.Generator().manual_seed(5)) < 0.5
     return torch.where(sign_ENG, scale_ENG, -scale_ENG).bfloat16().double()
 
@@ -53,7 +54,7 @@ def factorize(hessian_EKK: Tensor, order: str = "activation", settings: Damping 
 
 
 def refit_of(dtype: str) -> Refit | None:
-    return Refit(dtype=dtype, signed=True) if dtype else None
+    return Refit(signed=True) if dtype else None
 
 
 def damped(hessian_EKK: Tensor, expert: int) -> NDArray[np.float64]:
@@ -154,13 +155,13 @@ def test_a_diagonal_in_place_of_the_factor_is_plain_rounding() -> None:
     hessian_EKK = (pair(2.5) + torch.diag(torch.arange(8.0)))[None]
     hessian_EKK[0, 0, 1] = hessian_EKK[0, 1, 0] = 100
     weight_ENK = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    scale_ENG = grid.absmax_scales(weight_ENK, 4, "bf16")
+    scale_ENG = grid.absmax_scales(weight_ENK, int4(4))
     factor = gptq.factorize_(hessian_EKK, DAMPING, "activation", 4)
     assert factor.diagonal_E.all()
     assert torch.equal(factor.natural_pivot(), hessian_EKK.diagonal(dim1=1, dim2=2))
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-    assert torch.equal(codes_ENK, grid.round_to_nearest(weight_ENK, scale_ENG))
-    refined = gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, None)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
+    assert torch.equal(codes_ENK, grid.round_to_nearest(weight_ENK, scale_ENG, int4()))
+    refined = gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, None, int4())
     assert torch.equal(refined[0], codes_ENK)
 
 
@@ -178,7 +179,7 @@ def test_codes_are_those_of_textbook_gptq(
     weight_ENK: Tensor, hessian_EKK: Tensor, scale_ENG: Tensor, order: str
 ) -> None:
     factor, _ = factorize(hessian_EKK, order)
-    found = gptq.solve_codes(weight_ENK, scale_ENG, factor)
+    found = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
     assert found.dtype == torch.int8 and found.min() == -8 and found.max() == 7
     for expert in range(3):
         inputs = problems.array(weight_ENK[expert]), problems.array(scale_ENG[expert])
@@ -202,17 +203,17 @@ def test_blocks_do_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     factor, _ = factorize(hessian_EKK)
-    wanted = gptq.solve_codes(weight_ENK, scale_ENG, factor)
+    wanted = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
     monkeypatch.setattr(gptq, "BLOCK", block)
-    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor), wanted)
+    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor, int4()), wanted)
 
 
 def test_blocks_need_not_divide_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems.make(inputs=96, seed=4)
     hessian_EKK, weight_ENK = problems.hessians(problem), problem.weight_ENK.double()
-    scale_ENG = grid.absmax_scales(problem.weight_ENK, GROUP, "bf16").double()
+    scale_ENG = grid.absmax_scales(problem.weight_ENK, int4(GROUP)).double()
     monkeypatch.setattr(gptq, "BLOCK", 64)
-    found = gptq.solve_codes(weight_ENK, scale_ENG, factorize(hessian_EKK)[0])
+    found = gptq.solve_codes(weight_ENK, scale_ENG, factorize(hessian_EKK)[0], int4())
     wanted, _ = reference.gptq(
         problems.array(weight_ENK[1]),
         problems.array(scale_ENG[1]),
@@ -230,7 +231,7 @@ def test_experts_do_not_see_each_other(
 
     def solve(experts: list[int]) -> Tensor:
         weight, scale, hessian = (stack[experts] for stack in stacks)
-        return gptq.solve_codes(weight, scale, factorize(hessian)[0])
+        return gptq.solve_codes(weight, scale, factorize(hessian)[0], int4())
 
     together = solve([0, 1, 2])
     assert torch.equal(solve([2, 0, 1]), together[[2, 0, 1]])
@@ -241,15 +242,15 @@ def test_experts_do_not_see_each_other(
 
 def test_what_must_not_change_the_codes(weight_ENK: Tensor, hessian_EKK: Tensor, scale_ENG: Tensor) -> None:
     factor, _ = factorize(hessian_EKK)
-    wanted = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factorize(7 * hessian_EKK)[0]), wanted)
-    assert torch.equal(gptq.solve_codes(-weight_ENK, -scale_ENG, factor), wanted)
-    assert torch.equal(gptq.solve_codes(3 * weight_ENK, 3 * scale_ENG, factor), wanted)
+    wanted = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
+    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factorize(7 * hessian_EKK)[0], int4()), wanted)
+    assert torch.equal(gptq.solve_codes(-weight_ENK, -scale_ENG, factor, int4()), wanted)
+    assert torch.equal(gptq.solve_codes(3 * weight_ENK, 3 * scale_ENG, factor, int4()), wanted)
 
 
 def test_fp32_is_enough(weight_ENK: Tensor, hessian_EKK: Tensor, scale_ENG: Tensor) -> None:
-    double = gptq.solve_codes(weight_ENK, scale_ENG, factorize(hessian_EKK)[0])
-    single = gptq.solve_codes(weight_ENK.float(), scale_ENG.float(), factorize(hessian_EKK.float())[0])
+    double = gptq.solve_codes(weight_ENK, scale_ENG, factorize(hessian_EKK)[0], int4())
+    single = gptq.solve_codes(weight_ENK.float(), scale_ENG.float(), factorize(hessian_EKK.float())[0], int4())
     assert (single == double).float().mean() >= 0.999
     proxies = [proxy_E(error_of(weight_ENK, codes, scale_ENG), factorize(hessian_EKK)[1]) for codes in (single, double)]
     assert torch.allclose(proxies[0], proxies[1], rtol=1e-3)
@@ -260,21 +261,24 @@ def test_dead_channels_are_plainly_rounded(weight_ENK: Tensor, hessian_EKK: Tens
     hessian_EKK = hessian_EKK.clone()
     hessian_EKK[:, dead], hessian_EKK[:, :, dead] = 0, 0
     factor, _ = factorize(hessian_EKK)
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-    rounded_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
+    rounded_ENK = grid.round_to_nearest(weight_ENK, scale_ENG, int4())
     assert not factor.diagonal_E.any() and factor.delta_E.tolist() == [0.05] * 3
     assert torch.equal(codes_ENK[..., dead], rounded_ENK[..., dead]) and not torch.equal(codes_ENK, rounded_ENK)
     living = [column for column in range(256) if column not in dead]
     moved_ENK = weight_ENK.clone()
     moved_ENK[..., dead] += 1  # a dead channel's error goes nowhere
-    assert torch.equal(gptq.solve_codes(moved_ENK, scale_ENG, factor)[..., living], codes_ENK[..., living])
+    assert torch.equal(gptq.solve_codes(moved_ENK, scale_ENG, factor, int4())[..., living], codes_ENK[..., living])
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_feedback_pays(weight_ENK: Tensor, hessian_EKK: Tensor, scale_ENG: Tensor, order: str) -> None:
     factor, damped_EKK = factorize(hessian_EKK, order)
     scale_ENG = scale_ENG.abs() / 0.75
-    codes = gptq.solve_codes(weight_ENK, scale_ENG, factor), grid.round_to_nearest(weight_ENK, scale_ENG)
+    codes = (
+        gptq.solve_codes(weight_ENK, scale_ENG, factor, int4()),
+        grid.round_to_nearest(weight_ENK, scale_ENG, int4()),
+    )
     solved, rounded = (proxy_E(error_of(weight_ENK, c, scale_ENG), damped_EKK) for c in codes)
     assert (solved < 0.8 * rounded).all()
 
@@ -292,7 +296,7 @@ def test_inblock_is_column_by_column_in_exact_arithmetic(inblock: Inblock, colum
     feedback = integers(-1, 2, 2, columns, columns, seed=seed + 2) / 2
     feedback *= torch.rand(feedback.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
     unread = torch.where(torch.ones(columns, columns).triu(1) > 0, feedback, torch.nan)
-    codes, error = inblock(target.clone(), weight, unread, scale)
+    codes, error = inblock(target.clone(), weight, unread, scale, int4())
     assert codes.dtype == torch.int8
     for expert in range(2):
         arrays = (problems.array(tensor[expert]) for tensor in (target, weight, feedback, scale))
@@ -308,10 +312,10 @@ def test_native_inblock_is_torchs_on_any_number_of_threads(threads: int) -> None
     feedback_EBB = 0.1 * torch.randn(2, 200, 200, generator=torch.Generator().manual_seed(1))[:, 7:135, 7:135]
     scale_ENB = (weight_ENB.abs().amax(dim=2, keepdim=True) / 7).expand_as(weight_ENB)
     given = target_ENB, weight_ENB, feedback_EBB, scale_ENB
-    wanted = gptq.inblock_torch(*given)
+    wanted = gptq.inblock_torch(*given, int4())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = gptq.inblock(*given)
+    found = gptq.inblock(*given, int4())
     torch.set_num_threads(before)
     assert torch.equal(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-7)
@@ -326,17 +330,17 @@ def test_inblock_changes_no_input(rows: int, columns: int, transposed: bool) -> 
 
     inputs = [filled(0), filled(1), torch.full((2, columns, columns), 0.25), filled(2)]
     before = [tensor.clone() for tensor in inputs]
-    gptq.inblock(*inputs)
+    gptq.inblock(*inputs, int4())
     assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
 
 
 def test_inblock_rounds_half_to_even_and_clamps() -> None:
     values = [-8.6, -8.5, -7.5, -1.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.5, 9.0]
     target = torch.tensor(values)[None, None]
-    codes, error = gptq.inblock(target, target, torch.zeros(1, 11, 11), torch.ones_like(target))
+    codes, error = gptq.inblock(target, target, torch.zeros(1, 11, 11), torch.ones_like(target), int4())
     assert codes.flatten().tolist() == [-8, -8, -8, -2, 0, 0, 2, 2, 6, 7, 7]
     assert torch.equal(error, target - codes)
-    codes, _ = gptq.inblock(target, target, torch.zeros(1, 11, 11), -torch.ones_like(target))
+    codes, _ = gptq.inblock(target, target, torch.zeros(1, 11, 11), -torch.ones_like(target), int4())
     assert codes.flatten().tolist() == [7, 7, 7, 2, 0, 0, -2, -2, -6, -8, -8]  # the larger side is the other one
 
 
@@ -364,7 +368,7 @@ def exact_problem(seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_codes_descend_exactly(seed: int, passes: int) -> None:
     given = exact_problem(seed)
-    codes_ENK, scale_ENG = gptq.refine(**given, passes=passes, refit=None)
+    codes_ENK, scale_ENG = gptq.refine(**given, passes=passes, refit=None, grid=int4())
     assert torch.equal(scale_ENG, given["scale_ENG"]) and not torch.equal(codes_ENK, given["codes_ENK"])
     for expert in range(2):
         wanted = reference.coordinate_descent(
@@ -383,16 +387,18 @@ def started(weight_ENK: Tensor, hessian_EKK: Tensor) -> dict[str, Tensor]:
     """What refinement is given: fp32, as `solve_codes` leaves it with absmax scales."""
     weight_ENK = weight_ENK.float()
     factor, damped_EKK = factorize(hessian_EKK.float())
-    scale_ENG = grid.absmax_scales(weight_ENK, GROUP, "bf16")
+    scale_ENG = grid.absmax_scales(weight_ENK, int4(GROUP))
     scale_ENG[:, ::2] *= -1
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
     return {"target_ENK": weight_ENK, "codes_ENK": codes_ENK, "scale_ENG": scale_ENG, "hessian_EKK": damped_EKK}
 
 
 @pytest.mark.parametrize("dtype", ["", "bf16", "fp16"])
 def test_refinement_is_coordinate_descent(started: dict[str, Tensor], dtype: str) -> None:
-    rounded_ENK = grid.round_to_nearest(started["target_ENK"], started["scale_ENG"])
-    codes_ENK, scale_ENG = gptq.refine(**(started | {"codes_ENK": rounded_ENK}), passes=2, refit=refit_of(dtype))
+    rounded_ENK = grid.round_to_nearest(started["target_ENK"], started["scale_ENG"], int4())
+    codes_ENK, scale_ENG = gptq.refine(
+        **(started | {"codes_ENK": rounded_ENK}), passes=2, refit=refit_of(dtype), grid=int4(dtype=dtype or "bf16")
+    )
     codes_before = rounded_ENK.long().numpy()
     for expert in range(2):
         names = ("target_ENK", "scale_ENG", "hessian_EKK")
@@ -415,34 +421,36 @@ def test_the_proxy_never_rises(started: dict[str, Tensor], dtype: str, start: st
     target_ENK, hessian_EKK, scale_ENG = (started[name] for name in ("target_ENK", "hessian_EKK", "scale_ENG"))
     codes_ENK = {
         "solved": started["codes_ENK"],
-        "rounded": grid.round_to_nearest(target_ENK, scale_ENG),
+        "rounded": grid.round_to_nearest(target_ENK, scale_ENG, int4()),
         "random": integers(-8, 8, *target_ENK.shape, seed=9).to(torch.int8),
     }[start]
     proxies = [proxy_E(error_of(target_ENK.double(), codes_ENK, scale_ENG.double()), hessian_EKK)]
     for _ in range(4):
-        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, refit_of(dtype))
+        codes_ENK, scale_ENG = gptq.refine(
+            target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, refit_of(dtype), int4(dtype=dtype or "bf16")
+        )
         proxies.append(proxy_E(error_of(target_ENK.double(), codes_ENK, scale_ENG.double()), hessian_EKK))
         assert (proxies[-1] <= proxies[-2] * (1 + 1e-6)).all()
     assert (proxies[1] < proxies[0]).all()
 
 
 def test_two_passes_are_one_and_one_more(started: dict[str, Tensor]) -> None:
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED)
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED, grid=int4())
     again: dict[str, Any] = started | {"codes_ENK": codes_ENK, "scale_ENG": scale_ENG}
-    once_more = gptq.refine(**again, passes=1, refit=SIGNED)
-    twice = gptq.refine(**started, passes=2, refit=SIGNED)
+    once_more = gptq.refine(**again, passes=1, refit=SIGNED, grid=int4())
+    twice = gptq.refine(**started, passes=2, refit=SIGNED, grid=int4())
     # the error is summed up anew between the calls, which may settle a tie otherwise
     assert (once_more[0] == twice[0]).float().mean() > 0.998
-    assert torch.equal(gptq.refine(**started, passes=2, refit=SIGNED)[0], twice[0])
+    assert torch.equal(gptq.refine(**started, passes=2, refit=SIGNED, grid=int4())[0], twice[0])
 
 
 def test_refinement_returns_new_tensors(started: dict[str, Tensor]) -> None:
     before = {name: tensor.clone() for name, tensor in started.items()}
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=0, refit=SIGNED)
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=0, refit=SIGNED, grid=int4())
     assert torch.equal(codes_ENK, before["codes_ENK"]) and torch.equal(scale_ENG, before["scale_ENG"])
     codes_ENK.zero_()
     scale_ENG.zero_()
-    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED)
+    codes_ENK, scale_ENG = gptq.refine(**started, passes=1, refit=SIGNED, grid=int4())
     assert codes_ENK.dtype == torch.int8 and codes_ENK.min() >= -8 and codes_ENK.max() <= 7
     for name, tensor in started.items():
         assert torch.equal(tensor, before[name]), name
@@ -450,7 +458,7 @@ def test_refinement_returns_new_tensors(started: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_refined_scales_are_as_stored(started: dict[str, Tensor], dtype: str) -> None:
-    _, scale_ENG = gptq.refine(**started, passes=1, refit=refit_of(dtype))
+    _, scale_ENG = gptq.refine(**started, passes=1, refit=refit_of(dtype), grid=int4(dtype=dtype or "bf16"))
     assert (scale_ENG != started["scale_ENG"]).float().mean() > 0.5
     moved = scale_ENG[scale_ENG != started["scale_ENG"]]
     assert torch.equal(moved, grid.stored(moved, dtype))
@@ -460,12 +468,12 @@ def test_codes_of_zero_leave_their_scale(started: dict[str, Tensor]) -> None:
     target_ENK, codes_ENK = started["target_ENK"].clone(), started["codes_ENK"].clone()
     target_ENK[:], codes_ENK[:] = 0, 0
     zeros: dict[str, Any] = started | {"target_ENK": target_ENK, "codes_ENK": codes_ENK}
-    codes, scales = gptq.refine(**zeros, passes=2, refit=SIGNED)
+    codes, scales = gptq.refine(**zeros, passes=2, refit=SIGNED, grid=int4())
     assert not codes.any() and torch.equal(scales, started["scale_ENG"])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("refit", [None, SIGNED, Refit(dtype="fp16", signed=False)], ids=["codes", "bf16", "fp16"])
+@pytest.mark.parametrize("refit", [None, SIGNED, UNSIGNED], ids=["codes", "bf16", "fp16"])
 @pytest.mark.parametrize("loudness", [1.0, 2e-4])
 def test_native_refinement_step_is_torchs(loudness: float, refit: Refit | None, threads: int) -> None:
     """Parts of rows that are not full, several experts, a group in the middle; the least scales are FP16 subnormals."""
@@ -483,7 +491,7 @@ def test_native_refinement_step_is_torchs(loudness: float, refit: Refit | None, 
     states = []
     for step in (cpu.refine_group_, gptq.refine_group_torch_):
         state = target_EKN, error_EKN.clone(), code_EKN.clone(), scale_EGN.clone()
-        step(1, given[0].clone(), given[1].clone(), hessian_EKK[:, block, block], state, refit)
+        step(1, given[0].clone(), given[1].clone(), hessian_EKK[:, block, block], state, refit, grid_for(refit))
         states.append(state)
     torch.set_num_threads(before)
     (_, error, code, scale), (_, error_torch, code_torch, scale_torch) = states

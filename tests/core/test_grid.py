@@ -17,9 +17,10 @@ import reference
 from fourfold.core import grid
 from fourfold.core.grid import ScaleSearch
 from fourfold.core.kernels import cpu
+from grids import int4
 from problems import GROUP
 
-SEARCH = ScaleSearch(low=0.45, high=1.15, steps=36, signed=True, dtype="bf16")
+SEARCH = ScaleSearch(low=0.45, high=1.15, steps=36, signed=True)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SINGLE = st.floats(width=32, allow_nan=False)
 
@@ -37,7 +38,7 @@ def importance_EK() -> Tensor:
 
 def cost(weight_ENK: Tensor, scale_ENG: Tensor, importance_EK: Tensor) -> Tensor:
     """What the search minimises, float64 [E, N, G]."""
-    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
+    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG, int4())
     error_ENK = weight_ENK.double() - codes_ENK * grid.spread(scale_ENG.double(), GROUP)
     return (error_ENK.square() * importance_EK[:, None].double()).unflatten(-1, (-1, GROUP)).sum(dim=-1)
 
@@ -82,12 +83,12 @@ def test_every_scale_of_a_release_is_a_normal_product() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_absmax_is_two_fifteenths(weight_ENK: Tensor, group_size: int, dtype: str) -> None:
-    found = grid.absmax_scales(weight_ENK, group_size, dtype)
+    found = grid.absmax_scales(weight_ENK, int4(group_size, dtype))
     assert found.dtype == torch.float32 and found.shape == (3, 24, 256 // group_size) and (found > 0).all()
     for expert in range(3):
         wanted = reference.absmax_scales(problems.array(weight_ENK[expert]), group_size, dtype)
         assert (found[expert].numpy() == wanted).all()
-    assert (grid.absmax_scales(0 * weight_ENK, group_size, dtype) == 2.0**-17).all()
+    assert (grid.absmax_scales(0 * weight_ENK, int4(group_size, dtype)) == 2.0**-17).all()
 
 
 # ---- search
@@ -99,9 +100,9 @@ def test_absmax_is_two_fifteenths(weight_ENK: Tensor, group_size: int, dtype: st
 def test_search_is_brute_force(
     weight_ENK: Tensor, importance_EK: Tensor, dtype: str, signed: bool, low: float, high: float, steps: int
 ) -> None:
-    search = ScaleSearch(low=low, high=high, steps=steps, signed=signed, dtype=dtype)
+    search = ScaleSearch(low=low, high=high, steps=steps, signed=signed)
     rows = weight_ENK[:, :8]
-    found = grid.search_scales(rows, importance_EK, GROUP, search)
+    found = grid.search_scales(rows, importance_EK, int4(GROUP, dtype), search)
     assert found.dtype == torch.float32
     naive = reference.Search(low, high, steps, signed, dtype)
     wanted = np.stack([
@@ -120,37 +121,37 @@ def test_search_is_never_worse_than_absmax(importance_EK: Tensor, seed: int, tai
     """By its own cost. Absmax is the factor 16/15, which 0.45, 0.47 ... 1.15 steps over: hence the second search."""
     weight_ENK = problems.make(seed=seed).weight_ENK
     weight_ENK = weight_ENK * weight_ENK.abs() if tailed else weight_ENK
-    plain = cost(weight_ENK, grid.absmax_scales(weight_ENK, GROUP, "bf16"), importance_EK)
-    best = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH), importance_EK)
+    plain = cost(weight_ENK, grid.absmax_scales(weight_ENK, int4(GROUP)), importance_EK)
+    best = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, int4(GROUP), SEARCH), importance_EK)
     assert (best <= 1.02 * plain).all() and (best.sum(dim=-1) < plain.sum(dim=-1)).all()
     assert best.sum() < 0.6 * plain.sum()
-    holding = ScaleSearch(low=7 / 15, high=16 / 15, steps=10, signed=True, dtype="bf16")
-    surely = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, holding), importance_EK)
+    holding = ScaleSearch(low=7 / 15, high=16 / 15, steps=10, signed=True)
+    surely = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, int4(GROUP), holding), importance_EK)
     assert (surely <= plain * (1 + 1e-5)).all()
     unsigned = dataclasses.replace(SEARCH, signed=False)
-    one_side = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, GROUP, unsigned), importance_EK)
+    one_side = cost(weight_ENK, grid.search_scales(weight_ENK, importance_EK, int4(GROUP), unsigned), importance_EK)
     assert (best <= one_side * (1 + 1e-5)).all() and best.sum() < one_side.sum()
 
 
 def test_the_sign_puts_the_longer_side_where_it_is_needed() -> None:
-    only_one = ScaleSearch(low=1.0, high=1.0, steps=1, signed=True, dtype="bf16")
+    only_one = ScaleSearch(low=1.0, high=1.0, steps=1, signed=True)
     ones_EK = torch.ones(1, GROUP)
     for values, scale in (((8.0, -7.0), -1.0), ((-8.0, 7.0), 1.0)):
-        assert grid.search_scales(group_of(*values), ones_EK, GROUP, only_one).item() == scale
+        assert grid.search_scales(group_of(*values), ones_EK, int4(GROUP), only_one).item() == scale
     unsigned = dataclasses.replace(only_one, signed=False)
-    assert grid.search_scales(group_of(8.0, -7.0), ones_EK, GROUP, unsigned).item() == 1.0
+    assert grid.search_scales(group_of(8.0, -7.0), ones_EK, int4(GROUP), unsigned).item() == 1.0
 
 
 def test_ties_go_to_the_first() -> None:
     ones_EK = torch.ones(1, GROUP)
-    wide = ScaleSearch(low=1.25, high=1.25, steps=1, signed=True, dtype="bf16")  # nothing is clamped: signs are equal
-    assert grid.search_scales(group_of(8.0, -7.0, 3.0), ones_EK, GROUP, wide).item() == 1.25
-    unseen = grid.search_scales(group_of(8.0, -7.0, 3.0), 0 * ones_EK, GROUP, SEARCH)
+    wide = ScaleSearch(low=1.25, high=1.25, steps=1, signed=True)  # nothing is clamped: signs are equal
+    assert grid.search_scales(group_of(8.0, -7.0, 3.0), ones_EK, int4(GROUP), wide).item() == 1.25
+    unseen = grid.search_scales(group_of(8.0, -7.0, 3.0), 0 * ones_EK, int4(GROUP), SEARCH)
     assert unseen.item() == grid.stored(torch.tensor(0.45), "bf16")
     # 3 is 6 halves and 3 ones: both exactly
-    halves = ScaleSearch(low=0.5, high=1.0, steps=2, signed=False, dtype="bf16")
+    halves = ScaleSearch(low=0.5, high=1.0, steps=2, signed=False)
     heavy = torch.tensor([[0.0, 1.0] + [0.0] * 30])
-    assert grid.search_scales(group_of(-8.0, 3.0), heavy, GROUP, halves).item() == 0.5
+    assert grid.search_scales(group_of(-8.0, 3.0), heavy, int4(GROUP), halves).item() == 0.5
 
 
 def test_importance_decides() -> None:
@@ -158,8 +159,8 @@ def test_importance_decides() -> None:
     weight_ENK = group_of(8.0, 0.45, 0.45, 0.45, 0.45)
     outlier = torch.tensor([[1e6, *[1.0] * 31]])
     others = torch.tensor([[1e-6, *[1.0] * 31]])
-    large, small = (grid.search_scales(weight_ENK, weights, GROUP, SEARCH) for weights in (outlier, others))
-    assert abs(8 - grid.dequantize(grid.round_to_nearest(weight_ENK, large), large)[0, 0, 0]) < 0.05
+    large, small = (grid.search_scales(weight_ENK, weights, int4(GROUP), SEARCH) for weights in (outlier, others))
+    assert abs(8 - grid.dequantize(grid.round_to_nearest(weight_ENK, large, int4()), large)[0, 0, 0]) < 0.05
     # the least candidate is 0.45 of what holds the outlier: exactly the small weights
     assert small.abs().item() == pytest.approx(0.45, rel=2**-8) and large.abs() > small.abs()
 
@@ -169,19 +170,19 @@ def test_groups_without_weight(signed: bool, importance_EK: Tensor, weight_ENK: 
     search = dataclasses.replace(SEARCH, signed=signed)
     weight_ENK = weight_ENK.clone()
     weight_ENK[0, 3, 32:64] = 0
-    whole = grid.search_scales(weight_ENK, importance_EK, GROUP, search)
+    whole = grid.search_scales(weight_ENK, importance_EK, int4(GROUP), search)
     assert whole[0, 3, 1] == 2.0**-17 and whole.isfinite().all()
-    assert not grid.round_to_nearest(weight_ENK, whole)[0, 3, 32:64].any()
-    assert (grid.search_scales(0 * weight_ENK, importance_EK, GROUP, search) == 2.0**-17).all()
+    assert not grid.round_to_nearest(weight_ENK, whole, int4())[0, 3, 32:64].any()
+    assert (grid.search_scales(0 * weight_ENK, importance_EK, int4(GROUP), search) == 2.0**-17).all()
 
 
 @pytest.mark.parametrize("value", [0.02, -0.02, 1e-9, 1e-4, 3e38])
 def test_a_constant_row_is_hit(value: float) -> None:
     """All weights of a group equal: code 7 or -8 within the step of the candidates; tiny ones round to zero."""
     weight_ENK = torch.full((1, 1, GROUP), value)
-    scale_ENG = grid.search_scales(weight_ENK, torch.ones(1, GROUP), GROUP, SEARCH)
+    scale_ENG = grid.search_scales(weight_ENK, torch.ones(1, GROUP), int4(GROUP), SEARCH)
     assert scale_ENG.isfinite().all() and 2.0**-17 <= scale_ENG.abs() <= 65280
-    found = grid.dequantize(grid.round_to_nearest(weight_ENK, scale_ENG), scale_ENG)
+    found = grid.dequantize(grid.round_to_nearest(weight_ENK, scale_ENG, int4()), scale_ENG)
     if 1e-5 < abs(value) < 1:
         assert torch.allclose(found, weight_ENK, rtol=0.01)
     elif abs(value) < 1:
@@ -193,7 +194,7 @@ def test_a_constant_row_is_hit(value: float) -> None:
 def test_an_outlier_of_a_thousand_costs_only_its_own_group(weight_ENK: Tensor, importance_EK: Tensor) -> None:
     loud = weight_ENK.clone()
     loud[1, 5, 70] *= 1000
-    before, after = (grid.search_scales(weight, importance_EK, GROUP, SEARCH) for weight in (weight_ENK, loud))
+    before, after = (grid.search_scales(weight, importance_EK, int4(GROUP), SEARCH) for weight in (weight_ENK, loud))
     changed = before != after
     assert changed.sum() == 1 and changed[1, 5, 2] and after.isfinite().all()
 
@@ -203,21 +204,21 @@ def test_an_outlier_of_a_thousand_costs_only_its_own_group(weight_ENK: Tensor, i
 def test_native_choice_is_torchs_on_any_number_of_threads(threads: int, dtype: str) -> None:
     problem = problems.make(experts=1, outputs=150, seed=3)
     weight_NK, importance_K = problem.weight_ENK[0], torch.rand(256, generator=torch.Generator().manual_seed(1))
-    candidate_FNG = grid.candidates(weight_NK, GROUP, dataclasses.replace(SEARCH, dtype=dtype))
+    candidate_FNG = grid.candidates(weight_NK, int4(GROUP, dtype), SEARCH)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = cpu.choose_scales(weight_NK, importance_K, candidate_FNG)
+    found = cpu.choose_scales(weight_NK, importance_K, candidate_FNG, int4())
     torch.set_num_threads(before)
-    wanted = grid.choose_scales_torch(weight_NK, importance_K, candidate_FNG)
+    wanted = grid.choose_scales_torch(weight_NK, importance_K, candidate_FNG, int4())
     assert (found == wanted).float().mean() > 0.998  # two candidates may cost the same but for rounding
     costs = [cost(weight_NK[None], scales[None], importance_K[None]) for scales in (found, wanted)]
     torch.testing.assert_close(*costs, rtol=1e-5, atol=0)
 
 
 def test_louder_weights_have_louder_scales(weight_ENK: Tensor, importance_EK: Tensor) -> None:
-    wanted = grid.search_scales(weight_ENK, importance_EK, GROUP, SEARCH)
-    assert torch.equal(grid.search_scales(4 * weight_ENK, importance_EK, GROUP, SEARCH), 4 * wanted)
-    assert torch.equal(grid.search_scales(weight_ENK, 4 * importance_EK, GROUP, SEARCH), wanted)
+    wanted = grid.search_scales(weight_ENK, importance_EK, int4(GROUP), SEARCH)
+    assert torch.equal(grid.search_scales(4 * weight_ENK, importance_EK, int4(GROUP), SEARCH), 4 * wanted)
+    assert torch.equal(grid.search_scales(weight_ENK, 4 * importance_EK, int4(GROUP), SEARCH), wanted)
 
 
 # ---- codes and back
@@ -230,7 +231,7 @@ def test_rounding_and_back(experts: int, rows: int, groups: int, size: int, seed
     weight_ENK = torch.randint(-40, 41, (experts, rows, groups * size), generator=generator) / 4  # with real ties
     scale_ENG = 2.0 ** torch.randint(-2, 2, (experts, rows, groups), generator=generator)
     scale_ENG *= 1 - 2 * torch.randint(0, 2, scale_ENG.shape, generator=generator)
-    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG)
+    codes_ENK = grid.round_to_nearest(weight_ENK, scale_ENG, int4())
     found_ENK = grid.dequantize(codes_ENK, scale_ENG)
     assert codes_ENK.dtype == torch.int8 and codes_ENK.min() >= -8 and codes_ENK.max() <= 7
     assert found_ENK.dtype == torch.float32
@@ -239,4 +240,4 @@ def test_rounding_and_back(experts: int, rows: int, groups: int, size: int, seed
         wanted = reference.round_to_nearest(problems.array(weight_ENK[expert]), scales)
         assert (codes_ENK[expert].numpy() == wanted).all()
         assert (found_ENK[expert].numpy() == reference.dequantize(wanted, scales)).all()
-    assert torch.equal(grid.round_to_nearest(found_ENK, scale_ENG), codes_ENK)
+    assert torch.equal(grid.round_to_nearest(found_ENK, scale_ENG, int4()), codes_ENK)

@@ -15,12 +15,14 @@ import reference
 from fourfold.core import gptq, grid, guidance, moments
 from fourfold.core.gptq import Damping, Factor, Refit
 from fourfold.core.guidance import RowFactor
+from grids import grid_for, int4, int8
 from problems import GROUP
 
 DAMPING = Damping(delta=0.05, kind="diagonal", floor=1e-4, retries=())
-SIGNED = Refit(dtype="bf16", signed=True)
+SIGNED, UNSIGNED = Refit(signed=True), Refit(signed=False)
 EXPERTS, OUTPUTS, INPUTS = 3, 24, 96
 RTN = grid.round_to_nearest
+SEARCH = grid.ScaleSearch(low=0.8, high=1.1, steps=8, signed=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def weight_ENK() -> Tensor:
 
 @pytest.fixture(scope="module")
 def scale_ENG(weight_ENK: Tensor) -> Tensor:
-    scale_ENG = grid.absmax_scales(weight_ENK.float(), GROUP, "bf16").double()
+    scale_ENG = grid.absmax_scales(weight_ENK.float(), int4(GROUP)).double()
     scale_ENG[:, ::2] *= -1
     return scale_ENG
 
@@ -114,10 +116,10 @@ def test_a_metric_without_a_factor_is_its_diagonal(
     assert rows.diagonal_E.tolist() == [False, True, False]
     assert torch.equal(rows.metric_ENN[1], rows.metric_ENN[1].diagonal().diag())
     factor, hessian_EKK = solved
-    plain_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, rows)
+    plain_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows)
     assert torch.equal(codes_ENK[1], plain_ENK[1]) and not torch.equal(codes_ENK[0], plain_ENK[0])
-    given = weight_ENK, plain_ENK, scale_ENG, hessian_EKK, 2, SIGNED
+    given = weight_ENK, plain_ENK, scale_ENG, hessian_EKK, 2, SIGNED, int4()
     (codes_ENK, refined_ENG), wanted = gptq.refine(*given, rows), gptq.refine(*given)
     assert torch.equal(codes_ENK[1], wanted[0][1]) and torch.equal(refined_ENG[1], wanted[1][1])
 
@@ -157,8 +159,8 @@ def test_two_rows_by_hand() -> None:
     # row 0: 1.3 -> 1; -.6 + .3/2 = -.45 -> 0; 2.2 - .3/4 - .6/2 = 1.825 -> 2. Its errors are .3, -.6, .2.
     # row 1: .6 - .15 = .45 -> 0; 1.6 + .3 + .45/2 = 2.125 -> 2, short by -.1; -1.1 - .1 - .45/4 - .1/2 = -1.3625 -> -1.
     ones_ENG = torch.ones(1, 2, 1)
-    assert gptq.solve_codes(weight_ENK, ones_ENG, factor, rows).tolist() == [[[1, 0, 2], [0, 2, -1]]]
-    assert gptq.solve_codes(weight_ENK, ones_ENG, factor).tolist() == [[[1, 0, 2], [1, 1, -1]]]
+    assert gptq.solve_codes(weight_ENK, ones_ENG, factor, int4(), rows).tolist() == [[[1, 0, 2], [0, 2, -1]]]
+    assert gptq.solve_codes(weight_ENK, ones_ENG, factor, int4()).tolist() == [[[1, 0, 2], [1, 1, -1]]]
 
 
 def test_each_code_is_the_best_of_all_for_its_term() -> None:
@@ -170,7 +172,7 @@ def test_each_code_is_the_best_of_all_for_its_term() -> None:
     factor, rows = gptq.factorize_(hessian_EKK, DAMPING, "natural", 3), guidance.factorize_rows(metric_ENN, 0.05)
     weight_ENK = 3 * torch.randn(1, 2, 3, generator=generator, dtype=torch.float64)
     scale_ENG = torch.full((1, 2, 1), 0.75, dtype=torch.float64)
-    codes_NK = gptq.solve_codes(weight_ENK, scale_ENG, factor, rows)[0][rows.order_EN[0]].double()
+    codes_NK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows)[0][rows.order_EN[0]].double()
     weight_NK = problems.array(weight_ENK[0][rows.order_EN[0]])
     units = problems.array(rows.unit_ENN[0]), problems.array(factor.unit_EKK[0])
     error_NK = weight_NK - 0.75 * problems.array(codes_NK)
@@ -189,7 +191,7 @@ def test_codes_are_those_of_the_definition(
 ) -> None:
     factor, hessian_EKK = solved
     rows = guidance.factorize_rows(metrics(), 0.05)
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, rows)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows)
     assert codes_ENK.dtype == torch.int8 and codes_ENK.shape == weight_ENK.shape
     for expert in range(EXPERTS):
         wanted = reference.two_sided_ldlq(
@@ -208,13 +210,13 @@ def test_blocks_do_not_matter(
     weight_ENK: Tensor, scale_ENG: Tensor, solved: tuple[Factor, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = guidance.factorize_rows(metrics(), 0.05)
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, solved[0], rows)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, solved[0], int4(), rows)
     monkeypatch.setattr(gptq, "BLOCK", block)
-    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, solved[0], rows), codes_ENK)
+    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, solved[0], int4(), rows), codes_ENK)
 
 
 @pytest.mark.parametrize(("dtype", "outputs", "inputs"), [(torch.float32, 150, 160), (torch.float64, 9, 80)])
-@pytest.mark.parametrize("refit", [None, SIGNED, Refit(dtype="fp16", signed=False)], ids=["codes", "bf16", "fp16"])
+@pytest.mark.parametrize("refit", [None, SIGNED, UNSIGNED], ids=["codes", "bf16", "fp16"])
 def test_the_identity_is_no_metric_to_the_last_bit(
     dtype: torch.dtype, outputs: int, inputs: int, refit: Refit | None
 ) -> None:
@@ -222,12 +224,12 @@ def test_the_identity_is_no_metric_to_the_last_bit(
     problem = problems.make(experts=2, outputs=outputs, inputs=inputs)
     hessian_EKK, weight_ENK = problems.hessians(problem).to(dtype), problem.weight_ENK.to(dtype)
     factor = gptq.factorize_(hessian_EKK, DAMPING, "activation", 40)
-    scale_ENG = grid.absmax_scales(weight_ENK.float(), 40, "bf16").to(dtype) * 0.8
+    scale_ENG = grid.absmax_scales(weight_ENK.float(), int4(40)).to(dtype) * 0.8
     rows = guidance.factorize_rows(identity(outputs).to(dtype), 0.05)
-    plain_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor, rows), plain_ENK)
-    for codes_ENK in (plain_ENK, RTN(weight_ENK, scale_ENG)):
-        given = weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, refit
+    plain_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4())
+    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows), plain_ENK)
+    for codes_ENK in (plain_ENK, RTN(weight_ENK, scale_ENG, int4())):
+        given = weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 2, refit, grid_for(refit)
         assert all(torch.equal(*pair) for pair in zip(gptq.refine(*given, rows), gptq.refine(*given), strict=True))
 
 
@@ -235,15 +237,18 @@ def test_what_must_not_change_the_codes(weight_ENK: Tensor, scale_ENG: Tensor, s
     factor, hessian_EKK = solved
     metric_ENN = metrics()
     rows = guidance.factorize_rows(metric_ENN, 0.05)
-    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, rows)
+    codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows)
     louder = guidance.factorize_rows(1e6 * metric_ENN, 0.05)
-    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor, louder), codes_ENK)
+    assert torch.equal(gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), louder), codes_ENK)
     other_N = torch.randperm(OUTPUTS, generator=torch.Generator().manual_seed(0))
     moved = guidance.factorize_rows(metric_ENN[:, other_N][:, :, other_N], 0.05)
-    given = weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, SIGNED
+    given = weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, SIGNED, int4()
     wanted = codes_ENK, *gptq.refine(*given, rows)
-    given = weight_ENK[:, other_N], codes_ENK[:, other_N], scale_ENG[:, other_N], hessian_EKK, 1, SIGNED
-    found = gptq.solve_codes(weight_ENK[:, other_N], scale_ENG[:, other_N], factor, moved), *gptq.refine(*given, moved)
+    given = weight_ENK[:, other_N], codes_ENK[:, other_N], scale_ENG[:, other_N], hessian_EKK, 1, SIGNED, int4()
+    found = (
+        gptq.solve_codes(weight_ENK[:, other_N], scale_ENG[:, other_N], factor, int4(), moved),
+        *gptq.refine(*given, moved),
+    )
     assert all(torch.equal(values, old[:, other_N]) for values, old in zip(found, wanted, strict=True))
 
 
@@ -255,10 +260,11 @@ def test_a_shared_metric_is_each_experts_own(
     metric_ENN = metrics(1).to(dtype)
     shared, own = (guidance.factorize_rows(metric_ENN.expand(count, -1, -1), 0.05) for count in (1, EXPERTS))
     given = weight_ENK.to(dtype), scale_ENG.to(dtype)
-    codes_ENK = gptq.solve_codes(*given, factor, shared)
-    assert torch.equal(codes_ENK, gptq.solve_codes(*given, factor, own))
+    codes_ENK = gptq.solve_codes(*given, factor, int4(), shared)
+    assert torch.equal(codes_ENK, gptq.solve_codes(*given, factor, int4(), own))
     found, wanted = (
-        gptq.refine(given[0], codes_ENK, given[1], solved[1].to(dtype), 1, SIGNED, rows) for rows in (shared, own)
+        gptq.refine(given[0], codes_ENK, given[1], solved[1].to(dtype), 1, SIGNED, int4(), rows)
+        for rows in (shared, own)
     )
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
@@ -269,8 +275,11 @@ def test_guidance_leaves_about_the_predicted_share() -> None:
     factor = gptq.factorize_(hessian_EKK, DAMPING, "activation", GROUP)
     metric_ENN = metrics(1, 128).float() + 30 * torch.eye(128)
     rows = guidance.factorize_rows(metric_ENN, 0.05)
-    scale_ENG = grid.absmax_scales(weight_ENK, GROUP, "bf16")
-    codes = gptq.solve_codes(weight_ENK, scale_ENG, factor, rows), gptq.solve_codes(weight_ENK, scale_ENG, factor)
+    scale_ENG = grid.absmax_scales(weight_ENK, int4(GROUP))
+    codes = (
+        gptq.solve_codes(weight_ENK, scale_ENG, factor, int4(), rows),
+        gptq.solve_codes(weight_ENK, scale_ENG, factor, int4()),
+    )
     guided, plain = (proxy_E(weight_ENK, each, scale_ENG, hessian_EKK, rows).sum().item() for each in codes)
     assert guided / plain == pytest.approx(guidance.predicted_share(metric_ENN[0]), rel=0.1)
     assert guided < 0.85 * plain
@@ -285,11 +294,13 @@ def test_refinement_is_coordinate_descent(dtype: str) -> None:
     hessian_EKK, weight_ENK = problems.hessians(problem), problem.weight_ENK.double()
     gptq.factorize_(hessian_EKK, DAMPING, "activation", GROUP)  # damps it
     rows = guidance.factorize_rows(metrics(1, 7), 0.05)
-    scale_ENG = grid.absmax_scales(weight_ENK.float(), GROUP, "bf16").double()
+    scale_ENG = grid.absmax_scales(weight_ENK.float(), int4(GROUP)).double()
     scale_ENG[:, ::2] *= -1
-    rounded_ENK = RTN(weight_ENK, scale_ENG)
-    refit = Refit(dtype=dtype, signed=True) if dtype else None
-    codes_ENK, refined_ENG = gptq.refine(weight_ENK, rounded_ENK, scale_ENG, hessian_EKK, 2, refit, rows)
+    rounded_ENK = RTN(weight_ENK, scale_ENG, int4())
+    refit = Refit(signed=True) if dtype else None
+    codes_ENK, refined_ENG = gptq.refine(
+        weight_ENK, rounded_ENK, scale_ENG, hessian_EKK, 2, refit, int4(dtype=dtype or "bf16"), rows
+    )
     wanted = reference.TwoSided(
         problems.array(weight_ENK[0]),
         rounded_ENK[0].long().numpy().copy(),
@@ -313,16 +324,18 @@ def test_the_proxy_never_rises(dtype: str, start: str, shared: bool) -> None:
     metric_ENN = metrics(2, 100).float()
     metric_ENN[:, :40, :40] += 20
     rows = guidance.factorize_rows(metric_ENN[: 1 if shared else 2], 0.05)
-    scale_ENG = grid.absmax_scales(target_ENK, GROUP, "bf16")
+    scale_ENG = grid.absmax_scales(target_ENK, int4(GROUP))
     codes_ENK = {
-        "solved": gptq.solve_codes(target_ENK, scale_ENG, factor, rows),
-        "rounded": RTN(target_ENK, scale_ENG),
+        "solved": gptq.solve_codes(target_ENK, scale_ENG, factor, int4(), rows),
+        "rounded": RTN(target_ENK, scale_ENG, int4()),
         "random": torch.randint(-8, 8, target_ENK.shape, generator=torch.Generator().manual_seed(9)).to(torch.int8),
     }[start]
-    refit = Refit(dtype=dtype, signed=True) if dtype else None
+    refit = Refit(signed=True) if dtype else None
     proxies = [proxy_E(target_ENK, codes_ENK, scale_ENG, hessian_EKK, rows)]
     for _ in range(4):
-        codes_ENK, scale_ENG = gptq.refine(target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, refit, rows)
+        codes_ENK, scale_ENG = gptq.refine(
+            target_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, refit, int4(dtype=dtype or "bf16"), rows
+        )
         proxies.append(proxy_E(target_ENK, codes_ENK, scale_ENG, hessian_EKK, rows))
         assert (proxies[-1] <= proxies[-2] * (1 + 1e-6)).all()
     assert (proxies[1] < proxies[0]).all()
@@ -332,13 +345,36 @@ def test_refinement_with_rows_changes_no_input(
     weight_ENK: Tensor, scale_ENG: Tensor, solved: tuple[Factor, Tensor]
 ) -> None:
     rows = single(guidance.factorize_rows(metrics(), 0.05))
-    given = weight_ENK.float(), RTN(weight_ENK, scale_ENG), scale_ENG.float(), solved[1].float()
+    given = weight_ENK.float(), RTN(weight_ENK, scale_ENG, int4()), scale_ENG.float(), solved[1].float()
     tensors = *given, rows.metric_ENN, rows.unit_ENN, rows.order_EN
     before = [tensor.clone() for tensor in tensors]
-    codes_ENK, refined_ENG = gptq.refine(*given, 1, SIGNED, rows)
+    codes_ENK, refined_ENG = gptq.refine(*given, 1, SIGNED, int4(), rows)
     assert codes_ENK.dtype == torch.int8 and refined_ENG.shape == scale_ENG.shape
     assert codes_ENK.min() >= -8 and codes_ENK.max() <= 7 and torch.equal(refined_ENG, grid.stored(refined_ENG, "bf16"))
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_levels_are_the_grids(rowwise: bool, weight_ENK: Tensor, solved: tuple[Factor, Tensor]) -> None:
+    """256 levels: fp32 takes the native kernels, float64 torch's; both use codes that int4 has not."""
+    onto, metric_ENN = int8(GROUP), metrics()
+    found, errors = [], []
+    for dtype in (torch.float32, torch.float64):
+        target_ENK, hessian_EKK = weight_ENK.to(dtype), solved[1].to(dtype)
+        factor = gptq.factorize_(hessian_EKK.clone(), DAMPING, "activation", GROUP)
+        rows = guidance.factorize_rows(metric_ENN.to(dtype), 0.05) if rowwise else None
+        scale_ENG = grid.search_scales(weight_ENK.float(), hessian_EKK.diagonal(dim1=1, dim2=2).float(), onto, SEARCH)
+        codes_ENK = gptq.solve_codes(target_ENK, scale_ENG.to(dtype), factor, onto, rows)
+        refined = gptq.refine(target_ENK, codes_ENK, scale_ENG.to(dtype), hessian_EKK, 1, SIGNED, onto, rows)
+        found.append((scale_ENG, codes_ENK, refined[0]))
+        errors += [target_ENK - grid.dequantize(codes_ENK, scale_ENG), target_ENK - grid.dequantize(*refined)]
+    for native, torchs in zip(*found, strict=True):
+        assert (native == torchs).float().mean() > 0.98
+    for codes_ENK in (*found[0][1:], *found[1][1:]):
+        assert codes_ENK.dtype == torch.int8 and codes_ENK.min() < -100 and codes_ENK.max() > 100
+    assert all(error_ENK.abs().mean() < 0.02 * weight_ENK.abs().mean() for error_ENK in errors)
+    plain_ENK = RTN(weight_ENK, grid.absmax_scales(weight_ENK.float(), onto), onto)
+    assert plain_ENK.min() >= -128 and plain_ENK.abs().max() >= 127
 
 
 # ---- native kernels
@@ -378,10 +414,10 @@ def test_native_solve_by_rows_is_torchs(columns: int, rows: int, threads: int, s
     unit_ENN = upper(0.1 * made["metric_ENN"] / rows**0.5)
     given = target_ENB, weight_ENB, upper(made["hessian_EKK"])[:, :columns, :columns], scale_ENB, unit_ENN
     kept = [tensor.clone() for tensor in given]
-    wanted_codes, wanted_fed = gptq.inblock_by_rows_torch(*given)
+    wanted_codes, wanted_fed = gptq.inblock_by_rows_torch(*given, int4())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    codes_ENB, fed_ENB = gptq.inblock_by_rows(*given)
+    codes_ENB, fed_ENB = gptq.inblock_by_rows(*given, int4())
     torch.set_num_threads(before)
     assert torch.equal(codes_ENB, wanted_codes) and codes_ENB.any()
     torch.testing.assert_close(fed_ENB, wanted_fed, rtol=1e-4, atol=1e-5)
@@ -391,7 +427,7 @@ def test_native_solve_by_rows_is_torchs(columns: int, rows: int, threads: int, s
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("refit", [None, SIGNED, Refit(dtype="fp16", signed=False)], ids=["codes", "bf16", "fp16"])
+@pytest.mark.parametrize("refit", [None, SIGNED, UNSIGNED], ids=["codes", "bf16", "fp16"])
 @pytest.mark.parametrize(("columns", "rows"), [(128, 70), (40, 9)])
 def test_native_refinement_by_rows_is_torchs(
     columns: int, rows: int, refit: Refit | None, threads: int, shared: bool
@@ -412,7 +448,14 @@ def test_native_refinement_by_rows_is_torchs(
         gradient_EBN = made["hessian_EKK"][:, block] @ state[1]
         before = torch.get_num_threads()
         torch.set_num_threads(count)
-        kernel_(1, (gradient_EBN, hessian_EBB @ code_EKN[:, block], hessian_EBB), relative_ENN, state, refit)
+        kernel_(
+            1,
+            (gradient_EBN, hessian_EBB @ code_EKN[:, block], hessian_EBB),
+            relative_ENN,
+            state,
+            refit,
+            grid_for(refit),
+        )
         torch.set_num_threads(before)
         outcomes.append((*state[1:], gradient_EBN))
     (error, code, scale, gradient), (error_torch, code_torch, scale_torch, gradient_torch) = outcomes
@@ -445,10 +488,10 @@ def test_degenerate_metrics_stay_finite(
     rows = guidance.factorize_rows(metric_ENN, 0.05)
     assert not rows.diagonal_E.any()
     assert all(values.isfinite().all() for values in (rows.metric_ENN, rows.unit_ENN, rows.pivot_EN))
-    plain_ENK, codes_ENK = gptq.solve_codes(*given, factor), gptq.solve_codes(*given, factor, rows)
+    plain_ENK, codes_ENK = gptq.solve_codes(*given, factor, int4()), gptq.solve_codes(*given, factor, int4(), rows)
     assert torch.equal(codes_ENK[0], plain_ENK[0]) and torch.equal(codes_ENK[1, 5], plain_ENK[1, 5])
     assert not torch.equal(codes_ENK[1], plain_ENK[1])
-    start = given[0], plain_ENK, given[1], hessian_EKK, 2, SIGNED
+    start = given[0], plain_ENK, given[1], hessian_EKK, 2, SIGNED, int4()
     (refined_ENK, scale_refined), (wanted_ENK, scale_wanted) = gptq.refine(*start, rows), gptq.refine(*start)
     assert scale_refined.isfinite().all()
     assert torch.equal(refined_ENK[0], wanted_ENK[0]) and torch.equal(scale_refined[0], scale_wanted[0])

@@ -16,6 +16,7 @@ from fourfold.model.layer import DecoderLayer, Routing, activate, sort_pairs
 from fourfold.quantize import site, solve
 from fourfold.quantize.observe import MOST_IMPORTANT, Observed
 from fourfold.recipe import Guidance, Recipe, load_recipe
+from grids import int4
 from quantize.test_solve_layer import alone, make_layer, normal
 
 HIDDEN, WIDTH, TOKENS, GROUP = 64, 64, 512, 32
@@ -85,8 +86,9 @@ def over_rtn(layer: DecoderLayer, observed: Observed, result: LayerResult, recip
         ("gate_up", layer.stacks[0].float(), result.gate_up_ENK.float(), input_TD[None]),
         ("down", layer.stacks[1].float(), result.down_ENK.float(), hidden_ETI),
     ):
-        scale_ENG = grid.absmax_scales(source_ENK, GROUP, recipe.scheme.scale_dtype)
-        rounded_ENK = grid.dequantize(grid.round_to_nearest(source_ENK, scale_ENG), scale_ENG).bfloat16().float()
+        scale_ENG = grid.absmax_scales(source_ENK, int4(GROUP, recipe.scheme.scale_dtype))
+        codes_ENK = grid.round_to_nearest(source_ENK, scale_ENG, int4())
+        rounded_ENK = grid.dequantize(codes_ENK, scale_ENG).bfloat16().float()
         errors = [(input_ETK @ (source_ENK - quantized_ENK).mT).square().sum(dim=(1, 2))
                   for quantized_ENK in (released_ENK, rounded_ENK)]  # fmt: skip
         ratios[name] = errors[0] / errors[1]

@@ -22,6 +22,7 @@ from fourfold.datatypes import FourfoldError, Method, Moments, QuantizedGroup, T
 from fourfold.formats import named
 from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.recipe import CHOICES, Recipe, Scheme, Solver, load_recipe
+from grids import int4
 from problems import GROUP, Problem
 
 # What acts before a site is made: see test_solve_layer.py, and of norm_power test_observe.py and test_run.py.
@@ -126,8 +127,8 @@ def released(solved: Solved) -> Tensor:
 
 
 def rtn(weight_ENK: Tensor, dtype: str = "bf16") -> QuantizedGroup:
-    scale_ENG = grid.absmax_scales(weight_ENK, GROUP, dtype)
-    return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG), scale_ENG)
+    scale_ENG = grid.absmax_scales(weight_ENK, int4(GROUP, dtype))
+    return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG, int4()), scale_ENG)
 
 
 def same(first: Solved, second: Solved) -> bool:
@@ -360,7 +361,7 @@ def test_a_gap_of_nothing_is_the_plain_target(problem: Problem, site: Site) -> N
 
 def test_absmax_scales_are_of_the_target_and_never_negative(problem: Problem, site: Site) -> None:
     plain = solve_site(make_site(problem, gap=False), recipe(scale="absmax", passes=0))
-    assert torch.equal(plain.group.scale_ENG, grid.absmax_scales(site.weight_ENK, GROUP, "bf16"))
+    assert torch.equal(plain.group.scale_ENG, grid.absmax_scales(site.weight_ENK, int4(GROUP)))
     moved = solve_site(site, recipe(scale="absmax", passes=0))
     assert not torch.equal(moved.group.scale_ENG, plain.group.scale_ENG) and (moved.group.scale_ENG > 0).all()
 
@@ -530,7 +531,7 @@ def test_dead_channels_keep_their_rounded_weights(problem: Problem, preset: str)
     site = make_site(dead_columns(problem, columns), gap=chosen.solver.asymmetric)
     found = solve_site(site, chosen)
     assert found.methods == (Method.GPTQ,) * 3 and found.damping_E.tolist() == pytest.approx([0.05] * 3)
-    rounded_ENK = grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG)
+    rounded_ENK = grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG, int4())
     assert torch.equal(found.group.codes_ENK[..., columns], rounded_ENK[..., columns])
     assert rounded_ENK[..., columns].count_nonzero() > 0.8 * rounded_ENK[..., columns].numel()
 
@@ -547,7 +548,7 @@ def test_nothing_but_dead_channels_is_plain_rounding(problem: Problem) -> None:
     site = make_site(dead_columns(problem, list(range(256))))
     found = solve_site(site, recipe())
     assert_sound(found)
-    assert torch.equal(found.group.codes_ENK, grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG))
+    assert torch.equal(found.group.codes_ENK, grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG, int4()))
     assert (found.error_EN.sum(dim=1) < 0.03 * found.weight_EN.sum(dim=1)).all() and not found.proxy_EN.any()
 
 
@@ -675,7 +676,7 @@ def test_a_failing_factor_is_damped_more_and_logged(
     for expert in (0, 2):
         assert torch.equal(found.group.codes_ENK[expert], usual.group.codes_ENK[expert])
     if method is Method.DIAGONAL:
-        wanted = grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG)
+        wanted = grid.round_to_nearest(site.weight_ENK, found.group.scale_ENG, int4())
         assert torch.equal(found.group.codes_ENK[1], wanted[1])
         assert found.error_EN[1].sum() < 0.05 * found.weight_EN[1].sum()
 

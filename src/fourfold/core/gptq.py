@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fourfold.core import grid
+from fourfold.core.grid import Grid, stored
 from fourfold.core.kernels import cpu, cpu_rows, cuda, cuda_rows
 from fourfold.core.moments import damping
 
@@ -34,9 +34,8 @@ class Damping:
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """How refinement may move scales. dtype: what `grid.stored` rounds to; signed: they may become negative."""
+    """How refinement may move scales, to values that the grid stores. signed: they may become negative."""
 
-    dtype: str
     signed: bool
 
 
@@ -150,7 +149,9 @@ def _decompose(hessian_EKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unit_EKK, pivot_EK, failed_E
 
 
-def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: RowFactor | None = None) -> Tensor:
+def solve_codes(
+    target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, grid: Grid, rows: RowFactor | None = None
+) -> Tensor:
     """Codes int8 [E, N, K] that minimise tr(H_O Err H Err^T) one column after the other, each step exactly.
 
     GPTQ (arXiv 2210.17323) without an inverse: t_j = w_j + sum_{i<j} Err_i M_ij is its updated weight at column j.
@@ -172,7 +173,7 @@ def solve_codes(target_ENK: Tensor, scale_ENG: Tensor, factor: Factor, rows: Row
         scale_EBN = take(scale_ENG.mT, group_EK[:, block])
         target_EBN = torch.baddbmm(weight_EBN, factor.unit_EKK[:, :start, block].mT, error_EKN[:, :start])
         given = target_EBN.mT, weight_EBN.mT, factor.unit_EKK[:, block, block], scale_EBN.mT
-        codes_ENB, error_ENB = inblock(*given) if rows is None else inblock_by_rows(*given, rows.unit_ENN)
+        codes_ENB, error_ENB = inblock(*given, grid) if rows is None else inblock_by_rows(*given, rows.unit_ENN, grid)
         codes_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
     codes_ENK = take(codes_EKN, factor.order_EK.argsort(dim=1)).mT
     return codes_ENK if rows is None else take(codes_ENK, order_EN.argsort(dim=1))
@@ -186,7 +187,7 @@ def take(values_EKN: Tensor, place_EK: Tensor) -> Tensor:
 
 
 def inblock_by_rows(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """`inblock` with rows in order, each on its target and weight plus c_r = sum_{i<r} M_ir Err_i of earlier rows.
 
@@ -196,11 +197,11 @@ def inblock_by_rows(
     kernel = inblock_by_rows_torch
     if target_ENB.dtype == torch.float32:
         kernel = cuda_rows.inblock_by_rows if target_ENB.is_cuda else cpu_rows.inblock_by_rows
-    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB, unit_ENN)
+    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB, unit_ENN, grid)
 
 
 def inblock_by_rows_torch(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """The same for any device and dtype, a row at a time: what the native kernels are held against."""
     codes_ENB, fed_ENB = torch.empty_like(target_ENB, dtype=torch.int8), torch.empty_like(target_ENB)
@@ -209,13 +210,15 @@ def inblock_by_rows_torch(
         here = slice(row, row + 1)
         left_E1B = unit_ENN[:, :row, here].mT @ error_ENB[:, :row]
         codes_ENB[:, here], fed_ENB[:, here] = inblock_torch(
-            target_ENB[:, here] + left_E1B, weight_ENB[:, here] + left_E1B, feedback_EBB, scale_ENB[:, here]
+            target_ENB[:, here] + left_E1B, weight_ENB[:, here] + left_E1B, feedback_EBB, scale_ENB[:, here], grid
         )
         error_ENB[:, here] = weight_ENB[:, here] - codes_ENB[:, here] * scale_ENB[:, here]
     return codes_ENB, fed_ENB
 
 
-def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
+def inblock(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
     """The serial kernel: B columns, each rounded and its error fed to the later ones. Returns (codes int8, error).
 
     For j = 0..B-1: q = clamp(rint(T_j / S_j)); err_j = W_j - S_j q; T_k += err_j feedback_jk for k > j.
@@ -224,11 +227,11 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
     kernel = inblock_torch
     if target_ENB.dtype == torch.float32:
         kernel = cuda.inblock if target_ENB.is_cuda else cpu.inblock
-    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB)
+    return kernel(target_ENB, weight_ENB, feedback_EBB, scale_ENB, grid)
 
 
 def inblock_torch(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """The same for any device and dtype, a column at a time: what the native kernels are held against."""
     # Columns first: each step then reads and writes contiguous rows.
@@ -236,7 +239,7 @@ def inblock_torch(
     scale_EBN, weight_EBN = scale_ENB.mT.contiguous(), weight_ENB.mT.contiguous()
     codes_EBN, error_EBN = torch.empty_like(target_EBN, dtype=torch.int8), torch.empty_like(target_EBN)
     for j in range(target_EBN.shape[1]):
-        code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(-8, 7)
+        code_EN = (target_EBN[:, j] / scale_EBN[:, j]).round_().clamp_(grid.least, grid.most)
         codes_EBN[:, j] = code_EN
         error_EBN[:, j] = weight_EBN[:, j] - code_EN.mul_(scale_EBN[:, j])
         target_EBN[:, j + 1 :].addcmul_(feedback_EBB[:, j, j + 1 :, None], error_EBN[:, j, None, :])
@@ -248,7 +251,7 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]  # target_EKN, and what a step cha
 
 def refine(
     target_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, hessian_EKK: Tensor, passes: int, refit: Refit | None,
-    rows: RowFactor | None = None,
+    grid: Grid, rows: RowFactor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Coordinate descent on scales and codes, group after group: the proxy tr(H_O Err H Err^T) never rises.
 
@@ -276,9 +279,9 @@ def refine(
             gradient_EBN = torch.bmm(hessian_EKK[:, block], error_EKN)
             product_EBN = torch.bmm(hessian_EBB, code_EKN[:, block])
             if rows is None:
-                step(group, gradient_EBN, product_EBN, hessian_EBB, state, refit)
+                step(group, gradient_EBN, product_EBN, hessian_EBB, state, refit, grid)
             else:
-                refine_by_rows_(group, (gradient_EBN, product_EBN, hessian_EBB), relative_ENN, state, refit)
+                refine_by_rows_(group, (gradient_EBN, product_EBN, hessian_EBB), relative_ENN, state, refit, grid)
     codes_ENK, scale_ENG = code_EKN.to(torch.int8).mT, scale_EGN.mT
     if rows is not None:
         place_EN = order_EN.argsort(dim=1)
@@ -287,8 +290,9 @@ def refine(
 
 
 def refine_group_torch_(
-    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None
-) -> None:
+    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None,
+    grid: Grid,
+) -> None:  # fmt: skip
     """Scales, then codes of one group, in place: for any device and dtype, and what the native kernel is held against.
 
     gradient_EBN: H Err, all groups' errors; product_EBN: the group's own block of H times its codes; both are changed.
@@ -299,7 +303,7 @@ def refine_group_torch_(
     diagonal_EB1 = hessian_EBB.diagonal(dim1=-2, dim2=-1)[..., None]
     weight_EBN, error_EBN, code_EBN = target_EKN[:, block], error_EKN[:, block], code_EKN[:, block]
     if refit:
-        moved_E1N = _refit(code_EBN, scale_EGN[:, group], gradient_EBN, product_EBN, refit)[:, None]
+        moved_E1N = _refit(code_EBN, scale_EGN[:, group], gradient_EBN, product_EBN, refit, grid)[:, None]
         error_EBN.addcmul_(code_EBN, moved_E1N, value=-1)
         gradient_EBN.addcmul_(product_EBN, moved_E1N, value=-1)
         scale_EGN[:, group] += moved_E1N[:, 0]
@@ -308,14 +312,16 @@ def refine_group_torch_(
     ahead_EBN = gradient_EBN.div_(diagonal_EB1).add_(weight_EBN).sub_(error_EBN)
     ahead_EBN.baddbmm_(feedback_EBB.mT, error_EBN, alpha=-1)
     scale_EBN = scale_EGN[:, group, None].expand_as(ahead_EBN)
-    codes_ENB, error_ENB = inblock(ahead_EBN.mT, weight_EBN.mT, feedback_EBB, scale_EBN.mT)
+    codes_ENB, error_ENB = inblock(ahead_EBN.mT, weight_EBN.mT, feedback_EBB, scale_EBN.mT, grid)
     code_EKN[:, block], error_EKN[:, block] = codes_ENB.mT, error_ENB.mT
 
 
 Block = tuple[Tensor, Tensor, Tensor]  # of a group: gradient_EBN (H Err), product_EBN (H codes), hessian_EBB
 
 
-def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+def refine_by_rows_(
+    group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None, grid: Grid
+) -> None:
     """Scales, then codes of one row after the other in a group, in place, the newest errors in all other rows.
 
     relative_ENN: H_ir / H_rr of the rows' metric: row r's error in its own units is x = Err_r + sum_{i != r} Err_i H_ir
@@ -324,10 +330,12 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
     kernel_ = refine_by_rows_torch_
     if relative_ENN.dtype == torch.float32:
         kernel_ = cuda_rows.refine_by_rows_ if relative_ENN.is_cuda else cpu_rows.refine_by_rows_
-    kernel_(group, block, relative_ENN, state, refit)
+    kernel_(group, block, relative_ENN, state, refit, grid)
 
 
-def refine_by_rows_torch_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+def refine_by_rows_torch_(
+    group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None, grid: Grid
+) -> None:
     """The same for any device and dtype: what the native kernels are held against."""
     gradient_EBN, product_EBN, hessian_EBB = block
     target_EKN, error_EKN, code_EKN, scale_EGN = state
@@ -337,16 +345,18 @@ def refine_by_rows_torch_(group: int, block: Block, relative_ENN: Tensor, state:
         before_EB1 = error_EKN[:, columns, here].clone()
         own_state = target_EKN[..., here], error_EKN[..., here], code_EKN[..., here], scale_EGN[..., here]
         own_EB1 = gradient_EBN @ relative_ENN[..., here]
-        refine_group_torch_(group, own_EB1, product_EBN[..., here].clone(), hessian_EBB, own_state, refit)
+        refine_group_torch_(group, own_EB1, product_EBN[..., here].clone(), hessian_EBB, own_state, refit, grid)
         gradient_EBN[..., here] += hessian_EBB @ (error_EKN[:, columns, here] - before_EB1)
 
 
-def _refit(code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit) -> Tensor:
+def _refit(
+    code_EBN: Tensor, scale_EN: Tensor, gradient_EBN: Tensor, product_EBN: Tensor, refit: Refit, grid: Grid
+) -> Tensor:
     """How far each scale moves to reach the stored value next to its least-squares optimum. [E, N].
 
     scale_EN: stored values, so that none of them is nearer to the optimum.
     """
     curvature_EN = (product_EBN * code_EBN).sum(dim=1)
     optimum_EN = scale_EN + (gradient_EBN * code_EBN).sum(dim=1) / curvature_EN.where(curvature_EN > 0, torch.inf)
-    moved_EN = grid.stored(optimum_EN, refit.dtype) - scale_EN
+    moved_EN = stored(optimum_EN, grid.scale_dtype) - scale_EN
     return moved_EN if refit.signed else moved_EN.where(optimum_EN > 0, 0.0)

@@ -18,6 +18,7 @@ from fourfold.model.checkpoint import raw_bytes, require_finite
 from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer, grouped_linear
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.rates import RATES, Rates
+from fourfold.quantize.site import grid_of
 
 SECONDS, REPETITIONS = 0.15, 3  # a rate is measured for so long, and so often at least
 COLUMNS = 1024  # at most, of what is solved: a few milliseconds a step on a CPU core, and near a large one's rate
@@ -148,7 +149,7 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
     work, solver, scheme = plan.work, plan.recipe.solver, plan.recipe.scheme
     count, (inputs, outputs) = STACK[gauge.device.type], work.sites[0]
     inputs, outputs = min(inputs, COLUMNS), min(outputs, COLUMNS // 2)
-    group = scheme.group_size
+    onto = grid_of(scheme)
     offsets = [PAIRS * expert for expert in range(count + 1)]
     input_TK = gauge.normal(count * PAIRS, inputs).bfloat16()
     every_S, ones_S = torch.arange(len(input_TK), device=gauge.device), torch.ones(len(input_TK), device=gauge.device)
@@ -159,20 +160,21 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
     weight_ENK = gauge.normal(count, outputs, inputs)
     hessian_EKK = accumulate().hessian_EKK / PAIRS
     settings = gptq.Damping(delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=())
-    factor = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
-    search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
-                              signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
+    factor = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, onto.group_size)
+    search = grid.ScaleSearch(
+        low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps, signed=scheme.signed
+    )
     tried = solver.scale_steps * (1 + scheme.signed)
-    scale_ENG = grid.absmax_scales(weight_ENK, group, scheme.scale_dtype)
+    scale_ENG = grid.absmax_scales(weight_ENK, onto)
     importance_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
 
     def factorize() -> None:
-        made = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, group)
+        made = gptq.factorize_(hessian_EKK.clone(), settings, solver.order, onto.group_size)
         target.retarget(weight_ENK, weight_ENK, made)
 
     def columns() -> None:
-        codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor)
-        gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, None)
+        codes_ENK = gptq.solve_codes(weight_ENK, scale_ENG, factor, onto)
+        gptq.refine(weight_ENK, codes_ENK, scale_ENG, hessian_EKK, 1, None, onto)
 
     product, square = count * outputs * inputs**2, count * inputs**2
     return {
@@ -181,7 +183,7 @@ def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:
         "gemm": gauge.per_second(3.0 * product, columns),
         "elementwise": gauge.per_second(
             5.0 * tried * count * outputs * inputs,
-            lambda: grid.search_scales(weight_ENK, importance_EK, group, search),
+            lambda: grid.search_scales(weight_ENK, importance_EK, onto, search),
         ),
     }
 

@@ -51,13 +51,18 @@ class Solved:
     guided: tuple[float, float] = (0.0, 0.0)  # tr(H_O Err H Err^T) of the judged experts, with guidance and without
 
 
+def grid_of(scheme: Scheme) -> grid.Grid:
+    """The grid of a recipe's scheme."""
+    return grid.Grid(levels=grid.INT4, group_size=scheme.group_size, scale_dtype=scheme.scale_dtype)
+
+
 def solve_site(site: Site, recipe: Recipe) -> Solved:
     """Codes and scales of one site's stack, by the recipe. docs/numerics.md.
 
     An expert whose outputs have a larger error than those of round-to-nearest is solved again for the outputs of the
     source weights, without a metric of the rows; one that still has is rounded.
     """
-    solver, scheme, weight_ENK = recipe.solver, recipe.scheme, site.weight_ENK
+    solver, onto, weight_ENK = recipe.solver, grid_of(recipe.scheme), site.weight_ENK
     n0 = solver.pool * weight_ENK.shape[-1]
     hessian_EKK, effective_E = moments.shrink(
         site.moments, site.pool_EKK, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
@@ -65,7 +70,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     damping = gptq.Damping(
         delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
     )
-    factor = gptq.factorize_(hessian_EKK, damping, solver.order, scheme.group_size)
+    factor = gptq.factorize_(hessian_EKK, damping, solver.order, onto.group_size)
     target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0))
     objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
     group = _find_codes(objective, recipe)
@@ -73,9 +78,9 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     methods, targets = objective.methods, [aim] * len(weight_ENK)
     if solver.fallback_share:
         rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
-        group, methods = _round_few(group, weight_ENK, rounded_E, methods, scheme)
+        group, methods = _round_few(group, weight_ENK, rounded_E, methods, onto)
     judged_EKK = hessian_EKK if n0 else _pooled(site)
-    over_rtn_EP = _over_rtn(site.projections, weight_ENK, group, judged_EKK, scheme)
+    over_rtn_EP = _over_rtn(site.projections, weight_ENK, group, judged_EKK, onto)
     for expert in (over_rtn_EP > 1).any(dim=1).nonzero().flatten().tolist():
         place = slice(expert, expert + 1)
         own_ENK, own_EKK = weight_ENK[place], judged_EKK[place]
@@ -83,11 +88,11 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
             plain = objective.without_rows(place, own_ENK)
             targets[expert], methods[expert] = Target.PLAIN, plain.methods[0]
             _put(group, place, _find_codes(plain, recipe))
-            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, scheme)
+            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, onto)
         if (over_rtn_EP[place] > 1).any():
             methods[expert] = Method.RTN
-            _put(group, place, _round_to_nearest(own_ENK, scheme))
-            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, scheme)
+            _put(group, place, _round_to_nearest(own_ENK, onto))
+            over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, onto)
     del target_ENK, objective, hessian_EKK, judged_EKK
     error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
     own_EKK, share_E = _own_moments(site)
@@ -157,20 +162,20 @@ class _Objective:
 
 def _find_codes(objective: _Objective, recipe: Recipe) -> QuantizedGroup:
     """Scales first, then codes column by column, then both refined."""
-    solver, scheme, target_ENK = recipe.solver, recipe.scheme, objective.target_ENK
+    solver, signed, target_ENK = recipe.solver, recipe.scheme.signed, objective.target_ENK
+    onto = grid_of(recipe.scheme)
     if solver.scale == "search":
         conditional = solver.scale_weights == "conditional"
         pivot_EK, diagonal_EK = objective.factor.natural_pivot(), objective.hessian_EKK.diagonal(dim1=-2, dim2=-1)
-        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps,
-                                  signed=scheme.signed, dtype=scheme.scale_dtype)  # fmt: skip
-        scale_ENG = grid.search_scales(target_ENK, pivot_EK if conditional else diagonal_EK, scheme.group_size, search)
+        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps, signed=signed)
+        scale_ENG = grid.search_scales(target_ENK, pivot_EK if conditional else diagonal_EK, onto, search)
     else:
-        scale_ENG = grid.absmax_scales(target_ENK, scheme.group_size, scheme.scale_dtype)
-    codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, objective.factor, objective.rows)
+        scale_ENG = grid.absmax_scales(target_ENK, onto)
+    codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, objective.factor, onto, objective.rows)
     if solver.passes:
-        refit = gptq.Refit(dtype=scheme.scale_dtype, signed=scheme.signed) if solver.refine_scales else None
+        refit = gptq.Refit(signed=signed) if solver.refine_scales else None
         codes_ENK, scale_ENG = gptq.refine(
-            target_ENK, codes_ENK, scale_ENG, objective.hessian_EKK, solver.passes, refit, objective.rows
+            target_ENK, codes_ENK, scale_ENG, objective.hessian_EKK, solver.passes, refit, onto, objective.rows
         )
     return QuantizedGroup(codes_ENK, scale_ENG)
 
@@ -185,17 +190,17 @@ def _gain(objective: _Objective, group: QuantizedGroup, experts: int, recipe: Re
     return objective.cost(guided), objective.cost(_find_codes(unguided, recipe))
 
 
-def _round_to_nearest(weight_ENK: Tensor, scheme: Scheme) -> QuantizedGroup:
+def _round_to_nearest(weight_ENK: Tensor, onto: grid.Grid) -> QuantizedGroup:
     """RTN with absmax scales, as GPTQModel's fallback."""
-    scale_ENG = grid.absmax_scales(weight_ENK, scheme.group_size, scheme.scale_dtype)
-    return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG), scale_ENG)
+    scale_ENG = grid.absmax_scales(weight_ENK, onto)
+    return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG, onto), scale_ENG)
 
 
 def _round_few(
-    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], scheme: Scheme
+    group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], onto: grid.Grid
 ) -> tuple[QuantizedGroup, list[Method]]:
     """Round to nearest the experts that the recipe's fallback rule names."""
-    rtn, where_E11 = _round_to_nearest(weight_ENK, scheme), rounded_E[:, None, None]
+    rtn, where_E11 = _round_to_nearest(weight_ENK, onto), rounded_E[:, None, None]
     rounded = QuantizedGroup(
         torch.where(where_E11, rtn.codes_ENK, group.codes_ENK), torch.where(where_E11, rtn.scale_ENG, group.scale_ENG)
     )
@@ -203,7 +208,7 @@ def _round_few(
 
 
 def _over_rtn(
-    projections: tuple[str, ...], weight_ENK: Tensor, group: QuantizedGroup, hessian_EKK: Tensor, scheme: Scheme
+    projections: tuple[str, ...], weight_ENK: Tensor, group: QuantizedGroup, hessian_EKK: Tensor, onto: grid.Grid
 ) -> Tensor:
     """Error of each projection's outputs, tr(Err H Err^T), over that of round-to-nearest: fp32 [E, P]."""
 
@@ -212,8 +217,8 @@ def _over_rtn(
         return metrics.energy(error_EPNK, hessian_EKK).clamp_(min=torch.finfo(torch.float32).tiny)
 
     solved_EP = energy(grid.dequantize(group.codes_ENK, group.scale_ENG).sub_(weight_ENK))
-    scale_ENG = grid.absmax_scales(weight_ENK, scheme.group_size, scheme.scale_dtype)
-    return solved_EP / energy(grid.rounding_error(weight_ENK, scale_ENG))
+    scale_ENG = grid.absmax_scales(weight_ENK, onto)
+    return solved_EP / energy(grid.rounding_error(weight_ENK, scale_ENG, onto))
 
 
 def _pooled(site: Site) -> Tensor:

@@ -21,43 +21,54 @@ from fourfold.core.kernels.native import native
 
 if TYPE_CHECKING:
     from fourfold.core.gptq import Refit, State
+    from fourfold.core.grid import Grid
 
 LANES = 64  # rows at a time
 TOGETHER = 8  # columns whose errors are fed to the later ones in one go
 ROUNDER = np.float32(1.5 * 2**23)  # x + ROUNDER - ROUNDER is rint(x), half to even, where |x| < 2^22
 ONE, SIXTEEN = np.int32(1), np.int32(16)
-LEAST, MOST = np.float32(-8), np.float32(7)
 SMALLEST, LARGEST = np.float32(2.0**-17), np.float32(65280.0)  # of a stored scale: see grid.py
 LEAST_NORMAL = np.float32(2.0**-14)  # of FP16
 SUBNORMAL_ROUNDER = np.float32(0.75)  # x + 0.75 - 0.75 is x to the nearest multiple of 2^-24, FP16's step below that
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Levels = tuple[np.float32, np.float32]  # the least code and the greatest
+Rule = tuple[bool, bool, np.int32]  # see refit_rule
 
 
-def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
+def inblock(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
     """See gptq.inblock. Columns lie one after the other in memory: of the results, and best of the inputs."""
     given = [values.mT.contiguous() for values in (target_ENB, weight_ENB, scale_ENB)]
     codes_EBN, error_EBN = torch.empty_like(given[0], dtype=torch.int8), torch.empty_like(given[0])
-    tensors = *given, feedback_EBB.contiguous(), codes_EBN, error_EBN
-    over_rows(_inblock, target_ENB.shape[0] * target_ENB.shape[1], [tensor.numpy() for tensor in tensors])
+    arrays = [tensor.numpy() for tensor in (feedback_EBB.contiguous(), codes_EBN, error_EBN)]
+    rows = target_ENB.shape[0] * target_ENB.shape[1]
+    over_rows(_inblock, rows, [ends(grid), tuple(tensor.numpy() for tensor in given), *arrays])
     return codes_EBN.mT, error_EBN.mT
 
 
 def refine_group_(
-    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None
-) -> None:
+    group: int, gradient_EBN: Tensor, product_EBN: Tensor, hessian_EBB: Tensor, state: State, refit: Refit | None,
+    grid: Grid,
+) -> None:  # fmt: skip
     """See gptq.refine_group_torch_. Neither gradient nor product is changed."""
     diagonal_EB = hessian_EBB.diagonal(dim1=-2, dim2=-1).contiguous()
     own = gradient_EBN, product_EBN, hessian_EBB / diagonal_EB[:, None], diagonal_EB
     rows = gradient_EBN.shape[0] * gradient_EBN.shape[2]
     arrays = [tuple(tensor.numpy() for tensor in tensors) for tensors in (own, state)]
-    over_rows(_refine_group, rows, [group, refit_rule(refit), *arrays])
+    over_rows(_refine_group, rows, [group, refit_rule(refit, grid), ends(grid), *arrays])
 
 
-def refit_rule(refit: Refit | None) -> tuple[bool, bool, np.int32]:
+def ends(grid: Grid) -> Levels:
+    """A grid's levels for a kernel."""
+    return np.float32(grid.least), np.float32(grid.most)
+
+
+def refit_rule(refit: Refit | None, grid: Grid) -> Rule:
     """Whether scales move, whether to negative ones, bits of an fp32 mantissa that the stored dtype lacks."""
-    return refit is not None, refit is None or refit.signed, np.int32(13 if refit and refit.dtype == "fp16" else 16)
+    return refit is not None, refit is None or refit.signed, np.int32(13 if grid.scale_dtype == "fp16" else 16)
 
 
 def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
@@ -68,11 +79,11 @@ def permute(hessian_EKK: Tensor, order_EK: Tensor) -> Tensor:
     return permuted_EKK
 
 
-def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor) -> Tensor:
+def choose_scales(weight_NK: Tensor, importance_K: Tensor, candidate_FNG: Tensor, grid: Grid) -> Tensor:
     """Per row and group the candidate with the least cost, ties to the first: see grid.search_scales. fp32 [N, G]."""
     scale_NG = torch.empty(candidate_FNG.shape[1:])
     tensors = weight_NK, importance_K, candidate_FNG, scale_NG
-    over_rows(_choose, len(weight_NK), [tensor.numpy() for tensor in tensors])
+    over_rows(_choose, len(weight_NK), [*(tensor.numpy() for tensor in tensors), ends(grid)])
     return scale_NG
 
 
@@ -104,10 +115,11 @@ def _load(lanes: Floats, values: Floats) -> None:
 
 @native()
 def _inblock(
-    first: int, last: int, target: Floats, weight: Floats, scale: Floats, feedback: Floats,
+    first: int, last: int, levels: Levels, given: tuple[Floats, Floats, Floats], feedback: Floats,
     codes: NDArray[np.int8], error: Floats,
 ) -> None:  # fmt: skip
     """Rows first to last, counted through all experts."""
+    target, weight, scale = given
     columns, rows = target.shape[1], target.shape[2]
     ahead, code = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
     missed, step = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
@@ -119,7 +131,7 @@ def _inblock(
             _load(ahead[column], target[expert, column, part])
             _load(missed[column], weight[expert, column, part])
             _load(step[column], scale[expert, column, part])
-        _solve_columns(ahead, missed, step, code, feedback[expert])
+        _solve_columns(ahead, missed, step, code, feedback[expert], levels)
         for column in range(columns):
             for lane in range(count):
                 codes[expert, column, row + lane] = np.int8(code[column, lane])
@@ -129,7 +141,7 @@ def _inblock(
 
 @native()
 def _refine_group(
-    first: int, last: int, group: int, rule: tuple[bool, bool, np.int32],
+    first: int, last: int, group: int, rule: Rule, levels: Levels,
     own: tuple[Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
 ) -> None:  # fmt: skip
     """Rows first to last, counted through all experts."""
@@ -167,7 +179,7 @@ def _refine_group(
                 )  # fmt: skip
                 step[column, lane] = chosen[lane]
         # Fed to later columns is by how much an error changed: what it was is in the gradient already.
-        _solve_columns(ahead, missed, step, code, feedback[expert])
+        _solve_columns(ahead, missed, step, code, feedback[expert], levels)
         for column in range(columns):
             for lane in range(count):
                 codes[expert, start + column, row + lane] = code[column, lane]
@@ -199,17 +211,18 @@ def move_scales(
 
 
 @native()
-def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, feedback: Floats) -> None:
+def _solve_columns(ahead: Floats, missed: Floats, step: Floats, code: Floats, feedback: Floats, levels: Levels) -> None:
     """LANES rows. ahead: their targets, changed; missed: their weights, then their errors; step: scales.
 
     missed may hold anything else that code times step is taken from: what is left of it is fed to later columns.
     """
     columns = len(ahead)
+    least, most = levels
     for start in range(0, columns, TOGETHER):
         end = min(start + TOGETHER, columns)
         for column in range(start, end):
             for lane in range(LANES):
-                wanted = min(max(ahead[column, lane] / step[column, lane], LEAST), MOST)
+                wanted = min(max(ahead[column, lane] / step[column, lane], least), most)
                 code[column, lane] = (wanted + ROUNDER) - ROUNDER
                 missed[column, lane] -= code[column, lane] * step[column, lane]
             for later in range(column + 1, end):
@@ -240,7 +253,10 @@ def _permute(first: int, last: int, hessian: Floats, order: NDArray[np.int64], p
 
 
 @native()
-def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate: Floats, scale: Floats) -> None:
+def _choose(
+    first: int, last: int, weight: Floats, importance: Floats, candidate: Floats, scale: Floats, levels: Levels
+) -> None:
+    lowest, highest = levels
     tries, groups = candidate.shape[0], candidate.shape[2]
     size = weight.shape[1] // groups
     block = np.empty((size, LANES), np.float32)
@@ -263,7 +279,7 @@ def _choose(first: int, last: int, weight: Floats, importance: Floats, candidate
                 for place in range(size):
                     weighing = importance[start + place]
                     for lane in range(LANES):
-                        code = (min(max(block[place, lane] * inverse[lane], LEAST), MOST) + ROUNDER) - ROUNDER
+                        code = (min(max(block[place, lane] * inverse[lane], lowest), highest) + ROUNDER) - ROUNDER
                         missed = code * tried[lane] - block[place, lane]
                         cost[lane] += missed * missed * weighing
                 for lane in range(LANES):

@@ -17,11 +17,22 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fourfold.core.kernels.cpu import LEAST, MOST, ROUNDER, TOGETHER, Floats, move_scales, over_rows, refit_rule
+from fourfold.core.kernels.cpu import (
+    ROUNDER,
+    TOGETHER,
+    Floats,
+    Levels,
+    Rule,
+    ends,
+    move_scales,
+    over_rows,
+    refit_rule,
+)
 from fourfold.core.kernels.native import native
 
 if TYPE_CHECKING:
     from fourfold.core.gptq import Block, Refit, State
+    from fourfold.core.grid import Grid
 
 LANES = 32  # rows of a tile in the solve, columns of a row in refinement
 TILE = 64  # rows of a tile in refinement
@@ -29,7 +40,7 @@ FLOAT_BYTES = 4
 
 
 def inblock_by_rows(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """See gptq.inblock_by_rows. Columns lie one after the other in memory: of the results, and best of the inputs."""
     given = [each.mT.contiguous() for each in (target_ENB, weight_ENB, scale_ENB)]
@@ -43,11 +54,13 @@ def inblock_by_rows(
     for start in range(0, rows, LANES):
         carried_EBR = torch.bmm(error_EBN[..., :start], wide_ENN[:, :start, start : start + LANES])
         matrices = carried_EBR.numpy(), diagonals, unit_ENN.numpy()
-        over_rows(_solve_tile, experts, [start, *matrices, *arrays], together=1)
+        over_rows(_solve_tile, experts, [start, ends(grid), matrices, *arrays], together=1)
     return codes_EBN.mT, fed_EBN.mT
 
 
-def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+def refine_by_rows_(
+    group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None, grid: Grid
+) -> None:
     """See gptq.refine_by_rows_."""
     gradient_EBN, product_EBN, hessian_EBB = block
     experts, columns, rows = gradient_EBN.shape
@@ -62,7 +75,8 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
     for start in range(0, rows, TILE):
         carried_EBR = torch.bmm(gradient_EBN, spread_ENN[..., start : start + TILE])
         sight = carried_EBR.numpy(), relative_ENN.numpy()
-        over_rows(_refine_tile, experts, [group, start, refit_rule(refit), sight, *arrays], together=1)
+        given = [(group, start), refit_rule(refit, grid), ends(grid), sight, *arrays]
+        over_rows(_refine_tile, experts, given, together=1)
 
 
 @native()
@@ -78,7 +92,7 @@ def _by_diagonals(first: int, last: int, feedback: Floats, diagonals: Floats) ->
 
 @native()
 def _solve_tile(
-    first: int, last: int, start: int, carried: Floats, diagonals: Floats, unit: Floats,
+    first: int, last: int, start: int, levels: Levels, matrices: tuple[Floats, Floats, Floats],
     given: tuple[Floats, Floats, Floats], results: tuple[NDArray[np.int8], Floats, Floats],
 ) -> None:  # fmt: skip
     """Experts first to last, the tile of rows from start on, one antidiagonal after the other.
@@ -87,6 +101,7 @@ def _solve_tile(
     what a step feeds its own rows' later columns are then diagonals of the feedback, backwards, and what it feeds later
     rows is its own errors moved over so many lanes. Past the last row or column weights are 0 and scales 1.
     """
+    carried, diagonals, unit = matrices
     target, weight, scale = given
     codes, fed, error = results
     columns, count = carried.shape[1], carried.shape[2]
@@ -105,7 +120,7 @@ def _solve_tile(
         for row in range(count):
             for above in range(row):
                 coupling[row - above, row] = unit[expert % len(unit), start + above, start + row]
-        _solve_steps(ahead, left, size, own, coupling, diagonals[expert])
+        _solve_steps(ahead, left, size, own, coupling, diagonals[expert], levels)
         for column in range(columns):
             for row in range(count):
                 codes[expert, column, start + row] = np.int8(ahead[column + row, row])
@@ -115,10 +130,11 @@ def _solve_tile(
 
 @native()
 def _solve_steps(
-    ahead: Floats, left: Floats, size: Floats, own: Floats, coupling: Floats, diagonals: Floats
+    ahead: Floats, left: Floats, size: Floats, own: Floats, coupling: Floats, diagonals: Floats, levels: Levels
 ) -> None:
     """By step and row: ahead, targets and then codes; left, of other rows' errors and then what is fed; own, errors."""
     width = diagonals.shape[1]
+    least, most = levels
     origin, backwards = width - LANES - 1, -(width + 1) * FLOAT_BYTES
     for step in range(len(ahead)):
         past, above = min(step, len(diagonals) - 1), min(step, LANES - 1)
@@ -131,7 +147,7 @@ def _solve_steps(
             (2 * LANES + 1) * FLOAT_BYTES, coupling[above].ctypes.data, -LANES * FLOAT_BYTES,
         )  # fmt: skip
         for row in range(LANES):
-            wanted = min(max((ahead[step, row] + left[step, row]) / size[step, row], LEAST), MOST)
+            wanted = min(max((ahead[step, row] + left[step, row]) / size[step, row], least), most)
             code = (wanted + ROUNDER) - ROUNDER
             ahead[step, row] = code
             left[step, row] = (own[step, LANES + row] + left[step, row]) - code * size[step, row]
@@ -140,10 +156,11 @@ def _solve_steps(
 
 @native()
 def _refine_tile(
-    first: int, last: int, group: int, start: int, rule: tuple[bool, bool, np.int32], sight: tuple[Floats, Floats],
+    first: int, last: int, place: tuple[int, int], rule: Rule, levels: Levels, sight: tuple[Floats, Floats],
     block: tuple[Floats, Floats, Floats, Floats, Floats], state: tuple[Floats, Floats, Floats, Floats],
 ) -> None:  # fmt: skip
     """Experts first to last, the tile of rows from start on, each with the changes of the rows before it."""
+    group, start = place
     carried, relative = sight
     gradient, product, hessian, feedback, diagonal = block
     target, error, codes, scales = state
@@ -183,7 +200,8 @@ def _refine_tile(
                     + (slope[row, column] - curved[row, column] * shift) / diagonal[expert, column]
                 )  # fmt: skip
                 kept[column] = missed[row, column] - code[row, column] * size
-            _descend(size, feedback[expert], hessian[expert], missed[row], (slope[row], code[row], change[row], kept))
+            own = slope[row], code[row], change[row], kept
+            _descend(size, levels, feedback[expert], hessian[expert], missed[row], own)
             for column in range(width):
                 missed[row, column] = wanted[row, column] - code[row, column] * size
         for column in range(columns):
@@ -195,18 +213,20 @@ def _refine_tile(
 
 @native()
 def _descend(
-    size: np.float32, feedback: Floats, hessian: Floats, missed: Floats, row: tuple[Floats, Floats, Floats, Floats]
-) -> None:
+    size: np.float32, levels: Levels, feedback: Floats, hessian: Floats, missed: Floats,
+    row: tuple[Floats, Floats, Floats, Floats],
+) -> None:  # fmt: skip
     """One row's codes, from left to right: targets are changed, and H times what errors change by is added to change.
 
     kept: what is missed where the code stays. It is known beforehand, so as long as codes stay, which most do, no
     column waits for the division of the one before.
     """
     ahead, code, change, kept = row
+    least, most = levels
     for start in range(0, len(feedback), TOGETHER):
         end = min(start + TOGETHER, len(feedback))
         for column in range(start, end):
-            wanted = min(max(ahead[column] / size, LEAST), MOST)
+            wanted = min(max(ahead[column] / size, least), most)
             rounded = (wanted + ROUNDER) - ROUNDER
             if rounded != code[column]:
                 kept[column] = missed[column] - rounded * size

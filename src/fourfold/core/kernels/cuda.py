@@ -16,7 +16,7 @@ from torch import Tensor
 from fourfold.datatypes import Moments
 
 if TYPE_CHECKING:
-    from fourfold.core.grid import ScaleSearch
+    from fourfold.core.grid import Grid, ScaleSearch
 
 try:
     import triton
@@ -37,16 +37,21 @@ def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def ends(grid: Grid) -> dict[str, float]:
+    """A grid's levels for a kernel, which is compiled for them."""
+    return {"LOW": float(grid.least), "HIGH": float(grid.most)}
+
+
 # ---- numbers
 
 
 @jit
-def code_of(value):
-    """clamp(rint(value), -8, 7), half to even: past 1.5 * 2^23 fp32 has no room for a fraction.
+def code_of(value, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """clamp(rint(value), LOW, HIGH), half to even: past 1.5 * 2^23 fp32 has no room for a fraction.
 
     Clamped first, to the same end, as the sum rounds so only below 2^22. libdevice's rint is not for the interpreter.
     """
-    return (tl.minimum(tl.maximum(value, -8.0), 7.0) + 12582912.0) - 12582912.0
+    return (tl.minimum(tl.maximum(value, LOW), HIGH) + 12582912.0) - 12582912.0
 
 
 @jit
@@ -174,7 +179,7 @@ SUB_BLOCK = 16  # columns solved one by one before a GEMM over the block; tl.dot
 @jit
 def _column_loop(
     target_ptr, weight_ptr, feedback_ptr, scale_ptr, codes_ptr, error_ptr, rows, columns,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """All columns of some rows of one expert. The targets stay in registers, feedback passes through shared memory."""
     expert = tl.program_id(1).to(tl.int64)
@@ -202,7 +207,7 @@ def _column_loop(
             wanted_j = tl.sum(tl.where(here, wanted, 0.0), axis=1)
             weight_j = tl.sum(tl.where(here, weight, 0.0), axis=1)
             scale_j = tl.sum(tl.where(here, scale, 0.0), axis=1)
-            code_j = code_of(tl.div_rn(wanted_j, scale_j))
+            code_j = code_of(tl.div_rn(wanted_j, scale_j), LOW, HIGH)
             error_j = weight_j - code_j * scale_j
             ahead = tl.load(
                 feedback_ptr + (first + j) * columns + column, mask=(sub > j) & (column < columns), other=0.0
@@ -217,7 +222,9 @@ def _column_loop(
         target = tl.dot(error, feedback, target, input_precision="ieee")
 
 
-def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor) -> tuple[Tensor, Tensor]:
+def inblock(
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
     """gptq.inblock. Sums are in another order, so a code differs where T / S is a tie but for rounding."""
     experts, rows, columns = target_ENB.shape
     codes_ENB = torch.empty(target_ENB.shape, dtype=torch.int8, device=target_ENB.device)
@@ -226,8 +233,8 @@ def inblock(target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_
         block = max(triton.next_power_of_2(columns), SUB_BLOCK)
         _column_loop[(blocks(rows, ROWS_PER_PROGRAM), experts)](
             target_ENB.contiguous(), weight_ENB.contiguous(), feedback_EBB.contiguous(), scale_ENB.contiguous(),
-            codes_ENB, error_ENB, rows, columns, ROWS=ROWS_PER_PROGRAM, BLOCK=block, SUB=SUB_BLOCK, num_warps=8,
-            **FUSED,
+            codes_ENB, error_ENB, rows, columns, **ends(grid), ROWS=ROWS_PER_PROGRAM, BLOCK=block, SUB=SUB_BLOCK,
+            num_warps=8, **FUSED,
         )  # fmt: skip
     return codes_ENB, error_ENB
 
@@ -242,7 +249,7 @@ SMALLEST, LARGEST = 2.0**-17, 65280.0  # magnitudes that grid.stored keeps
 def _scale_search(
     weight_ptr, importance_ptr, factor_ptr, scale_ptr, rows, groups, group_size, steps,
     SIGNED: tl.constexpr, FP16: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One group of some rows of one expert: its weights are read once for all candidates."""
     group, expert = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -252,14 +259,14 @@ def _scale_search(
     start = (expert * rows + row)[:, None] * inputs + column[None, :]
     weight = tl.load(weight_ptr + start, mask=(row < rows)[:, None] & (place < group_size)[None, :], other=0.0)
     importance = tl.load(importance_ptr + expert * inputs + column, mask=place < group_size, other=0.0)
-    base = tl.max(tl.abs(weight), axis=1) * 0.125
+    base = tl.max(tl.abs(weight), axis=1) * (-1.0 / LOW)
     best = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     scale = tl.full((ROWS,), LEAST, dtype=tl.float32)
     for step in range(0, steps):
         factor = tl.load(factor_ptr + step)
         for side in tl.static_range(0, 2 if SIGNED else 1):
             candidate = stored(base * (factor if side == 0 else -factor), FP16, LEAST, MOST)
-            code = code_of(weight * tl.div_rn(1.0, candidate)[:, None])
+            code = code_of(weight * tl.div_rn(1.0, candidate)[:, None], LOW, HIGH)
             error = code * candidate[:, None] - weight
             cost = tl.sum(error * error * importance[None, :], axis=1)
             scale = tl.where(cost < best, candidate, scale)
@@ -267,17 +274,18 @@ def _scale_search(
     tl.store(scale_ptr + (expert * rows + row) * groups + group, scale, mask=row < rows)
 
 
-def search_scales(weight_ENK: Tensor, importance_EK: Tensor, group_size: int, search: ScaleSearch) -> Tensor:
+def search_scales(weight_ENK: Tensor, importance_EK: Tensor, grid: Grid, search: ScaleSearch) -> Tensor:
     """grid.search_scales. Sums are in another order, so of two candidates that cost the same either may win."""
     experts, rows, inputs = weight_ENK.shape
+    group_size = grid.group_size
     groups = inputs // group_size
     scale_ENG = torch.empty(experts, rows, groups, device=weight_ENK.device)
     factors = torch.linspace(search.low, search.high, search.steps).to(weight_ENK.device)
     if scale_ENG.numel():
         _scale_search[(blocks(rows, ROWS_PER_SEARCH), groups, experts)](
             weight_ENK.contiguous(), importance_EK.contiguous(), factors, scale_ENG, rows, groups, group_size,
-            search.steps, SIGNED=search.signed, FP16=search.dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
-            ROWS=ROWS_PER_SEARCH, SIZE=triton.next_power_of_2(group_size), **FUSED,
+            search.steps, SIGNED=search.signed, FP16=grid.scale_dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
+            **ends(grid), ROWS=ROWS_PER_SEARCH, SIZE=triton.next_power_of_2(group_size), **FUSED,
         )  # fmt: skip
     return scale_ENG
 

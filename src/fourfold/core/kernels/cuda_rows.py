@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fourfold.core.kernels.cuda import FUSED, LARGEST, SMALLEST, SUB_BLOCK, code_of, jit, stored, tl, triton
+from fourfold.core.kernels.cuda import FUSED, LARGEST, SMALLEST, SUB_BLOCK, code_of, ends, jit, stored, tl, triton
 
 if TYPE_CHECKING:
     from fourfold.core.gptq import Block, Refit, State
+    from fourfold.core.grid import Grid
 
 ROWS = 64  # of a tile, with a GEMM over all other rows before each
 SOLVE_WARPS, REFINE_WARPS = 8, 4  # with which no register is spilled
 
 
 def inblock_by_rows(
-    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor
+    target_ENB: Tensor, weight_ENB: Tensor, feedback_EBB: Tensor, scale_ENB: Tensor, unit_ENN: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """gptq.inblock_by_rows. Sums are in another order, so a code differs where it is a tie but for rounding."""
     given = tuple(each.mT.contiguous() for each in (target_ENB, weight_ENB, scale_ENB))
@@ -34,12 +35,14 @@ def inblock_by_rows(
         count = carried_EBR.shape[2]
         _solve_tile[(experts,)](
             *given, carried_EBR, feedback_EBB, unit_ENN, codes_EBN, fed_EBN, error_EBN, start, count, rows, columns,
-            stride, ROWS=_size(count), BLOCK=_size(columns), num_warps=SOLVE_WARPS, **FUSED,
+            stride, **ends(grid), ROWS=_size(count), BLOCK=_size(columns), num_warps=SOLVE_WARPS, **FUSED,
         )  # fmt: skip
     return codes_EBN.mT, fed_EBN.mT
 
 
-def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None) -> None:
+def refine_by_rows_(
+    group: int, block: Block, relative_ENN: Tensor, state: State, refit: Refit | None, grid: Grid
+) -> None:
     """gptq.refine_by_rows_, likewise."""
     gradient_EBN, product_EBN, hessian_EBB = block
     hessian_EBB, relative_ENN = hessian_EBB.contiguous(), relative_ENN.contiguous()
@@ -51,8 +54,8 @@ def refine_by_rows_(group: int, block: Block, relative_ENN: Tensor, state: State
         _refine_tile[(experts,)](
             *state, carried_EBR, gradient_EBN, product_EBN, hessian_EBB, relative_ENN, start, count, group,
             state[3].shape[1], rows, columns, stride, REFIT=refit is not None, SIGNED=refit is None or refit.signed,
-            FP16=refit is not None and refit.dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
-            ROWS=_size(count), BLOCK=_size(columns), num_warps=REFINE_WARPS, **FUSED,
+            FP16=grid.scale_dtype == "fp16", LEAST=SMALLEST, MOST=LARGEST,
+            **ends(grid), ROWS=_size(count), BLOCK=_size(columns), num_warps=REFINE_WARPS, **FUSED,
         )  # fmt: skip
 
 
@@ -64,7 +67,8 @@ def _size(count: int) -> int:
 @jit
 def _solve_tile(
     target_ptr, weight_ptr, scale_ptr, carried_ptr, feedback_ptr, unit_ptr, codes_ptr, fed_ptr, error_ptr,
-    start, count, rows, columns, unit_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    start, count, rows, columns, unit_stride,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One expert's tile, an antidiagonal at a time: each row is a column behind the one above it."""
     expert = tl.program_id(0).to(tl.int64)
@@ -85,7 +89,7 @@ def _solve_tile(
         scale = tl.load(scale_ptr + place, mask=held, other=1.0)
         target = tl.load(target_ptr + place, mask=held, other=0.0) + carried
         target += tl.sum(tl.where(here, ahead, 0.0), axis=1)
-        code = code_of(tl.div_rn(target, scale))
+        code = code_of(tl.div_rn(target, scale), LOW, HIGH)
         error = weight - code * scale
         fed = (weight + carried) - code * scale
         tl.store(codes_ptr + place, code.to(tl.int8), mask=held)
@@ -116,7 +120,7 @@ def _refine_tile(
     target_ptr, error_ptr, code_ptr, scale_ptr, carried_ptr, gradient_ptr, product_ptr, hessian_ptr, relative_ptr,
     start, count, group, groups, rows, columns, relative_stride,
     REFIT: tl.constexpr, SIGNED: tl.constexpr, FP16: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One expert's tile, a row at a time, and in a row from one code that changes to the next."""
     expert = tl.program_id(0).to(tl.int64)
@@ -150,7 +154,7 @@ def _refine_tile(
             change = tl.zeros((BLOCK,), dtype=tl.float32)
         missed = target - error
         ahead = missed + tl.div_rn(slope + change, diagonal)
-        wanted_code = code_of(tl.div_rn(ahead, scale))
+        wanted_code = code_of(tl.div_rn(ahead, scale), LOW, HIGH)
         first = tl.min(tl.where(held & (wanted_code != code), column, BLOCK), axis=0)
         while first < BLOCK:
             chosen = column == first
@@ -159,7 +163,7 @@ def _refine_tile(
             fed = short * tl.load(hessian_ptr + first * columns + column, mask=held, other=0.0)
             ahead += tl.div_rn(fed, diagonal)
             change += fed
-            wanted_code = code_of(tl.div_rn(ahead, scale))
+            wanted_code = code_of(tl.div_rn(ahead, scale), LOW, HIGH)
             first = tl.min(tl.where(held & (column > first) & (wanted_code != code), column, BLOCK), axis=0)
         tl.store(code_ptr + in_state, code, mask=held)
         tl.store(error_ptr + in_state, target - code * scale, mask=held)

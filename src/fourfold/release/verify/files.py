@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold.core import grid
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
@@ -100,7 +101,7 @@ def _check_projections(expected: Mapping[str, Expected], survey: Survey) -> Iter
         missing + survey.problems[CODES],
         f"{len(survey.inspected):,} projections, none dead or constant; least entropy {poorest.entropy_bits:.2f} bits, "
         f"in {poorest.name.rstrip('.')}",
-        histogram=dict(zip(map(str, range(-8, 8)), counts, strict=True)),
+        histogram=dict(zip(map(str, grid.INT4), counts, strict=True)),
         least_entropy_bits=poorest.entropy_bits,
     )
     least, most = min(one.scale_least for one in survey.inspected), max(one.scale_most for one in survey.inspected)

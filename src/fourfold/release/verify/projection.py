@@ -32,7 +32,7 @@ class Inspected:
     """
 
     name: str
-    counts: tuple[int, ...]  # of codes -8 to 7
+    counts: tuple[int, ...]  # of codes, in the order of grid.INT4
     entropy_bits: float
     scale_least: float
     scale_most: float
@@ -75,7 +75,7 @@ def inspect(
 
 
 def _code_problems(counts_16: Tensor, dead_source: bool) -> Iterator[Problem]:
-    used = counts_16.nonzero().flatten() - 8
+    used = counts_16.nonzero().flatten() + grid.INT4[0]
     if len(used) > 1:
         return
     code = int(used[0])
