@@ -1,0 +1,294 @@
+"""Checkpoints whose weights are not BF16, seen as BF16 ones: FP8 with block scales, MXFP4, int4.
+
+A weight and what it is dequantized with are one tensor here, BF16, under the name that a BF16 checkpoint has for it;
+the rest of fourfold knows no other. Values are rounded once, from the fp32 product, as transformers' own dequantizers
+do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold import formats
+from fourfold.datatypes import FourfoldError, TensorHeader, brief
+from fourfold.formats.format import Format
+from fourfold.model.checkpoint import TensorIndex, raw_bytes, require_finite
+from fourfold.model.config import CONFIG, quantization
+from fourfold.model.files import CHUNK_BYTES
+
+BF16_BYTES = 2
+FP8 = ("F8_E4M3", "F8_E5M2")
+BLOCK = 128  # of FP8, where config.json names none
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E8M0_BIAS = 127
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one weight lies on disk. parts: its tensors by role; dequantize: from their values, by role, to fp32."""
+
+    parts: Mapping[str, TensorHeader]
+    shape: tuple[int, ...]
+    dequantize: Callable[[Mapping[str, Tensor]], Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class SourceIndex(TensorIndex):
+    """A checkpoint as a source. headers: as a BF16 checkpoint has them; of a weight that is stored otherwise the
+    offsets only say how large it is in BF16. disk: what lies there; stored: those weights; kind: what they are, "" of
+    BF16; format: of int4.
+    """
+
+    disk: TensorIndex
+    stored: Mapping[str, Stored]
+    kind: str
+    format: Format | None
+
+    @property
+    def added_bytes(self) -> int:
+        """How much larger the checkpoint is in BF16 than on disk."""
+        return sum(self.headers[name].size_bytes - weight.size_bytes for name, weight in self.stored.items())
+
+    def read(self, name: str, *, out: Tensor | None = None, sha: hashlib._Hash | None = None) -> Tensor:
+        """As TensorIndex.read. sha: of the bytes on disk, of all parts of a weight that is stored otherwise."""
+        if name not in self.stored:
+            return super().read(name, out=out, sha=sha)
+        weight = self._dequantized(name, sha).to(torch.bfloat16)
+        if out is None:
+            return weight
+        out.view(weight.shape).copy_(weight)
+        return out
+
+    def value(self, name: str) -> Tensor:
+        """A tensor; one that is stored otherwise in fp32, not rounded. Raises FourfoldError for NaN or Inf."""
+        if name in self.stored:
+            return self._dequantized(name, None)
+        value = super().read(name)
+        require_finite(value, name)
+        return value
+
+    def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """As TensorIndex.chunks; a weight that is stored otherwise is held whole."""
+        if name not in self.stored:
+            yield from super().chunks(name, chunk_bytes)
+            return
+        content = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))
+        for start in range(0, len(content), chunk_bytes):
+            yield content[start : start + chunk_bytes]
+
+    def read_range(self, name: str, start: int, out: memoryview) -> None:
+        """As TensorIndex.read_range; a weight that is stored otherwise is dequantized as a whole."""
+        if name not in self.stored:
+            super().read_range(name, start, out)
+            return
+        out[:] = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))[start : start + len(out)]
+
+    def _dequantized(self, name: str, sha: hashlib._Hash | None) -> Tensor:
+        weight, parts = self.stored[name], {}
+        for role, part in weight.parts.items():
+            parts[role] = self.disk.read(part.name, sha=sha)
+            require_finite(parts[role], part.name)
+        return weight.dequantize(parts).contiguous()
+
+
+def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
+    """The checkpoint in a folder, whose config.json is `raw`, as a BF16 one.
+
+    Raises FourfoldError for a quantization that is not read, and for weights whose parts do not fit each other.
+    """
+    index = TensorIndex.open(folder)
+    settings, format = quantization(raw), None
+    method = settings.get("quant_method")
+    if not settings:
+        stored, kind = {}, ""
+    elif method == "fp8":
+        stored, kind = dict(_fp8(index, settings)), "FP8"
+    elif method == "mxfp4":
+        stored, kind = dict(_mxfp4(index)), "MXFP4"
+    else:
+        format = readable_format(raw, folder)
+        assert format is not None
+        stored, kind = dict(_int4(index, format)), "int4"
+    parts = {part.name for weight in stored.values() for part in weight.parts.values()}
+    headers = {name: header for name, header in index.headers.items() if name not in parts}
+    for name, weight in stored.items():
+        shard = next(iter(weight.parts.values())).shard
+        size = BF16_BYTES * math.prod(weight.shape)
+        headers[name] = TensorHeader(
+            name=name, dtype="BF16", shape=weight.shape, shard=shard, start_byte=0, end_byte=size
+        )
+    return SourceIndex(
+        folder=folder, headers=headers, digest=index.digest, disk=index, stored=stored, kind=kind, format=format
+    )
+
+
+# ---- FP8 with a scale for each block (DeepSeek V3, MiniMax-M2, GLM-5)
+
+
+def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """Weights `X.weight` in FP8 beside `X.weight_scale_inv`, one scale for each block."""
+    block = settings.get("weight_block_size") or [BLOCK, BLOCK]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise FourfoldError(f"{index.folder}/config.json: weight_block_size: got {brief(block)}, expected two sizes")
+    rows, columns = block
+    for name, header in index.headers.items():
+        if header.dtype not in FP8:
+            continue
+        scales = index.headers.get(f"{name}_scale_inv")
+        wanted = tuple(-(-size // step) for size, step in zip(header.shape, block, strict=False))
+        if len(header.shape) != 2 or scales is None or scales.shape != wanted:
+            found = "is missing" if scales is None else f"is {list(scales.shape)}"
+            raise FourfoldError(
+                f"{index.folder}: {name} is {header.dtype} {list(header.shape)} and {name}_scale_inv {found}, wanted "
+                f"{list(wanted)}, a scale for each block of {rows} x {columns}. FP8 with other scales is not read: "
+                "take the BF16 checkpoint, if one is published"
+            )
+
+        def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
+            return dequantize_blocks(parts["weight"], parts["scales"], (rows, columns))
+
+        yield name, Stored({"weight": header, "scales": scales}, header.shape, dequantize)
+
+
+def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> Tensor:
+    """fp32 [N, K] of FP8 weights and the scale of each block, the last blocks being cut off at N and K.
+
+    scale_BC: floats, or exponents as bytes (E8M0: 2^(byte - 127)).
+    """
+    outputs, inputs = weight_NK.shape
+    scale_BC = exponents(scale_BC) if scale_BC.dtype == torch.uint8 else scale_BC.float()
+    scale_NC = scale_BC.repeat_interleave(block[0], dim=0)[:outputs]
+    weight_NK = weight_NK.float()
+    for place, scale_N1 in enumerate(scale_NC.split(1, dim=1)):
+        weight_NK[:, place * block[1] : (place + 1) * block[1]] *= scale_N1
+    return weight_NK[:, :inputs]
+
+
+# ---- MXFP4 stacks (gpt-oss)
+
+
+def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
+    """Stacks `X_blocks` [E, N, G, 16] of two codes a byte beside `X_scales` [E, N, G], as `X` [E, K, N], K = 32 G."""
+    for name, blocks in index.headers.items():
+        if not name.endswith("_blocks"):
+            continue
+        stem = name.removesuffix("_blocks")
+        scales = index.headers.get(f"{stem}_scales")
+        fits = (
+            scales is not None and len(blocks.shape) == 4 and blocks.shape[3] == 16 and scales.shape == blocks.shape[:3]
+        )
+        if scales is None or not fits or (blocks.dtype, scales.dtype) != ("U8", "U8"):
+            found = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
+            raise FourfoldError(
+                f"{index.folder}: {name} is {blocks.dtype} {list(blocks.shape)} and {stem}_scales {found}, wanted U8 "
+                "[E, N, G, 16] and U8 [E, N, G]. Download the checkpoint again"
+            )
+        experts, outputs, groups, _ = blocks.shape
+
+        def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
+            return dequantize_mxfp4(parts["blocks"], parts["scales"]).mT
+
+        yield stem, Stored({"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs), dequantize)
+
+
+def dequantize_mxfp4(block_ENGB: Tensor, scale_ENG: Tensor) -> Tensor:
+    """fp32 [E, N, K] of bytes with two E2M1 codes each, the low one first, and the exponent of each group of 32."""
+    value_C = torch.tensor(E2M1)
+    pair_ENGB2 = torch.stack([value_C[(block_ENGB & 15).int()], value_C[(block_ENGB >> 4).int()]], dim=-1)
+    weight_ENGK = pair_ENGB2.flatten(-2) * exponents(scale_ENG)[..., None]
+    return weight_ENGK.flatten(-2)
+
+
+def exponents(byte_X: Tensor) -> Tensor:
+    """fp32 2^(byte - 127): E8M0."""
+    return torch.exp2(byte_X.float() - E8M0_BIAS)
+
+
+# ---- int4
+
+
+def _int4(index: TensorIndex, format: Format) -> Iterator[tuple[str, Stored]]:
+    """Weights that are stored as codes and scales in a format that releases have too."""
+    beside = {*format.suffixes, *format.tensor_shapes(8, 8, 1)} - {format.codes}
+
+    def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
+        stacked = {role: part[None] for role, part in parts.items() if role in format.suffixes}
+        return format.dequantize(stacked)[0]
+
+    for name, header in index.headers.items():
+        stem = name.removesuffix(format.codes)
+        if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:
+            continue
+        found = {suffix: index.headers[stem + suffix] for suffix in beside if stem + suffix in index.headers}
+        axis = format.inputs_axis
+        shape = (header.shape[1 - axis], 8 * header.shape[axis])
+        yield f"{stem}weight", Stored({format.codes: header} | found, shape, dequantize)
+
+
+def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
+    """Return the format that config.json's `quantization_config` means, None if it has none.
+
+    Raises FourfoldError for a method that is not known. Width and layout are for `readable_format`.
+    """
+    config = quantization(raw)
+    if not config:
+        return None
+    for form in formats.FORMATS:
+        if form.named_by(config):
+            return form
+    detail = config.get("packing_format") or config.get("checkpoint_format")
+    found = brief(config.get("quant_method")) + (f" with {brief(detail)}" if detail else "")
+    wanted = ", ".join(form.read_as for form in formats.FORMATS)
+    raise FourfoldError(f"{folder / CONFIG}: quantized by {found}, which is not read; expected 4 bits by {wanted}")
+
+
+def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Format | None) -> str:
+    """How config.json's group size differs from what the scales have; "" if it does not, or names none.
+
+    Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
+    a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
+    """
+    stated = list(_group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    if format is None or not stated:
+        return ""
+    codes, scales, axis = format.codes, format.scales, format.inputs_axis
+    for name, header in sorted(index.headers.items()):
+        word = index.headers.get(name.removesuffix(scales) + codes)
+        if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
+            continue
+        groups, inputs = header.shape[axis], 8 * word.shape[axis]
+        by_row = groups == 1 and any(size in (-1, None) for size in stated)
+        if groups and inputs % groups == 0 and inputs // groups not in stated and not by_row:
+            return (
+                f"quantization_config.group_size: got {', '.join(map(brief, stated))}, expected {inputs // groups}, as "
+                f"{name} {list(header.shape)} has it for {inputs:,} inputs"
+            )
+    return ""
+
+
+def _group_sizes(settings: object) -> Iterator[object]:
+    """Each value of a key group_size, however deep."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if key == "group_size":
+            yield value
+        yield from _group_sizes(value)
+
+
+def readable_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
+    """storage_format of what `Weights` reads. Raises FourfoldError for a method, width or layout that it does not."""
+    format = storage_format(raw, folder)
+    if format and (problem := format.unreadable(quantization(raw))):
+        raise FourfoldError(f"{folder / CONFIG}: {problem}")
+    return format
