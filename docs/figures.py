@@ -43,17 +43,13 @@ from results import (
 )
 
 from fourfold.model.family import FAMILIES
+from fourfold.model.internals import class_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 # README's results have columns for each of these, and a row for each method of results.py.
 MODELS = {"quality": "example model"}  # result of benchmarks/quality.py: title
 GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
-CHECKPOINTS = {  # of each family, for readers who do not know model_type
-    "qwen3_5_moe": "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B",
-    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-235B-A22B",
-    "qwen2_moe": "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-}
 FIGURES: dict[str, Callable[..., str]] = {}
 
 
@@ -140,13 +136,20 @@ def readme() -> str:
 
 @figure
 def families() -> str:
+    """All of them, with what is known of each."""
     rows = []
-    for family in FAMILIES.values():
-        if family.model_type not in CHECKPOINTS:
-            raise SystemExit(f"docs/figures.py: CHECKPOINTS: got nothing for {family.model_type}. Add its checkpoints")
-        head = "kept in BF16" if family.mtp_prefix else "none"
-        rows.append([CHECKPOINTS[family.model_type], f"`{family.model_type}`", f"`{family.architecture}`", head])
-    return table(["checkpoints", "`model_type`", "class in transformers", "MTP (draft) head"], rows)
+    for family in sorted(FAMILIES.values(), key=lambda family: family.title):
+        model_class = next(class_names({"model_type": family.model_type}))
+        engines = ", ".join(family.proven) or "not run in engines by tests"
+        notes = [f"not in {engine}: {why}" for engine, why in family.refuse.items()]
+        notes += ["draft acceptance is measured"] if family.mtp_prefix else []
+        rows.append([family.title, f"`{family.model_type}`", f"`{model_class}`", engines, "; ".join(notes)])
+    return table(["checkpoints", "`model_type`", "class in transformers", "releases run in", "notes"], rows)
+
+
+@figure
+def count_of_families() -> str:
+    return f"{len(FAMILIES)} architectures, from Qwen, DeepSeek, GLM and MiniMax to Gemma, Granite and Mistral."
 
 
 @figure
