@@ -30,14 +30,12 @@ from typing import Any
 import torch
 from gemm_rate import machine, measure_rates
 from torch import Tensor
-from transformers import AutoConfig
 
 from fourfold.core import gptq, grid, guidance, metrics, moments, widening
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Batches, Rows
-from fourfold.model.family import FAMILIES
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
-from fourfold.model.skeleton import CAPTURE, Skeleton
+from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import chunk, observe, site, solve, streams
 from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.finish import peak_memory
@@ -68,7 +66,8 @@ STEPS: dict[str, tuple[list[tuple[Any, str]], str]] = {
     "columns": ([(gptq, "solve_codes")], "fp32"),
     "refinement": ([(gptq, "refine")], "fp32"),
     "errors for the log": (
-        [(site, "_over_rtn"), (site, "_own_moments"), (metrics, "proxy_rows"), (metrics, "energy")], "fp32"
+        [(site, "_over_rtn"), (site, "_own_moments"), (metrics, "proxy_rows"), (metrics, "energy")],
+        "fp32",
     ),
     "packing": ([(solve, "_pack"), (solve, "_unpack")], "fp32"),
     "advance": ([(streams, "advance"), (streams, "pass_rows_")], "bf16"),
@@ -90,10 +89,7 @@ def make_skeleton(experts: int, topk: int, hidden: int, width: int) -> Skeleton:
             "layer_types": ["linear_attention"],
         },
     }
-    config = AutoConfig.for_model(**raw)
-    text = config.text_config
-    text._attn_implementation, text._experts_implementation = "sdpa", CAPTURE
-    return Skeleton(family=FAMILIES["qwen3_5_moe"], raw=raw, config=config, text=text)
+    return Skeleton.of(raw, Path("config.json"))
 
 
 def make_layer(skeleton: Skeleton, device: torch.device) -> DecoderLayer:
@@ -104,15 +100,15 @@ def make_layer(skeleton: Skeleton, device: torch.device) -> DecoderLayer:
         loudness = torch.exp(0.3 * torch.randn(*shape[:-1], 1, generator=generator))
         return values.mul_(loudness).bfloat16()
 
-    empty = skeleton.empty_layer(0).state_dict()
-    kept = {name: weight(*value.shape) for name, value in empty.items() if ".experts." not in name and value.dim() > 1}
-    kept |= {name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in empty.items() if value.dim() == 1}
+    headers, routed = skeleton.blueprint.headers, skeleton.widest
+    shapes = {name: headers[name].shape for name in skeleton.blueprint.kept_names(0)}
+    kept = {name: weight(*shape) for name, shape in shapes.items() if len(shape) > 1}
+    kept |= {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items() if len(shape) == 1}
     stacks = []
-    for name in ("gate_up_proj", "down_proj"):
-        experts, *shape = empty[f"mlp.experts.{name}"].shape
-        stack = torch.empty(experts, *shape, dtype=torch.bfloat16)
-        for expert in range(experts):
-            stack[expert] = weight(*shape)
+    for shape in ((2 * routed.width, routed.hidden), (routed.output, routed.width)):
+        stack = torch.empty(routed.count, *shape, dtype=torch.bfloat16)
+        for expert_NK in stack:
+            expert_NK.copy_(weight(*shape))
         stacks.append(stack)
     return build_layer(skeleton, 0, LayerTensors(kept, *stacks, digest=""), device)
 
@@ -229,7 +225,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     both = make_streams(options.tokens, options.hidden, recipe.solver.asymmetric)
     clock, worker = Clock(device), alone(device)
     curvature = make_curvature(recipe, options.hidden, device)
-    chunking = solve.Chunking(batches.experts, batches.inputs, "layers.0.mlp.experts.", ignore)
+    chunking = solve.Chunking(batches.experts, batches.inputs, skeleton.stems(0), ignore)
     start = clock.now()
     with clock.watching(), torch.no_grad():
         traffic = streams.attend(worker, layer, both, batches, ignore)
@@ -245,7 +241,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
         heldout = source.heldout, release.heldout
         streams.pass_rows_(worker, (layer, release_layer), heldout, batches, ignore)
     seconds = clock.now() - start
-    kept = sum(value.numel() for name, value in layer.module.named_parameters() if value.dim() == 2)
+    kept = sum(value.numel() for value in layer.own.module.parameters() if value.dim() == 2)
     errors = sorted(row.relative_error for row in result.projections)
     return {
         "options": flags(options),

@@ -142,9 +142,9 @@ class Bench:
     def __init__(self, model: Path, cache: Path, text: str, windows: int, fallback_share: float | None = None) -> None:
         self.model, self.cache = model, cache
         self.skeleton = Skeleton.open(model)
-        mean_load = self.skeleton.text.num_experts_per_tok / self.skeleton.experts
+        mean_load = self.skeleton.topk / self.skeleton.experts
         self.fallback_share = FALLBACK * mean_load if fallback_share is None else fallback_share
-        widths = self.skeleton.text.hidden_size, self.skeleton.text.moe_intermediate_size
+        widths = self.skeleton.widest.hidden, self.skeleton.widest.width
         sizes = [size for size in CHOICES["scheme.group_size"] if not any(width % size for width in widths)]
         self.group_size = max(sizes)
         self.tokenizer = calibrate.load_tokenizer(model)

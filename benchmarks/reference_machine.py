@@ -71,11 +71,13 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     skeleton = Skeleton.of(raw, folder / "config.json")
     shards: dict[str, list[OutputTensor]] = {}
     weight_map: dict[str, str] = {}
-    for number, (name, shape) in enumerate(skeleton.expected()):
+    # Names in memory: the Hub has the same, with experts in stacks.
+    for number, (name, value) in enumerate(skeleton.blueprint.model.state_dict().items()):
         part = name.partition("layers.")[2].partition(".")[0] if ".layers." in name else "rest"
         shard = f"model-{part}.safetensors"
+        shape = tuple(value.shape)
         values = partial(random_values, name, shape, number)
-        shards.setdefault(shard, []).append(OutputTensor(name=name, dtype="BF16", shape=tuple(shape), data=values))
+        shards.setdefault(shard, []).append(OutputTensor(name=name, dtype="BF16", shape=shape, data=values))
         weight_map[name] = shard
     for shard, tensors in shards.items():
         write_shard(folder, shard, tensors)

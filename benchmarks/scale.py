@@ -67,25 +67,21 @@ MODELS = {
 def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
     """The sizes of a run from config.json alone; without vision and MTP, which are copied."""
     skeleton = Skeleton.of(raw, Path("config.json"))
-    text, solver = skeleton.text, recipe.solver
-    layers = [dict(skeleton.empty_layer(layer).state_dict()) for layer in range(skeleton.layers)]
-    kept = [sum(w.numel() for name, w in layer.items() if ".experts." not in name) for layer in layers]
-    matrices = [
-        sum(w.numel() for name, w in layer.items() if ".experts." not in name and w.dim() == 2) for layer in layers
-    ]
-    routed = [any(".experts." in name for name in layer) for layer in layers]
-    experts = 3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size
+    solver, widest = recipe.solver, skeleton.widest
+    kept, matrices = zip(*(_parameters(skeleton, layer) for layer in range(skeleton.layers)), strict=True)
+    routed = [skeleton.is_routed(layer) for layer in range(skeleton.layers)]
+    experts = skeleton.expert_bytes // BF16
     packed_bytes = int(experts * (0.5 + BF16 / recipe.scheme.group_size))
     shards = [BF16 * count + packed_bytes * has for count, has in zip(kept, routed, strict=True)]
     read_bytes = BF16 * (sum(kept) + experts * sum(routed))
-    ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16
+    ends_bytes = 2 * skeleton.vocabulary * widest.hidden * BF16
     tokens = sum(source.rows for source in recipe.calibration.sources) * recipe.calibration.length
     return Workload(
-        hidden=text.hidden_size,
-        width=text.moe_intermediate_size,
+        hidden=widest.hidden,
+        width=widest.width,
         experts=skeleton.experts,
-        topk=text.num_experts_per_tok,
-        vocabulary=text.vocab_size,
+        topk=skeleton.topk,
+        vocabulary=skeleton.vocabulary,
         calibration_tokens=tokens,
         calibration_length=recipe.calibration.length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
@@ -94,7 +90,7 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
-        pool_rows=min(pool_rows(solver.pool_rows, text.moe_intermediate_size), tokens),
+        pool_rows=min(pool_rows(solver.pool_rows, widest.width), tokens),
         guidance_tokens=recipe.guidance.tokens,
         guidance_sites=recipe.guidance.sites,
         swept_layers=skeleton.layers if recipe.guidance.tokens else 0,
@@ -102,17 +98,26 @@ def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
         routed_layers=sum(routed),
         solved_layers=sum(routed),
         full_attention_layers=sum(skeleton.layer_kind(layer) != "linear_attention" for layer in range(skeleton.layers)),
-        attention_width=text.num_attention_heads * text.head_dim,
+        attention_width=skeleton.attention_width,
         kept_parameters=sum(matrices),
         kept_matrix=0,  # of CPUs alone
         kept_width=0,
-        attend_token_bytes=attend_token_bytes(text),
+        attend_token_bytes=attend_token_bytes(skeleton),
         layer_bytes=max(BF16 * (count + experts * has) for count, has in zip(kept, routed, strict=True)),
         expert_bytes=BF16 * experts,
         shard_bytes=max(shards),
         read_bytes=read_bytes + ends_bytes,
         write_bytes=sum(shards) + ends_bytes,
     )
+
+
+def _parameters(skeleton: Skeleton, layer: int) -> tuple[int, int]:
+    """Of a layer without its routed experts: all, and those of matrices."""
+    experts = skeleton.blueprint.experts[layer]
+    own = f"{experts.module}." if experts is not None else " "
+    module = skeleton.blueprint.decoder.layers[layer]
+    kept = [value for name, value in module.state_dict().items() if not name.startswith(own)]
+    return sum(value.numel() for value in kept), sum(value.numel() for value in kept if value.dim() == 2)
 
 
 # --- simulation ----------------------------------------------------------------------------------------------------

@@ -68,9 +68,11 @@ def make_source(folder: Path, layers: int) -> None:
     for name in TOKENIZER:
         copy_file(EXAMPLE / name, folder / name)
     generator = torch.Generator().manual_seed(0)
+    model = Skeleton.of(raw, folder / "config.json").blueprint.model
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors = [
         OutputTensor(name=name, dtype="BF16", shape=shape, data=random_chunks(shape, generator))
-        for name, shape in Skeleton.open(folder).expected()
+        for name, shape in shapes.items()
     ]
     write_shard(folder, "model-00001-of-00001.safetensors", tensors)
     index = TensorIndex.open_shards(folder, ["model-00001-of-00001.safetensors"])
@@ -110,30 +112,36 @@ def make_release(source: Path, out: Path) -> None:
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_text(out / "quant_log.csv", quant_log(rows))
     write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
+    identity = {"recipe": recipe.digest(), "source": source_digest(plan.index), "calibration": "", "heldout": ""}
     state = {
+        "fourfold": "",
         "partial": False,
-        "identity": {"recipe": recipe.digest(), "source": source_digest(plan.index)}
-        | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.index)}},
-        "output": {"content": "", "shards": shards},
-        "metrics": {},
-    }
+        "identity": identity | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.index)}},
+        "recipe": recipe.name,
+        "format": recipe.format,
+        "source": {"headers": plan.index.digest, "content": ""},
+        "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
+        "output": {"content": "", "shards": shards, "tensor_bytes": plan.disk.tensor_bytes},
+        "calibration": {"rows": 0, "length": 0, "sources": [], "notes": []},
+        "projections": len(rows),
+        "workers": [],
+        "finished_at": "",
+    } | {key: {} for key in ("metrics", "devices", "versions", "methods", "seconds", "peak_memory_bytes")}
     write_text(out / "fourfold.json", dump(state))
 
 
 def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[ProjectionStatistics]]:
     names = [claim.header.name for claim in layer.claims if ".experts." not in claim.header.name]
     read = read_layer(plan.index, plan.skeleton, layer.index, names)
-    prefix, scheme = plan.skeleton.family.layer_prefix(layer.index), plan.recipe.scheme
-    form = named(plan.recipe.format)
-    tensors = {prefix + name: value for name, value in read.kept.items()}
+    stems, scheme, form = plan.skeleton.stems(layer.index), plan.recipe.scheme, named(plan.recipe.format)
+    tensors = dict(read.kept)
     assert read.gate_up_ENK is not None and read.down_ENK is not None
     rows = []
     for expert in range(plan.skeleton.experts):
         gate_NK, up_NK = read.gate_up_ENK[expert].chunk(2)
         for projection, weight_NK in ((GATE, gate_NK), (UP, up_NK), (DOWN, read.down_ENK[expert])):
             stored, error = round_projection(weight_NK, grid_of(scheme), form)
-            own = f"{plan.skeleton.family.experts_prefix(layer.index)}{expert}.{projection}."
-            tensors |= {own + suffix: value for suffix, value in stored.items()}
+            tensors |= {stems[expert][projection] + suffix: value for suffix, value in stored.items()}
             rows.append(statistics(layer.index, expert, projection, error))
     return output.write_tensors(out, layer.shard, tensors), rows
 

@@ -29,7 +29,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "numba", "llvmlite", "pyarrow",
          "psutil", "httpx2", "jinja2", "matplotlib", "triton")  # fmt: skip
 MODULES = 420  # 245 as this was written, 345 where pydantic is, which Typer then loads; torch alone brings over 1,000
-CONFIG = '{"model_type": "qwen3_moe"}'  # all that is read of a model before torch is there
+CONFIG = '{"model_type": "qwen3_moe", "num_experts": 8}'  # all that is read of a model before torch is there
 SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
 
 
@@ -132,7 +132,7 @@ MISTAKES = [  # in the folder of `mistakes`, where "model" could be quantized an
     ("plan model/config.json", "a file; expected the folder"),
     ("plan empty", "no config.json"),
     ("plan dense", "a dense model"),
-    ("plan other", "expected one of qwen"),
+    ("plan unnamed", "expected the name of an architecture"),
     ("plan quantized", "already quantized"),
     ("plan gguf", "GGUF"),
     ("plan lora", "a LoRA adapter of 'a/b'"),
@@ -171,7 +171,7 @@ MISTAKES = [  # in the folder of `mistakes`, where "model" could be quantized an
     ("convert done dense --format gptq", "NEW is not empty"),
     ("serve nowhere --engine vllm --print", "no such folder"),
     ("serve unfinished --engine vllm", "not finished"),
-    ("serve other --engine sglang --print", "expected one of qwen"),
+    ("serve unnamed --engine sglang --print", "expected the name of an architecture"),
     ("inspect nowhere", "no such folder"),
     ("inspect unfinished", "not finished"),
     ("inspect lora", "a LoRA adapter"),
@@ -186,12 +186,12 @@ MISTAKES = [  # in the folder of `mistakes`, where "model" could be quantized an
 
 @pytest.fixture
 def mistakes(tmp_path: Path) -> Path:
-    quantized = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "gptq"}}
+    quantized = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "awq"}}
     files = {
         "model/config.json": CONFIG,
         "empty/notes.txt": "",
         "dense/config.json": '{"model_type": "llama"}',
-        "other/config.json": '{"model_type": "mixtral", "num_local_experts": 8}',
+        "unnamed/config.json": '{"num_local_experts": 8}',
         "quantized/config.json": json.dumps(quantized),
         "gguf/model.gguf": "",
         "lora/adapter_config.json": '{"base_model_name_or_path": "a/b"}',

@@ -16,8 +16,8 @@ from PIL import Image
 
 from conftest import ROOT
 from deployments import OURS, gpus
+from fourfold.formats import named
 from fourfold.recipe import CHOICES, load_recipe
-from fourfold.release.inspect import TRANSFORMERS
 from fourfold.serve.command import Deployment, build
 from fourfold.serve.engines import ENGINES, version_text
 
@@ -176,7 +176,7 @@ def test_formats_of_the_readme_are_those_of_the_code() -> None:
     assert tuple(cells) == CHOICES["format"]
     for format, (*marks, transformers) in cells.items():
         for engine, mark in zip(ENGINES, marks, strict=True):
-            found = build(replace(OURS, format=format), gpus(1, 141), Deployment(engine=engine))
+            found = build(replace(OURS, format=named(format)), gpus(1, 141), Deployment(engine=engine))
             drafts = ENGINES[engine].flag("drafts", found.version) in found.text()
             assert not found.problems and mark == ("✅" if drafts else "✅ no drafts"), (format, engine)
-        assert transformers == ("✅" if TRANSFORMERS[format][0] else "❌")
+        assert transformers == ("✅" if named(format).transformers_loads else "❌")

@@ -222,7 +222,7 @@ SOURCE = "[[calibration.sources]]\n"
         ("solver.residual = true", "unknown key 'solver.residual'"),
         ("damp = 0.1", "unknown key 'damp'. Did you mean 'solver.damp'?"),
         ("solver.group_size = 64", "unknown key 'solver.group_size'. Did you mean 'scheme.group_size'?"),
-        ('[sovler]\ndamp = 0.1', "unknown key 'sovler'. Did you mean 'solver'?"),
+        ("[sovler]\ndamp = 0.1", "unknown key 'sovler'. Did you mean 'solver'?"),
         (SOURCE + 'builtin = "math"\nrow = 1', "unknown key 'calibration.sources[0].row'. Did you mean"),
         ("solver = 3", "solver: got 3, expected a table"),
         ("calibration = 3", "calibration: got 3, expected a table"),
@@ -244,8 +244,10 @@ SOURCE = "[[calibration.sources]]\n"
         (SOURCE + "rows = 1", "calibration.sources[0]: got no origin, expected one of builtin, path, dataset"),
         (SOURCE + 'rows = 1\nbuiltin = "math"\npath = "a.txt"', "got builtin and path, expected one of"),
         (SOURCE + 'rows = 0\nbuiltin = "math"', "calibration.sources[0].rows: got 0, expected a number from 1 to"),
-        (SOURCE + 'rows = 1\nbuiltin = "maths"', "builtin: got 'maths', expected one of general, chat, code, math. "
-         "Did you mean 'math'?"),
+        (
+            SOURCE + 'rows = 1\nbuiltin = "maths"',
+            "builtin: got 'maths', expected one of general, chat, code, math. Did you mean 'math'?",
+        ),
         (SOURCE + 'rows = 1\nbuiltin = "wikitext-2-test"', "That text is held out and never calibrated on"),
         (SOURCE + 'rows = 1\nbuiltin = "code"\nfields = ["text"]', "expected 'text' and ['content'], as"),
         (2 * (SOURCE + 'rows = 1\nbuiltin = "code"\n'), "calibration.sources[1]: reads the same text as"),
@@ -383,9 +385,7 @@ sources = st.lists(
 def test_any_recipe_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, solver: Solver, sources: list[Source], name: str, description: str
 ) -> None:
-    recipe = Recipe(
-        name=name, description=description, solver=solver, calibration=Calibration(sources=tuple(sources))
-    )
+    recipe = Recipe(name=name, description=description, solver=solver, calibration=Calibration(sources=tuple(sources)))
     path = written(tmp_path_factory.mktemp("any"), dump_recipe(recipe))
     assert load_recipe(path) == recipe and load_recipe(path).digest() == recipe.digest()
 

@@ -138,9 +138,7 @@ def quantize(
 
     given = memory_bytes is not None or host_bytes is not None
     taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=given)
-    return run(
-        folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress
-    )
+    return run(folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress)
 
 
 def evaluate(
@@ -251,9 +249,7 @@ def verify(
     from fourfold.release.verify.run import Asked
     from fourfold.release.verify.run import verify as run
 
-    asked = None if engine is None or found is None else Asked(
-        name=engine, python=found, limit_seconds=timeout * 60
-    )
+    asked = None if engine is None or found is None else Asked(name=engine, python=found, limit_seconds=timeout * 60)
     model = None if source is None else _download(source, progress)
     return run(Path(out), model=model, engine=asked, progress=progress)
 

@@ -12,19 +12,21 @@ Plain names are scalars. `_bytes`, `_seconds`, `_tokens` are units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from reprlib import Repr
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 _brief = Repr()  # what strangers wrote goes into messages, but not at any length
 _brief.maxstring = _brief.maxother = 200
 brief = _brief.repr
+PROBLEMS_SHOWN = 5  # of one message
 
 
 class FourfoldError(ValueError):
@@ -37,6 +39,12 @@ class FourfoldError(ValueError):
 def reason(error: Exception) -> str:
     """What a library's error says, on one short line: strangers' values may be in it."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def shortened(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = f" and {len(problems) - PROBLEMS_SHOWN:,} more" if len(problems) > PROBLEMS_SHOWN else ""
+    return "; ".join(problems[:PROBLEMS_SHOWN]) + more
 
 
 class Method(StrEnum):
@@ -118,11 +126,27 @@ class TensorHeader:
 class Rows:
     """Full rows of tokens on their way through the layers; only the hidden states change from layer to layer.
 
-    token_RT: int64 ids; hidden_RTD: the compute dtype, on the host.
+    token_RT: int64 ids; hidden_RTD: as the model has them, [R, T, ...] where its stream is wider, on the host; carried:
+    what each layer hands on beside, [R, ...] each, None where a layer had nothing.
     """
 
     token_RT: Tensor
     hidden_RTD: Tensor
+    carried: list[Tensor | None] = field(default_factory=list)
+
+    def carried_in(self, place: slice, device: torch.device) -> tuple[Tensor | None, ...]:
+        """What was handed on with some rows."""
+        return tuple(None if value is None else value[place].to(device) for value in self.carried)
+
+    def carry_(self, place: slice, handed: Sequence[Tensor | None]) -> None:
+        """Keep what some rows are handed on with, for the next layer."""
+        for number, value in enumerate(handed):
+            kept = self.carried[number] if number < len(self.carried) else None
+            if value is not None and (kept is None or kept.shape[1:] != value.shape[1:]):
+                kept = value.new_empty(len(self.hidden_RTD), *value.shape[1:], device="cpu")
+            self.carried[number : number + 1] = [kept if value is not None else None]
+            if value is not None and kept is not None:
+                kept[place] = value.to("cpu")
 
 
 @dataclass(frozen=True)

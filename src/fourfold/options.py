@@ -352,9 +352,7 @@ Text = Annotated[
 ]
 Windows = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", **number(int, 1), show_default=False, help="Windows of the text. Default: up to 64."
-    ),
+    typer.Option(metavar="N", **number(int, 1), show_default=False, help="Windows of the text. Default: up to 64."),
 ]
 Length = Annotated[int, typer.Option(metavar="TOKENS", **number(int, 2), help="Tokens of a window.")]
 Against = Annotated[

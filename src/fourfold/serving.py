@@ -246,9 +246,7 @@ ServerUrl = Annotated[
 ]
 Concurrency = Annotated[
     Levels,
-    typer.Option(
-        metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another."
-    ),
+    typer.Option(metavar="N,N,...", parser=parse_levels, help="Requests at one time, one level after another."),
 ]
 Prompts = Annotated[
     Path | None,

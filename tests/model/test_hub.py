@@ -34,7 +34,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 SHARD = "model-00001-of-00001.safetensors"
 WANTED = {
-    "config.json": b'{"model_type": "qwen3_5_moe"}',
+    "config.json": b'{"model_type": "qwen3_5_moe", "text_config": {"num_experts": 16}}',
     "model.safetensors.index.json": json.dumps({"weight_map": {"a": SHARD}}).encode(),
     SHARD: save({"a": torch.arange(1000.0)}),
     "tokenizer.json": b"{}",
@@ -266,7 +266,7 @@ def test_repository_without_safetensors(server: FakeHub) -> None:
     ("config", "said"),
     [
         (b'{"model_type": "llama"}', "a dense model"),
-        (b'{"model_type": "qwen3_moe", "quantization_config": {"quant_method": "gptq"}}', "already quantized"),
+        (b'{"model_type": "qwen3_moe", "quantization_config": {"quant_method": "awq"}}', "already quantized"),
     ],
 )
 def test_what_config_json_rules_out_is_not_downloaded(server: FakeHub, config: bytes, said: str) -> None:

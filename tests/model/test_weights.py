@@ -16,7 +16,8 @@ import checkpoints
 import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights, readable_format
+from fourfold.model.sources import readable_format
+from fourfold.model.weights import Weights
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[1] / "data"
@@ -77,7 +78,7 @@ def test_a_source_is_read_from_either_layout(tmp_path: Path, family: str, per_ex
     folder = checkpoints.tiny(tmp_path / "model", family=family, per_expert=per_expert)
     skeleton = Skeleton.open(folder)
     weights, tensors = Weights.open(folder, skeleton), releases.tensors(folder)
-    layer, prefix = weights.layer(1, CPU, torch.bfloat16), skeleton.family.experts_prefix(1)
+    layer, prefix = weights.layer(1, CPU, torch.bfloat16), skeleton.experts_prefix(1)
     for expert in range(4):
         gate, up = layer.stacks[0][expert].chunk(2)
         for name, found in (("gate_proj", gate), ("up_proj", up), ("down_proj", layer.stacks[1][expert])):
@@ -167,17 +168,13 @@ def test_scales_that_are_no_numbers_are_named(source: Path, tmp_path: Path) -> N
         Weights.open(folder, Skeleton.open(source)).layer(0, CPU, torch.bfloat16)
 
 
+def test_a_release_of_other_layers_is_refused(source: Path, tmp_path: Path) -> None:
+    other = checkpoints.tiny(tmp_path / "other", layers=2)
+    with pytest.raises(FourfoldError, match="num_hidden_layers: got 2, expected 1 as the source has"):
+        Weights.open(other, Skeleton.open(source))
+
+
 def test_another_model_is_no_release(source: Path, tmp_path: Path) -> None:
     other = checkpoints.tiny(tmp_path / "other", family="qwen3_moe")
     with pytest.raises(FourfoldError, match="model_type is 'qwen3_moe', the source's is 'qwen3_5_moe'"):
         Weights.open(other, Skeleton.open(source))
-
-
-@pytest.mark.parametrize(("family", "axes"), [("qwen3_5_moe", (3,)), ("qwen3_moe", ())])
-def test_rotary_embeddings_are_given_every_axis_of_positions(
-    family: str, axes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that sees images has three; transformers 5.17 does not expand them itself, later versions do."""
-    rotary = Skeleton.open(checkpoints.tiny(tmp_path, family=family)).rotary(torch.device("cpu"))
-    monkeypatch.setattr(rotary, "forward", lambda hidden_RTD, position_RT: position_RT.shape)
-    assert rotary(torch.zeros(2, 5, 128), torch.arange(5).expand(2, -1)) == (*axes, 2, 5)

@@ -55,8 +55,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing vector": (edited(lambda found: found.pop("mtp.norm.weight")), r"missing: mtp\.norm\.weight"),
     "unexpected tensor": (
-        edited(lambda found: found.update({f"{TEXT}layers.2.norm.weight": found["mtp.norm.weight"].clone()})),
-        rf"unexpected: {TEXT}layers\.2\.norm\.weight",
+        edited(lambda found: found.update({f"{TEXT}layers.1.norm.weight": found["mtp.norm.weight"].clone()})),
+        rf"unexpected: {TEXT}layers\.1\.norm\.weight",
     ),
     "wrong shape": (
         edited(lambda found: found.update({GATE_UP: found[GATE_UP][:3].clone()})),
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (truncate, "is the download complete"),
     "missing shard": (lambda model: next(model.glob("*.safetensors")).unlink(), "missing; is the download complete"),
     "quantized already": (configured(quantization_config={"quant_method": "awq"}), r"already quantized \(.awq.\)"),
-    "unknown model_type": (configured(model_type="mixtral"), "model_type: got .mixtral., expected one of qwen2_moe"),
+    "unknown model_type": (configured(model_type="new_moe"), "model_type: got .new_moe., expected one of the"),
     "no config": (lambda model: (model / "config.json").unlink(), r"no config\.json"),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.json"),
     "no model": (shutil.rmtree, "no such folder"),
@@ -87,6 +87,20 @@ def test_bad_checkpoint_leaves_out_untouched(
         releases.run(model, out, small())
     assert out.exists() == there
     assert not there or not list(out.iterdir())
+
+
+def test_a_layer_without_its_experts_is_named_as_on_disk(small: MakeRecipe, tmp_path: Path) -> None:
+    model = checkpoints.tiny(tmp_path / "model", family="qwen3_moe")
+    gone = "model.layers.1.mlp.experts."
+
+    def drop(found: Tensors) -> None:
+        for name in [name for name in found if name.startswith(gone)]:
+            del found[name]
+
+    checkpoints.edit(model, drop)
+    expected = r"missing: (model\.layers\.1\.mlp\.experts\.\d\.\w+\.weight; ){2}model\S+\.weight and 9 more\n"
+    with pytest.raises(FourfoldError, match=expected):
+        releases.run(model, tmp_path / "out", small())
 
 
 @pytest.mark.parametrize("override", ['heldout.path="absent.txt"', 'calibration.sources.0.path="absent.txt"'])

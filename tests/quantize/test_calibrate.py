@@ -131,9 +131,7 @@ def test_a_big_file_is_read_only_as_far_as_needed(tmp_path: Path, tokenizer: Pre
         collect(recipe_of(Source(rows=400, path=str(path))), tokenizer)
 
 
-def test_conversations_are_written_with_the_models_template(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_conversations_are_written_with_the_models_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     talk = [{"role": "user", "content": "Why is it so?"}, {"role": "assistant", "content": "Because it is."}]
     path = jsonl(tmp_path / "talk.jsonl", *({"talk": talk} for _ in range(60)))
     rows = collect(recipe_of(Source(rows=2, path=path, kind="chat", fields=("talk",))), tokenizer)
@@ -141,9 +139,7 @@ def test_conversations_are_written_with_the_models_template(
     assert turn in tokenizer.decode(rows.token_RT[0]) and END not in rows.token_RT
 
 
-def test_parquet_text_and_datasets_give_the_same_documents(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_parquet_text_and_datasets_give_the_same_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     texts = [f"text number {number} of a file" for number in range(50)]
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")

@@ -8,16 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from fourfold.core import grid, target
 from fourfold.datatypes import LayerResult, Method, Target
-from fourfold.model.layer import DecoderLayer, Routing, activate, sort_pairs
+from fourfold.model.layer import DecoderLayer, Routing, sort_pairs
 from fourfold.quantize import site, solve
 from fourfold.quantize.observe import MOST_IMPORTANT, Observed
 from fourfold.recipe import Guidance, Recipe, load_recipe
 from grids import int4
-from quantize.test_solve_layer import alone, make_layer, normal
+from quantize.test_solve_layer import PROJECTIONS, alone, make_layer, normal, swiglu
 
 HIDDEN, WIDTH, TOKENS, GROUP = 64, 64, 512, 32
 COUNTS = (0, 1, HIDDEN // 8, HIDDEN // 2, 2 * HIDDEN, TOKENS)  # tokens of each expert but the last, which has the rest
@@ -70,16 +69,15 @@ def quantized(layer: DecoderLayer, observed: Observed, preset: str) -> LayerResu
         observed = replace(observed, target_TD=None, gap_TD=None)
     if not recipe.solver.norm_power:
         observed = replace(observed, importance_T=torch.ones(TOKENS))
-    return solve.solve_layer(
-        alone(torch.device("cpu")), layer, observed, recipe, solve.Chunking(3, "device", "", lambda count: None),
-        curvature,
-    )  # fmt: skip
+    stems = [{projection: f"{expert}.{projection}." for projection in PROJECTIONS} for expert in range(EXPERTS)]
+    chunking = solve.Chunking(3, "device", stems, lambda count: None)
+    return solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
 
 
 def over_rtn(layer: DecoderLayer, observed: Observed, result: LayerResult, recipe: Recipe) -> dict[str, Tensor]:
     """Output error of each expert over all tokens of the layer, by site, over that of RTN: [E]."""
     input_TD = observed.input_TD.float()
-    hidden_ETI = activate(input_TD @ layer.stacks[0].float().mT, silu)
+    hidden_ETI = swiglu(input_TD @ layer.stacks[0].float().mT)
     assert result.gate_up_ENK is not None and result.down_ENK is not None
     ratios = {}
     for name, source_ENK, released_ENK, input_ETK in (

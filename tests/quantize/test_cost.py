@@ -161,9 +161,7 @@ def test_machines_by_data_sheet(full: Plan, name: str) -> None:
 
 
 def test_a_machine_that_is_not_known() -> None:
-    with pytest.raises(
-        FourfoldError, match=r"got 'rtx3060', expected one of rtx3060x4, h200, a100x8"
-    ):
+    with pytest.raises(FourfoldError, match=r"got 'rtx3060', expected one of rtx3060x4, h200, a100x8"):
         find_machine("rtx3060")
 
 

@@ -33,7 +33,7 @@ from fourfold.quantize.devices import Machine
 from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, what_is_left
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
-from fourfold.quantize.streams import read_embedding, read_head
+from fourfold.quantize.streams import embedded, embeddings, read_head
 from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
 
@@ -101,11 +101,11 @@ def through_layers(folder: Path, token_RT: Tensor, uniform_RT: Tensor, dtype: to
     for layer in plan.layers:
         kept = [claim.header.name for claim in layer.claims if claim.action is Action.COPY]
         layers.append(build_layer(skeleton, layer.index, read_layer(index, skeleton, layer.index, kept), CPU, dtype))
-    hidden = [read_embedding(index, skeleton)[token_RT].to(dtype)]
+    hidden = [embedded(embeddings(index, skeleton), token_RT, torch.empty).to(dtype)]
     with torch.no_grad():
         for each in layers:
             hidden.append(pass_rows(each, hidden[-1])[0])
-        head = build_head(skeleton, *read_head(index, skeleton), CPU, dtype)
+        head = build_head(skeleton.blueprint, *read_head(index, skeleton), CPU, dtype)
         gradient_ND = sampled_gradient(head, hidden[-1].flatten(0, 1), uniform_RT.flatten())
         gradients = {len(layers) - 1: gradient_ND.view(hidden[-1].shape)}
         for place in range(len(layers) - 1, 0, -1):
@@ -138,7 +138,7 @@ def test_labels_come_from_the_whole_vocabulary_however_it_is_cut(
 ) -> None:
     """The last token can be a label too: nothing is rounded away at the end."""
     plan = make_plan(checkpoints.tiny(tmp_path), load_recipe("best"))
-    head = build_head(plan.skeleton, *read_head(plan.index, plan.skeleton), CPU, torch.float32)
+    head = build_head(plan.skeleton.blueprint, *read_head(plan.index, plan.skeleton), CPU, torch.float32)
     hidden_ND = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))
     uniform_N = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-53], dtype=torch.float64)
     whole_ND = sampled_gradient(head, hidden_ND, uniform_N)
@@ -220,13 +220,11 @@ def test_curvatures_are_symmetric_and_positive(swept: Path) -> None:
         assert found_DD.diagonal().min() > 0
 
 
-def test_curvatures_are_those_of_the_whole_model(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curvatures_are_those_of_the_whole_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole sweep in float32: in BF16 a label that lies on the edge becomes its neighbour."""
     for name, build in (("build_layer", build_layer), ("build_head", build_head)):
         monkeypatch.setattr(guide, name, partial(build, dtype=torch.float32))
-    monkeypatch.setattr(guide, "read_embedding", lambda *where: read_embedding(*where).float())
+    monkeypatch.setattr(guide, "embedded", lambda *where: embedded(*where).float())
     run_sweep(model, tmp_path, guided())
     whole = whole_model(model, token_rows(), uniform(token_rows()), torch.float32)
     for layer in range(3):

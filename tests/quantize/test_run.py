@@ -259,7 +259,7 @@ def test_changed_tensors_outside_the_layers_are_refused(
 def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     """A kernel's ru_maxrss begins with it: a run started from a big process would be taken for a big one."""
     ballast = bytearray(10**9)
-    ballast[:: 4096] = b"x" * len(ballast[:: 4096])
+    ballast[::4096] = b"x" * len(ballast[::4096])
     script = "from fourfold.quantize.finish import peak_memory; print(peak_memory()['host'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     del ballast

@@ -565,10 +565,7 @@ def test_one_channel_a_thousand_times_as_loud(problem: Problem, channel: int) ->
     plain = rtn(site.weight_ENK)
     rounded = grid.dequantize(plain.codes_ENK, plain.scale_ENG)
     for expert in range(3):
-        errors = (
-            output_error(loud, site.weight_ENK, wq_ENK, expert)
-            for wq_ENK in (released(found), rounded)
-        )
+        errors = (output_error(loud, site.weight_ENK, wq_ENK, expert) for wq_ENK in (released(found), rounded))
         assert next(errors) < 0.2 * next(errors)
     assert (relative_E < 1e-3).all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,11 @@ import reference
 from fourfold.core import guidance
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
 from fourfold.formats import named
+from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.experts import Experts
 from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
+from fourfold.model.loader import Layer
+from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import estimate, site, solve
 from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
 from fourfold.quantize.observe import Observed, Traffic, observe
@@ -28,6 +32,15 @@ from fourfold.recipe import Guidance, Recipe, load_recipe
 EXPERTS, HIDDEN, WIDTH, TOKENS, GROUP = 4, 64, 96, 240, 32
 PREFIX = "model.layers.2.mlp.experts."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+STEMS = [{projection: f"{PREFIX}{expert}.{projection}." for projection in PROJECTIONS} for expert in range(EXPERTS)]
+
+
+def swiglu(gate_up_SN: Tensor) -> Tensor:
+    gate_SI, up_SI = gate_up_SN.chunk(2, dim=-1)
+    return silu(gate_SI) * up_SI
+
+
+SWIGLU = Arithmetic(gated=True, interleaved=False, transposed=False, gate=swiglu, norm=None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,10 +67,10 @@ def make_layer(
     """Random experts alone. scale: the standard deviation of their weights."""
     return DecoderLayer(
         index=index,
-        module=nn.Identity(),
-        rotary=nn.Identity(),
-        activation=silu,
-        experts=experts,
+        own=Layer(nn.Identity(), Experts("experts", SWIGLU, experts, hidden, width, hidden, ()), SWIGLU, None),
+        skeleton=cast(Skeleton, None),  # nothing but experts is run
+        tail=1.0,
+        dtype=dtype,
         owned=tuple(range(experts)),
         gate_up_ENK=(scale * normal(experts, 2 * width, hidden, seed=1)).to(dtype),
         down_ENK=(scale * normal(experts, hidden, width, seed=2)).to(dtype),
@@ -97,7 +110,7 @@ def solve_with(
     if not recipe.solver.norm_power:
         observed = replace(observed, importance_T=torch.ones(TOKENS))
     ticks = list[int]()
-    chunking = solve.Chunking(experts, inputs, PREFIX, ticks.append)
+    chunking = solve.Chunking(experts, inputs, STEMS, ticks.append)
     result = solve.solve_layer(alone(torch.device("cpu")), layer, observed, recipe, chunking, curvature)
     assert sum(ticks) == solve.STEPS * EXPERTS and max(ticks) == experts
     return result
@@ -350,7 +363,7 @@ def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, obse
     input_TD, pairs = traffic_of(observed)
 
     def output(chosen: DecoderLayer) -> Tensor:
-        hidden_SI = expert_hidden(input_TD, pairs, chosen.stacks[0], silu).float()
+        hidden_SI = expert_hidden(input_TD, pairs, chosen.stacks[0], SWIGLU).float()
         expert_S = torch.arange(EXPERTS).repeat_interleave(torch.tensor(pairs.offsets).diff())
         return torch.stack([chosen.stacks[1][expert].float() @ hidden_I
                             for expert, hidden_I in zip(expert_S.tolist(), hidden_SI, strict=True)])  # fmt: skip
@@ -380,6 +393,9 @@ def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed
     louder = replace(release, routing=replace(observed.routing, weight_TA=2 * observed.routing.weight_TA))
     halved_TD = observe(worker, layer, source, louder).gap_TD
     assert halved_TD is not None and torch.equal(2 * halved_TD, found_TD)
+    scaled_TD = observe(worker, replace(layer, tail=2.0), source, release).gap_TD  # experts' output is doubled
+    assert scaled_TD is not None and torch.equal(2 * scaled_TD, found_TD)
+    assert observe(worker, replace(layer, tail=None), source, release).gap_TD is None
     assert torch.equal(source.rows.hidden_RTD, kept[0]) and torch.equal(release.rows.hidden_RTD, kept[1])
     assert observe(worker, layer, source, None).gap_TD is None
 
@@ -396,8 +412,8 @@ def test_down_makes_up_for_what_the_rows_lack(layer: DecoderLayer, observed: Obs
         assert observed.gap_TD is not None and observed.target_TD is not None
         result = solve_with(layer, replace(observed, gap_TD=told_TD), recipe())
         assert result.gate_up_ENK is not None and result.down_ENK is not None
-        hidden_SI = expert_hidden(input_TD, pairs, result.gate_up_ENK, silu).float()
-        source_SI = expert_hidden(observed.target_TD, pairs, layer.stacks[0], silu).float()
+        hidden_SI = expert_hidden(input_TD, pairs, result.gate_up_ENK, SWIGLU).float()
+        source_SI = expert_hidden(observed.target_TD, pairs, layer.stacks[0], SWIGLU).float()
         lacking_SD = observed.gap_TD[pairs.token_S].float()
         for expert in range(EXPERTS):
             own = expert_S == expert

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,11 @@ import checkpoints
 import releases
 import whole
 from fourfold.bundled import CALIBRATION_TEXTS
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.reference import Reference, read_reference
+from fourfold.quantize.streams import embed, embedded, embeddings
+from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.verify.check import Status
 from fourfold.release.verify.vllm import check_reference
@@ -148,6 +153,41 @@ def test_an_engine_that_reads_zero_points_as_another_format_fails(compared: Comp
     assert sound.status is Status.PASS and sound.data["mean"] < 0.01
     wrong = check_reference(answer(compared.misread, compared.reference), compared.reference)
     assert wrong.status is Status.FAIL and wrong.data["mean"] > 2 * wrong.data["limit"], wrong
+
+
+# --- rows before the first layer ------------------------------------------------------------------
+
+
+def test_workers_embed_by_one_matrix_at_the_same_time(source: Path) -> None:
+    """A forward puts stubs in the place of layers: those of two workers at once would meet."""
+    index, skeleton, token_RT = TensorIndex.open(source), Skeleton.open(source), torch.randint(100, 2000, (64, 8))
+
+    def job(worker: Worker) -> Tensor:
+        around = worker.once(lambda: embeddings(index, skeleton))
+        own_RTD = embedded(around, token_RT[worker.share(len(token_RT))], torch.empty)
+        return worker.gather([own_RTD])[0]
+
+    expected_RTD = index.read(f"{PREFIX}embed_tokens.weight")[token_RT]
+    assert torch.equal(Team([torch.device("cpu")] * 4).run(job), expected_RTD)
+
+
+def test_the_embedding_matrix_is_gone_before_the_first_layer(source: Path) -> None:
+    """With the last reference to it: it is large, and garbage is collected late."""
+    index, skeleton, token_RT = TensorIndex.open(source), Skeleton.open(source), torch.randint(100, 2000, (2, 8))
+    shape = index.headers[f"{PREFIX}embed_tokens.weight"].shape
+
+    def matrices() -> int:
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+        return sum(each.shape == shape and not each.is_meta for each in tensors)
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = matrices()
+        both = embed(alone(torch.device("cpu")), index, skeleton, (token_RT, token_RT), True)
+        assert matrices() == before and both[0].heldout.hidden_RTD.shape == (2, 8, shape[1])
+    finally:
+        gc.enable()
 
 
 # --- the log, against the shards ------------------------------------------------------------------

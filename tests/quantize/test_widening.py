@@ -22,11 +22,10 @@ from fourfold.datatypes import Action
 from fourfold.model.head import build_head, logits, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
 from fourfold.model.mtp import Drafts, read_draft_head
-from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.quantize import workers
 from fourfold.quantize.plan import make_plan
-from fourfold.quantize.streams import read_embedding, read_head
+from fourfold.quantize.streams import embedded, embeddings, read_head
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release import drafts, evaluate
 from fourfold.tables.run import show_plan
@@ -134,9 +133,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_product_is_rounded_once(
-    step: str, force: Force, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_product_is_rounded_once(step: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the gradient of its input. fp32 is exact here, so that there is one right answer."""
     force(True)
     monkeypatch.setattr(widening, "PIECE_TOKENS", 7)
@@ -166,7 +163,7 @@ def outputs(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     plan, generator = make_plan(folder, load_recipe("best")), torch.Generator().manual_seed(0)
     index, skeleton = plan.index, plan.skeleton
     token_RT = torch.randint(100, 2000, (3, 40), generator=generator)
-    hidden_RTD = read_embedding(index, skeleton)[token_RT].to(dtype)
+    hidden_RTD = embedded(embeddings(index, skeleton), token_RT, torch.empty).to(dtype)
     gradient_RTD = torch.randn(hidden_RTD.shape, generator=generator).bfloat16().to(dtype)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -175,11 +172,11 @@ def outputs(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             layer = build_layer(skeleton, each.index, read_layer(index, skeleton, each.index, kept), CPU, dtype)
             found[f"layer {each.index}"] = pass_rows(layer, hidden_RTD)[0]
             found[f"gradient of layer {each.index}"] = push_back(layer, hidden_RTD, gradient_RTD)[0]
-        head = build_head(skeleton, *read_head(index, skeleton), CPU, dtype)
+        head = build_head(skeleton.blueprint, *read_head(index, skeleton), CPU, dtype)
         found["head"] = logits(head, head.norm(hidden_RTD).flatten(0, 1))
         uniform_N = torch.rand(token_RT.numel(), dtype=torch.float64, generator=generator)
         found["gradient of head"] = sampled_gradient(head, hidden_RTD.flatten(0, 1), uniform_N)
-        drafted = Drafts(read_draft_head(Weights.open(folder, Skeleton.open(folder)), CPU, dtype), hidden_RTD, token_RT)
+        drafted = Drafts(read_draft_head(Weights.open(folder), CPU, dtype), hidden_RTD, token_RT)
         position_RP = torch.arange(4, 36).expand(3, -1)
         found["first draft"] = drafted.first(position_RP)
         found["later draft"] = drafted.later(hidden_RTD[:, 4:36], token_RT[:, 5:37], position_RP)

@@ -278,7 +278,6 @@ def test_a_text_of_another_kind_is_refused(out: Path, source: Path, tmp_path: Pa
         evaluate(out, source, protocol=Protocol(text=tmp_path / "words.pdf"))
 
 
-def test_a_quantized_source_is_refused(out: Path, recipe: Path) -> None:
-    with pytest.raises(FourfoldError, match="already quantized"):
+def test_a_release_is_no_source_of_itself(out: Path, recipe: Path) -> None:
+    with pytest.raises(FourfoldError, match="made from another source"):
         evaluate(out, out, protocol=protocol(recipe))
-

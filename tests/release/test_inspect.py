@@ -88,9 +88,9 @@ def test_what_is_not_known(tmp_path: Path) -> None:
     found = inspect(model)
     assert "'awq'" in found.unknown and found.engines == ()
     assert found.groups[0].group == "experts"
-    checkpoints.edit_json(model / "config.json", lambda raw: raw.update(model_type="mixtral", quantization_config=None))
+    checkpoints.edit_json(model / "config.json", lambda raw: raw.update(model_type="unheard", quantization_config=None))
     found = inspect(model)
-    assert found.model_type == "mixtral" and "expected one of" in found.unknown
+    assert found.model_type == "unheard" and "expected one of the" in found.unknown
     (model / "adapter.bin").touch()
     (model / "tokenizer.json").unlink()
     assert trapped(inspect(model), "adapter.bin") and trapped(inspect(model), "no tokenizer")

@@ -23,7 +23,9 @@ from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.probe import Probed
 
 # Stands for an engine's interpreter: answers what it has installed, else serves or fails as its body says.
-HEAD = f"#!{sys.executable}\n" + """
+HEAD = (
+    f"#!{sys.executable}\n"
+    + """
 import http.server, json, os, signal, subprocess, sys, time
 if sys.argv[1] == "-c":
     if "find_spec" not in sys.argv[2]:
@@ -31,6 +33,7 @@ if sys.argv[1] == "-c":
     sys.exit(0)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 """
+)
 SERVES = """
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", os.environ["MARK"]], start_new_session=True)
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -153,9 +156,7 @@ def test_print_is_the_command_alone_on_stdout(tmp_path: Path, example_model: Pat
     assert "4,096 blocks x 256 tokens" in " ".join(shown.stderr.split())
 
 
-def test_docker_serves_the_same_name(
-    tmp_path: Path, example_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_docker_serves_the_same_name(tmp_path: Path, example_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "release").symlink_to(example_model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(server, "look", lambda: CPU)

@@ -160,9 +160,7 @@ def test_a_null_is_a_value_for_the_budget_alone(
     assert request(vllm, "ResponsesRequest", thinking_token_budget=5).thinking_token_budget is None
 
 
-def test_a_value_that_vllm_does_not_accept(
-    vllm: dict[str, types.ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_that_vllm_does_not_accept(vllm: dict[str, types.ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ('{"top_k": -5}', '{"topk": 5}'):
         monkeypatch.setenv(OTHERS, text)
         with pytest.raises(ValueError, match="vLLM does not accept it"):

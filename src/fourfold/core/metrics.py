@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +67,17 @@ def shared(first_TA: Tensor, second_TA: Tensor) -> Tensor:
     return (first_TA[:, :, None] == second_TA[:, None, :]).any(dim=2)
 
 
+Finish = Callable[[Tensor, slice], Tensor]  # logits [T, C] of some columns to those that a model gives
+
+
 def token_statistics(
-    source_TD: Tensor, release_TD: Tensor, head_VD: Tensor, next_T: Tensor, release_head_VD: Tensor | None = None
-) -> Statistics:
+    source_TD: Tensor, release_TD: Tensor, head_VD: Tensor, next_T: Tensor, release_head_VD: Tensor | None = None,
+    finish: tuple[Finish, Finish] | None = None,
+) -> Statistics:  # fmt: skip
     """Compare two models' next-token distributions, position by position, the head in chunks of the vocabulary.
 
     source_TD, release_TD: hidden states after the last norm; head_VD: the output head; release_head_VD: the release's,
-    None where both share one; next_T: the true next tokens.
+    None where both share one; next_T: the true next tokens; finish: what each model does to the product, if anything.
     Logits are fp32, sums of chunks added up in float64; T x V logits never exist.
     KL = E_p[a - b] - lse(a) + lse(b) for logits a (source), b (release), all from one pass with running maxima.
     """
@@ -84,6 +89,8 @@ def token_statistics(
         head_CD = head_VD[place].float()
         other_CD = head_CD if release_head_VD is None else release_head_VD[place].float()
         logits = source_TD @ head_CD.T, release_TD @ other_CD.T
+        if finish is not None:
+            logits = finish[0](logits[0], place), finish[1](logits[1], place)
         running.add(*logits, first)
         here_T = (next_T >= first) & (next_T < first + len(head_CD))
         column_T1 = (next_T - first).clamp(0, len(head_CD) - 1)[:, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
         (1, 2**14, "num_experts_per_tok"),
         (1, 2**20, "hidden_size intermediate_size moe_intermediate_size out_hidden_size"),
         (0, 2**20, "shared_expert_intermediate_size"),
-        (1, 2**20, "head_dim linear_key_head_dim linear_value_head_dim"),
+        (0, 2**20, "head_dim"),  # 0: by other keys
+        (1, 2**20, "linear_key_head_dim linear_value_head_dim"),
         (1, 2**24, "vocab_size num_position_embeddings"),
         (1, 2**32, "max_position_embeddings"),
         (0, 1, "rms_norm_eps partial_rotary_factor attention_dropout"),
@@ -56,6 +58,7 @@ TEXTS = {"layer_types", "architectures", "ignore"}
 # (what, at most or a multiple of what): of numbers that stand side by side.
 AT_MOST = (("num_experts_per_tok", "num_experts"),)
 MULTIPLES = (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"))
+SOURCE_METHODS = (*formats.METHODS, "fp8", "mxfp4")  # that `quantize` reads, dequantized
 
 
 def check_model(model: str | Path) -> None:
@@ -94,10 +97,12 @@ def no_such_folder(model: str | Path) -> FourfoldError:
 def read_source_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model that can be quantized. Raises FourfoldError as check_model does."""
     raw, path = read_config(folder), folder / CONFIG
-    if settings := quantization(raw):
+    settings = quantization(raw)
+    if settings and settings.get("quant_method") not in SOURCE_METHODS:
         raise FourfoldError(
-            f"{path}: already quantized ({brief(settings.get('quant_method', 'unnamed'))}), expected a BF16 model. "
-            f"Start from the original; `fourfold inspect {folder}` shows what this one is"
+            f"{path}: already quantized ({brief(settings.get('quant_method', 'unnamed'))}), expected BF16, FP8 with "
+            "block scales, MXFP4, or int4 as GPTQ and compressed-tensors store it. Start from the original; "
+            f"`fourfold inspect {folder}` shows what this one is"
         )
     find_family(raw, path)
     if not any(folder.glob("*.safetensors")) and (other := other_contents(folder)):
@@ -128,25 +133,29 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find_family(raw: Mapping[str, Any], path: Path) -> Family:
-    """Return the family of a config.json. Raises FourfoldError for a dense or an unsupported model."""
+    """Return the family of a config.json. Raises FourfoldError for a dense or an unproven model."""
     model_type = raw.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
     got = f"{path}: model_type: got {brief(model_type)}"
-    if isinstance(model_type, str) and not _has_experts(raw):
+    if not isinstance(model_type, str) or not model_type:
+        raise FourfoldError(f"{got}, expected the name of an architecture. Download the original file again")
+    if not _has_experts(raw):
         raise FourfoldError(
             f"{got}, a dense model: {CONFIG} names no experts. fourfold quantizes Mixture-of-Experts models only; "
             "for dense models use llm-compressor or GPTQModel"
         )
-    raise FourfoldError(
-        f"{got}, expected one of {', '.join(sorted(FAMILIES))}. "
-        "CONTRIBUTING.md says how to add a model family; GPTQModel supports others"
-    )
+    if model_type not in FAMILIES:
+        meant = get_close_matches(model_type, FAMILIES, n=1)
+        near = f" (did you mean {meant[0]!r}?)" if meant else ""
+        raise FourfoldError(
+            f"{got}, expected one of the {len(FAMILIES)} architectures that tests prove{near}. docs/models.md lists "
+            "them, CONTRIBUTING.md says how to add one"
+        )
+    return FAMILIES[model_type]
 
 
 def _has_experts(raw: Mapping[str, Any], depth: int = 0) -> bool:
     return any(
-        ("expert" in key and type(value) is int and value > 1)
+        ("expert" in str(key) and type(value) is int and value > 1)
         or (isinstance(value, dict) and depth < MAX_DEPTH and _has_experts(value, depth + 1))
         for key, value in raw.items()
     )
@@ -197,7 +206,10 @@ def check_values(raw: Mapping[str, Any], path: Path) -> None:
     method = settings.get("quant_method")
     if isinstance(method, str) and method in formats.METHODS:
         _check(settings, path, "quantization_config.")
-    if str(raw.get("model_type")) in FAMILIES:
+    text = raw.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise _wrong(path, "text_config", text, "an object")
+    if _has_experts(raw):
         _check({key: value for key, value in raw.items() if value is not settings}, path, "")
 
 
@@ -214,7 +226,7 @@ def _check(values: Mapping[str, Any], path: Path, where: str) -> None:
             _check_value(key, value, path, where)
         if isinstance(value, dict):
             _check(value, path, f"{where}{key}.")
-    numbers = {key: value for key, value in values.items() if key in LIMITS and value is not None}
+    numbers = {key: value for key, value in values.items() if key in LIMITS and isinstance(value, int)}
     for small, large in AT_MOST:
         if small in numbers and large in numbers and numbers[small] > numbers[large] > 0:
             raise _wrong(path, where + small, numbers[small], f"at most {large} = {numbers[large]:,}")
@@ -224,7 +236,10 @@ def _check(values: Mapping[str, Any], path: Path, where: str) -> None:
 
 
 def _check_value(key: str, value: object, path: Path, where: str) -> None:
-    if key in LIMITS:
+    if key in LIMITS and isinstance(value, list):  # one for each layer, as some families write it
+        for one in value:
+            _check_value(key, one, path, where)
+    elif key in LIMITS:
         least, most = LIMITS[key]
         kinds, word = ((int, float), "a number") if key in RATIOS else ((int,), "a whole number")
         # NaN compares as false

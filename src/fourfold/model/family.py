@@ -1,93 +1,129 @@
-"""Facts per architecture: names on disk, what is routed, what is kept, where MTP lives. Values, no subclasses."""
+"""Facts per architecture that cannot be derived from transformers. Values, no subclasses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 GATE, UP, DOWN = PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture that transformers 5 expresses with its experts interface.
+    """What cannot be derived of a model type: its name, and what engines make of its int4 experts.
 
-    model_type: `config.json`'s key; architecture: the transformers class that writes and loads the checkpoint;
-    modeling: transformers module with the layer; layer_class, rotary_class, norm_class: names in it;
-    text_key: where the text model's settings live in config.json ("" = top level);
-    text_prefix: prefix of the text model's tensors; mtp_prefix: prefix of the draft head ("" = none);
-    groups: (group, marker, reason) in order; the first marker found in a tensor's name decides its group.
+    title: as its makers call it; mtp_prefix: of the draft head that fourfold can run itself ("" = none); proven:
+    engines that its releases were run in by tests; refuse: by engine, why it must not be given a release.
     """
 
     model_type: str
-    architecture: str
-    modeling: str
-    layer_class: str
-    rotary_class: str
-    norm_class: str
-    text_key: str
-    text_prefix: str
-    mtp_prefix: str
-    groups: tuple[tuple[str, str, str], ...]
-
-    def layer_prefix(self, layer: int) -> str:
-        return f"{self.text_prefix}layers.{layer}."
-
-    def experts_prefix(self, layer: int) -> str:
-        return f"{self.layer_prefix(layer)}mlp.experts."
+    title: str
+    mtp_prefix: str = ""
+    proven: tuple[str, ...] = ()
+    refuse: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mtp_experts_prefix(self) -> str:
         return f"{self.mtp_prefix}layers.0.mlp.experts."
 
 
-_KEPT = (
+KEPT = (
     ("MTP", "mtp.", "draft head stays BF16: the engines build it unquantized"),
     ("vision", "visual.", "vision tower stays BF16"),
-    ("shared experts", ".shared_expert", "runs for every token: kept BF16"),
-    ("router", ".mlp.gate.", "decides the routing: kept BF16"),
+    ("vision", "vision_", "vision tower stays BF16"),
+    ("vision", "audio_", "audio tower stays BF16"),
+    ("vision", "multi_modal_projector.", "vision tower stays BF16"),
+    ("shared experts", "shared_", "runs for every token: kept BF16"),
+    ("router", ".gate.", "decides the routing: kept BF16"),
+    ("router", ".router.", "decides the routing: kept BF16"),
+    ("router", "e_score_correction_bias", "decides the routing: kept as it is"),
+    ("router", ".expert_bias", "decides the routing: kept as it is"),
+    ("router", ".moe_statics.", "decides the routing: kept as it is"),
     ("linear attention", ".linear_attn.", "attention stays BF16"),
-    ("attention", ".self_attn.", "attention stays BF16"),
-    ("dense MLP", ".mlp.", "layer without routed experts: kept BF16"),
-    ("embeddings", "embed_tokens.", "embeddings stay BF16"),
+    ("linear attention", ".mamba.", "state space layers stay BF16"),
+    ("linear attention", ".conv.", "convolutions stay BF16"),
+    ("attention", "attn.", "attention stays BF16"),
+    ("attention", "attention.", "attention stays BF16"),
+    ("attention", ".mixer.", "attention stays BF16"),
+    ("dense MLP", "mlp.", "layer without routed experts: kept BF16"),
+    ("dense MLP", "feed_forward.", "layer without routed experts: kept BF16"),
+    ("dense MLP", "block_sparse_moe.", "layer without routed experts: kept BF16"),
+    ("embeddings", "embed", "embeddings stay BF16"),
     ("embeddings", "lm_head.", "output head stays BF16"),
     ("norms", "norm.", "norms stay BF16"),
-)
+    ("norms", "norm1.", "norms stay BF16"),
+    ("norms", "norm2.", "norms stay BF16"),
+    ("other", "", "kept as it is"),
+)  # the first marker found in a tensor's name decides its group
 
 
-def _text_alone(model_type: str, classes: str) -> Family:
-    """A text model without draft head. classes: what the names of its classes in transformers begin with."""
-    return Family(
-        model_type=model_type,
-        architecture=f"{classes}ForCausalLM",
-        modeling=f"transformers.models.{model_type}.modeling_{model_type}",
-        layer_class=f"{classes}DecoderLayer",
-        rotary_class=f"{classes}RotaryEmbedding",
-        norm_class=f"{classes}RMSNorm",
-        text_key="",
-        text_prefix="model.",
-        mtp_prefix="",
-        groups=_KEPT,
-    )
+SILU_ONLY = "0.5.23 computes int4 experts with SiLU gates only, and stops at this model's"
+NO_ALPHA = "0.5.23 leaves out the scale and clamp of this model's gates: wrong numbers, with no error"
 
-
+# Types whose checkpoints tests take through plan, quantize, verify and evaluate (tests/quantize/test_all_families.py).
 FAMILIES = {
     family.model_type: family
     for family in (
         Family(
             model_type="qwen3_5_moe",
-            architecture="Qwen3_5MoeForConditionalGeneration",
-            modeling="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
-            layer_class="Qwen3_5MoeDecoderLayer",
-            rotary_class="Qwen3_5MoeTextRotaryEmbedding",
-            norm_class="Qwen3_5MoeRMSNorm",
-            text_key="text_config",
-            text_prefix="model.language_model.",
+            title="Qwen3.5, Qwen3.6",
             mtp_prefix="mtp.",
-            groups=_KEPT,
+            proven=("transformers", "vllm", "sglang loader"),
         ),
-        _text_alone("qwen3_moe", "Qwen3Moe"),
-        _text_alone("qwen2_moe", "Qwen2Moe"),
+        Family(model_type="qwen3_moe", title="Qwen3 MoE: 30B-A3B, 235B-A22B, Coder", proven=("transformers", "vllm")),
+        Family(model_type="qwen2_moe", title="Qwen2-57B-A14B, Qwen1.5-MoE-A2.7B"),
+        Family(model_type="qwen3_next", title="Qwen3-Next-80B-A3B, Qwen3-Coder-Next"),
+        Family(model_type="qwen3_vl_moe", title="Qwen3-VL-30B-A3B, 235B-A22B"),
+        Family(model_type="qwen3_omni_moe_thinker", title="Qwen3-Omni-30B-A3B (thinker)"),
+        Family(model_type="glm4_moe", title="GLM-4.5, 4.6, 4.7, Air"),
+        Family(model_type="glm4_moe_lite", title="GLM-4.7-Flash"),
+        Family(model_type="glm4v_moe", title="GLM-4.5V, 4.6V"),
+        Family(model_type="glm_moe_dsa", title="GLM-5"),
+        Family(model_type="glm5_next", title="GLM-5.3-Flash"),
+        Family(model_type="deepseek_v2", title="DeepSeek-V2, V2-Lite, Coder-V2"),
+        Family(model_type="deepseek_v3", title="DeepSeek-V3, R1, Moonlight"),
+        Family(model_type="deepseek_v32", title="DeepSeek-V3.2"),
+        Family(model_type="kimi_k25", title="Kimi K2.5, K2.6"),
+        Family(model_type="kimi_linear", title="Kimi-Linear-48B-A3B"),
+        Family(model_type="minimax", title="MiniMax-Text-01, M1"),
+        Family(model_type="minimax_m2", title="MiniMax-M2, M2.7"),
+        Family(model_type="minimax_m3_vl", title="MiniMax-M3", refuse={"sglang": NO_ALPHA}),
+        Family(model_type="gemma4", title="Gemma 4 26B-A4B", refuse={"sglang": SILU_ONLY}),
+        Family(model_type="nemotron_h", title="Nemotron 3 Nano, Super, Ultra", refuse={"sglang": SILU_ONLY}),
+        Family(model_type="mistral3", title="Mistral Small 4 (with vision)"),
+        Family(model_type="mistral4", title="Mistral Small 4"),
+        Family(model_type="mistral_large4", title="Mistral Large 4"),
+        Family(model_type="laguna", title="Laguna XS, S"),
+        Family(model_type="cohere2_moe", title="North Mini Code 30B"),
+        Family(model_type="lfm2_moe", title="LFM2-8B-A1B, 24B-A2B"),
+        Family(model_type="granitemoe", title="Granite 3 MoE"),
+        Family(model_type="granitemoeshared", title="Granite MoE with shared experts"),
+        Family(model_type="granitemoehybrid", title="Granite 4.0 H"),
+        Family(model_type="ernie4_5_moe", title="ERNIE-4.5-21B-A3B, 300B-A47B"),
+        Family(model_type="hy_v3", title="Hy3"),
+        Family(model_type="hy_v4", title="Hy4"),
+        Family(model_type="hunyuan_v1_moe", title="Hunyuan-A13B"),
+        Family(model_type="afmoe", title="Trinity"),
+        Family(model_type="exaone_moe", title="K-EXAONE"),
+        Family(model_type="solar_open", title="Solar Open"),
+        Family(model_type="dots1", title="dots.llm1"),
+        Family(model_type="bailing_hybrid", title="Ling and Ring, hybrid"),
+        Family(model_type="mimo_v2_flash", title="MiMo-V2-Flash"),
+        Family(model_type="step3p7", title="Step-3.7-Flash"),
+        Family(model_type="mixtral", title="Mixtral 8x7B, 8x22B"),
+        Family(model_type="olmoe", title="OLMoE"),
+        Family(model_type="phimoe", title="Phi-3.5-MoE"),
+        Family(model_type="jamba", title="Jamba"),
+        Family(model_type="mellum", title="Mellum"),
+        Family(model_type="flint", title="Flint"),
+        Family(model_type="axk1", title="A.X K1"),
+        Family(model_type="axk2", title="A.X K2"),
+        Family(model_type="kolibri1", title="Kolibri 1"),
+        Family(model_type="flex_olmo", title="FlexOlmo"),
+        Family(model_type="beam", title="Beam"),
+        Family(model_type="zaya", title="ZAYA1"),
+        Family(model_type="muse_spark", title="Muse Spark"),
+        Family(model_type="inkling_mm_model", title="Inkling"),
     )
 }
 

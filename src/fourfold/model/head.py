@@ -1,72 +1,242 @@
-"""What follows the last decoder layer: its norm and the output head."""
+"""What stands around the decoder layers: the start of the stream, the layers' calls, the last norm and output head.
+
+All of it is the model's own forward with stubs in place of its layers (calls.py), on a copy of the modules around them.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourfold.core.metrics import VOCABULARY_CHUNK
-from fourfold.model.skeleton import Skeleton
+from fourfold.datatypes import FourfoldError
+from fourfold.model import calls, loader
+from fourfold.model.blueprint import Blueprint
+from fourfold.model.calls import Calls
+
+Read = Callable[[str], Tensor]  # a tensor by its name on disk, on the host
+Ends = Mapping[str, Tensor]  # by name in memory
+PROBE = 3  # tokens, and columns of logits, that show whether logits are changed behind the output head
+
+
+def input_name(blueprint: Blueprint) -> str:
+    """The embedding matrix's name in memory."""
+    return _weight_name(blueprint.model, blueprint.model.get_input_embeddings())
+
+
+def output_name(blueprint: Blueprint) -> str:
+    """The name in memory of the output head's matrix, or of the embeddings that it is tied to."""
+    name = _weight_name(blueprint.model, blueprint.model.get_output_embeddings())
+    return name if name in blueprint.sources else str(blueprint.model.all_tied_weights_keys.get(name, name))
+
+
+def _weight_name(model: nn.Module, module: nn.Module) -> str:
+    return f"{next(name for name, other in model.named_modules() if other is module)}.weight"
+
+
+def read_matrix(blueprint: Blueprint, read: Read, name: str) -> Tensor:
+    """The embeddings or the output head [V, D] by the name in memory."""
+    (on_disk,) = blueprint.sources[name].all_names
+    return read(on_disk)
+
+
+def read_ends(blueprint: Blueprint, read: Read) -> dict[str, Tensor]:
+    """What stands around the layers, but for the embeddings and the output head's matrix: norms, mostly."""
+    large = {input_name(blueprint), output_name(blueprint)}
+    return loader.load_around(blueprint, lambda name, _: read(name), large)
+
+
+def blank_ends(blueprint: Blueprint) -> dict[str, Tensor]:
+    """Zeros in place of read_ends: calls do not depend on them."""
+    path = blueprint.layers_path.rpartition("layers")[0]
+    large = {input_name(blueprint), output_name(blueprint)}
+    parameters = {**dict(blueprint.model.named_parameters()), **dict(blueprint.model.named_buffers())}
+    stored = blueprint.model.state_dict()
+    return {
+        name: torch.zeros(value.shape, dtype=value.dtype)
+        for name, value in parameters.items()
+        if name.startswith(path) and not name.startswith(f"{blueprint.layers_path}.")
+        and name not in large and name in stored
+    }  # fmt: skip
+
+
+@dataclass
+class _Matrix:
+    """In place of the output head: keeps what it is given, and answers with `logits`."""
+
+    given: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __call__(self, hidden_RTD: Tensor) -> Tensor:
+        self.given = hidden_RTD
+        return hidden_RTD.new_zeros(*hidden_RTD.shape[:-1], 1) if self.logits is None else self.logits
+
+
+class Around:
+    """A copy of the modules around the layers, on one device, its layers and output head stubs.
+
+    Without an embedding matrix every token's embedding is zero: calls do not depend on it. Workers may share one: a
+    forward replaces those of modules, so that one runs at a time.
+    """
+
+    def __init__(
+        self, blueprint: Blueprint, ends: Ends, device: torch.device, dtype: torch.dtype = torch.bfloat16,
+        embedding_VD: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.device = device
+        self._lock = threading.RLock()  # `after` looks at a call itself
+        self._matrix = _Matrix()
+        self._blueprint = loader.around(blueprint, ends, device, dtype)
+        model = self._blueprint.model
+        model.get_output_embeddings().__dict__["forward"] = self._matrix
+        embeddings = model.get_input_embeddings()
+        if embedding_VD is None:
+            width = embeddings.weight.shape[1]
+            embeddings.__dict__["forward"] = lambda token_RT: torch.zeros(
+                *token_RT.shape, width, dtype=dtype, device=device
+            )
+        else:
+            embeddings.weight = nn.Parameter(embedding_VD.to(device, dtype), requires_grad=False)
+        self._answers = 0
+
+    def calls(self, token_RT: Tensor) -> Calls:
+        """The layers' calls for a batch of ids, and its state before the first layer."""
+        with self._lock:
+            return calls.record(self._blueprint, token_RT)
+
+    def require_plain(self, token_RT: Tensor) -> None:
+        """Raise FourfoldError if a layer's call depends on another layer's state, or on the tokens."""
+        with self._lock:
+            calls.require_independent(self._blueprint, token_RT)
+            varies = calls.varies(self._blueprint, token_RT)
+        if varies:
+            raise FourfoldError(
+                f"{self._blueprint.path}: layers of {type(self._blueprint.model).__name__} are given something of the "
+                "token ids beside their input, expected calls that are the same for all text. This family needs code "
+                "of its own, which fourfold does not have"
+            )
+
+    def norm(self, state_NX: Tensor) -> Tensor:
+        """What the output head's matrix is multiplied by, [N, D], from states behind the last layer [N, ...]."""
+        with self._lock:
+            self._finish(state_NX[None])
+            given_1ND, self._matrix.given = self._matrix.given, None
+        assert given_1ND is not None
+        return given_1ND[0]
+
+    def after(self, logits_NC: Tensor) -> Tensor:
+        """The model's own scale or cap of some columns of its logits."""
+        with self._lock:
+            self._matrix.logits = logits_NC[None]
+            try:
+                state_1NX = self._zeros(len(logits_NC))
+                found: Tensor = self._finish(state_1NX)
+            finally:
+                self._matrix.logits = None
+        return found[0]
+
+    def _zeros(self, tokens: int) -> Tensor:
+        token_1T = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
+        return torch.zeros_like(self.calls(token_1T).state)
+
+    def _finish(self, state_1NX: Tensor) -> Any:
+        token_1N = torch.zeros(1, state_1NX.shape[1], dtype=torch.int64, device=self.device)
+        if not self._answers:
+            self._answers = self.calls(token_1N[:, :1]).answers
+        return calls.run_out(self._blueprint, token_1N, self._answers, state_1NX)
 
 
 @dataclass(frozen=True)
 class Head:
-    """On one device, in the compute dtype: logits are norm(hidden) @ weight_VD.T, in fp32 where they are compared."""
+    """On one device, in the compute dtype: logits are around.after(around.norm(state) @ weight_VD.T + bias_V), in fp32
+    where they are compared. scaled: whether `after` changes anything.
+    """
 
-    norm: nn.Module
+    around: Around
     weight_VD: Tensor
+    bias_V: Tensor | None
+    scaled: bool
+
+    def norm(self, state_NX: Tensor) -> Tensor:
+        """See Around.norm; of rows [R, N, ...] too."""
+        return self.around.norm(state_NX)
+
+    @property
+    def changes(self) -> bool:
+        """Whether logits are more than the product with the matrix."""
+        return self.scaled or self.bias_V is not None
+
+    def columns(self, hidden_ND: Tensor, place: slice) -> Tensor:
+        """fp32 logits [N, C] of some of the vocabulary. hidden_ND: behind the norm, fp32."""
+        return self.finish(hidden_ND @ self.weight_VD[place].float().T, place)
+
+    def finish(self, logits_NC: Tensor, place: slice) -> Tensor:
+        """The product with some of the matrix's rows as the model gives it, with its bias and its own scale or cap."""
+        if self.bias_V is not None:
+            logits_NC = logits_NC + self.bias_V[place].float()
+        return self.around.after(logits_NC) if self.scaled else logits_NC
 
 
 def build_head(
-    skeleton: Skeleton, norm_D: Tensor, weight_VD: Tensor, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    blueprint: Blueprint, ends: Ends, weight_VD: Tensor, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> Head:
     """The head with these weights, cast to `dtype` as transformers does."""
-    return Head(norm=build_norm(skeleton, norm_D, device, dtype), weight_VD=weight_VD.to(device, dtype))
-
-
-def build_norm(skeleton: Skeleton, weight_D: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The family's norm over hidden states."""
-    norm = skeleton.empty_norm()
-    norm.load_state_dict({"weight": weight_D.to(device, dtype)}, assign=True)
-    return norm.requires_grad_(False)
+    around = Around(blueprint, ends, device, dtype)
+    bias_V = ends.get(output_name(blueprint).removesuffix("weight") + "bias")
+    probe_NC = torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0)).to(device) * 100
+    return Head(
+        around=around,
+        weight_VD=weight_VD.to(device, dtype),
+        bias_V=None if bias_V is None else bias_V.to(device),
+        scaled=not torch.equal(around.after(probe_NC), probe_NC),
+    )
 
 
 def logits(head: Head, hidden_ND: Tensor) -> Tensor:
     """fp32 logits [N, V] of states that the norm is behind already; the head is widened in chunks of the vocabulary."""
-    weight_VD, hidden_ND = head.weight_VD, hidden_ND.float()
-    logits_NV = torch.empty(len(hidden_ND), len(weight_VD), device=hidden_ND.device)
-    for first in range(0, len(weight_VD), VOCABULARY_CHUNK):
-        place = slice(first, first + VOCABULARY_CHUNK)
-        logits_NV[:, place] = hidden_ND @ weight_VD[place].float().T
+    hidden_ND = hidden_ND.float()
+    logits_NV = torch.empty(len(hidden_ND), len(head.weight_VD), device=hidden_ND.device)
+    for place in chunks(head):
+        logits_NV[:, place] = head.columns(hidden_ND, place)
     return logits_NV
 
 
-def sampled_gradient(head: Head, hidden_ND: Tensor, uniform_N: Tensor) -> Tensor:
-    """dL/d hidden of L = -sum log p(label), each position's label drawn from the head's own softmax. [N, D].
+def chunks(head: Head) -> Iterator[slice]:
+    """The vocabulary, a chunk at a time."""
+    for first in range(0, len(head.weight_VD), VOCABULARY_CHUNK):
+        yield slice(first, first + VOCABULARY_CHUNK)
 
-    hidden_ND: before the norm; uniform_N: float64 in [0, 1), where each position's label lies among the tokens in
-    order. Logits in chunks of the vocabulary, twice: for their sums, then for the labels and (p - label) W.
+
+def sampled_gradient(head: Head, state_NX: Tensor, uniform_N: Tensor) -> Tensor:
+    """dL/d state of L = -sum log p(label), each position's label drawn from the head's own softmax. [N, D].
+
+    state_NX: behind the last layer; uniform_N: float64 in [0, 1), where each position's label lies among the tokens in
+    order. Logits in chunks of the vocabulary, twice: for their sums, then for the labels and (p - label) W. Of a head
+    that neither scales its logits nor has a bias.
     """
+    assert not head.changes, "the plan let through a head whose gradient is not known"
     with torch.enable_grad():
-        hidden_ND = hidden_ND.detach().requires_grad_()
-        normed_ND = head.norm(hidden_ND)
-    state_ND = normed_ND.detach().float()
-    parts = [slice(first, first + VOCABULARY_CHUNK) for first in range(0, len(head.weight_VD), VOCABULARY_CHUNK)]
-    sums = [(state_ND @ head.weight_VD[part].float().T).logsumexp(dim=1) for part in parts]
+        state_NX = state_NX.detach().requires_grad_()
+        normed_ND = head.norm(state_NX)
+    hidden_ND = normed_ND.detach().float()
+    sums = [head.columns(hidden_ND, place).logsumexp(dim=1) for place in chunks(head)]
     total_N1 = torch.stack(sums).logsumexp(dim=0)[:, None]
-    gradient_ND = torch.zeros_like(state_ND)
+    gradient_ND = torch.zeros_like(hidden_ND)
     label_N = torch.zeros_like(uniform_N, dtype=torch.int64)
     below_N1 = torch.zeros_like(uniform_N)[:, None]
-    for part in parts:
-        weight_CD = head.weight_VD[part].float()
-        share_NC = (state_ND @ weight_CD.T).sub_(total_N1).exp_()
+    for place in chunks(head):
+        weight_CD = head.weight_VD[place].float()
+        share_NC = (hidden_ND @ weight_CD.T).sub_(total_N1).exp_()
         gradient_ND.addmm_(share_NC, weight_CD)
         below_NC = share_NC.double().cumsum(dim=1).add_(below_N1)
         label_N += (below_NC <= uniform_N[:, None]).sum(dim=1)
         below_N1 = below_NC[:, -1:]
     label_N.clamp_(max=len(head.weight_VD) - 1)  # shares add up to 1 but for rounding
     gradient_ND -= head.weight_VD[label_N].float()
-    (pushed_ND,) = torch.autograd.grad(normed_ND, hidden_ND, gradient_ND.to(normed_ND.dtype))
-    return pushed_ND
+    (pushed_NX,) = torch.autograd.grad(normed_ND, state_NX, gradient_ND.to(normed_ND.dtype))
+    return pushed_NX

@@ -73,7 +73,6 @@ def stated_terms(folder: Path) -> dict[str, Any]:
     return terms
 
 
-
 class _Silent(tqdm):
     """No progress bar: huggingface_hub shows one of its bars also where nobody looks."""
 

@@ -10,22 +10,23 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm
-from transformers.activations import ACT2FN
 
 from fourfold.core import widening
+from fourfold.model import calls, loader
+from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.calls import Carried
 from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
-from fourfold.model.skeleton import Skeleton, take_traffic
-
-Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)
+from fourfold.model.loader import Layer, Room
+from fourfold.model.skeleton import Skeleton
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's choice for T tokens: index_TA int64 expert ids, weight_TA the compute dtype."""
+    """A router's choice for T tokens: index_TA int64 expert ids, weight_TA as the model has them, BF16 or fp32."""
 
     index_TA: Tensor
     weight_TA: Tensor
@@ -80,17 +81,20 @@ def sort_pairs(routing: Routing, experts: Sequence[int], total: int) -> Pairs:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer on its device. gate_up_ENK [E, 2I, D] (gate rows, then up) and down_ENK [E, D, I], or None.
+    """A decoder layer on its device. gate_up_ENK [E, 2I, D] (gate rows, then up; [E, I, D] without gate) and down_ENK
+    [E, D, I], or None.
 
-    owned: which of the layer's `experts` experts the stacks hold, ascending. A dense layer has no stacks: its module
-    does everything.
+    own: transformers' module, its experts apart; skeleton: whose calls it is run by; tail: what the experts' output is
+    multiplied by before it is added to the layer's, None where it comes to it otherwise, so that the layer must be run
+    again with it; dtype: of the arithmetic; owned: which of the layer's experts the stacks hold, ascending. A dense
+    layer has no stacks: its module does everything.
     """
 
     index: int
-    module: nn.Module
-    rotary: nn.Module
-    activation: Callable[[Tensor], Tensor]
-    experts: int
+    own: Layer
+    skeleton: Skeleton
+    tail: float | None
+    dtype: torch.dtype
     owned: tuple[int, ...]
     gate_up_ENK: Tensor | None
     down_ENK: Tensor | None
@@ -105,8 +109,25 @@ class DecoderLayer:
         return self.gate_up_ENK is not None
 
     @property
+    def experts(self) -> int:
+        """How many the layer has, its own or others'."""
+        assert self.own.experts is not None, f"layer {self.index} has no routed experts"
+        return self.own.experts.count
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Of an expert: gate and up, or up alone, then down."""
+        assert self.own.experts is not None, f"layer {self.index} has no routed experts"
+        return self.own.experts.projections
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        assert self.own.arithmetic is not None, f"layer {self.index} has no routed experts"
+        return self.own.arithmetic
+
+    @property
     def device(self) -> torch.device:
-        return next(p.device for p in self.module.parameters() if not p.is_meta)
+        return next(p.device for p in self.own.module.parameters() if not p.is_meta)
 
     def with_experts(self, gate_up_ENK: Tensor | None, down_ENK: Tensor | None) -> DecoderLayer:
         """The same layer with other weights of its experts: what the release stream goes through."""
@@ -132,8 +153,8 @@ def _moved(stack_ENK: Tensor, owned: Sequence[int], device: torch.device) -> Ten
 class LayerTensors:
     """One decoder layer's weights as they lie on disk, on the host.
 
-    kept: by name inside the layer, everything but routed experts; gate_up_ENK, down_ENK: routed experts stacked, or
-    None for a dense layer; digest: sha256 of all bytes in the order of reading.
+    kept: by name on disk, everything but routed experts; gate_up_ENK, down_ENK: routed experts stacked as in
+    DecoderLayer, or None for a dense layer; digest: sha256 of all bytes in the order of reading.
     """
 
     kept: dict[str, Tensor]
@@ -154,7 +175,6 @@ def read_layer(
     kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
     Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
     """
-    prefix, experts_prefix = skeleton.family.layer_prefix(layer), skeleton.family.experts_prefix(layer)
     sha = hashlib.sha256()
 
     def read(name: str, out: Tensor | None = None) -> Tensor:
@@ -165,65 +185,88 @@ def read_layer(
         require_finite(tensor, name)
         return tensor
 
-    kept = {name.removeprefix(prefix): read(name) for name in sorted(kept_names)}
-    gate_up_ENK = down_ENK = None
-    if f"{experts_prefix}gate_up_proj" in index.headers:
-        gate_up_ENK, down_ENK = read(f"{experts_prefix}gate_up_proj"), read(f"{experts_prefix}down_proj")
-    elif skeleton.is_routed(layer):
-        width, hidden = skeleton.text.moe_intermediate_size, skeleton.text.hidden_size
-        gate_up_ENK = room((skeleton.experts, 2 * width, hidden), dtype=torch.bfloat16)
-        down_ENK = room((skeleton.experts, hidden, width), dtype=torch.bfloat16)
-        for expert in range(skeleton.experts):
-            expert_prefix = f"{experts_prefix}{expert}."
-            read(f"{expert_prefix}gate_proj.weight", gate_up_ENK[expert, :width])
-            read(f"{expert_prefix}up_proj.weight", gate_up_ENK[expert, width:])
-            read(f"{expert_prefix}down_proj.weight", down_ENK[expert])
-    return LayerTensors(kept=kept, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK, digest=sha.hexdigest())
+    kept = {name: read(name) for name in sorted(kept_names)}
+    stacks = loader.load_stacks(skeleton.blueprint, read, layer, room)
+    if stacks is None:
+        return LayerTensors(kept, None, None, sha.hexdigest())
+    return LayerTensors(kept, stacks.gate_up_ENK, stacks.down_ENK, sha.hexdigest())
 
 
 def build_layer(
     skeleton: Skeleton, index: int, tensors: LayerTensors, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> DecoderLayer:
-    """transformers' layer with these weights, cast to `dtype` as transformers does: on a device, but for the routed
-    experts, which stay where they are until it is known whose they are (`owning`).
+    """transformers' layer with these weights, each in the dtype that transformers loads it in (in `dtype`, if that is
+    not BF16): on a device, but for the routed experts, which stay where they are until it is known whose they are
+    (`owning`).
     """
-    module = skeleton.empty_layer(index)
-    own = {name: value.to(device, dtype) for name, value in tensors.kept.items()}
-    left = module.load_state_dict(own, strict=False, assign=True)
-    missing = [key for key in left.missing_keys if not key.startswith("mlp.experts.")]
-    assert not missing and not left.unexpected_keys, f"the plan let through layer {index}: {left}"
+    blueprint = skeleton.blueprint
+    loaded = loader.load(blueprint, lambda name, _: tensors.kept[name], blueprint.prefix(index), device, dtype)
+    own = loader.build_layer(blueprint, index, loaded, device)
+    routed = own.experts is not None and tensors.gate_up_ENK is not None
     return DecoderLayer(
         index=index,
-        module=module.eval().requires_grad_(False),
-        rotary=skeleton.rotary(device),
-        activation=ACT2FN[skeleton.text.hidden_act],
-        experts=skeleton.experts,
-        owned=tuple(range(skeleton.experts)) if tensors.gate_up_ENK is not None else (),
+        own=own,
+        skeleton=skeleton,
+        tail=skeleton.tail(own, index, device, dtype) if routed else 1.0,
+        dtype=dtype,
+        owned=tuple(range(own.experts.count)) if own.experts is not None and routed else (),
         gate_up_ENK=None if tensors.gate_up_ENK is None else tensors.gate_up_ENK.to(dtype),
         down_ENK=None if tensors.down_ENK is None else tensors.down_ENK.to(dtype),
     )
 
 
-def attend(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Tensor | None, Routing | None]:
+@dataclass(frozen=True)
+class Attended:
+    """What a layer makes of a batch of rows without its routed experts.
+
+    output_RTD: in the shape of the input (residual, attention, shared experts); input_TD: of the routed experts
+    [R * T, D], None for a layer without; carried: what the layer hands on beside its output, [R, ...] each.
+    """
+
+    output_RTD: Tensor
+    input_TD: Tensor | None
+    routing: Routing | None
+    carried: Carried
+
+
+def attend(layer: DecoderLayer, hidden_RTD: Tensor, carried: Carried = ()) -> Attended:
     """Everything of a layer but its routed experts, once.
 
-    hidden_RTD: full rows on the layer's device, no padding.
-    Returns the layer's output without routed experts [R, T, D] (residual, attention, shared experts), and for a
-    layer with routed experts their input [R * T, D] and the routing, else None.
+    hidden_RTD: full rows on the layer's device, no padding; [R, T, ...] where the model's stream is wider. carried: of
+    the layer before.
     """
-    position_1T = torch.arange(hidden_RTD.shape[1], device=hidden_RTD.device)[None]
-    # No mask: rows are full, and scaled_dot_product_attention without one is causal.
-    with widening.products(hidden_RTD.device):
-        output_RTD = layer.module(
-            hidden_RTD,
-            position_embeddings=layer.rotary(hidden_RTD, position_1T),
-            attention_mask=None,
-            position_ids=position_1T,
-        )
+    output_RTD, handed = _passed(layer, hidden_RTD, carried)
     if not layer.is_routed:
-        return output_RTD, None, None
-    input_TD, index_TA, weight_TA = take_traffic(layer.module)
-    return output_RTD, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA)
+        return Attended(output_RTD, None, None, handed)
+    assert layer.own.tap is not None
+    input_TD, index_TA, weight_TA = layer.own.tap.take()
+    routing = Routing(index_TA.flatten(0, -2), weight_TA.flatten(0, -2))
+    return Attended(output_RTD, input_TD.flatten(0, -2), routing, handed)
+
+
+def _passed(layer: DecoderLayer, hidden_RTD: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+    call = layer.skeleton.calls((hidden_RTD.shape[0], hidden_RTD.shape[1]), hidden_RTD.device, layer.dtype)
+    with widening.products(hidden_RTD.device):
+        output_RTD, handed = calls.pass_layer(layer.own, call, layer.index, hidden_RTD, carried)
+    return output_RTD, handed if call.carry else ()
+
+
+def with_output(
+    layer: DecoderLayer, hidden_RTD: Tensor, experts_TD: Tensor, carried: Carried = ()
+) -> tuple[Tensor, Carried]:
+    """What a layer without tail makes of its rows [R, T, ...] where its experts put out [R * T, D]; and what it hands
+    on.
+    """
+    assert layer.own.tap is not None
+    with layer.own.tap.answering(lambda input_TD, *_: experts_TD.view(*input_TD.shape[:-1], -1)):
+        found = _passed(layer, hidden_RTD, carried)
+    layer.own.tap.take()
+    return found
+
+
+def add_output_(layer: DecoderLayer, hidden_TD: Tensor, experts_TD: Tensor) -> None:
+    """Add the experts' output, in the rows' dtype, to a layer's output without it, in place."""
+    hidden_TD += experts_TD if layer.tail in (1.0, None) else experts_TD * layer.tail
 
 
 def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], weight_ENK: Tensor) -> Tensor:
@@ -254,18 +297,13 @@ def _filled(count: int) -> int:
     return -(-count // step) * step
 
 
-def expert_hidden(
-    input_TD: Tensor, pairs: Pairs, gate_up_ENK: Tensor, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """silu(gate) * up of each pair, [S, I] in the compute dtype. gate_up_ENK: of exactly the experts of `pairs`."""
-    width = gate_up_ENK.shape[1] // 2
-    return of_gate_up(input_TD, pairs, gate_up_ENK, width, lambda gate_up_SN: activate(gate_up_SN, activation))
+def expert_hidden(input_TD: Tensor, pairs: Pairs, gate_up_ENK: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """What down is given for each pair, silu(gate) * up of most models: [S, I] in the compute dtype.
 
-
-def activate(gate_up_SN: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """silu(gate) * up, [..., I]."""
-    gate_SI, up_SI = gate_up_SN.chunk(2, dim=-1)
-    return activation(gate_SI) * up_SI
+    gate_up_ENK: of exactly the experts of `pairs`.
+    """
+    width = gate_up_ENK.shape[1] // (2 if arithmetic.gated else 1)
+    return of_gate_up(input_TD, pairs, gate_up_ENK, width, arithmetic.hidden)
 
 
 def of_gate_up(
@@ -291,9 +329,10 @@ def run_experts(layer: DecoderLayer, input_TD: Tensor, routing: Routing) -> Tens
     """
     gate_up_ENK, down_ENK = layer.stacks
     pairs = sort_pairs(routing, layer.owned, layer.experts)
-    hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.activation)
+    hidden_SI = expert_hidden(input_TD, pairs, gate_up_ENK, layer.arithmetic)
     every_S = torch.arange(len(hidden_SI), device=hidden_SI.device)
-    output_SD = grouped_linear(hidden_SI, every_S, pairs.offsets, down_ENK).mul_(pairs.weight_S[:, None])
+    output_SD = grouped_linear(hidden_SI, every_S, pairs.offsets, down_ENK)
+    output_SD = layer.arithmetic.weighted(output_SD, pairs.weight_S)
     summed_TD: Tensor = _SumByToken.apply(  # type: ignore[no-untyped-call]
         output_SD, pairs.slot_S, routing.index_TA.shape
     )
@@ -322,11 +361,15 @@ class _SumByToken(torch.autograd.Function):
 
 def pass_rows(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Routing | None]:
     """Rows through a layer whose experts are all its own: its output [R, T, D], and the routing if it has experts."""
-    output_RTD, input_TD, routing = attend(layer, hidden_RTD)
+    attended = attend(layer, hidden_RTD)
+    output_RTD, input_TD, routing = attended.output_RTD, attended.input_TD, attended.routing
     if input_TD is None or routing is None:
         return output_RTD, None
     experts_TD = run_experts(layer, input_TD, routing).to(output_RTD.dtype)
-    return output_RTD + experts_TD.view_as(output_RTD), routing
+    if layer.tail is None:
+        return with_output(layer, hidden_RTD, experts_TD)[0], routing
+    scaled_TD = experts_TD if layer.tail == 1.0 else experts_TD * layer.tail
+    return output_RTD + scaled_TD.view_as(output_RTD), routing
 
 
 def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> tuple[Tensor, Routing | None]:

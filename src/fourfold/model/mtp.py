@@ -7,17 +7,19 @@ output head, predicts the token after that.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.activations import ACT2FN
 
 from fourfold.core import widening
-from fourfold.model.head import build_norm
+from fourfold.model import internals
+from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.experts import find_experts
 from fourfold.model.layer import DecoderLayer, Routing, run_experts
-from fourfold.model.skeleton import take_traffic
+from fourfold.model.loader import Layer, Tap
 from fourfold.model.weights import Weights
 
 
@@ -26,6 +28,7 @@ class DraftHead:
     """fc_DF [D, 2D] joins the normed embedding (first) and the normed hidden state; `norm` is on the output."""
 
     layer: DecoderLayer
+    rotary: nn.Module
     fc_DF: Tensor
     norm_embedding: nn.Module
     norm_hidden: nn.Module
@@ -36,27 +39,38 @@ class DraftHead:
 def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype) -> DraftHead:
     """The draft head of a checkpoint that has one, its experts fused or one by one on disk."""
     skeleton, prefix = weights.skeleton, weights.skeleton.family.mtp_prefix
-    module = skeleton.empty_draft_layer()
-    names = [name for name in module.state_dict() if not name.startswith("mlp.experts.")]
+    decoder, module = skeleton.blueprint.decoder, skeleton.empty_draft_layer()
+    experts = find_experts(module, "the draft head")
+    assert experts is not None
+    tap = Tap(experts.output)
+    names = [name for name in module.state_dict() if not name.startswith(f"{experts.module}.")]
     kept = {name: weights.read(f"{prefix}layers.0.{name}", device).to(dtype) for name in names}
     module.load_state_dict(kept, strict=False, assign=True)
-    gate_up_ENK, down_ENK = weights.experts(skeleton.family.mtp_experts_prefix, device, dtype)
+    expert_module = module.get_submodule(experts.module)
+    expert_module.__dict__["forward"] = tap
+    own = Layer(module.eval().requires_grad_(False), experts, Arithmetic.of(expert_module, "the draft head"), tap)
+    gate_up_ENK, down_ENK = weights.draft_experts(device, dtype)
     layer = DecoderLayer(
         index=0,  # its place in the cache of keys, not among the model's layers
-        module=module.eval().requires_grad_(False),
-        rotary=skeleton.rotary(device),
-        activation=ACT2FN[skeleton.text.hidden_act],
-        experts=skeleton.experts,
-        owned=tuple(range(skeleton.experts)),
+        own=own,
+        skeleton=skeleton,
+        tail=1.0,
+        dtype=dtype,
+        owned=tuple(range(experts.count)),
         gate_up_ENK=gate_up_ENK,
         down_ENK=down_ENK,
     )
 
     def norm(name: str) -> nn.Module:
-        return build_norm(skeleton, weights.read(f"{prefix}{name}.weight", device), device, dtype)
+        made: nn.Module = copy.deepcopy(decoder.norm)
+        made.load_state_dict({"weight": weights.read(f"{prefix}{name}.weight", device).to(dtype)}, assign=True)
+        return made.requires_grad_(False)
 
+    rotary = copy.deepcopy(decoder.rotary_emb)
+    internals.make_buffers(decoder, rotary, device)
     return DraftHead(
         layer=layer,
+        rotary=rotary,
         fc_DF=weights.read(f"{prefix}fc.weight", device).to(dtype),
         norm_embedding=norm("pre_fc_norm_embedding"),
         norm_hidden=norm("pre_fc_norm_hidden"),
@@ -106,14 +120,15 @@ class Drafts:
         input_RTF = torch.cat([embedded_RTD, head.norm_hidden(hidden_RTD)], dim=-1)
         with widening.products(input_RTF.device):
             joined_RTD = nn.functional.linear(input_RTF, head.fc_DF)
-            output_RTD = layer.module(
+            output_RTD = layer.own.module(
                 joined_RTD,
-                position_embeddings=layer.rotary(joined_RTD, position_RT),
+                position_embeddings=head.rotary(joined_RTD, position_RT.expand(3, -1, -1)),
                 attention_mask=mask_R1TT,  # None: causal
                 position_ids=position_RT,
                 past_key_values=self._cache,
             )
-        input_TD, index_TA, weight_TA = take_traffic(layer.module)
+        assert layer.own.tap is not None
+        input_TD, index_TA, weight_TA = layer.own.tap.take()
         routed_TD = run_experts(layer, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
         output_RTD = output_RTD + routed_TD.to(output_RTD.dtype).view_as(output_RTD)
         normed_RTD: Tensor = head.norm(output_RTD)

@@ -1,174 +1,230 @@
-"""transformers' own classes for one checkpoint: its config, empty decoder layers, the tensors they expect."""
+"""A checkpoint by its config.json and headers: its family, transformers' own model without weights, names on disk."""
 
 from __future__ import annotations
 
 import copy
-import importlib
+import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import PreTrainedModel
+from torch import nn
 
-from fourfold.datatypes import FourfoldError, reason
+from fourfold.core import widening
+from fourfold.datatypes import FourfoldError, TensorHeader
+from fourfold.model import calls, internals
+from fourfold.model.arithmetic import BIAS
+from fourfold.model.blueprint import Blueprint
+from fourfold.model.calls import Calls
 from fourfold.model.config import CONFIG, check_values, find_family, read_source_config
-from fourfold.model.family import Family
+from fourfold.model.experts import Experts, release_prefix
+from fourfold.model.family import DOWN, Family
+from fourfold.model.head import Around, blank_ends, input_name
+from fourfold.model.headers import Headers
+from fourfold.model.loader import Layer
 
-CAPTURE = "fourfold_capture"
-TRAFFIC = "fourfold_traffic"
-
-
-def _capture(experts: nn.Module, hidden_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
-    """Keep what a MoE block hands to its experts, and answer with zeros: the layer's output without routed experts."""
-    experts.__dict__[TRAFFIC] = (hidden_TD, index_TA, weight_TA)
-    return torch.zeros_like(hidden_TD)
-
-
-def take_traffic(module: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the last forward of a decoder layer handed to its experts: input [T, D], expert ids and weights [T, A]."""
-    traffic: tuple[Tensor, Tensor, Tensor] = module.mlp.experts.__dict__.pop(TRAFFIC)
-    return traffic
-
-
-ALL_EXPERTS_FUNCTIONS.register(CAPTURE, _capture)
-
-
-@contextmanager
-def _refused(path: Path, family: Family) -> Iterator[None]:
-    """Make one error of whatever transformers raises for values that no model has."""
-    try:
-        yield
-    except Exception as error:
-        raise FourfoldError(
-            f"{path}: transformers does not accept it as {family.model_type}: {reason(error)}. "
-            "Download the original file again"
-        ) from error
+TOPK = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")  # keys of configs, as they differ
+TAIL_TOKENS = 4  # that a tail is measured on
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Everything about a checkpoint that its config.json decides, with no weight read.
+    """Everything about a checkpoint that its config.json and headers decide, with no weight read.
 
-    raw: config.json as it is; text: transformers' config of the text model; config: of the whole checkpoint.
+    raw: config.json as it is, without its quantization. What a run finds out about calls and tails is kept, for all
+    threads.
     """
 
     family: Family
     raw: Mapping[str, Any]
-    config: Any
-    text: Any
+    blueprint: Blueprint
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _recorded: dict[Any, Calls] = field(default_factory=dict, repr=False, compare=False)
+    _tails: list[float | None] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Skeleton:
-        """Read `config.json`. Raises FourfoldError for a folder that is no checkpoint fourfold can quantize."""
-        return cls.of(read_source_config(folder), folder / CONFIG)
+    def open(cls, folder: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
+        """Read `config.json` of a folder. headers: of its weights, where they were read already. Raises FourfoldError
+        for a folder that is no checkpoint fourfold can quantize.
+        """
+        raw = read_source_config(folder)
+        return cls.of(raw, folder / CONFIG, Headers.open(folder).headers if headers is None else headers)
 
     @classmethod
-    def of(cls, raw: Mapping[str, Any], path: Path) -> Skeleton:
-        """The skeleton of a config.json that was read already, from `path`, without its quantization.
+    def of(cls, raw: Mapping[str, Any], path: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
+        """The skeleton of a config.json that was read already, from `path`. headers: as a BF16 checkpoint has them;
+        None: those that transformers would write, a tensor for each expert.
 
         Raises FourfoldError for a model that fourfold or transformers does not accept.
         """
         raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
         family = find_family(raw, path)
-        with _refused(path, family):
-            config = AutoConfig.for_model(**raw)
-            text = copy.deepcopy(getattr(config, family.text_key) if family.text_key else config)
-            text._attn_implementation = "sdpa"
-            text._experts_implementation = CAPTURE
-            skeleton = cls(family=family, raw=raw, config=config, text=text)
-            completed = config.to_dict()
-        check_values(completed, path)  # with transformers' defaults for what is missing
-        with _refused(path, family):
-            skeleton.rotary(torch.device("meta"))
-            for kind in {skeleton.layer_kind(layer): layer for layer in range(skeleton.layers)}.values():
-                skeleton.empty_layer(kind)
-        return skeleton
+        blueprint = Blueprint.of(raw, headers, path)
+        check_values(blueprint.model.config.to_dict(), path)  # with transformers' defaults for what is missing
+        if any(name.endswith(BIAS) for one in blueprint.experts if one is not None for name in one.parameters):
+            raise FourfoldError(
+                f"{path}: experts of {family.model_type} have biases, which no engine applies to int4 experts: SGLang "
+                "leaves them out, vLLM leaves the experts unwritten. This family cannot be quantized"
+            )
+        return cls(family=family, raw=raw, blueprint=blueprint)
+
+    @property
+    def text(self) -> Any:
+        """transformers' config of the text model."""
+        return self.blueprint.decoder.config
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers."""
+        return type(self.blueprint.model).__name__
 
     @property
     def layers(self) -> int:
-        return int(self.text.num_hidden_layers)
+        return self.blueprint.layers
+
+    @cached_property
+    def widest(self) -> Experts:
+        """The routed experts of the layer that has most of their weights."""
+        found = filter(None, self.blueprint.experts)
+        return max(found, key=lambda one: one.count * one.width * (one.hidden + one.output))
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.blueprint.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def topk(self) -> int:
+        """How many experts a token goes to."""
+        value = next(getattr(self.text, name) for name in TOPK if getattr(self.text, name, None))
+        return int(max(value) if isinstance(value, list) else value)  # one for each layer, as some families write it
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads' queries."""
+        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
+        return int(self.text.num_attention_heads * head_dim)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of a layer's routed experts in BF16."""
+        return max(2 * one.count * sum(math.prod(one.shape(part)) for part in one.projections)
+                   for one in self.blueprint.experts if one is not None)  # fmt: skip
+
+    def is_fused(self, layer: int) -> bool:
+        """Whether a layer's routed experts are stacks on disk."""
+        experts = self.blueprint.experts[layer]
+        return experts is not None and bool(experts.stacked)
+
+    @property
+    def embedding_names(self) -> tuple[str, ...]:
+        """Of the embeddings on disk."""
+        return self.blueprint.sources[input_name(self.blueprint)].all_names
+
+    def router_names(self) -> Iterator[str]:
+        """Of all routers' matrices on disk: E rows, beside the experts."""
+        for layer in self.routed:
+            experts = self.blueprint.experts[layer]
+            assert experts is not None
+            beside = f"{self.blueprint.prefix(layer)}{experts.module.rpartition('.')[0]}"
+            for _, source in self.blueprint.within(beside):
+                shape = self.blueprint.headers[source.all_names[0]].shape
+                if source.converter is None and len(shape) == 2 and shape[0] == experts.count:
+                    yield from source.all_names
 
     @property
     def experts(self) -> int:
-        return int(self.text.num_experts)
+        """Of the layer that has most."""
+        return max(one.count for one in self.blueprint.experts if one is not None)
 
     @property
-    def has_mtp(self) -> bool:
-        return bool(self.family.mtp_prefix) and bool(getattr(self.text, "mtp_num_hidden_layers", 0))
+    def routed(self) -> tuple[int, ...]:
+        """Layers with routed experts."""
+        return tuple(layer for layer, experts in enumerate(self.blueprint.experts) if experts is not None)
+
+    def is_routed(self, layer: int) -> bool:
+        return self.blueprint.experts[layer] is not None
 
     def layer_kind(self, layer: int) -> str:
+        """As the family names its kinds of layers."""
         kinds = getattr(self.text, "layer_types", None)
         return str(kinds[layer]) if kinds else "full_attention"
 
-    def _class(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.family.modeling), name)
+    def calls(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Calls:
+        """The layers' calls for so many rows of so many tokens, recorded once."""
+        key = shape, device, dtype
+        with self._lock:
+            if key not in self._recorded:
+                token_RT = torch.zeros(shape, dtype=torch.int64, device=device)
+                around = Around(self.blueprint, blank_ends(self.blueprint), device, dtype)
+                found = around.calls(token_RT)
+                blank = found.state.new_zeros(()).expand(found.state.shape)  # or a batch of each shape stays
+                self._recorded[key] = replace(found, state=blank)
+            return self._recorded[key]
 
-    def empty_layer(self, layer: int) -> nn.Module:
-        """transformers' decoder layer on the meta device."""
-        with torch.device("meta"):
-            module: nn.Module = self._class(self.family.layer_class)(self.text, layer)
-        return module
+    def carries(self, device: torch.device) -> bool:
+        """Whether layers hand on more than their state."""
+        return bool(self.calls((1, TAIL_TOKENS), device, torch.bfloat16).carry)
 
-    def empty_draft_layer(self) -> nn.Module:
-        """The draft head's decoder layer, on the meta device: full attention, whatever the model's layers are."""
-        text = copy.deepcopy(self.text)
-        text.layer_types = ["full_attention"] * self.layers
-        with torch.device("meta"):
-            module: nn.Module = self._class(self.family.layer_class)(text, 0)
-        return module
+    def tail(self, layer: Layer, index: int, device: torch.device, dtype: torch.dtype) -> float | None:
+        """How the experts' output comes to the output of a layer, see calls.measure_tail; measured on the first."""
+        call = self.calls((1, TAIL_TOKENS), device, dtype)
+        with self._lock:
+            if not self._tails:
+                generator = torch.Generator().manual_seed(0)
+                state = torch.randn(call.state.shape, generator=generator).to(device, dtype)
+                with widening.products(device):
+                    self._tails.append(calls.measure_tail(layer, call, index, state))
+            return self._tails[0]
 
-    def empty_norm(self) -> nn.Module:
-        """The norm before the output head, on the meta device."""
-        with torch.device("meta"):
-            module: nn.Module = self._class(self.family.norm_class)(self.text.hidden_size, eps=self.text.rms_norm_eps)
-        return module
+    def stems(self, layer: int) -> tuple[Mapping[str, str], ...]:
+        """By expert, what a release's tensors of each projection are named, with a dot at the end."""
+        experts = self.blueprint.experts[layer]
+        assert experts is not None
+        if experts.separate:
+            return tuple({part: name.removesuffix("weight") for part, name in names.items()}
+                         for names in experts.separate)  # fmt: skip
+        prefix = self.experts_prefix(layer)
+        return tuple({part: f"{prefix}{expert}.{part}." for part in experts.projections}
+                     for expert in range(experts.count))  # fmt: skip
 
-    def rotary(self, device: torch.device) -> nn.Module:
-        """Rotary position embedding, of x [R, T, D] and positions [R, T]; it holds no weights of the checkpoint."""
-        module: nn.Module = self._class(self.family.rotary_class)(self.text)
-        if hasattr(module, "mrope_section"):  # time, height and width, the same for text; 5.17 does not expand itself
-            module.register_forward_pre_hook(lambda _, given: (given[0], given[1].expand(3, -1, -1)))
-        return module.to(device)
+    def experts_prefix(self, layer: int) -> str:
+        """What the names of a layer's experts begin with in a release."""
+        experts = self.blueprint.experts[layer]
+        assert experts is not None
+        if experts.stacked:
+            return release_prefix(experts.stacked[DOWN])
+        return experts.separate[0][DOWN].rpartition(".0.")[0] + "."
 
-    def is_routed(self, layer: int) -> bool:
-        """Whether this layer has routed experts (dense layers are copied)."""
-        return hasattr(self.empty_layer(layer).mlp, "experts")
+    # --- the draft head that fourfold can run -------------------------------------------------------------------------
 
-    def require_layers(self, folder: Path, names: Iterable[str]) -> None:
-        """Raise FourfoldError if no tensor is of the last layer, before thousands of layers are built."""
-        last = self.family.layer_prefix(self.layers - 1)
-        if not any(name.startswith(last) for name in names):
-            raise FourfoldError(
-                f"{folder / CONFIG}: num_hidden_layers: got {self.layers:,}, expected the number of layers that the "
-                f"checkpoint has: it has no tensor {last}*. Download the original file again"
-            )
+    @property
+    def has_mtp(self) -> bool:
+        """Whether config.json has one."""
+        return bool(self.family.mtp_prefix) and bool(getattr(self.text, "mtp_num_hidden_layers", 0))
 
-    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor the checkpoint must hold, experts in the fused layout: (name on disk, shape).
+    def has_draft(self, names: Iterable[str]) -> bool:
+        """Whether any tensor of it is there: fine-tunes saved by transformers have lost it."""
+        return self.has_mtp and any(name.startswith(self.family.mtp_prefix) for name in names)
 
-        From transformers' own model on the meta device; the MTP head, which transformers does not build, is one of
-        its full-attention layers and four tensors more (vLLM, models/qwen3_5_mtp.py).
+    def draft_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name on disk, shape) of the draft head, its experts in stacks: a full-attention layer of transformers' own
+        and four tensors more (vLLM, models/qwen3_5_mtp.py).
         """
-        transformers_class: type[PreTrainedModel] = getattr(
-            importlib.import_module(self.family.modeling), self.family.architecture
-        )
-        with _refused(Path(CONFIG), self.family), torch.device("meta"):
-            model = transformers_class(self.config)
-        tied = set(model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
-        for name, value in model.state_dict().items():
-            if name not in tied:
-                yield name, tuple(value.shape)
-        if not self.has_mtp:
-            return
         prefix, hidden = self.family.mtp_prefix, self.text.hidden_size
         yield f"{prefix}fc.weight", (hidden, 2 * hidden)
         for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
             yield f"{prefix}{norm}.weight", (hidden,)
         for name, value in self.empty_draft_layer().state_dict().items():
             yield f"{prefix}layers.0.{name}", tuple(value.shape)
+
+    def empty_draft_layer(self) -> nn.Module:
+        """The draft head's decoder layer, on the meta device: full attention, whatever the model's layers are."""
+        text = copy.deepcopy(self.text)
+        text.layer_types = ["full_attention"] * self.layers
+        with internals.building():
+            module: nn.Module = type(self.blueprint.decoder.layers[0])(text, 0)
+        return module

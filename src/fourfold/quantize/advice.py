@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from fourfold import formats
 from fourfold.datatypes import Event
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.claims import has_draft
+from fourfold.model.sources import SourceIndex
 from fourfold.quantize.devices import devices_text
 from fourfold.quantize.estimate import ROW_DAMPING, DiskPlan, Workload, damping_by_rule
 from fourfold.quantize.identity import layers_text
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.recipe import Recipe
+from fourfold.units import size
 
 if TYPE_CHECKING:
     from fourfold.quantize.plan import Plan
@@ -48,12 +48,26 @@ def start_event(plan: Plan, out: Path) -> Event:
     return Event(kind="start", text="\n".join(f"{name:9}{fact}" for name, fact in facts), data=dict(facts))
 
 
-def release_advice(skeleton: Skeleton, index: TensorIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
+def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
-    yield from format_advice(skeleton, has_draft(skeleton, index.headers), formats.named(recipe.format))
-    width, size = skeleton.text.moe_intermediate_size, recipe.scheme.group_size
+    yield from source_advice(index)
+    yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format))
+    width, size = skeleton.widest.width, recipe.scheme.group_size
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
         yield problem
+
+
+def source_advice(index: SourceIndex) -> Iterator[str]:
+    """What becomes of a source that is not BF16."""
+    if index.kind == "int4":
+        yield (
+            "the source is int4: its experts are quantized a second time, which costs quality; meant for models that "
+            "are published in nothing else. To change the format, take `fourfold convert`"
+        )
+    elif index.kind:
+        yield f"the source is {index.kind}: dequantized while it is read; what is not quantized is written in BF16"
+    if index.kind:
+        yield f"in BF16 the source would be {size(index.added_bytes)} larger than it is on disk"
 
 
 def format_advice(skeleton: Skeleton, draft: bool, format: Format) -> Iterator[str]:

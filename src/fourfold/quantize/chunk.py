@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourfold.core import guidance, moments, widening
 from fourfold.datatypes import Moments
-from fourfold.model.layer import DecoderLayer, Pairs, activate, expert_hidden, of_gate_up
+from fourfold.model.layer import DecoderLayer, Pairs, expert_hidden, of_gate_up
 from fourfold.quantize.estimate import ROW_POOL_ROWS
 from fourfold.quantize.observe import Observed, own_tokens
 from fourfold.quantize.workers import Worker
@@ -96,13 +96,13 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     between the rows that it is added to.
     """
     pairs, offsets = chunk.pairs, list(chunk.pairs.offsets)
-    hidden_SI = expert_hidden(chunk.input_TD, pairs, gate_up_ENK, layer.activation)
+    hidden_SI = expert_hidden(chunk.input_TD, pairs, gate_up_ENK, layer.arithmetic)
     own = moments.accumulate(hidden_SI, torch.arange(len(hidden_SI), device=hidden_SI.device), chunk.weight_S, offsets)
     if chunk.target_TD is None:
         return own
     place = slice(chunk.experts.start, chunk.experts.stop)
     source_ENK, down_ENK = (stack[place] for stack in layer.stacks)
-    target_SI = expert_hidden(chunk.target_TD, pairs, source_ENK, layer.activation)
+    target_SI = expert_hidden(chunk.target_TD, pairs, source_ENK, layer.arithmetic)
 
     def missing(expert: int, piece: slice) -> Tensor:
         lost_SI = (target_SI[piece].float() - hidden_SI[piece].float()).to(hidden_SI.dtype)
@@ -120,7 +120,7 @@ def down_pool(layer: DecoderLayer, gate_up_ENK: Tensor, pool: Pool) -> Tensor:
     gate_up_ENK: of the chunk's experts. Neurons of different experts do not correspond, so each expert has a pool of
     its own.
     """
-    return _pool_of_random(gate_up_ENK, pool, lambda gate_up_EPN: activate(gate_up_EPN, layer.activation))
+    return _pool_of_random(gate_up_ENK, pool, layer.arithmetic.hidden)
 
 
 def row_moments(chunk: Chunk, gate_up_ENK: Tensor) -> Moments:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
 from fourfold.formats import named
 from fourfold.model.checkpoint import DTYPES, TensorIndex
-from fourfold.model.family import DOWN, GATE, UP
+from fourfold.model.family import DOWN, GATE, KEPT, UP
 from fourfold.model.skeleton import Skeleton
 from fourfold.recipe import Recipe
 
@@ -25,9 +26,12 @@ GROUPS = (
     "embeddings",
     "norms",
     "buffers",
+    "other",
 )
 KEPT_DTYPES = ("BF16", "F32", "F16")
+WHOLE = ("I64", "I32", "U8", "BOOL")
 NAMES_SHOWN = 3
+DRAFT_PREFIX = re.compile(r".*?(layers\.\d+|mtp[^.]*)\.")  # a layer past the end, or one of its own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class Wanted:
 
 
 def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tuple[TensorClaim, ...]:
-    """Claim every source tensor exactly once, in the order of transformers' own model, extras last.
+    """Claim every source tensor exactly once, in the order of transformers' own model, drafts and extras last.
 
     Raises FourfoldError naming all that is missing, unexpected, or of another shape or dtype than wanted.
     """
@@ -92,6 +96,9 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
             dtypes.append(f"{name} is {header.dtype}, wanted {' or '.join(wanted.dtypes)}")
         else:
             claims.append(wanted.claim(header))
+    in_memory = set(skeleton.blueprint.missing)
+    if in_memory.intersection(missing):
+        missing = [*skeleton.blueprint.lacking(), *(name for name in missing if name not in in_memory)]
     extras = {name: known_extra(skeleton, header) for name, header in left.items()}
     claims += [extra.claim(left[name]) for name, extra in extras.items() if extra]
     unexpected = [name for name, extra in extras.items() if not extra]
@@ -100,7 +107,7 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
     if problems:
         raise FourfoldError(
             f"{index.folder}: the safetensors headers do not fit config.json:{problems}\n"
-            "A whole and unaltered BF16 checkpoint is wanted, as published or from save_pretrained"
+            "A whole and unaltered checkpoint is wanted, as published or from save_pretrained"
         )
     return tuple(claims)
 
@@ -110,53 +117,96 @@ def _listed(names: Sequence[str]) -> str:
     return "; ".join(names[:NAMES_SHOWN]) + more
 
 
-def is_fused(names: Container[str], experts_prefix: str) -> bool:
-    """Whether the experts under a prefix are stacks, as on the Hub, not a tensor each (save_pretrained)."""
-    return f"{experts_prefix}gate_up_proj" in names or f"{experts_prefix}down_proj" in names
-
-
-def has_draft(skeleton: Skeleton, names: Iterable[str]) -> bool:
-    """Whether any tensor of the draft head is there: fine-tunes saved by transformers have lost it."""
-    return skeleton.has_mtp and any(name.startswith(skeleton.family.mtp_prefix) for name in names)
-
-
 def draft_prefixes(skeleton: Skeleton, names: Iterable[str]) -> tuple[str, ...]:
     """What the names of the draft heads' tensors begin with, of those that are there."""
-    return (skeleton.family.mtp_prefix,) if has_draft(skeleton, names) else ()
+    if skeleton.has_draft(names):
+        return (skeleton.family.mtp_prefix,)
+    found = (DRAFT_PREFIX.match(name) for name in skeleton.blueprint.drafts)
+    return tuple(dict.fromkeys(match[0] for match in found if match))
 
 
 def wanted_tensors(
     skeleton: Skeleton, headers: Mapping[str, TensorHeader], recipe: Recipe
 ) -> Iterator[tuple[str, Wanted]]:
-    """Every tensor that must be there, experts in the layout that each layer has on disk."""
-    family, draft = skeleton.family, has_draft(skeleton, headers)
-    for name, shape in skeleton.expected():
-        in_draft = skeleton.has_mtp and name.startswith(family.mtp_prefix)
-        if in_draft and not draft:
-            continue
-        layer = _layer_of(skeleton, name)
-        group, reason = _kept_group(skeleton, name)
-        if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
-            prefix = name[: name.rindex(".") + 1]
-            one = _wanted_draft_expert(name, shape) if layer is None else _wanted_expert(name, shape, layer, recipe)
-            yield from _wanted_experts(name, shape, one, is_fused(headers, prefix))
-            continue
-        # Rows go through these matrices in BF16. Vectors (A_log, norms) are published in F32 here and there.
-        in_stream = len(shape) == 2 and (layer is not None or group == "embeddings")
-        dtypes = ("BF16",) if in_stream else KEPT_DTYPES
+    """Every tensor that must be there, in the order of transformers' model, experts in the layout that each layer has
+    on disk.
+    """
+    blueprint = skeleton.blueprint
+    experts = {
+        f"{blueprint.prefix(layer)}{one.module}.{parameter}": layer
+        for layer, one in enumerate(blueprint.experts)
+        if one is not None
+        for parameter in one.parameters
+    }
+    for name, value in blueprint.model.state_dict().items():
+        layer = layer_of(skeleton, name)
+        if name in experts:
+            yield from _wanted_experts(skeleton, name, experts[name], recipe)
+        elif name in blueprint.sources:
+            source = blueprint.sources[name]
+            for on_disk in source.all_names:
+                shape = tuple(value.shape) if source.converter is None else blueprint.headers[on_disk].shape
+                yield on_disk, _kept(on_disk, shape, layer, value.is_floating_point())
+        elif name in blueprint.missing:
+            yield name, _kept(name, tuple(value.shape), layer)
+    if skeleton.has_draft(headers):
+        for name, shape in skeleton.draft_tensors():
+            if len(shape) == 3:
+                yield from _wanted_draft_experts(name, shape, headers)
+            else:
+                yield name, _kept(name, shape, None)
+
+
+def _kept(name: str, shape: tuple[int, ...], layer: int | None, floats: bool = True) -> Wanted:
+    group, reason = kept_group(name)
+    # Rows go through these matrices in BF16. Vectors (A_log, norms) are published in F32 here and there.
+    in_stream = len(shape) == 2 and (layer is not None or group == "embeddings") and group != "router"
+    dtypes = WHOLE if not floats else ("BF16",) if in_stream else KEPT_DTYPES
+    return Wanted(shape=shape, dtypes=dtypes, action=Action.COPY, reason=reason, group=group, layer=layer)
+
+
+def _wanted_experts(skeleton: Skeleton, name: str, layer: int, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
+    """What makes one tensor of the experts in memory: a stack on disk, or the projections one by one."""
+    experts = skeleton.blueprint.experts[layer]
+    assert experts is not None
+    projections = (DOWN,) if name.endswith("down_proj") else experts.projections[:-1]
+    if experts.separate:
+        for names in experts.separate:
+            for projection in projections:
+                yield names[projection], _wanted_expert(experts.shape(projection), layer, recipe)
+        return
+    source = skeleton.blueprint.sources.get(name)
+    if not experts.stacked:  # some are missing
+        for on_disk in (name,) if source is None else source.all_names:
+            shape = () if source is None else skeleton.blueprint.headers[on_disk].shape
+            yield on_disk, replace(_wanted_expert(experts.shape(projections[0]), layer, recipe), shape=shape)
+        return
+    for stack in dict.fromkeys(experts.stacked[projection] for projection in projections):
+        held = [projection for projection in projections if experts.stacked[projection] == stack]
+        one, count = _wanted_expert(experts.shape(held[0]), layer, recipe), experts.count * len(held)
+        assert one.bytes_after is not None
+        shape = _stack_shape(skeleton, name, stack, (experts.count, len(held) * one.shape[0], one.shape[1]))
         yield (
-            name,
-            Wanted(shape=shape, dtypes=dtypes, action=Action.COPY, reason=reason, group=group, layer=layer),
+            stack,
+            replace(one, shape=shape, tensors_after=count * one.tensors_after, bytes_after=count * one.bytes_after),
         )
 
 
-def _wanted_expert(name: str, shape: tuple[int, ...], layer: int, recipe: Recipe) -> Wanted:
+def _stack_shape(skeleton: Skeleton, name: str, stack: str, canonical: tuple[int, ...]) -> tuple[int, ...]:
+    """What a stack must be: as in memory, or, where transformers converts it, anything of as many values."""
+    blueprint = skeleton.blueprint
+    if blueprint.sources[name].converter is None:
+        return tuple(blueprint.model.get_parameter(name).shape)
+    shape = tuple(blueprint.headers[stack].shape)
+    return shape if math.prod(shape) == math.prod(canonical) else canonical
+
+
+def _wanted_expert(shape: tuple[int, int], layer: int, recipe: Recipe) -> Wanted:
     """One projection [N, K] of a routed expert."""
-    outputs, inputs = _projection_shape(name, shape)
     size = recipe.scheme.group_size
-    stored = named(recipe.format).tensor_shapes(outputs, inputs, inputs // size)
+    stored = named(recipe.format).tensor_shapes(*shape, shape[1] // size)
     return Wanted(
-        shape=(outputs, inputs),
+        shape=shape,
         dtypes=("BF16",),
         action=Action.QUANTIZE,
         reason=f"routed expert: int4, a scale for {size} inputs each, stored as {recipe.format}",
@@ -167,52 +217,40 @@ def _wanted_expert(name: str, shape: tuple[int, ...], layer: int, recipe: Recipe
     )
 
 
-def _projection_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    _, rows, inputs = shape
-    return (rows // 2 if name.endswith("gate_up_proj") else rows), inputs
-
-
-def _wanted_draft_expert(name: str, shape: tuple[int, ...]) -> Wanted:
-    """One projection [N, K] of a draft expert."""
-    return Wanted(
-        shape=_projection_shape(name, shape),
+def _wanted_draft_experts(
+    name: str, shape: tuple[int, ...], headers: Mapping[str, TensorHeader]
+) -> Iterator[tuple[str, Wanted]]:
+    """A stack of draft experts as it lies on disk, or its E (or 2E) projections one by one."""
+    prefix, _, stack = name.rpartition(".")
+    one = Wanted(
+        shape=(shape[1] // (2 if stack == "gate_up_proj" else 1), shape[2]),
         dtypes=KEPT_DTYPES,
         action=Action.COPY,
         reason="draft head stays BF16: a tensor per expert already",
         group="MTP",
         layer=None,
     )
-
-
-def _wanted_experts(name: str, shape: tuple[int, ...], one: Wanted, fused: bool) -> Iterator[tuple[str, Wanted]]:
-    """A stack of experts as it lies on disk, or its E (or 2E) projections one by one."""
-    prefix, _, stack = name.rpartition(".")
     projections = (GATE, UP) if stack == "gate_up_proj" else (DOWN,)
-    if not fused:
-        for expert in range(shape[0]):
-            for projection in projections:
-                yield f"{prefix}.{expert}.{projection}.weight", one
-        return
-    count = shape[0] * len(projections)
-    tensors, total = count * one.tensors_after, None if one.bytes_after is None else count * one.bytes_after
-    stacked = replace(one, shape=shape, tensors_after=tensors, bytes_after=total)
-    if one.action is Action.COPY:
+    if f"{prefix}.gate_up_proj" in headers or f"{prefix}.down_proj" in headers:
         reason = "draft head stays BF16: split bit for bit into a tensor per expert, which every engine loads"
-        stacked = replace(stacked, action=Action.SPLIT, reason=reason)
-    yield name, stacked
+        count = shape[0] * len(projections)
+        yield name, replace(one, shape=shape, action=Action.SPLIT, reason=reason, tensors_after=count)
+        return
+    for expert in range(shape[0]):
+        for projection in projections:
+            yield f"{prefix}.{expert}.{projection}.weight", one
 
 
-def _layer_of(skeleton: Skeleton, name: str) -> int | None:
-    prefix = f"{skeleton.family.text_prefix}layers."
-    number = name[len(prefix) :].partition(".")[0] if name.startswith(prefix) else ""
+def layer_of(skeleton: Skeleton, name: str) -> int | None:
+    """The decoder layer of a name in memory."""
+    path = f"{skeleton.blueprint.layers_path}."
+    number = name[len(path) :].partition(".")[0] if name.startswith(path) else ""
     return int(number) if number.isdecimal() and int(number) < skeleton.layers else None
 
 
-def _kept_group(skeleton: Skeleton, name: str) -> tuple[str, str]:
-    for group, marker, reason in skeleton.family.groups:
-        if marker in name:
-            return group, reason
-    raise AssertionError(f"family {skeleton.family.model_type} has no group for {name}")
+def kept_group(name: str) -> tuple[str, str]:
+    """The group of a tensor that is kept, and why it is, by its name on disk."""
+    return next((group, reason) for group, marker, reason in KEPT if marker in name)
 
 
 def known_extra(skeleton: Skeleton, header: TensorHeader) -> Wanted | None:
@@ -224,12 +262,21 @@ def known_extra(skeleton: Skeleton, header: TensorHeader) -> Wanted | None:
             action=Action.DROP,
             reason="rotary frequencies: computed from config.json, not learned",
             group="buffers",
-            layer=_layer_of(skeleton, header.name),
+            layer=layer_of(skeleton, header.name),
             tensors_after=0,
             bytes_after=0,
         )
-    head = (skeleton.text.vocab_size, skeleton.text.hidden_size)
-    tied = skeleton.config.tie_word_embeddings and header.name == "lm_head.weight" and header.shape == head
+    if header.name in skeleton.blueprint.drafts:
+        return Wanted(
+            shape=header.shape,
+            dtypes=(header.dtype,),
+            action=Action.COPY,
+            reason="draft head stays as it is: a layer that transformers does not build, not measured",
+            group="MTP",
+            layer=None,
+        )
+    head = tuple(skeleton.blueprint.model.get_output_embeddings().weight.shape)
+    tied = skeleton.blueprint.model.all_tied_weights_keys and header.name == "lm_head.weight" and header.shape == head
     if tied and header.dtype in KEPT_DTYPES:
         return Wanted(
             shape=header.shape,

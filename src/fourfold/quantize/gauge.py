@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fourfold.core import gptq, grid, moments, target
 from fourfold.datatypes import Moments
+from fourfold.model import loader
 from fourfold.model.checkpoint import raw_bytes, require_finite
-from fourfold.model.layer import DecoderLayer, LayerTensors, attend, build_layer, grouped_linear
+from fourfold.model.layer import DecoderLayer, attend, grouped_linear
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.rates import RATES, Rates
 from fourfold.quantize.site import grid_of
@@ -115,7 +116,7 @@ def _forward(gauge: _Gauge, plan: Plan) -> float:
 def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
     """Temporaries of the model's own attention: what a pass takes beside its products at `forward`."""
     work, layer = plan.work, _made_up_layer(gauge, plan)
-    parameters = sum(value.numel() for value in layer.module.parameters() if value.dim() == 2 and not value.is_meta)
+    parameters = sum(value.numel() for value in layer.own.module.parameters() if value.dim() == 2 and not value.is_meta)
     length, rows, most = min(work.calibration_length, LENGTH), 1, plan.memory.row_batch
     hidden_RTD = gauge.normal(most, work.calibration_length, work.hidden).bfloat16()
 
@@ -135,13 +136,17 @@ def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
 
 def _made_up_layer(gauge: _Gauge, plan: Plan) -> DecoderLayer:
     """The model's first layer with routed experts, all weights alike."""
-    number = next(layer.index for layer in plan.layers if layer.routed)
-    shapes = {name: value.shape for name, value in plan.skeleton.empty_layer(number).state_dict().items()}
-    kept = {
-        name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items() if ".experts." not in name
+    skeleton, number = plan.skeleton, next(layer.index for layer in plan.layers if layer.routed)
+    blueprint, experts = skeleton.blueprint, skeleton.blueprint.experts[number]
+    assert experts is not None
+    inside = tuple(f"{experts.module}.{parameter}" for parameter in experts.parameters)
+    loaded = {
+        blueprint.prefix(number) + name: torch.full(value.shape, 0.01, dtype=value.dtype, device=gauge.device)
+        for name, value in blueprint.layer_module(number).state_dict().items()
+        if name not in inside
     }
-    none_ENK = torch.empty(0, 0, 0, dtype=torch.bfloat16)
-    return build_layer(plan.skeleton, number, LayerTensors(kept, none_ENK, none_ENK, digest=""), gauge.device)
+    own, none_ENK = loader.build_layer(blueprint, number, loaded, gauge.device), torch.empty(0, 0, 0)
+    return DecoderLayer(number, own, skeleton, 1.0, torch.bfloat16, (), none_ENK, none_ENK)
 
 
 def _solve(gauge: _Gauge, plan: Plan) -> dict[str, float]:

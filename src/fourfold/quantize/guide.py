@@ -31,7 +31,7 @@ from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
 from fourfold.quantize.plan import Plan
-from fourfold.quantize.streams import read_embedding, read_head, require_numbers
+from fourfold.quantize.streams import embedded, embeddings, read_head, require_numbers
 from fourfold.quantize.workers import Worker
 
 INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
@@ -240,8 +240,13 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
     uniform_RT = torch.rand(guide.token_RT.shape, dtype=torch.float64, generator=generator)
     uniform_RT = uniform_RT[worker.share(len(uniform_RT))]
     with stage("backward", -1, guide.token_RT.numel(), "tokens") as tick:
-        norm_D, head_VD = worker.once(lambda: read_head(plan.index, plan.skeleton))
-        head = build_head(plan.skeleton, norm_D, head_VD, worker.device)
+        ends, head_VD = worker.once(lambda: read_head(plan.index, plan.skeleton))
+        head = build_head(plan.skeleton.blueprint, ends, head_VD, worker.device)
+        if head.changes:
+            raise FourfoldError(
+                f"{plan.skeleton.blueprint.path}: guidance is not available for {plan.skeleton.family.model_type}: its "
+                "logits are more than a product with the output head; take a recipe without, as best"
+            )
         for row, uniform_T in enumerate(uniform_RT):
             row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
             gradient_RTD[row] = clip(row_TD).to(gradient_RTD.device)
@@ -256,6 +261,11 @@ def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, Laye
     """The next layer with all its experts, on the worker's device."""
     taken = guide.ahead.take(worker, number)
     layer = build_layer(guide.plan.skeleton, number, taken.at(worker), worker.device)
+    if layer.tail is None or layer.skeleton.carries(worker.device):
+        raise FourfoldError(
+            f"{layer.skeleton.blueprint.path}: guidance is not available for {layer.skeleton.family.model_type}: what "
+            "its experts put out is not added to the residual stream as it is; take a recipe without, as best"
+        )
     return layer.owning(layer.owned) if layer.is_routed else layer, taken.tensors
 
 
@@ -268,8 +278,9 @@ def _inputs(worker: Worker, guide: Guide, place: int) -> Tensor:
     """A worker's rows before layer `place`: embedded, or kept."""
     if place:
         return _own_rows(worker, guide, INPUT, place)
-    embedding_VD = worker.once(lambda: read_embedding(guide.plan.index, guide.plan.skeleton))
-    return embedding_VD[guide.token_RT[worker.share(len(guide.token_RT))]]
+    token_RT = guide.token_RT[worker.share(len(guide.token_RT))]
+    around = worker.once(lambda: embeddings(guide.plan.index, guide.plan.skeleton))
+    return embedded(around, token_RT, torch.empty)
 
 
 # ---- files

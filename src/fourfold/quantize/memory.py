@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -17,6 +16,7 @@ from fourfold.core import widening
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
 from fourfold.model.layer import PAIRS_PER_BATCH
+from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import pinned
 from fourfold.quantize.chunk import POOL_PIECE
 from fourfold.quantize.estimate import Workload, inputs_bytes
@@ -108,24 +108,36 @@ def gather_bytes(work: Workload) -> int:
     return max(piece, batch)
 
 
-def attend_token_bytes(text: Any) -> int:
+def attend_token_bytes(skeleton: Skeleton) -> int:
     """Temporaries of one token in attention and shared experts, of the dearer kind of layer.
 
-    text: transformers' config of the text model. Full attention: query, gate and output, key and value, each
-    with a rotated or permuted copy, BF16. Linear attention: its projections in BF16, then transformers'
-    chunked rule in fp32: some ten tensors of the value's size and three of heads x 64.
+    Full attention: query, gate and output, key and value, each with a rotated or permuted copy, BF16. Linear attention:
+    its projections in BF16, then transformers' chunked rule in fp32: some ten tensors of the value's size and three of
+    heads x 64. Of a model whose config has other names for these sizes: what all matrices of a layer put out, three
+    times, and where it has a recurrence ten tensors of its largest in fp32.
     """
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    mlp = max(getattr(text, "shared_expert_intermediate_size", 0), getattr(text, "intermediate_size", 0) or 0)
-    around = (4 * text.hidden_size + 3 * mlp) * BF16
-    attention = 2 * (3 * queries + 2 * keys) * BF16
-    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
-        heads = text.linear_num_value_heads
-        values = heads * max(text.linear_value_head_dim, text.linear_key_head_dim)
-        mixed = 2 * text.linear_num_key_heads * text.linear_key_head_dim + heads * text.linear_value_head_dim
-        attention = max(attention, (3 * mixed + 2 * values) * BF16 + (10 * values + 3 * heads * 64) * FP32)
-    return int(around + attention)
+    text = skeleton.text
+    try:
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+        mlp = max(getattr(text, "shared_expert_intermediate_size", 0), getattr(text, "intermediate_size", 0) or 0)
+        around = (4 * text.hidden_size + 3 * mlp) * BF16
+        attention = 2 * (3 * queries + 2 * keys) * BF16
+        if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+            heads = text.linear_num_value_heads
+            values = heads * max(text.linear_value_head_dim, text.linear_key_head_dim)
+            mixed = 2 * text.linear_num_key_heads * text.linear_key_head_dim + heads * text.linear_value_head_dim
+            attention = max(attention, (3 * mixed + 2 * values) * BF16 + (10 * values + 3 * heads * 64) * FP32)
+        return int(around + attention)
+    except (AttributeError, TypeError, RuntimeError):  # the last of transformers, where layers differ
+        return max(_layer_token_bytes(skeleton, layer) for layer in range(skeleton.layers))
+
+
+def _layer_token_bytes(skeleton: Skeleton, layer: int) -> int:
+    shapes = [tuple(value.shape) for value in skeleton.blueprint.decoder.layers[layer].parameters()]
+    outputs = [int(shape[0]) for shape in shapes if len(shape) == 2]
+    recurrent = any(len(shape) == 3 and shape[1] == 1 for shape in shapes)  # a convolution over each channel
+    return int((4 * skeleton.widest.hidden + 3 * sum(outputs)) * BF16 + 10 * recurrent * max(outputs, default=0) * FP32)
 
 
 def attend_batch_bytes(work: Workload, rows: int) -> int:

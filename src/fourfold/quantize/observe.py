@@ -15,9 +15,11 @@ from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
     Routing,
+    add_output_,
     attend,
     run_experts,
     sort_pairs,
+    with_output,
 )
 from fourfold.quantize.workers import Worker
 
@@ -70,22 +72,23 @@ def observe(worker: Worker, layer: DecoderLayer, source: Traffic, release: Traff
     pairs = sort_pairs(routing, layer.owned, layer.experts)
     target_TD = None if release is None else source.input_TD
     gap_TD = None
-    if release is not None and target_TD is not traffic.input_TD:
-        gap_TD = _gap(worker, source, release).to(traffic.input_TD.device, non_blocking=True)
+    if release is not None and target_TD is not traffic.input_TD and layer.tail is not None:
+        gap_TD = _gap(worker, layer.tail, source, release).to(traffic.input_TD.device, non_blocking=True)
     importance_T = torch.ones(len(traffic.input_TD), device=routing.weight_TA.device)
     return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD, importance_T)
 
 
-def _gap(worker: Worker, source: Traffic, release: Traffic) -> Tensor:
-    """Source less release at all workers' tokens, on the host. Divided by the sum of a token's router weights, so that
-    what each of its experts adds comes to all of it.
+def _gap(worker: Worker, tail: float, source: Traffic, release: Traffic) -> Tensor:
+    """Source less release at all workers' tokens, on the host. Divided by what an expert's output is multiplied by
+    before it is added, `tail` times the sum of the token's router weights, so that what its experts add comes to all of
+    it.
     """
     assert release.routing is not None
     source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
     room = worker.room(source.rows.token_RT.numel(), source_RTD.shape[2:], source_RTD.dtype)
     torch.sub(source_RTD, release_RTD, out=room.own_TX.view(source_RTD.shape))
     weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
-    room.own_TX.div_(weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu())
+    room.own_TX.div_(tail * weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu())
     return worker.gathered(room)[0]
 
 
@@ -98,7 +101,7 @@ def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
     """
     length_RT = torch.empty(rows.hidden_RTD.shape[:2])
     for length_T, hidden_TD in zip(length_RT, rows.hidden_RTD, strict=True):  # fp32 of all rows at once may be 2 GB
-        torch.norm(hidden_TD.float(), dim=-1, out=length_T)
+        torch.norm(hidden_TD.flatten(1).float(), dim=-1, out=length_T)
     length_T, _ = worker.gather([length_RT.flatten()])
     return (length_T.median() / length_T).pow_(power).nan_to_num_(1.0).clamp_(max=MOST_IMPORTANT)
 
@@ -111,21 +114,25 @@ def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
 
 def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
     """Attention, shared experts and router over a worker's rows. In place: `rows` then holds the output without
-    experts. What the experts are given is gathered from all workers.
+    experts, but of a layer that must be run again with their output. What the experts are given is gathered from all
+    workers.
     """
-    hidden_RTD, link = rows.hidden_RTD, worker.link
-    # All workers' in one piece from the start: pieces that are put together later lie twice in memory then.
-    room = worker.room(rows.token_RT.numel(), hidden_RTD.shape[2:], hidden_RTD.dtype) if layer.is_routed else None
+    hidden_RTD, link, room = rows.hidden_RTD, worker.link, None
+    if layer.is_routed:
+        # All workers' in one piece from the start: pieces that are put together later lie twice in memory then.
+        room = worker.room(rows.token_RT.numel(), (layer.stacks[0].shape[2],), layer.dtype)
     choices: list[Routing] = []
     places = list(_batches(len(hidden_RTD), batches.rows))
     brought = link.bring(hidden_RTD[place] for place in places)
     for place, batch_RTD in zip(places, brought, strict=True):
-        output_RTD, input_TD, routing = attend(layer, batch_RTD)
-        link.put_(hidden_RTD[place], output_RTD)
-        if room is not None and input_TD is not None and routing is not None:
-            link.put_(room.own_TX.view(hidden_RTD.shape)[place], input_TD.view(output_RTD.shape))
-            choices.append(routing)
-        tick(output_RTD.shape[0] * output_RTD.shape[1])
+        found = attend(layer, batch_RTD, rows.carried_in(place, layer.device))
+        if layer.tail is not None:  # else these rows go through the layer again
+            link.put_(hidden_RTD[place], found.output_RTD)
+            rows.carry_(place, found.carried)
+        if room is not None and found.input_TD is not None and found.routing is not None:
+            link.put_(room.own_TX.unflatten(0, rows.token_RT.shape)[place].flatten(0, 1), found.input_TD)
+            choices.append(found.routing)
+        tick(found.output_RTD.shape[0] * found.output_RTD.shape[1])
     link.settle()
     if room is None:
         return Traffic(rows, (), None, None)
@@ -143,12 +150,28 @@ def _gather_routing(worker: Worker, choices: list[Routing]) -> Routing:
 
 def advance_(worker: Worker, layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
     """Add the routed experts' output to a worker's rows of a stream, in place, and hand the rows on."""
-    hidden_TD = traffic.rows.hidden_RTD.flatten(0, 1)
+    rows = traffic.rows
     if traffic.input_TD is None or traffic.routing is None:
-        tick(len(hidden_TD))
-        return traffic.rows
-    _add_experts_(worker, layer, hidden_TD, traffic, batches, tick)
-    return traffic.rows
+        tick(rows.token_RT.numel())
+        return rows
+    if layer.tail is not None:
+        _add_experts_(worker, layer, rows.hidden_RTD.flatten(0, 1), traffic, batches, tick)
+        return rows
+    experts_TD = torch.zeros(rows.token_RT.numel(), layer.stacks[1].shape[1], dtype=layer.dtype)
+    _add_experts_(worker, layer, experts_TD, traffic, batches, tick)
+    _run_again_(layer, rows, experts_TD, batches)
+    return rows
+
+
+def _run_again_(layer: DecoderLayer, rows: Rows, experts_TD: Tensor, batches: Batches) -> None:
+    """A worker's rows through a layer whose experts put out `experts_TD`, in place."""
+    hidden_RTD = rows.hidden_RTD
+    experts_RTD = experts_TD.unflatten(0, hidden_RTD.shape[:2])
+    for place in _batches(len(hidden_RTD), batches.rows):
+        given = hidden_RTD[place].to(layer.device), experts_RTD[place].flatten(0, 1).to(layer.device)
+        output_RTD, handed = with_output(layer, *given, rows.carried_in(place, layer.device))
+        hidden_RTD[place] = output_RTD.to(hidden_RTD.device)
+        rows.carry_(place, handed)
 
 
 def _add_experts_(
@@ -156,7 +179,7 @@ def _add_experts_(
 ) -> None:
     """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time.
 
-    hidden_TD: on the host. While it adds, the device works on the next tokens.
+    hidden_TD: on the host; of a layer that is run again, zeros. While it adds, the device works on the next tokens.
     """
     all_TD, chosen = traffic.input_TD, traffic.routing
     assert all_TD is not None and chosen is not None
@@ -175,7 +198,7 @@ def _add_experts_(
     partials = worker.link.take(map(put_out, firsts, sizes))
     for first, counts, partial_TD in zip(firsts, sizes, partials, strict=True):
         output_TD = worker.sum(partial_TD, counts).to(hidden_TD.dtype)
-        hidden_TD[first : first + len(output_TD)] += output_TD
+        add_output_(layer, hidden_TD[first : first + len(output_TD)], output_TD)
         tick(len(output_TD))
 
 
@@ -202,12 +225,10 @@ def pass_heldout_(
     drifts = [_Drift() for _ in layers[1:]]
     for first in range(0, max(worker.everyone(len(rows[0].hidden_RTD))), batches.rows):
         batch = slice(first, first + batches.rows)
-        source_RTD, source_routing = pass_batch(worker, layers[0], rows[0].hidden_RTD[batch], batches)
-        rows[0].hidden_RTD[batch] = source_RTD
+        source_RTD, source_routing = pass_batch(worker, layers[0], rows[0], batch, batches)
         tick(source_RTD.shape[0] * source_RTD.shape[1])
         for layer, stream, drift in zip(layers[1:], rows[1:], drifts, strict=True):
-            release_RTD, release_routing = pass_batch(worker, layer, stream.hidden_RTD[batch], batches)
-            stream.hidden_RTD[batch] = release_RTD
+            release_RTD, release_routing = pass_batch(worker, layer, stream, batch, batches)
             drift.add(source_RTD, release_RTD)
             if source_routing is not None and release_routing is not None:
                 share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
@@ -245,24 +266,34 @@ class _Drift:
 
 
 def pass_batch(
-    worker: Worker, layer: DecoderLayer, hidden_RTD: Tensor, batches: Batches
+    worker: Worker, layer: DecoderLayer, rows: Rows, place: slice, batches: Batches
 ) -> tuple[Tensor, Routing | None]:
-    """One batch of a worker's rows through a layer and its experts: the output, where the rows lie, and the routing if
+    """One batch of a worker's rows through a layer and its experts, in place: the rows behind it, and the routing if
     any. A worker whose rows are through takes part with none: the others need its experts.
     """
-    output_RTD, inputs, choices = hidden_RTD, [], []
+    hidden_RTD, found, inputs, choices = rows.hidden_RTD[place], None, [], []
     if len(hidden_RTD):
-        output_RTD, input_TD, routing = attend(layer, hidden_RTD.to(layer.device))
-        if input_TD is not None and routing is not None:
-            inputs, choices = [input_TD], [routing]
-    output_RTD = output_RTD.to(hidden_RTD.device)
+        found = attend(layer, hidden_RTD.to(layer.device), rows.carried_in(place, layer.device))
+        if found.input_TD is not None and found.routing is not None:
+            inputs, choices = [found.input_TD], [found.routing]
+        if layer.tail is not None:
+            hidden_RTD.copy_(found.output_RTD)
+            rows.carry_(place, found.carried)
     if not layer.is_routed:
-        return output_RTD, None
-    own = choices[0] if choices else None
+        return hidden_RTD, None
     input_TD, counts = worker.gather(inputs)
-    traffic = Traffic(Rows(torch.empty(0), output_RTD), counts, input_TD, _gather_routing(worker, choices))
-    _add_experts_(worker, layer, output_RTD.flatten(0, 1), traffic, batches, lambda count: None)
-    return output_RTD, own
+    traffic = Traffic(Rows(torch.empty(0), hidden_RTD), counts, input_TD, _gather_routing(worker, choices))
+    if layer.tail is not None:
+        _add_experts_(worker, layer, hidden_RTD.flatten(0, 1), traffic, batches, lambda count: None)
+        return hidden_RTD, choices[0] if choices else None
+    experts_TD = torch.zeros(len(hidden_RTD) * hidden_RTD.shape[1], layer.stacks[1].shape[1], dtype=layer.dtype)
+    _add_experts_(worker, layer, experts_TD, traffic, batches, lambda count: None)
+    if found is not None:
+        given = hidden_RTD.to(layer.device), experts_TD.to(layer.device)
+        output_RTD, handed = with_output(layer, *given, rows.carried_in(place, layer.device))
+        hidden_RTD.copy_(output_RTD)
+        rows.carry_(place, handed)
+    return hidden_RTD, choices[0] if choices else None
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError, brief, reason
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.config import read_source_config
 from fourfold.model.files import SIDECARS
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.sources import SourceIndex, open_source
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
-from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors, is_fused
+from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk, pool_rows
@@ -87,7 +88,7 @@ class Plan:
     """
 
     skeleton: Skeleton
-    index: TensorIndex
+    index: SourceIndex
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
     rest: tuple[RestShard, ...]
@@ -129,7 +130,8 @@ class Plan:
     @property
     def projections(self) -> int:
         """Expert projections that this run solves."""
-        return 3 * self.skeleton.experts * sum(self.layers[index].routed for index in self.solve)
+        experts = (self.skeleton.blueprint.experts[index] for index in self.solve)
+        return sum(one.count * len(one.projections) for one in experts if one is not None)
 
     def groups(self) -> tuple[GroupRow, ...]:
         """The table of the whole model: a row for each group of tensors that it has, in a fixed order."""
@@ -224,12 +226,12 @@ def make_plan(
     set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
     """
     check_sources(recipe)
-    skeleton, index = Skeleton.open(model), TensorIndex.open(model)
-    skeleton.require_layers(model, index.headers)
+    index = open_source(model, read_source_config(model))
+    skeleton = Skeleton.open(model, index.headers)
     solve = _layer_range(layers, skeleton.layers)
     _check_widths(skeleton, recipe)
     _check_activation(skeleton, recipe)
-    _check_tokenizer(model, int(skeleton.text.vocab_size))
+    _check_tokenizer(model, skeleton.vocabulary)
     layer_plans, rest = _lay_out(skeleton, index, claim_tensors(skeleton, index, recipe))
     partial = len(solve) < skeleton.layers
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)
@@ -273,25 +275,20 @@ def _layer_range(layers: range | None, count: int) -> range:
 
 
 def _check_widths(skeleton: Skeleton, recipe: Recipe) -> None:
-    if not any(skeleton.is_routed(layer) for layer in range(skeleton.layers)):
-        raise FourfoldError(
-            "config.json: no layer has routed experts, so there is nothing to quantize; fourfold is for "
-            "Mixture-of-Experts models"
-        )
-    size, text = recipe.scheme.group_size, skeleton.text
-    for name in ("hidden_size", "moe_intermediate_size"):
-        width = getattr(text, name)
+    size, experts = recipe.scheme.group_size, skeleton.widest
+    for name, width in (("hidden size", experts.hidden), ("width", experts.width)):
         if width % size:
-            fitting = next((f"take {group}" for group in (128, 64, 32) if width % group == 0), "no group fits")
-            raise FourfoldError(f"scheme.group_size = {size} does not divide {name} = {width}; {fitting}")
+            fits = (group for group in (128, 64, 32) if experts.hidden % group == 0 == experts.width % group)
+            fitting = next((f"take {group}" for group in fits), "no group fits")
+            raise FourfoldError(f"scheme.group_size = {size} does not divide the experts' {name} {width}; {fitting}")
 
 
 def _check_activation(skeleton: Skeleton, recipe: Recipe) -> None:
     """What the metric of gate_up's rows is written for."""
-    guidance, found = recipe.guidance, skeleton.text.hidden_act
-    if guidance.tokens and guidance.sites == "both" and found != "silu":
+    guidance = recipe.guidance
+    if guidance.tokens and guidance.sites == "both" and not skeleton.widest.arithmetic.is_swiglu():
         raise FourfoldError(
-            f"guidance.sites = 'both' is for experts with hidden_act = 'silu', config.json has {found!r}; take 'down'"
+            "guidance.sites = 'both' is for experts that compute silu(gate) * up, this model's do not; take 'down'"
         )
 
 
@@ -318,7 +315,7 @@ def _check_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def _lay_out(
-    skeleton: Skeleton, index: TensorIndex, claims: Sequence[TensorClaim]
+    skeleton: Skeleton, index: SourceIndex, claims: Sequence[TensorClaim]
 ) -> tuple[tuple[LayerPlan, ...], tuple[RestShard, ...]]:
     """One shard for each decoder layer, in order, then the rest in transformers' order, up to 5 GB each."""
     by_layer: list[list[TensorClaim]] = [[] for _ in range(skeleton.layers)]
@@ -340,7 +337,7 @@ def _lay_out(
             index=layer,
             kind=skeleton.layer_kind(layer),
             routed=any(claim.action is Action.QUANTIZE for claim in own),
-            fused=is_fused(index.headers, skeleton.family.experts_prefix(layer)),
+            fused=skeleton.is_fused(layer),
             claims=tuple(own),
             shard=shards[layer],
         )
@@ -358,20 +355,19 @@ def _workload(
     solve: range,
     written: Sequence[LayerPlan | RestShard],
 ) -> Workload:
-    text, solver, run = skeleton.text, recipe.solver, layers[: solve.stop]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text, experts, solver, run = skeleton.text, skeleton.widest, recipe.solver, layers[: solve.stop]
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
     copied = (claim.header.shape for layer in run for claim in layer.claims if claim.action is Action.COPY)
     kept = [shape for shape in copied if len(shape) > 1]  # what a token is multiplied by besides its experts
-    ends_bytes = 2 * text.vocab_size * text.hidden_size * BF16  # embeddings, output head
+    ends_bytes = 2 * skeleton.vocabulary * text.hidden_size * BF16  # embeddings, output head
     return Workload(
-        hidden=text.hidden_size,
-        width=text.moe_intermediate_size,
+        hidden=experts.hidden,
+        width=experts.width,
         experts=skeleton.experts,
-        topk=text.num_experts_per_tok,
-        vocabulary=text.vocab_size,
+        topk=skeleton.topk,
+        vocabulary=skeleton.vocabulary,
         calibration_tokens=rows * length,
         calibration_length=length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
@@ -380,7 +376,7 @@ def _workload(
         candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
-        pool_rows=min(pool_rows(solver.pool_rows, text.moe_intermediate_size), rows * length),
+        pool_rows=min(pool_rows(solver.pool_rows, experts.width), rows * length),
         guidance_tokens=guided,
         guidance_sites=recipe.guidance.sites,
         swept_layers=len(swept),
@@ -388,13 +384,13 @@ def _workload(
         routed_layers=sum(layer.routed for layer in run),
         solved_layers=sum(layers[index].routed for index in solve),
         full_attention_layers=sum(layer.kind != "linear_attention" for layer in run),
-        attention_width=text.num_attention_heads * head_dim,
+        attention_width=skeleton.attention_width,
         kept_parameters=sum(math.prod(shape) for shape in kept if len(shape) == 2),
         kept_matrix=max(map(math.prod, kept)),
         kept_width=max(map(max, kept)),
-        attend_token_bytes=attend_token_bytes(text),
+        attend_token_bytes=attend_token_bytes(skeleton),
         layer_bytes=max(layer.bytes_before for layer in run),
-        expert_bytes=3 * skeleton.experts * text.moe_intermediate_size * text.hidden_size * BF16,
+        expert_bytes=skeleton.expert_bytes,
         shard_bytes=max(layer.bytes_after for layer in run),
         read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
         write_bytes=sum(part.bytes_after for part in written),

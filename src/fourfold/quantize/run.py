@@ -313,9 +313,9 @@ def solve(
     if observed is not None:
         assert source.calibration is not None
         skeleton = job.plan.skeleton
-        prefix, batches = skeleton.family.experts_prefix(layer_plan.index), job.journal.settings.batches
+        stems, batches = skeleton.stems(layer_plan.index), job.journal.settings.batches
         with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
-            chunking = Chunking(batches.experts, batches.inputs, prefix, tick)
+            chunking = Chunking(batches.experts, batches.inputs, stems, tick)
             if power := job.plan.recipe.solver.norm_power:
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)
                 observed = dataclasses.replace(observed, importance_T=importance_T)
@@ -365,10 +365,8 @@ def restore_layer(job: Job, worker: Worker, layer_plan: LayerPlan, layer: Decode
 def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: LayerResult) -> None:
     """On the writer's thread: the layer's shard, then its record."""
     start = time.perf_counter()
-    prefix = job.plan.skeleton.family.layer_prefix(layer_plan.index)
-    kept = {prefix + name: value for name, value in tensors.kept.items()}
     job.watch.tell("write", layer_plan.index)
-    written = output.write_tensors(job.out, layer_plan.shard, kept | result.tensors)
+    written = output.write_tensors(job.out, layer_plan.shard, tensors.kept | result.tensors)
     job.watch.tell("record", layer_plan.index)
     job.journal.add(
         ShardRecord(

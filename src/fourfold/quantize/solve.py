@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,6 @@ from fourfold.core import grid, guidance, moments
 from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.formats import named
 from fourfold.formats.format import Format
-from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.chunk import (
     Chunk,
@@ -55,13 +54,14 @@ class Curvature:
 
 @dataclass(frozen=True)
 class Chunking:
-    """experts, inputs: see Batches; prefix: of the experts' final tensor names; tick: is told of each step of
+    """experts, inputs: see Batches; stems: by expert, what the final tensor names of its
+    projections begin with; tick: is told of each step of
     each expert, STEPS in all.
     """
 
     experts: int
     inputs: str
-    prefix: str
+    stems: Sequence[Mapping[str, str]]
     tick: Tick
 
 
@@ -180,7 +180,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
     rows: list[ProjectionStatistics] = []
     guided: Guided = {}
     chunk = make_chunk(job.observed, places, solver.router_weighted, job.chunking.inputs)
-    for which, projections in enumerate(((GATE, UP), (DOWN,))):
+    for which, projections in enumerate((layer.projections[:-1], layer.projections[-1:])):
         with clock("moments"):
             if which == 0:
                 site_moments, pool_EKK = gate_up_moments(chunk), job.pool_KK
@@ -205,7 +205,7 @@ def _solve_chunk(job: _Job, places: range) -> Part:
             packed = _pack(solved.group, projections, format)
             released_ENK = job.released[which]
             released_ENK[place] = _unpack(packed, format).to(released_ENK.dtype)
-            tensors |= _named(job.chunking.prefix, experts, packed, clock.worker.link)
+            tensors |= _named(job.chunking.stems, experts, packed, clock.worker.link)
             rows += _statistics(layer.index, experts, projections, solved, solver)
             if row_metric is not None:
                 guided[GUIDED[which]] = solved.guided
@@ -267,10 +267,12 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: Format) -> Tensor:
     return torch.cat([grid.dequantize(group.codes_ENK, group.scale_ENG) for group in groups], dim=1)
 
 
-def _named(prefix: str, experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link) -> dict[str, Tensor]:
+def _named(
+    stems: Sequence[Mapping[str, str]], experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link
+) -> dict[str, Tensor]:
     """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on; on the host when the link is settled."""
     return {
-        f"{prefix}{expert}.{projection}.{suffix}": tensor
+        f"{stems[expert][projection]}{suffix}": tensor
         for projection, tensors in packed.items()
         for suffix, stacked in tensors.items()
         for expert, tensor in zip(experts, link.fetch(stacked), strict=True)

@@ -13,7 +13,17 @@ from torch import Tensor
 from fourfold.core import metrics
 from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
 from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
-from fourfold.model.head import Head, build_head
+from fourfold.model.head import (
+    Around,
+    Ends,
+    Head,
+    Read,
+    build_head,
+    input_name,
+    output_name,
+    read_ends,
+    read_matrix,
+)
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.memory import give_back_free_memory
@@ -47,30 +57,49 @@ def embed(
 ) -> tuple[Stream, Stream]:
     """A worker's rows in both streams before the first layer, where they are equal: calibration rows are shared until
     they differ. texts: token ids of all calibration and all held-out rows.
+
+    Raises FourfoldError for a model whose layers are given more than their own rows.
     """
-    embedding_VD = worker.once(lambda: read_embedding(index, skeleton))
-
-    def embedded(token_RT: Tensor) -> Rows:
-        hidden_RTD = worker.link.room((*token_RT.shape, embedding_VD.shape[1]), embedding_VD.dtype)
-        torch.index_select(embedding_VD, 0, token_RT.flatten(), out=hidden_RTD.flatten(0, 1))
-        return Rows(token_RT, hidden_RTD)
-
-    calibration, heldout = (embedded(text_RT[worker.share(len(text_RT))]) for text_RT in texts)
+    around = worker.once(lambda: embeddings(index, skeleton))
+    around.require_plain(texts[0][:1])
+    calibration, heldout = (
+        Rows(token_RT, embedded(around, token_RT, worker.link.room))
+        for token_RT in (text_RT[worker.share(len(text_RT))] for text_RT in texts)
+    )
     source = Stream(calibration=calibration, heldout=heldout)
     return source, Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
 
 
+def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
+    """What stands before the layers, with the embeddings, on the host. Raises FourfoldError for NaN or Inf in it."""
+    blueprint, read = skeleton.blueprint, reader(index)
+    embedding_VD = read_matrix(blueprint, read, input_name(blueprint))
+    return Around(blueprint, read_ends(blueprint, read), torch.device("cpu"), embedding_VD=embedding_VD)
+
+
+def embedded(around: Around, token_RT: Tensor, room: Callable[..., Tensor]) -> Tensor:
+    """Rows before the first layer, [R, T, ...]. room: memory for them."""
+    first = around.calls(token_RT.new_zeros(1, token_RT.shape[1])).state
+    hidden_RTX = room((len(token_RT), *first.shape[1:]), dtype=first.dtype)
+    for hidden_TX, token_T in zip(hidden_RTX, token_RT, strict=True):
+        hidden_TX.copy_(around.calls(token_T[None]).state[0])
+    return hidden_RTX
+
+
 def _copied(worker: Worker, rows: Rows) -> Rows:
     hidden_RTD = worker.link.room(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
-    return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD))
+    return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD), list(rows.carried))
 
 
-def read_embedding(index: TensorIndex, skeleton: Skeleton) -> Tensor:
-    """The embedding matrix [V, D]. Raises FourfoldError for NaN or Inf in it."""
-    name = f"{skeleton.family.text_prefix}embed_tokens.weight"
-    embedding_VD = index.read(name)
-    require_finite(embedding_VD, name)
-    return embedding_VD
+def reader(index: TensorIndex) -> Read:
+    """Tensors by name. Raises FourfoldError for NaN or Inf in one."""
+
+    def read(name: str) -> Tensor:
+        value = index.read(name)
+        require_finite(value, name)
+        return value
+
+    return read
 
 
 def attended_tokens(source: Stream, release: Stream) -> int:
@@ -155,23 +184,22 @@ def measure(
     The reference is of the release's first row, from the leading worker, which has it; None from the others.
     """
 
-    def ends() -> tuple[Tensor, Tensor]:
+    def ends() -> tuple[Ends, Tensor]:
         worker.link.give_back()  # what the layers took
         return read_head(index, skeleton)
 
-    norm_D, head_VD = worker.once(ends)
-    head = build_head(skeleton, norm_D, head_VD, worker.device)
+    head = build_head(skeleton.blueprint, *worker.once(ends), worker.device)
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
     parts = worker.everyone(_compared((head, head), (source, release), worker.beat))
     return metrics.join([row for part in parts for row in part]), reference
 
 
-def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
-    """The last norm [D] and the output head [V, D]. Raises FourfoldError for NaN or Inf in the head."""
-    prefix, tied = skeleton.family.text_prefix, skeleton.config.tie_word_embeddings
-    head_VD = index.read(f"{prefix}embed_tokens.weight" if tied else "lm_head.weight")
-    require_finite(head_VD, "lm_head.weight")
-    return index.read(f"{prefix}norm.weight"), head_VD
+def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Ends, Tensor]:
+    """What stands around the layers, the last norm among it, and the output head [V, D]. Raises FourfoldError for NaN
+    or Inf in them.
+    """
+    blueprint, read = skeleton.blueprint, reader(index)
+    return read_ends(blueprint, read), read_matrix(blueprint, read, output_name(blueprint))
 
 
 def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statistics:
@@ -179,19 +207,20 @@ def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statis
     return metrics.join(_compared(heads, rows, lambda: None))
 
 
-def _compared(
-    heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]
-) -> list[metrics.Statistics]:
+def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]) -> list[metrics.Statistics]:
     """Of each row. beat: called after each."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
+    finish = (heads[0].finish, heads[1].finish) if any(head.changes for head in heads) else None
     parts = []
     for row, token_T in enumerate(rows[0].token_RT):
         source_TD, release_TD = (
             head.norm(stream.hidden_RTD[row, :-1].to(device)) for head, stream in zip(heads, rows, strict=True)
         )
         next_T = token_T[1:].to(device)
-        parts.append(metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD))
+        parts.append(
+            metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD, finish)
+        )
         give_back_free_memory()  # a row's logits may lie where the next one's do not fit: 0.6 GB in 16 rows
         beat()
     return parts

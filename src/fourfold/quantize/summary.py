@@ -55,9 +55,7 @@ def read_summary(out: Path) -> Summary:
     )
 
 
-def finished_already(
-    out: Path, model: Callable[[], Path], recipe: Recipe, layers: range | None
-) -> Summary | None:
+def finished_already(out: Path, model: Callable[[], Path], recipe: Recipe, layers: range | None) -> Summary | None:
     """The summary of `out` if the command that finished it is given again; None if there is something to do.
 
     model: gives the source's folder, where it is needed. Texts are compared by their files; with a dataset among them,

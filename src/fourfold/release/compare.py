@@ -19,7 +19,7 @@ from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.weights import readable_format
+from fourfold.model.sources import readable_format
 from fourfold.release.convert import Scales
 from fourfold.release.evaluate import read_metrics
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock

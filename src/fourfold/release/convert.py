@@ -20,7 +20,6 @@ from fourfold.core import grid
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
-from fourfold.model.config import read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
@@ -158,14 +157,15 @@ def _open(out: Path, format: str, progress: Progress) -> _Job:
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
-    skeleton = Skeleton.of(read_config(out), out / "config.json")
-    weights = Weights.open(out, skeleton)
-    stored = take_stock(weights.index, weights.format)
+    weights = Weights.open(out)
+    stored = take_stock(weights.index.disk, weights.format)
     if not stored.projections:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
         )
-    job = _Job(skeleton=skeleton, stored=stored, release=release, format=formats.named(format), progress=progress)
+    job = _Job(
+        skeleton=weights.skeleton, stored=stored, release=release, format=formats.named(format), progress=progress
+    )
     _check_groups(out, stored)
     _check_layout(job)
     return job

@@ -12,9 +12,9 @@ import torch
 
 from fourfold.core import metrics
 from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
+from fourfold.model.config import read_source_config
 from fourfold.model.files import dump, write_text
 from fourfold.model.head import Head
-from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
@@ -80,8 +80,9 @@ def evaluate(
     """
     check_device(device)
     refuse_links(out)
-    skeleton = Skeleton.open(source)
-    original = Weights.open(source, skeleton)
+    read_source_config(source)
+    original = Weights.open(source)
+    skeleton = original.skeleton
     releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
     before, text = read_metrics(out), read_text(protocol, source)
     if not protocol.replace:
@@ -98,13 +99,17 @@ def evaluate(
         kept["drafts"] = drafted and {
             "protocol": drafts.protocol(text.token_RT), "source": drafted[0], "release": drafted[1],
         }  # fmt: skip
-    found = {"drafts": None} | kept | {
-        "measured_by": "evaluate",
-        "source": {"name": source.resolve().name, "headers": original.index.digest},
-        "protocol": text.protocol | {"digest": text.digest, "dtype": str(dtype).removeprefix("torch.")},
-        "calibration_overlap": overlaps[0],
-        **figures[0],
-    }
+    found = (
+        {"drafts": None}
+        | kept
+        | {
+            "measured_by": "evaluate",
+            "source": {"name": source.resolve().name, "headers": original.index.digest},
+            "protocol": text.protocol | {"digest": text.digest, "dtype": str(dtype).removeprefix("torch.")},
+            "calibration_overlap": overlaps[0],
+            **figures[0],
+        }
+    )
     if against is not None:
         found["against"] = {
             "name": releases[1].name,
@@ -143,8 +148,7 @@ def open_release(folder: Path, source: Weights) -> Release:
 def _check_kept(release: Release, source: Weights) -> None:
     """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
     skeleton, device = source.skeleton, torch.device("cpu")
-    routers = (f"{skeleton.family.layer_prefix(layer)}mlp.gate.weight" for layer in range(skeleton.layers))
-    for name in (f"{skeleton.family.text_prefix}embed_tokens.weight", *routers):
+    for name in (*skeleton.embedding_names, *skeleton.router_names()):
         if name in source.index.headers and not torch.equal(
             release.weights.read(name, device), source.read(name, device)
         ):
@@ -225,7 +229,7 @@ def _measure(
 def _head(release: Release, head: Head, compute: Compute) -> Head:
     """The release's own head; its matrix is the source's where both are equal, so that one is held."""
     own = release.weights.head(compute.device, compute.dtype)
-    return Head(own.norm, head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own
+    return dataclasses.replace(own, weight_VD=head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own
 
 
 def _draft(

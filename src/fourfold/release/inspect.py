@@ -15,11 +15,10 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.config import quantization, read_config
-from fourfold.model.family import FAMILIES, Family
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import group_size_problem, readable_format
+from fourfold.model.sources import group_size_problem, readable_format
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice
-from fourfold.quantize.claims import GROUPS
+from fourfold.quantize.claims import GROUPS, kept_group
 from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 from fourfold.release.verify.rules import config_problems
@@ -28,7 +27,6 @@ from fourfold.serve.engines import ENGINES
 from fourfold.serve.machine import Gpu, Machine
 from fourfold.serve.served import Served, open_served
 
-OTHER = "other"
 INT4 = "int4"
 DRAFT = "mtp."
 HOST_BYTES = 64 * 2**30
@@ -109,7 +107,6 @@ def inspect(folder: Path) -> Inspection:
     or a quantization that is not known too, is said in the result.
     """
     raw, index = read_config(folder), TensorIndex.open(folder)
-    family = FAMILIES.get(str(raw.get("model_type")))
     format, unknown = _format(raw, folder)
     stored = take_stock(index, format)
     traps = list(_traps_of_files(folder))
@@ -135,8 +132,8 @@ def inspect(folder: Path) -> Inspection:
         tensors=len(index.headers),
         shards=len({header.shard for header in index.headers.values()}),
         size_bytes=sum(header.size_bytes for header in index.headers.values()),
-        groups=tuple(_groups(stored, family)),
-        quantized=_quantized(raw, stored, sample, family),
+        groups=tuple(_groups(stored)),
+        quantized=_quantized(raw, stored, sample),
         draft=draft,
         draft_bytes=sum(header.size_bytes for name, header in index.headers.items() if _in_draft(name)),
         made_by=_maker(folder, raw),
@@ -178,26 +175,25 @@ def _draft_layout(headers: Mapping[str, TensorHeader]) -> str:
     return "" if not draft else "fused" if fused else "per expert"
 
 
-def _group(name: str, family: Family | None) -> str:
-    """The group of quantize/claims.GROUPS that a tensor is in; names of a family that is not known are guessed at."""
+def _group(name: str) -> str:
+    """The group of quantize/claims.GROUPS that a tensor is in, by its name."""
     if ".experts." in name and not _in_draft(name):
         return "experts"
-    markers = (family or next(iter(FAMILIES.values()))).groups
-    return next((group for group, marker, _ in markers if marker in name), OTHER)
+    return kept_group(name)[0]
 
 
-def _groups(stored: Stored, family: Family | None) -> Iterator[GroupRow]:
+def _groups(stored: Stored) -> Iterator[GroupRow]:
     parts = {name + suffix for name, projection in stored.projections.items() for suffix in projection.suffixes}
     members: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for name, header in stored.index.headers.items():
-        group = _group(name, family)
+        group = _group(name)
         kind = INT4 if name in parts else header.dtype
         sizes = members.setdefault(group, {})
         sizes[kind] = sizes.get(kind, 0) + header.size_bytes
         counts[group] = counts.get(group, 0) + 1
-    projections = _by_group(stored, family)
-    for group in (*GROUPS, OTHER):
+    projections = _by_group(stored)
+    for group in GROUPS:
         if group in members:
             sizes = members[group]
             yield GroupRow(
@@ -209,10 +205,10 @@ def _groups(stored: Stored, family: Family | None) -> Iterator[GroupRow]:
             )
 
 
-def _by_group(stored: Stored, family: Family | None) -> dict[str, int]:
+def _by_group(stored: Stored) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in stored.projections:
-        group = _group(name, family)
+        group = _group(name)
         found[group] = found.get(group, 0) + 1
     return found
 
@@ -260,7 +256,7 @@ def _first_of_each(stored: Stored) -> list[Projection]:
     return list(seen.values())
 
 
-def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample, family: Family | None) -> Quantized | None:
+def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
     headers = stored.index.headers
@@ -268,7 +264,7 @@ def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample, family: 
         method=str(quantization(raw).get("quant_method")),
         format=stored.format.name,
         projections=len(stored.projections),
-        by_group=_by_group(stored, family),
+        by_group=_by_group(stored),
         group_sizes=tuple(sorted({projection.group_size for projection in stored.projections.values()})),
         scale_dtypes=tuple(sorted({headers[name + stored.format.scales].dtype for name in stored.projections})),
         looked_at=sample.looked_at,

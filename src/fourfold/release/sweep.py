@@ -14,7 +14,7 @@ from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.weights import Weights
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
-from fourfold.quantize.streams import pass_rows_
+from fourfold.quantize.streams import embedded, pass_rows_
 from fourfold.quantize.workers import alone
 
 
@@ -28,8 +28,8 @@ class Compute:
 
 def embed(weights: Weights, token_RT: Tensor, compute: Compute) -> Rows:
     """Rows of one checkpoint before its first layer; they lie on the host."""
-    embedding_VD = weights.embedding(torch.device("cpu"), compute.dtype)
-    return Rows(token_RT, embedding_VD[token_RT])
+    around = weights.around(torch.device("cpu"), compute.dtype)
+    return Rows(token_RT, embedded(around, token_RT, torch.empty))
 
 
 def sweep_(

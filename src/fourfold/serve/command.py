@@ -13,6 +13,7 @@ from pathlib import Path
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import DRAFTS_IN_SGLANG
 from fourfold.install import pip_install
+from fourfold.model.family import FAMILIES
 from fourfold.serve import engines
 from fourfold.serve.engines import ENGINES, KV_CACHES, SGLANG, VLLM, Engine, Profile, Version
 from fourfold.serve.forecast import Cache, Forecast, Split, forecast
@@ -221,8 +222,10 @@ def _value(extra: tuple[str, ...], flag: str) -> str:
 
 
 def _parsers(served: Served, engine: str) -> tuple[str, str]:
-    """Names of the parsers of thinking and of tool calls; "" where the template shows that there is none."""
-    reasoning, tools = engines.PARSERS[served.model_type, engine]
+    """Names of the parsers of thinking and of tool calls; "" where the template shows that there is none, or none is
+    known.
+    """
+    reasoning, tools = engines.PARSERS.get((served.model_type, engine), ("", ""))
     if engines.XML_CALL in served.template:
         tools = engines.XML_PARSER
     thinks = engines.THINKING in served.template or not served.template
@@ -238,8 +241,8 @@ def _common(served: Served, engine: Engine, wanted: Deployment, profile: Profile
     settings += [("share", f"{profile.share:.2f}")] if found.split.gpus else []
     settings += [("kv_cache", KV_CACHES[engine.name][elements])] if elements != "auto" else []
     settings += [("reasoning", reasoning)] if reasoning else []
-    settings += [("tools_on", "")] if engine.name == VLLM else []
-    return [*settings, ("tools", tools)]
+    settings += [("tools_on", "")] if engine.name == VLLM and tools else []
+    return settings + ([("tools", tools)] if tools else [])
 
 
 def _vllm(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
@@ -306,6 +309,9 @@ def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: 
             "--quantization must not be passed to vLLM: it reads the method from config.json, and moe_wna16 stops at "
             "KeyError experts.w2_weight in the MTP loader"
         )
+    family = FAMILIES.get(served.model_type)
+    if family is not None and engine.name in family.refuse:
+        yield f"{engine.name} must not serve {family.title}: {family.refuse[engine.name]}. Try: --engine vllm"
     if engine.name == SGLANG and drafts and _drops_drafts(served):
         yield (
             f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without "

@@ -36,7 +36,6 @@ class Split:
         return cls(ranks=ranks, gpus=bool(machine.gpus), smallest_bytes=smallest, problems=tuple(problems))
 
 
-
 def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
     """Why a model does not split over so many ranks."""
     found = [f"{count} {what}" for what, count in served.splits.items() if count % ranks]

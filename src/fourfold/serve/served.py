@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold.datatypes import FourfoldError
 from fourfold.formats.format import Format
 from fourfold.model.config import quantization, read_config
 from fourfold.model.json_object import read_object
@@ -61,10 +62,10 @@ def open_served(folder: Path, name: str = "") -> Served:
     checkpoint, is not whole, or is quantized in a way that fourfold does not know.
     """
     raw = read_config(folder)
-    skeleton = Skeleton.of(raw, folder / "config.json")
-    weights = Weights.open(folder, skeleton)
+    weights = Weights.open(folder)
+    skeleton = weights.skeleton
     prefix = skeleton.family.mtp_prefix
-    sizes = {name: header.size_bytes for name, header in weights.index.headers.items()}
+    sizes = {name: header.size_bytes for name, header in weights.index.disk.headers.items()}
     draft_bytes = sum(size for name, size in sizes.items() if prefix and name.startswith(prefix))
     text = skeleton.text
     return Served(
@@ -73,16 +74,26 @@ def open_served(folder: Path, name: str = "") -> Served:
         model_type=skeleton.family.model_type,
         format=weights.format,
         group_size=_group_size(raw),
-        expert_width=int(text.moe_intermediate_size),
+        expert_width=skeleton.widest.width,
         vision="vision_config" in raw,
         context=int(text.max_position_embeddings),
         weight_bytes=sum(sizes.values()) - draft_bytes,
         draft_bytes=draft_bytes if weights.has_draft else 0,
-        geometry=_geometry(skeleton),
+        geometry=_known_geometry(skeleton),
         splits=_splits(text),
         template=_template(folder),
         sampling=_sampling(folder),
     )
+
+
+def _known_geometry(skeleton: Skeleton) -> Geometry:
+    try:
+        return _geometry(skeleton)
+    except (AttributeError, RuntimeError, TypeError):  # other keys, or keys that differ from layer to layer
+        raise FourfoldError(
+            f"{skeleton.blueprint.path}: the cache of {skeleton.family.model_type} cannot be worked out from "
+            "config.json, so that no command is derived; start the engine by hand"
+        ) from None
 
 
 def _geometry(skeleton: Skeleton) -> Geometry:

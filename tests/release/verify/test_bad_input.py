@@ -164,7 +164,7 @@ def test_a_source_that_is_not_there(made: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_the_release_itself_as_source(made: dict[str, Path]) -> None:
-    assert "already quantized" in refused(made[CT], "--source", made[CT])
+    assert "was not made from this source" in refused(made[CT], "--source", made[CT])
 
 
 # --- the engine's interpreter -------------------------------------------------------------------------------------

@@ -329,9 +329,7 @@ def edit_log(out: Path, change: Callable[[list[dict[str, str]]], object]) -> Non
 
 
 @pytest.mark.parametrize(("factor", "fails"), [(1 + 5e-5, False), (1 + 3e-4, True)])
-def test_a_logged_error_may_be_off_by_a_ten_thousandth(
-    copy: Broken, source: Path, factor: float, fails: bool
-) -> None:
+def test_a_logged_error_may_be_off_by_a_ten_thousandth(copy: Broken, source: Path, factor: float, fails: bool) -> None:
     out = copy(CT).folder
     edit_log(out, lambda rows: rows[7].update(weight_error=str(float(rows[7]["weight_error"]) * factor)))
     assert failing(verify(out, model=source)) == ({"weight errors"} if fails else set())

@@ -105,7 +105,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
     text = records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
-        ("architecture", f"{records.release.skeleton.family.architecture}, {records.release.skeleton.layers} layers"),
+        ("architecture", f"{records.release.skeleton.architecture}, {records.release.skeleton.layers} layers"),
         ("context", f"{text.max_position_embeddings:,} tokens"),
         ("quantized", f"{state['projections']:,} expert projections, {', '.join(_methods(state['methods']))}"),
         ("format", f"{records.release.format}, int4, groups of {scheme.group_size}, symmetric"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.quantize.claims import kept_group
 from fourfold.release.contents import VERDICT
 from fourfold.release.schemas import Bench, Metrics, Record, Verdict, read_record
 from fourfold.release.verify.folder import Release, open_release
@@ -80,14 +81,13 @@ class Records:
 
     def groups(self) -> tuple[Group, ...]:
         """All tensors of the release by kind; the routed experts' first."""
-        family, layers = self.release.skeleton.family, self.release.skeleton.layers
-        experts = tuple(family.experts_prefix(layer) for layer in range(layers))
+        skeleton = self.release.skeleton
+        experts = tuple(skeleton.experts_prefix(layer) for layer in skeleton.routed)
         count, size, reasons = Counter[str](), Counter[str](), {EXPERTS: {""}}
         for name, header in self.headers.items():
             group, reason = EXPERTS, ""
             if not name.startswith(experts):
-                found = ((group, reason) for group, marker, reason in family.groups if marker in name)
-                group, reason = next(found, ("other", "kept as it was"))
+                group, reason = kept_group(name)
             reasons.setdefault(group, set()).add(reason)
             count[group] += 1
             size[group] += header.size_bytes
@@ -103,8 +103,8 @@ class Records:
 
     def pool_tokens(self, row: Projection) -> float:
         """How many tokens the layer's statistics count for in this projection's: the recipe's pool times its inputs."""
-        text = self.release.skeleton.text
-        inputs = text.moe_intermediate_size if row.projection == "down_proj" else text.hidden_size
+        experts = self.release.skeleton.widest
+        inputs = experts.width if row.projection == "down_proj" else experts.hidden
         return float(self.release.recipe.solver.pool * inputs)
 
     def cold(self) -> list[Projection]:

@@ -12,7 +12,7 @@ from fourfold.datatypes import Action, FourfoldError
 from fourfold.formats.format import Format
 from fourfold.model.config import read_config
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import storage_format
+from fourfold.model.sources import storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, require_release
 from fourfold.quantize.reference import Reference, read_reference
@@ -64,11 +64,23 @@ class Release:
         found: dict[str, Expected] = {}
         for name, wanted in wanted_tensors(self.skeleton, single, recipe):
             found.update(self._stored(name, wanted))
+        if not self.skeleton.has_mtp:
+            for name in self.skeleton.blueprint.drafts_among(names):
+                found[name] = Expected(dtypes=(names[name].dtype,), shape=names[name].shape, projection="")
         return found
 
     def _stored(self, name: str, wanted: Wanted) -> Iterator[tuple[str, Expected]]:
         if wanted.action is not Action.QUANTIZE:
             yield name, Expected(dtypes=wanted.dtypes, shape=wanted.shape, projection="")
+            return
+        if len(wanted.shape) == 3:  # the source has a stack; the release a tensor for each expert
+            assert wanted.layer is not None
+            experts = self.skeleton.blueprint.experts[wanted.layer]
+            assert experts is not None
+            for names in self.skeleton.stems(wanted.layer):
+                for part, stem in names.items():
+                    one = dataclasses.replace(wanted, shape=experts.shape(part))
+                    yield from self._stored(f"{stem}weight", one)
             return
         outputs, inputs = wanted.shape
         prefix = name.removesuffix("weight")

@@ -14,7 +14,6 @@ from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import dump, write_text
 from fourfold.quantize.calibrate import load_tokenizer
-from fourfold.quantize.claims import has_draft
 from fourfold.quantize.journal import STATE, hold
 from fourfold.release.contents import VERDICT, hash_file, loaded_files
 from fourfold.release.verify import files, sglang, source, vllm
@@ -133,7 +132,7 @@ def check_engine(release: Release, model: Path | None, asked: Asked) -> Iterator
 
 def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator[Check]:
     texts = prompts(release)
-    draft = has_draft(release.skeleton, TensorIndex.open(release.folder).headers)
+    draft = release.skeleton.has_draft(TensorIndex.open(release.folder).headers)
     runs = vllm.run(engine, release, model, texts, draft)
     kl_mean = release.state["metrics"].get("kl_mean")
     yield from vllm.checks(runs, kl_mean, release.reference)

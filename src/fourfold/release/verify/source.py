@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
+from fourfold.model import sources
 from fourfold.model.checkpoint import DTYPES, TensorIndex
+from fourfold.model.config import read_source_config
 from fourfold.model.family import split_names
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import claim_tensors
@@ -36,7 +38,8 @@ class Source:
 
 def open_source(release: Release, folder: Path) -> Source:
     """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
-    skeleton, index = Skeleton.open(folder), TensorIndex.open(folder)
+    index = sources.open_source(folder, read_source_config(folder))
+    skeleton = Skeleton.open(folder, index.headers)
     identity = release.state["identity"]
     if source_digest(index) != identity["source"]:
         found, wanted = {name: short(sha) for name, sha in source_parts(index).items()}, identity["parts"]["source"]
@@ -47,25 +50,39 @@ def open_source(release: Release, folder: Path) -> Source:
         )
     origins: dict[str, Origin] = {}
     for claim in claim_tensors(skeleton, index, release.recipe):
-        if claim.action is not Action.DROP:
+        if claim.action is Action.QUANTIZE and claim.layer is not None:
+            origins.update(_expert_origins(skeleton, claim.header, claim.layer))
+        elif claim.action is not Action.DROP:
             origins.update(_origins(claim.header, claim.action))
     return Source(index=index, origins=origins)
 
 
 def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
-    """What a source tensor became: kept tensors by name, projections by their name with a dot at its end."""
-    whole = Origin(name=header.name, start=0, shape=header.shape)
+    """What a kept source tensor became, by name."""
     if action is Action.COPY:
-        yield header.name, whole
-    elif len(header.shape) == 2:  # an expert of its own
-        yield header.name.removesuffix("weight"), whole
-    else:
-        _, rows, inputs = header.shape
-        for name, expert, place in split_names(header.name, header.shape):
-            start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
-            shape, split = (place.stop - place.start, inputs), action is Action.SPLIT
-            key = name if split else name.removesuffix("weight")
-            yield key, Origin(name=header.name, start=start, shape=shape, split=split)
+        yield header.name, Origin(name=header.name, start=0, shape=header.shape)
+        return
+    _, rows, inputs = header.shape
+    for name, expert, place in split_names(header.name, header.shape):
+        start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
+        yield name, Origin(name=header.name, start=start, shape=(place.stop - place.start, inputs), split=True)
+
+
+def _expert_origins(skeleton: Skeleton, header: TensorHeader, layer: int) -> Iterator[tuple[str, Origin]]:
+    """What a tensor of routed experts became: projections by their name with a dot at its end."""
+    experts, stems = skeleton.blueprint.experts[layer], skeleton.stems(layer)
+    assert experts is not None
+    if experts.separate:
+        yield header.name.removesuffix("weight"), Origin(name=header.name, start=0, shape=header.shape)
+        return
+    parts = [part for part in experts.projections if experts.stacked[part] == header.name]
+    shapes = [experts.shape(part) for part in parts]
+    in_rows = experts.in_rows and header.shape == (experts.count, sum(rows for rows, _ in shapes), shapes[0][1])
+    for expert in range(experts.count):
+        for place, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            before = (expert * len(parts) + place) * shape[0] * shape[1] if in_rows else 0
+            start = before * DTYPES[header.dtype].itemsize
+            yield stems[expert][part], Origin(name=header.name, start=start, shape=shape, in_rows=in_rows)
 
 
 def check_source(
@@ -80,7 +97,7 @@ def check_source(
         yield judge(SOURCE, SPLIT, survey.problems[SPLIT], seen)
     else:
         yield skip(SOURCE, SPLIT, "the source has no fused draft experts; what it has is among the kept tensors")
-    yield _check_errors(release, survey)
+    yield _check_errors(release, source, survey)
     yield _check_over_rtn(survey)
 
 
@@ -104,12 +121,15 @@ def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, E
     return judge(SOURCE, "complete", problems, seen)
 
 
-def _check_errors(release: Release, survey: Survey) -> Check:
+def _check_errors(release: Release, source: Source, survey: Survey) -> Check:
     """Each projection's recomputed |W - Wq| / |W| against quant_log.csv."""
     rounded = sum(step["scales"]["changed"] for step in release.state.get("converted", ()))
     if rounded:
         return skip(SOURCE, ERRORS, f"convert rounded {rounded:,} scales: quant_log.csv has the errors before that")
-    logged = read_log(release)
+    in_rows = {name for name, origin in source.origins.items() if origin.in_rows}
+    logged = {name: error for name, error in read_log(release).items() if name in in_rows or name not in source.origins}
+    if not logged:
+        return skip(SOURCE, ERRORS, "the source has its experts in stacks of another order, which are not compared")
     found = {one.name: one.weight_error for one in survey.inspected if one.weight_error is not None}
     unlogged, uncompared = sorted(found.keys() - logged.keys()), sorted(logged.keys() - found.keys())
     problems = [f"{name.rstrip('.')} is not in quant_log.csv" for name in unlogged]
@@ -137,12 +157,19 @@ def _check_over_rtn(survey: Survey) -> Check:
 def read_log(release: Release) -> dict[str, float]:
     """quant_log.csv: projection (with a dot) -> weight error. Raises FourfoldError for a log of another kind."""
     path = release.folder / "quant_log.csv"
-    family, errors = release.skeleton.family, dict[str, float]()
+    skeleton, errors = release.skeleton, dict[str, float]()
+    stems = {
+        (layer, expert, projection): stem
+        for layer in skeleton.routed
+        for expert, names in enumerate(skeleton.stems(layer))
+        for projection, stem in names.items()
+    }
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                prefix = family.experts_prefix(int(row["layer"]))
-                errors[f"{prefix}{int(row['expert'])}.{row['projection']}."] = float(row["weight_error"])
+                place = int(row["layer"]), int(row["expert"]), row["projection"]
+                stem = stems.get(place, f"{place[2]} of expert {place[1]} of layer {place[0]}.")
+                errors[stem] = float(row["weight_error"])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise FourfoldError(f"{path}: cannot be read as quantize writes it ({error!r}); quantize again") from None
     return errors

@@ -25,12 +25,16 @@ WAITING = 4  # jobs per worker that may wait: their pieces are in memory
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a tensor's values lie in the source: from byte `start` of tensor `name` on. shape: of those values."""
+    """Where a tensor's values lie in the source: from byte `start` of tensor `name` on. shape: of those values.
+
+    in_rows: they lie there as they are; False in stacks of another order, whose values are not compared.
+    """
 
     name: str
     start: int
     shape: tuple[int, ...]
     split: bool = False
+    in_rows: bool = True
 
 
 @dataclass
@@ -109,7 +113,7 @@ class Surveyor:
             survey.bytes_read += piece.data.nbytes
 
     def _source_bytes(self, projection: str) -> int:
-        if self.source is None or projection not in self.origins:
+        if self.source is None or projection not in self.origins or not self.origins[projection].in_rows:
             return 0
         origin = self.origins[projection]
         return int(torch.Size(origin.shape).numel()) * DTYPES[self.source.header(origin.name).dtype].itemsize
@@ -118,7 +122,8 @@ class Surveyor:
         name = piece.header.name
         problems: list[Problem] = []
         try:
-            require_finite(piece.values, name)
+            if piece.header.shape:  # a bound of its own may be infinite on purpose
+                require_finite(piece.values, name)
         except FourfoldError as error:
             problems.append((FINITE, str(error)))
         origin = self.origins.get(name)
@@ -139,7 +144,7 @@ class Surveyor:
             source.read_range(origin.name, origin.start, raw_bytes(weight_NK))
             return weight_NK
 
-        return inspect(projection, tensors, self.storage, read_source if origin and source else None)
+        return inspect(projection, tensors, self.storage, read_source if origin and origin.in_rows and source else None)
 
 
 class _Jobs:

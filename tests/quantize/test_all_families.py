@@ -1,0 +1,189 @@
+"""Small checkpoints of every family through plan, quantize, verify and evaluate, and of sources that are not BF16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import checkpoints
+import families
+from fourfold.api import evaluate, verify
+from fourfold.datatypes import Action, FourfoldError
+from fourfold.formats import COMPRESSED_TENSORS
+from fourfold.model.family import FAMILIES, Family
+from fourfold.quantize.plan import make_plan
+from fourfold.quantize.run import quantize
+from fourfold.recipe import Recipe, load_recipe
+
+REFUSED = {
+    "deepseek_v4": "something of the token ids",
+    "qwen4_exp": "something of the token ids",
+    "gpt_oss": "experts of gpt_oss have biases",
+}
+NAMES = [name for name in families.FAMILIES if name not in REFUSED]
+SETTINGS = (
+    "scheme.group_size=64",
+    'calibration.sources=[{builtin="math", rows=2}]',
+    "calibration.length=64",
+    "heldout.windows=2",
+    "heldout.length=64",
+)
+TOKENS = (2, 64)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's small checkpoint with the example's tokenizer, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("families") / name
+            families.tiny(made[name], name, vocabulary=checkpoints.VOCABULARY)
+            for file in checkpoints.TOKENIZER_FILES:
+                shutil.copy(checkpoints.EXAMPLE / file, made[name] / file)
+        return made[name]
+
+    return make
+
+
+def recipe(preset: str = "fast") -> Recipe:
+    return load_recipe(preset, SETTINGS)
+
+
+def test_every_family_has_a_case() -> None:
+    cases = {name.partition("+")[0] for name in NAMES}
+    assert set(FAMILIES) == cases
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "gemma4", "nemotron_h", "qwen3_vl_moe"])
+def test_a_plan_claims_every_tensor_once(source: Callable[[str], Path], name: str) -> None:
+    plan = make_plan(source(name), recipe())
+    claimed = [claim.header.name for part in plan.parts for claim in part.claims]
+    assert sorted(claimed) == sorted(plan.index.headers)
+    experts = [one for one in plan.skeleton.blueprint.experts if one is not None]
+    assert plan.projections == sum(one.count * len(one.projections) for one in experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_release_is_what_quantize_measured(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Read back from disk, its KL divergence is that of the stream that was quantized: names, order and arithmetic."""
+    model, out = source(name), tmp_path / "out"
+    quantize(model, out, recipe())
+    verdict = verify(out, source=model)
+    assert [check for check in verdict.checks if str(check.status) == "fail"] == []
+    measured = json.loads((out / "fourfold.json").read_text())["metrics"]
+    windows, length = TOKENS
+    found = evaluate(out, source=model, windows=windows, length=length, drafts=False)["summary"]
+    assert found["kl_mean"] == pytest.approx(measured["kl_mean"], rel=1e-6)
+    assert found["perplexity_source"] == pytest.approx(measured["perplexity_source"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_quantized_is_refused_by_name(
+    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(FAMILIES, name, Family(model_type=name, title=""))
+    with pytest.raises(FourfoldError, match=REFUSED[name]):
+        quantize(source(name), tmp_path / "out", recipe())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma4", "granitemoe", "cohere2_moe"])
+def test_guidance_says_where_it_is_not_available(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    settings = (*SETTINGS, "guidance.sites=down", "guidance.tokens=128")
+    with pytest.raises(FourfoldError, match="guidance is not available"):
+        quantize(source(name), tmp_path / "out", load_recipe("guided", settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4_moe", "gemma4", "granitemoe", "glm_moe_dsa"])
+def test_a_run_that_was_cut_off_goes_on(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Added, run again, times a constant, and with what layers carry: the same bytes as in one go."""
+    model = source(name)
+    quantize(model, tmp_path / "whole", recipe())
+
+    class CutOff(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if getattr(event, "kind", "") == "layer" and getattr(event, "layer", -1) == 2:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        quantize(model, tmp_path / "parts", recipe(), progress=stop)
+    quantize(model, tmp_path / "parts", recipe())
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+
+
+# ---- sources that are not BF16
+
+
+def as_fp8(name: str, weight_NK: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A matrix in FP8 with a scale for each block of 128 x 128, and what it stands for in BF16."""
+    rows, columns = weight_NK.shape
+    generator = torch.Generator().manual_seed(rows * columns)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 0.01 + 0.01
+    full = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    codes = (weight_NK.float() / full).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scale}, (codes.float() * full).to(torch.bfloat16)
+
+
+def converted(model: Path, folder: Path, quantization: dict[str, object] | None, tensors: dict[str, Tensor]) -> Path:
+    shutil.copytree(model, folder)
+    save_file(tensors, next(folder.glob("*.safetensors")))
+    checkpoints.edit_json(
+        folder / "config.json", lambda raw: raw.update(quantization_config=quantization) if quantization else None
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2"])
+def test_an_fp8_source_gives_the_release_of_its_bf16_twin(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    model = source(name)
+    stored, twin = dict[str, Tensor](), dict[str, Tensor]()
+    for key, value in load_file(next(model.glob("*.safetensors"))).items():
+        if value.ndim == 2 and ".layers." in key and "gate.weight" not in key:
+            parts, twin[key] = as_fp8(key, value)
+            stored |= parts
+        else:
+            stored[key] = twin[key] = value
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    fp8 = converted(model, tmp_path / "fp8", settings, stored)
+    bf16 = converted(model, tmp_path / "bf16", None, twin)
+    quantize(fp8, tmp_path / "from-fp8", recipe())
+    quantize(bf16, tmp_path / "from-bf16", recipe())
+    for path in (tmp_path / "from-bf16").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "from-fp8" / path.name).read_bytes(), path.name
+    configs = [(tmp_path / out / "config.json").read_bytes() for out in ("from-fp8", "from-bf16")]
+    assert configs[0] == configs[1]
+    verdict = verify(tmp_path / "from-fp8", source=fp8)
+    assert [check for check in verdict.checks if str(check.status) == "fail"] == []
+
+
+@pytest.mark.slow
+def test_an_int4_release_can_be_quantized_again(source: Callable[[str], Path], tmp_path: Path) -> None:
+    """With a warning: it is for models that are published in nothing else."""
+    model = source("qwen3_moe")
+    quantize(model, tmp_path / "once", recipe())
+    plan = make_plan(tmp_path / "once", recipe())
+    assert any("quantized a second time" in warning for warning in plan.warnings)
+    assert plan.index.kind == "int4" and plan.index.format is COMPRESSED_TENSORS
+    assert all(claim.header.dtype == "BF16" for part in plan.parts for claim in part.claims
+               if claim.action is Action.QUANTIZE)  # fmt: skip
+    quantize(tmp_path / "once", tmp_path / "twice", recipe())
+    assert not [check for check in verify(tmp_path / "twice", source=tmp_path / "once").checks
+                if str(check.status) == "fail"]  # fmt: skip
