@@ -7,7 +7,10 @@
     python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
         --methods gptqmodel card fast best guided --json benchmarks/results/quality_deep.json
     python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods fast \\
+        --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
 
+The last of them was run at commit 6cab714, before down's target and the importance of tokens (docs/log.md).
 `--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
 Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
 GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
