@@ -113,9 +113,12 @@ def recommend(records: Records, about: About) -> list[Serving]:
     """
     from fourfold.release.report.card import Serving
     from fourfold.serve.engines import ENGINES, version_text
-    from fourfold.serve.served import open_served
+    from fourfold.serve.served import UnknownCache, open_served
 
-    served = replace(open_served(records.release.folder, about.name), folder=Path(about.name))
+    try:
+        served = replace(open_served(records.release.folder, about.name), folder=Path(about.name))
+    except UnknownCache:
+        return []  # the card then has none
     found = []
     for engine in ENGINES.values():
         for drafts in (None, 0) if served.has_draft else (0,):

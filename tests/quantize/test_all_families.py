@@ -18,9 +18,13 @@ from fourfold.api import evaluate, verify
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.formats import COMPRESSED_TENSORS
 from fourfold.model.family import FAMILIES, Family
+from fourfold.quantize.gauge import measure_rates
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe, load_recipe
+from fourfold.release.report.about import About
+from fourfold.release.report.write import write
+from fourfold.reporting import recommend
 
 REFUSED = {
     "deepseek_v4": "something of the token ids",
@@ -124,6 +128,21 @@ def test_a_run_that_was_cut_off_goes_on(source: Callable[[str], Path], tmp_path:
     quantize(model, tmp_path / "parts", recipe())
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm5_next", "nemotron_h+latent"])
+def test_the_machine_is_gauged_with_the_models_own_layer(source: Callable[[str], Path], name: str) -> None:
+    """Whose stream is wider than its experts' input, or narrower."""
+    assert measure_rates(make_plan(source(name), recipe())).traffic > 0
+
+
+@pytest.mark.slow
+def test_a_card_without_commands(source: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of a model whose cache is not known from config.json."""
+    quantize(source("nemotron_h"), tmp_path / "out", recipe())
+    write(tmp_path / "out", About(name="org/model", base_model=None, licence=None), recommend)
+    assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---- sources that are not BF16

@@ -118,7 +118,8 @@ def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
     work, layer = plan.work, _made_up_layer(gauge, plan)
     parameters = sum(value.numel() for value in layer.own.module.parameters() if value.dim() == 2 and not value.is_meta)
     length, rows, most = min(work.calibration_length, LENGTH), 1, plan.memory.row_batch
-    hidden_RTD = gauge.normal(most, work.calibration_length, work.hidden).bfloat16()
+    state = plan.skeleton.calls((1, 1), gauge.device, torch.bfloat16).state  # a model's stream may be wider than hidden
+    hidden_RTD = gauge.normal(most, work.calibration_length, *state.shape[2:]).to(state.dtype)
 
     def passed() -> float:
         return gauge.once(lambda: attend(layer, hidden_RTD[:rows, :length]))

@@ -86,11 +86,15 @@ def open_served(folder: Path, name: str = "") -> Served:
     )
 
 
+class UnknownCache(FourfoldError):
+    """Of a model whose cache cannot be worked out from config.json: no command is derived for it."""
+
+
 def _known_geometry(skeleton: Skeleton) -> Geometry:
     try:
         return _geometry(skeleton)
     except (AttributeError, RuntimeError, TypeError):  # other keys, or keys that differ from layer to layer
-        raise FourfoldError(
+        raise UnknownCache(
             f"{skeleton.blueprint.path}: the cache of {skeleton.family.model_type} cannot be worked out from "
             "config.json, so that no command is derived; start the engine by hand"
         ) from None
