@@ -7,6 +7,8 @@
     python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
         --methods gptqmodel card fast best guided --json benchmarks/results/quality_deep.json
     python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 \\
+        --methods rtn fast best --tokens 32768 --json benchmarks/results/quality_real_32k.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods fast \\
         --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
 
