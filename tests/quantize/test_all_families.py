@@ -189,6 +189,8 @@ def test_an_fp8_source_gives_the_release_of_its_bf16_twin(
         assert path.read_bytes() == (tmp_path / "from-fp8" / path.name).read_bytes(), path.name
     configs = [(tmp_path / out / "config.json").read_bytes() for out in ("from-fp8", "from-bf16")]
     assert configs[0] == configs[1]
+    write(tmp_path / "from-fp8", About(name="org/model", base_model=None, licence=None), recommend)
+    assert "FP8, dequantized while it was read" in (tmp_path / "from-fp8" / "README.md").read_text()
     verdict = verify(tmp_path / "from-fp8", source=fp8)
     assert [check for check in verdict.checks if str(check.status) == "fail"] == []
 
@@ -203,6 +205,10 @@ def test_an_int4_release_can_be_quantized_again(source: Callable[[str], Path], t
     assert plan.index.kind == "int4" and plan.index.format is COMPRESSED_TENSORS
     assert all(claim.header.dtype == "BF16" for part in plan.parts for claim in part.claims
                if claim.action is Action.QUANTIZE)  # fmt: skip
-    quantize(tmp_path / "once", tmp_path / "twice", recipe())
+    told: list[tuple[str, str]] = []
+    twice = tmp_path / "twice"
+    quantize(tmp_path / "once", twice, recipe(), progress=lambda event: told.append((event.kind, event.text)))
+    warned = next(place for place, (_, text) in enumerate(told) if "quantized a second time" in text)
+    assert warned < next(place for place, (kind, _) in enumerate(told) if kind == "layer")
     assert not [check for check in verify(tmp_path / "twice", source=tmp_path / "once").checks
                 if str(check.status) == "fail"]  # fmt: skip

@@ -50,7 +50,6 @@ def start_event(plan: Plan, out: Path) -> Event:
 
 def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
-    yield from source_advice(index)
     yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format))
     width, size = skeleton.widest.width, recipe.scheme.group_size
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
@@ -58,7 +57,7 @@ def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devic
 
 
 def source_advice(index: SourceIndex) -> Iterator[str]:
-    """What becomes of a source that is not BF16."""
+    """About a source that is not BF16; said before the run."""
     if index.kind == "int4":
         yield (
             "the source is int4: its experts are quantized a second time, which costs quality; meant for models that "

@@ -151,6 +151,7 @@ def fourfold_json(
         "model_type": plan.skeleton.family.model_type,
         "source": {
             "hub": hub_name(plan.index.folder),
+            "weights": plan.index.kind or "BF16",
             "terms": stated_terms(plan.index.folder),
             "headers": plan.index.digest,
             "content": joined_digest({record.shard: record.source_digest for record in records}),

@@ -19,7 +19,7 @@ from fourfold.model.files import SIDECARS
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex, open_source
-from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice
+from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
@@ -258,7 +258,7 @@ def make_plan(
         memory=memory,
         disk=disk,
         time=estimate_time(work, devices, inputs=memory.inputs),
-        run_warnings=tuple(run_advice(recipe, work, memory, disk)),
+        run_warnings=(*source_advice(index), *run_advice(recipe, work, memory, disk)),
         release_warnings=tuple(release_advice(skeleton, index, recipe, devices)),
     )
 

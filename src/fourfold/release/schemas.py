@@ -108,7 +108,7 @@ State = record(
     identity=record(recipe=str, source=str, calibration=str, heldout=str, parts=record(source=Anything)),
     recipe=str,
     format=Literal.__getitem__(NAMES),
-    source=record({"hub": str, "terms": by_name(str | list[str])}, headers=str, content=str),
+    source=record({"hub": str, "weights": str, "terms": by_name(str | list[str])}, headers=str, content=str),
     calibration=record({"shingles": each(str)}, rows=Count, length=Count, sources=each(Text), notes=each(str)),
     output=record(content=str, shards=by_name(record(bytes=Count, sha256=str)), tensor_bytes=Count),
     source_tensor_bytes=Annotated[int, Field(gt=0, lt=2**63)],

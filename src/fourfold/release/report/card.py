@@ -105,6 +105,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
     text = records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
+        *_source_weights(state["source"].get("weights")),
         ("architecture", f"{records.release.skeleton.architecture}, {records.release.skeleton.layers} layers"),
         ("context", f"{text.max_position_embeddings:,} tokens"),
         ("quantized", f"{state['projections']:,} expert projections, {', '.join(_methods(state['methods']))}"),
@@ -140,6 +141,14 @@ def _methods(methods: Mapping[str, int]) -> Iterator[str]:
     total = sum(methods.values())
     for name, count in methods.items():
         yield f"{count / total:.2%} {METHOD_WORDS.get(name, name)}"
+
+
+def _source_weights(kind: str | None) -> Iterator[tuple[object, ...]]:
+    """What the source was stored in, of one that is not BF16. None in releases of versions that did not say it."""
+    if kind == "int4":
+        yield "source", "int4: its experts were quantized a second time, and quality below is against it"
+    elif kind not in (None, "BF16"):
+        yield "source", f"{kind}, dequantized while it was read; tensors that are kept are BF16 here"
 
 
 def _brief_verdict(records: Records) -> str:
