@@ -19,7 +19,10 @@ from fourfold.model import calls, internals, loader
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.blueprint import Blueprint
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.family import DOWN, GATE, UP
+from fourfold.model.family import DOWN, GATE, UP, Family
+from fourfold.model.head import Around, input_name, read_ends, read_matrix
+from fourfold.model.layer import add_output_, attend, build_layer, read_layer, run_experts, with_output
+from fourfold.model.skeleton import Skeleton
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROWS, TOKENS = 3, 24  # tokens: more than an indexer's or a window's size
@@ -140,6 +143,41 @@ def assert_close(state: Tensor, expected: Tensor) -> None:
     """Equal to two units in the last place of BF16, at the size of the largest value."""
     unit = 2.0**-8 * float(expected.abs().max())
     assert float((state.float() - expected.float()).abs().max()) <= 2 * unit
+
+
+ALONE = ("deepseek_v4", "qwen4_exp", "gpt_oss")  # that `quantize` refuses: calls with token ids, biases
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALONE])
+def test_experts_in_one_batch_are_the_whole_models(family: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+    """What `quantize` runs, one layer after the other, each from the whole model's own state before it: BF16 noise.
+
+    The experts' output is added last, where transformers adds it to that of shared experts first.
+    """
+    source = checkpoint(family)
+    skeleton = Skeleton(Family(model_type=family, title=""), source.raw, source.blueprint)
+    expected, _ = whole(source, skeleton.blueprint)
+    around = Around(
+        skeleton.blueprint, read_ends(skeleton.blueprint, source.read), CPU,
+        embedding_VD=read_matrix(skeleton.blueprint, source.read, input_name(skeleton.blueprint)),
+    )  # fmt: skip
+    state, carried = around.calls(tokens()).state, ()
+    for index, after in enumerate(expected):
+        names = skeleton.blueprint.kept_names(index)
+        layer = build_layer(skeleton, index, read_layer(source.index, skeleton, index, names), CPU)
+        found = attend(layer, state, carried)
+        output, handed = found.output_RTD, found.carried
+        if found.input_TD is not None and found.routing is not None:
+            layer = layer.owning(layer.owned)
+            experts_TD = run_experts(layer, found.input_TD, found.routing).to(BF16)
+            if layer.tail is None:
+                output, handed = with_output(layer, state, experts_TD, carried)
+            else:
+                add_output_(layer, output.flatten(0, 1), experts_TD)
+        difference = float((output.float() - after.float()).norm() / after.float().norm())
+        assert difference < 0.006, (index, difference)
+        state, carried = after, handed
 
 
 # --- what a blueprint says --------------------------------------------------------------------------------------------
