@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import layerwise
 from families import FAMILIES, settings, tiny
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model import calls, internals, loader
@@ -91,7 +92,7 @@ class Pass:
 @torch.no_grad()
 def layer_by_layer(checkpoint: Checkpoint, blueprint: Blueprint, tail: bool = False, dtype: torch.dtype = BF16) -> Pass:
     """From the files, one layer in memory at a time. tail: measure it as well."""
-    loader.load_surroundings_(blueprint, checkpoint.read, CPU, dtype)
+    layerwise.load_surroundings_(blueprint, checkpoint.read, CPU, dtype)
     recorded = calls.record(blueprint, tokens())
     state, carried = recorded.state, ()
     states, tails = [], []
@@ -102,20 +103,20 @@ def layer_by_layer(checkpoint: Checkpoint, blueprint: Blueprint, tail: bool = Fa
         before, took = state, carried
         state, carried = calls.pass_layer(layer, recorded, index, before, took)
         if layer.arithmetic is not None and layer.tap is not None and stacks is not None:
-            output = layer.arithmetic.run(stacks.to(CPU, dtype), *layer.tap.take())
+            output = layerwise.run_experts(layer.arithmetic, stacks.to(CPU, dtype), *layer.tap.take())
             if tail:
                 tails.append(calls.measure_tail(layer, recorded, index, before, took))
             with layer.tap.answering(lambda *_, output=output: output.clone()):
                 state, carried = calls.pass_layer(layer, recorded, index, before, took)
         states.append(state)
-    return Pass(states, tails, recorded, calls.finish(blueprint, recorded, state))
+    return Pass(states, tails, recorded, layerwise.finish(blueprint, recorded, state))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model(family: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     case, source = FAMILIES[family], checkpoint(family)
     blueprint = source.blueprint
-    blueprint.require_whole()
+    layerwise.require_whole(blueprint)
     claimed = [name for one in blueprint.sources.values() for name in one.all_names]
     assert sorted([*claimed, *blueprint.drafts]) == sorted(source.index.headers)  # each tensor once
     states, logits = whole(source, blueprint)
@@ -210,7 +211,7 @@ def test_experts_without_gate_have_two_projections(checkpoint: Callable[[str], C
 def test_experts_are_read_into_their_place(dtype: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     """Without a copy where the dtype on disk is the model's."""
     source = checkpoint("qwen3_moe")
-    names = source.blueprint.disk_names("model.layers.1.mlp.experts.")
+    names = layerwise.disk_names(source.blueprint, "model.layers.1.mlp.experts.")
     other = {name: dataclasses.replace(source.index.headers[name], dtype=dtype) for name in names}
     blueprint = dataclasses.replace(source.blueprint, headers={**source.index.headers, **other})
     places = []
@@ -270,7 +271,7 @@ def test_varies_finds_calls_with_token_ids(checkpoint: Callable[[str], Checkpoin
     for family, expected in (("deepseek_v4", True), ("qwen4_exp", True), ("qwen3_moe", False)):
         source = checkpoint(family)
         blueprint = source.blueprint
-        loader.load_surroundings_(blueprint, source.read, CPU)
+        layerwise.load_surroundings_(blueprint, source.read, CPU)
         assert calls.varies(blueprint, tokens(rows=1)) is expected, family
 
 
@@ -279,7 +280,7 @@ def test_one_row_gives_the_same_calls(checkpoint: Callable[[str], Checkpoint]) -
     for family in ("qwen3_moe", "glm_moe_dsa", "zaya"):
         source = checkpoint(family)
         blueprint = source.blueprint
-        loader.load_surroundings_(blueprint, source.read, CPU)
+        layerwise.load_surroundings_(blueprint, source.read, CPU)
         one, three = calls.record(blueprint, tokens(rows=1)), calls.record(blueprint, tokens())
         assert (one.answers, one.carry) == (three.answers, three.carry)
 
@@ -300,8 +301,8 @@ def test_a_large_checkpoint_costs_seconds() -> None:
         else:
             shapes[name] = tuple(value.shape)
     blueprint = Blueprint.of(raw, {name: header(name, shape) for name, shape in shapes.items()}, path)
-    blueprint.require_whole()
-    assert len(shapes) > 45_000 and len(blueprint.disk_names("model.layers.60.")) == 782
+    layerwise.require_whole(blueprint)
+    assert len(shapes) > 45_000 and len(layerwise.disk_names(blueprint, "model.layers.60.")) == 782
     last = blueprint.experts[-1]
     assert last is not None and last.separate[255][UP] == "model.layers.60.mlp.experts.255.up_proj.weight"
 
@@ -338,7 +339,7 @@ def test_families_with_code_of_their_own_are_refused(family: str, expected: str)
 def test_state_that_skips_layers_is_refused(checkpoint: Callable[[str], Checkpoint]) -> None:
     source = checkpoint("inkling2")
     blueprint = source.blueprint
-    loader.load_surroundings_(blueprint, source.read, CPU)
+    layerwise.load_surroundings_(blueprint, source.read, CPU)
     with pytest.raises(FourfoldError, match="is given earlier layers' states as argument 1"):
         calls.require_independent(blueprint, tokens())
 
@@ -366,7 +367,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
     more: Mapping[str, tuple[int, ...]], without: str, expected: str, checkpoint: Callable[[str], Checkpoint]
 ) -> None:
     with pytest.raises(FourfoldError, match=expected):
-        changed(checkpoint("qwen3_moe"), more, without).require_whole()
+        layerwise.require_whole(changed(checkpoint("qwen3_moe"), more, without))
 
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -407,7 +408,7 @@ def test_missing_experts_are_named(
     headers = dict(source.index.headers)
     change(headers)
     with pytest.raises(FourfoldError, match=expected):
-        Blueprint.of(source.raw, headers, Path("config.json")).require_whole()
+        layerwise.require_whole(Blueprint.of(source.raw, headers, Path("config.json")))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_a_config_of_another_size_is_refused(
 ) -> None:
     source = checkpoint("qwen3_moe")
     with pytest.raises(FourfoldError, match=expected):
-        Blueprint.of({**source.raw, **settings}, source.index.headers, Path("config.json")).require_whole()
+        layerwise.require_whole(Blueprint.of({**source.raw, **settings}, source.index.headers, Path("config.json")))
 
 
 def test_too_many_layers_are_refused_before_one_is_built(
@@ -523,7 +524,7 @@ def differs(source: Checkpoint) -> bool:
 def test_a_constant_taken_as_one_is_seen(checkpoint: Callable[[str], Checkpoint]) -> None:
     source = checkpoint("cohere2_moe")
     blueprint = source.blueprint
-    loader.load_surroundings_(blueprint, source.read, CPU)
+    layerwise.load_surroundings_(blueprint, source.read, CPU)
     recorded = calls.record(blueprint, tokens())
     layer = loader.build_layer(blueprint, 0, loader.load(blueprint, source.read, blueprint.prefix(0), CPU), CPU)
     without, _ = calls.pass_layer(layer, recorded, 0, recorded.state)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from fourfold.datatypes import FourfoldError
 
@@ -121,23 +121,3 @@ class Arithmetic:
         if weight_S.dtype == output_SD.dtype:
             return output_SD.mul_(weight_S[:, None])
         return output_SD * weight_S[:, None]
-
-    def run(self, stacks: Stacks, input_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
-        """Experts' output for a batch of tokens, summed over each token's experts: [T, D], the input's dtype.
-
-        One expert after the other: for few tokens, and to compare with.
-        """
-        tokens, choices = index_TA.shape
-        weighted_TAD = input_TD.new_zeros(
-            tokens, choices, stacks.down_ENK.shape[1], dtype=torch.promote_types(input_TD.dtype, weight_TA.dtype)
-        )
-        for expert in index_TA.unique().tolist():
-            token_S, choice_S = torch.where(index_TA == expert)
-            gate_up_SN = linear(input_TD[token_S], stacks.gate_up_ENK[expert])
-            if stacks.gate_up_bias_EN is not None:
-                gate_up_SN = gate_up_SN + stacks.gate_up_bias_EN[expert]
-            output_SD = linear(self.hidden(gate_up_SN), stacks.down_ENK[expert])
-            if stacks.down_bias_EN is not None:
-                output_SD = output_SD + stacks.down_bias_EN[expert]
-            weighted_TAD[token_S, choice_S] = self.weighted(output_SD, weight_TA[token_S, choice_S])
-        return weighted_TAD.sum(dim=1).to(input_TD.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from fourfold.datatypes import FourfoldError, TensorHeader, brief, reason, shortened
+from fourfold.datatypes import FourfoldError, TensorHeader, brief, reason
 from fourfold.model import internals
 from fourfold.model.experts import Experts, find_experts, place_experts, release_prefix
 from fourfold.model.internals import Source
@@ -61,11 +61,11 @@ class Blueprint:
         headers = internals.written_headers(model) if headers is None else headers
         decoder, layers_path = _decoder(model, path)
         mapper = internals.Mapper.of(model)
-        sources, left_over = _sources(mapper, headers)
+        sources, unclaimed = _sources(mapper, headers)
         claimed = {to for name, source in sources.items() for to in source.targets(name)}
         absent = frozenset(mapper.meta.keys() - claimed)
         missing = absent - internals.absent_without_harm(model, set(absent))
-        drafts, unknown = _left_over(left_over, model, layers_path, len(decoder.layers))
+        drafts, unknown = _drafts_and_unknown(unclaimed, model, layers_path, len(decoder.layers))
         found = (find_experts(layer, f"{path}: layer {index}") for index, layer in enumerate(decoder.layers))
         experts = tuple(
             one and place_experts(one, model, f"{layers_path}.{index}.{one.module}", sources, headers, path)
@@ -108,21 +108,6 @@ class Blueprint:
         """The sources of names in memory under a prefix."""
         return ((name, source) for name, source in self.sources.items() if name.startswith(prefix))
 
-    def disk_names(self, prefix: str) -> list[str]:
-        """Names on disk of all that makes the names in memory under a prefix."""
-        return sorted(name for _, source in self.within(prefix) for name in source.all_names)
-
-    def require_whole(self) -> None:
-        """Raise FourfoldError for tensors that nothing claims, that are missing or of another shape."""
-        problems = [f"{name} is not known to transformers" for name in self.unknown]
-        problems += [f"{name} is missing" for name in self.lacking()]
-        problems += self._misshapen()
-        if problems:
-            raise FourfoldError(
-                f"{self.path.parent}: {shortened(problems)}; expected the tensors of {type(self.model).__name__}. "
-                "Download the checkpoint again"
-            )
-
     def lacking(self, inside: tuple[str, ...] = ("",)) -> list[str]:
         """Names on disk of what is missing, of names in memory that begin with `inside`: as transformers would write
         it, experts in stacks if some are.
@@ -145,26 +130,21 @@ class Blueprint:
             for parameter in one.parameters
         }
 
-    def _misshapen(self) -> Iterator[str]:
-        for name, shape in self.shapes():
-            if self.headers[name].shape != shape:
-                yield f"{name} is {list(self.headers[name].shape)}, expected {list(shape)}"
-
     def shapes(self, inside: tuple[str, ...] = ("",)) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name on disk, shape) of the tensors whose shapes are known, of names in memory that begin with `inside`."""
         meta = self.model.state_dict()
         for name, source in self.sources.items():
             if source.converter is None and name.startswith(inside):
                 yield source.all_names[0], tuple(meta[name].shape)
-        for one in self.experts:
-            for names in one.separate if one is not None else ():
-                yield from ((name, one.shape(part)) for part, name in names.items())  # type: ignore[union-attr]
+        for one in filter(None, self.experts):
+            for names in one.separate:
+                yield from ((name, one.shape(part)) for part, name in names.items())
 
     def drafts_among(self, names: Iterable[str]) -> tuple[str, ...]:
         """Which names on disk are of draft heads."""
         mapper = internals.Mapper.of(self.model)
         found = [(name, to) for name, to, _ in mapper.find(names) if to not in mapper.meta]
-        return _left_over(found, self.model, self.layers_path, self.layers)[0]
+        return _drafts_and_unknown(found, self.model, self.layers_path, self.layers)[0]
 
     def kept_names(self, layer: int) -> list[str]:
         """Names on disk of all of a layer but its routed experts' own tensors."""
@@ -277,13 +257,13 @@ def _unstacked(
 def _sources(
     mapper: internals.Mapper, headers: Mapping[str, TensorHeader]
 ) -> tuple[dict[str, Source], list[tuple[str, str]]]:
-    """Sources by the (first) name in memory, and what is left over: (name on disk, the name it would have)."""
+    """Sources by the (first) name in memory, and unclaimed tensors: (name on disk, the name in memory)."""
     grouped: dict[str, dict[str, list[str]]] = {}
     converters: dict[str, Any] = {}
-    left_over = []
+    unclaimed = []
     for name, to, pattern in mapper.find(headers):
         if to not in mapper.meta:
-            left_over.append((name, to))
+            unclaimed.append((name, to))
             continue
         grouped.setdefault(to, {}).setdefault(pattern or name, []).append(name)
         if pattern is not None:
@@ -292,22 +272,22 @@ def _sources(
         to: Source({pattern: tuple(found) for pattern, found in names.items()}, converters.get(to), mapper.dtype(to))
         for to, names in grouped.items()
     }
-    return sources, left_over
+    return sources, unclaimed
 
 
-def _left_over(
-    left_over: list[tuple[str, str]], model: Any, layers_path: str, layers: int
+def _drafts_and_unknown(
+    unclaimed: list[tuple[str, str]], model: Any, layers_path: str, layers: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names on disk of draft heads, and those that nobody knows."""
     ignored = internals.ignored_pattern(model)
-    numbered = re.compile(re.escape(layers_path) + r"\.(\d+)\.(.*)")
-    matches = {to: numbered.fullmatch(to) for _, to in left_over}
+    numbered = re.compile(re.escape(layers_path) + r"\.(\d{1,9})\.(.*)")
+    matches = {to: numbered.fullmatch(to) for _, to in unclaimed}
     own = {match[2] for match in map(numbered.fullmatch, model.state_dict()) if match}
     # A layer like all others is one too many; a draft head joins embeddings and states as well.
     heads = {int(match[1]) for match in matches.values() if match and int(match[1]) >= layers and match[2] not in own}
     drafts: list[str] = []
     unknown: list[str] = []
-    for name, to in left_over:
+    for name, to in unclaimed:
         match = matches[to]
         in_head = match is not None and int(match[1]) in heads
         is_draft = in_head or (ignored is not None and ignored.search(to) is not None)

@@ -94,12 +94,6 @@ def record(blueprint: Blueprint, token_RT: Tensor) -> Calls:
     )
 
 
-def finish(blueprint: Blueprint, calls: Calls, state: Tensor) -> Tensor:
-    """The model's logits [R, T, V] for the state after the last layer: last norm, output head, whatever scales them."""
-    with torch.no_grad():
-        return run_out(blueprint, calls.token_RT, calls.answers, state)
-
-
 def run_out(blueprint: Blueprint, token_RT: Tensor, answers: int, state: Tensor) -> Tensor:
     """The same without a recording, with gradients where they are on. answers: see Calls."""
     stubs = _Stubs(blueprint, answers, last=state)
@@ -189,7 +183,7 @@ class _Stubs:
         self.answers, self.last, self.factor = answers, last, factor
         self.calls: list[Call] = []
         self.first: Tensor | None = None  # the state before the first layer
-        self.handed_on = True  # whether each layer was given the very state that the one before answered with
+        self.handed_on = True  # whether each layer's state is the object that the previous layer returned
         self._given: Any = None
         self._beside: list[tuple[Tensor, ...]] = []  # what each answered with beside it
 

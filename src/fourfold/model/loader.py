@@ -157,7 +157,7 @@ def build_layer(blueprint: Blueprint, layer: int, loaded: dict[str, Tensor], dev
     apart = {f"{experts.module}.{parameter}" for parameter in experts.parameters} if experts else set()
     missing = sorted(set(left.missing_keys) - apart)
     assert not missing and not left.unexpected_keys, f"layer {layer}: missing {missing}, {left.unexpected_keys}"
-    internals.make_buffers(_owner(blueprint), module, device)
+    internals.make_buffers(owner(blueprint), module, device)
     module.requires_grad_(False).eval()
     if experts is None:
         return Layer(module, None, None, None)
@@ -194,31 +194,14 @@ def around(blueprint: Blueprint, loaded: Mapping[str, Tensor], device: torch.dev
     model.load_state_dict(cast, strict=False, assign=True)
     layers, made.decoder.layers = made.decoder.layers, nn.ModuleList()
     try:
-        internals.make_buffers(_owner(made), made.decoder, device)
+        internals.make_buffers(owner(made), made.decoder, device)
     finally:
         made.decoder.layers = layers
     model.requires_grad_(False)
     return made
 
 
-def load_surroundings_(blueprint: Blueprint, read: Read, device: torch.device, dtype: torch.dtype = BF16) -> None:
-    """Load what the blueprint's model has around its layers, in place: embeddings, last norm, output head.
-
-    Its layers stay on the meta device, and other towers (vision, audio) too. dtype: as for `load`.
-    """
-    model, decoder = blueprint.model, blueprint.decoder
-    loaded = {name: value.to(device) for name, value in load_around(blueprint, read, (), dtype).items()}
-    model.load_state_dict(loaded, strict=False, assign=True)
-    internals.tie(model, set(blueprint.absent))
-    layers, decoder.layers = decoder.layers, nn.ModuleList()
-    try:
-        internals.make_buffers(_owner(blueprint), decoder, device)
-    finally:
-        decoder.layers = layers
-    model.requires_grad_(False)
-
-
-def _owner(blueprint: Blueprint) -> nn.Module:
+def owner(blueprint: Blueprint) -> nn.Module:
     """The transformers model that the layers are of."""
     owner: nn.Module = blueprint.decoder if hasattr(blueprint.decoder, "_init_weights") else blueprint.model
     return owner
