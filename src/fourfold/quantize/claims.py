@@ -267,23 +267,17 @@ def known_extra(skeleton: Skeleton, header: TensorHeader) -> Wanted | None:
             bytes_after=0,
         )
     if header.name in skeleton.blueprint.drafts:
-        return Wanted(
-            shape=header.shape,
-            dtypes=(header.dtype,),
-            action=Action.COPY,
-            reason="draft head stays as it is: a layer that transformers does not build, not measured",
-            group="MTP",
-            layer=None,
-        )
+        return _as_it_is(header, "MTP", "draft head stays as it is: transformers does not build it, not measured")
     head = tuple(skeleton.blueprint.model.get_output_embeddings().weight.shape)
     tied = skeleton.blueprint.model.all_tied_weights_keys and header.name == "lm_head.weight" and header.shape == head
     if tied and header.dtype in KEPT_DTYPES:
-        return Wanted(
-            shape=header.shape,
-            dtypes=(header.dtype,),
-            action=Action.COPY,
-            reason="output head, stored although tied to the embeddings: kept as it is",
-            group="embeddings",
-            layer=None,
-        )
+        reason = "output head, stored although tied to the embeddings: kept as it is"
+        return _as_it_is(header, "embeddings", reason)
     return None
+
+
+def _as_it_is(header: TensorHeader, group: str, reason: str) -> Wanted:
+    """A tensor outside of the layers that is copied whatever it is."""
+    return Wanted(
+        shape=header.shape, dtypes=(header.dtype,), action=Action.COPY, reason=reason, group=group, layer=None
+    )
