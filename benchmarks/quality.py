@@ -48,7 +48,7 @@ from fourfold.datatypes import Event
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
-from fourfold.recipe import CHOICES, HELDOUT_TEXTS, Recipe, load_recipe
+from fourfold.recipe import GROUP_SIZES, HELDOUT_TEXTS, Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -150,7 +150,7 @@ class Bench:
         mean_load = self.skeleton.topk / self.skeleton.experts
         self.fallback_share = FALLBACK * mean_load if fallback_share is None else fallback_share
         widths = self.skeleton.widest.hidden, self.skeleton.widest.width
-        sizes = [size for size in CHOICES["scheme.group_size"] if not any(width % size for width in widths)]
+        sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         self.group_size = max(sizes)
         self.tokenizer = calibrate.load_tokenizer(model)
         origin = "builtin" if text in HELDOUT_TEXTS else "path"

@@ -27,6 +27,7 @@ from speed import recipe_of
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.cost import TimeEstimate, estimate_time, exchange
 from fourfold.quantize.estimate import BF16, Workload, pool_rows
+from fourfold.quantize.fits import choose_group_size
 from fourfold.quantize.memory import attend_token_bytes, plan_memory
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.ranks import GPU_BYTES
@@ -67,17 +68,20 @@ MODELS = {
 def workload_of(raw: dict[str, Any], recipe: Recipe) -> Workload:
     """The sizes of a run from config.json alone; without vision and MTP, which are copied."""
     skeleton = Skeleton.of(raw, Path("config.json"))
+    recipe = choose_group_size(skeleton, recipe)
     solver, widest = recipe.solver, skeleton.widest
     kept, matrices = zip(*(_parameters(skeleton, layer) for layer in range(skeleton.layers)), strict=True)
     routed = [skeleton.is_routed(layer) for layer in range(skeleton.layers)]
     experts = skeleton.expert_bytes // BF16
-    packed_bytes = int(experts * (0.5 + BF16 / recipe.scheme.group_size))
+    packed_bytes = int(experts * (0.5 + BF16 / recipe.scheme.group))
     shards = [BF16 * count + packed_bytes * has for count, has in zip(kept, routed, strict=True)]
     read_bytes = BF16 * (sum(kept) + experts * sum(routed))
     ends_bytes = 2 * skeleton.vocabulary * widest.hidden * BF16
     tokens = sum(source.rows for source in recipe.calibration.sources) * recipe.calibration.length
     return Workload(
         hidden=widest.hidden,
+        model_width=skeleton.text.hidden_size,
+        state_width=skeleton.state_width,
         width=widest.width,
         experts=skeleton.experts,
         topk=skeleton.topk,

@@ -107,7 +107,7 @@ def make_release(source: Path, out: Path) -> None:
     for name in TOKENIZER:
         copy_file(source / name, out / name)
     drafts = draft_prefixes(plan.skeleton, plan.index.headers)
-    settings = {"quantization_config": named(recipe.format).quantization_config(recipe.scheme.group_size, drafts)}
+    settings = {"quantization_config": named(recipe.format).quantization_config(recipe.scheme.group, drafts)}
     write_text(out / "config.json", dump({**plan.skeleton.raw, **settings}))
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_text(out / "quant_log.csv", quant_log(rows))

@@ -277,7 +277,7 @@ def tiny(folder: Path, family: str, vocabulary: int = VOCABULARY) -> Path:
         torch.set_default_dtype(torch.float32)
     generator = torch.Generator().manual_seed(1)
     vectors = [value for value in model.parameters() if value.ndim <= 1]
-    vectors += [value for name, value in model.named_buffers() if "bias" in name]
+    vectors += [value for name, value in model.named_buffers() if value.ndim <= 1 or "bias" in name]
     with torch.no_grad():
         for value in vectors:
             if value.is_floating_point():
@@ -285,6 +285,9 @@ def tiny(folder: Path, family: str, vocabulary: int = VOCABULARY) -> Path:
         for module in model.modules():
             for stack in _experts(module):
                 stack *= EXPERT_SCALE
+        for name, value in model.state_dict().items():
+            if name.endswith("tid2eid"):  # each id's experts, all zero at first
+                value.copy_(torch.rand(len(value), 8, generator=generator).argsort(dim=1)[:, : value.shape[1]])
     model.save_pretrained(folder, max_shard_size="200MB")
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
     return folder

@@ -25,7 +25,8 @@ from test_cli import answers
 
 STAGES = ("plan", "quantize", "evaluate", "verify")
 SHOWN = {"help", "as_json", "quiet", "dry_run"}  # flags of what a terminal shows
-CALLED = {"memory": ["memory_bytes", "host_bytes"], "recipe_name": ["recipe"], "overrides": [], "calibration": []}
+OF_THE_RECIPE = ("overrides", "calibration", "tensor_parallel")
+CALLED = {"memory": ["memory_bytes", "host_bytes"], "recipe_name": ["recipe"], **dict.fromkeys(OF_THE_RECIPE, ())}
 
 
 def test_import_brings_no_other_package() -> None:
@@ -93,7 +94,7 @@ def test_plan_for_another_machine(example_model: Path) -> None:
 
 def test_plan_takes_a_recipe_of_ones_own(example_model: Path) -> None:
     told: list[fourfold.Event] = []
-    recipe = load_recipe("best", ["solver.passes=0"])
+    recipe = load_recipe("best", ["solver.passes=0", "scheme.group_size=64"])
     planned = fourfold.plan(str(example_model), recipe=recipe, devices="cpu", progress=told.append)
     assert planned.recipe == recipe
     assert "measured here" in planned.time.basis

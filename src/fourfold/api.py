@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 
 if TYPE_CHECKING:
+    from fourfold.model.family import Family
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
@@ -76,6 +77,7 @@ def plan(
     if sheet and not given:
         memory_bytes, host_bytes = sheet.budget_bytes, sheet.host_budget_bytes
     folder = folder or _download(model, progress)
+    _rehearse(folder, progress)
     made = make_plan(
         folder, chosen, devices=workers, memory_bytes=memory_bytes, host_bytes=host_bytes, layers=layers, out=out
     )
@@ -99,6 +101,7 @@ def quantize(
     memory_bytes: int | None = None,
     host_bytes: int | None = None,
     layers: range | None = None,
+    derived: bool = False,
     restart: bool = False,
     trace: Path | None = None,
     progress: Progress = ignore,
@@ -111,6 +114,7 @@ def quantize(
     Args:
         recipe, samples, sequence_length, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial
             is marked partial.
+        derived: go on with an architecture that no test proves: a small copy of it is rehearsed first.
         restart: drop what an earlier run left in `out`.
         trace: write there what each worker did when, for chrome://tracing or ui.perfetto.dev.
         progress: is told stages and finished layers, with the drift and the peak memory so far.
@@ -124,6 +128,8 @@ def quantize(
     """
     out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
     folder = _check(model, chosen, devices, out)
+    if folder is not None:
+        _require_asked(folder, derived)
     from fourfold.quantize.devices import Machine, expand_devices, under_torchrun
     from fourfold.quantize.summary import finished_already
 
@@ -134,6 +140,8 @@ def quantize(
             return done
     expand_devices(devices)
     folder = folder or _download(model, progress)
+    _require_asked(folder, derived)
+    _rehearse(folder, progress)
     from fourfold.quantize.run import quantize as run
 
     given = memory_bytes is not None or host_bytes is not None
@@ -283,6 +291,31 @@ def _check(model: str | Path, recipe: Recipe, devices: str, out: Path | None) ->
         read_source_config(folder)
     check_texts(recipe)
     return folder
+
+
+def _family(folder: Path) -> Family:
+    from fourfold.model.config import CONFIG, find_family, read_source_config
+
+    return find_family(read_source_config(folder), folder / CONFIG)
+
+
+def _require_asked(folder: Path, derived: bool) -> None:
+    family = _family(folder)
+    if family.derived and not derived:
+        raise FourfoldError(
+            f"{folder}: no test proves {family.model_type} (docs/models.md lists what is proven). `fourfold plan` "
+            "rehearses a small copy of it; --derived goes on without a proof, and the card says so"
+        )
+
+
+def _rehearse(folder: Path, progress: Progress) -> None:
+    """Of an architecture that no test proves. Raises FourfoldError where it is not what transformers computes."""
+    if _family(folder).derived:
+        from fourfold.model.rehearsal import rehearse
+        from fourfold.model.skeleton import Skeleton
+
+        progress(Event(kind="stage", stage="rehearse"))
+        rehearse(Skeleton.open(folder))
 
 
 def follows() -> bool:

@@ -19,6 +19,7 @@ from fourfold.options import (
     Against,
     CalibrationFile,
     Command,
+    Derived,
     Device,
     Devices,
     Drafts,
@@ -45,6 +46,7 @@ from fourfold.options import (
     Source,
     SourceModel,
     Tasks,
+    TensorParallel,
     Text,
     TimeLimit,
     TraceFile,
@@ -115,6 +117,7 @@ def plan(
     devices: Devices = "auto",
     memory: Memory = None,
     machine: MachineName = None,
+    tensor_parallel: TensorParallel = None,
     layers: Layers = None,
     out: PlannedOut = None,
     as_json: PlanJson = False,
@@ -126,9 +129,9 @@ def plan(
     seconds. Warnings name what an engine would refuse.
     """
     with answer():
-        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length)
-        budget = (memory or ALL_FREE)._asdict()
-        asked = {"recipe": chosen, "devices": devices, **budget, "machine": machine, "layers": layers, "out": out}
+        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length, tensor_parallel)
+        asked = {"recipe": chosen, "devices": devices, **(memory or ALL_FREE)._asdict(), "layers": layers}
+        asked |= {"machine": machine, "out": out}
         _print_plan(model, asked, as_json=as_json)
 
 
@@ -151,7 +154,9 @@ def quantize(
     sequence_length: SequenceLength = None,
     devices: Devices = "auto",
     memory: Memory = None,
+    tensor_parallel: TensorParallel = None,
     layers: Layers = None,
+    derived: Derived = False,
     dry_run: DryRun = False,
     restart: Restart = False,
     trace: TraceFile = None,
@@ -165,7 +170,7 @@ def quantize(
     """
     go_on = f"Finished layers are kept. Rerun the same command{' without --restart' if restart else ''} to resume."
     with answer(out, go_on):
-        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length)
+        chosen = choose_recipe(recipe_name, overrides or [], calibration, samples, sequence_length, tensor_parallel)
         asked = {"recipe": chosen, "devices": devices, **(memory or ALL_FREE)._asdict(), "layers": layers}
         if dry_run:
             _print_plan(model, asked | {"out": out}, as_json=as_json)
@@ -175,7 +180,9 @@ def quantize(
         if api.follows():
             manner = terminal.Manner.QUIET  # the first rank tells for all
         with terminal.watch(console, manner) as progress:
-            summary = api.quantize(model, out, **asked, restart=restart, trace=trace, progress=progress)
+            summary = api.quantize(
+                model, out, **asked, derived=derived, restart=restart, trace=trace, progress=progress
+            )
         if manner is terminal.Manner.JSON:
             terminal.json_line(console, {"kind": "summary", "data": summary.to_json()})
         elif manner is not terminal.Manner.QUIET:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from reprlib import Repr
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,9 @@ class Event:
     """Something a long job tells whoever watches it: the terminal, a JSON-lines reader, a test.
 
     kind: "start" (what the run is), "note" (text to show once), "stage" (a stage of a layer begins or advances),
-    "layer" (a layer is finished), "done" (the job is finished). stage: gauge (of a plan), calibrate, embed, read,
-    attend, solve, restore, advance, measure, finish; in the sweep before the loop: forward, backward; on the writer's
-    thread, beside these: copy, write, record, recorded.
+    "layer" (a layer is finished), "done" (the job is finished). stage: rehearse, gauge (of a plan), calibrate, embed,
+    read, attend, solve, restore, advance, measure, finish; in the sweep before the loop: forward, backward; on the
+    writer's thread, beside these: copy, write, record, recorded.
     done, total: progress of the stage in `unit`s (0, 0 when unknown). data: figures for machines (JSON types only).
     """
 
@@ -122,6 +122,18 @@ class TensorHeader:
         return self.end_byte - self.start_byte
 
 
+class Beside(NamedTuple):
+    """What rows are given to a layer with beside their states: their ids, None where no layer takes them, and what the
+    layer before handed on.
+    """
+
+    token_RT: Tensor | None
+    carried: tuple[Tensor | None, ...]
+
+
+ALONE = Beside(None, ())
+
+
 @dataclass(frozen=True)
 class Rows:
     """Full rows of tokens on their way through the layers; only the hidden states change from layer to layer.
@@ -134,9 +146,10 @@ class Rows:
     hidden_RTD: Tensor
     carried: list[Tensor | None] = field(default_factory=list)
 
-    def carried_in(self, place: slice, device: torch.device) -> tuple[Tensor | None, ...]:
-        """What was handed on with some rows."""
-        return tuple(None if value is None else value[place].to(device) for value in self.carried)
+    def beside(self, place: slice, device: torch.device) -> Beside:
+        """What some rows are given to a layer with."""
+        carried = tuple(None if value is None else value[place].to(device) for value in self.carried)
+        return Beside(self.token_RT[place].to(device), carried)
 
     def carry_(self, place: slice, handed: Sequence[Tensor | None]) -> None:
         """Keep what some rows are handed on with, for the next layer."""

@@ -112,9 +112,11 @@ def choose_recipe(
     calibration: Path | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
+    tensor_parallel: int | None = None,
 ) -> recipe.Recipe:
     """The recipe with its overrides; a calibration file takes the place of all its sources, with as many samples."""
-    chosen = recipe.load_recipe(name, overrides)
+    split = [f"scheme.tensor_parallel={tensor_parallel}"] if tensor_parallel else []
+    chosen = recipe.load_recipe(name, [*overrides, *split])
     if calibration is not None:
         kind, field = text_kind(calibration)
         rows = sum(source.rows for source in chosen.calibration.sources)
@@ -273,6 +275,16 @@ SequenceLength = Annotated[
         help="Tokens of a sample. Default: the recipe's.",
     ),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        metavar="GPUS",
+        **number(int, 1, 64),
+        show_default=False,
+        help="GPUs that will serve the release by tensor parallel: the group size fits their part of an expert, too.",
+    ),
+]
 Devices = Annotated[
     str,
     typer.Option(
@@ -327,6 +339,9 @@ Layers = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as `fourfold plan` does.")]
+Derived = Annotated[
+    bool, typer.Option("--derived", help="Quantize an architecture that no test proves, after a rehearsal.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left in OUT; begin anew.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 PlanJson = Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object, all tensors listed.")]

@@ -21,6 +21,7 @@ from fourfold.datatypes import FourfoldError
 from fourfold.schema import Schema, apply_override, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+AUTO, GROUP_SIZES = "auto", (128, 64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +88,22 @@ class Heldout:
 class Scheme:
     """Number format of the quantized weights: int4, symmetric, one scale for each group of input features.
 
-    group_size: Input features that share a scale.
+    group_size: Input features that share a scale: 128, 64 or 32; `"auto"` takes the largest that divides all widths.
     signed: Scales may be negative, so that the longer side of the grid [-8, 7] falls where a group needs it.
     scale_dtype: Type of the stored scales; bf16 scales are exact in FP16 too.
+    tensor_parallel: GPUs that will serve the release by tensor parallel: `group_size` fits their part of an expert too.
     """
 
-    group_size: int = 128
+    group_size: int | str = "auto"
     signed: bool = True
     scale_dtype: str = "bf16"
+    tensor_parallel: int = 1
+
+    @property
+    def group(self) -> int:
+        """The group size, once it is chosen for a model."""
+        assert isinstance(self.group_size, int), "a plan chooses the group size"
+        return self.group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +207,9 @@ class Recipe:
 
     def _content(self) -> dict[str, Any]:
         left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
+        content = {key: value for key, value in asdict(self).items() if key not in left_out}
+        del content["scheme"]["tensor_parallel"]  # it decides the group size alone
+        return content
 
 
 ORIGINS = ("builtin", "path", "dataset")
@@ -206,7 +217,7 @@ OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names 
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
 CHOICES: dict[str, tuple[object, ...]] = {
     "format": formats.NAMES,
-    "scheme.group_size": (32, 64, 128),
+    "scheme.group_size": (AUTO, *GROUP_SIZES),
     "scheme.scale_dtype": ("bf16", "fp16"),
     "solver.damp_kind": ("diagonal", "mean"),
     "solver.order": ("activation", "group-aware", "natural"),
@@ -216,6 +227,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "calibration.sources.kind": ("text", "chat"),
 }
 RANGES: dict[str, tuple[float, float]] = {
+    "scheme.tensor_parallel": (1, 64),
     "guidance.tokens": (0, 2**24),
     "guidance.damp": (0, 1),
     "solver.norm_power": (0, 2),

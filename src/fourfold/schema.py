@@ -65,8 +65,9 @@ class Schema:
     def _scalar(self, hint: Any, value: Any, key: str) -> Any:
         if hint is float and type(value) is int:
             value = float(value)
-        if type(value) is not hint:  # not isinstance: true is no whole number
-            raise self.mismatch(key, value, _WANTED[hint])
+        kinds = get_args(hint) or (hint,)
+        if type(value) not in kinds:  # not isinstance: true is no whole number
+            raise self.mismatch(key, value, " or ".join(_WANTED[kind] for kind in kinds))
         rule = re.sub(r"\[\d+\]", "", key)
         choices = self.choices.get(rule)
         if choices and value not in choices:

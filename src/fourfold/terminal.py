@@ -25,6 +25,7 @@ PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear
 PIPE_WIDTH = 10_000  # columns: no line of a table is as long
 BAR_WIDTH = 20  # columns: with the longest stage and its figures a line has fewer than 80
 STAGES = {  # what a stage is called where its own name says too little
+    "rehearse": "rehearsing a small copy",
     "gauge": "measuring this machine",
     "calibrate": "reading calibration text",
     "forward": "guidance, forward",

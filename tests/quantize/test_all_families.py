@@ -14,7 +14,8 @@ from torch import Tensor
 
 import checkpoints
 import families
-from fourfold.api import evaluate, verify
+from fourfold.api import evaluate, plan, verify
+from fourfold.api import quantize as api_quantize
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.formats import COMPRESSED_TENSORS
 from fourfold.model.family import FAMILIES, Family
@@ -27,8 +28,6 @@ from fourfold.release.report.write import write
 from fourfold.reporting import recommend
 
 REFUSED = {
-    "deepseek_v4": "something of the token ids",
-    "qwen4_exp": "something of the token ids",
     "gpt_oss": "experts of gpt_oss have biases",
 }
 NAMES = [name for name in families.FAMILIES if name not in REFUSED]
@@ -143,6 +142,22 @@ def test_a_card_without_commands(source: Callable[[str], Path], tmp_path: Path) 
     quantize(source("nemotron_h"), tmp_path / "out", recipe())
     write(tmp_path / "out", About(name="org/model", base_model=None, licence=None), recommend)
     assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_architecture_that_no_test_proves(
+    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rehearsed by plan; quantize wants to be asked, and the card says so."""
+    monkeypatch.delitem(FAMILIES, "olmoe")
+    model, out, seen = source("olmoe"), tmp_path / "out", list[str]()
+    plan(model, recipe=recipe(), progress=lambda event: seen.append(event.stage))
+    assert "rehearse" in seen
+    with pytest.raises(FourfoldError, match=r"no test proves olmoe .*--derived goes on without a proof"):
+        api_quantize(model, out, recipe=recipe())
+    assert not out.exists()
+    api_quantize(model, out, recipe=recipe(), derived=True)
+    write(out, About(name="org/model", base_model=None, licence=None), recommend)
+    assert "no test of fourfold proves this architecture" in (out / "README.md").read_text()
 
 
 # ---- sources that are not BF16

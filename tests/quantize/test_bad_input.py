@@ -66,7 +66,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (truncate, "is the download complete"),
     "missing shard": (lambda model: next(model.glob("*.safetensors")).unlink(), "missing; is the download complete"),
     "quantized already": (configured(quantization_config={"quant_method": "awq"}), r"already quantized \(.awq.\)"),
-    "unknown model_type": (configured(model_type="new_moe"), "model_type: got .new_moe., expected one of the"),
+    "unknown model_type": (
+        configured(model_type="new_moe"),
+        "model_type: got .new_moe., expected one that transformers",
+    ),
     "no config": (lambda model: (model / "config.json").unlink(), r"no config\.json"),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.json"),
     "no model": (shutil.rmtree, "no such folder"),

@@ -323,7 +323,7 @@ def test_transformers_runs_the_text_family(small: MakeRecipe, tmp_path: Path, de
 def test_widths_that_groups_do_not_divide_are_refused(small: MakeRecipe, tmp_path: Path, sizes: dict[str, int]) -> None:
     model = checkpoints.tiny(tmp_path / "model", **sizes)
     with pytest.raises(FourfoldError, match="group_size = 128 does not divide"):
-        releases.run(model, tmp_path / "out", small())
+        releases.run(model, tmp_path / "out", small("scheme.group_size=128"))
     assert not (tmp_path / "out").exists()
 
 

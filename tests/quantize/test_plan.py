@@ -335,10 +335,11 @@ def test_a_stack_that_transformers_transposes_has_as_many_values(tmp_path: Path)
     """Its shape on disk is not the one in memory."""
     families.tiny(tmp_path, "qwen3_vl_moe")
     stack = f"{LAYER}1.mlp.experts.gate_up_proj"
-    claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), RECIPE)
+    recipe = load_recipe("best", ["scheme.group_size=128"])
+    claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), recipe)
     checkpoints.edit(tmp_path, change(stack, lambda t: t[:7].clone()))
     with pytest.raises(FourfoldError, match=r"1\.mlp\.experts\.gate_up_proj is \[7, 256, 256\], wanted \[8, "):
-        claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), RECIPE)
+        claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), recipe)
 
 
 def test_mtp_that_config_does_not_announce(tmp_path: Path) -> None:
@@ -355,12 +356,32 @@ def test_mtp_that_config_does_not_announce(tmp_path: Path) -> None:
     [
         ({"width": 64}, "group_size = 128 does not divide the experts' width 64; take 64"),
         ({"hidden": 160, "width": 128}, "group_size = 128 does not divide the experts' hidden size 160; take 32"),
-        ({"hidden": 136, "width": 128}, "group_size = 128 does not divide the experts' hidden size 136; no group fits"),
+        ({"hidden": 136, "width": 128}, "no group size of 128, 64, 32 divides the experts' hidden size 136"),
     ],
 )
 def test_groups_that_do_not_divide(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(FourfoldError, match=message):
-        make_plan(checkpoints.tiny(tmp_path, **sizes), RECIPE)
+        make_plan(checkpoints.tiny(tmp_path, **sizes), load_recipe("best", ["scheme.group_size=128"]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "size"),
+    [({}, 1, 128), ({"width": 64}, 1, 64), ({"width": 192}, 1, 64), ({"width": 192}, 6, 32), ({}, 4, 32)],
+)
+def test_the_largest_group_that_divides_is_taken(tmp_path: Path, sizes: dict[str, int], gpus: int, size: int) -> None:
+    recipe = load_recipe("best", [f"scheme.tensor_parallel={gpus}"])
+    plan = make_plan(checkpoints.tiny(tmp_path, **sizes), recipe)
+    assert plan.recipe == replace(recipe, scheme=replace(recipe.scheme, group_size=size))
+    same = load_recipe("best", [f"scheme.group_size={size}"])
+    assert plan.recipe.digest() == same.digest()  # a run that was begun goes on with either
+
+
+def test_experts_that_gpus_cannot_share(tmp_path: Path) -> None:
+    model = checkpoints.tiny(tmp_path)
+    with pytest.raises(FourfoldError, match=r"scheme.tensor_parallel = 3 does not divide the experts' width \d+"):
+        make_plan(model, load_recipe("best", ["scheme.tensor_parallel=3"]))
+    with pytest.raises(FourfoldError, match=r"no group size of .* divides .* hidden size 128 and width 128 / 8"):
+        make_plan(model, load_recipe("best", ["scheme.tensor_parallel=8"]))
 
 
 def test_a_model_without_routed_experts(tmp_path: Path) -> None:
@@ -806,7 +827,7 @@ def test_there_are_no_more_guidance_rows_than_calibration_rows(full: Path) -> No
 def test_another_activation_is_guided_at_down_alone(tmp_path: Path) -> None:
     model = checkpoints.tiny(tmp_path, family="qwen3_moe")
     checkpoints.edit_json(model / "config.json", lambda config: config.update(hidden_act="gelu"))
-    with pytest.raises(FourfoldError, match=r"guidance.sites = 'both' is for .*silu.*; take 'down'"):
+    with pytest.raises(FourfoldError, match=r"do not compute silu.*; take guidance.sites = 'down'"):
         make_plan(model, GUIDED)
     make_plan(model, load_recipe("guided", ["guidance.sites=down"]))
 

@@ -26,7 +26,7 @@ from grids import int4
 from problems import GROUP, Problem
 
 # What acts before a site is made: see test_solve_layer.py, and of norm_power test_observe.py and test_run.py.
-ELSEWHERE = {"asymmetric", "norm_power", "router_weighted", "pool_rows"}
+ELSEWHERE = {"asymmetric", "norm_power", "router_weighted", "pool_rows", "tensor_parallel"}
 # Fields of the presets, a value other than that of `best`, and what else must be set for the field to be used.
 OTHER_VALUES: list[tuple[str, object, dict[str, Any]]] = [
     ("pool", 0.1, {}),
@@ -172,7 +172,7 @@ def expected(problem: Problem, site: Site, recipe: Recipe, expert: int) -> Expec
     mean_KK, m = reference.shrink(own, problems.array(site.pool_EKK), n0, effective=solver.effective_tokens,
                                   trace_matched=solver.trace_matched)  # fmt: skip
     hessian_KK = reference.damp(mean_KK, solver.damp, solver.damp_kind, solver.damp_floor)
-    order = reference.order_columns(np.diag(mean_KK).tolist(), solver.order, scheme.group_size)
+    order = reference.order_columns(np.diag(mean_KK).tolist(), solver.order, scheme.group)
     target_NK = weight_NK
     if site.moments.gap_ENK is not None:
         target_NK = reference.residual_target(weight_NK, own, m, n0, hessian_KK)
@@ -182,9 +182,9 @@ def expected(problem: Problem, site: Site, recipe: Recipe, expert: int) -> Expec
         importance_K[order] = pivot_K
         search = reference.Search(solver.scale_low, solver.scale_high, solver.scale_steps, scheme.signed,
                                   scheme.scale_dtype)  # fmt: skip
-        scale_NG = reference.search_scales(target_NK, importance_K, scheme.group_size, search)
+        scale_NG = reference.search_scales(target_NK, importance_K, scheme.group, search)
     else:
-        scale_NG = reference.absmax_scales(target_NK, scheme.group_size, scheme.scale_dtype)
+        scale_NG = reference.absmax_scales(target_NK, scheme.group, scheme.scale_dtype)
     codes_NK, _ = reference.gptq(target_NK, scale_NG, hessian_KK, order)
     codes_NK, scale_NG = reference.coordinate_descent(
         target_NK, codes_NK, scale_NG, hessian_KK, solver.passes, scheme.scale_dtype if solver.refine_scales else ""

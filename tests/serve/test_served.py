@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import checkpoints
+import families
 import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.recipe import load_recipe
 from fourfold.serve.kvcache import Geometry
-from fourfold.serve.served import open_served
+from fourfold.serve.served import UnknownCache, open_served
 
 
 def test_the_example(example_model: Path) -> None:
@@ -51,3 +52,18 @@ def test_a_broken_side_file(tmp_path: Path) -> None:
     with pytest.raises(FourfoldError, match=r"generation_config\.json: not JSON"):
         open_served(tmp_path / "model")
     assert model is None or model
+
+
+def test_a_latent_that_all_heads_share(tmp_path: Path) -> None:
+    """MLA keeps kv_lora_rank + qk_rope_head_dim values of a token, whatever the heads, on every rank."""
+    families.tiny(tmp_path, "deepseek_v3")
+    geometry = open_served(tmp_path).geometry
+    assert (geometry.attention, geometry.linear, geometry.latent) == (4, 0, 64 + 32)
+    assert [geometry.token_bytes(ranks, 2) for ranks in (1, 2)] == [192, 192]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "gemma4"])
+def test_a_cache_that_is_not_known(tmp_path: Path, family: str) -> None:
+    families.tiny(tmp_path, family)
+    with pytest.raises(UnknownCache, match=f"the cache of {family} cannot be worked out"):
+        open_served(tmp_path)

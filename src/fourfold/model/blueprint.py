@@ -22,7 +22,9 @@ from torch import nn
 from fourfold.datatypes import FourfoldError, TensorHeader, brief, reason
 from fourfold.model import internals
 from fourfold.model.experts import Experts, find_experts, place_experts, release_prefix
+from fourfold.model.family import FAMILIES
 from fourfold.model.internals import Source
+from fourfold.schema import nearest
 
 FIRST_NUMBER = re.compile(r"\.(\d{1,9})\.")  # in a tensor's name: its layer
 
@@ -173,7 +175,7 @@ def _model(raw: Mapping[str, Any], names: Iterable[str], path: Path) -> Any:
     if not internals.known_type(model_type):
         raise FourfoldError(
             f"{path}: model_type: got {brief(model_type)}, expected one that transformers {transformers.__version__} "
-            "has. Install a newer transformers"
+            f"has. Install a newer transformers.{nearest(model_type, FAMILIES)}"
         )
     named = (getattr(transformers, name, None) for name in internals.class_names(raw))
     classes = [found for found in named if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)]

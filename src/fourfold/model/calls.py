@@ -57,7 +57,8 @@ class Calls:
     """A batch of token ids [R, T] on its way through a model, as far as no layer decides it.
 
     state: the start of the stream, [R, T, D] or wider; layers: each one's call; answers: how many values a layer
-    returns; carry: arguments that a layer takes from the layer before, by the place among that one's values.
+    returns; carry: arguments that a layer takes from the layer before, by the place among that one's values; ids:
+    arguments that are the token ids.
     """
 
     token_RT: Tensor
@@ -65,6 +66,7 @@ class Calls:
     layers: tuple[Call, ...]
     answers: int
     carry: Mapping[Argument, int]
+    ids: frozenset[Argument]
 
 
 Carried = Sequence[Any]
@@ -86,7 +88,7 @@ def record(blueprint: Blueprint, token_RT: Tensor) -> Calls:
             failure = error.with_traceback(None)  # its frames hold the model, until garbage is collected
             continue
         if stubs.first is not None and stubs.handed_on and len(stubs.calls) == blueprint.layers:
-            return Calls(token_RT, stubs.first, tuple(stubs.calls), answers, stubs.carry())
+            return Calls(token_RT, stubs.first, tuple(stubs.calls), answers, stubs.carry(), stubs.given(token_RT))
     raise FourfoldError(
         f"{blueprint.path}: {type(blueprint.model).__name__} does not hand its state from layer to layer as it is, "
         f"expected one that does{f' ({reason(failure)})' if failure else ''}. This family needs code of its own, which "
@@ -120,7 +122,9 @@ def require_independent(blueprint: Blueprint, token_RT: Tensor) -> None:
 
 
 def varies(blueprint: Blueprint, token_RT: Tensor) -> bool:
-    """Whether calls depend on the tokens, so that every batch must be recorded, not only every shape of one."""
+    """Whether calls depend on the tokens otherwise than by their ids, so that every batch must be recorded, not only
+    every shape of one.
+    """
     other = record(blueprint, token_RT.flip(0, 1))
     return any(_differences(record(blueprint, token_RT), other.layers))
 
@@ -129,13 +133,13 @@ def _differences(calls: Calls, others: Sequence[Call]) -> Iterator[tuple[int, Ar
     """Layers and arguments whose values differ between two recordings, but for the state and what is carried."""
     for layer, (first, second) in enumerate(zip(calls.layers, others, strict=True)):
         for argument in first.arguments():
-            exempt = argument == first.state or argument in calls.carry
+            exempt = argument == first.state or argument in calls.carry or argument in calls.ids
             if not exempt and not _same(first.value(argument), second.value(argument)):
                 yield layer, argument
 
 
 def pass_layer(layer: Layer, calls: Calls, index: int, state: Tensor, carried: Carried = ()) -> tuple[Tensor, Carried]:
-    """A batch through one layer; its experts put out what the layer's tap does.
+    """A batch of `calls.token_RT` through one layer; its experts put out what the layer's tap does.
 
     carried: what the layer before returned beside its state. Returns the new state and what is carried on.
     """
@@ -143,6 +147,7 @@ def pass_layer(layer: Layer, calls: Calls, index: int, state: Tensor, carried: C
     values: dict[Argument, Any] = {call.state: state}
     if index:
         values |= {argument: carried[place] if carried else None for argument, place in calls.carry.items()}
+    values |= {argument: calls.token_RT for argument in call.arguments() if argument in calls.ids}
     args, kwargs = call.with_values(values)
     answer = layer.module(*args, **kwargs)
     return (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
@@ -220,6 +225,12 @@ class _Stubs:
             for place, value in enumerate(values):
                 found |= {argument: place for argument in call.arguments() if call.value(argument) is value}
         return found
+
+    def given(self, token_RT: Tensor) -> frozenset[Argument]:
+        """Arguments that are the very ids the model was called with."""
+        return frozenset(
+            argument for call in self.calls for argument in call.arguments() if call.value(argument) is token_RT
+        )
 
 
 def _same(first: Any, second: Any) -> bool:

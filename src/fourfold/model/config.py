@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,9 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find_family(raw: Mapping[str, Any], path: Path) -> Family:
-    """Return the family of a config.json. Raises FourfoldError for a dense or an unproven model."""
+    """Return the family of a config.json, a derived one where no test proves it. Raises FourfoldError for a dense
+    model.
+    """
     model_type = raw.get("model_type")
     got = f"{path}: model_type: got {brief(model_type)}"
     if not isinstance(model_type, str) or not model_type:
@@ -143,14 +144,7 @@ def find_family(raw: Mapping[str, Any], path: Path) -> Family:
             f"{got}, a dense model: {CONFIG} names no experts. fourfold quantizes Mixture-of-Experts models only; "
             "for dense models use llm-compressor or GPTQModel"
         )
-    if model_type not in FAMILIES:
-        meant = get_close_matches(model_type, FAMILIES, n=1)
-        near = f" (did you mean {meant[0]!r}?)" if meant else ""
-        raise FourfoldError(
-            f"{got}, expected one of the {len(FAMILIES)} architectures that tests prove{near}. docs/models.md lists "
-            "them, CONTRIBUTING.md says how to add one"
-        )
-    return FAMILIES[model_type]
+    return FAMILIES.get(model_type) or Family(model_type=model_type, title=model_type, derived=True)
 
 
 def _has_experts(raw: Mapping[str, Any], depth: int = 0) -> bool:

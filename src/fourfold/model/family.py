@@ -13,7 +13,8 @@ class Family:
     """What cannot be derived of a model type: its name, and what engines make of its int4 experts.
 
     title: as its makers call it; mtp_prefix: of the draft head that fourfold can run itself ("" = none); proven:
-    engines that its releases were run in by tests; refuse: by engine, why it must not be given a release.
+    engines that its releases were run in by tests; refuse: by engine, why it must not be given a release; derived: no
+    test proves it, so that it is rehearsed before every run.
     """
 
     model_type: str
@@ -21,6 +22,7 @@ class Family:
     mtp_prefix: str = ""
     proven: tuple[str, ...] = ()
     refuse: Mapping[str, str] = field(default_factory=dict)
+    derived: bool = False
 
     @property
     def mtp_experts_prefix(self) -> str:
@@ -75,6 +77,7 @@ FAMILIES = {
         Family(model_type="qwen3_next", title="Qwen3-Next-80B-A3B, Qwen3-Coder-Next"),
         Family(model_type="qwen3_vl_moe", title="Qwen3-VL-30B-A3B, 235B-A22B"),
         Family(model_type="qwen3_omni_moe_thinker", title="Qwen3-Omni-30B-A3B (thinker)"),
+        Family(model_type="qwen4_exp", title="Qwen3.8-Flash-Next"),
         Family(model_type="glm4_moe", title="GLM-4.5, 4.6, 4.7, Air"),
         Family(model_type="glm4_moe_lite", title="GLM-4.7-Flash"),
         Family(model_type="glm4v_moe", title="GLM-4.5V, 4.6V"),
@@ -83,6 +86,7 @@ FAMILIES = {
         Family(model_type="deepseek_v2", title="DeepSeek-V2, V2-Lite, Coder-V2"),
         Family(model_type="deepseek_v3", title="DeepSeek-V3, R1, Moonlight"),
         Family(model_type="deepseek_v32", title="DeepSeek-V3.2"),
+        Family(model_type="deepseek_v4", title="DeepSeek-V4 Flash, Pro"),
         Family(model_type="kimi_k25", title="Kimi K2.5, K2.6"),
         Family(model_type="kimi_linear", title="Kimi-Linear-48B-A3B"),
         Family(model_type="minimax", title="MiniMax-Text-01, M1"),

@@ -51,8 +51,13 @@ def read_ends(blueprint: Blueprint, read: Read) -> dict[str, Tensor]:
     return loader.load_around(blueprint, lambda name, _: read(name), large)
 
 
+def read_buffers(blueprint: Blueprint, read: Read) -> dict[str, Tensor]:
+    """Of read_ends what no gradient changes, as of rotary embeddings: calls depend on it."""
+    return loader.load_around(blueprint, lambda name, _: read(name), set(dict(blueprint.model.named_parameters())))
+
+
 def blank_ends(blueprint: Blueprint) -> dict[str, Tensor]:
-    """Zeros in place of read_ends: calls do not depend on them."""
+    """Zeros in place of read_ends: calls do not depend on them, but for read_buffers."""
     path = blueprint.layers_path.rpartition("layers")[0]
     large = {input_name(blueprint), output_name(blueprint)}
     parameters = {**dict(blueprint.model.named_parameters()), **dict(blueprint.model.named_buffers())}
@@ -140,6 +145,11 @@ class Around:
                 self._matrix.logits = None
         return found[0]
 
+    def scales(self) -> bool:
+        """Whether `after` changes anything."""
+        probe_NC = torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0)).to(self.device) * 100
+        return not torch.equal(self.after(probe_NC), probe_NC)
+
     def _zeros(self, tokens: int) -> Tensor:
         token_1T = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         return torch.zeros_like(self.calls(token_1T).state)
@@ -187,14 +197,23 @@ def build_head(
 ) -> Head:
     """The head with these weights, cast to `dtype` as transformers does."""
     around = Around(blueprint, ends, device, dtype)
-    bias_V = ends.get(output_name(blueprint).removesuffix("weight") + "bias")
-    probe_NC = torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0)).to(device) * 100
+    bias_V = ends.get(_bias_name(blueprint))
     return Head(
         around=around,
         weight_VD=weight_VD.to(device, dtype),
         bias_V=None if bias_V is None else bias_V.to(device),
-        scaled=not torch.equal(around.after(probe_NC), probe_NC),
+        scaled=around.scales(),
     )
+
+
+def changes_logits(blueprint: Blueprint) -> bool:
+    """Whether logits are more than a product with the output head's matrix, as `Head.changes` says of a loaded one."""
+    around = Around(blueprint, blank_ends(blueprint), torch.device("cpu"))
+    return _bias_name(blueprint) in blueprint.sources or around.scales()
+
+
+def _bias_name(blueprint: Blueprint) -> str:
+    return output_name(blueprint).removesuffix("weight") + "bias"
 
 
 def logits(head: Head, hidden_ND: Tensor) -> Tensor:

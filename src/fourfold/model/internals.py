@@ -64,20 +64,20 @@ def read_settings(raw: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Parameters on the meta device, in the dtype that a loader of BF16 makes them with; no value is computed."""
+def building(device: str = "meta") -> Iterator[None]:
+    """Parameters on a device, in the dtype that a loader of BF16 makes them with; none's value is computed."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("meta"), initialization.no_init_weights():
+        with torch.device(device), initialization.no_init_weights():
             yield
     finally:
         torch.set_default_dtype(before)
 
 
-def build_model(model_class: Any, config: Any) -> Any:
-    """transformers' model on the meta device, without values. Raises whatever transformers raises."""
-    with building():
+def build_model(model_class: Any, config: Any, device: str = "meta") -> Any:
+    """transformers' model, its parameters without values. Raises whatever transformers raises."""
+    with building(device):
         return model_class(config).eval().requires_grad_(False)
 
 
@@ -190,12 +190,12 @@ def make_buffers(owner: Any, module: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies, slopes), in place, as the loader does.
 
     owner: the transformers model that the module is of. What is loaded already is marked, else `_init_weights` of the
-    model would write over it.
+    model would write over it; single values of a loaded buffer it does write over, in the loader too (Zaya's router).
     """
     for part in module.modules():
-        empty = {name: value for name, value in part._buffers.items() if value is not None and value.is_meta}
-        if not empty:
+        if not part._buffers:
             continue
+        empty = {name: value for name, value in part._buffers.items() if value is not None and value.is_meta}
         for name, value in empty.items():
             part._buffers[name] = torch.empty_like(value, device=device)
         loaded = {**part._parameters, **part._buffers}

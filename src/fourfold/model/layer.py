@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm
 
 from fourfold.core import widening
+from fourfold.datatypes import ALONE, Beside
 from fourfold.model import calls, loader
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.calls import Carried
@@ -229,13 +230,12 @@ class Attended:
     carried: Carried
 
 
-def attend(layer: DecoderLayer, hidden_RTD: Tensor, carried: Carried = ()) -> Attended:
+def attend(layer: DecoderLayer, hidden_RTD: Tensor, beside: Beside = ALONE) -> Attended:
     """Everything of a layer but its routed experts, once.
 
-    hidden_RTD: full rows on the layer's device, no padding; [R, T, ...] where the model's stream is wider. carried: of
-    the layer before.
+    hidden_RTD: full rows on the layer's device, no padding; [R, T, ...] where the model's stream is wider.
     """
-    output_RTD, handed = _passed(layer, hidden_RTD, carried)
+    output_RTD, handed = _passed(layer, hidden_RTD, beside)
     if not layer.is_routed:
         return Attended(output_RTD, None, None, handed)
     assert layer.own.tap is not None
@@ -244,22 +244,24 @@ def attend(layer: DecoderLayer, hidden_RTD: Tensor, carried: Carried = ()) -> At
     return Attended(output_RTD, input_TD.flatten(0, -2), routing, handed)
 
 
-def _passed(layer: DecoderLayer, hidden_RTD: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+def _passed(layer: DecoderLayer, hidden_RTD: Tensor, beside: Beside) -> tuple[Tensor, Carried]:
     call = layer.skeleton.calls((hidden_RTD.shape[0], hidden_RTD.shape[1]), hidden_RTD.device, layer.dtype)
+    if beside.token_RT is not None:
+        call = dataclasses.replace(call, token_RT=beside.token_RT)
     with widening.products(hidden_RTD.device):
-        output_RTD, handed = calls.pass_layer(layer.own, call, layer.index, hidden_RTD, carried)
+        output_RTD, handed = calls.pass_layer(layer.own, call, layer.index, hidden_RTD, beside.carried)
     return output_RTD, handed if call.carry else ()
 
 
 def with_output(
-    layer: DecoderLayer, hidden_RTD: Tensor, experts_TD: Tensor, carried: Carried = ()
+    layer: DecoderLayer, hidden_RTD: Tensor, experts_TD: Tensor, beside: Beside = ALONE
 ) -> tuple[Tensor, Carried]:
     """What a layer without tail makes of its rows [R, T, ...] where its experts put out [R * T, D]; and what it hands
     on.
     """
     assert layer.own.tap is not None
     with layer.own.tap.answering(lambda input_TD, *_: experts_TD.view(*input_TD.shape[:-1], -1)):
-        found = _passed(layer, hidden_RTD, carried)
+        found = _passed(layer, hidden_RTD, beside)
     layer.own.tap.take()
     return found
 

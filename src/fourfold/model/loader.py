@@ -24,6 +24,7 @@ Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)
 Given = tuple[Tensor, Tensor, Tensor]  # an experts' call: input [T, D], expert ids and routing weights [T, A]
 
 BF16, HOST = torch.bfloat16, torch.device("cpu")
+MADE_UP = 65_537  # random numbers that made-up weights repeat: no power of two, so that rows differ
 
 
 class Tap:
@@ -164,6 +165,19 @@ def build_layer(blueprint: Blueprint, layer: int, loaded: dict[str, Tensor], dev
     expert_module, tap = module.get_submodule(experts.module), Tap(experts.output)
     expert_module.__dict__["forward"] = tap
     return Layer(module, experts, Arithmetic.of(expert_module, f"{prefix}{experts.module}"), tap)
+
+
+def made_up_layer(blueprint: Blueprint, layer: int, device: torch.device) -> Layer:
+    """transformers' layer with small random weights, the same few over and over, and no experts'."""
+    experts, prefix = blueprint.experts[layer], blueprint.prefix(layer)
+    apart = {f"{experts.module}.{parameter}" for parameter in experts.parameters} if experts else set()
+    some_N = torch.randn(MADE_UP, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
+    made: dict[str, Tensor] = {}
+    for name, value in blueprint.layer_module(layer).state_dict().items():
+        if name not in apart:
+            filled = some_N.to(value.dtype).repeat(-(-value.numel() // MADE_UP))[: value.numel()]
+            made[prefix + name] = filled.view(value.shape)
+    return build_layer(blueprint, layer, made, device)
 
 
 def load_around(

@@ -23,7 +23,7 @@ from fourfold.model.calls import Calls
 from fourfold.model.config import CONFIG, check_values, find_family, read_source_config
 from fourfold.model.experts import Experts, release_prefix
 from fourfold.model.family import DOWN, Family
-from fourfold.model.head import Around, blank_ends, input_name
+from fourfold.model.head import Around, Read, blank_ends, input_name, read_buffers
 from fourfold.model.headers import Headers
 from fourfold.model.loader import Layer
 
@@ -36,7 +36,7 @@ class Skeleton:
     """Everything about a checkpoint that its config.json and headers decide, with no weight read.
 
     raw: config.json as it is, without its quantization. What a run finds out about calls and tails is kept, for all
-    threads.
+    threads; the few values on disk that calls depend on must be read before (`read_buffers`).
     """
 
     family: Family
@@ -45,6 +45,7 @@ class Skeleton:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _recorded: dict[Any, Calls] = field(default_factory=dict, repr=False, compare=False)
     _tails: list[float | None] = field(default_factory=list, repr=False, compare=False)
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
@@ -96,6 +97,11 @@ class Skeleton:
     def vocabulary(self) -> int:
         return int(self.blueprint.model.get_input_embeddings().weight.shape[0])
 
+    @cached_property
+    def state_width(self) -> int:
+        """Values of a token on its way through the layers: the hidden size, or more where its stream is wider."""
+        return self.calls((1, TAIL_TOKENS), torch.device("cpu"), torch.bfloat16).state.numel() // TAIL_TOKENS
+
     @property
     def topk(self) -> int:
         """How many experts a token goes to."""
@@ -104,9 +110,11 @@ class Skeleton:
 
     @property
     def attention_width(self) -> int:
-        """Of all heads' queries."""
-        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
-        return int(self.text.num_attention_heads * head_dim)
+        """Of all heads' queries, in the layer where they are widest."""
+        own = (getattr(module, "head_dim", None) for module in self.blueprint.decoder.layers.modules())
+        head_dim = max((size for size in own if isinstance(size, int)), default=0)
+        heads = self.text.num_attention_heads
+        return int(heads * (head_dim or getattr(self.text, "head_dim", None) or self.text.hidden_size // heads))
 
     @property
     def expert_bytes(self) -> int:
@@ -153,21 +161,31 @@ class Skeleton:
         kinds = getattr(self.text, "layer_types", None)
         return str(kinds[layer]) if kinds else "full_attention"
 
+    def read_buffers(self, read: Read) -> None:
+        """Read what of the modules around the layers decides their calls. read: a tensor by its name on disk."""
+        found = read_buffers(self.blueprint, read)
+        with self._lock:
+            self._buffers.update(found)
+            if found:
+                self._recorded.clear()
+
     def calls(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Calls:
         """The layers' calls for so many rows of so many tokens, recorded once."""
         key = shape, device, dtype
         with self._lock:
             if key not in self._recorded:
                 token_RT = torch.zeros(shape, dtype=torch.int64, device=device)
-                around = Around(self.blueprint, blank_ends(self.blueprint), device, dtype)
+                ends = blank_ends(self.blueprint) | self._buffers
+                around = Around(self.blueprint, ends, device, dtype)
                 found = around.calls(token_RT)
                 blank = found.state.new_zeros(()).expand(found.state.shape)  # or a batch of each shape stays
                 self._recorded[key] = replace(found, state=blank)
             return self._recorded[key]
 
-    def carries(self, device: torch.device) -> bool:
-        """Whether layers hand on more than their state."""
-        return bool(self.calls((1, TAIL_TOKENS), device, torch.bfloat16).carry)
+    def is_plain(self, device: torch.device) -> bool:
+        """Whether layers are given nothing but the state of the layer before."""
+        call = self.calls((1, TAIL_TOKENS), device, torch.bfloat16)
+        return not call.carry and not call.ids
 
     def tail(self, layer: Layer, index: int, device: torch.device, dtype: torch.dtype) -> float | None:
         """How the experts' output comes to the output of a layer, see calls.measure_tail; measured on the first."""

@@ -65,6 +65,7 @@ class Weights:
             raise FourfoldError(
                 f"{folder / 'config.json'}: {problem}. Bring back the config.json that was written with these shards"
             )
+        skeleton.read_buffers(lambda name: weights.read(name, torch.device("cpu")))
         return weights
 
     @property

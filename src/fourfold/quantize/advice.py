@@ -34,7 +34,7 @@ def headline(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     samples = f"{sum(source.rows for source in calibration.sources):,} samples of {calibration.length:,} tokens"
     facts = [
         ("model", f"{model} ({family}, {layers} layers, {plan.projections:,} projections)"),
-        ("recipe", f"{recipe.name}: {recipe.format}, group size {recipe.scheme.group_size}, {samples}"),
+        ("recipe", f"{recipe.name}: {recipe.format}, group size {recipe.scheme.group}, {samples}"),
         ("devices", devices_text(plan.memory.devices)),
     ]
     if plan.partial:
@@ -51,7 +51,7 @@ def start_event(plan: Plan, out: Path) -> Event:
 def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
     yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format))
-    width, size = skeleton.widest.width, recipe.scheme.group_size
+    width, size = skeleton.widest.width, recipe.scheme.group
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
         yield problem
 

@@ -203,7 +203,7 @@ def _stack_shape(skeleton: Skeleton, name: str, stack: str, canonical: tuple[int
 
 def _wanted_expert(shape: tuple[int, int], layer: int, recipe: Recipe) -> Wanted:
     """One projection [N, K] of a routed expert."""
-    size = recipe.scheme.group_size
+    size = recipe.scheme.group
     stored = named(recipe.format).tensor_shapes(*shape, shape[1] // size)
     return Wanted(
         shape=shape,

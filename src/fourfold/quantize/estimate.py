@@ -22,7 +22,8 @@ ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens p
 class Workload:
     """The sizes that decide what a run costs.
 
-    hidden D, width I, experts E, topk A, vocabulary V.
+    hidden D, width I, experts E, topk A, vocabulary V; model_width: of embeddings, where experts see another;
+    state_width: values of a token in a stream.
     layers: that rows go through; routed_layers: those with experts; solved_layers: those whose experts are quantized.
     guidance_tokens: that go backward before the loop, 0 without guidance; guidance_sites: both, or down alone.
     swept_layers: that they go through, all of the model.
@@ -35,6 +36,8 @@ class Workload:
     """
 
     hidden: int
+    model_width: int
+    state_width: int
     width: int
     experts: int
     topk: int
@@ -94,7 +97,7 @@ class Workload:
     @property
     def ends_bytes(self) -> int:
         """Embeddings and output head, BF16."""
-        return 2 * self.vocabulary * self.hidden * BF16
+        return 2 * self.vocabulary * self.model_width * BF16
 
     @property
     def tokens_per_expert(self) -> float:
@@ -198,7 +201,7 @@ def experts_flop(work: Workload, tokens: int) -> float:
 
 def head_flop(work: Workload) -> float:
     """Output head over the held-out rows of both streams."""
-    return 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
+    return 4.0 * work.heldout_tokens * work.vocabulary * work.model_width
 
 
 def rows_bytes(work: Workload, tokens: int) -> float:

@@ -68,7 +68,7 @@ def finish(
     projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
     drafts = draft_prefixes(plan.skeleton, index.headers)
-    settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group_size, drafts)
+    settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts)
     texts_by_name = {
         "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),

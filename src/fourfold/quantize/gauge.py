@@ -136,17 +136,9 @@ def _traffic(gauge: _Gauge, plan: Plan, forward: float) -> float:
 
 
 def _made_up_layer(gauge: _Gauge, plan: Plan) -> DecoderLayer:
-    """The model's first layer with routed experts, all weights alike."""
-    skeleton, number = plan.skeleton, next(layer.index for layer in plan.layers if layer.routed)
-    blueprint, experts = skeleton.blueprint, skeleton.blueprint.experts[number]
-    assert experts is not None
-    inside = tuple(f"{experts.module}.{parameter}" for parameter in experts.parameters)
-    loaded = {
-        blueprint.prefix(number) + name: torch.full(value.shape, 0.01, dtype=value.dtype, device=gauge.device)
-        for name, value in blueprint.layer_module(number).state_dict().items()
-        if name not in inside
-    }
-    own, none_ENK = loader.build_layer(blueprint, number, loaded, gauge.device), torch.empty(0, 0, 0)
+    """The model's first layer with routed experts, its weights made up."""
+    skeleton, number, none_ENK = plan.skeleton, plan.skeleton.routed[0], torch.empty(0, 0, 0)
+    own = loader.made_up_layer(skeleton.blueprint, number, gauge.device)
     return DecoderLayer(number, own, skeleton, 1.0, torch.bfloat16, (), none_ENK, none_ENK)
 
 

@@ -242,11 +242,6 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
     with stage("backward", -1, guide.token_RT.numel(), "tokens") as tick:
         ends, head_VD = worker.once(lambda: read_head(plan.index, plan.skeleton))
         head = build_head(plan.skeleton.blueprint, ends, head_VD, worker.device)
-        if head.changes:
-            raise FourfoldError(
-                f"{plan.skeleton.blueprint.path}: guidance is not available for {plan.skeleton.family.model_type}: its "
-                "logits are more than a product with the output head; take a recipe without, as best"
-            )
         for row, uniform_T in enumerate(uniform_RT):
             row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
             gradient_RTD[row] = clip(row_TD).to(gradient_RTD.device)
@@ -261,7 +256,7 @@ def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, Laye
     """The next layer with all its experts, on the worker's device."""
     taken = guide.ahead.take(worker, number)
     layer = build_layer(guide.plan.skeleton, number, taken.at(worker), worker.device)
-    if layer.tail is None or layer.skeleton.carries(worker.device):
+    if layer.tail is None or not layer.skeleton.is_plain(worker.device):
         raise FourfoldError(
             f"{layer.skeleton.blueprint.path}: guidance is not available for {layer.skeleton.family.model_type}: what "
             "its experts put out is not added to the residual stream as it is; take a recipe without, as best"

@@ -44,7 +44,7 @@ CPU_CHUNK_BYTES = 128 * 2**20  # of a chunk's solve: eight full-width experts at
 def rows_bytes(work: Workload) -> int:
     """Hidden states (BF16) and ids of all rows: calibration in one or two streams, held-out always in two."""
     tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
-    return tokens * (work.hidden * BF16 + 8)
+    return tokens * (work.state_width * BF16 + 8)
 
 
 def traffic_bytes(work: Workload) -> int:
@@ -56,7 +56,7 @@ def traffic_bytes(work: Workload) -> int:
 
 def embedding_bytes(work: Workload) -> int:
     """The embedding matrix, or the output head."""
-    return work.vocabulary * work.hidden * BF16
+    return work.vocabulary * work.model_width * BF16
 
 
 def solve_bytes(inputs: int, outputs: int) -> int:
@@ -121,7 +121,7 @@ def attend_token_bytes(skeleton: Skeleton) -> int:
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
         mlp = max(getattr(text, "shared_expert_intermediate_size", 0), getattr(text, "intermediate_size", 0) or 0)
-        around = (4 * text.hidden_size + 3 * mlp) * BF16
+        around = (4 * skeleton.state_width + 3 * mlp) * BF16
         attention = 2 * (3 * queries + 2 * keys) * BF16
         if "linear_attention" in (getattr(text, "layer_types", None) or ()):
             heads = text.linear_num_value_heads
@@ -137,7 +137,8 @@ def _layer_token_bytes(skeleton: Skeleton, layer: int) -> int:
     shapes = [tuple(value.shape) for value in skeleton.blueprint.decoder.layers[layer].parameters()]
     outputs = [int(shape[0]) for shape in shapes if len(shape) == 2]
     recurrent = any(len(shape) == 3 and shape[1] == 1 for shape in shapes)  # a convolution over each channel
-    return int((4 * skeleton.widest.hidden + 3 * sum(outputs)) * BF16 + 10 * recurrent * max(outputs, default=0) * FP32)
+    around = 4 * skeleton.state_width + 3 * sum(outputs)
+    return int(around * BF16 + 10 * recurrent * max(outputs, default=0) * FP32)
 
 
 def attend_batch_bytes(work: Workload, rows: int) -> int:
@@ -178,7 +179,7 @@ def solved_bytes(work: Workload) -> int:
 def measure_bytes(work: Workload) -> int:
     """The output head, a chunk of it in fp32, and that chunk's logits of one held-out row in both streams."""
     columns = min(VOCABULARY_CHUNK, work.vocabulary)
-    return embedding_bytes(work) + columns * (work.hidden + LOGITS * work.heldout_length) * FP32
+    return embedding_bytes(work) + columns * (work.model_width + LOGITS * work.heldout_length) * FP32
 
 
 def sweep_rows(rows: int) -> int:

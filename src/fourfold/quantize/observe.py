@@ -125,7 +125,7 @@ def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, t
     places = list(_batches(len(hidden_RTD), batches.rows))
     brought = link.bring(hidden_RTD[place] for place in places)
     for place, batch_RTD in zip(places, brought, strict=True):
-        found = attend(layer, batch_RTD, rows.carried_in(place, layer.device))
+        found = attend(layer, batch_RTD, rows.beside(place, layer.device))
         if layer.tail is not None:  # else these rows go through the layer again
             link.put_(hidden_RTD[place], found.output_RTD)
             rows.carry_(place, found.carried)
@@ -169,7 +169,7 @@ def _run_again_(layer: DecoderLayer, rows: Rows, experts_TD: Tensor, batches: Ba
     experts_RTD = experts_TD.unflatten(0, hidden_RTD.shape[:2])
     for place in _batches(len(hidden_RTD), batches.rows):
         given = hidden_RTD[place].to(layer.device), experts_RTD[place].flatten(0, 1).to(layer.device)
-        output_RTD, handed = with_output(layer, *given, rows.carried_in(place, layer.device))
+        output_RTD, handed = with_output(layer, *given, rows.beside(place, layer.device))
         hidden_RTD[place] = output_RTD.to(hidden_RTD.device)
         rows.carry_(place, handed)
 
@@ -273,7 +273,7 @@ def pass_batch(
     """
     hidden_RTD, found, inputs, choices = rows.hidden_RTD[place], None, [], []
     if len(hidden_RTD):
-        found = attend(layer, hidden_RTD.to(layer.device), rows.carried_in(place, layer.device))
+        found = attend(layer, hidden_RTD.to(layer.device), rows.beside(place, layer.device))
         if found.input_TD is not None and found.routing is not None:
             inputs, choices = [found.input_TD], [found.routing]
         if layer.tail is not None:
@@ -290,7 +290,7 @@ def pass_batch(
     _add_experts_(worker, layer, experts_TD, traffic, batches, lambda count: None)
     if found is not None:
         given = hidden_RTD.to(layer.device), experts_TD.to(layer.device)
-        output_RTD, handed = with_output(layer, *given, rows.carried_in(place, layer.device))
+        output_RTD, handed = with_output(layer, *given, rows.beside(place, layer.device))
         hidden_RTD.copy_(output_RTD)
         rows.carry_(place, handed)
     return hidden_RTD, choices[0] if choices else None

@@ -24,6 +24,7 @@ from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk, pool_rows
+from fourfold.quantize.fits import check_guidance, choose_group_size
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
@@ -164,7 +165,7 @@ class Plan:
             "source_digest": self.index.digest,
             "recipe": self.recipe.name,
             "format": self.recipe.format,
-            "group_size": self.recipe.scheme.group_size,
+            "group_size": self.recipe.scheme.group,
             "layers": len(self.layers),
             "solve": [self.solve.start, self.solve.stop],
             "partial": self.partial,
@@ -229,8 +230,8 @@ def make_plan(
     index = open_source(model, read_source_config(model))
     skeleton = Skeleton.open(model, index.headers)
     solve = _layer_range(layers, skeleton.layers)
-    _check_widths(skeleton, recipe)
-    _check_activation(skeleton, recipe)
+    recipe = choose_group_size(skeleton, recipe)
+    check_guidance(skeleton, recipe)
     _check_tokenizer(model, skeleton.vocabulary)
     layer_plans, rest = _lay_out(skeleton, index, claim_tensors(skeleton, index, recipe))
     partial = len(solve) < skeleton.layers
@@ -272,24 +273,6 @@ def _layer_range(layers: range | None, count: int) -> range:
             "a last one of them, as in 0-3"
         )
     return layers
-
-
-def _check_widths(skeleton: Skeleton, recipe: Recipe) -> None:
-    size, experts = recipe.scheme.group_size, skeleton.widest
-    for name, width in (("hidden size", experts.hidden), ("width", experts.width)):
-        if width % size:
-            fits = (group for group in (128, 64, 32) if experts.hidden % group == 0 == experts.width % group)
-            fitting = next((f"take {group}" for group in fits), "no group fits")
-            raise FourfoldError(f"scheme.group_size = {size} does not divide the experts' {name} {width}; {fitting}")
-
-
-def _check_activation(skeleton: Skeleton, recipe: Recipe) -> None:
-    """What the metric of gate_up's rows is written for."""
-    guidance = recipe.guidance
-    if guidance.tokens and guidance.sites == "both" and not skeleton.widest.arithmetic.is_swiglu():
-        raise FourfoldError(
-            "guidance.sites = 'both' is for experts that compute silu(gate) * up, this model's do not; take 'down'"
-        )
 
 
 def _check_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -364,6 +347,8 @@ def _workload(
     ends_bytes = 2 * skeleton.vocabulary * text.hidden_size * BF16  # embeddings, output head
     return Workload(
         hidden=experts.hidden,
+        model_width=text.hidden_size,
+        state_width=skeleton.state_width,
         width=experts.width,
         experts=skeleton.experts,
         topk=skeleton.topk,

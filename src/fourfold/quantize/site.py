@@ -53,7 +53,7 @@ class Solved:
 
 def grid_of(scheme: Scheme) -> grid.Grid:
     """The grid of a recipe's scheme."""
-    return grid.Grid(levels=grid.INT4, group_size=scheme.group_size, scale_dtype=scheme.scale_dtype)
+    return grid.Grid(levels=grid.INT4, group_size=scheme.group, scale_dtype=scheme.scale_dtype)
 
 
 def solve_site(site: Site, recipe: Recipe) -> Solved:

@@ -73,6 +73,7 @@ def embed(
 def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
     """What stands before the layers, with the embeddings, on the host. Raises FourfoldError for NaN or Inf in it."""
     blueprint, read = skeleton.blueprint, reader(index)
+    skeleton.read_buffers(read)
     embedding_VD = read_matrix(blueprint, read, input_name(blueprint))
     return Around(blueprint, read_ends(blueprint, read), torch.device("cpu"), embedding_VD=embedding_VD)
 

@@ -12,7 +12,7 @@ from fourfold.model.headers import Headers
 from fourfold.quantize.documents import text_digests
 from fourfold.quantize.identity import identify_without_tokens, layers_text, refuse_changes
 from fourfold.quantize.journal import FINISHED, RUN, started_identity
-from fourfold.recipe import Recipe
+from fourfold.recipe import AUTO, Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,9 @@ def finished_already(out: Path, model: Callable[[], Path], recipe: Recipe, layer
     finished = (out / FINISHED).exists() and not (out / RUN).exists()
     summary = read_summary(out) if finished else None
     asked = layers_text(layers) if layers else "all" if summary and summary.partial else before.layers
+    if recipe.scheme.group_size == AUTO:
+        chosen = before.parts.get("recipe", {}).get("scheme.group_size", AUTO)
+        recipe = dataclasses.replace(recipe, scheme=dataclasses.replace(recipe.scheme, group_size=chosen))
     refuse_changes(out, identify_without_tokens(recipe, Headers.open(model()), asked, before), before)
     texts = before.parts.get("texts")
     return summary if texts and texts == text_digests(recipe) else None

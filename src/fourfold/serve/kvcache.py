@@ -19,13 +19,15 @@ PER_REQUEST = {"no_buffer": 3, "extra_buffer": 5}  # slots of states that SGLang
 class Geometry:
     """What of a model decides its cache. attention, linear: layers of each kind, the draft head not counted.
 
-    conv: width of the convolution before linear attention; key_heads ... value_dim: of linear attention.
+    latent: values of a token that all heads share (MLA), on every rank, 0 without; conv: width of the convolution
+    before linear attention; key_heads ... value_dim: of linear attention.
     """
 
     attention: int
     linear: int
     kv_heads: int
     head_dim: int
+    latent: int = 0
     conv: int = 0
     key_heads: int = 0
     key_dim: int = 0
@@ -33,7 +35,11 @@ class Geometry:
     value_dim: int = 0
 
     def token_bytes(self, ranks: int, element_bytes: int) -> int:
-        """Of a token in one attention layer: keys and values. A KV head is copied where there are more ranks."""
+        """Of a token in one attention layer: keys and values. A KV head is copied where there are more ranks, a latent
+        always.
+        """
+        if self.latent:
+            return self.latent * element_bytes
         return 2 * max(1, self.kv_heads // ranks) * self.head_dim * element_bytes
 
     def state_bytes(self, ranks: int, drafts: int) -> int:

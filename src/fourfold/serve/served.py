@@ -103,6 +103,9 @@ def _known_geometry(skeleton: Skeleton) -> Geometry:
 def _geometry(skeleton: Skeleton) -> Geometry:
     text, kinds = skeleton.text, [skeleton.layer_kind(layer) for layer in range(skeleton.layers)]
     linear = kinds.count("linear_attention")
+    if getattr(text, "index_head_dim", None):
+        raise AttributeError("engines keep an index beside the cache, each in a way of its own")
+    latent = getattr(text, "kv_lora_rank", None) or 0
     states = {
         "conv": "linear_conv_kernel_dim",
         "key_heads": "linear_num_key_heads",
@@ -115,6 +118,7 @@ def _geometry(skeleton: Skeleton) -> Geometry:
         linear=linear,
         kv_heads=int(text.num_key_value_heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        latent=int(latent and latent + text.qk_rope_head_dim),
         **({field: int(getattr(text, name)) for field, name in states.items()} if linear else {}),
     )
 

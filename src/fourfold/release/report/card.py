@@ -36,6 +36,9 @@ METHOD_WORDS = {
 WORST = ("layer", "expert", "projection", "tokens", "effective tokens", "target", "output error", "over RTN's")
 
 
+DERIVED = "no test of fourfold proves this architecture: a small copy of it ran layer by layer like transformers' model"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """A command as `fourfold serve` gives it. machine: what it is for; problems: why it would not run."""
@@ -102,14 +105,15 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         if summary
         else UNMEASURED
     )
-    text = records.release.skeleton.text
+    skeleton, text = records.release.skeleton, records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
         *_source_weights(state["source"].get("weights")),
-        ("architecture", f"{records.release.skeleton.architecture}, {records.release.skeleton.layers} layers"),
+        ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
+        *([("derived", DERIVED)] if skeleton.family.derived else []),
         ("context", f"{text.max_position_embeddings:,} tokens"),
         ("quantized", f"{state['projections']:,} expert projections, {', '.join(_methods(state['methods']))}"),
-        ("format", f"{records.release.format}, int4, groups of {scheme.group_size}, symmetric"),
+        ("format", f"{records.release.format}, int4, groups of {scheme.group}, symmetric"),
         ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
         ("quality", lost),
         ("verified", _brief_verdict(records)),
@@ -129,7 +133,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         "version": state["fourfold"],
         "glance": table(("", ""), rows),
         "groups": table(("tensors", "", "count", "bytes", "why"), groups),
-        "group_size": scheme.group_size,
+        "group_size": scheme.group,
         "signed": ", scales with a sign" if scheme.signed else "",
         "format": records.release.format.name,
         "scale_dtype": scheme.scale_dtype.upper(),

@@ -54,7 +54,7 @@ class Release:
 
     @property
     def group_size(self) -> int:
-        return self.recipe.scheme.group_size
+        return self.recipe.scheme.group
 
     def expected(self, names: Mapping[str, Any]) -> dict[str, Expected]:
         """Every tensor that must be there, by name. names: of the release; all of a draft head is wanted or none."""

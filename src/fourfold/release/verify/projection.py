@@ -60,7 +60,7 @@ def inspect(
     problems = [
         *_code_problems(counts_16, dead_source),
         *_scale_problems(scales, magnitude, storage),
-        *((LAYOUT, said) for said in form.companion_problems(tensors, storage.scheme.group_size)),
+        *((LAYOUT, said) for said in form.companion_problems(tensors, storage.scheme.group)),
     ]
     return Inspected(
         name=name,
