@@ -14,6 +14,7 @@ from torch import Tensor
 
 import checkpoints
 import families
+import releases
 from fourfold.api import evaluate, plan, verify
 from fourfold.api import quantize as api_quantize
 from fourfold.datatypes import Action, FourfoldError
@@ -26,6 +27,7 @@ from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.report.about import About
 from fourfold.release.report.write import write
 from fourfold.reporting import recommend
+from nextn import with_nextn
 
 REFUSED = {
     "gpt_oss": "experts of gpt_oss have biases",
@@ -142,6 +144,26 @@ def test_a_card_without_commands(source: Callable[[str], Path], tmp_path: Path) 
     quantize(source("nemotron_h"), tmp_path / "out", recipe())
     write(tmp_path / "out", About(name="org/model", base_model=None, licence=None), recommend)
     assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_draft_layer_past_the_last_is_kept_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit in the release, one draft a step on what each model writes."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    with_nextn(model, "glm4_moe", monkeypatch, checkpoints.VOCABULARY)
+    for file in checkpoints.TOKENIZER_FILES:
+        shutil.copy(checkpoints.EXAMPLE / file, model / file)
+    quantize(model, out, recipe())
+    assert verify(out, source=model).passed
+    kept = {name: value for name, value in releases.tensors(out).items() if name.startswith("model.layers.4.")}
+    source = {name: value for name, value in releases.tensors(model).items() if name.startswith("model.layers.4.")}
+    assert kept.keys() == source.keys() and all(torch.equal(kept[name], source[name]) for name in source)
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert r"re:.*model\.layers\.4.*" in ignored
+    found = evaluate(out, source=model, windows=2, length=64, drafts=True)["drafts"]
+    assert (found["protocol"]["steps"], found["source"]["consistent"]) == (1, 1.0)
+    for one in (found["source"], found["release"]):
+        assert len(one["greedy"]["by_position"]) == 1 and one["positions"] == 2 * 11
 
 
 def test_an_architecture_that_no_test_proves(

@@ -69,7 +69,7 @@ def test_the_text_is_what_transformers_writes_token_by_token(
 @torch.no_grad()
 def test_each_position_is_judged_as_if_the_text_ended_there(speaker: drafts.Speaker, written: drafts.Written) -> None:
     hit_RPS, overlap_RPS, chosen_RPS = drafts.judge(speaker, written)
-    prompt, steps = written.prompt_tokens, drafts.STEPS
+    prompt, steps = written.prompt_tokens, speaker.draft.steps
     assert hit_RPS.shape == (PROMPTS, drafts.WRITTEN_TOKENS - steps, steps)
     assert chosen_RPS.all()
     for row, place in ((0, 0), (3, 5), (17, 8), (23, 2)):

@@ -361,17 +361,22 @@ class _SumByToken(torch.autograd.Function):
         return gradient_TD.to(ctx.dtype)[ctx.token_S], None, None
 
 
-def pass_rows(layer: DecoderLayer, hidden_RTD: Tensor) -> tuple[Tensor, Routing | None]:
-    """Rows through a layer whose experts are all its own: its output [R, T, D], and the routing if it has experts."""
-    attended = attend(layer, hidden_RTD)
+def pass_rows(
+    layer: DecoderLayer, hidden_RTD: Tensor, beside: Beside = ALONE
+) -> tuple[Tensor, Routing | None, Carried]:
+    """Rows through a layer whose experts are all its own: its output [R, T, D], the routing if it has experts, and what
+    it hands on.
+    """
+    attended = attend(layer, hidden_RTD, beside)
     output_RTD, input_TD, routing = attended.output_RTD, attended.input_TD, attended.routing
     if input_TD is None or routing is None:
-        return output_RTD, None
+        return output_RTD, None, attended.carried
     experts_TD = run_experts(layer, input_TD, routing).to(output_RTD.dtype)
     if layer.tail is None:
-        return with_output(layer, hidden_RTD, experts_TD)[0], routing
+        output_RTD, handed = with_output(layer, hidden_RTD, experts_TD, beside)
+        return output_RTD, routing, handed
     scaled_TD = experts_TD if layer.tail == 1.0 else experts_TD * layer.tail
-    return output_RTD + scaled_TD.view_as(output_RTD), routing
+    return output_RTD + scaled_TD.view_as(output_RTD), routing, attended.carried
 
 
 def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> tuple[Tensor, Routing | None]:
@@ -382,7 +387,7 @@ def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> 
     """
     with torch.enable_grad():
         hidden_RTD = hidden_RTD.detach().requires_grad_()
-        output_RTD, routing = pass_rows(layer, hidden_RTD)
+        output_RTD, routing, _ = pass_rows(layer, hidden_RTD)
         with widening.products(hidden_RTD.device):
             (pushed_RTD,) = torch.autograd.grad(output_RTD, hidden_RTD, gradient_RTD)
     return pushed_RTD, None if routing is None else Routing(routing.index_TA, routing.weight_TA.detach())

@@ -18,6 +18,7 @@ from fourfold.core import widening
 from fourfold.model import internals
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.experts import find_experts
+from fourfold.model.head import Head
 from fourfold.model.layer import DecoderLayer, Routing, run_experts
 from fourfold.model.loader import Layer, Tap
 from fourfold.model.weights import Weights
@@ -34,10 +35,17 @@ class DraftHead:
     norm_hidden: nn.Module
     norm: nn.Module
     embedding_VD: Tensor
+    head: Head
+    steps: int = 3
+
+    def drafts(self, hidden_RTD: Tensor, token_RT: Tensor) -> Drafts:
+        return Drafts(self, hidden_RTD, token_RT)
 
 
-def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype) -> DraftHead:
-    """The draft head of a checkpoint that has one, its experts fused or one by one on disk."""
+def read_draft_head(
+    weights: Weights, device: torch.device, dtype: torch.dtype, head: Head | None = None
+) -> DraftHead:
+    """The draft head of a checkpoint that has one, its experts fused or one by one on disk. head: the model's own."""
     skeleton, prefix = weights.skeleton, weights.skeleton.family.mtp_prefix
     decoder, module = skeleton.blueprint.decoder, skeleton.empty_draft_layer()
     experts = find_experts(module, "the draft head")
@@ -76,6 +84,7 @@ def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype) 
         norm_hidden=norm("pre_fc_norm_hidden"),
         norm=norm("norm"),
         embedding_VD=weights.embedding(device, dtype),
+        head=weights.head(device, dtype) if head is None else head,
     )
 
 

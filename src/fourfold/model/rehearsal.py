@@ -21,7 +21,7 @@ from fourfold.model import internals
 from fourfold.model.blueprint import Blueprint
 from fourfold.model.config import CONFIG
 from fourfold.model.head import Head, logits
-from fourfold.model.layer import DecoderLayer, add_output_, attend, run_experts, with_output
+from fourfold.model.layer import pass_rows
 from fourfold.model.loader import MADE_UP
 from fourfold.model.skeleton import TOPK, Skeleton
 from fourfold.model.weights import Weights
@@ -78,22 +78,13 @@ def differences(weights: Weights, whole: Whole, token_RT: Tensor) -> Iterator[tu
     around.require_plain(token_RT)
     state, beside = around.calls(token_RT).state, Beside(token_RT, ())
     for index, expected in enumerate(whole.states):
-        output, carried = _passed(weights.layer(index, CPU, BF16), state, beside)
+        layer = weights.layer(index, CPU, BF16)
+        layer = layer.owning(layer.owned) if layer.is_routed else layer
+        output, _, carried = pass_rows(layer, state, beside)
         yield _off(output, expected), f"layer {index}"
         state, beside = expected, Beside(token_RT, tuple(carried))
     head = weights.head(CPU, BF16)
     yield _off(_logits(head, state), whole.logits), "the logits"
-
-
-def _passed(layer: DecoderLayer, state: Tensor, beside: Beside) -> tuple[Tensor, Any]:
-    found = attend(layer, state, beside)
-    if found.input_TD is None or found.routing is None:
-        return found.output_RTD, found.carried
-    experts_TD = run_experts(layer, found.input_TD, found.routing).to(found.output_RTD.dtype)
-    if layer.tail is None:
-        return with_output(layer, state, experts_TD, beside)
-    add_output_(layer, found.output_RTD.flatten(0, 1), experts_TD)
-    return found.output_RTD, found.carried
 
 
 def _logits(head: Head, state: Tensor) -> Tensor:

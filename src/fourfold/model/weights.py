@@ -81,18 +81,23 @@ class Weights:
         """A tensor by its name in a BF16 checkpoint; fp32 where it had to be dequantized from the scales as stored."""
         return self.index.value(name).to(device)
 
-    def layer(self, layer: int, device: torch.device, dtype: torch.dtype) -> DecoderLayer:
-        """One decoder layer, its routed experts dequantized."""
+    def layer(
+        self, layer: int, device: torch.device, dtype: torch.dtype, taken_from: int | None = None
+    ) -> DecoderLayer:
+        """One decoder layer, its routed experts dequantized. taken_from: with the weights of a layer of that number."""
         blueprint, host = self.skeleton.blueprint, torch.device("cpu")
+
+        def named(name: str) -> str:
+            return name if taken_from is None else name.replace(f"layers.{layer}.", f"layers.{taken_from}.", 1)
 
         def room(shape: Shape, **_: object) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         def read(name: str, place: Tensor | None) -> Tensor:
-            value = self.read(name, device)
+            value = self.read(named(name), device)
             return value if place is None else place.copy_(value)
 
-        kept = {name: self.read(name, host) for name in blueprint.kept_names(layer)}
+        kept = {name: self.read(named(name), host) for name in blueprint.kept_names(layer)}
         stacks = loader.load_stacks(blueprint, read, layer, room)
         tensors = LayerTensors(kept, None, None, digest="")
         if stacks is not None:

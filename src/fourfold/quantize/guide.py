@@ -145,7 +145,7 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
         with stage("forward", number, guide.token_RT.numel(), "tokens") as tick:
             layer = _take(worker, guide, number)[0]
             for batch in _batches(guide, hidden_RTD):
-                passed_RTD, _ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
+                passed_RTD, *_ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
                 output_RTD[batch] = passed_RTD.to(output_RTD.device)
                 tick(passed_RTD.shape[0] * passed_RTD.shape[1])
         require_numbers(layer, output_RTD)

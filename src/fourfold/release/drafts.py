@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import Rows, Tick
+from fourfold.datatypes import Tick
 from fourfold.model.head import Head, logits
 from fourfold.model.mtp import DraftHead, Drafts, read_draft_head
+from fourfold.model.nextn import NextnHead, nextn_names, read_nextn_head
 from fourfold.model.weights import Weights
 from fourfold.quantize.watch import Watch
-from fourfold.release.sweep import Compute, sweep_
+from fourfold.release.sweep import Compute, embed, sweep_
 
-STEPS = 3
-PROMPTS, PROMPT_TOKENS, WRITTEN_TOKENS = 128, 49, 12  # with STEPS 64 tokens: a chunk of linear attention's
+PROMPTS, PROMPT_TOKENS, WRITTEN_TOKENS = 128, 49, 12  # with three drafts 64 tokens: a chunk of linear attention's
 HEAD_ROWS = 256  # positions whose logits over the whole vocabulary exist at one time
 
 
@@ -33,7 +33,7 @@ class Speaker:
 
     weights: Weights
     head: Head
-    draft: DraftHead
+    draft: DraftHead | NextnHead
     compute: Compute
 
 
@@ -49,15 +49,15 @@ class Written:
     sweeps: int
 
 
-def protocol(token_RT: Tensor) -> dict[str, Any]:
-    """How acceptance was measured on prompts from this text, for metrics.json."""
+def protocol(weights: Weights, token_RT: Tensor) -> dict[str, Any]:
+    """How acceptance of a checkpoint's drafts was measured on prompts from this text, for metrics.json."""
     rows, length = cut_prompts(token_RT).shape
     return {
         "text": "written by each model itself, greedily, after prompts from the held-out text; EOS not suppressed",
         "prompts": rows,
         "prompt_tokens": length,
         "written_tokens": WRITTEN_TOKENS,
-        "steps": STEPS,
+        "steps": NextnHead.steps if nextn_names(weights.skeleton) else DraftHead.steps,
         "sampled": "sum min(p, d) at temperature 1 on the same text",
     }
 
@@ -76,11 +76,13 @@ def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch:
     `consistent` is the share of written tokens that the model chooses again when it reads the finished text: below 1
     where two tokens were as good as equal and another batch of rows rounded otherwise.
     """
-    if not weights.has_draft:
+    names = nextn_names(weights.skeleton)
+    if not weights.has_draft and not names:
         return None
     with watch.stage("draft") as tick:
-        head = weights.head(compute.device, compute.dtype)
-        speaker = Speaker(weights, head, read_draft_head(weights, compute.device, compute.dtype), compute)
+        head, where = weights.head(compute.device, compute.dtype), (compute.device, compute.dtype)
+        draft = read_nextn_head(weights, names, *where) if names else read_draft_head(weights, *where, head)
+        speaker = Speaker(weights, head, draft, compute)
         written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
     return metrics.acceptance(hit_RPS, overlap_RPS) | {
@@ -93,7 +95,7 @@ def write(speaker: Speaker, prompt_RT: Tensor, tick: Tick) -> Written:
     """Continue each prompt greedily by at least WRITTEN_TOKENS. EOS is a token like others."""
     rows, prompt = prompt_RT.shape
     wanted = prompt + WRITTEN_TOKENS
-    token_RT = torch.zeros(rows, wanted + STEPS, dtype=torch.int64)
+    token_RT = torch.zeros(rows, wanted + speaker.draft.steps, dtype=torch.int64)
     token_RT[:, :prompt] = prompt_RT
     known_R = torch.full((rows,), prompt)
     hidden_RTD = torch.zeros(*token_RT.shape, speaker.head.weight_VD.shape[1], dtype=speaker.compute.dtype)
@@ -111,7 +113,7 @@ def write(speaker: Speaker, prompt_RT: Tensor, tick: Tick) -> Written:
 
 def _read(speaker: Speaker, token_RT: Tensor, tick: Tick) -> Tensor:
     """States after the last norm, on the host. What comes after a position does not matter to it."""
-    rows = Rows(token_RT, speaker.draft.embedding_VD[token_RT.to(speaker.compute.device)].cpu())
+    rows = embed(speaker.weights, token_RT, speaker.compute)
     sweep_((speaker.weights,), (rows,), speaker.compute, lambda layer: nullcontext(tick))
     for part_TD in rows.hidden_RTD:
         part_TD.copy_(speaker.head.norm(part_TD.to(speaker.compute.device)))
@@ -120,52 +122,56 @@ def _read(speaker: Speaker, token_RT: Tensor, tick: Tick) -> Tensor:
 
 def _check(speaker: Speaker, hidden_RTD: Tensor, token_RT: Tensor, known_R: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own tokens after the known ones, as far as drafts agree and one further; how many are known now."""
-    place_RS = known_R[:, None] + torch.arange(STEPS + 1)
+    steps = speaker.draft.steps
+    place_RS = known_R[:, None] + torch.arange(steps + 1)
     choice_RS = _choices(speaker.head, _at(hidden_RTD, place_RS - 1))
-    kept_RS = (token_RT.gather(1, place_RS) == choice_RS)[:, :STEPS].long().cumprod(dim=1)
+    kept_RS = (token_RT.gather(1, place_RS) == choice_RS)[:, :steps].long().cumprod(dim=1)
     return token_RT.scatter(1, place_RS, choice_RS), known_R + kept_RS.sum(dim=1) + 1
 
 
 def _propose(speaker: Speaker, hidden_RTD: Tensor, token_RT: Tensor, known_R: Tensor) -> Tensor:
-    """The text with drafts in the STEPS places after the known tokens."""
+    """The text with drafts in the places after the known tokens."""
     device = speaker.compute.device
     position_R1 = (known_R - 2)[:, None].to(device)
-    drafts = Drafts(speaker.draft, hidden_RTD.to(device), token_RT.to(device))
+    drafts = speaker.draft.drafts(hidden_RTD.to(device), token_RT.to(device))
     output_R1D = drafts.first(position_R1)
-    for step in range(STEPS):
-        draft_R1 = _choices(speaker.head, output_R1D)
+    for step in range(speaker.draft.steps):
+        draft_R1 = _choices(speaker.draft.head, output_R1D)
         token_RT = token_RT.scatter(1, known_R[:, None] + step, draft_R1)
-        if step + 1 < STEPS:
+        if isinstance(drafts, Drafts) and step + 1 < speaker.draft.steps:
             output_R1D = drafts.later(output_R1D, draft_R1.to(device), position_R1)
     return token_RT
 
 
 def judge(speaker: Speaker, written: Written) -> tuple[Tensor, Tensor, Tensor]:
-    """Of STEPS drafts at each position whose drafts all fall on written tokens, [R, P, S]: whether the draft is the
+    """Of all drafts at each position whose drafts all fall on written tokens, [R, P, S]: whether the draft is the
     text; sum min(p, d) of model and draft head; whether the text is what the model chooses, now that it is read whole.
     """
-    device, wanted = speaker.compute.device, written.token_RT.shape[1]
-    places = torch.arange(written.prompt_tokens - 1, wanted - 1 - STEPS)
+    device, wanted, steps = speaker.compute.device, written.token_RT.shape[1], speaker.draft.steps
+    places = torch.arange(written.prompt_tokens - 1, wanted - 1 - steps)
     position_RP = places.expand(len(written.token_RT), -1)
-    drafts = Drafts(speaker.draft, written.hidden_RTD.to(device), written.token_RT.to(device))
+    drafts = speaker.draft.drafts(written.hidden_RTD.to(device), written.token_RT.to(device))
     output_RPD = drafts.first(position_RP.to(device))
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for step in range(1, STEPS + 1):
-        if step > 1:
+    for step in range(1, steps + 1):
+        if isinstance(drafts, Drafts) and step > 1:
             token_RP = written.token_RT.gather(1, position_RP + step)
             output_RPD = drafts.later(output_RPD, token_RP.to(device), position_RP.to(device))
         text_RP = written.token_RT.gather(1, position_RP + step + 1)
-        columns.append(_judge_step(speaker.head, _at(written.hidden_RTD, position_RP + step), output_RPD, text_RP))
+        target_RPD = _at(written.hidden_RTD, position_RP + step)
+        columns.append(_judge_step(speaker, target_RPD, output_RPD, text_RP))
     hit, kept, chosen = (torch.stack(parts, dim=2) for parts in zip(*columns, strict=True))
     return hit, kept, chosen
 
 
-def _judge_step(head: Head, target_RPD: Tensor, draft_RPD: Tensor, text_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device, text_N = head.weight_VD.device, text_RP.flatten()
+def _judge_step(
+    speaker: Speaker, target_RPD: Tensor, draft_RPD: Tensor, text_RP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    device, text_N = speaker.compute.device, text_RP.flatten()
     hits, overlaps, chosen = [], [], []
     parts = (states.flatten(0, 1).split(HEAD_ROWS) for states in (target_RPD, draft_RPD))
     for target_ND, draft_ND, part_N in zip(*parts, text_N.split(HEAD_ROWS), strict=True):
-        target_NV, draft_NV = logits(head, target_ND.to(device)), logits(head, draft_ND)
+        target_NV, draft_NV = logits(speaker.head, target_ND.to(device)), logits(speaker.draft.head, draft_ND)
         hits.append(draft_NV.argmax(dim=1).cpu() == part_N)
         chosen.append(target_NV.argmax(dim=1).cpu() == part_N)
         overlaps.append(metrics.overlap(target_NV, draft_NV).cpu())

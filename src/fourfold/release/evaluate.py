@@ -97,7 +97,7 @@ def evaluate(
         drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
     if protocol.drafts:
         kept["drafts"] = drafted and {
-            "protocol": drafts.protocol(text.token_RT), "source": drafted[0], "release": drafted[1],
+            "protocol": drafts.protocol(original, text.token_RT), "source": drafted[0], "release": drafted[1],
         }  # fmt: skip
     found = (
         {"drafts": None}
