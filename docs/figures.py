@@ -48,7 +48,8 @@ from fourfold.model.internals import class_names
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 # README's results have columns for each of these, and a row for each method of results.py.
-MODELS = {"quality": "example model"}  # result of benchmarks/quality.py: title
+# Result of benchmarks/quality.py: title.
+MODELS = {"quality": "example model", "quality_real": "model with real activations"}
 GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
 FIGURES: dict[str, Callable[..., str]] = {}
 
@@ -62,6 +63,11 @@ def figure(function: Callable[..., str]) -> Callable[..., str]:
 # --- words within a line -----------------------------------------------------------------------------------------
 
 
+def tokens_shown(name: str) -> int:
+    """Of calibration, of all sizes that a file has."""
+    return TOKENS if TOKENS in sizes(name) else sizes(name)[-1]
+
+
 @figure
 def about(name: str) -> str:
     """What the figures of a file hold for, the file, the machine and the day."""
@@ -72,8 +78,7 @@ def about(name: str) -> str:
 def conditions(name: str) -> Iterator[str]:
     found = result(name)
     if "means" in found:
-        model, counts = found["model"], sizes(name)
-        tokens = TOKENS if TOKENS in counts else counts[-1]
+        model, tokens = found["model"], tokens_shown(name)
         row = mean(name, methods(name)[0], tokens)
         yield f"{model['layers']} layers, {model['experts']} experts"
         yield f"{tokens:,} calibration tokens, {row['positions']:,.0f} held-out predictions"
@@ -117,15 +122,13 @@ def readme() -> str:
     """Quality by model and method, and the cost of one layer; what it holds for."""
     header = [""]
     for title in MODELS.values():
-        of = "" if len(MODELS) == 1 else f"{title}: "
-        header += [f"{of}mean KLD (x 10^-3 nats), routing forced to the source's", f"{of}top-1 agreement"]
-        header += [f"{of}RTN fallback"]
+        header += [f"{title}: mean KLD (x 10^-3 nats)", "top-1 agreement"]
     rows = []
     for method in METHODS:
         cells = [label(method)]
         for name in MODELS:
-            row = mean(name, method)
-            cells += [kld(row[KLD]), percent(row["top1_agreement"]), fallback(row)]
+            row = mean(name, method, tokens_shown(name))
+            cells += [kld(row["kl_mean"]), percent(row["top1_agreement"])]
         tool = result("speed")["tools"].get(method)
         cells += [f"{tool['cpu_seconds']:.1f}", gigabytes(tool["peak_bytes"], 2)] if tool else ["", ""]
         rows.append(cells)
