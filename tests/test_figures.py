@@ -84,7 +84,7 @@ def test_a_changed_result_fails_and_is_written(docs: Any, page: Path, monkeypatc
     path = page.parent / "results" / "quality.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     row = next(row for row in result["means"] if (row["method"], row["tokens"]) == ("guided", 65_536))
-    row["forced_kl_mean"] = 0.00123
+    row["kl_mean"] = 0.00123
     path.write_text(json.dumps(result), encoding="utf-8")
     with pytest.raises(SystemExit, match="make figures"):
         docs.main()
@@ -98,7 +98,7 @@ def test_another_model_is_another_entry(docs: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(docs, "MODELS", {"quality": "example model", "quality_deep": "16 layers"})
     monkeypatch.setattr(docs, "METHODS", {"fast": "fast", "best": "best"})
     header, _, first, *_ = docs.readme().splitlines()
-    assert "| 16 layers: top-1 agreement |" in header and header.count("|") == first.count("|") == 10
+    assert "| 16 layers: mean KLD (x 10^-3 nats) |" in header and header.count("|") == first.count("|") == 8
     assert "16 layers: 16 layers, 8 experts;" in docs.readme()
 
 
