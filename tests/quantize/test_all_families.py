@@ -199,6 +199,14 @@ def test_an_architecture_that_no_test_proves(
     assert "no test of fourfold proves this architecture" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_card_where_transformers_does_not_load_a_release(release: Make) -> None:
+    out = release("gemma4")
+    write(out, About(name="org/model", base_model=None, licence=None), recommend)
+    card = (out / "README.md").read_text()
+    assert "as stacks alone" in card and "from_pretrained" not in card
+
+
 # ---- sources that are not BF16
 
 
