@@ -143,11 +143,11 @@ def families() -> str:
     rows = []
     for family in sorted(FAMILIES.values(), key=lambda family: family.title):
         model_class = next(class_names({"model_type": family.model_type}))
-        engines = ", ".join(family.proven) or "not run in engines by tests"
+        engines = ", ".join(family.proven) or "no engine"
         notes = [f"not in {engine}: {why}" for engine, why in family.refuse.items()]
         notes += ["draft acceptance is measured"] if family.mtp_prefix else []
         rows.append([family.title, f"`{family.model_type}`", f"`{model_class}`", engines, "; ".join(notes)])
-    return table(["checkpoints", "`model_type`", "class in transformers", "releases run in", "notes"], rows)
+    return table(["checkpoints", "`model_type`", "class in transformers", "tests ran releases in", "notes"], rows)
 
 
 @figure

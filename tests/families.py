@@ -100,6 +100,8 @@ _NEMOTRON = {
     **{"mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 16, "mamba_n_groups": 2},
     "moe_shared_expert_intermediate_size": 256,
 }
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_head_dim": 96}  # the sizes that vLLM has kernels for
+_DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}  # the same
 _GRANITE = {
     **{"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
     "attention_multiplier": 0.0078125,
@@ -114,14 +116,16 @@ _MUSE_SPARK_TOWERS = {
 _SMALL_TOWER = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 FAMILIES: Mapping[str, Case] = {
-    "afmoe": Case(tail=AGAIN, hub={"score_func": "sigmoid"}),
-    "axk1": Case(tail=AGAIN),
+    "afmoe": Case(tail=AGAIN, hub={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
+    "axk1": Case(_LATENT, tail=AGAIN),
     "axk2": Case(),
     "bailing_hybrid": Case(),
     "beam": Case(tail=AGAIN),
     "cohere2_moe": Case(tail=0.5),
-    "deepseek_v2": Case(),
-    "deepseek_v3": Case({"n_group": 4, "topk_group": 2}, hub={"topk_method": "noaux_tc"}),
+    "deepseek_v2": Case(_LATENT),
+    "deepseek_v3": Case(
+        {**_LATENT, "n_group": 4, "topk_group": 2}, hub={"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    ),
     "deepseek_v32": Case(),
     "deepseek_v4": Case(
         {
@@ -146,17 +150,19 @@ FAMILIES: Mapping[str, Case] = {
             **{"global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
             "layer_types": [*(["sliding_attention"] * 3), "full_attention"],
         },
+        towers={"vision_config": {"default_output_length": 280}},
         tail=AGAIN,
     ),
     "glm4_moe": Case(hub={"head_dim": 64, "first_k_dense_replace": 1}),
-    "glm4_moe_lite": Case(hub={"first_k_dense_replace": 1}),
+    "glm4_moe_lite": Case(_LATENT, hub={"first_k_dense_replace": 1}),
     "glm4v_moe": Case(
         {
             "rope_parameters": {
                 **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
                 "mrope_section": [4, 6, 6],
             }
-        }
+        },
+        hub={"head_dim": 64, "first_k_dense_replace": 1, "use_qk_norm": False},
     ),
     "glm5_next": Case(
         {
@@ -186,7 +192,7 @@ FAMILIES: Mapping[str, Case] = {
     ),
     "granitemoeshared": Case(),
     "hunyuan_v1_moe": Case(),
-    "hy_v3": Case(hub={"expert_hidden_dim": 128, "route_norm": True}),
+    "hy_v3": Case(hub={"expert_hidden_dim": 128, "route_norm": True, "first_k_dense_replace": 1, "qk_norm": True}),
     "hy_v4": Case(_SHARED_INDEXER, tail=AGAIN, carry=TOPK),
     "inkling_mm_model": Case(
         {"swa_head_dim": 64, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2},
@@ -199,21 +205,21 @@ FAMILIES: Mapping[str, Case] = {
             **{"mamba_d_state": 8, "mamba_expand": 2, "mamba_dt_rank": 16, "use_mamba_kernels": False},
         }
     ),
-    "kimi_k25": Case({"model_type": "deepseek_v3"}, towers={"vision_config": _SMALL_TOWER}, exact=False),
+    "kimi_k25": Case({**_LATENT, "model_type": "deepseek_v3"}, towers={"vision_config": _SMALL_TOWER}, exact=False),
     "kimi_linear": Case({"linear_num_heads": 4, "linear_head_dim": 32}),
     "kolibri1": Case(tail=AGAIN),
     "laguna": Case(),
     "lfm2_moe": Case({"layer_types": ["conv", "full_attention"] * 2}),
     "mellum": Case(),
-    "mimo_v2_flash": Case(hub={"hybrid_layer_pattern": [0, 1, 1, 1]}),
+    "mimo_v2_flash": Case(hub={"hybrid_layer_pattern": [0, 1, 1, 1], "layernorm_epsilon": 1e-6}),
     "minimax": Case({"layer_types": ["linear_attention", "full_attention"] * 2}),
-    "minimax_m2": Case(hub={"rotary_dim": 32}),
+    "minimax_m2": Case(hub={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
     "minimax_m3_vl": Case(towers={"projector_hidden_size": 64}, tail=2.0),
     "mistral3": Case(
-        {"model_type": "mistral4"},
+        {**_LATENT, "model_type": "mistral4"},
         towers={"vision_config": {"model_type": "pixtral", "head_dim": 32, **_SMALL_TOWER}, "image_token_index": 500},
     ),
-    "mistral4": Case(),
+    "mistral4": Case(_LATENT),
     "mistral_large4": Case(towers={"vision_config": {**_SMALL_TOWER, "head_dim": 32}}, carry=TOPK),
     "mixtral": Case(),
     "muse_spark": Case({"moe_hidden_size": 128}, towers=_MUSE_SPARK_TOWERS, tail=AGAIN),
@@ -222,11 +228,11 @@ FAMILIES: Mapping[str, Case] = {
     "olmoe": Case(),
     "phimoe": Case(),
     "qwen2_moe": Case(),
-    "qwen3_5_moe": Case(),
+    "qwen3_5_moe": Case(_DELTA),
     "qwen3_moe": Case(),
-    "qwen3_next": Case(),
+    "qwen3_next": Case(_DELTA),
     "qwen3_omni_moe_thinker": Case(),
-    "qwen3_vl_moe": Case(),
+    "qwen3_vl_moe": Case(hub={"norm_topk_prob": True}),
     "qwen4_exp": Case(
         {
             **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16},

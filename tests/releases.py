@@ -50,6 +50,7 @@ RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_byt
 SIDECARS = {
     "added_tokens.json": b'{"<a>": 2047}',
     "special_tokens_map.json": b'{\r\n "pad_token": "<|endoftext|>"}',
+    "processor_config.json": b"{}",
     "preprocessor_config.json": b'{"size": {"longest_edge": 16777216}}',
     "video_preprocessor_config.json": b"{}\n",
     "LICENSE": "Apache \u2013 no newline at the end".encode(),

@@ -6,61 +6,73 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoints
 import families
+import family_releases
 import releases
 from fourfold.api import evaluate, plan, verify
 from fourfold.api import quantize as api_quantize
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.formats import COMPRESSED_TENSORS
-from fourfold.model.family import FAMILIES, Family
+from fourfold.model.family import FAMILIES, TRANSFORMERS, Family
 from fourfold.quantize.gauge import measure_rates
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.run import quantize
-from fourfold.recipe import Recipe, load_recipe
+from fourfold.recipe import Recipe
 from fourfold.release.report.about import About
 from fourfold.release.report.write import write
+from fourfold.release.verify.folder import open_release
 from fourfold.reporting import recommend
 from nextn import with_nextn
 
 REFUSED = {
     "gpt_oss": "experts of gpt_oss have biases",
 }
+Make, Recipes = Callable[[str], Path], Callable[..., Recipe]
 NAMES = [name for name in families.FAMILIES if name not in REFUSED]
-SETTINGS = (
-    "scheme.group_size=64",
-    'calibration.sources=[{builtin="math", rows=2}]',
-    "calibration.length=64",
-    "heldout.windows=2",
-    "heldout.length=64",
-)
-TOKENS = (2, 64)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's small checkpoint with the example's tokenizer, made once."""
-    made: dict[str, Path] = {}
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    releases.write_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A family's small checkpoint, made once."""
+    folder = tmp_path_factory.mktemp("families")
 
     def make(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("families") / name
-            families.tiny(made[name], name, vocabulary=checkpoints.VOCABULARY)
-            for file in checkpoints.TOKENIZER_FILES:
-                shutil.copy(checkpoints.EXAMPLE / file, made[name] / file)
-        return made[name]
+        return folder / name if (folder / name).exists() else family_releases.make_source(folder / name, name)
 
     return make
 
 
-def recipe(preset: str = "fast") -> Recipe:
-    return load_recipe(preset, SETTINGS)
+@pytest.fixture(scope="module")
+def release(source: Make, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The release of a family's small checkpoint, made once."""
+    folder = tmp_path_factory.mktemp("releases")
+
+    def make(name: str) -> Path:
+        out = folder / name
+        return out if out.exists() else family_releases.make_release(out, source(name), texts)
+
+    return make
+
+
+@pytest.fixture
+def recipe(texts: Path) -> Recipes:
+    return lambda preset="fast", *settings: family_releases.recipe(texts, preset, *settings)
 
 
 def test_every_family_has_a_case() -> None:
@@ -69,7 +81,7 @@ def test_every_family_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "gemma4", "nemotron_h", "qwen3_vl_moe"])
-def test_a_plan_claims_every_tensor_once(source: Callable[[str], Path], name: str) -> None:
+def test_a_plan_claims_every_tensor_once(source: Make, recipe: Recipes, name: str) -> None:
     plan = make_plan(source(name), recipe())
     claimed = [claim.header.name for part in plan.parts for claim in part.claims]
     assert sorted(claimed) == sorted(plan.index.headers)
@@ -79,23 +91,50 @@ def test_a_plan_claims_every_tensor_once(source: Callable[[str], Path], name: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_release_is_what_quantize_measured(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_a_release_is_what_quantize_measured(source: Make, release: Make, name: str) -> None:
     """Read back from disk, its KL divergence is that of the stream that was quantized: names, order and arithmetic."""
-    model, out = source(name), tmp_path / "out"
-    quantize(model, out, recipe())
+    model, out = source(name), release(name)
     verdict = verify(out, source=model)
     assert [check for check in verdict.checks if str(check.status) == "fail"] == []
     measured = json.loads((out / "fourfold.json").read_text())["metrics"]
-    windows, length = TOKENS
+    windows, length = family_releases.TOKENS
     found = evaluate(out, source=model, windows=windows, length=length, drafts=False)["summary"]
     assert found["kl_mean"] == pytest.approx(measured["kl_mean"], rel=1e-6)
     assert found["perplexity_source"] == pytest.approx(measured["perplexity_source"], rel=1e-9)
 
 
+@torch.no_grad()
+def transformers_equals(release: Path, twin: Path, model_class: Any) -> bool:
+    """Whether transformers loads a release, experts and all, and gives the logits of its twin in BF16."""
+    token_RT = torch.randint(3, 480, (2, 40), generator=torch.Generator().manual_seed(3))
+    found = []
+    for folder in (release, twin):
+        try:
+            model, loaded = model_class.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+        except (RuntimeError, ValueError):
+            assert folder == release  # its twin loads
+            return False
+        if loaded["missing_keys"]:  # experts stay random
+            return False
+        found.append(model.eval()(input_ids=token_RT, use_cache=False).logits)
+    return torch.equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_loads_a_release_or_the_card_says_why_not(release: Make, tmp_path: Path, name: str) -> None:
+    """Through its own decompression. The families are those that docs/models.md names, no more and no less."""
+    out, (model_class, _) = release(name), families.settings(name)
+    equal = transformers_equals(out, family_releases.make_twin(tmp_path / "twin", out), model_class)
+    problem = open_release(out).transformers_problem
+    assert equal == (not problem) == (TRANSFORMERS in FAMILIES[name.partition("+")[0]].proven), problem
+    assert TRANSFORMERS.endswith(transformers.__version__.rpartition(".")[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_quantized_is_refused_by_name(
-    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    source: Make, recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(FAMILIES, name, Family(model_type=name, title=""))
     with pytest.raises(FourfoldError, match=REFUSED[name]):
@@ -104,15 +143,14 @@ def test_what_cannot_be_quantized_is_refused_by_name(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "granitemoe", "cohere2_moe"])
-def test_guidance_says_where_it_is_not_available(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    settings = (*SETTINGS, "guidance.sites=down", "guidance.tokens=128")
+def test_guidance_says_where_it_is_not_available(source: Make, recipe: Recipes, tmp_path: Path, name: str) -> None:
     with pytest.raises(FourfoldError, match="guidance is not available"):
-        quantize(source(name), tmp_path / "out", load_recipe("guided", settings))
+        quantize(source(name), tmp_path / "out", recipe("guided", "guidance.sites=down", "guidance.tokens=128"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm4_moe", "gemma4", "granitemoe", "glm_moe_dsa"])
-def test_a_run_that_was_cut_off_goes_on(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_a_run_that_was_cut_off_goes_on(source: Make, recipe: Recipes, tmp_path: Path, name: str) -> None:
     """Added, run again, times a constant, and with what layers carry: the same bytes as in one go."""
     model = source(name)
     quantize(model, tmp_path / "whole", recipe())
@@ -133,13 +171,13 @@ def test_a_run_that_was_cut_off_goes_on(source: Callable[[str], Path], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm5_next", "nemotron_h+latent"])
-def test_the_machine_is_gauged_with_the_models_own_layer(source: Callable[[str], Path], name: str) -> None:
+def test_the_machine_is_gauged_with_the_models_own_layer(source: Make, recipe: Recipes, name: str) -> None:
     """Whose stream is wider than its experts' input, or narrower."""
     assert measure_rates(make_plan(source(name), recipe())).traffic > 0
 
 
 @pytest.mark.slow
-def test_a_card_without_commands(source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_card_without_commands(source: Make, recipe: Recipes, tmp_path: Path) -> None:
     """Of a model whose cache is not known from config.json."""
     quantize(source("nemotron_h"), tmp_path / "out", recipe())
     write(tmp_path / "out", About(name="org/model", base_model=None, licence=None), recommend)
@@ -147,7 +185,9 @@ def test_a_card_without_commands(source: Callable[[str], Path], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_draft_layer_past_the_last_is_kept_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_layer_past_the_last_is_kept_and_measured(
+    recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit in the release, one draft a step on what each model writes."""
     model, out = tmp_path / "model", tmp_path / "out"
     with_nextn(model, "glm4_moe", monkeypatch, checkpoints.VOCABULARY)
@@ -167,7 +207,7 @@ def test_a_draft_layer_past_the_last_is_kept_and_measured(tmp_path: Path, monkey
 
 
 def test_an_architecture_that_no_test_proves(
-    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Make, recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is rehearsed by plan; quantize wants to be asked, and the card says so."""
     monkeypatch.delitem(FAMILIES, "olmoe")
@@ -180,6 +220,14 @@ def test_an_architecture_that_no_test_proves(
     api_quantize(model, out, recipe=recipe(), derived=True)
     write(out, About(name="org/model", base_model=None, licence=None), recommend)
     assert "no test of fourfold proves this architecture" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_card_where_transformers_does_not_load_a_release(release: Make) -> None:
+    out = release("gemma4")
+    write(out, About(name="org/model", base_model=None, licence=None), recommend)
+    card = (out / "README.md").read_text()
+    assert "as stacks alone" in card and "from_pretrained" not in card
 
 
 # ---- sources that are not BF16
@@ -207,7 +255,7 @@ def converted(model: Path, folder: Path, quantization: dict[str, object] | None,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2"])
 def test_an_fp8_source_gives_the_release_of_its_bf16_twin(
-    source: Callable[[str], Path], tmp_path: Path, name: str
+    source: Make, recipe: Recipes, tmp_path: Path, name: str
 ) -> None:
     model = source(name)
     stored, twin = dict[str, Tensor](), dict[str, Tensor]()
@@ -233,7 +281,7 @@ def test_an_fp8_source_gives_the_release_of_its_bf16_twin(
 
 
 @pytest.mark.slow
-def test_an_int4_release_can_be_quantized_again(source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_int4_release_can_be_quantized_again(source: Make, recipe: Recipes, tmp_path: Path) -> None:
     """With a warning: it is for models that are published in nothing else."""
     model = source("qwen3_moe")
     quantize(model, tmp_path / "once", recipe())

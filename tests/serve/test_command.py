@@ -130,6 +130,15 @@ def test_parsers_by_family_and_template() -> None:
 # --- how it is split ----------------------------------------------------------------------------------------------
 
 
+def test_families_that_an_engine_must_not_serve() -> None:
+    laguna, gemma = (changed(OURS, model_type=name, draft_bytes=0) for name in ("laguna", "gemma4"))
+    (problem,) = make(laguna, engine="vllm").problems
+    assert "selection bias" in problem and problem.endswith("Try: --engine sglang")
+    (problem,) = make(gemma, engine="sglang").problems
+    assert "SiLU" in problem and problem.endswith("Try: --engine vllm")
+    assert not make(laguna, engine="sglang").problems and not make(gemma, engine="vllm").problems
+
+
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 2), (3, 2), (4, 4), (6, 4), (8, 4)])
 def test_as_many_gpus_as_divide_the_groups(count: int, ranks: int) -> None:
     assert make(machine=gpus(count, 80)).forecast.split.ranks == ranks

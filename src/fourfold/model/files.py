@@ -29,6 +29,7 @@ SIDECARS = (
     "chat_template.jinja",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "video_preprocessor_config.json",
     "LICENSE",
 )

@@ -42,9 +42,7 @@ class DraftHead:
         return Drafts(self, hidden_RTD, token_RT)
 
 
-def read_draft_head(
-    weights: Weights, device: torch.device, dtype: torch.dtype, head: Head | None = None
-) -> DraftHead:
+def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, head: Head | None = None) -> DraftHead:
     """The draft head of a checkpoint that has one, its experts fused or one by one on disk. head: the model's own."""
     skeleton, prefix = weights.skeleton, weights.skeleton.family.mtp_prefix
     decoder, module = skeleton.blueprint.decoder, skeleton.empty_draft_layer()

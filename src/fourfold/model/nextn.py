@@ -108,4 +108,3 @@ class NextnDrafts:
         """The output [R, P, D] at positions t: predicts token t + 2."""
         index_RPD = position_RP[:, :, None].expand(-1, -1, self._first_RTD.shape[2])
         return self._first_RTD.gather(1, index_RPD)
-

@@ -311,7 +311,8 @@ def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: 
         )
     family = FAMILIES.get(served.model_type)
     if family is not None and engine.name in family.refuse:
-        yield f"{engine.name} must not serve {family.title}: {family.refuse[engine.name]}. Try: --engine vllm"
+        other = VLLM if engine.name == SGLANG else SGLANG
+        yield f"{engine.name} must not serve {family.title}: {family.refuse[engine.name]}. Try: --engine {other}"
     if engine.name == SGLANG and drafts and _drops_drafts(served):
         yield (
             f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without "

@@ -2,20 +2,24 @@
 
     python vllm_engine.py REQUEST.json ANSWER.json
 
-REQUEST: model (folder), prompts (lists of token ids), tokens (to generate for each), draft_tokens (0: no MTP),
-noise (score what was generated once more, one sequence at a time), image (one more prompt, with an image: its tokens
-before and after; null for none), exact_experts (the reference kernel in any case).
-ANSWER is written when all went well; whatever goes wrong is a traceback on stderr and an exit code other than 0.
-One engine per process: vLLM does not give its memory and its global state back.
+REQUEST: a list of runs, each with model (folder), prompts (lists of token ids), tokens (to generate for each),
+draft_tokens (0: no MTP), noise (score what was generated once more, one sequence at a time), image (one more prompt,
+with an image: its tokens before and after; null for none), exact_experts (the reference kernel in any case).
+ANSWER: a list with what each run gave. Whatever goes wrong in a single run is a traceback on stderr and an exit code
+other than 0. Of several runs each answers for itself: failure says why it gave no more than its loads.
+Several runs in one process are for small models on a CPU: vLLM does not give all of its memory back.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.metadata
 import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models import registry
 
 # Parameters that vLLM registers with a value of its own, whether or not a checkpoint has them.
 DEFAULTED = (
@@ -150,16 +155,9 @@ def draft_counters(llm: LLM) -> dict[str, Any]:
     return counted | {"accepted_by_position": list(metrics["num_accepted_tokens_per_pos"].values)}
 
 
-def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
-    loads: dict[str, Any] = {}
-    if vllm.platforms.current_platform.is_cpu():
-        import vllm_reference_experts
-
-        if request["exact_experts"] or vllm_reference_experts.is_needed():
-            vllm_reference_experts.install()
-            print("[fourfold] Using an exact int4 expert kernel of fourfold's: vLLM has none for this CPU", flush=True)
-    watch_loader(loads)
+def run(request: dict[str, Any], loads: dict[str, Any]) -> dict[str, Any]:
+    """Start an engine and ask it everything. loads: of its models, filled by watch_loader."""
+    loads.clear()
     begin = time.perf_counter()
     llm = start(request)
     started = time.perf_counter() - begin
@@ -171,15 +169,42 @@ def main() -> None:
     if request["draft_tokens"]:
         answer["drafts"] = draft_counters(llm)
     cache = llm.llm_engine.vllm_config.cache_config
-    answer |= {
+    return answer | {
         "engine": f"vLLM {vllm.__version__}",
         "torch": importlib.metadata.version("torch"),
         "device": vllm.platforms.current_platform.device_name,
-        "loads": loads,
+        "loads": dict(loads),
         "start_seconds": started,
         "kv_cache_tokens": cache.kv_cache_size_tokens,
     }
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def attempt(request: dict[str, Any], loads: dict[str, Any]) -> dict[str, Any]:
+    """One of several runs: what goes wrong is its answer, after what had been loaded."""
+    print(f"[fourfold] {request['model']}", flush=True)
+    try:
+        return run(request, loads)
+    except Exception as error:  # noqa: BLE001 - an engine may raise anything, and the others are still to be run
+        traceback.print_exc()
+        return {"failure": f"{type(error).__name__}: {error}", "loads": dict(loads)}
+    finally:
+        gc.collect()
+
+
+def main() -> None:
+    requests = json.loads(Path(sys.argv[1]).read_text())
+    loads: dict[str, Any] = {}
+    if vllm.platforms.current_platform.is_cpu():
+        import vllm_reference_experts
+
+        vllm_reference_experts.install(only=any(request["exact_experts"] for request in requests))
+        registry._run_in_subprocess = lambda look: look()  # it spares this process CUDA
+    platform = vllm.platforms.current_platform
+    platform.register_triton_kernel_overrides = functools.cache(platform.register_triton_kernel_overrides)
+    watch_loader(loads)
+    one = len(requests) == 1
+    answers = [run(request, loads) if one else attempt(request, loads) for request in requests]
+    Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

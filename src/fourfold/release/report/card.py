@@ -278,6 +278,7 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
         "licence": found.name,
         "licence_origin": found.origin,
         "transformers": _transformers(about, "vision_config" in records.release.raw),
+        "transformers_problem": records.release.transformers_problem,
         "sampling": _sampling(records.sampling),
     }
 

@@ -25,7 +25,7 @@ class Engine:
     limit_seconds: float
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def ask(self, script: str, title: str, request: Mapping[str, Any]) -> Answer:
+    def ask(self, script: str, title: str, request: object) -> Answer:
         """Run one of our scripts under the engine's interpreter. title: of the run, for its log's name."""
         log = self.logs / f"verify-{self.name}-{title}.log"
         with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as scratch:
@@ -40,10 +40,10 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a run gave: content, or why it gave none."""
+    """What a run gave: content, as JSON, or why it gave none."""
 
     log: Path
-    content: Mapping[str, Any] = field(default_factory=dict)
+    content: Any = field(default_factory=dict)
     failure: str = ""
 
 

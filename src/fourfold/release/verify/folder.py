@@ -56,6 +56,16 @@ class Release:
     def group_size(self) -> int:
         return self.recipe.scheme.group
 
+    @property
+    def transformers_problem(self) -> str:
+        """Why transformers does not load the release; "" if it does."""
+        if not self.format.transformers_loads:
+            return f"transformers does not run the format {self.format}: it {self.format.transformers_note}"
+        if any(one is not None and one.stacked for one in self.skeleton.blueprint.experts):
+            return "transformers reads experts of this architecture as stacks alone and would leave a release's random"
+        why = self.skeleton.family.refuse.get("transformers")
+        return f"transformers {why}" if why else ""
+
     def expected(self, names: Mapping[str, Any]) -> dict[str, Expected]:
         """Every tensor that must be there, by name. names: of the release; all of a draft head is wanted or none."""
         # Without the names of stacks each expert is wanted as a tensor of its own, as engines load them.

@@ -71,8 +71,8 @@ def _why_not(release: Release, source: Path | None) -> str:
     if source is None:
         return "--source is wanted to compare with"
     form = release.format
-    if not form.transformers_loads:
-        return f"transformers does not run the format {form}: it {form.transformers_note}"
+    if release.transformers_problem:
+        return release.transformers_problem
     if importlib.util.find_spec(form.transformers_package.replace("-", "_")) is None:
         return f"{form.transformers_package} is not installed beside fourfold: pip install {form.transformers_package}"
     wanted = int(SPARE * release.state["source_tensor_bytes"])

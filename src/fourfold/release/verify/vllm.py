@@ -64,22 +64,35 @@ def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence
     return Runs(plain=plain, drafting=drafting, source=original, no_image="" if around else no_image)
 
 
-def ask(
-    engine: Engine,
+def ask(engine: Engine, folder: Path, prompts: Sequence[Sequence[int]], title: str, **options: Any) -> Answer:
+    """One model in a process of its own. options: of `request`."""
+    (answer,) = ask_each(engine, [request(folder, prompts, **options)], title)
+    return answer
+
+
+def ask_each(engine: Engine, requests: Sequence[Mapping[str, Any]], title: str) -> list[Answer]:
+    """Several small models in one process, which starts once: an answer for each, with its loads even if it fails."""
+    whole = engine.ask(SCRIPT, title, requests)
+    if whole.failure:
+        return [whole] * len(requests)
+    return [Answer(log=whole.log, content=one, failure=one.get("failure", "")) for one in whole.content]
+
+
+def request(
     folder: Path,
     prompts: Sequence[Sequence[int]],
-    title: str,
     *,
+    tokens: int = GENERATED_TOKENS,
     draft_tokens: int = 0,
     noise: bool = False,
     image: dict[str, Any] | None = None,
     exact_experts: bool = False,
-) -> Answer:
-    request = {
-        "model": str(folder.resolve()), "prompts": prompts, "tokens": GENERATED_TOKENS, "draft_tokens": draft_tokens,
+) -> dict[str, Any]:
+    """What engines/vllm_engine.py is asked of one model."""
+    return {
+        "model": str(folder.resolve()), "prompts": prompts, "tokens": tokens, "draft_tokens": draft_tokens,
         "noise": noise, "image": image, "exact_experts": exact_experts,
     }  # fmt: skip
-    return engine.ask(SCRIPT, title, request)
 
 
 def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> Iterator[Check]:
