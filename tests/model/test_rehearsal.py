@@ -98,3 +98,9 @@ def test_a_kind_that_comes_late_has_no_small_copy() -> None:
     raw["text_config"] |= {"num_hidden_layers": 20, "layer_types": [*["linear_attention"] * 19, "full_attention"]}
     with pytest.raises(FourfoldError, match="only its first 20 layers have one of each kind, expected at most 12"):
         rehearsal.rehearse(Skeleton.of(raw, Path("config.json")))
+
+
+def test_a_copy_that_is_not_small_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "MOST_PARAMETERS", 1000)
+    with pytest.raises(FourfoldError, match=r"small copy of olmoe cannot be run .*parameters, expected at most 1e\+03"):
+        rehearsal.rehearse(small("olmoe"))

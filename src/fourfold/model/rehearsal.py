@@ -28,7 +28,7 @@ from fourfold.model.weights import Weights
 
 ROWS, TOKENS = 2, 24
 EXPERTS, CHOSEN, WIDTH, VOCABULARY = 4, 2, 256, 512
-MOST_LAYERS = 12
+MOST_LAYERS, MOST_PARAMETERS = 12, 2 * 10**9  # of a copy: 4 GB, and as much again while it is compared
 SIZE = 0.02  # of weights, as models begin with
 EXPERT_SCALE = 8  # an expert in the wrong place moves the state by far more than rounding does
 SPREAD = 0.05  # what norms and biases are moved by, so that each one tells
@@ -116,9 +116,13 @@ def run_whole(blueprint: Blueprint, token_RT: Tensor, dtype: torch.dtype = BF16)
 
 
 def write_copy(skeleton: Skeleton, folder: Path) -> None:
-    """A checkpoint with random BF16 weights, config.json cut down."""
-    raw = cut(skeleton)
-    model = internals.build_model(type(skeleton.blueprint.model), internals.read_settings(raw), "cpu")
+    """A checkpoint with random BF16 weights, config.json cut down. Raises FourfoldError for one that is not small."""
+    raw, model_class = cut(skeleton), type(skeleton.blueprint.model)
+    empty = internals.build_model(model_class, internals.read_settings(raw))
+    count = sum(value.numel() for value in empty.parameters())
+    if count > MOST_PARAMETERS:
+        raise FourfoldError(f"{CONFIG}: it has {count:.2g} parameters, expected at most {MOST_PARAMETERS:.2g}")
+    model = internals.build_model(model_class, internals.read_settings(raw), "cpu")
     fill_(model)
     model.save_pretrained(folder)
     (folder / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
@@ -162,6 +166,8 @@ def cut(skeleton: Skeleton) -> dict[str, Any]:
         by_layer = isinstance(value, list) or (isinstance(value, str) and "pattern" in key)
         if by_layer and len(value) == skeleton.layers:
             text[key] = value[:layers]
+        elif isinstance(value, dict) and all(str(number).isdecimal() for number in value):
+            text[key] = {number: one for number, one in value.items() if int(number) < layers}
         elif key == "num_hidden_layers":
             text[key] = layers
         elif "intermediate_size" in key and isinstance(value, int):
