@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fourfold import terminal
-from fourfold.formats import NAMES
+from fourfold.formats import EXPORTS, NAMES
 from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice
-from fourfold.tables.release import show_comparison, show_converted, show_inspection, show_published
+from fourfold.tables.release import show_comparison, show_converted, show_exported, show_inspection, show_published
 
 INSPECT_EXAMPLES = f"""\b
 Examples:
@@ -79,7 +79,9 @@ AnyRelease = Annotated[
     ),
 ]
 New = Annotated[Path, typer.Argument(metavar="NEW", show_default=False, help="Folder to write: new or empty.")]
-Format = Annotated[str, typer.Option("--format", **choice(*NAMES), show_default=False, help="How NEW stores int4.")]
+Format = Annotated[
+    str, typer.Option("--format", **choice(*NAMES, *EXPORTS), show_default=False, help="How NEW stores int4.")
+]
 ConvertJson = Annotated[bool, typer.Option("--json", help="Print what came of it as one JSON object.")]
 
 
@@ -99,14 +101,16 @@ def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, 
         check_new(new, check_checkpoint(out, whole=True))
         from fourfold.model.hub import resolve_model
         from fourfold.release.convert import convert as run
+        from fourfold.release.export import export
 
+        write, show = (export, show_exported) if format in EXPORTS else (run, show_converted)
         folder = resolve_model(out, progress=not (quiet or as_json))
         with terminal.watch(console, manner) as progress:
-            found = run(folder, new, format, progress=progress)
+            found: Any = write(folder, new, format, progress=progress)
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
-            show_converted(console, found)
+            show(console, found)
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from fourfold.units import FIGURES, clock_text, figure_text
 if TYPE_CHECKING:
     from fourfold.release.compare import Comparison
     from fourfold.release.convert import Converted
+    from fourfold.release.export import Exported
     from fourfold.release.inspect import Inspection
     from fourfold.release.publish import Published
 
@@ -77,6 +78,19 @@ def show_converted(console: Console, found: Converted) -> None:
     ]
     if found.left_out:
         facts.append(("left out", f"{', '.join(found.left_out)}: true of the bytes before, or not known"))
+    show_facts(console, facts)
+
+
+def show_exported(console: Console, found: Exported) -> None:
+    """What was written for an engine of its own, what a user has to know of it, and the next command."""
+    facts = [
+        ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
+        ("exact", "every code, scale and other tensor as it is"),
+        ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
+        ("time", clock_text(found.seconds)),
+        *(("note", note) for note in found.notes),
+        ("next", f"fourfold verify {found.new} --source {found.out} --engine {found.engine}"),
+    ]
     show_facts(console, facts)
 
 
