@@ -20,27 +20,62 @@ import families
 import releases
 from fourfold.formats import COMPRESSED_TENSORS
 
-EXPERT = re.compile(r"(?!mtp\.).*\.experts\.\d+\.\w+\.weight")
+EXPERT = re.compile(r"(?!mtp\.|model\.layers\.4\.).*\.experts\.\d+\.\w+\.weight")
+DRAFTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "layer": "mtp.layers.0.",
+        "ends": "mtp.",
+        "names": {"fc": (256, 512), "norm": (256,), "pre_fc_norm_hidden": (256,), "pre_fc_norm_embedding": (256,)},
+    },
+    "glm4_moe": {
+        "layer": "model.layers.4.",
+        "ends": "model.layers.4.",
+        "names": {
+            **{"eh_proj": (256, 512), "enorm": (256,), "hnorm": (256,), "shared_head.norm": (256,)},
+            **{"shared_head.head": (checkpoints.VOCABULARY, 256), "embed_tokens": (checkpoints.VOCABULARY, 256)},
+        },
+    },
+}
+TOKENS = torch.randint(16, 500, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 STACK = re.compile(r"(?!mtp\.)(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 
 
-def release(folder: Path, family: str, group_size: int = 32) -> Path:
-    """Write a release of a small checkpoint of a family, experts by round-to-nearest; return its folder."""
+def release(folder: Path, family: str, group_size: int = 32, **options: Any) -> Path:
+    """Write a release of a small checkpoint of a family, experts by round-to-nearest; return its folder.
+
+    options: of checkpoints.tiny.
+    """
     if family in checkpoints.CLASSES:
-        checkpoints.tiny(folder, family=family, hidden=256, width=128, topk=2)
+        checkpoints.tiny(folder, family=family, hidden=256, width=128, topk=2, **options)
     else:
         families.tiny(folder, family, vocabulary=checkpoints.VOCABULARY)
         for name in checkpoints.TOKENIZER_FILES:
             shutil.copyfile(checkpoints.EXAMPLE / name, folder / name)
+    if family in DRAFTS:
+        checkpoints.edit(folder, lambda tensors: _add_draft(tensors, **DRAFTS[family]))
+        counts = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1}
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(counts))
+    if family == "qwen3_5_moe":
+        interval = {"full_attention_interval": 2}
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw["text_config"].update(interval))
     if family == "mixtral":
         checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(sliding_window=None))
     if family == "qwen2_moe":
         checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(norm_topk_prob=False))
     checkpoints.edit(folder, lambda tensors: _round_experts(tensors, group_size))
-    drafts = ["mtp."] if family == "qwen3_5_moe" else []
+    drafts = {"qwen3_5_moe": ["mtp."], "qwen3_next": ["mtp."], "glm4_moe": ["model.layers.4."]}.get(family, [])
     settings = COMPRESSED_TENSORS.quantization_config(group_size, drafts)
     checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(quantization_config=settings))
     return folder
+
+
+def _add_draft(tensors: dict[str, Tensor], layer: str, ends: str, names: dict[str, tuple[int, ...]]) -> None:
+    """A draft head: a copy of the last layer, and random tensors beside it."""
+    generator, last = torch.Generator().manual_seed(2), "model.layers.3."
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[layer + name.removeprefix(last)] = tensors[name].clone()
+    for name, shape in names.items():
+        tensors[f"{ends}{name}.weight"] = torch.randn(shape, generator=generator).bfloat16() / 16
 
 
 def _round_experts(tensors: dict[str, Tensor], group_size: int) -> None:
@@ -90,8 +125,8 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logprobs(folder: Path, token_RT: Tensor, scratch: Path) -> Tensor:
-    """Log-probabilities float64 [R, T, V] of a release in transformers, all in fp32."""
+def logprobs(folder: Path, scratch: Path) -> Tensor:
+    """Log-probabilities float64 [T, V] that a release gives for TOKENS in transformers, all in fp32."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     scratch.mkdir()
@@ -103,7 +138,7 @@ def logprobs(folder: Path, token_RT: Tensor, scratch: Path) -> Tensor:
     save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
     kind = getattr(transformers, config["architectures"][0])
     model = kind.from_pretrained(scratch, dtype=torch.float32, attn_implementation="eager").eval()
-    found: Tensor = model(input_ids=token_RT).logits.double().log_softmax(dim=-1)
+    found: Tensor = model(input_ids=torch.tensor([TOKENS])).logits[0].double().log_softmax(dim=-1)
     shutil.rmtree(scratch)
     return found
 

@@ -227,9 +227,9 @@ def verify(
     """Check a release: its files, every tensor against the source, a run in a real engine. Writes OUT/verify.json.
 
     Args:
-        out: folder of a finished release, or of what `convert` wrote for MLX.
-        source: the checkpoint it was made of: every tensor is compared with it. For MLX: the release.
-        engine: "vllm" (loads and runs it), "sglang" (loads it), or "mlx".
+        out: folder of a finished release, or of what `convert` wrote as GGUF or for MLX.
+        source: the checkpoint it was made of: every tensor is compared with it. For GGUF and MLX: the release.
+        engine: "vllm" (loads and runs it), "sglang" (loads it), "llama.cpp" or "mlx".
         python: interpreter of the engine's environment; None for the first on PATH that has it.
         timeout: minutes that each start of the engine may take.
         progress: is told how many bytes are read, and that the engine runs.

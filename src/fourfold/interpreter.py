@@ -12,7 +12,7 @@ from fourfold.datatypes import FourfoldError
 PROBE_SECONDS = 60
 PROBE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else 3)"
 NOT_THERE = 3
-PACKAGES = {"mlx": "mlx_lm"}  # what is imported, by the engine's name, where it is another
+PACKAGES = {"llama.cpp": "xllamacpp", "mlx": "mlx_lm"}  # what is imported, by the engine's name, where it is another
 
 
 def find_python(name: str, given: Path | None) -> Path | None:

@@ -26,16 +26,7 @@ pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
 CT = releases.FORMATS[0]
-Made, Find = Callable[[str], Path], Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token ids int64 [2, 64] in a file."""
-    path = tmp_path_factory.mktemp("tokens") / "rows.npy"
-    token_RT = torch.randint(16, 500, (2, 64), generator=torch.Generator().manual_seed(0))
-    numpy.save(path, token_RT.numpy())
-    return path
+Made, Find, Rounded = Callable[[str], Path], Callable[[str], Path], Callable[[str], tuple[Path, Tensor]]
 
 
 def widen(folder: Path, new: Path) -> Path:
@@ -47,12 +38,13 @@ def widen(folder: Path, new: Path) -> Path:
     return new
 
 
-def logprobs(python: Path, engine: str, rows: Path, folders: list[Path], scratch: Path) -> list[Tensor]:
+def logprobs(python: Path, engine: str, folders: list[Path], scratch: Path) -> list[Tensor]:
     outs = [scratch / f"{engine}-{place}.npy" for place in range(len(folders))]
     pairs = [str(path) for pair in zip(folders, outs, strict=True) for path in pair]
-    command = [str(python), str(HERE / "mlx_logits.py"), engine, str(rows), *pairs]
+    numpy.save(scratch / "tokens.npy", [exports.TOKENS])
+    command = [str(python), str(HERE / "mlx_logits.py"), engine, str(scratch / "tokens.npy"), *pairs]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return [torch.from_numpy(numpy.load(out)) for out in outs]
+    return [torch.from_numpy(numpy.load(out)[0]) for out in outs]
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -72,12 +64,11 @@ def test_every_weight_by_mlx_itself(python: Find, tmp_path: Path, group_size: in
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_numbers_are_those_of_transformers(python: Find, rows: Path, tmp_path: Path, family: str) -> None:
-    out = exports.release(tmp_path / "out", family)
+def test_numbers_are_those_of_transformers(python: Find, rounded: Rounded, tmp_path: Path, family: str) -> None:
+    out, wanted = rounded(family)
     export(out, tmp_path / "new", "mlx")
-    wanted = exports.logprobs(out, torch.from_numpy(numpy.load(rows)), tmp_path / "fp32")
     folders = [widen(tmp_path / "new", tmp_path / "wide"), tmp_path / "new"]
-    wide, shipped = logprobs(python("mlx"), "mlx_lm", rows, folders, tmp_path)
+    wide, shipped = logprobs(python("mlx"), "mlx_lm", folders, tmp_path)
     assert exports.divergence(wanted, wide) < 1e-9
     assert exports.divergence(wanted, shipped) < 1e-2
 
@@ -100,13 +91,13 @@ def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new
 
 
-def test_the_example(made: Made, exported: Path, python: Find, rows: Path, tmp_path: Path) -> None:
+def test_the_example(made: Made, exported: Path, python: Find, tmp_path: Path) -> None:
     """One command writes it, another proves it in the engine. mlx-vlm reads it, and the release itself."""
     code, checks = verify(exported, made(CT), python)
     assert code == 0 and {check["status"] for check in checks.values()} == {"pass"}
     assert checks["KL divergence"]["data"]["mean"] < 1e-3
-    wanted = exports.logprobs(made(CT), torch.from_numpy(numpy.load(rows)), tmp_path / "fp32")
-    for found in logprobs(python("mlx"), "mlx_vlm", rows, [exported, made(CT)], tmp_path):
+    wanted = exports.logprobs(made(CT), tmp_path / "fp32")
+    for found in logprobs(python("mlx"), "mlx_vlm", [exported, made(CT)], tmp_path):
         assert exports.divergence(wanted, found) < 1e-2
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ import releases
 from fourfold import cli
 from fourfold.api import verify
 from fourfold.datatypes import FourfoldError
-from fourfold.release.export import export
+from fourfold.release.export import Options, export
 
 CT, GPTQ, V2 = releases.FORMATS
 
@@ -111,6 +112,93 @@ def test_verify_mlx_beside_its_release(shipped: dict[str, Path], tmp_path: Path)
     assert failed.keys() == {"sha256", "complete"}
 
 
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def blocks(data: Any) -> Tensor:
+    """Q4_0 rows in bytes as weights in float64, by docs/formats.md: a scale in fp16, 16 bytes of two nibbles."""
+    block = torch.from_numpy(data.copy()).unflatten(-1, (-1, 18))
+    scale = block[..., :2].contiguous().view(torch.float16).double()
+    nibbles = torch.cat([block[..., 2:] & 15, block[..., 2:] >> 4], dim=-1)
+    return ((nibbles.double() - 8) * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("form", [CT, GPTQ, "fp16"])
+def test_gguf_from_each_format(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """Every expert's weights; scales that FP16 holds and BF16 does not, too. What is no expert is there."""
+    found = export(shipped[form], tmp_path / "new", "gguf")
+    assert found.settings == {"rest": "bf16", "mtp": True, "shard_bytes": 0} and "text only" in found.notes[0]
+    old = releases.tensors(shipped[form])
+    reader = gguf.GGUFReader(tmp_path / "new" / f"{form}-Q4_0.gguf")
+    new = {tensor.name: tensor for tensor in reader.tensors}
+    for layer, expert, part, name in releases.expert_names("model.language_model.", range(2), 4):
+        stack = new[f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps.weight"]
+        assert torch.equal(blocks(stack.data[expert]), releases.dequantize(old, name))
+    embedding = new["token_embd.weight"].data.view("int16")
+    assert torch.equal(
+        torch.from_numpy(embedding.copy()), old["model.language_model.embed_tokens.weight"].view(torch.int16)
+    )
+    assert new["blk.2.nextn.eh_proj.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
+    content = releases.read_json(shipped[form] / "fourfold.json")["output"]["content"]
+    assert reader.fields["fourfold.content"].contents() == content
+    assert reader.fields["qwen35moe.block_count"].contents() == 3
+    verdict = verify(tmp_path / "new", source=shipped[form])
+    assert verdict.passed and len(verdict.checks) == 5
+
+
+def test_gguf_without_drafts_in_shards(shipped: dict[str, Path], tmp_path: Path) -> None:
+    found = export(shipped[CT], tmp_path / "new", "gguf", options=Options(mtp=False, shard_bytes=200_000, rest="q8_0"))
+    assert "rounded to q8_0: not exact" in found.notes[1] and found.rounded
+    names = sorted(found.files)
+    assert names[0] == f"compressed-tensors-Q4_0-00001-of-{len(names):05d}.gguf" and len(names) > 2
+    stored = [tensor for name in names for tensor in gguf.GGUFReader(tmp_path / "new" / name).tensors]
+    assert not [tensor.name for tensor in stored if "nextn" in tensor.name or tensor.name.startswith("blk.2.")]
+    kinds = {tensor.tensor_type.name for tensor in stored}
+    assert kinds == {"F32", "Q4_0", "Q8_0"}
+    assert verify(tmp_path / "new", source=shipped[CT]).passed
+
+
+def test_verify_gguf_beside_its_release(shipped: dict[str, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    export(shipped[CT], new, "gguf")
+    reader = gguf.GGUFReader(next(new.glob("*.gguf")), "r+")
+    for tensor in reader.tensors:
+        if tensor.name in ("blk.1.ffn_down_exps.weight", "output_norm.weight"):
+            tensor.data.reshape(-1)[40:44] = 0
+    reader.fields["qwen35moe.expert_used_count"].parts[-1][0] = 3
+    reader.data.flush()
+    failed = {
+        check.name: check.evidence for check in verify(new, source=shipped[CT]).checks if str(check.status) == "fail"
+    }
+    assert failed.keys() == {"sha256", "settings", "codes and scales", "other tensors"}
+    assert failed["settings"] == "qwen35moe.expert_used_count is 3, expected 2"
+    next(new.glob("*.gguf")).write_bytes(b"GGUF")
+    failed = {
+        check.name: check.evidence for check in verify(new, source=shipped[CT]).checks if str(check.status) == "fail"
+    }
+    assert failed.keys() == {"sha256", "complete"} and "cannot be read as GGUF" in failed["complete"]
+
+
+def test_what_llama_cpp_has_no_code_for(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(shutil.copytree(qwen3, tmp_path / "out"))
+
+    def split(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+"
+
+    checkpoints.edit_json(out / "tokenizer.json", split)
+    assert "expected byte-level BPE with a regular expression that llama.cpp has (qwen2" in refused(
+        out, tmp_path / "new", "gguf"
+    )
+    dense = exports.release(tmp_path / "dense", "qwen3_moe", dense_layers=[1])
+    assert "layer 1 has no routed experts" in refused(dense, tmp_path / "new", "gguf")
+    mixtral = exports.release(tmp_path / "mixtral", "mixtral")
+    assert "model_type: got 'mixtral', expected one that --format gguf has" in refused(
+        mixtral, tmp_path / "new", "gguf"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "the package gguf is not installed" in refused(qwen3, tmp_path / "new", "gguf")
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +256,10 @@ def test_on_the_command_line(qwen3: Path, example_model: Path, tmp_path: Path) -
 
     code, said = run("convert", example_model, tmp_path / "new", "--format", "mlx")
     assert code == 2 and "nothing in it is int4" in said
+    code, said = run("convert", qwen3, tmp_path / "new", "--format", "gptq", "--no-mtp")
+    assert code == 2 and "got --format gptq, expected --format gguf" in said
+    code, said = run("convert", qwen3, tmp_path / "gguf", "--format", "gguf", "--rest", "f16", "--shard-size", "1MB")
+    assert code == 0 and "--engine llama.cpp" in said and "rounded to f16" in said
     code, said = run("convert", qwen3, tmp_path / "new", "--format", "mlx")
     assert code == 0 and f"fourfold verify {tmp_path / 'new'} --source {qwen3} --engine mlx" in said
     code, said = run("verify", tmp_path / "new", "--json")

@@ -6,21 +6,22 @@ What is written is no release of fourfold: nothing but its engine reads it, and 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fourfold
 from fourfold.datatypes import FourfoldError, Progress, ignore
-from fourfold.formats import EXPORTS, mlx
+from fourfold.formats import EXPORTS, gguf, mlx
 from fourfold.formats.fixed import unsupported
-from fourfold.model.checkpoint import TensorIndex, raw_bytes, require_finite
+from fourfold.install import pip_install
+from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
@@ -28,22 +29,8 @@ from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.finish import index_json
 from fourfold.release.contents import CONVERSION, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
-from fourfold.release.stored import Projection
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """One projection of all experts of a layer. layer: of the model; parts: by expert."""
-
-    layer: int
-    projection: str
-    parts: tuple[Projection, ...]
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """E, N, K, G."""
-        first = self.parts[0]
-        return len(self.parts), first.outputs, first.inputs, first.groups
+from fourfold.release.gguf_plan import GgufPlan
+from fourfold.release.stacks import Stack, check_scales, read_part, stacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +57,11 @@ class Exported:
         return sum(int(file["bytes"]) for file in self.files.values())
 
     @property
+    def rounded(self) -> bool:
+        """Whether any weight is not what OUT has."""
+        return bool(self.settings.get("rest", "bf16") != "bf16")
+
+    @property
     def engine(self) -> str:
         return EXPORTS[self.after]
 
@@ -83,27 +75,46 @@ class Exported:
         return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
 
 
-def export(out: Path, new: Path, format: str, *, progress: Progress = ignore) -> Exported:
-    """Write the release in `out`, ours or another tool's, into the new folder `new` as `format` ("mlx").
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of a GGUF. rest: what matrices that are not int4 become, a key of gguf.RESTS; mtp: whether the draft head is
+    kept; shard_bytes: of a file at most, 0 for one file.
+    """
 
-    Memory does not grow with the release. Raises FourfoldError, before anything is written, if `out` is not read as
-    int4, is asymmetric, has other than routed experts in int4, is of an architecture that the engine or the table of
-    names does not have, or has scales that the format cannot hold; if `new` is there or does not fit the disk.
+    rest: str = "bf16"
+    mtp: bool = True
+    shard_bytes: int = 0
+
+
+DEFAULTS = Options()
+
+
+def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, progress: Progress = ignore) -> Exported:
+    """Write the release in `out`, ours or another tool's, into the new folder `new` as `format`, one of EXPORTS.
+
+    Memory does not grow with the release: a projection of a layer's experts is held at a time. Raises FourfoldError,
+    before anything is written, if `out` is not read as int4, is asymmetric, has other than routed experts in int4, has
+    scales that the format cannot hold, is of an architecture or has a tokenizer that the engine does not have; if `new`
+    is there or does not fit the disk.
     """
     started = time.perf_counter()
     check_new(new, out)
     job = open_job(out, progress)
-    model_type = job.skeleton.family.model_type
-    if model_type not in mlx.MODEL_TYPES:
-        raise FourfoldError(
-            f"{out}: model_type: got {model_type!r}, expected one that --format mlx knows: {', '.join(mlx.MODEL_TYPES)}"
-        )
-    if problem := unsupported(job.skeleton.text, mlx.MODEL_TYPES[model_type]):
-        raise FourfoldError(f"{out / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
     layers = stacks(job)
-    check_scales(job, torch.bfloat16, mlx.TITLE)
-    with under_temporary_name(new, job.total_bytes) as folder:
-        notes = write_mlx(job, layers, folder)
+    write: Callable[[Path], None]
+    if format == gguf.NAME:
+        require_gguf()
+        plan = GgufPlan(job, layers, rest=options.rest, mtp=options.mtp)
+        check_scales(job, torch.float16, gguf.TITLE)
+        size, notes, settings = plan.size_bytes, plan.notes(), dataclasses.asdict(options) | {"mtp": plan.drafts > 0}
+        write = partial(plan.write, shard_bytes=options.shard_bytes)
+    else:
+        check_mlx(job)
+        check_scales(job, torch.bfloat16, mlx.TITLE)
+        size, notes, settings = job.total_bytes, (), {}
+        write = partial(write_mlx, job, layers)
+    with under_temporary_name(new, size) as folder:
+        write(folder)
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         hashes = {name: hash_file(folder / name) for name in names}
         found = Exported(
@@ -118,55 +129,33 @@ def export(out: Path, new: Path, format: str, *, progress: Progress = ignore) ->
             bytes_before=job.total_bytes,
             seconds=time.perf_counter() - started,
             notes=notes,
+            settings=settings,
         )
         write_text(folder / CONVERSION, dump(found.record()))
     return found
 
 
-def stacks(job: Job) -> list[Stack]:
-    """The routed experts, in order of layers. Raises FourfoldError unless they, and nothing else, are int4."""
-    found: list[Stack] = []
-    projections, left = job.stored.projections, set(job.stored.projections)
-    for layer in job.skeleton.routed:
-        stems = job.skeleton.stems(layer)
-        for projection in stems[0]:
-            names = [one[projection] for one in stems]
-            if missing := [name for name in names if name not in projections]:
-                raise FourfoldError(
-                    f"{job.index.folder}: {missing[0].rstrip('.')} is not int4, expected all routed experts in int4. "
-                    "Quantize the model anew"
-                )
-            found.append(Stack(layer=layer, projection=projection, parts=tuple(projections[name] for name in names)))
-            left -= {*names}
-    if left:
-        raise FourfoldError(
-            f"{job.index.folder}: {min(left).rstrip('.')} is int4 ({len(left):,} such), expected routed experts alone. "
-            "Quantize the model anew with `fourfold quantize`"
-        )
-    return found
-
-
-def check_scales(job: Job, dtype: torch.dtype, title: str) -> None:
-    """Raise FourfoldError unless a dtype holds every scale. Scales are small, so all are read before work begins."""
-    for projection in job.stored.projections.values():
-        name = projection.name + job.before.scales
-        scale = job.index.read(name)
-        require_finite(scale, name)
-        wrong = scale.to(dtype).double() != scale.double()
-        if wrong.any():
-            kind = str(dtype).removeprefix("torch.")
-            raise FourfoldError(
-                f"{job.index.folder}: {name}: {int(wrong.sum()):,} of {scale.numel():,} scales are no {kind} values, "
-                f"as {float(scale[wrong][0]):.6g}; {title} stores {kind}. `fourfold convert OUT NEW --format "
-                "compressed-tensors` rounds them, which changes the weights; convert its NEW then"
-            )
+def require_gguf() -> None:
+    """Raise FourfoldError if the package that serializes GGUF is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise FourfoldError(f"--format gguf: the package gguf is not installed. Install it: {pip_install('gguf')}")
 
 
 # --- MLX ------------------------------------------------------------------------------------------------------------
 
 
-def write_mlx(job: Job, layers: list[Stack], folder: Path) -> tuple[str, ...]:
-    """All files of a folder for mlx-lm and mlx-vlm. Returns notes."""
+def check_mlx(job: Job) -> None:
+    """Raise FourfoldError for a model that mlx-lm does not load from this layout, or computes otherwise."""
+    folder, model_type = job.index.folder, job.skeleton.family.model_type
+    if model_type not in mlx.MODEL_TYPES:
+        known = ", ".join(mlx.MODEL_TYPES)
+        raise FourfoldError(f"{folder}: model_type: got {model_type!r}, expected one that --format mlx knows: {known}")
+    if problem := unsupported(job.skeleton.text, mlx.MODEL_TYPES[model_type]):
+        raise FourfoldError(f"{folder / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
+
+
+def write_mlx(job: Job, layers: list[Stack], folder: Path) -> None:
+    """All files of a folder for mlx-lm and mlx-vlm."""
     shards = mlx_shards(job, layers)
     for name, tensors in shards.items():
         write_shard(folder, name, tensors)
@@ -175,7 +164,6 @@ def write_mlx(job: Job, layers: list[Stack], folder: Path) -> tuple[str, ...]:
             copy_file(job.index.folder / name, folder / name)
     write_text(folder / INDEX_NAME, index_json(TensorIndex.open_shards(folder, shards)))
     write_text(folder / "config.json", dump(mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size)))
-    return ()
 
 
 def mlx_shards(job: Job, layers: list[Stack]) -> dict[str, list[OutputTensor]]:
@@ -202,17 +190,6 @@ def _mlx_values(job: Job, stack: Stack, suffix: str) -> Iterator[memoryview]:
         words, scale = read_part(job, part, codes=suffix == mlx.WORDS)
         value = words if suffix == mlx.WORDS else mlx.biases(scale) if suffix == mlx.BIASES else scale
         yield raw_bytes((value if suffix == mlx.WORDS else value.to(torch.bfloat16)).contiguous())
-
-
-def read_part(job: Job, part: Projection, *, codes: bool = True) -> tuple[Tensor, Tensor]:
-    """Words int32 [N, K / 8], lowest nibble first, empty without `codes`, and scales [N, G] of one expert."""
-    form = job.before
-    scale = form.oriented(job.index.read(part.name + form.scales))
-    if not codes:
-        return torch.empty(0), scale
-    words = job.index.read(part.name + form.codes)
-    job.tick(words.nbytes)
-    return form.oriented(words).contiguous(), scale
 
 
 def _copied(job: Job, name: str) -> Iterator[memoryview]:

@@ -85,7 +85,7 @@ def show_exported(console: Console, found: Exported) -> None:
     """What was written for an engine of its own, what a user has to know of it, and the next command."""
     facts = [
         ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
-        ("exact", "every code, scale and other tensor as it is"),
+        ("exact", f"codes and scales{'' if found.rounded else ', and every other tensor'}"),
         ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
         ("time", clock_text(found.seconds)),
         *(("note", note) for note in found.notes),

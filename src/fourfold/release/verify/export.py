@@ -7,55 +7,41 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fourfold import process
+from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.formats import mlx
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.files import dump, write_text
-from fourfold.model.shards import OutputTensor
 from fourfold.model.weights import Weights
+from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import STATE, hold
 from fourfold.quantize.reference import Reference, make_reference
 from fourfold.release.contents import CONVERSION, DOCUMENTS, VERDICT, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
-from fourfold.release.export import Stack, mlx_shards, stacks
+from fourfold.release.stacks import stacks
 from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.verify.check import Check, Level, Verdict, judge, skip
 from fourfold.release.verify.engine import Answer, Engine, environment
+from fourfold.release.verify.reading import Reading, open_reading
 from fourfold.release.verify.run import Asked, windows
 
-HASHES, COMPLETE, EXPERTS, OTHERS = "sha256", "complete", "codes and scales", "other tensors"
-LOADS, DIVERGENCE = "starts", "KL divergence"
+HASHES, COMPLETE, SETTINGS, EXPERTS, OTHERS = "sha256", "complete", "settings", "codes and scales", "other tensors"
+LOADS, DIVERGENCE, TOKENS, DRAFTS = "starts", "KL divergence", "tokenizer", "same tokens with MTP"
 # Nats, mean over the text of the reference. Seen with the example model: 0.0001 with llama.cpp, 0.0002 with MLX; at
 # least 0.1 with V heads in another order, norms without their one, nibbles in another order, gate and up exchanged.
 MOST_DIVERGENCE = 0.02
 ROUNDING = 1e-6  # of log-probabilities in reference.json
-SCRIPTS = {"mlx": "mlx_engine.py"}
-
-
-class Reading(Protocol):
-    """A file or folder of another engine's, read by names and layouts of its own."""
-
-    def weight(self, stack: Stack, expert: int) -> Tensor:
-        """fp32 [N, K], as the engine's format defines it."""
-
-    def names(self) -> set[str]:
-        """Of all tensors."""
-
-    def wanted(self) -> Mapping[str, bool]:
-        """Names of the tensors that OUT makes; whether it is a stack of int4 experts."""
-
-    def differs(self, name: str) -> bool:
-        """Whether a tensor that is no stack of int4 experts is not what OUT makes."""
+SCRIPTS = {"llama.cpp": "llama_cpp_engine.py", "mlx": "mlx_engine.py"}
+CANDIDATES = 200  # most likely tokens that llama.cpp is asked for: all of a reference's should be among them
+TEXT_CHARACTERS = 20_000
+NEAR_TIE = 0.05  # nats between the two best tokens: kernels for several tokens at a time sum in another order
+# Combining marks, which the expressions of two tokenizers treat differently; digits, spaces, contractions.
+ODD_TEXT = "नमस्ते दुनिया ก็ดี  \n\n  x\t 1234567 they'Ll I'D ©️ 日本語。\r\n"
 
 
 def verify_export(
@@ -79,11 +65,11 @@ def verify_export(
         hashes = {name: hash_file(new / name) for name in visible_files(new) if name not in (VERDICT, CONVERSION)}
         checks = [_check_hashes(record, hashes)]
         if job is not None:
-            checks += check_source(job, _reading(new, job), progress)
+            checks += check_source(job, open_reading(new, job, record), progress)
         seconds["files and source"], begin = time.perf_counter() - begin, time.perf_counter()
         if engine is not None and job is not None:
             progress(Event(kind="stage", stage="engine"))
-            checks += check_engine(new, job, engine)
+            checks += check_engine(new, job, engine, record)
             seconds["engine"] = time.perf_counter() - begin
         verdict = Verdict(
             out=str(new),
@@ -121,11 +107,12 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
         names = reading.names()
     except FourfoldError as error:
         yield judge(Level.SOURCE, COMPLETE, [str(error)], "")
-        yield from (skip(Level.SOURCE, name, "tensors cannot be found") for name in (EXPERTS, OTHERS))
+        yield from (skip(Level.SOURCE, name, "tensors cannot be found") for name in (SETTINGS, EXPERTS, OTHERS))
         return
     missing, extra = sorted(wanted.keys() - names), sorted(names - wanted.keys())
     problems = [f"{name} is missing" for name in missing] + [f"{name} is extra" for name in extra]
     yield judge(Level.SOURCE, COMPLETE, problems, f"{len(wanted):,} tensors, no other")
+    yield judge(Level.SOURCE, SETTINGS, reading.settings_problems(), "as OUT makes them")
     if missing:
         yield from (skip(Level.SOURCE, name, "tensors are missing") for name in (EXPERTS, OTHERS))
         return
@@ -146,63 +133,24 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
     yield judge(Level.SOURCE, OTHERS, different, f"{len(others):,} tensors, bit for bit what OUT makes")
 
 
-@dataclass(frozen=True)
-class MlxFolder:
-    """Reading of a folder for MLX."""
-
-    folder: Path
-    job: Job
-
-    @cached_property
-    def index(self) -> TensorIndex:
-        return TensorIndex.open(self.folder)
-
-    @cached_property
-    def made(self) -> Mapping[str, OutputTensor]:
-        shards = mlx_shards(self.job, stacks(self.job))
-        return {tensor.name: tensor for tensors in shards.values() for tensor in tensors}
-
-    def names(self) -> set[str]:
-        return {*self.index.headers}
-
-    def wanted(self) -> Mapping[str, bool]:
-        return {name: ".switch_mlp." in name for name in self.made}
-
-    def weight(self, stack: Stack, expert: int) -> Tensor:
-        name = mlx.stack_name(stack.parts[0].name, stack.projection)
-        word_NW, scale_NG, bias_NG = (
-            self._slice(name + suffix, expert) for suffix in (mlx.WORDS, mlx.SCALES, mlx.BIASES)
-        )
-        byte_NB = word_NW.view(torch.uint8)
-        nibble_NK = torch.stack([byte_NB & 15, byte_NB >> 4], dim=-1).flatten(1).float()
-        nibble_NGK: Tensor = nibble_NK.unflatten(1, (scale_NG.shape[1], -1))
-        return (nibble_NGK * scale_NG.float()[..., None] + bias_NG.float()[..., None]).flatten(1)
-
-    def _slice(self, name: str, expert: int) -> Tensor:
-        header = self.index.header(name)
-        value = torch.empty(header.shape[1:], dtype=DTYPES[header.dtype])
-        self.index.read_range(name, expert * value.nbytes, raw_bytes(value))
-        return value
-
-    def differs(self, name: str) -> bool:
-        made, header = self.made[name], self.index.header(name)
-        if (made.dtype, made.shape) != (header.dtype, header.shape):
-            return True
-        assert not isinstance(made.data, Tensor)
-        return any(one != other for one, other in zip(made.data(), self.index.chunks(name), strict=True))
-
-
-def _reading(new: Path, job: Job) -> Reading:
-    return MlxFolder(new, job)
-
-
 # --- in the engine --------------------------------------------------------------------------------------------------
 
 
-def check_engine(new: Path, job: Job, asked: Asked) -> Iterator[Check]:
-    """The next token's distribution at each position of a text, beside what OUT gives."""
+def check_engine(new: Path, job: Job, asked: Asked, record: Mapping[str, Any]) -> Iterator[Check]:
+    """The next token's distribution at each position of a text, beside what OUT gives; of llama.cpp its tokenizer, and
+    greedy text with drafts.
+    """
     reference = (job.release and job.release.reference) or made_reference(job)
-    request = {"model": str(new.resolve()), "tokens": reference.tokens, "likeliest": reference.likeliest}
+    files = [name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    request: dict[str, Any] = {
+        "model": str(new.resolve() / files[0] if files else new.resolve()),
+        "tokens": reference.tokens,
+        "likeliest": reference.likeliest,
+    }
+    texts = _texts(job.index.folder) if files else {}
+    if files:
+        drafts = bool(record["settings"]["mtp"])
+        request |= {"texts": [*texts], "drafts": drafts, "candidates": CANDIDATES, "wide": False}
     with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
         engine = Engine(
             name=asked.name,
@@ -217,6 +165,45 @@ def check_engine(new: Path, job: Job, asked: Asked) -> Iterator[Check]:
         return
     yield judge(Level.ENGINE, LOADS, [], str(answer.content["engine"]))
     yield check_divergence(answer, reference)
+    if files:
+        yield check_tokens(texts, answer.content["ids"])
+        yield check_drafts(answer.content)
+
+
+def _texts(folder: Path) -> dict[str, list[int]]:
+    """Held-out text, odd text, all special tokens: what they are in the tokens of OUT."""
+    tokenizer = load_tokenizer(folder)
+    text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
+    added = "".join(tokenizer.get_added_vocab())
+    return {one: list(tokenizer.encode(one, add_special_tokens=False)) for one in (text, ODD_TEXT, added)}
+
+
+def check_tokens(texts: Mapping[str, list[int]], found: Sequence[Sequence[int]]) -> Check:
+    """Identical ids; where they differ first, what each makes of it."""
+    problems = []
+    for (text, wanted), ids in zip(texts.items(), found, strict=True):
+        if list(ids) != wanted:
+            place = next((at for at, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), 0)
+            problems.append(
+                f"{text[:20]!r}...: token {place + 1} of {len(wanted):,} is another than OUT's tokenizer has"
+            )
+    return judge(Level.ENGINE, TOKENS, problems, f"{sum(map(len, texts.values())):,} tokens of text, marks and special")
+
+
+def check_drafts(content: Mapping[str, Any]) -> Check:
+    """Greedy text with drafts is the same, and some are accepted."""
+    if "drafted" not in content:
+        return skip(Level.ENGINE, DRAFTS, "the file has no draft head")
+    accepted, drafted = content["accepted_tokens"], content["draft_tokens"]
+    same, count, margin = content["same"], len(content["plain"]), content["margin"]
+    problems = []
+    if same < count and margin > NEAR_TIE:
+        problems.append(f"token {same + 1} is another with drafts, where the two best are {margin:.3f} nats apart")
+    if not accepted:
+        problems.append(f"0 of {drafted:,} draft tokens accepted: the draft head is missing or wrong")
+    seen = f"{same} of {count} greedy tokens the same{', then a near tie' if same < count else ''}, "
+    seen += f"{accepted:,} of {drafted:,} draft tokens accepted"
+    return judge(Level.ENGINE, DRAFTS, problems, seen, accepted=accepted, drafted=drafted)
 
 
 def made_reference(job: Job) -> Reference:
@@ -242,7 +229,9 @@ def divergence(wanted: Sequence[Sequence[float]], found: Sequence[Sequence[float
 
 
 def check_divergence(answer: Answer, reference: Reference) -> Check:
-    """Mean over the text. NaN is no number at most as large as allowed."""
+    """Mean over the text."""
+    if not all(math.isfinite(value) for row in answer.content["logprobs"] for value in row):
+        return judge(Level.ENGINE, DIVERGENCE, ["the engine's log-probabilities are NaN or infinite"], "")
     values = divergence(reference.likeliest_logprobs, answer.content["logprobs"])
     mean = sum(values) / len(values)
     best = sum(ours == row[0] for ours, row in zip(answer.content["best"], reference.likeliest, strict=True))
