@@ -14,7 +14,14 @@ from fourfold.formats import EXPORTS, NAMES
 from fourfold.formats.gguf import NAME as GGUF
 from fourfold.formats.gguf import RESTS
 from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice, parse_size
-from fourfold.tables.release import show_comparison, show_converted, show_exported, show_inspection, show_published
+from fourfold.tables.release import (
+    show_comparison,
+    show_converted,
+    show_export,
+    show_exported,
+    show_inspection,
+    show_published,
+)
 
 INSPECT_EXAMPLES = f"""\b
 Examples:
@@ -60,13 +67,20 @@ def inspect(folder: Checkpoint, as_json: InspectJson = False) -> None:
     """
     with answer():
         from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
 
+        console = terminal.open_console()
+        if (record := read_export(Path(folder))) is not None:
+            if as_json:
+                terminal.json_line(console, record)
+            else:
+                show_export(console, folder, record)
+            return
         check_checkpoint(folder, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.inspect import inspect as look
 
         found = look(resolve_model(folder, progress=not as_json))
-        console = terminal.open_console()
         if as_json:
             terminal.json_line(console, found.to_json())
         else:
@@ -169,15 +183,17 @@ def compare(
     """Compare two checkpoints: tensors, codes, scales, metrics.
 
     Formats are looked through: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a stack
-    equals the same in a tensor of its own.
+    equals the same in a tensor of its own. What convert wrote as GGUF or for MLX is compared with a release.
     """
     with answer():
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
         from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
 
         for model in (first, second):
-            check_checkpoint(model, whole=False)
+            if read_export(Path(model)) is None:
+                check_checkpoint(model, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.compare import compare as run
 

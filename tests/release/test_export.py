@@ -199,6 +199,28 @@ def test_what_llama_cpp_has_no_code_for(qwen3: Path, tmp_path: Path, monkeypatch
     assert "the package gguf is not installed" in refused(qwen3, tmp_path / "new", "gguf")
 
 
+# --- inspect, compare -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_compared_and_inspected(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, [str(one) for one in arguments], env={"COLUMNS": "300"})
+        return done.exit_code, done.output
+
+    new = tmp_path / "new"
+    export(shipped[CT], new, form)
+    code, said = run("compare", new, shipped[GPTQ], "--equal", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["same"] and found["formats"] == [form, GPTQ]
+    assert (found["projections"], found["codes_changed"], found["codes"]) == (24, 0, 24 * 128 * 128)
+    assert run("compare", shipped["fp16"], new, "--equal")[0] == 1
+    code, said = run("inspect", new)
+    assert code == 0 and "24 projections, one scale for 128 inputs" in said
+    assert f"fourfold serve {new} --print" in said
+    assert json.loads(run("inspect", new, "--json")[1])["after"] == form
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ State = record(
 # --- conversion.json of what engines of their own read: docs/formats.md ---------------------------------------------
 
 Export = record(
-    after=str, before=str, content=str, group_size=Count, settings=Anything,
+    after=str, before=str, content=str, projections=Count, group_size=Count, settings=Anything,
     files=by_name(record(bytes=Count, sha256=str)),
 )  # fmt: skip
 

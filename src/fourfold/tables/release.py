@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fourfold.formats import EXPORTS
 from fourfold.tables.facts import show_facts
 from fourfold.terminal import paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text, figure_text
@@ -91,6 +92,29 @@ def show_exported(console: Console, found: Exported) -> None:
         *(("note", note) for note in found.notes),
         ("next", f"fourfold verify {found.new} --source {found.out} --engine {found.engine}"),
     ]
+    show_facts(console, facts)
+
+
+def show_export(console: Console, folder: str, record: Mapping[str, Any]) -> None:
+    """What `convert` wrote, by its conversion.json."""
+    engine, settings = EXPORTS[record["after"]], record["settings"]
+    facts = [
+        (plain(folder), f"{record['after']}, from {record['before']}; made by fourfold {record.get('fourfold', '')}"),
+        (
+            "int4",
+            f"{record['projections']:,} projections, one scale for {record['group_size']} inputs, as in the release",
+        ),
+        (
+            "size",
+            f"{decimal(sum(file['bytes'] for file in record['files'].values()))} in {len(record['files']):,} files",
+        ),
+    ]
+    if settings:
+        rest = settings["rest"]
+        facts.append(("other matrices", "as they are" if rest == "bf16" else f"rounded to {rest}: not exact"))
+        facts.append(("draft head (MTP)", "the block after the last" if settings["mtp"] else "none"))
+    facts.append((engine, f"takes it: fourfold serve {plain(folder)} --print"))
+    facts.append(("others", "do not read it: vLLM, SGLang and transformers take the release"))
     show_facts(console, facts)
 
 
