@@ -225,7 +225,7 @@ FAMILIES: Mapping[str, Case] = {
     "muse_spark": Case({"moe_hidden_size": 128}, towers=_MUSE_SPARK_TOWERS, tail=AGAIN),
     "nemotron_h": Case({**_NEMOTRON, "moe_latent_size": None}),
     "nemotron_h+latent": Case({**_NEMOTRON, "moe_latent_size": 128}, tail=AGAIN),
-    "olmoe": Case(),
+    "olmoe": Case({"num_key_value_heads": 4}),
     "phimoe": Case(),
     "qwen2_moe": Case(),
     "qwen3_5_moe": Case(_DELTA),

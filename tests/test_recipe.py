@@ -44,7 +44,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_presets_are_these() -> None:
-    assert recipe_names() == ("best", "card", "fast", "guided", "release")
+    assert recipe_names() == ("best", "card", "fast", "gguf", "guided", "release")
     for name in recipe_names():
         assert load_recipe(name).name == recipe_path(name).stem == name
         assert load_recipe(name).description
@@ -402,5 +402,5 @@ def test_digest_names_the_work_not_the_recipe() -> None:
     for override in ("solver.damp=0.06", "scheme.signed=false", "calibration.seed=1", "heldout.windows=8",
                      "calibration.sources.0.rows=103", "format=gptq"):  # fmt: skip
         digests.add(load_recipe("best", [override]).digest())
-    assert len(digests) == 11
+    assert len(digests) == 12
     assert all(len(digest) == 64 for digest in digests)

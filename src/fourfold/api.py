@@ -227,9 +227,9 @@ def verify(
     """Check a release: its files, every tensor against the source, a run in a real engine. Writes OUT/verify.json.
 
     Args:
-        out: folder of a finished release.
-        source: the checkpoint it was made of: every tensor is compared with it.
-        engine: "vllm" (loads and runs it) or "sglang" (loads it).
+        out: folder of a finished release, or of what `convert` wrote as GGUF or for MLX.
+        source: the checkpoint it was made of: every tensor is compared with it. For GGUF and MLX: the release.
+        engine: "vllm" (loads and runs it), "sglang" (loads it), "llama.cpp" or "mlx".
         python: interpreter of the engine's environment; None for the first on PATH that has it.
         timeout: minutes that each start of the engine may take.
         progress: is told how many bytes are read, and that the engine runs.
@@ -243,14 +243,23 @@ def verify(
     """
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
+    from fourfold.formats import EXPORTS
     from fourfold.interpreter import require_python
     from fourfold.model.config import check_model, read_config
-    from fourfold.quantize.journal import require_release
+    from fourfold.quantize.journal import check_checkpoint, require_release
+    from fourfold.release.contents import read_export
 
-    require_release(Path(out))
-    read_config(Path(out))
-    if source is not None:
+    record = read_export(Path(out))
+    if record is None:
+        require_release(Path(out))
+        read_config(Path(out))
+    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record["after"]],)
+    if engine is not None and engine not in runs_in:
+        raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
+    if source is not None and record is None:
         check_model(source)
+    elif source is not None:
+        check_checkpoint(source, whole=True)
     found = None  # the engine is looked for first: a missing one must cost neither a download nor a read
     if engine is not None:
         found = require_python(engine, python)
@@ -259,6 +268,10 @@ def verify(
 
     asked = None if engine is None or found is None else Asked(name=engine, python=found, limit_seconds=timeout * 60)
     model = None if source is None else _download(source, progress)
+    if record is not None:
+        from fourfold.release.verify.export import verify_export
+
+        return verify_export(Path(out), record, out=model, engine=asked, progress=progress)
     return run(Path(out), model=model, engine=asked, progress=progress)
 
 

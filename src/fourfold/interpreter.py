@@ -12,6 +12,7 @@ from fourfold.datatypes import FourfoldError
 PROBE_SECONDS = 60
 PROBE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else 3)"
 NOT_THERE = 3
+PACKAGES = {"llama.cpp": "xllamacpp", "mlx": "mlx_lm"}  # what is imported, by the engine's name, where it is another
 
 
 def find_python(name: str, given: Path | None) -> Path | None:
@@ -47,7 +48,7 @@ def require_python(name: str, given: Path | None, instead: str = "") -> Path:
 
 def _ask(python: Path, name: str) -> tuple[bool, str]:
     """Whether an interpreter has a package, and if it cannot be asked, why."""
-    command = [str(python), "-c", PROBE, name]
+    command = [str(python), "-c", PROBE, PACKAGES.get(name, name)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -25,7 +25,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
 POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as shells count: 128 and the signal
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # Click's, or that of the copy that newer Typers bring
-ENGINES = ("vllm", "sglang")
+RELEASE_ENGINES = ("vllm", "sglang")
+ENGINES = (*RELEASE_ENGINES, "llama.cpp", "mlx")  # the last two run what `convert` wrote
 EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted, 143 terminated."
 
 
@@ -397,13 +398,17 @@ SourceModel = Annotated[
         "--source",
         metavar="MODEL",
         show_default=False,
-        help="The checkpoint that OUT was made from, a folder or org/name of the Hub: compare every tensor with it.",
+        help="The checkpoint that OUT was made from, a folder or org/name of the Hub: compare every tensor with it. "
+        "Where `convert` wrote OUT as GGUF or for MLX: the release.",
     ),
 ]
 EngineName = Annotated[
     str | None,
     typer.Option(
-        "--engine", **choice(*ENGINES), show_default=False, help="Load and run OUT in it, too (in SGLang: load)."
+        "--engine",
+        **choice(*ENGINES),
+        show_default=False,
+        help="Load and run OUT in it, too (in SGLang: load; llama.cpp and MLX run what `convert` wrote for them).",
     ),
 ]
 EnginePython = Annotated[

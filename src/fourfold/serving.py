@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fourfold import terminal
+from fourfold.datatypes import FourfoldError
+from fourfold.formats import EXPORTS
 from fourfold.options import (
     CHECK_FAILED,
     ENGINES,
     EXIT_CODES,
+    RELEASE_ENGINES,
     EnginePython,
     Quiet,
     answer,
@@ -28,6 +35,7 @@ SERVE_EXAMPLES = f"""\b
 Examples:
   fourfold serve ./release --engine vllm
   fourfold serve ./release --engine sglang --kv-cache fp8 --print
+  fourfold serve ./release-gguf --engine llama.cpp --print
   fourfold serve ./release --engine vllm --thinking-budget 8192 -- --max-num-seqs 8
 
 {EXIT_CODES}"""
@@ -192,14 +200,29 @@ def serve(
     print_only: PrintOnly = False,
     docker: Docker = False,
 ) -> None:
-    """Serve a release with vLLM or SGLang.
+    """Serve a release with vLLM or SGLang, or what convert wrote.
 
     Derives the command from the release, this machine and the engine, and checks it before anything starts; --print
-    shows it. Once the engine is ready, one request tests thinking, tools and drafts. Runs until interrupted.
+    shows it. Once the engine is ready, one request tests thinking, tools and drafts. Runs until interrupted. What
+    `convert` wrote is served by llama-server, mlx_lm.server or mlx_vlm.server, which are on PATH.
     """
     with answer(None, "The engine and all it started have ended."):
         from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
 
+        record = read_export(Path(out))
+        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record["after"]],)
+        if engine is not None and engine not in runs_in:
+            raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
+        if record is not None:
+            others = {
+                "--tp": tp, "--thinking-budget": thinking_budget, "--presence-penalty": presence_penalty,
+                "--python": python, "--docker": docker, "--log": log,
+                "--profile": profile if profile != "default" else None,
+            }  # fmt: skip
+            options = {"mtp": mtp, "context": context, "kv_cache": kv_cache, "host": host, "port": port}
+            _serve_local(Path(out), record, others, print_only=print_only, extra=words or (), **options)
+            return
         check_checkpoint(out, whole=True)
         from fourfold.model.hub import resolve_model
         from fourfold.serve.command import Deployment
@@ -237,6 +260,33 @@ def serve(
             raise typer.Exit(CHECK_FAILED)
         terminal.say(console, f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left")
         raise typer.Exit(SIGNALLED + outcome.signal)
+
+
+def _serve_local(
+    folder: Path, record: dict[str, Any], others: Mapping[str, object], *, print_only: bool, **options: Any
+) -> None:
+    """Print the command for what `convert` wrote, and become it."""
+    from fourfold.serve import local, machine
+
+    engine = EXPORTS[record["after"]]
+    if engine == "mlx":
+        others = {**others} | {f"--{key.replace('_', '-')}": options.pop(key) for key in ("mtp", "context", "kv_cache")}
+    local.refuse_options(engine, others)
+    if engine == "mlx":
+        command = local.mlx_server(folder, **options)
+    else:
+        command = local.llama_server(folder, record, machine.look(), **options)
+    console = terminal.open_console(stderr=True)
+    for note in (*command.problems, *command.notes):
+        terminal.say(console, terminal.paragraphs(note))
+    typer.echo(command.text())
+    if command.problems:
+        raise typer.Exit(CHECK_FAILED)
+    if not print_only:
+        if shutil.which(command.words[0]) is None:
+            raise FourfoldError(f"{command.words[0]}: got none on PATH, expected {engine}. Install it, or use --print")
+        sys.stdout.flush()
+        os.execvp(command.words[0], command.words)
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

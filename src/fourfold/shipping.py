@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fourfold import terminal
-from fourfold.formats import NAMES
-from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice
-from fourfold.tables.release import show_comparison, show_converted, show_inspection, show_published
+from fourfold.datatypes import FourfoldError
+from fourfold.formats import EXPORTS, NAMES
+from fourfold.formats.gguf import NAME as GGUF
+from fourfold.formats.gguf import RESTS
+from fourfold.options import CHECK_FAILED, EXIT_CODES, Quiet, Release, answer, choice, parse_size
+from fourfold.tables.release import (
+    show_comparison,
+    show_converted,
+    show_export,
+    show_exported,
+    show_inspection,
+    show_published,
+)
 
 INSPECT_EXAMPLES = f"""\b
 Examples:
@@ -21,6 +32,7 @@ Examples:
 CONVERT_EXAMPLES = f"""\b
 Examples:
   fourfold convert ./release ./release-gptq --format gptq
+  fourfold convert ./release ./release-gguf --format gguf
   fourfold convert someone/Qwen3.6-35B-A3B-GPTQ-Int4 ./mended --format compressed-tensors
 
 {EXIT_CODES}"""
@@ -55,13 +67,20 @@ def inspect(folder: Checkpoint, as_json: InspectJson = False) -> None:
     """
     with answer():
         from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
 
+        console = terminal.open_console()
+        if (record := read_export(Path(folder))) is not None:
+            if as_json:
+                terminal.json_line(console, record)
+            else:
+                show_export(console, folder, record)
+            return
         check_checkpoint(folder, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.inspect import inspect as look
 
         found = look(resolve_model(folder, progress=not as_json))
-        console = terminal.open_console()
         if as_json:
             terminal.json_line(console, found.to_json())
         else:
@@ -79,16 +98,50 @@ AnyRelease = Annotated[
     ),
 ]
 New = Annotated[Path, typer.Argument(metavar="NEW", show_default=False, help="Folder to write: new or empty.")]
-Format = Annotated[str, typer.Option("--format", **choice(*NAMES), show_default=False, help="How NEW stores int4.")]
+Format = Annotated[
+    str, typer.Option("--format", **choice(*NAMES, *EXPORTS), show_default=False, help="How NEW stores int4.")
+]
+Rest = Annotated[
+    str | None,
+    typer.Option(
+        "--rest",
+        **choice(*RESTS),
+        show_default=False,
+        help="gguf: what other matrices than experts become. Default: bf16, as they are; the others round.",
+    ),
+]
+Mtp = Annotated[
+    bool, typer.Option("--mtp/--no-mtp", help="gguf: keep the draft (MTP) head; Ollama 0.21 to 0.24 fails on it.")
+]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        parser=parse_size,
+        show_default=False,
+        help="gguf: files of at most this size, as in 40GB. Default: one file.",
+    ),
+]
 ConvertJson = Annotated[bool, typer.Option("--json", help="Print what came of it as one JSON object.")]
 
 
-def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, as_json: ConvertJson = False) -> None:
+def convert(
+    out: AnyRelease,
+    new: New,
+    *,
+    format: Format,
+    rest: Rest = None,
+    mtp: Mtp = True,
+    shard_size: ShardSize = None,
+    quiet: Quiet = False,
+    as_json: ConvertJson = False,
+) -> None:
     """Write a release in another format, with the same codes.
 
-    Needs neither calibration nor source. Rounds scales to values that BF16 and FP16 both hold, and splits stacks of
-    draft experts, which fixes GPTQ releases whose drafts SGLang drops (--format compressed-tensors). Memory does not
-    grow with the release.
+    Needs neither calibration nor source. gguf and mlx hold codes and scales exactly. The others round scales to values
+    that BF16 and FP16 both hold, and split stacks of draft experts, which fixes GPTQ releases whose drafts SGLang drops
+    (--format compressed-tensors). Memory does not grow with the release.
     """
     with answer(None, "Nothing is left of it."):
         console = terminal.open_console()
@@ -99,14 +152,21 @@ def convert(out: AnyRelease, new: New, *, format: Format, quiet: Quiet = False, 
         check_new(new, check_checkpoint(out, whole=True))
         from fourfold.model.hub import resolve_model
         from fourfold.release.convert import convert as run
+        from fourfold.release.export import Options, export
 
+        show = show_exported if format in EXPORTS else show_converted
+        asked = (rest, mtp, shard_size) != (None, True, None)
+        if asked and format != GGUF:
+            raise FourfoldError(f"--rest, --no-mtp, --shard-size: got --format {format}, expected --format gguf")
+        options = Options(rest=rest or "bf16", mtp=mtp, shard_bytes=shard_size or 0)
+        write: Any = partial(export, options=options) if format in EXPORTS else run
         folder = resolve_model(out, progress=not (quiet or as_json))
         with terminal.watch(console, manner) as progress:
-            found = run(folder, new, format, progress=progress)
+            found: Any = write(folder, new, format, progress=progress)
         if as_json:
             terminal.json_line(console, found.to_json())
         elif not quiet:
-            show_converted(console, found)
+            show(console, found)
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------
@@ -123,15 +183,17 @@ def compare(
     """Compare two checkpoints: tensors, codes, scales, metrics.
 
     Formats are looked through: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a stack
-    equals the same in a tensor of its own.
+    equals the same in a tensor of its own. What convert wrote as GGUF or for MLX is compared with a release.
     """
     with answer():
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
         from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
 
         for model in (first, second):
-            check_checkpoint(model, whole=False)
+            if read_export(Path(model)) is None:
+                check_checkpoint(model, whole=False)
         from fourfold.model.hub import resolve_model
         from fourfold.release.compare import compare as run
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import exports
 from broken import Copy
 from fourfold.quantize.devices import Machine
 from fourfold.quantize.run import quantize
@@ -53,6 +55,20 @@ def made(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             recipe = load_recipe("fast", [f"format={form}", SOURCES, *SMALL])
             quantize(example_model, folder / form, recipe, machine=Machine(memory_bytes=2 * 2**30))
         return folder / form
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor]]:
+    """rounded(family): a small release of it, and what transformers gives for exports.TOKENS in fp32; made once."""
+    folder, found = tmp_path_factory.mktemp("families"), dict[str, tuple[Path, Tensor]]()
+
+    def make(family: str) -> tuple[Path, Tensor]:
+        if family not in found:
+            out = exports.release(folder / family, family)
+            found[family] = out, exports.logprobs(out, folder / "fp32")
+        return found[family]
 
     return make
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from fourfold.formats.compressed_tensors import COMPRESSED_TENSORS
 from fourfold.formats.format import Format
+from fourfold.formats.gguf import NAME as GGUF
 from fourfold.formats.gptq import GPTQ, GPTQ_V2
+from fourfold.formats.mlx import NAME as MLX
 
 FORMATS: tuple[Format, ...] = (COMPRESSED_TENSORS, GPTQ, GPTQ_V2)
 NAMES = tuple(one.name for one in FORMATS)
+EXPORTS = {GGUF: "llama.cpp", MLX: "mlx"}  # what `convert` writes for the one engine that reads it
 METHODS = tuple(dict.fromkeys(method for one in FORMATS for method in one.methods))
 DRAFTS_IN_SGLANG = next(one.name for one in FORMATS if one.sglang_drafts)  # the format to name as a fix
 

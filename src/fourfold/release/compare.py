@@ -20,9 +20,13 @@ from fourfold.model.config import read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import CHUNK_BYTES
 from fourfold.model.sources import readable_format
+from fourfold.release.contents import read_export
+from fourfold.release.conversion import open_job
 from fourfold.release.convert import Scales
 from fourfold.release.evaluate import read_metrics
+from fourfold.release.stacks import stacks
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
+from fourfold.release.verify.reading import open_reading
 
 STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
@@ -105,6 +109,11 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
     Memory does not grow with them. Raises FourfoldError for a folder that is no checkpoint, or one that is quantized in
     a way that is not read.
     """
+    for new, out in ((first, second), (second, first)):
+        if (record := read_export(new)) is not None:
+            return _compare_export(
+                Comparison(first=str(first), second=str(second), formats=(None, None)), new, record, out
+            )
     stocks = _open(first), _open(second)
     found = Comparison(first=str(first), second=str(second), formats=_names(stocks))
     pieces = _pieces(stocks[0]), _pieces(stocks[1])
@@ -129,6 +138,36 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
         progress(Event(kind="stage", stage="compare", done=place + 1, total=len(common), unit="tensors"))
     found.errors = WeightErrors.of(errors)
     _compare_metrics(found, first, second)
+    return found
+
+
+def _compare_export(found: Comparison, new: Path, record: Mapping[str, Any], out: Path) -> Comparison:
+    """What `convert` wrote for an engine of its own beside a release: every weight by its format's own arithmetic.
+
+    Changed codes are changed weights; scales have no count of their own.
+    """
+    job = open_job(out, ignore)
+    reading = open_reading(new, job, record)
+    wanted, names = reading.wanted(), reading.names()
+    formats = {str(new): str(record["after"]), str(out): job.before.name}
+    found.formats = (formats[found.first], formats[found.second])
+    missing, extra = sorted(wanted.keys() - names), sorted(names - wanted.keys())
+    found.only_first, found.only_second = (extra, missing) if found.first == str(new) else (missing, extra)
+    if missing:
+        return found
+    for stack in stacks(job):
+        for expert, part in enumerate(stack.parts):
+            before, after = _dequantize(job.stored, job.stored.read(part)), reading.weight(stack, expert)
+            changed = int((before != after).sum()) if before.shape == after.shape else before.numel()
+            found.projections += 1
+            found.codes += before.numel()
+            found.codes_changed += changed
+            found.projections_changed += changed > 0
+    for name in sorted(name for name, is_stack in wanted.items() if not is_stack):
+        if reading.differs(name):
+            found.different.append(name)
+        else:
+            found.equal += 1
     return found
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import FourfoldError
+from fourfold.formats import EXPORTS
 from fourfold.model.headers import Headers
+from fourfold.model.json_object import read_object
 from fourfold.quantize.journal import WRITTEN
+from fourfold.release.schemas import Export, read_record
 
 VERDICT = "verify.json"
 SHARD_SUFFIX = ".safetensors"
@@ -46,6 +49,17 @@ def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
     else:
         shards = {header.shard for header in Headers.open(folder).headers.values()}
     return {*shards, *WRITTEN, *DOCUMENTS, CONVERSION, CARD, PAGE, *(f"{FIGURES}/{name}" for name in PLOTS)}
+
+
+def read_export(folder: Path) -> dict[str, Any] | None:
+    """conversion.json of what `convert` wrote for an engine that reads no release; None for any other folder.
+
+    Raises FourfoldError for one that is not as convert writes it.
+    """
+    path = folder / CONVERSION
+    if not path.is_file() or read_object(path).get("after") not in EXPORTS:
+        return None
+    return read_record(path, Export, "Convert the release again")
 
 
 def hash_file(path: Path) -> tuple[str, int]:

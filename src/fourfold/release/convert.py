@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -17,28 +16,25 @@ from torch import Tensor
 import fourfold
 from fourfold import formats
 from fourfold.core import grid
-from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.datatypes import FourfoldError, Progress, ignore
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, REFERENCE, STATE, hold
+from fourfold.quantize.journal import FINISHED, REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.release.contents import CONVERSION
-from fourfold.release.stored import Projection, Stored, generalized, layout_problems, take_stock
-from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.conversion import Job, open_job, under_temporary_name
+from fourfold.release.stored import Projection, Stored, generalized, take_stock
+from fourfold.release.verify.folder import Release
 from fourfold.release.verify.rules import config_problems
 
-GROUP_SIZES = (32, 64, 128)
 RECIPE, LOG, METRICS = "recipe.toml", "quant_log.csv", "metrics.json"
-SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
 
 
 @dataclass
@@ -97,107 +93,20 @@ def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -
     int4, is asymmetric, has groups that the format cannot tell, or `new` is there or does not fit the disk.
     """
     started = time.perf_counter()
+    if format not in formats.NAMES:
+        raise FourfoldError(f"format {format!r}: wanted one of {', '.join(formats.NAMES)}")
     check_new(new, out)
-    job = _open(out, format, progress)
-    temporary = new.with_name(f".{new.name}.converting")
-    if temporary.is_symlink():
-        raise FourfoldError(f"{temporary}: got a link, expected a folder of an interrupted conversion. Remove the link")
-    _check_room(new, job)
-    with hold(temporary):
-        try:
-            converted = _write(job, temporary, new, started)
-            shutil.rmtree(temporary / STATE)
-            temporary.rename(new)
-        except OSError as error:
-            raise FourfoldError(f"{new}: cannot be made of {temporary} ({error.strerror})") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return converted
+    job = _Job(**vars(open_job(out, progress)), format=formats.named(format))
+    with under_temporary_name(new, job.total_bytes) as folder:
+        return _write(job, folder, new, started)
 
 
 @dataclass(kw_only=True)
-class _Job:
-    """One conversion. release: what OUT says of itself, None if it is not ours."""
+class _Job(Job):
+    """One conversion, into `format`."""
 
-    skeleton: Skeleton
-    stored: Stored
-    release: Release | None
     format: Format
-    progress: Progress
     scales: Scales = dataclasses.field(default_factory=Scales)
-    done_bytes: int = 0
-
-    @property
-    def before(self) -> Format:
-        assert self.stored.format is not None
-        return self.stored.format
-
-    @property
-    def index(self) -> TensorIndex:
-        return self.stored.index
-
-    @property
-    def group_size(self) -> int:
-        return next(iter(self.stored.projections.values())).group_size
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(header.size_bytes for header in self.index.headers.values())
-
-    def tick(self, count: int) -> None:
-        self.done_bytes += count
-        total, done = max(self.total_bytes // 10**6, 1), self.done_bytes // 10**6
-        self.progress(Event(kind="stage", stage="convert", done=min(done, total), total=total, unit="MB"))
-
-
-def _open(out: Path, format: str, progress: Progress) -> _Job:
-    """OUT with its headers, configuration and the layout of every projection checked."""
-    if format not in formats.NAMES:
-        raise FourfoldError(f"format {format!r}: wanted one of {', '.join(formats.NAMES)}")
-    if not out.is_dir():
-        raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
-    release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
-    weights = Weights.open(out)
-    stored = take_stock(weights.index.disk, weights.format)
-    if not stored.projections:
-        raise FourfoldError(
-            f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
-        )
-    job = _Job(
-        skeleton=weights.skeleton, stored=stored, release=release, format=formats.named(format), progress=progress
-    )
-    _check_groups(out, stored)
-    _check_layout(job)
-    return job
-
-
-def _check_groups(out: Path, stored: Stored) -> None:
-    sizes = sorted({projection.group_size for projection in stored.projections.values()})
-    if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
-        found = ", ".join(map(str, sizes))
-        wanted = ", ".join(map(str, GROUP_SIZES))
-        raise FourfoldError(
-            f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
-        )
-
-
-def _check_layout(job: _Job) -> None:
-    """Zero points and orders of groups: small, so all are read before anything is written."""
-    for projection in job.stored.projections.values():
-        beside = [suffix for suffix in projection.suffixes if suffix not in (job.before.codes, job.before.scales)]
-        tensors = {suffix: job.index.read(projection.name + suffix) for suffix in beside}
-        for problem in layout_problems(tensors, projection, job.before):
-            raise FourfoldError(
-                f"{job.index.folder}: {projection.name.rstrip('.')}: {problem}. In a symmetric format with plain "
-                "groups the same codes would be other weights, so it cannot be converted; quantize it anew"
-            )
-
-
-def _check_room(new: Path, job: _Job) -> None:
-    there = next(folder for folder in new.absolute().parents if folder.exists())
-    free, wanted = shutil.disk_usage(there).free, job.total_bytes + SPARE_BYTES
-    if free < wanted:
-        raise FourfoldError(f"{new}: {wanted:,} bytes are wanted, {free:,} are free there; make room")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -205,9 +114,6 @@ def _check_room(new: Path, job: _Job) -> None:
 
 def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
     """All files of the converted release; the record of the conversion last."""
-    for path in folder.iterdir():  # of a conversion that was killed
-        if path.name != STATE:
-            path.unlink()
     shards = _write_shards(job, folder)
     index = TensorIndex.open_shards(folder, [shard.name for shard in shards])
     for name in SIDECARS:

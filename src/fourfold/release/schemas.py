@@ -124,6 +124,14 @@ State = record(
 )
 
 
+# --- conversion.json of what engines of their own read: docs/formats.md ---------------------------------------------
+
+Export = record(
+    after=str, before=str, content=str, projections=Count, group_size=Count, settings=Anything,
+    files=by_name(record(bytes=Count, sha256=str)),
+)  # fmt: skip
+
+
 def read_record(path: Path, kind: type[Record], fix: str) -> dict[str, Any]:
     """Return a file's JSON object once it is checked against `kind`.
 

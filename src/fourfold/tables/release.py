@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fourfold.formats import EXPORTS
 from fourfold.tables.facts import show_facts
 from fourfold.terminal import paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text, figure_text
@@ -18,6 +19,7 @@ from fourfold.units import FIGURES, clock_text, figure_text
 if TYPE_CHECKING:
     from fourfold.release.compare import Comparison
     from fourfold.release.convert import Converted
+    from fourfold.release.export import Exported
     from fourfold.release.inspect import Inspection
     from fourfold.release.publish import Published
 
@@ -77,6 +79,42 @@ def show_converted(console: Console, found: Converted) -> None:
     ]
     if found.left_out:
         facts.append(("left out", f"{', '.join(found.left_out)}: true of the bytes before, or not known"))
+    show_facts(console, facts)
+
+
+def show_exported(console: Console, found: Exported) -> None:
+    """What was written for an engine of its own, what a user has to know of it, and the next command."""
+    facts = [
+        ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
+        ("exact", f"codes and scales{'' if found.rounded else ', and every other tensor'}"),
+        ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
+        ("time", clock_text(found.seconds)),
+        *(("note", note) for note in found.notes),
+        ("next", f"fourfold verify {found.new} --source {found.out} --engine {found.engine}"),
+    ]
+    show_facts(console, facts)
+
+
+def show_export(console: Console, folder: str, record: Mapping[str, Any]) -> None:
+    """What `convert` wrote, by its conversion.json."""
+    engine, settings = EXPORTS[record["after"]], record["settings"]
+    facts = [
+        (plain(folder), f"{record['after']}, from {record['before']}; made by fourfold {record.get('fourfold', '')}"),
+        (
+            "int4",
+            f"{record['projections']:,} projections, one scale for {record['group_size']} inputs, as in the release",
+        ),
+        (
+            "size",
+            f"{decimal(sum(file['bytes'] for file in record['files'].values()))} in {len(record['files']):,} files",
+        ),
+    ]
+    if settings:
+        rest = settings["rest"]
+        facts.append(("other matrices", "as they are" if rest == "bf16" else f"rounded to {rest}: not exact"))
+        facts.append(("draft head (MTP)", "the block after the last" if settings["mtp"] else "none"))
+    facts.append((engine, f"takes it: fourfold serve {plain(folder)} --print"))
+    facts.append(("others", "do not read it: vLLM, SGLang and transformers take the release"))
     show_facts(console, facts)
 
 

@@ -119,6 +119,13 @@ def test_serving_commands_are_those_of_serve(finished: Path) -> None:
     assert str(finished) not in serving, "the publisher's folders are nobody's business"
 
 
+def test_commands_for_other_formats(finished: Path) -> None:
+    """The engines that have this architecture, by the commands that make and prove their files."""
+    _, _, section = write_card(finished).partition("### Other formats")
+    assert "fourfold convert ./release ./release-gguf --format gguf" in section
+    assert "fourfold verify ./release-mlx --source ./release --engine mlx" in section
+
+
 def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
     for name in ("metrics.json", "verify.json"):
         (release / name).unlink()

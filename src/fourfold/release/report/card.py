@@ -14,6 +14,10 @@ import jinja2
 from huggingface_hub import ModelCard
 
 from fourfold.datatypes import FourfoldError
+from fourfold.formats import EXPORTS
+from fourfold.formats.fixed import unsupported
+from fourfold.formats.gguf_names import ARCHITECTURES
+from fourfold.formats.mlx import MODEL_TYPES
 from fourfold.install import public_install
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
@@ -279,6 +283,7 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
         "licence_origin": found.origin,
         "transformers": _transformers(about, "vision_config" in records.release.raw),
         "transformers_problem": records.release.transformers_problem,
+        "other_formats": _other_formats(records, about),
         "sampling": _sampling(records.sampling),
     }
 
@@ -316,6 +321,23 @@ def _transformers(about: About, vision: bool) -> Markdown:
         f'model = {model}.from_pretrained({about.name!r}, device_map="auto")'
     )
     return block(lines, "python")
+
+
+def _other_formats(records: Records, about: About) -> Markdown | None:
+    """Commands that make a file for each engine of its own that has this architecture; None if none has."""
+    skeleton = records.release.skeleton
+    known = {"gguf": ARCHITECTURES, "mlx": MODEL_TYPES}
+    lines = [f"hf download {shlex.quote(about.name)} --local-dir ./release"]
+    for form, engine in EXPORTS.items():
+        model_types: Mapping[str, Any] = known[form]
+        one = model_types.get(skeleton.family.model_type)
+        if one is not None and not unsupported(skeleton.text, getattr(one, "fixed", one)):
+            lines += [
+                f"fourfold convert ./release ./release-{form} --format {form}",
+                f"fourfold verify ./release-{form} --source ./release --engine {engine}",
+                f"fourfold serve ./release-{form} --print",
+            ]
+    return block("\n".join(lines), "sh") if len(lines) > 1 else None
 
 
 def _sampling(sampling: Mapping[str, Any]) -> str:

@@ -143,14 +143,17 @@ def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator
 
 
 def prompts(release: Release) -> list[list[int]]:
-    """Token ids of text that is never calibrated on: windows of the bundled held-out text, far from each other, and
-    last the text of the release's reference, if it has one.
-    """
-    tokenizer = load_tokenizer(release.folder)
+    """Token ids of text that is never calibrated on, and last the text of the release's reference, if it has one."""
+    found = windows(release.folder)
+    return found if release.reference is None else [*found, release.reference.tokens]
+
+
+def windows(folder: Path) -> list[list[int]]:
+    """Windows of the bundled held-out text, far from each other, in the tokens of a checkpoint."""
+    tokenizer = load_tokenizer(folder)
     text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:PROMPT_CHARACTERS]
     ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < PROMPTS * PROMPT_TOKENS:
-        raise FourfoldError(f"{release.folder}: its tokenizer makes {len(ids)} tokens of the held-out text, too few")
+        raise FourfoldError(f"{folder}: its tokenizer makes {len(ids)} tokens of the held-out text, too few")
     starts = (place * len(ids) // PROMPTS for place in range(PROMPTS))
-    windows = [list(ids[start : start + PROMPT_TOKENS]) for start in starts]
-    return windows if release.reference is None else [*windows, release.reference.tokens]
+    return [list(ids[start : start + PROMPT_TOKENS]) for start in starts]

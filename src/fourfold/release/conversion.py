@@ -1,0 +1,128 @@
+"""What every conversion of a release does: OUT opened and checked, NEW written under a temporary name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.formats.format import Format
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.weights import Weights
+from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.release.stored import Stored, layout_problems, take_stock
+from fourfold.release.verify.folder import Release, open_release
+
+GROUP_SIZES = (32, 64, 128)
+SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A release that is converted. release: what OUT says of itself, None if it is not ours."""
+
+    skeleton: Skeleton
+    stored: Stored
+    release: Release | None
+    progress: Progress
+    done_bytes: int = 0
+
+    @property
+    def before(self) -> Format:
+        assert self.stored.format is not None
+        return self.stored.format
+
+    @property
+    def index(self) -> TensorIndex:
+        return self.stored.index
+
+    @property
+    def group_size(self) -> int:
+        return next(iter(self.stored.projections.values())).group_size
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(header.size_bytes for header in self.index.headers.values())
+
+    @property
+    def content(self) -> str:
+        """Digest of OUT's shards as its fourfold.json has it, "" if it is not ours."""
+        return str(self.release.state["output"]["content"]) if self.release else ""
+
+    def tick(self, count: int) -> None:
+        self.done_bytes += count
+        total, done = max(self.total_bytes // 10**6, 1), self.done_bytes // 10**6
+        self.progress(Event(kind="stage", stage="convert", done=min(done, total), total=total, unit="MB"))
+
+
+def open_job(out: Path, progress: Progress) -> Job:
+    """OUT with its headers, configuration and the layout of every projection checked.
+
+    Raises FourfoldError if it is not int4, is asymmetric or act-ordered, or has groups that the formats cannot tell.
+    """
+    if not out.is_dir():
+        raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
+    release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
+    weights = Weights.open(out)
+    stored = take_stock(weights.index.disk, weights.format)
+    if not stored.projections:
+        raise FourfoldError(
+            f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
+        )
+    job = Job(skeleton=weights.skeleton, stored=stored, release=release, progress=progress)
+    _check_groups(out, stored)
+    _check_layout(job)
+    return job
+
+
+def _check_groups(out: Path, stored: Stored) -> None:
+    sizes = sorted({projection.group_size for projection in stored.projections.values()})
+    if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
+        found = ", ".join(map(str, sizes))
+        wanted = ", ".join(map(str, GROUP_SIZES))
+        raise FourfoldError(
+            f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
+        )
+
+
+def _check_layout(job: Job) -> None:
+    """Zero points and orders of groups: small, so all are read before anything is written."""
+    for projection in job.stored.projections.values():
+        beside = [suffix for suffix in projection.suffixes if suffix not in (job.before.codes, job.before.scales)]
+        tensors = {suffix: job.index.read(projection.name + suffix) for suffix in beside}
+        for problem in layout_problems(tensors, projection, job.before):
+            raise FourfoldError(
+                f"{job.index.folder}: {projection.name.rstrip('.')}: {problem}. In a symmetric format with plain "
+                "groups the same codes would be other weights, so it cannot be converted; quantize it anew"
+            )
+
+
+@contextmanager
+def under_temporary_name(new: Path, size_bytes: int) -> Iterator[Path]:
+    """An empty folder beside NEW that becomes NEW when the block has ended; nothing is left of one that fails.
+
+    Raises FourfoldError if the disk has no room for `size_bytes`.
+    """
+    folder = new.with_name(f".{new.name}.converting")
+    if folder.is_symlink():
+        raise FourfoldError(f"{folder}: got a link, expected a folder of an interrupted conversion. Remove the link")
+    there = next(parent for parent in new.absolute().parents if parent.exists())
+    free, wanted = shutil.disk_usage(there).free, size_bytes + SPARE_BYTES
+    if free < wanted:
+        raise FourfoldError(f"{new}: {wanted:,} bytes are wanted, {free:,} are free there; make room")
+    with hold(folder):
+        try:
+            for path in folder.iterdir():  # of a conversion that was killed
+                if path.name != STATE:
+                    path.unlink()
+            yield folder
+            shutil.rmtree(folder / STATE)
+            folder.rename(new)
+        except OSError as error:
+            raise FourfoldError(f"{new}: cannot be made of {folder} ({error.strerror})") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

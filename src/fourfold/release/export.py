@@ -1,0 +1,198 @@
+"""A release as a file or folder of llama.cpp or MLX: the same codes and scales, to the last bit. docs/formats.md.
+
+What is written is no release of fourfold: nothing but its engine reads it, and `verify` compares it with OUT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fourfold
+from fourfold.datatypes import FourfoldError, Progress, ignore
+from fourfold.formats import EXPORTS, gguf, mlx
+from fourfold.formats.fixed import unsupported
+from fourfold.install import pip_install
+from fourfold.model.checkpoint import TensorIndex, raw_bytes
+from fourfold.model.config import CONFIG
+from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.headers import INDEX_NAME
+from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.quantize.finish import index_json
+from fourfold.release.contents import CONVERSION, hash_file
+from fourfold.release.conversion import Job, open_job, under_temporary_name
+from fourfold.release.gguf_plan import GgufPlan
+from fourfold.release.stacks import Stack, check_scales, read_part, stacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What came of it. files: bytes and sha256 by name; content: digest of OUT's shards, "" if OUT is not fourfold's;
+    notes: what a user has to know of this one.
+    """
+
+    out: str
+    new: str
+    before: str
+    after: str
+    projections: int
+    group_size: int
+    files: Mapping[str, Mapping[str, Any]]
+    content: str
+    bytes_before: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(int(file["bytes"]) for file in self.files.values())
+
+    @property
+    def rounded(self) -> bool:
+        """Whether any weight is not what OUT has."""
+        return bool(self.settings.get("rest", "bf16") != "bf16")
+
+    @property
+    def engine(self) -> str:
+        return EXPORTS[self.after]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"bytes_after": self.bytes_after}
+
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the weights: nothing of this machine."""
+        kept = ("before", "after", "projections", "group_size", "content", "settings", "files")
+        fields = self.to_json()
+        return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of a GGUF. rest: what matrices that are not int4 become, a key of gguf.RESTS; mtp: whether the draft head is
+    kept; shard_bytes: of a file at most, 0 for one file.
+    """
+
+    rest: str = "bf16"
+    mtp: bool = True
+    shard_bytes: int = 0
+
+
+DEFAULTS = Options()
+
+
+def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, progress: Progress = ignore) -> Exported:
+    """Write the release in `out`, ours or another tool's, into the new folder `new` as `format`, one of EXPORTS.
+
+    Memory does not grow with the release: a projection of a layer's experts is held at a time. Raises FourfoldError,
+    before anything is written, if `out` is not read as int4, is asymmetric, has other than routed experts in int4, has
+    scales that the format cannot hold, is of an architecture or has a tokenizer that the engine does not have; if `new`
+    is there or does not fit the disk.
+    """
+    started = time.perf_counter()
+    check_new(new, out)
+    job = open_job(out, progress)
+    layers = stacks(job)
+    write: Callable[[Path], None]
+    if format == gguf.NAME:
+        require_gguf()
+        plan = GgufPlan(job, layers, rest=options.rest, mtp=options.mtp)
+        check_scales(job, torch.float16, gguf.TITLE)
+        size, notes, settings = plan.size_bytes, plan.notes(), dataclasses.asdict(options) | {"mtp": plan.drafts > 0}
+        write = partial(plan.write, shard_bytes=options.shard_bytes)
+    else:
+        check_mlx(job)
+        check_scales(job, torch.bfloat16, mlx.TITLE)
+        size, notes, settings = job.total_bytes, (), {}
+        write = partial(write_mlx, job, layers)
+    with under_temporary_name(new, size) as folder:
+        write(folder)
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        hashes = {name: hash_file(folder / name) for name in names}
+        found = Exported(
+            out=str(out),
+            new=str(new),
+            before=job.before.name,
+            after=format,
+            projections=len(job.stored.projections),
+            group_size=job.group_size,
+            files={name: {"bytes": size, "sha256": sha256} for name, (sha256, size) in hashes.items()},
+            content=job.content,
+            bytes_before=job.total_bytes,
+            seconds=time.perf_counter() - started,
+            notes=notes,
+            settings=settings,
+        )
+        write_text(folder / CONVERSION, dump(found.record()))
+    return found
+
+
+def require_gguf() -> None:
+    """Raise FourfoldError if the package that serializes GGUF is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise FourfoldError(f"--format gguf: the package gguf is not installed. Install it: {pip_install('gguf')}")
+
+
+# --- MLX ------------------------------------------------------------------------------------------------------------
+
+
+def check_mlx(job: Job) -> None:
+    """Raise FourfoldError for a model that mlx-lm does not load from this layout, or computes otherwise."""
+    folder, model_type = job.index.folder, job.skeleton.family.model_type
+    if model_type not in mlx.MODEL_TYPES:
+        known = ", ".join(mlx.MODEL_TYPES)
+        raise FourfoldError(f"{folder}: model_type: got {model_type!r}, expected one that --format mlx knows: {known}")
+    if problem := unsupported(job.skeleton.text, mlx.MODEL_TYPES[model_type]):
+        raise FourfoldError(f"{folder / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
+
+
+def write_mlx(job: Job, layers: list[Stack], folder: Path) -> None:
+    """All files of a folder for mlx-lm and mlx-vlm."""
+    shards = mlx_shards(job, layers)
+    for name, tensors in shards.items():
+        write_shard(folder, name, tensors)
+    for name in SIDECARS:
+        if (job.index.folder / name).is_file():
+            copy_file(job.index.folder / name, folder / name)
+    write_text(folder / INDEX_NAME, index_json(TensorIndex.open_shards(folder, shards)))
+    write_text(folder / "config.json", dump(mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size)))
+
+
+def mlx_shards(job: Job, layers: list[Stack]) -> dict[str, list[OutputTensor]]:
+    """What the shards of NEW hold, by name: one for each of OUT's, stacks where their first expert was."""
+    shards: dict[str, list[OutputTensor]] = {header.shard: [] for header in job.index.headers.values()}
+    for stack in layers:
+        name = mlx.stack_name(stack.parts[0].name, stack.projection)
+        stored = mlx.tensor_shapes(*stack.sizes)
+        for suffix, (dtype, shape) in stored.items():
+            data = partial(_mlx_values, job, stack, suffix)
+            one = OutputTensor(name=name + suffix, dtype=dtype, shape=shape, data=data)
+            shards[job.index.header(stack.parts[0].name + job.before.codes).shard].append(one)
+    for name, header in job.stored.kept.items():
+        shards[header.shard].append(
+            OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
+        )
+    full = [shard for shard in sorted(shards) if shards[shard]]
+    return {f"model-{number:05d}-of-{len(full):05d}.safetensors": shards[shard] for number, shard in enumerate(full, 1)}
+
+
+def _mlx_values(job: Job, stack: Stack, suffix: str) -> Iterator[memoryview]:
+    """Expert by expert."""
+    for part in stack.parts:
+        words, scale = read_part(job, part, codes=suffix == mlx.WORDS)
+        value = words if suffix == mlx.WORDS else mlx.biases(scale) if suffix == mlx.BIASES else scale
+        yield raw_bytes((value if suffix == mlx.WORDS else value.to(torch.bfloat16)).contiguous())
+
+
+def _copied(job: Job, name: str) -> Iterator[memoryview]:
+    for chunk in job.index.chunks(name):
+        job.tick(len(chunk))
+        yield chunk

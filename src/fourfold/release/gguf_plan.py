@@ -1,0 +1,284 @@
+"""A release as GGUF: which tensors the file has, and what it says of itself. docs/formats.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fourfold
+from fourfold.datatypes import FourfoldError
+from fourfold.formats import gguf
+from fourfold.formats.fixed import unsupported
+from fourfold.formats.gguf import GgufTensor
+from fourfold.formats.gguf_names import ARCHITECTURES, ENDS, EXPERTS, WIDE, Architecture, Row, settings
+from fourfold.formats.gguf_tokenizer import read_tokenizer
+from fourfold.model.config import CONFIG
+from fourfold.model.family import PROJECTIONS
+from fourfold.release.conversion import Job
+from fourfold.release.stacks import Stack, read_part
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+FUSED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)")
+MMPROJ = "python convert_hf_to_gguf.py --mmproj {folder} (of llama.cpp, on the release) writes the file for images"
+
+
+class GgufPlan:
+    """Everything about the file but its bytes. Raises FourfoldError for what llama.cpp has no name or code for."""
+
+    def __init__(self, job: Job, layers: list[Stack], *, rest: str, mtp: bool) -> None:
+        self.job, self.rest = job, rest
+        model_type = job.skeleton.family.model_type
+        if model_type not in ARCHITECTURES:
+            raise FourfoldError(
+                f"{job.index.folder}: model_type: got {model_type!r}, expected one that --format gguf has a table of "
+                f"names for: {', '.join(ARCHITECTURES)}"
+            )
+        self.architecture = ARCHITECTURES[model_type]
+        _check_settings(job, self.architecture)
+        first = layers[0].parts[0].name
+        self.prefix = first[: first.index("layers.")]  # of the text model on disk
+        kept = [name for name in job.stored.kept if not name.startswith(self.architecture.skipped or ("\0",))]
+        self.vision = len(kept) < len(job.stored.kept)
+        tied = bool(job.skeleton.text.tie_word_embeddings)
+        self.drafts = len({block for name in kept if (block := self._draft_block(name)) is not None}) if mtp else 0
+        self.tensors = [self._stack(stack) for stack in layers]
+        experts: dict[tuple[int, str], dict[int, str]] = {}
+        for name in kept:
+            if (not mtp and self._is_draft(name)) or (tied and name == "lm_head.weight"):
+                continue
+            if (match := EXPERT.fullmatch(name)) and match[3] in PROJECTIONS:
+                block = self._draft_block(name)
+                assert block is not None, name
+                experts.setdefault((block, match[3]), {})[int(match[2])] = name
+            else:
+                self.tensors += self._kept(name)
+        for (block, part), names in experts.items():
+            self.tensors.append(self._draft_stack(block, part, [names[expert] for expert in sorted(names)]))
+        self.tensors.sort(key=lambda one: _order(one.name))
+        self.keys = self._keys()
+
+    # --- tensors ----------------------------------------------------------------------------------------------------
+
+    def _is_draft(self, name: str) -> bool:
+        one, layers = self.architecture, self.job.skeleton.layers
+        if one.draft:
+            return name.startswith(one.draft)
+        match = re.match(rf"{re.escape(self.prefix)}layers\.(\d+)\.", name)
+        return match is not None and int(match[1]) >= layers
+
+    def _draft_block(self, name: str) -> int | None:
+        """The block of a draft layer's tensor, None for others; what is beside the layers goes with the first."""
+        if not self._is_draft(name):
+            return None
+        match = re.search(r"layers\.(\d+)\.", name)
+        number = int(match[1]) if match else 0
+        return number + self.job.skeleton.layers if self.architecture.draft else number
+
+    def _kept(self, name: str) -> Iterator[GgufTensor]:
+        block, below = self._place(name)
+        header = self.job.index.header(name)
+        if (fused := FUSED.fullmatch(name)) and len(header.shape) == 3:  # of a draft head, as another tool left it
+            parts = PROJECTIONS[:2] if fused[1] == "gate_up_proj" else PROJECTIONS[2:]
+            for place, part in enumerate(parts):
+                rows = header.shape[1] // len(parts)
+                shape = (header.shape[0], rows, header.shape[2])
+                make = partial(self._rows, name, slice(place * rows, (place + 1) * rows))
+                yield self._matrix(f"blk.{block}.{EXPERTS[part]}.weight", shape, header.dtype, make)
+            return
+        for row in self._rows_of(name, block, below):
+            full = row.name if block is None else f"blk.{block}.{row.name}"
+            changed = self._shape(name, row)
+            make = partial(self._changed, name, row)
+            if len(changed) == 1 or row.name in WIDE:
+                yield GgufTensor(name=full, shape=changed, kind="F32", make=partial(_as, full, make, "F32"))
+            else:
+                yield self._matrix(full, changed, header.dtype, make)
+
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """The block that a tensor goes to, None for one outside of them, and its name below it."""
+        one = self.architecture
+        for prefix, shift in ((f"{self.prefix}layers.", 0), (f"{one.draft}layers.", self.job.skeleton.layers)):
+            if prefix != "layers." and (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.*)", name)):
+                return int(match[1]) + shift, match[2]
+        if one.draft and name.startswith(one.draft):
+            return self.job.skeleton.layers, name.removeprefix(one.draft)
+        return None, name.removeprefix(self.prefix)
+
+    def _rows_of(self, name: str, block: int | None, below: str) -> tuple[Row, ...]:
+        one = self.architecture
+        if block is None:
+            ends = {f"{end}.weight": Row(name=f"{to}.weight") for end, to in (ENDS | {"lm_head": "output"}).items()}
+            ends["norm.weight"] = Row(name="output_norm.weight", changes=one.norm)
+            rows: tuple[Row, ...] = (ends[below],) if below in ends else ()
+        else:
+            beside = one.draft and name.startswith(one.draft) and not name.startswith(f"{one.draft}layers.")
+            rows = (one.draft_ends if beside else one.layer).get(below, ())
+        if not rows:
+            raise FourfoldError(
+                f"{self.job.index.folder}: {name}: llama.cpp has no name for it in {one.name}, expected the tensors of "
+                f"a plain {self.job.skeleton.family.model_type}. This model cannot be written as GGUF"
+            )
+        return rows
+
+    def _shape(self, name: str, row: Row) -> tuple[int, ...]:
+        """Of the changed tensor, from one without values."""
+        header = self.job.index.header(name)
+        value = torch.empty(header.shape, device="meta")
+        for change in row.changes:
+            value = change(value, self.job.skeleton.text)
+        return tuple(value.shape)
+
+    def _matrix(self, name: str, shape: tuple[int, ...], dtype: str, make: Callable[[], Tensor]) -> GgufTensor:
+        kind = gguf.RESTS[self.rest] or dtype
+        if kind not in ("BF16", "F16", "F32", "Q8_0"):
+            raise FourfoldError(f"{self.job.index.folder}: {name} is {dtype}, expected BF16, F16 or F32")
+        if kind == "Q8_0" and shape[-1] % gguf.BLOCK:
+            raise FourfoldError(
+                f"--rest: got q8_0, expected bf16: {name} has {shape[-1]} inputs, no multiple of {gguf.BLOCK}"
+            )
+        return GgufTensor(name=name, shape=shape, kind=kind, make=partial(_as, name, make, kind))
+
+    def _changed(self, name: str, row: Row) -> Tensor:
+        value = self._read(name)
+        for change in row.changes:
+            value = change(value, self.job.skeleton.text)
+        return value
+
+    def _read(self, name: str) -> Tensor:
+        value = self.job.index.read(name)
+        self.job.tick(value.nbytes)
+        return value
+
+    def _rows(self, name: str, place: slice) -> Tensor:
+        return self._read(name)[:, place]
+
+    def _stack(self, stack: Stack) -> GgufTensor:
+        count, outputs, inputs, _ = stack.sizes
+        name = f"blk.{stack.layer}.{EXPERTS[stack.projection]}.weight"
+        make = partial(_q4_0, self.job, stack)
+        return GgufTensor(name=name, shape=(count, outputs, inputs), kind=gguf.Q4_0, make=make)
+
+    def _draft_stack(self, block: int, part: str, names: list[str]) -> GgufTensor:
+        header = self.job.index.header(names[0])
+
+        def make() -> Tensor:
+            return torch.stack([self._read(name) for name in names])
+
+        return self._matrix(f"blk.{block}.{EXPERTS[part]}.weight", (len(names), *header.shape), header.dtype, make)
+
+    # --- what the file says of itself -------------------------------------------------------------------------------
+
+    def _keys(self) -> tuple[dict[str, Any], Any]:
+        """Metadata, and the tokenizer's special tokens. Raises FourfoldError for a tokenizer that
+        llama.cpp does not have.
+        """
+        job, skeleton, one = self.job, self.job.skeleton, self.architecture
+        described = settings(
+            one,
+            skeleton.text,
+            experts=skeleton.experts,
+            topk=skeleton.topk,
+            width=skeleton.widest.width,
+            dense=skeleton.routed[0],
+            drafts=self.drafts,
+        )
+        tokens, special = read_tokenizer(job.index.folder, skeleton.vocabulary, one.special)
+        return _general(job, self.name) | {
+            "fourfold.rest": self.rest, **{f"{one.name}.{key}": value for key, value in described.items()}, **tokens,
+        }, special  # fmt: skip
+
+    def write(self, folder: Path, *, shard_bytes: int) -> None:
+        """Write the file or its shards into a folder."""
+        keys, special = self.keys
+        file = folder / f"{self.name}-{gguf.Q4_0}.gguf"
+        gguf.write_file(file, self.architecture.name, keys, special, self.tensors, shard_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(one.size_bytes for one in self.tensors)
+
+    @property
+    def name(self) -> str:
+        """Of the model, as general.name and in the file's name."""
+        hub = self.job.release and self.job.release.state["source"].get("hub")
+        return str(hub).partition("@")[0].rpartition("/")[2] if hub else self.job.index.folder.resolve().name
+
+    def notes(self) -> tuple[str, ...]:
+        said = []
+        if self.vision:
+            said.append("text only: " + MMPROJ.format(folder=self.job.index.folder))
+        if self.rest != "bf16":
+            said.append(f"matrices that are not int4 were rounded to {self.rest}: not exact, experts alone are")
+        return tuple(said)
+
+
+def _as(name: str, make: Callable[[], Tensor], kind: str) -> Tensor:
+    value = make()
+    found = gguf.to_kind(value, kind)
+    if kind == "F16" and (lost := int((found.isinf() & ~value.isinf()).sum())):
+        raise FourfoldError(f"--rest: got f16, expected bf16 or q8_0: {lost:,} values of {name} are too large for FP16")
+    return found
+
+
+def _q4_0(job: Job, stack: Stack) -> Tensor:
+    count, outputs, inputs, _ = stack.sizes
+    block_ENB = torch.empty(count, outputs, inputs // gguf.BLOCK * gguf.BLOCK_BYTES, dtype=torch.uint8)
+    for expert, part in enumerate(stack.parts):
+        block_ENB[expert] = gguf.q4_0_blocks(*read_part(job, part))
+    return block_ENB
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    """Embeddings, blocks by number, the output head: as a loader reads them."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (1, int(match[1]), name) if match else (0 if name.startswith("token") else 2, 0, name)
+
+
+def _check_settings(job: Job, one: Architecture) -> None:
+    path, skeleton = job.index.folder / CONFIG, job.skeleton
+    fixed = one.fixed if one.grouped else {**one.fixed, "num_key_value_heads": skeleton.text.num_attention_heads}
+    if problem := unsupported(skeleton.text, fixed):
+        raise FourfoldError(f"{path}: {problem}: llama.cpp computes {one.name} in this way alone")
+    dense = [layer for layer in range(skeleton.layers) if not skeleton.is_routed(layer)]
+    if dense and not (one.dense_layers and dense == list(range(len(dense)))):
+        where = "after the first layers" if one.dense_layers else "anywhere"
+        raise FourfoldError(
+            f"{path}: layer {dense[-1]} has no routed experts, expected none such {where}: llama.cpp's {one.name} "
+            "cannot express it. Use another format"
+        )
+
+
+def _general(job: Job, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": name,
+        "general.quantized_by": f"fourfold {fourfold.__version__}",
+        "general.file_type": gguf.MOSTLY_Q4_0,
+        "general.quantization_version": gguf.QUANTIZATION_VERSION,
+        "fourfold.version": fourfold.__version__,
+        "fourfold.group_size": job.group_size,
+    }
+    if job.release is None:
+        return found
+    state = job.release.state
+    source: Mapping[str, Any] = state["source"]
+    if licence := (source.get("terms") or {}).get("license"):
+        found["general.license"] = str(licence)
+    if hub := source.get("hub"):
+        owner, _, base = str(hub).partition("@")[0].rpartition("/")
+        found |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": base,
+            "general.base_model.0.organization": owner,
+            "general.base_model.0.repo_url": f"https://huggingface.co/{owner}/{base}",
+        }
+    found |= {"fourfold.content": job.content, "fourfold.source": str(state["identity"]["source"])}
+    if "kl_mean" in state["metrics"]:
+        found["fourfold.kl_mean"] = float(state["metrics"]["kl_mean"])
+    return found

@@ -1,0 +1,149 @@
+"""Releases to export: small checkpoints of any family whose experts are rounded to int4, and what transformers makes
+of them in fp32. Bits and arithmetic of docs/formats.md, none of fourfold's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import checkpoints
+import families
+import releases
+from fourfold.formats import COMPRESSED_TENSORS
+
+EXPERT = re.compile(r"(?!mtp\.|model\.layers\.4\.).*\.experts\.\d+\.\w+\.weight")
+DRAFTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "layer": "mtp.layers.0.",
+        "ends": "mtp.",
+        "names": {"fc": (256, 512), "norm": (256,), "pre_fc_norm_hidden": (256,), "pre_fc_norm_embedding": (256,)},
+    },
+    "glm4_moe": {
+        "layer": "model.layers.4.",
+        "ends": "model.layers.4.",
+        "names": {
+            **{"eh_proj": (256, 512), "enorm": (256,), "hnorm": (256,), "shared_head.norm": (256,)},
+            **{"shared_head.head": (checkpoints.VOCABULARY, 256), "embed_tokens": (checkpoints.VOCABULARY, 256)},
+        },
+    },
+}
+TOKENS = torch.randint(16, 500, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+STACK = re.compile(r"(?!mtp\.)(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
+
+
+def release(folder: Path, family: str, group_size: int = 32, **options: Any) -> Path:
+    """Write a release of a small checkpoint of a family, experts by round-to-nearest; return its folder.
+
+    options: of checkpoints.tiny.
+    """
+    if family in checkpoints.CLASSES:
+        checkpoints.tiny(folder, family=family, hidden=256, width=128, topk=2, **options)
+    else:
+        families.tiny(folder, family, vocabulary=checkpoints.VOCABULARY)
+        for name in checkpoints.TOKENIZER_FILES:
+            shutil.copyfile(checkpoints.EXAMPLE / name, folder / name)
+    if family in DRAFTS:
+        checkpoints.edit(folder, lambda tensors: _add_draft(tensors, **DRAFTS[family]))
+        counts = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1}
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(counts))
+    if family == "qwen3_5_moe":
+        interval = {"full_attention_interval": 2}
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw["text_config"].update(interval))
+    if family == "mixtral":
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(sliding_window=None))
+    if family == "qwen2_moe":
+        checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(norm_topk_prob=False))
+    checkpoints.edit(folder, lambda tensors: _round_experts(tensors, group_size))
+    drafts = {"qwen3_5_moe": ["mtp."], "qwen3_next": ["mtp."], "glm4_moe": ["model.layers.4."]}.get(family, [])
+    settings = COMPRESSED_TENSORS.quantization_config(group_size, drafts)
+    checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(quantization_config=settings))
+    return folder
+
+
+def _add_draft(tensors: dict[str, Tensor], layer: str, ends: str, names: dict[str, tuple[int, ...]]) -> None:
+    """A draft head: a copy of the last layer, and random tensors beside it."""
+    generator, last = torch.Generator().manual_seed(2), "model.layers.3."
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[layer + name.removeprefix(last)] = tensors[name].clone()
+    for name, shape in names.items():
+        tensors[f"{ends}{name}.weight"] = torch.randn(shape, generator=generator).bfloat16() / 16
+
+
+def _round_experts(tensors: dict[str, Tensor], group_size: int) -> None:
+    for name in list(tensors):
+        if EXPERT.fullmatch(name):
+            tensors |= _rounded(name.removesuffix("weight"), tensors.pop(name), group_size)
+        elif (match := STACK.fullmatch(name)) and tensors[name].ndim == 3:
+            parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
+            for expert, rows in enumerate(tensors.pop(name)):
+                for part, weight in zip(parts, rows.chunk(len(parts)), strict=True):
+                    tensors |= _rounded(f"{match[1]}.{expert}.{part}.", weight, group_size)
+
+
+def _rounded(stem: str, weight_NK: Tensor, group_size: int) -> dict[str, Tensor]:
+    """Scales of both signs: the largest weight of a group has code -8."""
+    weight_NGK = weight_NK.double().unflatten(1, (-1, group_size))
+    largest_NG1 = weight_NGK.gather(2, weight_NGK.abs().argmax(2, keepdim=True))
+    scale_NG1 = (largest_NG1 / -8).bfloat16().double()
+    code_NK = (weight_NGK / scale_NG1).round().clamp(-8, 7).flatten(1).to(torch.int64)
+    nibble_NW8 = (code_NK + 8).unflatten(1, (-1, 8))
+    word_NW = (nibble_NW8 << torch.arange(0, 32, 4)).sum(2)
+    return {
+        f"{stem}weight_packed": torch.where(word_NW >= 2**31, word_NW - 2**32, word_NW).int(),
+        f"{stem}weight_scale": scale_NG1[..., 0].bfloat16(),
+        f"{stem}weight_shape": torch.tensor(weight_NK.shape),
+    }
+
+
+def stretch_scales(folder: Path) -> Path:
+    """Give one projection of a release the largest and the smallest scales that are allowed, of both signs."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = min(name for name in tensors if name.endswith("weight_scale"))
+        tensors[name][:4] = torch.tensor([[65280.0], [-65280.0], [2.0**-17], [-(2.0**-17)]])
+
+    checkpoints.edit(folder, change)
+    return folder
+
+
+def dequantized(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a release, int4 projections as weights in fp32, which holds them exactly."""
+    found = releases.tensors(folder)
+    stems = [name.removesuffix("weight_packed") for name in found if name.endswith("weight_packed")]
+    weights = {f"{stem}weight": releases.dequantize(found, stem).float() for stem in stems}
+    parts = {f"{stem}weight_{part}" for stem in stems for part in ("packed", "scale", "shape")}
+    return weights | {name: value for name, value in found.items() if name not in parts}
+
+
+@torch.no_grad()
+def logprobs(folder: Path, scratch: Path) -> Tensor:
+    """Log-probabilities float64 [T, V] that a release gives for TOKENS in transformers, all in fp32."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    scratch.mkdir()
+    (scratch / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    tensors = {
+        name: (value.float() if value.is_floating_point() else value).contiguous()
+        for name, value in dequantized(folder).items()
+    }
+    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind.from_pretrained(scratch, dtype=torch.float32, attn_implementation="eager").eval()
+    found: Tensor = model(input_ids=torch.tensor([TOKENS])).logits[0].double().log_softmax(dim=-1)
+    shutil.rmtree(scratch)
+    return found
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean KL divergence in nats. log_p, log_q: [..., V]."""
+    log_q = log_q.double().log_softmax(dim=-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())

@@ -1,0 +1,290 @@
+"""What `convert` writes for engines of their own, without the engines: layouts, refusals, verify but for its runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import checkpoints
+import exports
+import foreign
+import releases
+from fourfold import cli
+from fourfold.api import verify
+from fourfold.datatypes import FourfoldError
+from fourfold.release.export import Options, export
+
+CT, GPTQ, V2 = releases.FORMATS
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exports.release(tmp_path_factory.mktemp("qwen3") / "out", "qwen3_moe", 64)
+
+
+def edited(folder: Path, new: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    shutil.copytree(folder, new)
+    checkpoints.edit(new, change)
+    return new
+
+
+def refused(out: Path, new: Path, form: str = "mlx", **options: Any) -> str:
+    with pytest.raises(FourfoldError) as raised:
+        export(out, new, form, **options)
+    assert not new.exists() and not new.with_name(f".{new.name}.converting").exists()
+    return str(raised.value)
+
+
+# --- MLX ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", releases.FORMATS)
+def test_mlx_from_each_format(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """The same words, stacked; scales as they are, biases of -8 scales; nothing else is touched."""
+    if form == CT:
+        found = export(shipped[form], tmp_path / "new", "mlx")
+        assert (found.projections, found.group_size, found.engine) == (24, 128, "mlx")
+    else:
+        export(shipped[form], tmp_path / "new", "mlx")
+    old, new = releases.tensors(shipped[CT]), releases.tensors(tmp_path / "new")
+    for layer in range(2):
+        for part in releases.PROJECTIONS:
+            prefix = f"model.language_model.layers.{layer}.mlp."
+            stack = {
+                suffix: new.pop(f"{prefix}switch_mlp.{part}.{suffix}") for suffix in ("weight", "scales", "biases")
+            }
+            assert (stack["weight"].dtype, stack["scales"].dtype) == (torch.uint32, torch.bfloat16)
+            for expert in range(4):
+                stem = f"{prefix}experts.{expert}.{part}.weight_"
+                words, scale = old.pop(f"{stem}packed"), old.pop(f"{stem}scale")
+                del old[f"{stem}shape"]
+                assert torch.equal(stack["weight"][expert].view(torch.int32), words)
+                assert torch.equal(stack["scales"][expert], scale)
+                assert torch.equal(stack["biases"][expert].double(), -8 * scale.double())
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    config = releases.read_json(tmp_path / "new" / "config.json")
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 128, "bits": 4, "mode": "affine"}
+
+
+def test_keys_that_mlx_lm_wants(qwen3: Path, tmp_path: Path) -> None:
+    export(qwen3, tmp_path / "new", "mlx")
+    before, after = (releases.read_json(folder / "config.json") for folder in (qwen3, tmp_path / "new"))
+    assert "rope_theta" not in before
+    assert after["rope_theta"] == before["rope_parameters"]["rope_theta"] and after["num_experts"] == 4
+
+
+def test_verify_mlx_beside_its_release(shipped: dict[str, Path], tmp_path: Path) -> None:
+    out, new = shipped[CT], tmp_path / "new"
+    export(out, new, "mlx")
+    assert verify(new).passed
+    verdict = verify(new, source=out)
+    assert verdict.passed and [str(level) for level in verdict.asked] == ["files", "source"]
+    with pytest.raises(FourfoldError, match="was not made from this release"):
+        verify(new, source=shipped["fp16"])
+    with pytest.raises(FourfoldError, match="--engine: got vllm, expected mlx"):
+        verify(new, source=out, engine="vllm")
+    with pytest.raises(FourfoldError, match="--engine: got mlx, expected vllm or sglang"):
+        verify(out, engine="mlx")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.language_model.layers.0.mlp.switch_mlp.up_proj.biases"][1, 2, 0] *= -1
+        tensors["model.language_model.norm.weight"][3] += 1
+        tensors["extra"] = torch.zeros(1)
+
+    checkpoints.edit(new, change)
+    failed = {check.name: check.evidence for check in verify(new, source=out).checks if str(check.status) == "fail"}
+    assert failed.keys() == {"sha256", "complete", "codes and scales", "other tensors"}
+    assert "extra is extra" in failed["complete"]
+    assert "experts.1.up_proj: 128 of 16,384 weights are not OUT's" in failed["codes and scales"]
+    assert "model-00001" in failed["sha256"]
+    assert failed["other tensors"] == "model.language_model.norm.weight is not what OUT makes"
+    next(new.glob("*.safetensors")).write_bytes(b"no header")
+    failed = {check.name: check.evidence for check in verify(new, source=out).checks if str(check.status) == "fail"}
+    assert failed.keys() == {"sha256", "complete"}
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def blocks(data: Any) -> Tensor:
+    """Q4_0 rows in bytes as weights in float64, by docs/formats.md: a scale in fp16, 16 bytes of two nibbles."""
+    block = torch.from_numpy(data.copy()).unflatten(-1, (-1, 18))
+    scale = block[..., :2].contiguous().view(torch.float16).double()
+    nibbles = torch.cat([block[..., 2:] & 15, block[..., 2:] >> 4], dim=-1)
+    return ((nibbles.double() - 8) * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("form", [CT, GPTQ, "fp16"])
+def test_gguf_from_each_format(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """Every expert's weights; scales that FP16 holds and BF16 does not, too. What is no expert is there."""
+    found = export(shipped[form], tmp_path / "new", "gguf")
+    assert found.settings == {"rest": "bf16", "mtp": True, "shard_bytes": 0} and "text only" in found.notes[0]
+    old = releases.tensors(shipped[form])
+    reader = gguf.GGUFReader(tmp_path / "new" / f"{form}-Q4_0.gguf")
+    new = {tensor.name: tensor for tensor in reader.tensors}
+    for layer, expert, part, name in releases.expert_names("model.language_model.", range(2), 4):
+        stack = new[f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps.weight"]
+        assert torch.equal(blocks(stack.data[expert]), releases.dequantize(old, name))
+    embedding = new["token_embd.weight"].data.view("int16")
+    assert torch.equal(
+        torch.from_numpy(embedding.copy()), old["model.language_model.embed_tokens.weight"].view(torch.int16)
+    )
+    assert new["blk.2.nextn.eh_proj.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
+    content = releases.read_json(shipped[form] / "fourfold.json")["output"]["content"]
+    assert reader.fields["fourfold.content"].contents() == content
+    assert reader.fields["qwen35moe.block_count"].contents() == 3
+    verdict = verify(tmp_path / "new", source=shipped[form])
+    assert verdict.passed and len(verdict.checks) == 5
+
+
+def test_gguf_without_drafts_in_shards(shipped: dict[str, Path], tmp_path: Path) -> None:
+    found = export(shipped[CT], tmp_path / "new", "gguf", options=Options(mtp=False, shard_bytes=200_000, rest="q8_0"))
+    assert "rounded to q8_0: not exact" in found.notes[1] and found.rounded
+    names = sorted(found.files)
+    assert names[0] == f"compressed-tensors-Q4_0-00001-of-{len(names):05d}.gguf" and len(names) > 2
+    stored = [tensor for name in names for tensor in gguf.GGUFReader(tmp_path / "new" / name).tensors]
+    assert not [tensor.name for tensor in stored if "nextn" in tensor.name or tensor.name.startswith("blk.2.")]
+    kinds = {tensor.tensor_type.name for tensor in stored}
+    assert kinds == {"F32", "Q4_0", "Q8_0"}
+    assert verify(tmp_path / "new", source=shipped[CT]).passed
+
+
+def test_verify_gguf_beside_its_release(shipped: dict[str, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    export(shipped[CT], new, "gguf")
+    reader = gguf.GGUFReader(next(new.glob("*.gguf")), "r+")
+    for tensor in reader.tensors:
+        if tensor.name in ("blk.1.ffn_down_exps.weight", "output_norm.weight"):
+            tensor.data.reshape(-1)[40:44] = 0
+    reader.fields["qwen35moe.expert_used_count"].parts[-1][0] = 3
+    reader.data.flush()
+    failed = {
+        check.name: check.evidence for check in verify(new, source=shipped[CT]).checks if str(check.status) == "fail"
+    }
+    assert failed.keys() == {"sha256", "settings", "codes and scales", "other tensors"}
+    assert failed["settings"] == "qwen35moe.expert_used_count is 3, expected 2"
+    next(new.glob("*.gguf")).write_bytes(b"GGUF")
+    failed = {
+        check.name: check.evidence for check in verify(new, source=shipped[CT]).checks if str(check.status) == "fail"
+    }
+    assert failed.keys() == {"sha256", "complete"} and "cannot be read as GGUF" in failed["complete"]
+
+
+def test_what_llama_cpp_has_no_code_for(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(shutil.copytree(qwen3, tmp_path / "out"))
+
+    def split(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+"
+
+    checkpoints.edit_json(out / "tokenizer.json", split)
+    assert "expected byte-level BPE with a regular expression that llama.cpp has (qwen2" in refused(
+        out, tmp_path / "new", "gguf"
+    )
+    dense = exports.release(tmp_path / "dense", "qwen3_moe", dense_layers=[1])
+    assert "layer 1 has no routed experts" in refused(dense, tmp_path / "new", "gguf")
+    mixtral = exports.release(tmp_path / "mixtral", "mixtral")
+    assert "model_type: got 'mixtral', expected one that --format gguf has" in refused(
+        mixtral, tmp_path / "new", "gguf"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "the package gguf is not installed" in refused(qwen3, tmp_path / "new", "gguf")
+
+
+# --- inspect, compare -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_compared_and_inspected(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, [str(one) for one in arguments], env={"COLUMNS": "300"})
+        return done.exit_code, done.output
+
+    new = tmp_path / "new"
+    export(shipped[CT], new, form)
+    code, said = run("compare", new, shipped[GPTQ], "--equal", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["same"] and found["formats"] == [form, GPTQ]
+    assert (found["projections"], found["codes_changed"], found["codes"]) == (24, 0, 24 * 128 * 128)
+    assert run("compare", shipped["fp16"], new, "--equal")[0] == 1
+    code, said = run("inspect", new)
+    assert code == 0 and "24 projections, one scale for 128 inputs" in said
+    assert f"fourfold serve {new} --print" in said
+    assert json.loads(run("inspect", new, "--json")[1])["after"] == form
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_releases_that_say_something_else(gptqmodel: dict[str, Path], tmp_path: Path) -> None:
+    assert "was quantized asymmetrically" in refused(gptqmodel["asymmetric"], tmp_path / "new")
+    old = foreign.make(tmp_path / "old", "symmetric")
+    name = "model.language_model.layers.0.mlp.experts.1.up_proj.g_idx"
+    checkpoints.edit(old, lambda tensors: tensors.update({name: tensors[name].flip(0)}))
+    assert "in an order of its own" in refused(old, tmp_path / "new")
+
+
+def test_scales_that_the_format_cannot_hold(shipped: dict[str, Path], tmp_path: Path) -> None:
+    assert "scales are no bfloat16 values" in refused(shipped["fp16"], tmp_path / "new")
+
+
+def test_more_or_less_than_experts(qwen3: Path, tmp_path: Path) -> None:
+    stem = "model.layers.1.mlp.experts.2.down_proj."
+
+    def attention(tensors: dict[str, Tensor]) -> None:
+        for suffix in ("packed", "scale", "shape"):
+            tensors[f"model.layers.0.self_attn.o_proj.weight_{suffix}"] = tensors[f"{stem}weight_{suffix}"].clone()
+        rows = tensors.pop("model.layers.0.self_attn.o_proj.weight").shape[0]
+        assert rows == 256
+
+    one = edited(qwen3, tmp_path / "one", attention)
+    assert "model.layers.0.self_attn.o_proj is int4" in refused(one, tmp_path / "new")
+
+    def less(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{stem}weight"] = releases.dequantize(tensors, stem).bfloat16()
+        for suffix in ("packed", "scale", "shape"):
+            del tensors[f"{stem}weight_{suffix}"]
+
+    two = edited(qwen3, tmp_path / "two", less)
+    assert f"{stem.rstrip('.')} is not int4" in refused(two, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type: got 'yarn'"),
+        ({"sliding_window": 16, "use_sliding_window": True}, "sliding_window: got 16"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+    ],
+)
+def test_what_the_engine_computes_in_one_way(qwen3: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    out = Path(shutil.copytree(qwen3, tmp_path / "out"))
+    checkpoints.edit_json(out / "config.json", lambda raw: raw.update(change))
+    assert said in refused(out, tmp_path / "new")
+
+
+def test_on_the_command_line(qwen3: Path, example_model: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, [str(one) for one in arguments], env={"COLUMNS": "300"})
+        return done.exit_code, done.output
+
+    code, said = run("convert", example_model, tmp_path / "new", "--format", "mlx")
+    assert code == 2 and "nothing in it is int4" in said
+    code, said = run("convert", qwen3, tmp_path / "new", "--format", "gptq", "--no-mtp")
+    assert code == 2 and "got --format gptq, expected --format gguf" in said
+    code, said = run("convert", qwen3, tmp_path / "gguf", "--format", "gguf", "--rest", "f16", "--shard-size", "1MB")
+    assert code == 0 and "--engine llama.cpp" in said and "rounded to f16" in said
+    code, said = run("convert", qwen3, tmp_path / "new", "--format", "mlx")
+    assert code == 0 and f"fourfold verify {tmp_path / 'new'} --source {qwen3} --engine mlx" in said
+    code, said = run("verify", tmp_path / "new", "--json")
+    assert code == 0 and json.loads(said)["passed"]
+    code, said = run("verify", tmp_path / "new", "--engine", "mlx", "--python", shutil.which("python3"))
+    assert code == 2 and "mlx: not installed in" in said
