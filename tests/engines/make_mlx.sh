@@ -14,7 +14,7 @@ fi
 rm -rf "$folder"
 "${PYTHON:-python3}" -m venv "$folder"
 install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-install 'mlx==0.32.4' 'mlx-cpu==0.32.4' 'mlx-lm==0.32.2' 'transformers==5.23.0' 'pillow==12.2.0'
+install 'mlx==0.32.4' 'mlx-cpu==0.32.4' 'mlx-lm==0.32.2' 'transformers==5.23.0' 'pillow==13.0.0' 'requests==2.34.2'
 # Without its servers, audio and training.
 install --no-deps 'mlx-vlm==0.7.10'
 "$folder/bin/python" -c 'import mlx.core, mlx_lm, mlx_vlm'
