@@ -329,6 +329,19 @@ def gil() -> str:
 
 
 @figure
+def ingredients() -> str:
+    """CPU seconds of each preset by ingredient, the dearest of the last preset first."""
+    runs = result("ingredients")["runs"]
+    last = runs[-1]["ingredients"]
+    rows = [["all", *(f"{run['cpu_seconds']:.0f}" for run in runs)]]
+    rows.append(["of these, in the kernel", *(f"{run['system_seconds']:.0f}" for run in runs)])
+    for name in sorted(last, key=lambda name: -last[name]["cpu_seconds"]):
+        found = [run["ingredients"].get(name) for run in runs]
+        rows.append([name, *("" if spent is None else f"{spent['cpu_seconds']:.0f}" for spent in found)])
+    return table(["CPU seconds", *(f"`{run['preset']}`" for run in runs)], rows)
+
+
+@figure
 def presets() -> str:
     titles = {
         "rtn": label("rtn"), PEER: label(PEER), "card": "`card`", "fast": "`fast`", "best": "`best`",

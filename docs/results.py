@@ -147,6 +147,8 @@ def cpu_minutes(file: str) -> str:
         seconds = sum(row["cpu_seconds"] for row in found["runs"])
     elif "cores" in found:
         seconds = sum(row["seconds"] for row in found["runs"]) * found["cores"]
+    elif file == "ingredients.json":
+        seconds = sum(row["measured_cpu_seconds"] for row in found["runs"])
     elif file == "plan.json":
         seconds = sum(row["cpu_seconds"] for row in found["runs"])
     elif file == "speed.json":

@@ -266,6 +266,26 @@ def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     assert 10**8 < int(done.stdout) < 9 * 10**8
 
 
+def test_memory_that_a_worker_frees_is_not_asked_of_the_system_again() -> None:
+    """Tensors of 96 MB, one after the other on a thread of their own: glibc returns them to the system by itself."""
+    script = """
+import resource, threading, torch
+from fourfold.quantize import heap, run
+heap.keep_freed_memory()
+def work():
+    torch.ones(24 * 2**20)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(8):
+        torch.ones(24 * 2**20)
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * 24_576  # pages, of eight tensors
+
+
 def test_quantize_needs_no_more_than_its_three_arguments(source: Path, small: MakeRecipe, tmp_path: Path) -> None:
     summary = quantize(source, tmp_path / "out", small("solver.passes=0"))
     assert summary.out == str(tmp_path / "out") and summary.peak_memory_bytes["host"] > 10**8

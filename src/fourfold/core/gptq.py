@@ -266,7 +266,10 @@ def refine(
     if rows is not None:
         order_EN = rows.order_EN.expand(target_ENK.shape[:2])
         target_ENK, codes_ENK, scale_ENG = (take(each, order_EN) for each in (target_ENK, codes_ENK, scale_ENG))
-        relative_ENN = rows.metric_ENN / rows.metric_ENN.diagonal(dim1=-2, dim2=-1)[:, None]
+        relative_ENN = torch.empty_like(rows.metric_ENN)
+        if relative_ENN.device.type == "cpu":
+            relative_ENN = relative_ENN.mT  # columns one after the other: a third faster products in cpu_rows
+        torch.div(rows.metric_ENN, rows.metric_ENN.diagonal(dim1=-2, dim2=-1)[:, None], out=relative_ENN)
     target_EKN = target_ENK.mT.contiguous()
     code_EKN = torch.empty_like(target_EKN).copy_(codes_ENK.mT)
     scale_EGN = scale_ENG.mT.clone(memory_format=torch.contiguous_format)

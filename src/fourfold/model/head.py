@@ -21,6 +21,7 @@ from fourfold.model.calls import Calls
 
 Read = Callable[[str], Tensor]  # a tensor by its name on disk, on the host
 Ends = Mapping[str, Tensor]  # by name in memory
+LOGITS_KEPT = 3  # chunks of the vocabulary: half of what the comparison of two models takes (quantize/memory.LOGITS)
 PROBE = 3  # tokens, and columns of logits, that show whether logits are changed behind the output head
 
 
@@ -235,27 +236,39 @@ def sampled_gradient(head: Head, state_NX: Tensor, uniform_N: Tensor) -> Tensor:
     """dL/d state of L = -sum log p(label), each position's label drawn from the head's own softmax. [N, D].
 
     state_NX: behind the last layer; uniform_N: float64 in [0, 1), where each position's label lies among the tokens in
-    order. Logits in chunks of the vocabulary, twice: for their sums, then for the labels and (p - label) W. Of a head
-    that neither scales its logits nor has a bias.
+    order. So many positions at a time that all their logits take the memory of LOGITS_KEPT chunks of the vocabulary. Of
+    a head that neither scales its logits nor has a bias.
     """
     assert not head.changes, "the plan let through a head whose gradient is not known"
     with torch.enable_grad():
         state_NX = state_NX.detach().requires_grad_()
         normed_ND = head.norm(state_NX)
     hidden_ND = normed_ND.detach().float()
-    sums = [head.columns(hidden_ND, place).logsumexp(dim=1) for place in chunks(head)]
-    total_N1 = torch.stack(sums).logsumexp(dim=0)[:, None]
     gradient_ND = torch.zeros_like(hidden_ND)
-    label_N = torch.zeros_like(uniform_N, dtype=torch.int64)
-    below_N1 = torch.zeros_like(uniform_N)[:, None]
-    for place in chunks(head):
-        weight_CD = head.weight_VD[place].float()
-        share_NC = (hidden_ND @ weight_CD.T).sub_(total_N1).exp_()
-        gradient_ND.addmm_(share_NC, weight_CD)
-        below_NC = share_NC.double().cumsum(dim=1).add_(below_N1)
-        label_N += (below_NC <= uniform_N[:, None]).sum(dim=1)
-        below_N1 = below_NC[:, -1:]
-    label_N.clamp_(max=len(head.weight_VD) - 1)  # shares add up to 1 but for rounding
-    gradient_ND -= head.weight_VD[label_N].float()
+    few = max(LOGITS_KEPT * VOCABULARY_CHUNK * len(hidden_ND) // len(head.weight_VD), 1)
+    logits_PV = hidden_ND.new_empty(min(few, len(hidden_ND)), len(head.weight_VD))
+    for part in (slice(first, first + few) for first in range(0, len(hidden_ND), few)):
+        _add_gradient_(head, hidden_ND[part], uniform_N[part], logits_PV[: len(hidden_ND[part])], gradient_ND[part])
     (pushed_NX,) = torch.autograd.grad(normed_ND, state_NX, gradient_ND.to(normed_ND.dtype))
     return pushed_NX
+
+
+def _add_gradient_(head: Head, hidden_PD: Tensor, uniform_P: Tensor, logits_PV: Tensor, gradient_PD: Tensor) -> None:
+    """Add (p - label) W of some positions, in place; logits_PV: memory for their logits, and then for p."""
+    sums = []
+    for place in chunks(head):
+        torch.mm(hidden_PD, head.weight_VD[place].float().T, out=logits_PV[:, place])
+        sums.append(logits_PV[:, place].logsumexp(dim=1))
+    logits_PV.sub_(torch.stack(sums).logsumexp(dim=0)[:, None]).exp_()
+    label_P, below_P = torch.zeros_like(uniform_P, dtype=torch.int64), torch.zeros_like(uniform_P)
+    for place in chunks(head):
+        share_PC = logits_PV[:, place]
+        gradient_PD.addmm_(share_PC, head.weight_VD[place].float())
+        # Only where a label is in this chunk its tokens are counted, else all or none of them are below it.
+        first_P, below_P = below_P, below_P + share_PC.sum(dim=1, dtype=torch.float64)
+        label_P += (below_P <= uniform_P) * share_PC.shape[1]
+        here_S = ((first_P <= uniform_P) & (uniform_P < below_P)).nonzero().flatten()
+        below_SC = share_PC[here_S].double().cumsum_(dim=1).add_(first_P[here_S, None])
+        label_P[here_S] = place.start + (below_SC <= uniform_P[here_S, None]).sum(dim=1)
+    label_P.clamp_(max=len(head.weight_VD) - 1)  # shares add up to 1 but for rounding
+    gradient_PD -= head.weight_VD[label_P].float()

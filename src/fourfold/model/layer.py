@@ -279,6 +279,8 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     """
     if not len(token_S):
         return input_TK.new_empty(0, weight_ENK.shape[1])
+    if input_TK.device.type == "cpu" and not torch.is_grad_enabled() and not widening.widens(input_TK.device):
+        return _multiply_in_place(input_TK, token_S, offsets, weight_ENK)
     counts = [last - first for first, last in pairwise(offsets)]
     starts = (0, *accumulate(_filled(count) for count in counts))
     shifts = [start - first for start, first in zip(starts, offsets, strict=False)][: len(counts)]
@@ -291,6 +293,17 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
     with widening.products(input_TK.device):
         output_FN = grouped_mm(input_TK.index_select(0, token_F), weight_ENK.transpose(1, 2), offs=ends_E)
     return output_FN[: len(token_S)] if len(counts) == 1 else output_FN.index_select(0, place_S)
+
+
+def _multiply_in_place(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], weight_ENK: Tensor) -> Tensor:
+    """grouped_linear without a gradient: an expert's rows are filled up with the next one's, which writes over them."""
+    spans = [(first, first + _filled(last - first)) for first, last in pairwise(offsets)]
+    behind = max(last for _, last in spans) - len(token_S)
+    input_FK = input_TK.index_select(0, torch.cat([token_S, token_S.new_zeros(behind)]))
+    output_FN = input_TK.new_empty(len(input_FK), weight_ENK.shape[1])
+    for (first, last), weight_NK in zip(spans, weight_ENK, strict=True):
+        torch.mm(input_FK[first:last], weight_NK.T, out=output_FN[first:last])
+    return output_FN[: len(token_S)]
 
 
 def _filled(count: int) -> int:

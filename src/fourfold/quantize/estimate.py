@@ -257,8 +257,8 @@ def factor_flop(work: Workload) -> float:
 
 
 def target_flop(work: Workload) -> float:
-    """Y H^-1 at down: two triangular solves, one more for what may be chance, and two of the degrees of freedom."""
-    told = 3.0 * work.hidden * work.width**2 + 2.0 * work.width**3
+    """Y H^-1 at down: two triangular solves, one more for what may be chance, and an inverse for degrees of freedom."""
+    told = 3.0 * work.hidden * work.width**2 + 4 / 3 * work.width**3
     return _per_solve(work, told) * work.asymmetric
 
 
@@ -295,8 +295,8 @@ def sweep_flop(work: Workload) -> float:
 
 
 def sweep_head_flop(work: Workload) -> float:
-    """The end loss's gradient: logits twice, and what they come from once."""
-    return 6.0 * work.guidance_tokens * work.vocabulary * work.hidden
+    """The end loss's gradient: logits, and what they come from."""
+    return 4.0 * work.guidance_tokens * work.vocabulary * work.hidden
 
 
 def curvature_flop(work: Workload) -> float:

@@ -5,7 +5,6 @@ Each figure is a function of its own, so that it can be held against a measureme
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -422,10 +421,3 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
         )
         for stage, (shared, worker) in stages.items()
     )
-
-
-def give_back_free_memory() -> None:
-    """Return freed heap to the system, between stages. glibc keeps it: on the example 0.3 GB of a peak of 2.0 GB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other C libraries have no such heap
-    if trim is not None:
-        trim(0)

@@ -41,6 +41,7 @@ from fourfold.quantize.guide import (
     sweep,
     what_is_left,
 )
+from fourfold.quantize.heap import keep_freed_memory
 from fourfold.quantize.identity import Identity, identify, refuse_changes
 from fourfold.quantize.journal import (
     STATE,
@@ -120,6 +121,7 @@ def quantize(
     same arguments. Returns what the run came to.
     Raises FourfoldError for anything the user can mend; nothing is lost then, the same command goes on.
     """
+    keep_freed_memory()
     devices = [torch.device(name) for name in expand_devices(machine.devices)]
     team = Team(devices, join_ranks(devices[0]))
     team.agree(lambda: check_out(out, model))

@@ -73,8 +73,10 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     factor = gptq.factorize_(hessian_EKK, damping, solver.order, onto.group_size)
     target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0))
     objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
-    group = _find_codes(objective, recipe)
-    guided = _gain(objective, group, site.judged, recipe)
+    scale_ENG = _find_scales(objective, recipe)
+    group = _find_codes(objective, scale_ENG, recipe)
+    guided = _gain(objective, group, scale_ENG[: site.judged], recipe)
+    del scale_ENG
     methods, targets = objective.methods, [aim] * len(weight_ENK)
     if solver.fallback_share:
         rounded_E = site.moments.count_E < solver.fallback_share * site.calibration_tokens
@@ -87,7 +89,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
         if targets[expert] is not Target.PLAIN or site.rows is not None:
             plain = objective.without_rows(place, own_ENK)
             targets[expert], methods[expert] = Target.PLAIN, plain.methods[0]
-            _put(group, place, _find_codes(plain, recipe))
+            _put(group, place, _find_codes(plain, _find_scales(plain, recipe), recipe))
             over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, onto)
         if (over_rtn_EP[place] > 1).any():
             methods[expert] = Method.RTN
@@ -160,34 +162,39 @@ class _Objective:
         return float((weighed_ENK * torch.bmm(ordered_ENK, self.hessian_EKK[:experts])).sum())
 
 
-def _find_codes(objective: _Objective, recipe: Recipe) -> QuantizedGroup:
-    """Scales first, then codes column by column, then both refined."""
-    solver, signed, target_ENK = recipe.solver, recipe.scheme.signed, objective.target_ENK
-    onto = grid_of(recipe.scheme)
-    if solver.scale == "search":
-        conditional = solver.scale_weights == "conditional"
-        pivot_EK, diagonal_EK = objective.factor.natural_pivot(), objective.hessian_EKK.diagonal(dim1=-2, dim2=-1)
-        search = grid.ScaleSearch(low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps, signed=signed)
-        scale_ENG = grid.search_scales(target_ENK, pivot_EK if conditional else diagonal_EK, onto, search)
-    else:
-        scale_ENG = grid.absmax_scales(target_ENK, onto)
+def _find_scales(objective: _Objective, recipe: Recipe) -> Tensor:
+    """Each group's scale before there are codes, [E, N, G]. A metric of the rows does not change it."""
+    solver, target_ENK, onto = recipe.solver, objective.target_ENK, grid_of(recipe.scheme)
+    if solver.scale != "search":
+        return grid.absmax_scales(target_ENK, onto)
+    conditional = solver.scale_weights == "conditional"
+    pivot_EK, diagonal_EK = objective.factor.natural_pivot(), objective.hessian_EKK.diagonal(dim1=-2, dim2=-1)
+    search = grid.ScaleSearch(
+        low=solver.scale_low, high=solver.scale_high, steps=solver.scale_steps, signed=recipe.scheme.signed
+    )
+    return grid.search_scales(target_ENK, pivot_EK if conditional else diagonal_EK, onto, search)
+
+
+def _find_codes(objective: _Objective, scale_ENG: Tensor, recipe: Recipe) -> QuantizedGroup:
+    """Codes column by column, then both refined."""
+    solver, target_ENK, onto = recipe.solver, objective.target_ENK, grid_of(recipe.scheme)
     codes_ENK = gptq.solve_codes(target_ENK, scale_ENG, objective.factor, onto, objective.rows)
     if solver.passes:
-        refit = gptq.Refit(signed=signed) if solver.refine_scales else None
+        refit = gptq.Refit(signed=recipe.scheme.signed) if solver.refine_scales else None
         codes_ENK, scale_ENG = gptq.refine(
             target_ENK, codes_ENK, scale_ENG, objective.hessian_EKK, solver.passes, refit, onto, objective.rows
         )
     return QuantizedGroup(codes_ENK, scale_ENG)
 
 
-def _gain(objective: _Objective, group: QuantizedGroup, experts: int, recipe: Recipe) -> tuple[float, float]:
-    """What the first experts' errors cost with guidance and without. See Solved."""
-    if objective.rows is None or not experts:
+def _gain(objective: _Objective, group: QuantizedGroup, scale_ENG: Tensor, recipe: Recipe) -> tuple[float, float]:
+    """What the first experts' errors cost with guidance and without. See Solved. scale_ENG: theirs, of _find_scales."""
+    if objective.rows is None or not len(scale_ENG):
         return 0.0, 0.0
-    first = slice(0, experts)
+    first = slice(0, len(scale_ENG))
     guided = _taken(group, first)
     unguided = objective.without_rows(first, objective.target_ENK[first])
-    return objective.cost(guided), objective.cost(_find_codes(unguided, recipe))
+    return objective.cost(guided), objective.cost(_find_codes(unguided, scale_ENG, recipe))
 
 
 def _round_to_nearest(weight_ENK: Tensor, onto: grid.Grid) -> QuantizedGroup:

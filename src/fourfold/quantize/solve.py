@@ -39,7 +39,7 @@ from fourfold.recipe import Recipe, Solver
 
 GUIDED = ("gate_up", "down")  # what the sites are called in Guided
 STEPS = 4  # of an expert: moments and solve at both sites
-JUDGED = 2  # experts of a worker and layer that are solved without guidance too, to see what it gains
+JUDGED = 1  # experts of a worker and layer that are solved without guidance too, to see what it gains
 
 
 @dataclass(frozen=True)

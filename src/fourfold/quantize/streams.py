@@ -26,7 +26,7 @@ from fourfold.model.head import (
 )
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.memory import give_back_free_memory
+from fourfold.quantize.heap import give_back_free_memory
 from fourfold.quantize.observe import Traffic, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import Reference, make_reference
 from fourfold.quantize.workers import Worker

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fourfold.datatypes import Event, Progress, StreamDrift, Tick
 from fourfold.quantize import finish
-from fourfold.quantize.memory import give_back_free_memory
+from fourfold.quantize.heap import give_back_free_memory
 
 
 @dataclass
