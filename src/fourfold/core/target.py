@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fourfold.core.gptq import Factor, take
 
-PANEL = 128  # columns of an inverse that are made at one time
+PANEL = 128  # columns of an inverse that exist at one time
 
 
 def retarget(weight_ENK: Tensor, gap_ENK: Tensor, factor: Factor) -> Tensor:
@@ -43,29 +43,19 @@ def degrees_of_freedom(hessian_EKK: Tensor, share_E: Tensor, factor: Factor) -> 
 
     hessian_EKK: sum or mean H of the expert's own tokens times a number that share_E includes; factor: of H'.
     """
-    inverse_EKK, total_E = _inverse(factor.unit_EKK), torch.zeros_like(factor.pivot_EK[:, 0])
-    for first in range(0, inverse_EKK.shape[1], PANEL):
-        panel, end = slice(first, first + PANEL), first + PANEL
-        own_EBK = take(hessian_EKK, factor.order_EK[:, panel])
-        own_EBK = own_EBK.gather(2, factor.order_EK[:, None, :end].expand(-1, own_EBK.shape[1], -1))
-        own_EBK[:, :, :first] *= 2  # H is symmetric: what lies before the panel stands for what lies behind it
-        summed_EKB = torch.bmm(inverse_EKK[:, :end, :end], own_EBK.mT).mul_(inverse_EKK[:, :end, panel])
-        total_E += summed_EKB.sum(dim=2).div_(factor.pivot_EK[:, :end]).sum(dim=1)
+    experts, inputs = factor.pivot_EK.shape
+    total_E = torch.zeros_like(factor.pivot_EK[:, 0])
+    for first in range(0, inputs, PANEL):
+        columns = torch.arange(first, min(first + PANEL, inputs), device=total_E.device)
+        unit_EKB = torch.zeros(experts, inputs, len(columns), device=total_E.device)
+        unit_EKB[:, columns, columns - first] = 1.0
+        half_EKB = torch.linalg.solve_triangular(factor.unit_EKK, unit_EKB, upper=True, unitriangular=True)
+        half_EKB /= factor.pivot_EK[:, :, None]
+        inverse_EKB = torch.linalg.solve_triangular(factor.unit_EKK.mT, half_EKB, upper=False, unitriangular=True)
+        own_EBK = take(hessian_EKK, factor.order_EK[:, columns])
+        own_EBK = own_EBK.gather(2, factor.order_EK[:, None, :].expand_as(own_EBK))
+        total_E += (own_EBK * inverse_EKB.mT).sum(dim=(1, 2))
     return share_E * total_E
-
-
-def _inverse(unit_EKK: Tensor) -> Tensor:
-    """Of unit upper triangular matrices, from the first panel of columns to the last: two GEMMs for each."""
-    inverse_EKK = torch.zeros_like(unit_EKK)
-    for first in range(0, unit_EKK.shape[1], PANEL):
-        panel, before = slice(first, first + PANEL), slice(0, first)
-        square_EBB = unit_EKK[:, panel, panel]
-        eye_EBB = torch.eye(square_EBB.shape[1], dtype=unit_EKK.dtype, device=unit_EKK.device).expand_as(square_EBB)
-        own_EBB = torch.linalg.solve_triangular(square_EBB, eye_EBB, upper=True, unitriangular=True)
-        inverse_EKK[:, panel, panel] = own_EBB
-        moved_EKB = torch.bmm(inverse_EKK[:, before, before], unit_EKK[:, before, panel])
-        inverse_EKK[:, before, panel] = torch.bmm(moved_EKB, own_EBB).neg_()
-    return inverse_EKK
 
 
 def _project(value_ENK: Tensor, factor: Factor) -> Tensor:

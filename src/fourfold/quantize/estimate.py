@@ -257,8 +257,8 @@ def factor_flop(work: Workload) -> float:
 
 
 def target_flop(work: Workload) -> float:
-    """Y H^-1 at down: two triangular solves, one more for what may be chance, and an inverse for degrees of freedom."""
-    told = 3.0 * work.hidden * work.width**2 + 4 / 3 * work.width**3
+    """Y H^-1 at down: two triangular solves, one more for what may be chance, and two of the degrees of freedom."""
+    told = 3.0 * work.hidden * work.width**2 + 2.0 * work.width**3
     return _per_solve(work, told) * work.asymmetric
 
 
