@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fourfold.core import guidance, moments
 from fourfold.datatypes import FourfoldError, Tick
+from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
@@ -285,13 +285,19 @@ def _path(folder: Path, kind: str, place: int) -> Path:
     return folder / f"{kind}-{place:05d}.safetensors"
 
 
+def _open(folder: Path, kind: str, place: int) -> TensorIndex:
+    return TensorIndex.open_shards(folder, [_path(folder, kind, place).name])
+
+
 def _record_path(folder: Path, layer: int) -> Path:
     return _path(folder, CURVATURE, layer).with_suffix(".json")
 
 
 def _own_rows(worker: Worker, guide: Guide, kind: str, place: int) -> Tensor:
-    with safe_open(_path(guide.folder, kind, place), "pt") as file:
-        rows_RTD: Tensor = file.get_slice(HIDDEN)[worker.share(len(guide.token_RT))]
+    index, own = _open(guide.folder, kind, place), worker.share(len(guide.token_RT))
+    header = index.header(HIDDEN)
+    rows_RTD = torch.empty(own.stop - own.start, *header.shape[1:], dtype=DTYPES[header.dtype])
+    index.read_range(HIDDEN, own.start * (header.size_bytes // header.shape[0]), raw_bytes(rows_RTD))
     return rows_RTD
 
 
@@ -364,9 +370,7 @@ def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
             f"layer {layer}: the source holds not the bytes that its curvature was made from; bring the first source "
             "back, or start over with --restart"
         )
-    with safe_open(path, "pt") as file:
-        curvature_DD: Tensor = file.get_tensor(MATRIX)
-    return curvature_DD
+    return _open(path.parent, CURVATURE, layer).read(MATRIX)
 
 
 # ---- what is said of it
