@@ -196,8 +196,9 @@ def make_buffers(owner: Any, module: nn.Module, device: torch.device) -> None:
         if not part._buffers:
             continue
         empty = {name: value for name, value in part._buffers.items() if value is not None and value.is_meta}
-        for name, value in empty.items():
-            part._buffers[name] = torch.empty_like(value, device=device)
+        for name, value in part._buffers.items():
+            if value is not None:  # a copy: the tensor that was loaded may still be written to a release
+                part._buffers[name] = torch.empty_like(value, device=device) if name in empty else value.clone()
         loaded = {**part._parameters, **part._buffers}
         for name, kept in loaded.items():
             if kept is not None and name not in empty:
