@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from fourfold.datatypes import Beside, FourfoldError, reason
 from fourfold.model import internals
@@ -50,7 +51,8 @@ def rehearse(skeleton: Skeleton) -> None:
 
     Takes some seconds, and up to twice the bytes of one decoder layer without its experts for each kind of layer.
     """
-    blueprint = skeleton.blueprint
+    blueprint, bars = skeleton.blueprint, logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers' own, of writing and loading the copy
     try:
         with tempfile.TemporaryDirectory(prefix="fourfold-rehearsal-") as name, torch.no_grad():
             write_copy(skeleton, Path(name))
@@ -62,6 +64,9 @@ def rehearse(skeleton: Skeleton) -> None:
         raise FourfoldError(
             f"{blueprint.path}: a small copy of {skeleton.family.model_type} cannot be run layer by layer: {why}"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if worst > NOISE:
         raise FourfoldError(
             f"{blueprint.path}: a small copy of {skeleton.family.model_type}, run layer by layer, is not what "
