@@ -52,7 +52,7 @@ def rehearse(skeleton: Skeleton) -> None:
     Takes some seconds, and up to twice the bytes of one decoder layer without its experts for each kind of layer.
     """
     blueprint, bars = skeleton.blueprint, logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers' own, of writing and loading the copy
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, of writing and loading the copy
     try:
         with tempfile.TemporaryDirectory(prefix="fourfold-rehearsal-") as name, torch.no_grad():
             write_copy(skeleton, Path(name))
@@ -66,7 +66,7 @@ def rehearse(skeleton: Skeleton) -> None:
         ) from error
     finally:
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if worst > NOISE:
         raise FourfoldError(
             f"{blueprint.path}: a small copy of {skeleton.family.model_type}, run layer by layer, is not what "
