@@ -9,6 +9,8 @@
     python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 \\
         --methods rtn fast best --tokens 32768 --json benchmarks/results/quality_real_32k.json
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 \\
+        --methods guided --tokens 32768 --json benchmarks/results/quality_real_32k_guided.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods fast \\
         --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
 
