@@ -76,26 +76,38 @@ def report(
     """Write a release's model card, its plots and report.html.
 
     Reads only what quantize, evaluate, verify and bench left in OUT (bench.json if it is there); measures nothing. What
-    is not there is named as not measured.
+    is not there is named as not measured. Of what `convert` wrote as GGUF or for MLX, the card alone is written.
     """
     with answer():
         from fourfold.model.config import read_config
         from fourfold.model.hub import check_repo_id
         from fourfold.quantize.journal import require_release
+        from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
 
-        for folder in filter(None, (out, against)):
+        record = read_export(out)
+        if record is not None and against:
+            raise FourfoldError(f"--against: got {against}, expected no such option for what convert wrote")
+        for folder in filter(None, (out, against) if record is None else ()):
             require_release(folder)
             read_config(folder)
         if repo is not None:
             check_repo_id("--repo", repo)
-        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+        if record is None and (missing := [name for name in LIBRARIES if find_spec(name) is None]):
             raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
 
-        from fourfold.release.contents import CARD, FIGURES, PAGE
         from fourfold.release.report.about import About
-        from fourfold.release.report.write import write
 
         about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
+        if record is not None:
+            from fourfold.release.report.export_card import write as write_card
+
+            write_card(out, record, about)
+            if not quiet:
+                terminal.say(terminal.open_console(), f"{terminal.plain(out / CARD)}: model card")
+            return
+
+        from fourfold.release.report.write import write
+
         records = write(out, about, recommend, against)
         if quiet:
             return

@@ -14,12 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub import hf_api
+from huggingface_hub import ModelCard, hf_api
 from huggingface_hub.utils import close_session
 from typer.testing import CliRunner
 
-from fourfold import cli
+from fourfold import api, cli
 from fourfold.datatypes import FourfoldError
+from fourfold.release.export import Options, export
 from fourfold.release.publish import publish
 from fourfold.release.verify.run import verify
 
@@ -335,3 +336,84 @@ def test_what_is_there_already(hub: Hub, verified: Path) -> None:
     hub.branches = {"main": {}}
     assert "public, --private was asked for" in refused(verified, private=True)
     assert hub.branches == {"main": {}}
+
+
+# --- what convert wrote as GGUF and for MLX -----------------------------------------------------------------------
+
+
+def report(folder: Path, *options: str) -> str:
+    done = CliRunner().invoke(cli.app, ["report", str(folder), "--repo", "me/model", *options])
+    assert done.exit_code == 0, done.output
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def licensed(shipped: dict[str, Path], altered: Altered) -> Path:
+    """A release of a model of the Hub, under a licence."""
+    out = altered(shipped["compressed-tensors"])
+    state = json.loads((out / "fourfold.json").read_text())
+    state["source"] |= {"hub": "org/base", "terms": {"license": "mit", "language": ["en"]}}
+    (out / "fourfold.json").write_text(json.dumps(state))
+    return out
+
+
+@pytest.mark.parametrize(("form", "tag"), [("gguf", "llama.cpp"), ("mlx", "mlx")])
+def test_an_export(hub: Hub, licensed: Path, tmp_path: Path, form: str, tag: str) -> None:
+    new = tmp_path / "new"
+    export(licensed, new, form)
+    assert "no README.md" in refused(new)
+    assert api.verify(new, source=licensed).passed
+    text = report(new)
+    (new / "stray.txt").write_text("mine")
+    found = publish(new, "me/model", dry_run=True)
+    assert hub.asked == [] and found.skipped == ("stray.txt",)
+    found = publish(new, "me/model")
+    files = visible(new)
+    del files["stray.txt"]
+    assert hub.branches["main"] == files and "LICENSE" in files and hub.tags == {found.tag: found.commit}
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    card = ModelCard(text).data.to_dict()
+    assert (card["base_model"], card["base_model_relation"], card["license"]) == ("org/base", "quantized", "mit")
+    assert card["library_name"] == form and {form, tag, "fourfold"} <= {*card["tags"]}
+    assert card["pipeline_tag"] == {"gguf": "text-generation", "mlx": "image-text-to-text"}[form]
+    command = {
+        "gguf": "llama-server --model model/base-Q4_0.gguf --jinja --spec-type draft-mtp --spec-draft-n-max 2",
+        "mlx": "mlx_vlm.server --model model",
+    }[form]
+    assert f"hf download me/model --local-dir model\n{command}\n" in text
+    summary = json.loads((licensed / "metrics.json").read_text())["summary"]
+    assert f"| mean KLD (nats) | {summary['kl_mean']:.5f} " in text and "| verified | passed: files, source |" in text
+    for name, content in files.items():
+        assert name in ("README.md", "verify.json", "conversion.json") or hashlib.sha256(content).hexdigest() in text
+
+
+@pytest.mark.parametrize("name", ["conversion.json", "tokenizer.json", "model-00001-of-00003.safetensors"])
+def test_an_export_that_changed(hub: Hub, licensed: Path, tmp_path: Path, name: str) -> None:
+    new = tmp_path / "new"
+    export(licensed, new, "mlx")
+    report(new)
+    assert "there is no verify.json" in refused(new)
+    assert api.verify(new).passed
+    assert "expected 'me/other'" in _refused_for(new, "me/other")
+    append(name)(new)
+    assert f"{name} has changed since it was verified" in refused(new)
+    assert hub.asked == []
+
+
+def _refused_for(new: Path, repo: str) -> str:
+    with pytest.raises(FourfoldError) as raised:
+        publish(new, repo)
+    return str(raised.value)
+
+
+def test_the_card_of_an_export_that_rounds(shipped: dict[str, Path], tmp_path: Path) -> None:
+    """No figures of other weights; the base model and licence that its maker states."""
+    new = tmp_path / "new"
+    export(shipped["compressed-tensors"], new, "gguf", options=Options(rest="q8_0", mtp=False))
+    text = report(new, "--base-model", "org/other", "--license", "apache-2.0")
+    assert "Not measured." in text and "KLD" not in text and "matrices are rounded to q8" in text
+    assert "| verified | no |" in text and "draft-mtp" not in text
+    card = ModelCard(text).data.to_dict()
+    assert (card["base_model"], card["license"]) == ("org/other", "apache-2.0")
+    done = CliRunner().invoke(cli.app, ["report", str(new), "--against", str(new)])
+    assert done.exit_code == 2 and "--against: got" in done.output

@@ -18,10 +18,11 @@ from fourfold.release.schemas import Export, read_record
 VERDICT = "verify.json"
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
-DOCUMENTS = (VERDICT, "metrics.json", "bench.json")  # for people: may be made after verify, no engine reads them
+METRICS, LICENCE = "metrics.json", "LICENSE"
+DOCUMENTS = (VERDICT, METRICS, "bench.json")  # for people: may be made after verify, no engine reads them
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
-CONVERSION = "conversion.json"  # of a converted release that is not ours; fourfold.json has it of ours
+CONVERSION = "conversion.json"  # of GGUF and MLX, and of another tool's release; fourfold.json has it of ours
 
 
 def visible_files(folder: Path) -> list[str]:
@@ -42,8 +43,11 @@ def loaded_files(folder: Path) -> list[str]:
 def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
     """Every name that fourfold may write into a release, its shards and the source's LICENSE among them.
 
-    state: fourfold.json; empty for another tool's release, whose shards are those that its index names.
+    state: fourfold.json; empty for another tool's release, whose shards are those that its index names, and for what
+    `convert` wrote as GGUF or for MLX.
     """
+    if (export := read_export(folder)) is not None:
+        return {*export["files"], CONVERSION, VERDICT, CARD}
     if state:
         shards = set(state["output"]["shards"])
     else:
@@ -73,5 +77,5 @@ def hash_file(path: Path) -> tuple[str, int]:
 
 def named_repo(text: str) -> str | None:
     """The repository that the commands of a card of ours are for; None of another card."""
-    found = re.search(r"AutoTokenizer\.from_pretrained\((['\"])(.+?)\1\)", text)
-    return found[2] if found else None
+    found = re.search(r"AutoTokenizer\.from_pretrained\((['\"])(.+?)\1\)|<!-- fourfold: for (\S+) -->", text)
+    return (found[2] or found[3]) if found else None

@@ -27,16 +27,19 @@ from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_tex
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.finish import index_json
-from fourfold.release.contents import CONVERSION, hash_file
+from fourfold.release.contents import CONVERSION, LICENCE, METRICS, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.gguf_plan import GgufPlan
+from fourfold.release.schemas import Metrics, read_record
 from fourfold.release.stacks import Stack, check_scales, read_part, stacks
+from fourfold.release.verify.folder import Release
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What came of it. files: bytes and sha256 by name; content: digest of OUT's shards, "" if OUT is not fourfold's;
-    notes: what a user has to know of this one.
+    notes: what a user has to know of this one; release: what a card says of OUT, as schemas.Origin; None if OUT is not
+    fourfold's.
     """
 
     out: str
@@ -51,6 +54,7 @@ class Exported:
     seconds: float
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    release: Mapping[str, Any] | None = None
 
     @property
     def bytes_after(self) -> int:
@@ -70,7 +74,7 @@ class Exported:
 
     def record(self) -> dict[str, Any]:
         """What is kept beside the weights: nothing of this machine."""
-        kept = ("before", "after", "projections", "group_size", "content", "settings", "files")
+        kept = ("before", "after", "projections", "group_size", "content", "settings", "release", "files")
         fields = self.to_json()
         return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
 
@@ -115,6 +119,8 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
         write = partial(write_mlx, job, layers)
     with under_temporary_name(new, size) as folder:
         write(folder)
+        if format == gguf.NAME and (out / LICENCE).is_file():  # MLX has it among the sidecars
+            copy_file(out / LICENCE, folder / LICENCE)
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         hashes = {name: hash_file(folder / name) for name in names}
         found = Exported(
@@ -130,9 +136,26 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
             seconds=time.perf_counter() - started,
             notes=notes,
             settings=settings,
+            release=_origin(job.release),
         )
         write_text(folder / CONVERSION, dump(found.record()))
     return found
+
+
+def _origin(release: Release | None) -> dict[str, Any] | None:
+    """What stays true of NEW, and nothing of this machine. quality: None of a release without figures."""
+    if release is None:
+        return None
+    source, metrics = release.state["source"], release.folder / METRICS
+    found = read_record(metrics, Metrics, "Measure the release again, or remove the file") if metrics.is_file() else {}
+    kept = ("measured_by", "protocol", "summary", "intervals")
+    quality = {name: found[name] for name in kept if name in found} if found.get("summary") else None
+    return {
+        "recipe": release.state["recipe"],
+        "base_model": str(source.get("hub") or "").partition("@")[0] or None,
+        "terms": source.get("terms") or {},
+        "quality": quality,
+    }
 
 
 def require_gguf() -> None:

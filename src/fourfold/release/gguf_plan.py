@@ -215,6 +215,11 @@ class GgufPlan:
             said.append("text only: " + MMPROJ.format(folder=self.job.index.folder))
         if self.rest != "bf16":
             said.append(f"matrices that are not int4 were rounded to {self.rest}: not exact, experts alone are")
+        if self.job.group_size > gguf.BLOCK:
+            said.append(
+                f"a GGUF is no larger with groups of {gguf.BLOCK} than with these of {self.job.group_size}: "
+                "`fourfold quantize --recipe gguf` makes them"
+            )
         return tuple(said)
 
 

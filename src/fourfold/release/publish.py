@@ -28,11 +28,13 @@ from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
 from fourfold.release.contents import (
     CARD,
+    CONVERSION,
     SHARD_SUFFIX,
     VERDICT,
     hash_file,
     loaded_files,
     named_repo,
+    read_export,
     visible_files,
     written_names,
 )
@@ -163,7 +165,7 @@ def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
 
 def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
     """Why these files, of names that may be sent, are not what verify saw and passed."""
-    state, verdict = _read(out / FINISHED, State), _read(out / VERDICT, Verdict)
+    verdict = _read(out / VERDICT, Verdict)
     if not verdict:
         yield f"there is no {VERDICT}: it was never verified"
         return
@@ -173,9 +175,9 @@ def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str])
     if seen is None:
         yield f"{VERDICT} does not say which files it is about"
         return
-    shards = {name: shard["sha256"] for name, shard in state.get("output", {}).get("shards", {}).items()}
+    record, shards = _recorded(out)
     if joined_digest(shards) != verdict["content"]:
-        yield f"{FINISHED} and {VERDICT} are of different shards"
+        yield f"{record} and {VERDICT} are of different files"
     wanted = {**shards, **seen}
     there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
     loaded = [name for name in loaded_files(out) if name in allowed]
@@ -201,8 +203,17 @@ def _card(text: str, reason: str) -> str:
     return text[:place] + notice + text[place:]
 
 
+def _recorded(out: Path) -> tuple[str, dict[str, str]]:
+    """The file that has the digests of what engines load, and these: shards of a release; all that `convert` wrote."""
+    if (export := read_export(out)) is not None:
+        return CONVERSION, {name: file["sha256"] for name, file in export["files"].items()}
+    shards = _read(out / FINISHED, State).get("output", {}).get("shards", {})
+    return FINISHED, {name: shard["sha256"] for name, shard in shards.items()}
+
+
 def _tag(out: Path) -> str:
-    content = _read(out / FINISHED, State).get("output", {}).get("content", "")
+    shards = _recorded(out)[1]
+    content = joined_digest(shards) if shards else ""
     return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
 
 

@@ -126,8 +126,14 @@ State = record(
 
 # --- conversion.json of what engines of their own read: docs/formats.md ---------------------------------------------
 
+Measured = record({"intervals": by_name(Ends)}, measured_by=str, protocol=record(PROTOCOL), summary=by_name(float))
+Origin = record(
+    {"base_model": str, "quality": Measured},
+    recipe=str, terms=by_name(str | list[str]),
+)  # fmt: skip
 Export = record(
-    after=str, before=str, content=str, projections=Count, group_size=Count, settings=Anything,
+    {"release": Origin},
+    fourfold=str, after=str, before=str, content=str, projections=Count, group_size=Count, settings=Anything,
     files=by_name(record(bytes=Count, sha256=str)),
 )  # fmt: skip
 

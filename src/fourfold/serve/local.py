@@ -11,6 +11,7 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import gguf
+from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.serve.machine import Machine
 
@@ -93,9 +94,9 @@ def llama_server(  # noqa: PLR0913  what the command line has
     kv_cache: str | None, host: str, port: int | None, extra: Sequence[str],
 ) -> LocalCommand:  # fmt: skip
     """record: conversion.json."""
-    files = [folder / name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    files = gguf_files(folder, record)
     sizes, kv = read_sizes(files), kv_cache or "auto"
-    words = ["llama-server", "--model", str(files[0]), "--jinja", "--host", host, "--port", str(port or 8080)]
+    words = [*_llama_words(files[0]), "--host", host, "--port", str(port or 8080)]
     gpus = sum(gpu.free_bytes for gpu in machine.gpus)
     room = int(gpus * SHARE) - SPARE_BYTES * len(machine.gpus) if gpus else machine.host_bytes - 2 * SPARE_BYTES
     where = "GPU memory" if gpus else "memory"
@@ -113,9 +114,7 @@ def llama_server(  # noqa: PLR0913  what the command line has
         words += ["--n-gpu-layers", "999", *(["--n-cpu-moe", str(on_host)] if on_host else [])]
     if kv == "fp8":
         words += ["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
-    count = (2 if mtp is None else mtp) if record["settings"]["mtp"] else 0
-    if count:
-        words += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(count)]
+    words += _draft_words(record, mtp)
     cache = int(tokens * sizes.kv_values * KV_BYTES[kv])
     note = f"predicted: {sizes.weight_bytes:,} bytes of weights, {cache:,} of KV cache; {room:,} of {where} to use"
     return LocalCommand(words=(*words, *extra), notes=(note,))
@@ -123,11 +122,40 @@ def llama_server(  # noqa: PLR0913  what the command line has
 
 def mlx_server(folder: Path, *, host: str, port: int | None, extra: Sequence[str]) -> LocalCommand:
     """mlx-vlm's for a model with a vision tower, which it keeps, else mlx-lm's."""
-    vision = "vision_config" in read_object(folder / "config.json")
-    program = "mlx_vlm.server" if vision else "mlx_lm.server"
-    words = (program, "--model", str(folder), "--host", host, "--port", str(port or 8080), *extra)
+    vision = has_vision(folder)
+    words = (*_mlx_words(folder, vision), "--host", host, "--port", str(port or 8080), *extra)
     note = "mlx_lm.server serves it too, without images and drafts" if vision else ""
     return LocalCommand(words=words, notes=tuple(filter(None, [note])))
+
+
+def card_command(folder: Path, record: Mapping[str, Any], shown: Path) -> str:
+    """For readers elsewhere, who have the folder as `shown`: nothing that depends on a machine."""
+    if record["after"] == gguf.NAME:
+        return shlex.join([*_llama_words(gguf_files(shown, record)[0]), *_draft_words(record, None)])
+    return shlex.join(_mlx_words(shown, has_vision(folder)))
+
+
+def gguf_files(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+    """The file or its shards. record: conversion.json."""
+    return [folder / name for name in sorted(record["files"]) if name.endswith(".gguf")]
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether a folder for MLX has a vision tower."""
+    return "vision_config" in read_object(folder / CONFIG)
+
+
+def _llama_words(file: Path) -> list[str]:
+    return ["llama-server", "--model", str(file), "--jinja"]
+
+
+def _draft_words(record: Mapping[str, Any], mtp: int | None) -> list[str]:
+    count = (2 if mtp is None else mtp) if record["settings"]["mtp"] else 0
+    return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(count)] if count else []
+
+
+def _mlx_words(folder: Path, vision: bool) -> list[str]:
+    return ["mlx_vlm.server" if vision else "mlx_lm.server", "--model", str(folder)]
 
 
 def refuse_options(engine: str, options: Mapping[str, object]) -> None:

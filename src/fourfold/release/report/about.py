@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,11 @@ class About:
 
         Raises FourfoldError for names that the Hub does not take.
         """
-        said = dataclasses.replace(self, base_model=self.base_model or records.state["source"].get("hub"))
+        return self.named(records.state["source"].get("hub"))
+
+    def named(self, hub: str | None) -> About:
+        """The same, from the name alone."""
+        said = dataclasses.replace(self, base_model=self.base_model or hub)
         said._check()
         return said
 
@@ -63,7 +67,11 @@ class Licence:
 
 def licence(records: Records, about: About) -> Licence:
     """Of the source, as far as it is known: none is guessed."""
-    text, stated = records.licence_text, records.state["source"].get("terms", {})
+    return find_licence(about, records.state["source"].get("terms", {}), records.licence_text)
+
+
+def find_licence(about: About, stated: Mapping[str, Any], text: str | None) -> Licence:
+    """stated: the terms of the base model's card; text: of LICENSE, if there is one."""
     if about.licence is not None:
         return Licence(about.licence, "as its publisher states")
     if "license" in stated:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS
@@ -59,6 +59,20 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
 
     Raises FourfoldError if huggingface_hub does not read from it what was written.
     """
+    context = _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
+    context |= {
+        "figures": [(Markdown(path), prose(words)) for path, words in figures.items()],
+        "commands": [_command(command) for command in commands],
+        "limits": list(_limits(records, commands)),
+    }
+    return compose("card.md.jinja", about, card_data(records, about), context)
+
+
+def compose(template: str, about: About, data: ModelCardData, context: Mapping[str, Any]) -> str:
+    """Return a card: front matter and a template of this folder, filled.
+
+    Raises FourfoldError if huggingface_hub does not read from it what was written.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -66,15 +80,7 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
         trim_blocks=True,
         autoescape=False,  # finalize does it, as Markdown wants
     )
-    data = card_data(records, about)
-    context = _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
-    body = environment.get_template("card.md.jinja").render(
-        **context,
-        name=about.name.rpartition("/")[2],
-        figures=[(Markdown(path), prose(words)) for path, words in figures.items()],
-        commands=[_command(command) for command in commands],
-        limits=list(_limits(records, commands)),
-    )
+    body = environment.get_template(template).render(**context, name=about.name.rpartition("/")[2])
     body = re.sub(r"\n{3,}", "\n\n", body)
     text = f"---\n{data.to_yaml()}\n---\n\n{body.rstrip()}\n"
     read = ModelCard(text)
@@ -98,9 +104,7 @@ def _command(command: Serving) -> dict[str, Any]:
 
 def _head(records: Records, about: About) -> dict[str, Any]:
     state, scheme = records.state, records.release.recipe.scheme
-    base = about.base_model or ""
-    if base:
-        base = Markdown(f"[{prose(base)}](https://huggingface.co/{base})")
+    base = base_link(about)
     before, after = state["source_tensor_bytes"], state["output"]["tensor_bytes"]
     summary = records.metrics["summary"] if records.metrics else None
     lost = (
@@ -143,6 +147,12 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         "scale_dtype": scheme.scale_dtype.upper(),
         "stale": records.stale,
     }
+
+
+def base_link(about: About) -> Markdown | None:
+    """The base model with a link to its page; None if it is not known."""
+    base = about.base_model
+    return Markdown(f"[{prose(base)}](https://huggingface.co/{base})") if base else None
 
 
 def _methods(methods: Mapping[str, int]) -> Iterator[str]:

@@ -30,7 +30,7 @@ def quality(records: Records) -> dict[str, Any]:
     found["quality"] = table(header, rows)
     found["entropy"] = _entropy(metrics)
     found["measured_by"] = metrics["measured_by"]
-    found["protocol"] = _protocol(metrics["protocol"])
+    found["protocol"] = protocol_text(metrics["protocol"])
     overlap = metrics.get("calibration_overlap")
     if overlap is not None:
         found["overlap"] = f"{overlap:.2%} of this text's runs of words are in the calibration text too."
@@ -48,7 +48,8 @@ def _cells(part: Mapping[str, Any], key: str, form: str) -> tuple[str, str]:
     return form.format(part["summary"][key]), f"{form.format(ends[0])} to {form.format(ends[1])}"
 
 
-def _protocol(protocol: Mapping[str, Any]) -> str:
+def protocol_text(protocol: Mapping[str, Any]) -> str:
+    """Text, windows and arithmetic of a measurement, as far as they are known."""
     known = {
         "text": "{}",
         "windows": "{:,} windows",

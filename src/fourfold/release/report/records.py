@@ -13,11 +13,11 @@ from typing import Any
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.quantize.claims import kept_group
-from fourfold.release.contents import VERDICT
+from fourfold.release.contents import METRICS, VERDICT
 from fourfold.release.schemas import Bench, Metrics, Record, Verdict, read_record
 from fourfold.release.verify.folder import Release, open_release
 
-LOG, METRICS, BENCH = "quant_log.csv", "metrics.json", "bench.json"
+LOG, BENCH = "quant_log.csv", "bench.json"
 EXPERTS = "routed experts"
 FIX = "Run the command that wrote it again, or remove the file"
 

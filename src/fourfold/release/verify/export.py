@@ -21,7 +21,7 @@ from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import STATE, hold
 from fourfold.quantize.reference import Reference, make_reference
-from fourfold.release.contents import CONVERSION, DOCUMENTS, VERDICT, hash_file, visible_files
+from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, VERDICT, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
 from fourfold.release.stacks import stacks
 from fourfold.release.sweep import Compute, embed, sweep_
@@ -62,7 +62,7 @@ def verify_export(
         )
     with hold(new):
         seconds, begin = dict[str, float](), time.perf_counter()
-        hashes = {name: hash_file(new / name) for name in visible_files(new) if name not in (VERDICT, CONVERSION)}
+        hashes = {name: hash_file(new / name) for name in visible_files(new) if not name.endswith(DOCUMENT_SUFFIXES)}
         checks = [_check_hashes(record, hashes)]
         if job is not None:
             checks += check_source(job, open_reading(new, job, record), progress)
