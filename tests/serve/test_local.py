@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 import exports
 from fourfold import cli
+from fourfold.datatypes import FourfoldError
 from fourfold.release.export import export
-from fourfold.serve.local import FileSizes, llama_server, place, read_sizes
+from fourfold.serve.local import FileSizes, gguf_files, llama_server, place, read_sizes
 from fourfold.serve.machine import Gpu, Machine
 
 SIZES = FileSizes(weight_bytes=10_000, expert_bytes=dict.fromkeys(range(4), 2_000), kv_values=1, longest=32_768)
@@ -76,3 +77,8 @@ def test_on_the_command_line(exported: dict[str, Path], monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "")
     code, said = run(exported["gguf"])
     assert code == 2 and "llama-server: got none on PATH" in said
+
+
+def test_a_record_without_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match=r"conversion.json: names no .gguf file; convert the release again"):
+        gguf_files(tmp_path, {"files": {"config.json": {}}})

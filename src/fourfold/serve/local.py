@@ -136,8 +136,11 @@ def card_command(folder: Path, record: Mapping[str, Any], shown: Path) -> str:
 
 
 def gguf_files(folder: Path, record: Mapping[str, Any]) -> list[Path]:
-    """The file or its shards. record: conversion.json."""
-    return [folder / name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    """The file or its shards. record: conversion.json. Raises FourfoldError if it names none."""
+    files = [folder / name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    if not files:
+        raise FourfoldError(f"{folder / 'conversion.json'}: names no .gguf file; convert the release again")
+    return files
 
 
 def has_vision(folder: Path) -> bool:
