@@ -765,7 +765,7 @@ def test_a_sweep_is_planned(full: Path) -> None:
     steps = {step.name: step.pflop for step in plan.time.steps}
     assert steps["sweep forward"] == pytest.approx(1.35 / 4, rel=0.1)
     assert steps["sweep backward"] == 2 * steps["sweep forward"]
-    assert steps["end loss"] == pytest.approx(6 * 65_536 * 248_320 * 2048 / 1e15)
+    assert steps["end loss"] == pytest.approx(4 * 65_536 * 248_320 * 2048 / 1e15)
     assert steps["curvatures"] == pytest.approx(40 * 2 * 65_536 * 2048**2 / 1e15)
     pairs = 262_144 * 8 + 256 * 2048  # of the pool of down, whose 2,560 tokens are more
     assert steps["row moments"] == pytest.approx(40 * pairs * (4 * 512 * 2048 + 2 * 1024**2) / 1e15)

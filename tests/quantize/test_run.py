@@ -58,7 +58,7 @@ def test_state_of_a_finished_run_is_true(source: Path, release: Path, small: Mak
     before, after = (sum(value.nbytes for value in releases.tensors(folder).values()) for folder in (source, release))
     assert (state["source_tensor_bytes"], state["output"]["tensor_bytes"]) == (before, after)
     assert (state["partial"], state["layers"], state["projections"]) == (False, "0-1", 2 * 4 * 3)
-    assert state["identity"]["recipe"] == small().digest()
+    assert state["identity"]["recipe"] == small("scheme.group_size=128").digest()
     assert state["metrics"] == releases.read_json(release / "metrics.json")["summary"]
     assert (state["calibration"]["rows"], state["calibration"]["length"]) == (8, 128)
     assert list(state["devices"]) == ["cpu"] and state["devices"]["cpu"]
