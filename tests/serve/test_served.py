@@ -58,8 +58,8 @@ def test_a_latent_that_all_heads_share(tmp_path: Path) -> None:
     """MLA keeps kv_lora_rank + qk_rope_head_dim values of a token, whatever the heads, on every rank."""
     families.tiny(tmp_path, "deepseek_v3")
     geometry = open_served(tmp_path).geometry
-    assert (geometry.attention, geometry.linear, geometry.latent) == (4, 0, 64 + 32)
-    assert [geometry.token_bytes(ranks, 2) for ranks in (1, 2)] == [192, 192]
+    assert (geometry.attention, geometry.linear, geometry.latent) == (4, 0, 512 + 64)
+    assert [geometry.token_bytes(ranks, 2) for ranks in (1, 2)] == [1152, 1152]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "gemma4"])
