@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fourfold.core import widening
 from fourfold.datatypes import FourfoldError
 from fourfold.model import calls, loader
 from fourfold.model.head import changes_logits
@@ -57,7 +58,9 @@ def check_guidance(skeleton: Skeleton, recipe: Recipe) -> None:
         first, call = skeleton.routed[0], skeleton.calls((1, TAIL_TOKENS), device, torch.bfloat16)
         state = torch.randn(call.state.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
         made_up = loader.made_up_layer(skeleton.blueprint, first, device)
-        if calls.measure_tail(made_up, call, first, state) is None:
+        with widening.products(device):
+            tail = calls.measure_tail(made_up, call, first, state)
+        if tail is None:
             problem = "what its experts put out is not added to the residual stream; take a recipe without it, as best"
     if problem:
         raise FourfoldError(
