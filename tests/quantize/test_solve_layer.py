@@ -20,7 +20,8 @@ from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, Proj
 from fourfold.formats import named
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.experts import Experts
-from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, grouped_linear, run_experts, sort_pairs
+from fourfold.model.grouped import grouped_linear
+from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, run_experts, sort_pairs
 from fourfold.model.loader import Layer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import estimate, site, solve

@@ -16,7 +16,8 @@ from fourfold.core import gptq, grid, moments, target
 from fourfold.datatypes import Moments
 from fourfold.model import loader
 from fourfold.model.checkpoint import raw_bytes, require_finite
-from fourfold.model.layer import DecoderLayer, attend, grouped_linear
+from fourfold.model.grouped import grouped_linear
+from fourfold.model.layer import DecoderLayer, attend
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.rates import RATES, Rates
 from fourfold.quantize.site import grid_of
