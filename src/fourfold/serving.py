@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from fourfold.options import (
     number,
 )
 from fourfold.tables.server import show_bench, show_command, show_ready
+
+if TYPE_CHECKING:
+    from fourfold.serve.command import Deployment
 
 SIGNALLED = 128  # and the signal: as shells count
 SERVE_EXAMPLES = f"""\b
@@ -224,10 +227,8 @@ def serve(
             _serve_local(Path(out), record, others, print_only=print_only, extra=words or (), **options)
             return
         check_checkpoint(out, whole=True)
-        from fourfold.model.hub import resolve_model
         from fourfold.serve.command import Deployment
-        from fourfold.serve.served import open_served
-        from fourfold.serve.server import choose_engine, log_file, prepare, run
+        from fourfold.serve.server import choose_engine
 
         starts = not (print_only or docker)
         wanted = Deployment(
@@ -243,23 +244,35 @@ def serve(
             presence_penalty=presence_penalty,
             extra=tuple(words or ()),
         )
-        served = open_served(resolve_model(out), Path(out).name)
-        command, interpreter = prepare(served, wanted, python, starts=starts, container=docker)
-        shown = command.docker(served.folder) if docker else command.text()
-        console = terminal.open_console(stderr=True)
-        show_command(console, command)
-        if not starts:
-            typer.echo(shown)
-            raise typer.Exit(CHECK_FAILED if command.problems else 0)
-        path = log or log_file(served.folder, wanted.engine)
-        terminal.say(console, f"starting; the engine's log: {terminal.plain(path)}")
-        show = partial(show_ready, console, command)
-        outcome = run(command, interpreter, path, timeout * 60, show)
-        if outcome.failure:
-            terminal.say(console, terminal.paragraphs(outcome.failure), "red")
-            raise typer.Exit(CHECK_FAILED)
-        terminal.say(console, f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left")
-        raise typer.Exit(SIGNALLED + outcome.signal)
+        _serve_release(out, wanted, python, log, timeout * 60, starts=starts, docker=docker)
+
+
+def _serve_release(
+    out: str, wanted: Deployment, python: Path | None, log: Path | None, limit_seconds: float, *,
+    starts: bool, docker: bool,
+) -> None:  # fmt: skip
+    """Print the command for a release, or run it to its end."""
+    from fourfold.model.hub import resolve_model
+    from fourfold.serve.served import open_served
+    from fourfold.serve.server import log_file, prepare, run
+
+    served = open_served(resolve_model(out), Path(out).name)
+    command, interpreter = prepare(served, wanted, python, starts=starts, container=docker)
+    shown = command.docker(served.folder) if docker else command.text()
+    console = terminal.open_console(stderr=True)
+    show_command(console, command)
+    if not starts:
+        typer.echo(shown)
+        raise typer.Exit(CHECK_FAILED if command.problems else 0)
+    path = log or log_file(served.folder, wanted.engine)
+    terminal.say(console, f"starting; the engine's log: {terminal.plain(path)}")
+    show = partial(show_ready, console, command)
+    outcome = run(command, interpreter, path, limit_seconds, show)
+    if outcome.failure:
+        terminal.say(console, terminal.paragraphs(outcome.failure), "red")
+        raise typer.Exit(CHECK_FAILED)
+    terminal.say(console, f"stopped by {signal.Signals(outcome.signal).name}; no process of it is left")
+    raise typer.Exit(SIGNALLED + outcome.signal)
 
 
 def _serve_local(
