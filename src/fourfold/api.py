@@ -114,7 +114,7 @@ def quantize(
     Args:
         recipe, samples, sequence_length, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial
             is marked partial.
-        derived: go on with an architecture that no test proves: a small copy of it is rehearsed first.
+        derived: quantize an architecture that fourfold's tests do not have; a small copy of it is run first.
         restart: drop what an earlier run left in `out`.
         trace: write there what each worker did when, for chrome://tracing or ui.perfetto.dev.
         progress: is told stages and finished layers, with the drift and the peak memory so far.
@@ -316,8 +316,8 @@ def _require_asked(folder: Path, derived: bool) -> None:
     family = _family(folder)
     if family.derived and not derived:
         raise FourfoldError(
-            f"{folder}: no test proves {family.model_type} (docs/models.md lists what is proven). `fourfold plan` "
-            "rehearses a small copy of it; --derived goes on without a proof, and the card says so"
+            f"{folder}: {family.model_type} is not among the architectures that fourfold's tests have (docs/models.md "
+            "lists them). `fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
         )
 
 

@@ -341,7 +341,14 @@ Layers = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as `fourfold plan` does.")]
 Derived = Annotated[
-    bool, typer.Option("--derived", help="Quantize an architecture that no test proves, after a rehearsal.")
+    bool,
+    typer.Option(
+        "--derived",
+        help=(
+            "Quantize an architecture that is not in fourfold's tests, "
+            "if a small copy of it runs like transformers' own."
+        ),
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left in OUT; begin anew.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -227,7 +227,7 @@ class _Stubs:
         return found
 
     def given(self, token_RT: Tensor) -> frozenset[Argument]:
-        """Arguments that are the very ids the model was called with."""
+        """Arguments that are the tensor of token ids itself."""
         return frozenset(
             argument for call in self.calls for argument in call.arguments() if call.value(argument) is token_RT
         )

@@ -37,8 +37,8 @@ def grouped_linear(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], we
 
 
 def _multiply_in_place(input_TK: Tensor, token_S: Tensor, offsets: Sequence[int], weight_ENK: Tensor) -> Tensor:
-    """grouped_linear without a gradient, [S, N]: an expert's rows are filled up with the next expert's, whose product is
-    written over theirs.
+    """grouped_linear without a gradient, [S, N]: an expert's rows are filled up with those of the next expert, whose
+    product is written over them.
     """
     spans = [(first, first + _filled(last - first)) for first, last in pairwise(offsets)]
     behind = max(last for _, last in spans) - len(token_S)

@@ -168,7 +168,7 @@ def build_layer(blueprint: Blueprint, layer: int, loaded: dict[str, Tensor], dev
 
 
 def made_up_layer(blueprint: Blueprint, layer: int, device: torch.device) -> Layer:
-    """transformers' layer with small random weights, the same few over and over, and no experts'."""
+    """transformers' layer with small random weights (MADE_UP numbers, repeated) and without its experts' own."""
     experts, prefix = blueprint.experts[layer], blueprint.prefix(layer)
     apart = {f"{experts.module}.{parameter}" for parameter in experts.parameters} if experts else set()
     some_N = torch.randn(MADE_UP, generator=torch.Generator().manual_seed(0)).to(device) * 0.02

@@ -68,9 +68,7 @@ def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, 
     )
 
     def norm(name: str) -> nn.Module:
-        made: nn.Module = copy.deepcopy(decoder.norm)
-        made.load_state_dict({"weight": weights.read(f"{prefix}{name}.weight", device).to(dtype)}, assign=True)
-        return made.requires_grad_(False)
+        return read_norm(weights, f"{prefix}{name}.weight", device, dtype)
 
     rotary = copy.deepcopy(decoder.rotary_emb)
     internals.make_buffers(decoder, rotary, device)
@@ -84,6 +82,18 @@ def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, 
         embedding_VD=weights.embedding(device, dtype),
         head=weights.head(device, dtype) if head is None else head,
     )
+
+
+def read_norm(weights: Weights, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A norm like the decoder's last one, its weight [D] by the name on disk."""
+    made: nn.Module = copy.deepcopy(weights.skeleton.blueprint.decoder.norm)
+    made.load_state_dict({"weight": weights.read(name, device).to(dtype)}, assign=True)
+    return made.requires_grad_(False)
+
+
+def at_positions(value_RTD: Tensor, position_RP: Tensor) -> Tensor:
+    """Some positions of each row, [R, P, D]."""
+    return value_RTD.gather(1, position_RP[:, :, None].expand(-1, -1, value_RTD.shape[2]))
 
 
 class Drafts:
@@ -102,8 +112,7 @@ class Drafts:
 
     def first(self, position_RP: Tensor) -> Tensor:
         """The first step's output [R, P, D] at positions t: predicts token t + 2."""
-        index_RPD = position_RP[:, :, None].expand(-1, -1, self._first_RTD.shape[2])
-        return self._first_RTD.gather(1, index_RPD)
+        return at_positions(self._first_RTD, position_RP)
 
     def later(self, hidden_RPD: Tensor, token_RP: Tensor, position_RP: Tensor) -> Tensor:
         """The next step's output [R, P, D]: step i predicts token t + i + 1.

@@ -7,7 +7,6 @@ goes through a norm of its own and an output head. The embedding at position 0 i
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from fourfold.core import widening
 from fourfold.datatypes import Beside
-from fourfold.model.head import Head, build_head, input_name, output_name, read_ends
+from fourfold.model.head import Head, build_head, output_name, read_ends
 from fourfold.model.layer import DecoderLayer, pass_rows
+from fourfold.model.mtp import at_positions, read_norm
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 
@@ -29,7 +29,9 @@ OWN_EMBEDDING, OWN_HEAD = "embed_tokens.weight", "shared_head.head.weight"
 
 @dataclass(frozen=True)
 class NextnHead:
-    """joined_DF [D, 2D]: the embedding first; head: its output head, behind its own norm."""
+    """joined_DF [D, 2D]: the embedding first; embedding_VD [V, D]; head: its output head, behind its own norm; steps:
+    drafts for each step of the model.
+    """
 
     layer: DecoderLayer
     joined_DF: Tensor
@@ -61,23 +63,21 @@ def nextn_names(skeleton: Skeleton) -> Mapping[str, str]:
 
 
 def read_nextn_head(weights: Weights, names: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> NextnHead:
-    """names: of `nextn_names`. The layer is read as the model's last, whose names it has under another number."""
+    """names: of `nextn_names`. The layer is read as the model's last, whose names it has under another number.
+
+    Raises FourfoldError for a tensor of it that is missing.
+    """
     blueprint = weights.skeleton.blueprint
 
     def read(name: str) -> Tensor:
         return weights.read(names[name], device).to(dtype)
 
     def norm(name: str) -> nn.Module:
-        made: nn.Module = copy.deepcopy(blueprint.decoder.norm)
-        made.load_state_dict({"weight": read(name)}, assign=True)
-        return made.requires_grad_(False)
+        return read_norm(weights, names[name], device, dtype)
 
     last = weights.skeleton.layers - 1
     layer = weights.layer(last, device, dtype, taken_from=last + 1)
-    matrix = OWN_HEAD if OWN_HEAD in names else ""
-    head_VD = read(matrix) if matrix else weights.read(blueprint.sources[output_name(blueprint)].all_names[0], device)
-    embedding_VD = read(OWN_EMBEDDING) if OWN_EMBEDDING in names else weights.embedding(device, dtype)
-    assert embedding_VD.shape == blueprint.model.get_parameter(input_name(blueprint)).shape
+    head_name = names.get(OWN_HEAD) or blueprint.sources[output_name(blueprint)].all_names[0]
     ends = read_ends(blueprint, lambda name: weights.read(name, device))
     return NextnHead(
         layer=layer.owning(layer.owned),
@@ -85,8 +85,8 @@ def read_nextn_head(weights: Weights, names: Mapping[str, str], device: torch.de
         norm_embedding=norm(EMBEDDING),
         norm_hidden=norm(HIDDEN),
         norm=norm(next(name for name in NORMS if name in names)),
-        embedding_VD=embedding_VD,
-        head=build_head(blueprint, ends, head_VD, device, dtype),
+        embedding_VD=read(OWN_EMBEDDING) if OWN_EMBEDDING in names else weights.embedding(device, dtype),
+        head=build_head(blueprint, ends, weights.read(head_name, device), device, dtype),
     )
 
 
@@ -106,5 +106,4 @@ class NextnDrafts:
 
     def first(self, position_RP: Tensor) -> Tensor:
         """The output [R, P, D] at positions t: predicts token t + 2."""
-        index_RPD = position_RP[:, :, None].expand(-1, -1, self._first_RTD.shape[2])
-        return self._first_RTD.gather(1, index_RPD)
+        return at_positions(self._first_RTD, position_RP)

@@ -136,7 +136,7 @@ def write_copy(skeleton: Skeleton, folder: Path) -> None:
 def fill_(model: nn.Module) -> None:
     """Random values that let every tensor tell: norms around 1, large experts, own ones of a token by a table."""
     generator = torch.Generator().manual_seed(1)
-    some_N = torch.randn(MADE_UP, generator=generator)  # over and over: quicker than as many as a large model has
+    some_N = torch.randn(MADE_UP, generator=generator)  # repeated: quicker than a number for each parameter
     stacks = {id(stack) for module in model.modules() for stack in _stacks(module)}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if not value.is_floating_point():

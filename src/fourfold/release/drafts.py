@@ -17,7 +17,7 @@ from torch import Tensor
 from fourfold.core import metrics
 from fourfold.datatypes import Tick
 from fourfold.model.head import Head, logits
-from fourfold.model.mtp import DraftHead, Drafts, read_draft_head
+from fourfold.model.mtp import DraftHead, Drafts, at_positions, read_draft_head
 from fourfold.model.nextn import NextnHead, nextn_names, read_nextn_head
 from fourfold.model.weights import Weights
 from fourfold.quantize.watch import Watch
@@ -124,7 +124,7 @@ def _check(speaker: Speaker, hidden_RTD: Tensor, token_RT: Tensor, known_R: Tens
     """The model's own tokens after the known ones, as far as drafts agree and one further; how many are known now."""
     steps = speaker.draft.steps
     place_RS = known_R[:, None] + torch.arange(steps + 1)
-    choice_RS = _choices(speaker.head, _at(hidden_RTD, place_RS - 1))
+    choice_RS = _choices(speaker.head, at_positions(hidden_RTD, place_RS - 1))
     kept_RS = (token_RT.gather(1, place_RS) == choice_RS)[:, :steps].long().cumprod(dim=1)
     return token_RT.scatter(1, place_RS, choice_RS), known_R + kept_RS.sum(dim=1) + 1
 
@@ -158,7 +158,7 @@ def judge(speaker: Speaker, written: Written) -> tuple[Tensor, Tensor, Tensor]:
             token_RP = written.token_RT.gather(1, position_RP + step)
             output_RPD = drafts.later(output_RPD, token_RP.to(device), position_RP.to(device))
         text_RP = written.token_RT.gather(1, position_RP + step + 1)
-        target_RPD = _at(written.hidden_RTD, position_RP + step)
+        target_RPD = at_positions(written.hidden_RTD, position_RP + step)
         columns.append(_judge_step(speaker, target_RPD, output_RPD, text_RP))
     hit, kept, chosen = (torch.stack(parts, dim=2) for parts in zip(*columns, strict=True))
     return hit, kept, chosen
@@ -177,10 +177,6 @@ def _judge_step(
         overlaps.append(metrics.overlap(target_NV, draft_NV).cpu())
     hit_N, overlap_N, chosen_N = torch.cat(hits), torch.cat(overlaps), torch.cat(chosen)
     return hit_N.view_as(text_RP), overlap_N.view_as(text_RP), chosen_N.view_as(text_RP)
-
-
-def _at(hidden_RTD: Tensor, place_RP: Tensor) -> Tensor:
-    return hidden_RTD.gather(1, place_RP[:, :, None].expand(-1, -1, hidden_RTD.shape[2]))
 
 
 def _choices(head: Head, hidden_RPD: Tensor) -> Tensor:
