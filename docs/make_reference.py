@@ -1,4 +1,4 @@
-"""Pages of docs/reference, written from the code: the Typer app, recipe dataclasses and docstrings.
+"""Pages of docs/reference, written from the code: the command line, recipe dataclasses and docstrings.
 
     python docs/make_reference.py            # write the pages; `make reference`
     python docs/make_reference.py --check    # exit code 1 if a page is not what the code gives; part of `make check`
@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
+from cyclopts import App
+from cyclopts.argument import Argument, ArgumentCollection
 from results import table
 
 import fourfold
-from fourfold import bundled, cli, options
+from fourfold import bundled
 from fourfold import recipe as recipes
+from fourfold.cli.app import app
+from fourfold.cli.errors import EXIT_CODES
 from fourfold.datatypes import Event
 from fourfold.quantize.plan import LayerPlan, Plan
 from fourfold.quantize.summary import Summary
@@ -54,37 +57,50 @@ def cell(text: object) -> str:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A command and those below it, each with the words that call it."""
-    yield name, command
-    for child, inner in getattr(command, "commands", {}).items():
-        yield from commands(inner, f"{name} {child}")
+def commands(*words: str) -> Iterator[tuple[str, App, ArgumentCollection]]:
+    """A command and those below it: its words, its application, its arguments and options."""
+    with app.app_stack(words):
+        command = app
+        for word in words:
+            command = command[word]
+        arguments = ArgumentCollection()
+        if command.default_command:
+            arguments = command.assemble_argument_collection(parse_docstring=True).filter_by(show=True)
+        yield " ".join(["fourfold", *words]), command, arguments
+    for word in command:
+        if not word.startswith("-"):
+            yield from commands(*words, word)
 
 
 def cli_page() -> str:
-    """Every command with its help, its arguments and options, as Typer has them."""
-    parts = ["# Command line", GENERATED, f"{options.EXIT_CODES} [More about them](../exit-codes.md)."]
-    for name, command in commands(typer.main.get_command(cli.app), "fourfold"):
-        parts += [f"## {name}", "\n\n".join(map(cell, inspect.cleandoc(command.help).split("\n\n")))]
-        if rows := [parameter_row(parameter) for parameter in command.params]:
+    """Every command with its help, its arguments and options, as the command line has them."""
+    parts = ["# Command line", GENERATED, f"{EXIT_CODES} [More about them](../exit-codes.md)."]
+    for name, command, arguments in commands():
+        text = re.split(r"\n\n(?:Args|Examples):\n", inspect.cleandoc(command.help))[0]
+        parts += [f"## {name}", "\n\n".join(map(cell, text.split("\n\n")))]
+        rows = [parameter_row(argument) for argument in arguments]
+        if command is app:
+            rows = [(f"`{flag}`", cell(app[flag].help), "") for flag in app if flag.startswith("--")]
+        if rows:
             parts.append(table(("argument or option", "meaning", "default"), rows))
-        examples = (command.epilog or "").replace("\b", "").partition(options.EXIT_CODES)[0]
-        lines = [line.strip() for line in re.sub("Examples?:", "", examples).splitlines() if line.strip()]
+        lines = [line.strip() for line in command.help_epilogue.splitlines() if line.startswith("  ")]
         parts.append("\n".join([NOT_RUN.format("examples of the command's help"), "```bash", *lines, "```"]))
     return "\n\n".join(parts) + "\n"
 
 
-def parameter_row(parameter: Any) -> tuple[str, str, str]:
+def parameter_row(argument: Argument) -> tuple[str, str, str]:
     """Names, help and default of an argument or option."""
-    flag = getattr(parameter, "is_flag", False)
-    if parameter.param_type_name == "argument":
-        names = f"`{parameter.metavar}`"
-    else:
-        value = "" if flag else f" {parameter.metavar}"
-        names = ", ".join(f"`{name}{value}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    shown = not flag and parameter.default not in (None, "")
-    default = "required" if parameter.required else f"`{parameter.default}`" if shown else ""
-    return names.replace("|", "\\|"), cell(parameter.help), default
+    choices = argument.get_choices()
+    metavar = "\\|".join(choices) if choices else (argument.parameter.metavar or "").replace("|", "\\|")
+    value = f" {metavar}" if metavar and argument.index is None else ""
+    names = ", ".join(f"`{name.replace('|', chr(92) + '|')}{value}`" for name in argument.names)
+    default = argument.field_info.default
+    if argument.required:
+        return names, cell(argument.parameter.help), "required"
+    if callable(argument.show_default):
+        default = argument.show_default(default)
+    shown = argument.hint is not bool and argument.index is None and default not in (None, "", ())
+    return names, cell(argument.parameter.help), f"`{default}`" if shown else ""
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
@@ -164,6 +180,11 @@ def python_page() -> str:
     for name in ("plan", "quantize", "evaluate", "verify"):
         stage = getattr(fourfold, name)
         parts += [f"## fourfold.{name}", signature(name, stage), *docstring(stage)]
+        ((_, _, options),) = commands(name)
+        names = inspect.signature(stage).parameters
+        meant = {one.field_info.name: cell(one.parameter.help) for one in options}
+        rows = [(f"`{argument}`", meaning) for argument, meaning in meant.items() if argument in names]
+        parts += [f"**Options of `fourfold {name}`**", table(("argument", "meaning"), rows)]
     parts.append("## Results and errors")
     for kind in (Plan, LayerPlan, Summary, Verdict, Check, Event, fourfold.FourfoldError):
         parts += [f"### {kind.__name__}", f"`{kind.__module__}.{kind.__name__}`", *docstring(kind)]

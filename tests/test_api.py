@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import fourfold
 import releases
-from fourfold import api, cli
+from command_line import commands
+from fourfold import api
 from fourfold.datatypes import ignore
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, finished_already
@@ -24,9 +24,9 @@ from fourfold.release.verify.check import Verdict
 from test_cli import answers
 
 STAGES = ("plan", "quantize", "evaluate", "verify")
-SHOWN = {"help", "as_json", "quiet", "dry_run"}  # flags of what a terminal shows
+SHOWN = {"json", "quiet", "dry_run"}  # flags of what a terminal shows
 OF_THE_RECIPE = ("overrides", "calibration", "tensor_parallel")
-CALLED = {"memory": ["memory_bytes", "host_bytes"], "recipe_name": ["recipe"], **dict.fromkeys(OF_THE_RECIPE, ())}
+CALLED = {"memory": ["memory_bytes", "host_bytes"], **dict.fromkeys(OF_THE_RECIPE, ())}
 
 
 def test_import_brings_no_other_package() -> None:
@@ -70,13 +70,15 @@ def test_every_stage_is_typed_documented_and_watched(name: str) -> None:
     assert parameters["progress"].default is ignore
     text = inspect.getdoc(stage) or ""
     assert "Raises:\n    FourfoldError: " in text
-    assert [parameter for parameter in parameters if parameter not in text and parameter != "model"] == []
+    ((_, _, options),) = commands(name)
+    by_help = {option.field_info.name for option in options if option.parameter.help} | {"progress"}  # the module's
+    assert [parameter for parameter in parameters if parameter not in text and parameter not in by_help] == []
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_arguments_are_the_flags(name: str) -> None:
-    command: Any = typer.main.get_command(cli.app)
-    flags = [parameter.name for parameter in command.commands[name].params if parameter.name not in SHOWN]
+    ((_, _, arguments),) = commands(name)
+    flags = [argument.field_info.name for argument in arguments if argument.field_info.name not in SHOWN]
     wanted = {argument for flag in flags for argument in CALLED.get(flag, [flag])}
     found = set(inspect.signature(getattr(fourfold, name)).parameters)
     assert found - wanted == {"progress"}

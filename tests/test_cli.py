@@ -8,34 +8,35 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from fourfold import __version__, cli, options, serving
+from command_line import Answer, commands, invoke
+from fourfold import __version__
+from fourfold.cli import options
+from fourfold.cli.commands import serve
+from fourfold.cli.options import RecipeOptions
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize.devices import Machine
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release.evaluate import Protocol
 from fourfold.release.tasks import Tasks
 
-SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "numba", "llvmlite", "pyarrow",
          "psutil", "httpx2", "jinja2", "matplotlib", "triton")  # fmt: skip
-MODULES = 420  # 245 as this was written, 345 where pydantic is, which Typer then loads; torch alone brings over 1,000
+MODULES = 420
 CONFIG = '{"model_type": "qwen3_moe", "num_experts": 8}'  # all that is read of a model before torch is there
 SMALL = ["calibration.length=32", "heldout.length=32", "heldout.windows=1", "solver.pool_rows=64"]
 
 
 def environment() -> dict[str, str]:
-    """Of a child: the package on its path, no terminal, a fixed width."""
-    return {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    """Of a child: no terminal, a fixed width."""
+    return {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
 
 
 def fourfold(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -43,27 +44,18 @@ def fourfold(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=300)
 
 
-def inside(*arguments: object) -> Any:
-    """The same in this process, where torch has been imported once: (exit_code, stdout, stderr) of what was shown."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def commands(command: Any, name: str = "fourfold") -> Iterator[tuple[str, Any]]:
-    yield name, command
-    for child, inner in sorted(getattr(command, "commands", {}).items()):
-        yield from commands(inner, f"{name} {child}")
-
-
 def surface() -> str:
     """Every command with the first line of its help, every argument and option with what it is by default."""
     lines = []
-    for name, command in commands(typer.main.get_command(cli.app)):
-        lines.append(f"{name}: {' '.join(command.help.split()).partition('. ')[0].rstrip('.')}.")
-        for parameter in command.params:
-            names = parameter.metavar if parameter.param_type_name == "argument" else ", ".join(parameter.opts)
-            value = "" if parameter.param_type_name == "argument" or parameter.is_flag else f" {parameter.metavar}"
-            default = "required" if parameter.required else f"default {parameter.default!r}"
-            lines.append(f"    {names}{value} ({default}): {' '.join(parameter.help.split())}")
+    for name, command, arguments in commands():
+        lines.append(f"{name}: {command.help.partition(chr(10))[0]}")
+        flags = [flag for flag in command if flag.startswith("-")] if name == "fourfold" else []
+        lines += [f"    {flag}: {command[flag].help}" for flag in flags]
+        for argument in arguments:
+            value = "|".join(argument.get_choices() or ()) or argument.parameter.metavar or ""
+            default = "required" if argument.required else f"default {argument.field_info.default!r}"
+            help = " ".join((argument.parameter.help or "").split())
+            lines.append(f"    {' '.join([', '.join(argument.names), value]).strip()} ({default}): {help}")
     return "\n".join(lines) + "\n"
 
 
@@ -71,19 +63,24 @@ def test_surface(golden: Callable[[str, str], None]) -> None:
     golden("cli.txt", surface())
 
 
-@pytest.mark.parametrize("name", [name for name, _ in commands(typer.main.get_command(cli.app))])
+def test_every_option_has_help() -> None:
+    assert [line for line in surface().splitlines() if line.endswith(": ")] == []
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in commands()])
 def test_help_has_an_example_that_names_the_command(name: str) -> None:
-    shown = inside(*name.split()[1:], "--help")
+    shown = invoke(*name.split()[1:], "--help")
     assert shown.exit_code == 0
     example = shown.output.partition("Example")[2]
     assert name in example
+    assert "Exit codes: 0 done" in example
 
 
 def test_examples_of_help_use_options_that_exist() -> None:
-    for name, command in commands(typer.main.get_command(cli.app)):
-        known = {option for parameter in command.params for option in parameter.opts}
-        for line in (command.epilog or "").splitlines():
-            if line.strip().startswith(name + " ") and not getattr(command, "commands", None):
+    for name, command, arguments in commands():
+        known = {option for argument in arguments for option in argument.names}
+        for line in (command.help_epilogue or "").splitlines():
+            if line.strip().startswith(name + " ") and command.default_command:
                 used = {word for word in line.partition(" -- ")[0].split() if word.startswith("--")}
                 assert used <= known, f"{name}: {line}"
 
@@ -98,21 +95,18 @@ def modules_after(code: str) -> list[str]:
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["recipe", "list"]])
 def test_start_up_waits_for_no_heavy_import(arguments: list[str]) -> None:
     """Modules are counted, not seconds: those stand for the seconds, and are the same on every machine."""
-    loaded = modules_after(
-        f"import contextlib\nfrom fourfold.cli import app\nwith contextlib.suppress(SystemExit): app({arguments})"
-    )
+    loaded = modules_after(f"from fourfold.cli import main\nmain({arguments})")
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
-    assert len(loaded) < MODULES, "more modules than Typer, Rich, tomli-w and fourfold's own edge need"
+    assert len(loaded) < MODULES, "more modules than cyclopts, Rich, tomli-w and fourfold's own edge need"
 
 
 TORCH_FREE = """
 import contextlib, io, json, sys
-from fourfold.cli import app
+from fourfold.cli import main
 for arguments in json.load(sys.stdin):
-    said, shown, code = io.StringIO(), io.StringIO(), 0
+    said, shown = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
-        try: app(arguments, prog_name="fourfold")
-        except SystemExit as ended: code = ended.code
+        code = main(arguments)
     loaded = [name for name in ("torch", "transformers") if name in sys.modules]
     print(json.dumps([code, shown.getvalue() + said.getvalue(), loaded]))
 """
@@ -221,11 +215,11 @@ def test_a_mistake_in_arguments_paths_or_config_is_found_before_torch_is_importe
 
 
 def test_help_is_not_cut_at_80_columns() -> None:
-    for name, command in list(commands(typer.main.get_command(cli.app)))[1:]:
-        assert len(" ".join(command.help.split()).partition(". ")[0].rstrip(".")) < 60, name
+    for name, command, _ in list(commands())[1:]:
+        assert len(command.help.partition("\n")[0].rstrip(".")) < 60, name
     command, narrow = [sys.executable, "-m", "fourfold", "--help"], environment() | {"COLUMNS": "80"}
     child = subprocess.run(command, capture_output=True, text=True, env=narrow, check=True)
-    summaries = child.stdout.partition("Commands:")[2].partition("Examples:")[0]
+    summaries = child.stdout.partition("Commands:")[2].partition("Options:")[0]
     assert len(summaries.strip().splitlines()) == 12
     assert "..." not in summaries and max(map(len, child.stdout.splitlines())) <= 80
 
@@ -233,10 +227,10 @@ def test_help_is_not_cut_at_80_columns() -> None:
 def test_no_word_follows_the_message_of_an_interrupted_run() -> None:
     """What threads of native libraries have to say when Python ends under them is left out, with all of its end."""
     code = (
-        "import atexit, fourfold.cli as cli\n"
-        "def stopped(prog_name): print('Terminated.'); raise SystemExit(143)\n"
+        "import atexit, sys\nfrom fourfold.cli import app, script\n"
+        "def stopped(arguments): print('Terminated.'); return 143\n"
         "atexit.register(print, 'terminate called without an active exception')\n"
-        "cli.app = stopped\ncli.main()"
+        "sys.modules['fourfold.cli.app'].main = stopped\nscript()"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
     assert (child.returncode, child.stdout) == (143, "Terminated.\n")
@@ -252,7 +246,7 @@ def test_version() -> None:
     [
         (["quantize"], "Missing argument 'MODEL'"),
         (["quantize", "model"], "Missing argument 'OUT'"),
-        (["quantise", "model", "out"], "No such command 'quantise'"),
+        (["quantise", "model", "out"], "No such command: 'quantise'. Did you mean 'quantize'?"),
         (["quantize", "model", "out", "--recipe", "bset"], "Did you mean 'best'?"),
         (["quantize", "model", "out", "--set", "solver.dam=0.1"], "solver.damp"),
         (["quantize", "model", "out", "--set", "solver.damp"], "--set solver.damp: expected KEY=VALUE"),
@@ -266,7 +260,7 @@ def test_version() -> None:
         (["quantize", "model", "out", "--memory", "host=8GiB"], "cuda=SIZE or cpu=SIZE"),
         (["quantize", "model", "out", "--calibration", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
         (["recipe", "show", "fats"], "Did you mean 'fast'?"),
-        (["quantize", "model", "out", "--recipie", "best"], "No such option: --recipie. Did you mean '--recipe'?"),
+        (["quantize", "model", "out", "--recipie", "best"], "No such option: '--recipie'. Did you mean '--recipe'?"),
         (["quantize", "model", "out", "--memory", "8"], "got '8', expected a number with a unit, as in 8GiB"),
         (["convert", "out", "new", "--format", "awq"], "got 'awq', expected one of compressed-tensors, gptq, gptq_v2"),
         (["convert", "out", "new", "--format", "gtpq"], "Did you mean 'gptq'?"),
@@ -286,7 +280,7 @@ def test_first_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeyp
 
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:
-    answered = inside("quantize", tmp_path / "[bold]nowhere", tmp_path / "out")
+    answered = invoke("quantize", tmp_path / "[bold]nowhere", tmp_path / "out")
     assert answered.exit_code == 2
     assert answered.stderr.startswith("Error: ")
     assert "[bold]nowhere" in answered.stderr  # no markup is read in a user's text
@@ -307,30 +301,30 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_size(text: str, size: int) -> None:
-    assert options.parse_size(text) == size
+    assert options.read_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8QiB", "-1GiB", "8GiBB", "1e9", "8i", "8iB", "8", "8000000000", "7b"])
 def test_size_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter):
-        options.parse_size(text)
+    with pytest.raises(ValueError):
+        options.read_size(text)
 
 
 def test_ranks() -> None:
-    assert (serving.parse_ranks("4"), serving.parse_ranks("auto")) == (4, None)
+    assert (serve.read_ranks("4"), serve.read_ranks("auto")) == (4, None)
     for text in ("0", "-1", "all", "\u0664"):
-        with pytest.raises(typer.BadParameter):
-            serving.parse_ranks(text)
+        with pytest.raises(ValueError):
+            serve.read_ranks(text)
 
 
 def test_levels() -> None:
-    assert serving.parse_levels("1,4,16,4") == (1, 4, 16)
+    assert serve.read_levels("1,4,16,4") == (1, 4, 16)
 
 
 def test_layers() -> None:
-    assert options.parse_layers("0-3") == range(4)
-    assert options.parse_layers("7") == range(7, 8)
-    assert options.parse_layers("7-7") == range(7, 8)
+    assert options.read_layers("0-3") == range(4)
+    assert options.read_layers("7") == range(7, 8)
+    assert options.read_layers("7-7") == range(7, 8)
 
 
 # --- a calibration file ------------------------------------------------------------------------------------------
@@ -339,7 +333,7 @@ def test_layers() -> None:
 def test_calibration_file_takes_the_place_of_all_sources(tmp_path: Path) -> None:
     file = tmp_path / 'talk "one".jsonl'
     file.write_text('\n{"messages": [{"role": "user", "content": "hello"}], "text": "unused"}\n')
-    chosen = options.choose_recipe("best", ["calibration.sources.0.rows=3", "calibration.seed=7"], file)
+    chosen = RecipeOptions(overrides=("calibration.sources.0.rows=3", "calibration.seed=7"), calibration=file).load()
     (source,) = chosen.calibration.sources
     rows = [source.rows for source in load_recipe("best").calibration.sources]
     assert (source.path, source.kind, source.fields) == (str(file), "chat", ("messages",))
@@ -373,7 +367,7 @@ def test_calibration_file_of_parquet(tmp_path: Path) -> None:
 def test_calibration_file_refused(name: str, content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(FourfoldError) as refused:
-        options.choose_recipe("best", [], tmp_path / name)
+        RecipeOptions(calibration=tmp_path / name).load()
     assert said in str(refused.value)
 
 
@@ -418,15 +412,15 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     return Work(monkeypatch)
 
 
-def invoke(tmp_path: Path, *options: str) -> Any:
+def run_quantize(tmp_path: Path, *options: str) -> Answer:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(CONFIG)
-    return inside("quantize", tmp_path / "model", tmp_path / "out", "--devices", "cpu", *options)
+    return invoke("quantize", tmp_path / "model", tmp_path / "out", "--devices", "cpu", *options)
 
 
 def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
     options = ["-r", "fast", "--set", "solver.passes=3", "--memory", "1MiB", "--layers", "1-2", "--restart"]
-    done = invoke(tmp_path, *options)
+    done = run_quantize(tmp_path, *options)
     assert done.exit_code == 0, done.output
     assert work.called == {
         "model": tmp_path / "model",
@@ -440,7 +434,7 @@ def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
 
 
 def test_quantize_prints_a_line_per_layer_and_the_summary(work: Work, tmp_path: Path) -> None:
-    shown = invoke(tmp_path).stdout
+    shown = run_quantize(tmp_path).stdout
     assert "note: a [bold]note[/bold]\n" in shown
     assert "layer 1/2" in shown
     assert "projections      6 (6 gptq)" in shown
@@ -448,41 +442,41 @@ def test_quantize_prints_a_line_per_layer_and_the_summary(work: Work, tmp_path: 
 
 
 def test_quantize_json(work: Work, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in invoke(tmp_path, "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in run_quantize(tmp_path, "--json").stdout.splitlines()]
     assert [line["kind"] for line in lines] == ["note", "stage", "layer", "summary"]
     assert lines[2]["data"] == {"hidden_error": 0.5, "router_agreement": None}
     assert lines[3]["data"]["projections"] == 6
 
 
 def test_quantize_quiet(work: Work, tmp_path: Path) -> None:
-    done = invoke(tmp_path, "--quiet")
+    done = run_quantize(tmp_path, "--quiet")
     assert (done.exit_code, done.output) == (0, "")
 
 
 def test_error_of_the_user(work: Work, tmp_path: Path) -> None:
     work.raises = FourfoldError("the disk [/] is full\nmake room")
-    done = invoke(tmp_path)
+    done = run_quantize(tmp_path)
     assert done.exit_code == 2
     assert "Error: the disk [/] is full\nmake room\n" in done.stderr
 
 
 def test_interrupt(work: Work, tmp_path: Path) -> None:
     work.raises = KeyboardInterrupt()
-    done = invoke(tmp_path)
+    done = run_quantize(tmp_path)
     assert done.exit_code == 130
     assert "Finished layers are kept. Rerun the same command to resume." in done.stderr
 
 
 def test_interrupt_of_a_restart(work: Work, tmp_path: Path) -> None:
     work.raises = KeyboardInterrupt()
-    assert "Rerun the same command without --restart to resume." in invoke(tmp_path, "--restart").stderr
+    assert "Rerun the same command without --restart to resume." in run_quantize(tmp_path, "--restart").stderr
 
 
 def test_bug_of_ours(work: Work, tmp_path: Path) -> None:
     (tmp_path / "out" / ".fourfold").mkdir(parents=True)
     (tmp_path / "out" / ".fourfold" / "run.log").touch()
     work.raises = IndexError("of ours")
-    done = invoke(tmp_path)
+    done = run_quantize(tmp_path)
     assert done.exception is work.raises  # Python prints its traceback
     assert "a bug in fourfold" in done.stderr
     assert f"{tmp_path / 'out' / '.fourfold' / 'run.log'}" in done.stderr
@@ -512,7 +506,7 @@ def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Pat
     (tmp_path / "words.txt").touch()
     paths = ["--source", tmp_path / "model", "--against", tmp_path / "other", "--text", tmp_path / "words.txt"]
     numbers = ["--windows", "8", "--length", "512", "--no-drafts", "--devices", "cpu", "--json"]
-    done = inside("evaluate", tmp_path / "out", *paths, *numbers, "--tasks", "gsm8k,ifeval", "--url", "http://h:1")
+    done = invoke("evaluate", tmp_path / "out", *paths, *numbers, "--tasks", "gsm8k,ifeval", "--url", "http://h:1")
     assert done.exit_code == 0, done.output
     assert evaluated == {
         "out": tmp_path / "out",
@@ -527,13 +521,13 @@ def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.parametrize("option", [("--tasks", "gsm8k"), ("--url", "http://h:1")])
 def test_tasks_and_url_go_together(evaluated: dict[str, Any], tmp_path: Path, option: tuple[str, str]) -> None:
-    done = inside("evaluate", tmp_path / "out", "--source", tmp_path, *option)
+    done = invoke("evaluate", tmp_path / "out", "--source", tmp_path, *option)
     assert done.exit_code == 2 and not evaluated
     assert "--tasks and --url go together" in done.stderr
 
 
 def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:
-    done = inside("evaluate", tmp_path / "out", "--source", example_model, "--devices", "cpu")
+    done = invoke("evaluate", tmp_path / "out", "--source", example_model, "--devices", "cpu")
     assert done.exit_code == 2
     assert "no such folder; expected the folder of a finished release" in done.stderr
 
@@ -542,7 +536,7 @@ def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:
 
 
 def test_plan(example_model: Path) -> None:
-    shown = inside("plan", example_model, "--devices", "cpu")
+    shown = invoke("plan", example_model, "--devices", "cpu")
     assert shown.exit_code == 0, shown.output
     for word in ("experts", "quantize", "MTP", "copy + split", "host memory", "time"):
         assert word in shown.stdout
@@ -550,15 +544,15 @@ def test_plan(example_model: Path) -> None:
 
 
 def test_the_plan_of_a_guided_run_tells_what_guidance_leaves_or_when(example_model: Path, tmp_path: Path) -> None:
-    shown = inside("plan", example_model, "--machine", "h200", "--recipe", "guided", "--out", tmp_path / "new")
+    shown = invoke("plan", example_model, "--machine", "h200", "--recipe", "guided", "--out", tmp_path / "new")
     assert shown.exit_code == 0, shown.output
     assert "known after the sweep" in shown.stdout and "are free" in shown.stdout
-    assert "guidance" not in inside("plan", example_model, "--machine", "h200").stdout
+    assert "guidance" not in invoke("plan", example_model, "--machine", "h200").stdout
     assert not (tmp_path / "new").exists()
 
 
 def test_plan_for_another_machine_as_json(example_model: Path) -> None:
-    shown = inside("plan", example_model, "--machine", "rtx3060x4", "--layers", "1-2", "--json")
+    shown = invoke("plan", example_model, "--machine", "rtx3060x4", "--layers", "1-2", "--json")
     plan = json.loads(shown.stdout)
     assert plan["memory"]["devices"] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert plan["memory"]["budget_bytes"] < 12 * 2**30
@@ -568,16 +562,16 @@ def test_plan_for_another_machine_as_json(example_model: Path) -> None:
 
 
 def test_a_plan_for_a_machine_that_is_not_known(example_model: Path) -> None:
-    unknown = inside("plan", example_model, "--machine", "h100")
+    unknown = invoke("plan", example_model, "--machine", "h100")
     assert unknown.exit_code == 2
     assert "--machine: got 'h100', expected one of rtx3060x4, h200, a100x8\n" in unknown.stderr
-    both = inside("plan", example_model, "--machine", "h200", "--devices", "cpu")
+    both = invoke("plan", example_model, "--machine", "h200", "--devices", "cpu")
     assert both.exit_code == 2
     assert "--machine and --devices exclude each other" in both.stderr
 
 
 def test_dry_run_writes_nothing(example_model: Path, tmp_path: Path) -> None:
-    shown = inside("quantize", example_model, tmp_path / "out", "--devices", "cpu", "--dry-run")
+    shown = invoke("quantize", example_model, tmp_path / "out", "--devices", "cpu", "--dry-run")
     assert shown.exit_code == 0, shown.output
     assert "disk" in shown.stdout
     assert not (tmp_path / "out").exists()
@@ -603,12 +597,12 @@ def test_trial_is_stopped_and_goes_on(example_model: Path, tmp_path: Path) -> No
         assert child.returncode == code, said
         assert "Rerun the same command to resume." in said
         assert "Traceback" not in said
-    went_on = inside(*arguments)
+    went_on = invoke(*arguments)
     assert went_on.exit_code == 0, went_on.output
     summary = json.loads(went_on.stdout.splitlines()[-1])
     assert summary["kind"] == "summary"
     assert summary["data"]["partial"] is True
     assert summary["data"]["methods"] == {"gptq": 48}
-    again = inside(*arguments)
+    again = invoke(*arguments)
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout.splitlines()[-1]) == summary

@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from command_line import commands, invoke
 from conftest import ROOT
-from fourfold import cli
 from fourfold.bundled import CALIBRATION_TEXTS, TEXT
 from fourfold.recipe import load_recipe
 
@@ -95,15 +93,16 @@ def test_commands_stand_in_blocks_that_say_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_exist(name: str) -> None:
-    root: Any = typer.main.get_command(cli.app)
+    known = {words: (command, arguments) for words, command, arguments in commands()}
     for words in calls(ROOT / name):
-        command, rest = root, words
-        while rest and rest[0] in getattr(command, "commands", {}):
-            command, rest = command.commands[rest[0]], rest[1:]
-        assert not hasattr(command, "commands") or not rest or rest[0].startswith("-"), f"no such command: {words}"
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        command, rest = "fourfold", words
+        while rest and f"{command} {rest[0]}" in known:
+            command, rest = f"{command} {rest[0]}", rest[1:]
+        called, arguments = known[command]
+        assert called.default_command or not rest or rest[0].startswith("-"), f"no such command: {words}"
+        options = {name for argument in arguments for name in argument.names} | {*called}
         used = {word.partition("=")[0] for word in rest[: [*rest, "--"].index("--")] if re.match("--?[a-z]", word)}
-        assert used <= {*known, "--help"}, f"{words}: no option {', '.join(used - known)}"
+        assert used <= options, f"{words}: no option {', '.join(used - options)}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +152,7 @@ def run(command: str) -> None:
         done = subprocess.run(["bash", "-euc", command], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return
-    answered = CliRunner().invoke(cli.app, [*words[1:], *SMALL.get(words[1], [])])
+    answered = invoke(*words[1:], *SMALL.get(words[1], []))
     assert answered.exit_code == 0, f"{command}\n{answered.output}"
 
 

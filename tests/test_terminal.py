@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fourfold import terminal, units
+from fourfold import units
+from fourfold.cli import progress
+from fourfold.cli.options import EventOutput, Output
+from fourfold.cli.progress import OutputMode, Pace
+from fourfold.cli.tables.run import show_evaluation, show_summary, show_verdict
 from fourfold.datatypes import Event
 from fourfold.release.verify.check import Level, Verdict, judge, skip
-from fourfold.tables.run import show_evaluation, show_summary, show_verdict
-from fourfold.terminal import Manner, Pace
 
 
 class Clock:
@@ -73,7 +75,7 @@ def test_the_sweep_before_the_loop_has_layers_of_its_own() -> None:
     """A line for each way; the loop's layers are timed as without it."""
     clock, to = Clock(), console()
     pace = Pace(clock)
-    lines = terminal.Lines(to, pace)
+    lines = progress.Display(to, pace, bars=False)
     for stage, layer in (("forward", 0), ("forward", 1), ("backward", -1), ("backward", 1), ("backward", 0)):
         event = Event(kind="stage", stage=stage, layer=layer, layers=2)
         pace.follow(event)
@@ -97,7 +99,7 @@ def test_speed_is_that_of_the_stage() -> None:
 
 def test_lines() -> None:
     clock, to = Clock(), console()
-    with terminal.watch(to, Manner.LINES, clock) as tell:
+    with progress.show_progress(to, OutputMode.LINES, clock) as tell:
         tell(Event(kind="stage", stage="calibrate", layers=2))
         tell(Event(kind="note", text="one\ntwo \x1b[31mred"))
         run_layer(tell, clock, 0, 90, layers=2)
@@ -118,7 +120,7 @@ def test_lines() -> None:
 
 def test_bars_move_and_layers_scroll_by() -> None:
     clock, to = Clock(), console(live=True)
-    with terminal.watch(to, Manner.LIVE, clock) as tell:
+    with progress.show_progress(to, OutputMode.BARS, clock) as tell:
         run_layer(tell, clock, 0, 30, layers=2)
         tell(Event(kind="stage", stage="moments", layer=1, layers=2, done=0, total=4_000, unit="tokens"))
         clock.now += 2
@@ -148,15 +150,15 @@ def test_no_line_is_wider_than_80_columns() -> None:
                                "memory_bytes": {"host": 123 * 10**9, "cuda:0": 98 * 10**9}}  # fmt: skip
     note = "tensor parallel 8: " + " ".join(["words"] * 40)
     pace = Pace(clock)
-    bars = terminal.Bars(to, pace)
+    display = progress.Display(to, pace, bars=True)
 
     def tell(event: Event) -> None:
         pace.follow(event)
-        bars.show(event)
-        bars.progress.refresh()
+        display.show(event)
+        display.bars.refresh()
 
-    with bars.progress:
-        for stage in (*terminal.STAGES, "solve", "attend"):
+    with display.bars:
+        for stage in (*progress.STAGES, "solve", "attend"):
             for layer, done in ((-1, 0), (97, 0), (97, 987_654_321)):
                 clock.now += 40
                 sizes: dict[str, Any] = {"layer": layer, "layers": 120, "done": done, "total": 987_654_321}
@@ -172,13 +174,13 @@ def test_no_line_is_wider_than_80_columns() -> None:
 
 def test_a_bar_pulses_until_something_is_done() -> None:
     to = console(live=True, width=80)
-    bars = terminal.Bars(to, Pace())
+    display = progress.Display(to, Pace(), bars=True)
 
     def show(stage: str, done: int, total: int) -> tuple[float | None, float]:
         event = Event(kind="stage", stage=stage, layer=0, layers=2, done=done, total=total)
-        bars.pace.follow(event)
-        bars.show(event)
-        task = bars.progress.tasks[-1]
+        display.pace.follow(event)
+        display.show(event)
+        task = display.bars.tasks[-1]
         return task.total, task.completed
 
     assert show("solve", 0, 64) == (None, 0)
@@ -188,7 +190,7 @@ def test_a_bar_pulses_until_something_is_done() -> None:
 
 def test_json_lines() -> None:
     to = console()
-    with terminal.watch(to, Manner.JSON) as tell:
+    with progress.show_progress(to, OutputMode.JSON) as tell:
         tell(Event(kind="layer", layer=0, layers=2, data={"hidden_error": 0.5}))
     (line,) = printed(to).splitlines()
     assert json.loads(line)["data"] == {"hidden_error": 0.5}
@@ -196,17 +198,31 @@ def test_json_lines() -> None:
 
 def test_quiet() -> None:
     to = console()
-    with terminal.watch(to, Manner.QUIET) as tell:
+    with progress.show_progress(to, OutputMode.QUIET) as tell:
         tell(Event(kind="note", text="unheard"))
     assert printed(to) == ""
 
 
-def test_choose() -> None:
-    pipe, live = console(), console(live=True)
-    assert terminal.choose(pipe, as_json=False, quiet=False) is Manner.LINES
-    assert terminal.choose(live, as_json=False, quiet=False) is Manner.LIVE
-    assert terminal.choose(live, as_json=False, quiet=True) is Manner.QUIET
-    assert terminal.choose(live, as_json=True, quiet=True) is Manner.JSON
+def test_choose_mode() -> None:
+    assert progress.choose_mode(console()) is OutputMode.LINES
+    assert progress.choose_mode(console(live=True)) is OutputMode.BARS
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_json_is_printed_although_quiet_is_asked_for(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(report: Any) -> dict[str, Any]:
+        report(Event(kind="note", text="a note"))
+        return {"a": 1}
+
+    EventOutput(json=True, quiet=quiet).present(work, no_table, kind="summary")
+    note, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (note["text"], summary) == ("a note", {"kind": "summary", "data": {"a": 1}})
+    assert Output(json=True, quiet=quiet).present(work, no_table) == {"a": 1}
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def no_table(to: Console, result: object) -> None:
+    raise AssertionError
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,5 +1,5 @@
 """`python -m fourfold`."""
 
-from fourfold.cli import main
+from fourfold.cli import script
 
-main()
+script()

@@ -1,10 +1,11 @@
 """fourfold from Python: the four stages that make a release. The command line stands on these functions.
 
-Arguments are named as the flags are. A model is a folder, or org/name or org/name@revision of the Hub. `progress` is
-told every `Event`, from several threads; where it is given, download bars of the Hub are shown on stderr as well. What
-a user can mend is raised as `FourfoldError`, before the first expensive step wherever it can be known by then.
+An argument has the name, the meaning and the default of the command's option (`fourfold quantize --help`); docstrings
+explain only what differs. A model is a local path or a Hugging Face model ID. `progress` receives every `Event`, from
+several threads; if it is given, the Hub's download bars are shown on stderr too. Mistakes that a user can fix are
+raised as `FourfoldError`, before the first expensive step wherever possible.
 
-Imports wait for a call: `import fourfold` must stay quick, and work beside an engine that has no other part of it.
+Imports wait for a call: `import fourfold` stays fast, and works beside an engine without fourfold's dependencies.
 """
 
 from __future__ import annotations
@@ -39,26 +40,19 @@ def plan(
     out: Path | None = None,
     progress: Progress = ignore,
 ) -> Plan:
-    """What `quantize` would do: every tensor with what becomes of it, memory, disk and time.
+    """Return what `quantize` would do: every tensor with what becomes of it, memory, disk and time.
 
-    Reads config.json, the tokenizer files and the safetensors headers, and writes nothing but the Hub's cache. Measures
-    this machine for some seconds; with `machine`, another one is predicted from its data sheet and nothing is measured.
+    Reads config.json, the tokenizer files and the safetensors headers; writes only to the Hub cache. Measures this
+    machine for some seconds, unless `machine` names another one.
 
     Args:
-        recipe: the name of a preset, the path of a .toml file, or what `fourfold.recipe.load_recipe` gives.
-        samples: of calibration text in all; the recipe's sources keep their proportions. None: as the recipe has them.
-        sequence_length: tokens of a sample; None: the recipe's.
-        devices: "auto", "all", "cpu", "cpu*4", "cuda:0,cuda:1": a worker for each.
-        memory_bytes: what the run may take on each GPU, or on the CPU; None for what is free.
-        host_bytes: the same of the host's memory.
-        machine: "rtx3060x4", "h200" or "a100x8"; excludes `devices`.
-        layers: a trial on these alone, counted from 0.
-        out: where the release would go, if free disk space is to be looked at, and what a sweep there has told.
-        progress: is told that the machine is being measured.
+        recipe: preset, path of a .toml file, or a recipe from `fourfold.recipe.load_recipe`.
+        memory_bytes, host_bytes: limit of each device and of the host; None for the free memory.
+        layers: range of layers of a trial, counted from 0.
 
     Raises:
         FourfoldError: headers, config.json, tokenizer or recipe do not fit each other; no such model, layers,
-            devices or machine; a budget that cannot be kept; text that cannot be read, is held out or too short.
+            devices or machine; a memory limit that is too low; text that is unreadable, held out or too short.
     """
     if machine is not None and devices != "auto":
         raise FourfoldError("--machine and --devices exclude each other: another machine, or devices of this one")
@@ -106,25 +100,20 @@ def quantize(
     trace: Path | None = None,
     progress: Progress = ignore,
 ) -> Summary:
-    """Quantize a BF16 checkpoint into the folder `out`, or go on where an earlier call was cut off.
+    """Quantize a checkpoint into the folder `out`, or resume an earlier call.
 
-    On the same devices a run that was cut off ends with the same bytes as one that was not. Under torchrun every
-    process calls this with the same arguments.
+    On the same devices a resumed run gives the same bytes as an uninterrupted one. Under torchrun every process calls
+    this with the same arguments.
 
     Args:
-        recipe, samples, sequence_length, devices, memory_bytes, host_bytes, layers: as of `plan`. The output of a trial
-            is marked partial.
-        derived: quantize an architecture that fourfold's tests do not have; a small copy of it is run first.
-        restart: drop what an earlier run left in `out`.
-        trace: write there what each worker did when, for chrome://tracing or ui.perfetto.dev.
-        progress: is told stages and finished layers, with the drift and the peak memory so far.
+        recipe, memory_bytes, host_bytes, layers: as of `plan`.
 
     Returns:
-        What the run came to: projections by method, bytes, held-out metrics, seconds, peak memory.
+        Projections by method, bytes, held-out metrics, seconds, peak memory.
 
     Raises:
-        FourfoldError: as `plan`; source, recipe or text are not those that `out` was begun with; the disk is too small.
-            What is finished stays in `out`.
+        FourfoldError: as `plan`; source, recipe or text differ from those `out` was started with; the disk is too
+            small. Finished layers stay in `out`.
     """
     out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
     folder = _check(model, chosen, devices, out)
@@ -164,29 +153,17 @@ def evaluate(
     devices: str = "auto",
     progress: Progress = ignore,
 ) -> dict[str, Any]:
-    """Measure what a release lost against the checkpoint it was made of, on held-out text, layer by layer.
-
-    Reads releases of GPTQModel, llm-compressor and AutoRound too. Writes OUT/metrics.json.
+    """Measure a release against its source on held-out text, layer by layer. Writes OUT/metrics.json.
 
     Args:
-        out: folder of a finished release.
-        source: the BF16 checkpoint.
-        text: .txt, or .jsonl or .parquet with a field `text`; None for the built-in text.
-        windows: so many of the text; None for up to 64.
-        length: tokens of a window.
-        against: a second release, measured in the same pass.
-        drafts: run the draft (MTP) heads, too.
-        tasks: names of lm-eval's tasks, for the server at `url`; both or neither.
-        replace: a measurement on more predictions gives way to this one.
-        devices: one: "auto", "cpu" or "cuda:N".
-        progress: is told stages and finished layers.
+        tasks: names of lm-eval tasks, for the server at `url`; both or neither.
 
     Returns:
-        What stands in metrics.json.
+        The content of metrics.json.
 
     Raises:
-        FourfoldError: the release is unfinished, partial, of another source, of a quantization that is not read,
-            calibrated on the text, or measured on more of it already; the server does not answer.
+        FourfoldError: the release is unfinished, partial, of another source, in an unknown format, calibrated on the
+            text, or already measured on more of it; the server does not answer.
     """
     if bool(tasks) != bool(url):
         raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
@@ -224,22 +201,18 @@ def verify(
     timeout: float = 60,
     progress: Progress = ignore,
 ) -> Verdict:
-    """Check a release: its files, every tensor against the source, a run in a real engine. Writes OUT/verify.json.
+    """Check a release: its files, every tensor against the source, a run in an engine. Writes OUT/verify.json.
 
     Args:
-        out: folder of a finished release, or of what `convert` wrote as GGUF or for MLX.
-        source: the checkpoint it was made of: every tensor is compared with it. For GGUF and MLX: the release.
-        engine: "vllm" (loads and runs it), "sglang" (loads it), "llama.cpp" or "mlx".
-        python: interpreter of the engine's environment; None for the first on PATH that has it.
-        timeout: minutes that each start of the engine may take.
-        progress: is told how many bytes are read, and that the engine runs.
+        out: folder of a finished release, or of GGUF or MLX output of `convert`, whose `source` is the release.
+        timeout: minutes for each start of the engine.
 
     Returns:
-        All checks with what was seen; `passed` says whether what was asked for has passed.
+        All checks with their evidence; `passed` is whether all requested checks have passed.
 
     Raises:
-        FourfoldError: `out` is no finished release, is being written, or was not made of `source`; the engine is not
-            installed; `python` runs no Python, or is given without an engine.
+        FourfoldError: `out` is not a finished release, is being written, or was not made from `source`; the engine is
+            not installed; `python` is not a Python, or is given without an engine.
     """
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
@@ -289,7 +262,7 @@ def _download(model: str | Path, progress: Progress) -> Path:
 
 
 def _check(model: str | Path, recipe: Recipe, devices: str, out: Path | None) -> Path | None:
-    """The model's folder, None for a Hub ID. All that arguments, paths and config.json tell, before torch is there."""
+    """Check arguments, paths and config.json before torch is imported. The model's folder, None for a Hub ID."""
     from fourfold.model.config import local_folder, read_source_config
     from fourfold.quantize.contamination import check_sources, check_texts
     from fourfold.quantize.devices import parse_devices, under_torchrun
@@ -322,7 +295,7 @@ def _require_asked(folder: Path, derived: bool) -> None:
 
 
 def _rehearse(folder: Path, progress: Progress) -> None:
-    """Of an architecture that no test proves. Raises FourfoldError where it is not what transformers computes."""
+    """Run a small copy of an architecture without tests. Raises FourfoldError if it differs from transformers."""
     if _family(folder).derived:
         from fourfold.model.rehearsal import rehearse
         from fourfold.model.skeleton import Skeleton

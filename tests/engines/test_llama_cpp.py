@@ -15,12 +15,11 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import checkpoints
 import exports
 import releases
-from fourfold import cli
+from command_line import invoke
 from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.formats.gguf_tokenizer import PRE
 from fourfold.release.export import Options, export
@@ -135,7 +134,7 @@ def test_other_tensors_are_those_of_llama_cpps_converter(python: Find, rounded: 
 
 
 def run(*arguments: object) -> int:
-    done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
+    done = invoke(*arguments)
     print(done.output)
     return done.exit_code
 

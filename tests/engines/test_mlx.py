@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import exports
 import releases
-from fourfold import cli
+from command_line import invoke
 from fourfold.formats.mlx import MODEL_TYPES
 from fourfold.release.export import export
 
@@ -74,7 +73,7 @@ def test_numbers_are_those_of_transformers(python: Find, rounded: Rounded, tmp_p
 
 
 def run(*arguments: object) -> int:
-    done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
+    done = invoke(*arguments)
     print(done.output)
     return done.exit_code
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fourfold import cli
+from command_line import invoke
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +19,7 @@ def test_what_the_loader_writes(
 ) -> None:
     out = made(form)
     arguments = ["verify", str(out), "--engine", "sglang", "--python", str(python("sglang"))]
-    done = CliRunner().invoke(cli.app, arguments)
+    done = invoke(*arguments)
     assert done.exit_code == code, done.output
     check = next(c for c in json.loads((out / "verify.json").read_text())["checks"] if c["name"] == "loader")
     loads = check["data"]["loads"]

@@ -28,10 +28,10 @@ from fourfold.quantize.plan import make_plan
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe
 from fourfold.release.report.about import About
+from fourfold.release.report.recommend import recommend
 from fourfold.release.report.write import write
 from fourfold.release.verify.folder import open_release
 from fourfold.release.verify.source import OVER_RTN
-from fourfold.reporting import recommend
 from nextn import with_nextn
 
 REFUSED = {

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import releases
+from fourfold.cli.tables.run import show_plan
 from fourfold.core import widening
 from fourfold.datatypes import Action
 from fourfold.model.head import build_head, logits, sampled_gradient
@@ -28,7 +29,6 @@ from fourfold.quantize.plan import make_plan
 from fourfold.quantize.streams import embedded, embeddings, read_head
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.release import drafts, evaluate
-from fourfold.tables.run import show_plan
 
 Force = Callable[[bool], None]
 MakeRecipe = Callable[..., Recipe]

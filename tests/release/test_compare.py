@@ -10,12 +10,11 @@ from statistics import fmean, median
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import checkpoints
 import foreign
 import releases
-from fourfold import cli
+from command_line import invoke
 from fourfold.datatypes import FourfoldError
 from fourfold.release.compare import Comparison, compare
 from fourfold.release.convert import convert
@@ -84,7 +83,7 @@ def test_a_release_beside_its_source(shipped: dict[str, Path], shipped_source: P
     assert values == pytest.approx((fmean(errors.values()), median(errors.values()), errors[worst]), rel=1e-5)
     for pair in ((shipped_source, shipped[GPTQ]), (shipped[V2], shipped_source)):
         assert compare(*pair).errors == found.errors
-    shown = " ".join(CliRunner().invoke(cli.app, ["compare", str(shipped[CT]), str(shipped_source)]).output.split())
+    shown = " ".join(invoke("compare", str(shipped[CT]), str(shipped_source)).output.split())
     assert f"mean {values[0]:.4f}, median {values[1]:.4f}, |W - Wq| / |W|" in shown
     assert f"largest {values[2]:.4f}, {worst}" in shown and "codes changed" not in shown
 
@@ -106,7 +105,7 @@ def test_rounded_scales(tmp_path: Path) -> None:
 
 def test_command(shipped: dict[str, Path], shipped_source: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.app, ["compare", *map(str, arguments)])
+        done = invoke("compare", *arguments)
         return done.exit_code, done.output
 
     code, shown = run(shipped[CT], shipped[V2], "--equal")

@@ -12,13 +12,12 @@ import gguf
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import checkpoints
 import exports
 import foreign
 import releases
-from fourfold import cli
+from command_line import invoke
 from fourfold.api import verify
 from fourfold.datatypes import FourfoldError
 from fourfold.release.export import Options, export
@@ -210,7 +209,7 @@ def test_what_llama_cpp_has_no_code_for(qwen3: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_compared_and_inspected(shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.app, [str(one) for one in arguments], env={"COLUMNS": "300"})
+        done = invoke(*arguments, columns=300)
         return done.exit_code, done.output
 
     new = tmp_path / "new"
@@ -278,7 +277,7 @@ def test_what_the_engine_computes_in_one_way(qwen3: Path, tmp_path: Path, change
 
 def test_on_the_command_line(qwen3: Path, example_model: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.app, [str(one) for one in arguments], env={"COLUMNS": "300"})
+        done = invoke(*arguments, columns=300)
         return done.exit_code, done.output
 
     code, said = run("convert", example_model, tmp_path / "new", "--format", "mlx")

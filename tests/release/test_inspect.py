@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import checkpoints
 import foreign
-from fourfold import cli
+from command_line import invoke
 from fourfold.datatypes import FourfoldError
 from fourfold.release.inspect import Inspection, inspect
 
@@ -115,7 +114,7 @@ def test_a_group_size_that_the_scales_do_not_have(
     checkpoints.edit_json(out / "config.json", change)
 
     def run(*words: object) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.app, [*map(str, words)])
+        done = invoke(*words)
         return done.exit_code, " ".join(done.output.split())
 
     code, said = run("inspect", out)
@@ -149,7 +148,7 @@ def test_a_group_size_of_some_modules_alone(shipped: dict[str, Path], altered: A
 def test_a_pattern_that_would_match_for_ever(shipped: dict[str, Path], altered: Altered) -> None:
     out, hostile = altered(shipped["gptq"]), {"-:(.*.){25}!": {}}
     checkpoints.edit_json(out / "config.json", lambda raw: raw["quantization_config"].update(dynamic=hostile))
-    answered = CliRunner().invoke(cli.app, ["inspect", str(out)])
+    answered = invoke("inspect", str(out))
     assert answered.exit_code == 2, answered.output
     said = " ".join(answered.stderr.split())
     assert "quantization_config.dynamic: a pattern" in said and "more than 5 s of CPU time" in said

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fourfold import cli
+from command_line import invoke
 
 Altered = Callable[[Path], Path]
 COMMANDS = {
@@ -40,7 +39,7 @@ def test_nothing_is_written_through_a_link(
     place.symlink_to(outside)
     before = contents(tmp_path)
     places = {"OUT": str(out), "SOURCE": str(shipped_source)}
-    done = CliRunner().invoke(cli.app, [places.get(word, word) for word in COMMANDS[command]])
+    done = invoke(*(places.get(word, word) for word in COMMANDS[command]))
     said = " ".join(done.stderr.split())
     assert done.exit_code == 2 and f"{place}: got a link to {outside}" in said, done.output
     assert contents(tmp_path) == before
@@ -51,6 +50,6 @@ def test_a_conversion_does_not_write_through_a_link(shipped: dict[str, Path], tm
     (tmp_path / "mine" / "thesis.txt").touch()
     (tmp_path / ".new.converting").symlink_to(tmp_path / "mine")
     words = ["convert", str(shipped["gptq"]), str(tmp_path / "new"), "--format", "compressed-tensors"]
-    done = CliRunner().invoke(cli.app, words)
+    done = invoke(*words)
     assert done.exit_code == 2 and "got a link" in done.stderr, done.output
     assert (tmp_path / "mine" / "thesis.txt").exists()

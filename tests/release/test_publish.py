@@ -16,9 +16,9 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard, hf_api
 from huggingface_hub.utils import close_session
-from typer.testing import CliRunner
 
-from fourfold import api, cli
+from command_line import invoke
+from fourfold import api
 from fourfold.datatypes import FourfoldError
 from fourfold.release.export import Options, export
 from fourfold.release.publish import publish
@@ -207,7 +207,7 @@ def test_a_branch(hub: Hub, verified: Path) -> None:
 
 def test_dry_run(hub: Hub, verified: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in verified.rglob("*")}
-    shown = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run", "--json"])
+    shown = invoke("publish", str(verified), "me/model", "--dry-run", "--json")
     assert shown.exit_code == 0, shown.output
     files = json.loads(shown.output.splitlines()[-1])["files"]
     assert {file["name"]: (file["size_bytes"], file["sha256"]) for file in files} == {
@@ -217,7 +217,7 @@ def test_dry_run(hub: Hub, verified: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in verified.rglob("*") if path.name != "lock"} == {
         path: when for path, when in before.items() if path.name != "lock"
     }
-    table = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run"])
+    table = invoke("publish", str(verified), "me/model", "--dry-run")
     assert "would be sent to" in table.output and "README.md" in table.output
 
 
@@ -296,7 +296,7 @@ def test_only_what_fourfold_wrote(hub: Hub, verified: Path) -> None:
     }
     assert found.skipped == ("chat.py", "figures/holiday.png", "notes.md", "secret.env", "serve-vllm.log")
     (verified / "secret.env").unlink()
-    shown = CliRunner().invoke(cli.app, ["publish", str(verified), "me/model", "--dry-run", "--include", "chat.py"])
+    shown = invoke("publish", str(verified), "me/model", "--dry-run", "--include", "chat.py")
     said = " ".join(shown.output.split())
     assert shown.exit_code == 0 and "chat.py" in shown.output.split("not sent")[0], shown.output
     assert "did not write it: figures/holiday.png, notes.md, serve-vllm.log (--include FILE" in said
@@ -317,7 +317,7 @@ def test_links_are_refused(hub: Hub, verified: Path, name: str) -> None:
 
 @pytest.mark.parametrize("repo", ["x y", "me/no//name", "me/ünï", "model", "me/model.git", "a/b/c"])
 def test_names_of_repositories(verified: Path, repo: str) -> None:
-    done = CliRunner().invoke(cli.app, ["publish", str(verified), repo, "--dry-run"])
+    done = invoke("publish", str(verified), repo, "--dry-run")
     assert done.exit_code == 2 and f"REPO: got '{repo}', expected org/name" in done.stderr, done.output
 
 
@@ -342,7 +342,7 @@ def test_what_is_there_already(hub: Hub, verified: Path) -> None:
 
 
 def report(folder: Path, *options: str) -> str:
-    done = CliRunner().invoke(cli.app, ["report", str(folder), "--repo", "me/model", *options])
+    done = invoke("report", str(folder), "--repo", "me/model", *options)
     assert done.exit_code == 0, done.output
     return (folder / "README.md").read_text(encoding="utf-8")
 
@@ -415,5 +415,5 @@ def test_the_card_of_an_export_that_rounds(shipped: dict[str, Path], tmp_path: P
     assert "| verified | no |" in text and "draft-mtp" not in text
     card = ModelCard(text).data.to_dict()
     assert (card["base_model"], card["license"]) == ("org/other", "apache-2.0")
-    done = CliRunner().invoke(cli.app, ["report", str(new), "--against", str(new)])
+    done = invoke("report", str(new), "--against", str(new))
     assert done.exit_code == 2 and "--against: got" in done.output

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from fourfold import cli
+from command_line import invoke
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.serve import bench as benches
 from fourfold.serve.bench import Load, bench, quantiles, read_prompts, summarize
@@ -182,7 +181,7 @@ def test_prompts_that_are_none(tmp_path: Path, name: str, text: str, said: str) 
 
 
 def command(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["bench", *map(str, arguments)], env={"COLUMNS": "150"})
+    return invoke("bench", *arguments, columns=150)
 
 
 def test_the_command_writes_and_shows(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import exports
-from fourfold import cli
+from command_line import invoke
 from fourfold.datatypes import FourfoldError
 from fourfold.release.export import export
 from fourfold.serve.local import FileSizes, gguf_files, llama_server, place, read_sizes
@@ -59,7 +58,7 @@ def test_llama_server(exported: dict[str, Path]) -> None:
 
 def test_on_the_command_line(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)], env={"COLUMNS": "300"})
+        done = invoke("serve", *arguments, columns=300)
         return done.exit_code, done.output
 
     code, said = run(exported["gguf"], "--engine", "llama.cpp", "--print", "--mtp", "0")

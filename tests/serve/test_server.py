@@ -13,10 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
+from command_line import invoke
 from deployments import CPU, OURS
-from fourfold import cli
 from fourfold.datatypes import FourfoldError
 from fourfold.serve import server
 from fourfold.serve.command import Command, Deployment, build
@@ -145,7 +144,7 @@ def test_a_port_that_is_taken() -> None:
 
 
 def fourfold(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
+    return invoke("serve", *arguments)
 
 
 def test_print_is_the_command_alone_on_stdout(tmp_path: Path, example_model: Path) -> None:

@@ -14,16 +14,15 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
-from typer.testing import CliRunner
 
 import releases
-from fourfold import cli
+from command_line import invoke
 from fourfold.datatypes import FourfoldError
 from fourfold.release.contents import named_repo
 from fourfold.release.report.about import About, licence
 from fourfold.release.report.card import card
+from fourfold.release.report.recommend import recommend
 from fourfold.release.report.records import read_records
-from fourfold.reporting import recommend
 from hostile import HOSTILE, Change
 
 ABOUT = About(name="me/small-int4", base_model="Qwen/Small")
@@ -251,7 +250,7 @@ def test_names_that_the_hub_does_not_take_are_refused(finished: Path, name: str)
 
 def test_a_repository_that_the_hub_does_not_take(finished: Path) -> None:
     for repo in ("not a repo!!", "me/ünï", "model"):
-        done = CliRunner().invoke(cli.app, ["report", str(finished), "--repo", repo])
+        done = invoke("report", str(finished), "--repo", repo)
         assert done.exit_code == 2 and f"--repo: got '{repo}', expected org/name" in done.stderr, done.output
     assert not (finished / "README.md").exists()
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import vl_convert
-from typer.testing import CliRunner
 
-from fourfold import cli
+from command_line import invoke
 from fourfold.release.report.about import About
 from fourfold.release.report.card import card
 from fourfold.release.report.charts import RATIO
@@ -89,7 +88,7 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
 
 
 def test_quiet(release: Path) -> None:
-    answered = CliRunner().invoke(cli.app, ["report", str(release), "--quiet"])
+    answered = invoke("report", str(release), "--quiet")
     assert (answered.exit_code, answered.output) == (0, "")
     assert (release / "README.md").exists() and (release / "report.html").exists()
 

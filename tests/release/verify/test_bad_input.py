@@ -18,12 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
 import checkpoints
 import releases
 from broken import Copy
-from fourfold import cli, interpreter, process
+from command_line import invoke
+from fourfold import interpreter, process
 from fourfold.quantize.journal import hold
 
 Broken = Callable[[str], Copy]
@@ -31,7 +31,7 @@ CT, GPTQ, V2 = releases.FORMATS
 
 
 def verify(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["verify", *map(str, arguments)])
+    return invoke("verify", *arguments)
 
 
 def refused(*arguments: object) -> str:
@@ -352,7 +352,7 @@ def test_a_signal_to_the_command_ends_the_engine_too(
     """Ctrl-C or `kill`, twice: no traceback, nothing of the engine left, the lock free."""
     out = copy(CT).folder
     command = [sys.executable, "-m", "fourfold", "verify", str(out), "--engine", "vllm"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "FOURFOLD_TEST": mark}
+    environment = {**os.environ, "PYTHONPATH": str(Path(process.__file__).parents[1]), "FOURFOLD_TEST": mark}
     with subprocess.Popen(
         [*command, "--python", str(fake_python(tmp_path, HANG))],
         env=environment,

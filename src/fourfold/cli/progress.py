@@ -1,28 +1,25 @@
-"""How a command talks to the terminal: consoles, text of unknown origin, progress from events."""
+"""The progress of a command, from its events: bars, a line per layer, or JSON lines."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
-from rich.table import Table
-from rich.text import Text
 
+from fourfold.cli.console import PIPE_WIDTH, paragraphs, plain, print_json
 from fourfold.datatypes import Event, ignore
 from fourfold.datatypes import Progress as Callback
 from fourfold.units import clock_text
 
 PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
-PIPE_WIDTH = 10_000  # columns: no line of a table is as long
 BAR_WIDTH = 20  # columns: with the longest stage and its figures a line has fewer than 80
 STAGES = {  # what a stage is called where its own name says too little
     "rehearse": "rehearsing a small copy",
@@ -47,50 +44,18 @@ SWEEP = ("forward", "backward")  # before the loop: its layers are gone through 
 BEHIND = ("write", "record", "recorded", "copy")  # of the writer's thread: not what the loop is at
 
 
-class Manner(Enum):
-    """How progress is shown: bars that move, a line per layer, JSON lines, or nothing."""
+class OutputMode(Enum):
+    """How progress is shown: moving bars, a line per layer, JSON lines, or nothing."""
 
-    LIVE = "live"
+    BARS = "bars"
     LINES = "lines"
     JSON = "json"
     QUIET = "quiet"
 
 
-def open_console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: no markup, no emoji codes, no guessed colours."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-def plain(text: object) -> str:
-    """Text of unknown origin on one line, control characters (and with them terminal sequences) replaced."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(text))
-
-
-def paragraphs(text: object) -> str:
-    """The same, line breaks kept."""
-    return "\n".join(plain(line) for line in str(text).splitlines())
-
-
-def say(console: Console, text: str | Text, style: str | None = None) -> None:
-    """Print a paragraph: on a terminal wrapped between words, into a pipe on one line."""
-    console.print(text, style=style, soft_wrap=not console.is_terminal)
-
-
-def show_table(console: Console, table: Table) -> None:
-    """Print a table: on a terminal within its width, into a pipe as wide as it is, without trailing blanks."""
-    if console.is_terminal:
-        console.print(table)
-        return
-    for line in console.render_lines(table, console.options.update(width=PIPE_WIDTH), pad=False):
-        console.print("".join(segment.text for segment in line).rstrip(), soft_wrap=True)
-
-
 def memory_text(memory_bytes: Mapping[str, int]) -> str:
     """Bytes of each place, for people to read."""
     return ", ".join(f"{plain(place)} {decimal(size)}" for place, size in memory_bytes.items())
-
-
-# --- progress ----------------------------------------------------------------------------------------------------
 
 
 class Pace:
@@ -148,42 +113,12 @@ def layer_line(event: Event, pace: Pace, width: int = PIPE_WIDTH) -> str:
     return line
 
 
-def note_text(event: Event) -> str:
-    """What the run is, or a note about it."""
-    return ("note: " if event.kind == "note" else "") + paragraphs(event.text)
+class Display:
+    """What people see: a line per layer and per note; above them bars, or a line for each stage outside the layers."""
 
-
-def stage_text(event: Event) -> str:
-    return plain(STAGES.get(event.stage, event.stage))
-
-
-class Lines:
-    """One line per layer and per stage outside the loop over them, for logs and pipes."""
-
-    def __init__(self, console: Console, pace: Pace) -> None:
-        self.console, self.pace = console, pace
-        self._last_stage = ""
-
-    def show(self, event: Event) -> None:
-        if event.kind in ("start", "note"):
-            self._say(note_text(event))
-        elif event.kind == "layer":
-            self._say(layer_line(event, self.pace))
-        elif event.kind == "stage" and (event.layer < 0 or event.stage in SWEEP) and event.stage != self._last_stage:
-            self._last_stage = event.stage
-            self._say(stage_text(event))
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
-        self.console.file.flush()  # a log file is read while the run is on
-
-
-class Bars:
-    """A bar over the layers and one over the stage in work; finished layers scroll by above them."""
-
-    def __init__(self, console: Console, pace: Pace) -> None:
-        self.pace = pace
-        self.progress = Progress(
+    def __init__(self, console: Console, pace: Pace, *, bars: bool) -> None:
+        self.console, self.pace, self._stage_name = console, pace, "starting"
+        self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(BAR_WIDTH),
@@ -191,71 +126,68 @@ class Bars:
             TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             transient=True,
+            disable=not bars,
         )
-        self._layers = self.progress.add_task("layers", total=None, figures="")
-        self._stage_name = "starting"
-        self._stage = self.progress.add_task(self._stage_name, total=None, figures="")
+        self._layers = self.bars.add_task("layers", total=None, figures="")
+        self._stage = self.bars.add_task(self._stage_name, total=None, figures="")
 
     def show(self, event: Event) -> None:
-        console = self.progress.console
         if event.kind in ("start", "note"):
-            say(console, note_text(event))
+            self._print(("note: " if event.kind == "note" else "") + paragraphs(event.text))
         elif event.kind == "layer":
-            say(console, layer_line(event, self.pace, console.width))
+            self._print(layer_line(event, self.pace, PIPE_WIDTH if self.bars.disable else self.console.width))
             left = self.pace.left_seconds
             figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
-            self.progress.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
+            self.bars.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
+        elif event.kind == "stage" and self.bars.disable:
+            if (event.layer < 0 or event.stage in SWEEP) and event.stage != self._stage_name:
+                self._stage_name = event.stage
+                self._print(stage_text(event))
         elif event.kind == "stage" and event.stage not in BEHIND:
-            self._show_stage(event)
+            self._move(event)
 
-    def _show_stage(self, event: Event) -> None:
-        figures = ""
-        if event.done and event.unit:
-            figures = f"{self.pace.per_second(event):,.0f} {plain(event.unit)}/s"
-        where = f"layer {event.layer + 1}: " if event.layer >= 0 else ""
-        name = where + stage_text(event)
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=self.bars.disable)
+        self.console.file.flush()  # a log file is read while the run is on
+
+    def _move(self, event: Event) -> None:
+        """Move the bar of the event's stage."""
+        speed = f"{self.pace.per_second(event):,.0f} {plain(event.unit)}/s" if event.done and event.unit else ""
+        name = (f"layer {event.layer + 1}: " if event.layer >= 0 else "") + stage_text(event)
         if name != self._stage_name:  # a new bar: one that had a total keeps it
-            self.progress.remove_task(self._stage)
-            self._stage, self._stage_name = self.progress.add_task(name, total=None, figures=""), name
+            self.bars.remove_task(self._stage)
+            self._stage, self._stage_name = self.bars.add_task(name, total=None, figures=""), name
         if event.done:  # until then the bar pulses
-            self.progress.update(self._stage, completed=event.done, total=event.total or None, figures=figures)
+            self.bars.update(self._stage, completed=event.done, total=event.total or None, figures=speed)
 
 
-def json_line(console: Console, value: Mapping[str, object]) -> None:
-    """One JSON object on one line, at once."""
-    console.file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
-    console.file.flush()
+def stage_text(event: Event) -> str:
+    return plain(STAGES.get(event.stage, event.stage))
 
 
-def choose(console: Console, *, as_json: bool, quiet: bool) -> Manner:
-    """JSON lines before silence, since who asks for both wants to read them; bars only where they can move."""
-    if as_json:
-        return Manner.JSON
-    if quiet:
-        return Manner.QUIET
-    return Manner.LIVE if console.is_terminal else Manner.LINES
+def choose_mode(console: Console) -> OutputMode:
+    """Bars only where they can move."""
+    return OutputMode.BARS if console.is_terminal else OutputMode.LINES
 
 
 @contextmanager
-def watch(console: Console, manner: Manner, clock: Callable[[], float] = time.monotonic) -> Iterator[Callback]:
-    """A progress callback that shows events in the given manner. Events may come from several threads."""
-    if manner is Manner.QUIET:
+def show_progress(
+    console: Console, mode: OutputMode, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callback]:
+    """A progress callback that shows events in the given mode. Events may come from several threads."""
+    if mode is OutputMode.QUIET:
         yield ignore
         return
     lock, pace = threading.Lock(), Pace(clock)
-    bars = Bars(console, pace) if manner is Manner.LIVE else None
-    shown = bars or Lines(console, pace)
+    display = Display(console, pace, bars=mode is OutputMode.BARS)
 
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         with lock:
-            if manner is Manner.JSON:
-                json_line(console, asdict(event))
+            if mode is OutputMode.JSON:
+                print_json(console, asdict(event))
             else:
                 pace.follow(event)
-                shown.show(event)
+                display.show(event)
 
-    if bars is None:
-        yield tell
-        return
-    with bars.progress:
-        yield tell
+    with display.bars if mode is OutputMode.BARS else nullcontext():
+        yield report

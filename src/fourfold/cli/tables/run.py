@@ -1,4 +1,4 @@
-"""What the terminal shows of plans, finished runs, evaluations, verdicts."""
+"""Tables of the commands that make a release and measure it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.tables.facts import facts_table, show_facts, show_warnings
-from fourfold.terminal import memory_text, paragraphs, plain, say, show_table
+from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show_facts, show_table, warn
+from fourfold.cli.progress import memory_text
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
@@ -33,23 +33,20 @@ def show_plan(console: Console, plan: Plan) -> None:
     say(console, f"time: {plain(plan.time.basis)}", "dim")
     if plan.recipe.guidance.tokens:
         say(console, plan.prediction)
-    show_warnings(console, plan.warnings)
+    for warning in plan.warnings:
+        warn(console, "warning", warning)
 
 
 def _groups_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
-    rows = plan.groups()
-    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
-    table.add_column("tensors", footer="all")
-    table.add_column("what happens")
-    table.add_column("before", justify="right", footer=f"{sum(row.tensors_before for row in rows):,}")
-    table.add_column("after", justify="right", footer=f"{sum(row.tensors_after for row in rows):,}")
-    table.add_column("size", justify="right", footer=decimal(before))
-    table.add_column("size after", justify="right", footer=decimal(after))
+    table, rows = grid("tensors", "what happens", "before", "after", "size", "size after", right=2), plan.groups()
     for row in rows:
         tensors = f"{row.tensors_before:,}", f"{row.tensors_after:,}"
-        sizes = decimal(row.bytes_before), decimal(row.bytes_after)
-        table.add_row(plain(row.group), plain(row.action), *tensors, *sizes)
+        table.add_row(
+            plain(row.group), plain(row.action), *tensors, decimal(row.bytes_before), decimal(row.bytes_after)
+        )
+    tensors = f"{sum(row.tensors_before for row in rows):,}", f"{sum(row.tensors_after for row in rows):,}"
+    sizes = decimal(sum(row.bytes_before for row in rows)), decimal(sum(row.bytes_after for row in rows))
+    table.add_row("all", "", *tensors, *sizes)
     return table
 
 
@@ -127,10 +124,8 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     """The table of metrics.json: source, release and, where there is one, the second release."""
     releases = [found, *filter(None, [found.get("against")])]
     names = ["source", "release", *(plain(release["name"]) for release in releases[1:])]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
+    table = grid("", *names, right=1)
+    table.columns[0].no_wrap = True
     perplexities = [figure_text(release, "perplexity_release") for release in releases]
     table.add_row("perplexity", figure_text(found, "perplexity_source"), *perplexities)
     for key, (label, _) in [*FIGURES.items()][2:]:
@@ -172,9 +167,9 @@ STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
     """A row for each check: level, name, what came of it, what was seen; then what an engine is, and the verdict."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("level", "check", "", "seen"):
-        table.add_column(name, no_wrap=name != "seen")
+    table = grid("level", "check", "", "seen")
+    for column in table.columns[:3]:
+        column.no_wrap = True
     before = ""
     for check in verdict.checks:
         status = Text(check.status, style=STATUS_STYLES[check.status])

@@ -1,4 +1,4 @@
-"""What the terminal shows of checkpoints, and of what is done with them."""
+"""Tables of the commands that work with finished releases."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
+from fourfold.cli.console import grid, paragraphs, plain, say, show_facts, show_table, warn
 from fourfold.formats import EXPORTS
-from fourfold.tables.facts import show_facts
-from fourfold.terminal import paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
@@ -25,17 +23,14 @@ if TYPE_CHECKING:
 
 
 def show_inspection(console: Console, found: Inspection) -> None:
-    """Groups of tensors, how int4 is stored, the draft head, engines, traps."""
+    """Groups of tensors, format of int4, draft head, engines, known issues."""
     made_by = f", made by {plain(found.made_by)}" if found.made_by else ""
     title = f"{plain(found.folder)}: {plain(found.model_type)}, {found.tensors:,} tensors in {found.shards:,} shards"
     say(console, Text(title + made_by, style="bold"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
-    table.add_column("tensors", footer="all")
-    table.add_column("stored as")
-    table.add_column("count", justify="right", footer=f"{found.tensors:,}")
-    table.add_column("size", justify="right", footer=decimal(found.size_bytes))
+    table = grid("tensors", "format", "count", "size", right=2)
     for row in found.groups:
         table.add_row(row.group, plain(" + ".join(row.stored)), f"{row.tensors:,}", decimal(row.size_bytes))
+    table.add_row("all", "", f"{found.tensors:,}", decimal(found.size_bytes))
     show_table(console, table)
     show_facts(console, _stored_facts(found))
     for engine in found.engines:
@@ -49,7 +44,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     if found.unknown:
         say(console, f"engines: not known ({paragraphs(found.unknown)})")
     for trap in found.traps:
-        say(console, Text.assemble(("known issue: ", "yellow"), paragraphs(trap)))
+        warn(console, "known issue", trap)
 
 
 def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -147,9 +142,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
             facts.append((label, ", ".join(names[:NAMES_SHOWN]) + more))
     show_facts(console, facts)
     if found.metrics:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("measured", "A", "B"):
-            table.add_column(name, justify="left" if name == "measured" else "right")
+        table = grid("measured", "A", "B", right=1)
         for name in filter(found.metrics.__contains__, FIGURES):
             table.add_row(FIGURES[name][0], *map(partial(_figure, name), found.metrics[name], found.intervals[name]))
         show_table(console, table)
@@ -178,4 +171,4 @@ def show_published(console: Console, found: Published, dry_run: bool) -> None:
     if found.tag:
         say(console, f"tag {plain(found.tag)}")
     for problem in found.unverified:
-        say(console, Text.assemble(("not verified: ", "yellow"), plain(problem)))
+        warn(console, "not verified", problem)

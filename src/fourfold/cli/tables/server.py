@@ -1,4 +1,4 @@
-"""What the terminal shows of an engine's command, of its server, and of a load on it."""
+"""Tables of the commands that work with a server."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from fourfold.tables.facts import facts_table, show_facts
-from fourfold.terminal import paragraphs, plain, say, show_table
+from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show_facts, show_table, warn
 from fourfold.units import clock_text
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ def show_command(console: Console, command: Command) -> None:
     for line in command.forecast.lines():
         say(console, plain(line))
     for problem in command.problems:
-        say(console, Text.assemble(("problem: ", "bold red"), paragraphs(problem)))
+        warn(console, "problem", problem, "bold red")
     for note in command.notes:
         say(console, f"note: {paragraphs(note)}")
 
@@ -39,8 +37,7 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
     """That a server is ready, what its probe found, its cache beside the forecast."""
     ready = f"ready after {clock_text(seconds)}: {plain(command.url)}/v1, model {plain(command.name)}"
     say(console, ready, "green")
-    table = facts_table()
-    table.add_column()
+    table = facts_table(3)
     for finding in probed.findings:
         said, style = {True: ("alive", "green"), False: ("NOT ALIVE", "bold red"), None: ("not seen", "yellow")}[
             finding.alive
@@ -56,10 +53,8 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
 def show_bench(console: Console, found: Mapping[str, Any]) -> None:
     """A column for each concurrency, the reference's figures beside them where it is that model; then a drawing."""
     levels, card = found["levels"], found["card"] or {}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("concurrency", no_wrap=True)
-    for level in levels:
-        table.add_column(str(level["concurrency"]), justify="right")
+    table = grid("concurrency", *(str(level["concurrency"]) for level in levels), right=1)
+    table.columns[0].no_wrap = True
     table.add_column(f"card: {plain(card['engine'])}" if card else "")
     for label, cells, beside in _bench_rows(levels, card):
         table.add_row(label, *cells, beside)

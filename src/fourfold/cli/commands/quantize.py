@@ -1,0 +1,227 @@
+"""The commands that make a release and measure it: plan, quantize, evaluate, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fourfold import api
+from fourfold.cli.console import open_console, print_json
+from fourfold.cli.errors import CHECK_FAILED, when_stopped
+from fourfold.cli.options import (
+    Engine,
+    EnginePython,
+    EventOutput,
+    ExistingFile,
+    Model,
+    ModelId,
+    Output,
+    OutputFile,
+    RecipeOptions,
+    Release,
+    RunOptions,
+    number,
+)
+from fourfold.cli.progress import choose_mode, show_progress
+from fourfold.cli.tables.run import show_evaluation, show_plan, show_summary, show_verdict
+from fourfold.quantize.rates import MACHINES
+
+MACHINE_HELP = f"Predict for another machine from its data sheet: {', '.join(MACHINES)}. Default: this machine."
+
+
+def plan(
+    model: Model,
+    /,
+    *,
+    recipe: RecipeOptions = RecipeOptions(),
+    run: RunOptions = RunOptions(),
+    machine: Annotated[str | None, Parameter(metavar="NAME", help=MACHINE_HELP)] = None,
+    out: Annotated[Path | None, Parameter(metavar="OUT")] = None,
+    json: bool = False,
+) -> None:
+    """Show what quantize would do: tensors, memory, disk, time.
+
+    Reads config.json, the tokenizer files, the safetensors headers and the calibration text, which is not tokenized.
+    Writes only to the Hub cache. The time is predicted from a microbenchmark of this machine, which takes some seconds.
+    Warnings name what an engine would refuse.
+
+    Args:
+        out: Folder of the release: shows its free disk space, and what the sweep of a guided run there predicts.
+        json: Print the plan with all tensors as one JSON object.
+
+    Examples:
+        fourfold plan Qwen/Qwen3.6-35B-A3B --devices cuda:0 --memory 10GiB
+        fourfold plan ./model --recipe fast --json
+        fourfold plan ./model --machine rtx3060x4    # predicted for that machine
+    """
+    errors = open_console(stderr=True)  # stdout has only the plan
+    with show_progress(errors, choose_mode(errors)) as progress:
+        planned = api.plan(
+            model,
+            recipe=recipe.load(),
+            devices=run.devices,
+            memory_bytes=run.memory.memory_bytes,
+            host_bytes=run.memory.host_bytes,
+            machine=machine,
+            layers=run.layers,
+            out=out,
+            progress=progress,
+        )
+    console = open_console()
+    if json:
+        print_json(console, planned.to_json())
+    else:
+        show_plan(console, planned)
+
+
+def quantize(
+    model: Model,
+    out: Path,
+    /,
+    *,
+    recipe: RecipeOptions = RecipeOptions(),
+    run: RunOptions = RunOptions(),
+    derived: bool = False,
+    dry_run: bool = False,
+    restart: bool = False,
+    trace: OutputFile | None = None,
+    output: EventOutput = EventOutput(),
+) -> None:
+    """Quantize MODEL into OUT.
+
+    Resumable: stop it at any time and rerun the same command; the output is bit-identical. At most one layer of work is
+    lost. Everything is checked before the first weight is read.
+
+    Args:
+        out: Folder of the release: new, empty, or of a run to resume.
+        derived: Quantize an architecture that fourfold's tests do not cover, if a small copy runs as in transformers.
+        dry_run: Print the plan and stop, as `fourfold plan` does.
+        restart: Delete the results of an earlier run in OUT and start over.
+        trace: Write a timeline of each worker, for chrome://tracing or ui.perfetto.dev.
+
+    Examples:
+        fourfold quantize Qwen/Qwen3.6-35B-A3B ./release
+        fourfold quantize ./model ./release --recipe fast --set solver.passes=3
+        fourfold quantize ./model ./trial --layers 0-3    # a trial on four layers
+    """
+    if dry_run:
+        plan(model, recipe=recipe, run=run, out=out, json=output.json)
+        return
+    if api.follows():
+        output = EventOutput(quiet=True)  # the first rank reports for all
+    advice = f"Finished layers are kept. Rerun the same command{' without --restart' if restart else ''} to resume."
+    with when_stopped(advice, out):
+        chosen = recipe.load()
+        output.present(
+            lambda progress: api.quantize(
+                model,
+                out,
+                recipe=chosen,
+                devices=run.devices,
+                memory_bytes=run.memory.memory_bytes,
+                host_bytes=run.memory.host_bytes,
+                layers=run.layers,
+                derived=derived,
+                restart=restart,
+                trace=trace,
+                progress=progress,
+            ),
+            lambda console, summary: show_summary(console, summary, model),
+            kind="summary",
+        )
+
+
+def evaluate(
+    out: Release,
+    /,
+    *,
+    source: ModelId,
+    text: ExistingFile | None = None,
+    windows: Annotated[int | None, number(int, 1)] = None,
+    length: Annotated[int, number(int, 2, metavar="TOKENS")] = 2048,
+    against: Annotated[str | None, Parameter(metavar="OUT2")] = None,
+    drafts: Annotated[bool, Parameter(negative="--no-drafts")] = True,
+    tasks: Annotated[str | None, Parameter(metavar="NAMES")] = None,
+    url: Annotated[str | None, Parameter(metavar="URL")] = None,
+    replace: bool = False,
+    devices: Annotated[str, Parameter(metavar="DEVICE")] = "auto",
+    output: EventOutput = EventOutput(),
+) -> None:
+    """Measure the release in OUT against its source.
+
+    Writes OUT/metrics.json: perplexity, KL divergence, top-1 agreement, drift and routing per layer, and the acceptance
+    rate of the MTP head, on held-out text. A larger earlier measurement is kept unless --replace is given. Works layer
+    by layer, also on releases of GPTQModel, llm-compressor and AutoRound.
+
+    Args:
+        source: BF16 checkpoint that OUT was made from: local path or Hugging Face model ID.
+        text: Measure on this text (.txt, or .jsonl or .parquet with a field `text`) instead of the built-in one.
+        windows: Windows of the text. Default: up to 64.
+        length: Tokens per window.
+        against: Measure a second release in the same pass: local path or Hugging Face model ID.
+        drafts: Measure the draft (MTP) heads, which reads all layers about ten more times.
+        tasks: Comma-separated lm-eval tasks, run on the server at --url.
+        url: Running server of the release with an OpenAI-compatible API.
+        replace: Replace an earlier measurement even if it has more predictions.
+        devices: One device: auto (the first GPU, or else the CPU), cpu or cuda:N.
+
+    Examples:
+        fourfold evaluate ./release --source Qwen/Qwen3.6-35B-A3B
+        fourfold evaluate ./release --source ./model --text wikitext-2-raw-test.parquet --against ./other
+        fourfold evaluate ./release --source ./model --tasks gsm8k --url http://localhost:8000
+    """
+    output.present(
+        lambda progress: api.evaluate(
+            out,
+            source=source,
+            text=text,
+            windows=windows,
+            length=length,
+            against=against,
+            drafts=drafts,
+            tasks=tasks.split(",") if tasks else (),
+            url=url,
+            replace=replace,
+            devices=devices,
+            progress=progress,
+        ),
+        show_evaluation,
+        kind="metrics",
+    )
+
+
+def verify(
+    out: Release,
+    /,
+    *,
+    source: ModelId | None = None,
+    engine: Engine | None = None,
+    python: EnginePython = None,
+    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 60,
+    output: Output = Output(),
+) -> int:
+    """Check a release: its files, its source, a run in an engine.
+
+    Writes OUT/verify.json. The files are always checked; --source compares every tensor, --engine loads and runs OUT.
+    Exit code 0 means that all requested levels have passed.
+
+    Args:
+        source: Compare every tensor with the checkpoint that OUT was made from (local path or Hugging Face model ID);
+            for GGUF and MLX with the release that `convert` read.
+        engine: Load and run OUT in this engine (SGLang: load only; llama.cpp and MLX: output of `convert`).
+        timeout: Stop an engine that has not answered by then.
+
+    Examples:
+        fourfold verify ./release
+        fourfold verify ./release --source Qwen/Qwen3.6-35B-A3B
+        fourfold verify ./release --source ./model --engine vllm --python ~/vllm/bin/python
+    """
+    verdict = output.present(
+        lambda progress: api.verify(
+            out, source=source, engine=engine, python=python, timeout=timeout, progress=progress
+        ),
+        show_verdict,
+    )
+    return 0 if verdict.passed else CHECK_FAILED

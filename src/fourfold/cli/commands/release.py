@@ -1,0 +1,259 @@
+"""The commands that work with a finished release: report, inspect, convert, compare, publish."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fourfold.cli.console import open_console, plain, print_json, say
+from fourfold.cli.errors import CHECK_FAILED, when_stopped
+from fourfold.cli.options import Output, Release, RepoId, choice, read_size, value
+from fourfold.cli.tables.release import (
+    show_comparison,
+    show_converted,
+    show_export,
+    show_exported,
+    show_inspection,
+    show_published,
+)
+from fourfold.datatypes import FourfoldError
+from fourfold.formats import EXPORTS, NAMES
+from fourfold.formats.gguf import NAME as GGUF
+from fourfold.formats.gguf import RESTS
+
+LIBRARIES = ("matplotlib", "vl_convert")  # of the extra `report`
+
+
+def report(
+    out: Release,
+    /,
+    *,
+    against: Annotated[Path | None, Parameter(metavar="OUT2")] = None,
+    repo: RepoId | None = None,
+    base_model: RepoId | None = None,
+    license: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Write a release's model card, its plots and report.html.
+
+    Reads only the results of quantize, evaluate, verify and bench in OUT (bench.json if it is there) and measures
+    nothing. Missing results are listed as not measured. For GGUF and MLX only the card is written.
+
+    Args:
+        against: Second release of fourfold, shown beside this one.
+        repo: Repository of the release on the Hub, for commands on the card. Default: the folder's name.
+        base_model: Hugging Face model ID of the source. Default: the ID that quantize was given.
+        license: License as the Hub names it. Default: from the source's card or LICENSE file.
+        quiet: Print only errors.
+
+    Examples:
+        fourfold report ./release --repo me/Qwen3.6-35B-A3B-int4 --base-model Qwen/Qwen3.6-35B-A3B
+        fourfold report ./release --against ./other
+    """
+    from fourfold.model.config import read_config
+    from fourfold.model.hub import check_repo_id
+    from fourfold.quantize.journal import require_release
+    from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
+
+    record = read_export(out)
+    if record is not None and against:
+        raise FourfoldError(f"--against: got {against}, expected no such option for what convert wrote")
+    for folder in filter(None, (out, against) if record is None else ()):
+        require_release(folder)
+        read_config(folder)
+    if repo is not None:
+        check_repo_id("--repo", repo)
+    if record is None and (missing := [name for name in LIBRARIES if find_spec(name) is None]):
+        from fourfold.install import pip_install
+
+        raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
+
+    from fourfold.release.report.about import About
+
+    about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
+    lines = [f"{plain(out / CARD)}: model card"]
+    if record is not None:
+        from fourfold.release.report.export_card import write as write_card
+
+        write_card(out, record, about)
+    else:
+        from fourfold.release.report.recommend import recommend
+        from fourfold.release.report.write import write
+
+        records = write(out, about, recommend, against)
+        lines += [f"{plain(out / FIGURES)}: its plots", f"{plain(out / PAGE)}: every projection, for a browser"]
+        lines += [f"not measured: {what} ({way})" for what, way in records.missing]
+    console = open_console()
+    for line in lines if not quiet else ():
+        say(console, line)
+
+
+def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = False) -> None:
+    """Show how a checkpoint is quantized and what loads it.
+
+    Names known issues, too. Reads the headers, and the values of one expert per layer, of any maker's checkpoint:
+    fourfold, GPTQModel, llm-compressor, AutoRound, or the BF16 original.
+
+    Args:
+        folder: Any checkpoint: local path or Hugging Face model ID.
+        json: Print the result as one JSON object.
+
+    Examples:
+        fourfold inspect ./release
+        fourfold inspect Qwen/Qwen3.6-35B-A3B --json
+    """
+    from fourfold.quantize.journal import check_checkpoint
+    from fourfold.release.contents import read_export
+
+    console = open_console()
+    if (record := read_export(Path(folder))) is not None:
+        if json:
+            print_json(console, record)
+        else:
+            show_export(console, folder, record)
+        return
+    check_checkpoint(folder, whole=False)
+    from fourfold.model.hub import resolve_model
+    from fourfold.release.inspect import inspect as look
+
+    found = look(resolve_model(folder, progress=not json))
+    if json:
+        print_json(console, found.to_json())
+    else:
+        show_inspection(console, found)
+
+
+def convert(
+    out: str,
+    new: Path,
+    /,
+    *,
+    format: Annotated[str, choice("FORMAT", *NAMES, *EXPORTS)],
+    rest: Annotated[str | None, choice("DTYPE", *RESTS)] = None,
+    mtp: Annotated[bool, Parameter(negative="--no-mtp")] = True,
+    shard_size: Annotated[int | None, value(read_size, "SIZE")] = None,
+    output: Output = Output(),
+) -> None:
+    """Write a release in another format, with the same codes.
+
+    Needs neither calibration nor source. gguf and mlx hold codes and scales exactly. The other formats round scales to
+    values that BF16 and FP16 both hold, and split stacks of draft experts: this fixes GPTQ releases whose drafts SGLang
+    drops (--format compressed-tensors). Memory does not grow with the release.
+
+    Args:
+        out: int4 release of any maker: local path or Hugging Face model ID.
+        new: Folder to write: new or empty.
+        format: Format of NEW.
+        rest: gguf: data type of matrices other than experts. Default: bf16, unchanged; the others round.
+        mtp: gguf: keep the draft (MTP) head, on which Ollama 0.21 to 0.24 fails.
+        shard_size: gguf: largest size of a file, as in 40GB. Default: one file.
+
+    Examples:
+        fourfold convert ./release ./release-gptq --format gptq
+        fourfold convert ./release ./release-gguf --format gguf
+        fourfold convert someone/Qwen3.6-35B-A3B-GPTQ-Int4 ./fixed --format compressed-tensors
+    """
+    with when_stopped("Nothing of it is kept."):
+        from fourfold.model.files import check_new
+        from fourfold.quantize.journal import check_checkpoint
+
+        check_new(new, check_checkpoint(out, whole=True))
+        from fourfold.model.hub import resolve_model
+        from fourfold.release.convert import convert as run
+        from fourfold.release.export import Options, export
+
+        if (rest, mtp, shard_size) != (None, True, None) and format != GGUF:
+            raise FourfoldError(f"--rest, --no-mtp, --shard-size: got --format {format}, expected --format gguf")
+        folder = resolve_model(out, progress=not output.silent)
+        if format in EXPORTS:
+            options = Options(rest=rest or "bf16", mtp=mtp, shard_bytes=shard_size or 0)
+            output.present(
+                lambda progress: export(folder, new, format, options=options, progress=progress), show_exported
+            )
+        else:
+            output.present(lambda progress: run(folder, new, format, progress=progress), show_converted)
+
+
+def compare(
+    first: Annotated[str, Parameter(name="A")],
+    second: Annotated[str, Parameter(name="B")],
+    /,
+    *,
+    equal: bool = False,
+    output: Output = Output(),
+) -> int:
+    """Compare two checkpoints: tensors, codes, scales, metrics.
+
+    Compares values, not formats: the same codes and scales are equal in GPTQ and compressed-tensors, an expert in a
+    stack equals the same expert in a tensor of its own. GGUF and MLX output of convert is compared with a release.
+
+    Args:
+        first: Checkpoint: local path or Hugging Face model ID.
+        second: Another one, in any format.
+        equal: Exit with code 1 unless all weights are the same.
+
+    Examples:
+        fourfold compare ./release ./release-gptq
+        fourfold compare ./release ./other --equal --json
+    """
+    from fourfold.quantize.journal import check_checkpoint
+    from fourfold.release.contents import read_export
+
+    for model in (first, second):
+        if read_export(Path(model)) is None:
+            check_checkpoint(model, whole=False)
+    from fourfold.model.hub import resolve_model
+    from fourfold.release.compare import compare as run
+
+    a, b = (resolve_model(model, progress=not output.silent) for model in (first, second))
+    found = output.present(lambda progress: run(a, b, progress=progress), show_comparison)
+    return CHECK_FAILED if equal and not found.same else 0
+
+
+def publish(
+    out: Release,
+    repo: str,
+    /,
+    *,
+    include: Annotated[tuple[str, ...], Parameter(metavar="FILE")] = (),
+    private: bool = False,
+    branch: Annotated[str, Parameter(metavar="NAME")] = "main",
+    force: Annotated[str, Parameter(metavar="REASON")] = "",
+    dry_run: bool = False,
+    output: Output = Output(),
+) -> None:
+    """Upload a verified release to the Hugging Face Hub.
+
+    Sends the files that fourfold wrote and those that --include names; other files in OUT are listed and not sent.
+    Hashes every file first. Rerun the same command to resume. Uses the token of `hf auth login`; fourfold does not ask
+    for it and never prints it.
+
+    Args:
+        repo: Repository on the Hub, as org/name; created if needed.
+        include: Send this file of OUT too, although fourfold did not write it. Repeatable.
+        private: Make the repository private; refuse an existing public one.
+        branch: Branch of REPO; created if needed.
+        force: Publish although verify has not passed for these files. The card shows the reason.
+        dry_run: Print every file with size and sha256; send nothing.
+
+    Examples:
+        fourfold publish ./release me/Qwen3.6-35B-A3B-int4 --dry-run
+        fourfold publish ./release me/Qwen3.6-35B-A3B-int4 --private
+    """
+    with when_stopped("Sent files are kept. Rerun the same command to resume."):
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        from fourfold.release.publish import publish as run
+
+        if output.silent:
+            disable_progress_bars()
+        output.present(
+            lambda progress: run(
+                out, repo, include=include, private=private, branch=branch, force=force, dry_run=dry_run,
+                progress=progress,
+            ),
+            lambda console, found: show_published(console, found, dry_run),
+        )  # fmt: skip

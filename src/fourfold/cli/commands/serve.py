@@ -1,0 +1,271 @@
+"""The commands that work with a server: serve, bench."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from fourfold.cli.console import open_console, paragraphs, plain, say
+from fourfold.cli.errors import CHECK_FAILED, when_stopped
+from fourfold.cli.options import (
+    RELEASE_ENGINES,
+    Engine,
+    EnginePython,
+    ExistingFile,
+    Output,
+    OutputFile,
+    choice,
+    number,
+    value,
+)
+from fourfold.cli.tables.server import show_bench, show_command, show_ready
+from fourfold.datatypes import FourfoldError, Progress
+from fourfold.formats import EXPORTS
+
+if TYPE_CHECKING:
+    from fourfold.serve.command import Deployment
+
+SIGNALLED = 128  # and the signal: as shells count
+LOCAL_OPTIONS = {  # of the servers that run what `convert` wrote
+    "llama.cpp": ("engine", "mtp", "context", "kv_cache", "host", "port"),
+    "mlx": ("engine", "host", "port"),
+}
+
+
+def read_ranks(text: str) -> int | None:
+    """GPUs of "4", None for "auto". Raises ValueError."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise ValueError(f"got {text!r}, expected auto, or a number of GPUs as in 4")
+    return int(text)
+
+
+def read_levels(text: str) -> tuple[int, ...]:
+    """Concurrent requests of "1,4,16", each level once. Raises ValueError."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or 0 in map(int, text.split(",")):
+        raise ValueError(f"got {text!r}, expected numbers from 1 on, as in 1,4,16")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+@Parameter(name="*", group=Group("Server", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What an engine is started with."""
+
+    engine: Engine | None = None
+    """Engine to start. Default: the installed one, vLLM first."""
+    mtp: Annotated[int | None, number(int, 0, 8)] = None
+    """Tokens that the MTP head drafts at a time, 0 for none. Default: 2 in vLLM, 3 in SGLang, where it works."""
+    context: Annotated[int | None, number(int, 1, metavar="TOKENS")] = None
+    """Longest context. Default: what fits, by estimate."""
+    kv_cache: Annotated[str | None, choice("DTYPE", "fp8", "auto")] = None
+    """Data type of the KV cache. Default: auto, which is BF16."""
+    tp: Annotated[int | None, value(read_ranks, "N|auto")] = None
+    """GPUs of tensor parallelism. Default: auto, as many as divide the model."""
+    profile: Annotated[str, choice("PROFILE", "default", "reference")] = "default"
+    """Settings where no option is given; with --print, reference is for its machine, 4 x RTX 3060."""
+    thinking_budget: Annotated[int | None, number(int, 0)] = None
+    """Thinking tokens of requests without a budget (vLLM, with fourfold's plugin in its environment)."""
+    presence_penalty: Annotated[float | None, number(float, -2, 2, "X")] = None
+    """Presence penalty of requests without one (vLLM)."""
+    host: Annotated[str, Parameter(metavar="HOST")] = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int | None, number(int, 1, 65535)] = None
+    """Port to listen on. Default: 8000 for vLLM, 30000 for SGLang, 8080 for llama.cpp and MLX."""
+    python: EnginePython = None
+    log: OutputFile | None = None
+    """Output of the engine. Default: OUT/.fourfold/serve-ENGINE.log, or in this folder for other makers' releases."""
+
+
+def serve(
+    out: str,
+    /,
+    *words: Annotated[str, Parameter(name="[-- WORDS]")],
+    server: ServerOptions = ServerOptions(),
+    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 30,
+    print_only: Annotated[bool, Parameter(name="--print")] = False,
+    docker: bool = False,
+) -> int:
+    """Serve a release with vLLM or SGLang, or what convert wrote.
+
+    Derives the command from the release, this machine and the engine, and checks it before anything starts; --print
+    shows it. Once the engine is ready, one request tests thinking, tools and drafts. Runs until interrupted. What
+    `convert` wrote is served by llama-server, mlx_lm.server or mlx_vlm.server, which must be on PATH.
+
+    Args:
+        out: Folder of a finished release, or Hugging Face model ID.
+        words: After `--`: further arguments for the engine, passed on unchanged.
+        timeout: Stop an engine that is not ready by then.
+        print_only: Print the command and its predicted memory; run nothing.
+        docker: Print the command for the engine's container; run nothing.
+
+    Examples:
+        fourfold serve ./release --engine vllm
+        fourfold serve ./release --engine sglang --kv-cache fp8 --print
+        fourfold serve ./release-gguf --engine llama.cpp --print
+        fourfold serve ./release --thinking-budget 8192 -- --max-num-seqs 8
+    """
+    with when_stopped("The engine and all its processes have ended."):
+        from fourfold.quantize.journal import check_checkpoint
+        from fourfold.release.contents import read_export
+
+        record = read_export(Path(out))
+        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record["after"]],)
+        if server.engine is not None and server.engine not in runs_in:
+            raise FourfoldError(f"--engine: got {server.engine}, expected {' or '.join(runs_in)} for {out}")
+        if record is not None:
+            return _serve_local(Path(out), record, server, words, docker=docker, print_only=print_only)
+        check_checkpoint(out, whole=True)
+        from fourfold.serve.command import Deployment
+        from fourfold.serve.server import choose_engine
+
+        starts = not (print_only or docker)
+        deployment = Deployment(
+            engine=server.engine or choose_engine(server.python, starts=starts, container=docker),
+            profile=server.profile,
+            drafts=server.mtp,
+            context=server.context,
+            kv_cache=server.kv_cache,
+            ranks=server.tp,
+            host=server.host,
+            port=server.port,
+            thinking_budget=server.thinking_budget,
+            presence_penalty=server.presence_penalty,
+            extra=words,
+        )
+        return _serve_release(out, deployment, server, timeout * 60, starts=starts, docker=docker)
+
+
+def _serve_release(
+    out: str, deployment: Deployment, server: ServerOptions, limit_seconds: float, *, starts: bool, docker: bool
+) -> int:
+    """Print the command for a release, or run it to its end; the exit code."""
+    from fourfold.model.hub import resolve_model
+    from fourfold.serve.served import open_served
+    from fourfold.serve.server import log_file, prepare, run
+
+    served = open_served(resolve_model(out), Path(out).name)
+    command, interpreter = prepare(served, deployment, server.python, starts=starts, container=docker)
+    text = command.docker(served.folder) if docker else command.text()
+    console = open_console(stderr=True)
+    show_command(console, command)
+    if not starts:
+        print(text)
+        return CHECK_FAILED if command.problems else 0
+    path = server.log or log_file(served.folder, deployment.engine)
+    say(console, f"starting; the engine's log: {plain(path)}")
+    outcome = run(command, interpreter, path, limit_seconds, partial(show_ready, console, command))
+    if outcome.failure:
+        say(console, paragraphs(outcome.failure), "red")
+        return CHECK_FAILED
+    say(console, f"stopped by {signal.Signals(outcome.signal).name}; all its processes have ended")
+    return SIGNALLED + outcome.signal
+
+
+def _serve_local(
+    folder: Path, record: Mapping[str, Any], server: ServerOptions, words: tuple[str, ...], *, docker: bool,
+    print_only: bool,
+) -> int:  # fmt: skip
+    """Print the command for what `convert` wrote, and become it."""
+    from fourfold.serve import local, machine
+
+    engine = EXPORTS[record["after"]]
+    given = {
+        f"--{field.name.replace('_', '-')}": getattr(server, field.name)
+        for field in fields(server)
+        if field.name not in LOCAL_OPTIONS[engine] and getattr(server, field.name) != field.default
+    }
+    local.refuse_options(engine, {**given, "--docker": docker})
+    if engine == "mlx":
+        command = local.mlx_server(folder, host=server.host, port=server.port, extra=words)
+    else:
+        command = local.llama_server(
+            folder, record, machine.look(), mtp=server.mtp, context=server.context, kv_cache=server.kv_cache,
+            host=server.host, port=server.port, extra=words,
+        )  # fmt: skip
+    console = open_console(stderr=True)
+    for note in (*command.problems, *command.notes):
+        say(console, paragraphs(note))
+    print(command.text())
+    if command.problems:
+        return CHECK_FAILED
+    if not print_only:
+        if shutil.which(command.words[0]) is None:
+            raise FourfoldError(f"{command.words[0]}: got none on PATH, expected {engine}. Install it, or use --print")
+        sys.stdout.flush()
+        os.execvp(command.words[0], command.words)
+    return 0
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    url: str,
+    /,
+    *,
+    concurrency: Annotated[tuple[int, ...], value(read_levels, "N,N,...")] = (1, 4, 16),
+    prompts: ExistingFile | None = None,
+    requests: Annotated[int | None, number(int, 1)] = None,
+    out_tokens: Annotated[int, number(int, 2)] = 128,
+    temperature: Annotated[float, number(float, 0, 2, "X")] = 0,
+    request_timeout: Annotated[float, number(float, 0.1, metavar="SECONDS")] = 300,
+    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 10,
+    out: OutputFile = Path("bench.json"),
+    output: Output = Output(),
+) -> int:
+    """Measure a server: latency, speed, acceptance, KV cache.
+
+    Runs one concurrency after another. Counts tokens by the server's own `usage`, and drafts by its metrics before and
+    after. Exit code 0 means that every request was answered in full.
+
+    Args:
+        url: Running vLLM or SGLang, as http://localhost:8000.
+        concurrency: Concurrent requests, one level after another.
+        prompts: Prompts: .txt with one per line, or .jsonl with `messages` or `text`. Default: built-in questions.
+        requests: Requests per level. Default: 4 times the concurrency, at least 8.
+        out_tokens: Tokens per request.
+        temperature: 0 for greedy decoding.
+        request_timeout: Give up a request after this time.
+        timeout: End a level after this time.
+        out: Where the result is written.
+
+    Examples:
+        fourfold bench http://localhost:8000
+        fourfold bench http://localhost:8000 --concurrency 1,2,4,8 --out-tokens 512 --out bench.json
+    """
+    from fourfold.model.files import dump, write_text
+    from fourfold.serve.bench import Load
+    from fourfold.serve.bench import bench as run
+
+    load = Load(
+        concurrency=concurrency,
+        requests=requests,
+        output_tokens=out_tokens,
+        temperature=temperature,
+        prompts=prompts,
+        request_seconds=request_timeout,
+        level_seconds=timeout * 60,
+    )
+
+    def measure(progress: Progress) -> dict[str, Any]:
+        found = run(url, load, progress)
+        write_text(out, dump(found))
+        return found
+
+    found = output.present(measure, show_bench)
+    return CHECK_FAILED if any(level["requests"]["failed"] for level in found["levels"]) else 0
