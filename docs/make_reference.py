@@ -99,8 +99,9 @@ def parameter_row(argument: Argument) -> tuple[str, str, str]:
         return names, cell(argument.parameter.help), "required"
     if callable(argument.show_default):
         default = argument.show_default(default)
-    shown = argument.hint is not bool and argument.index is None and default not in (None, "", ())
-    return names, cell(argument.parameter.help), f"`{default}`" if shown else ""
+    if not argument.show_default or argument.hint is bool or argument.index is not None or default in (None, "", ()):
+        return names, cell(argument.parameter.help), ""
+    return names, cell(argument.parameter.help), f"`{default}`"
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------

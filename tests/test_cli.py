@@ -267,6 +267,12 @@ def test_version() -> None:
         (["evaluate", "out", "--source", "m", "--length", "1"], "got '1', expected a whole number, at least 2"),
         (["plan", "model", "--samples", "many"], "got 'many', expected a whole number, at least 1"),
         (["bench", "http://localhost:1", "--temperature", "9"], "got '9', expected a number from 0 to 2"),
+        (["quantize", "model", "out", "more"], "Unexpected argument: 'more'"),
+        (["quantize", "model", "out", "--layers"], "--layers: got no value"),
+        (["evaluate", "out"], "Missing option '--source'"),
+        (["verify", "out", "--engine", "vlm"], "got 'vlm', expected one of vllm, sglang, llama.cpp, mlx. Did you mean"),
+        (["--verion"], "No such option: '--verion'. Did you mean '--version'?"),
+        (["recipe", "shw"], "No such command: 'shw'. Did you mean 'show'?"),
     ],
 )
 def test_first_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +283,36 @@ def test_first_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeyp
     assert answered.stdout == ""
     assert "Traceback" not in answered.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [[], ["recipe"]])
+def test_no_command_shows_the_help(words: list[str]) -> None:
+    shown = invoke(*words)
+    assert (shown.exit_code, shown.stdout) == (2, invoke(*words, "--help").stdout)
+    assert "Commands:" in shown.stdout
+
+
+def test_an_error_of_usage_is_one_line_that_says_where_to_read_on() -> None:
+    shown = invoke("recipe", "show")
+    expected = "Error: Missing argument 'NAME|FILE'. Run `fourfold recipe show --help` for usage.\n"
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (2, "", expected)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As of `fourfold recipe show best | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fourfold", "recipe", "show", "best"]
+    child = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    os.close(write)
+    assert (child.returncode, child.stderr) == (1, "")
+
+
+def test_completion_knows_commands_options_and_choices() -> None:
+    shown = fourfold("--show-completion")
+    assert shown.returncode == 0
+    for word in ("quantize", "--sequence-length", "compressed-tensors"):
+        assert word in shown.stdout
 
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:
@@ -419,7 +455,8 @@ def run_quantize(tmp_path: Path, *options: str) -> Answer:
 
 
 def test_quantize_passes_its_options_on(work: Work, tmp_path: Path) -> None:
-    options = ["-r", "fast", "--set", "solver.passes=3", "--memory", "1MiB", "--layers", "1-2", "--restart"]
+    options = ["-r", "best", "--set", "solver.passes=3", "--memory=1MiB", "--layers", "1-2", "--restart"]
+    options += ["-r", "fast"]  # the last one counts
     done = run_quantize(tmp_path, *options)
     assert done.exit_code == 0, done.output
     assert work.called == {

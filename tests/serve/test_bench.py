@@ -191,7 +191,7 @@ def test_the_command_writes_and_shows(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     written = json.loads(out.read_text())
     assert [level["concurrency"] for level in written["levels"]] == [1, 2]
-    for said in ("drafts accepted", "70%-89%", "0.93 0.85", "█", "3/3", "blocks 4,096"):
+    for said in ("acceptance rate", "70%-89%", "0.93 0.85", "█", "3/3", "blocks 4,096"):
         assert said in done.output, done.output
 
 

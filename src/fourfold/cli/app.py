@@ -129,8 +129,10 @@ def main(arguments: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, errors.terminate)
     try:
         function, bound, _ = app.parse_args(list(arguments), exit_on_error=False, print_error=False)
-        code = function(*bound.args, **bound.kwargs)
-        return errors.BAD_INPUT if function == app.help_print and not {"-h", "--help"} & {*arguments} else code or 0
+        code = function(*bound.args, **bound.kwargs) or 0
+        sys.stdout.flush()
+        lacks_command = function == app.help_print and not {"-h", "--help"} & {*arguments}
+        return errors.BAD_INPUT if lacks_command else code
     except CycloptsError as error:
         say(console, f"Error: {paragraphs(errors.usage_error(error))}", "red")
         return errors.BAD_INPUT
@@ -141,8 +143,9 @@ def main(arguments: Sequence[str]) -> int:
         terminated = isinstance(stopped, errors.Terminated)
         say(console, " ".join(["Terminated." if terminated else "Interrupted.", *getattr(stopped, "__notes__", ())]))
         return errors.TERMINATED if terminated else errors.INTERRUPTED
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # as of `| head`: what is left has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.CHECK_FAILED
     except Exception as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         say(console, f"Error: {type(error).__name__}: this is a bug in fourfold. {notes}".rstrip(), "red")
@@ -156,12 +159,7 @@ def script() -> NoReturn:
     """The console script. A run that was stopped leaves at once, without messages from native libraries' threads."""
     # transformers' hints about optional CUDA kernels would cut through a progress bar; errors are still raised.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`: what is left has no reader
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = errors.CHECK_FAILED
+    code = main(sys.argv[1:])
     if code in (errors.INTERRUPTED, errors.TERMINATED):  # all has been cleaned up; workers may still be in a kernel
         sys.stderr.flush()
         os._exit(code)

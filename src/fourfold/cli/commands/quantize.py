@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fourfold import api
-from fourfold.cli.console import open_console, print_json
+from fourfold.cli.console import open_console
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.options import (
     Engine,
@@ -69,11 +69,7 @@ def plan(
             out=out,
             progress=progress,
         )
-    console = open_console()
-    if json:
-        print_json(console, planned.to_json())
-    else:
-        show_plan(console, planned)
+    Output(json=json).present(lambda _: planned, show_plan)
 
 
 def quantize(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fourfold.cli.console import open_console, plain, print_json, say
+from fourfold.cli.console import open_console, plain, say
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.options import Output, Release, RepoId, choice, read_size, value
 from fourfold.cli.tables.release import (
@@ -108,22 +108,15 @@ def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = Fa
     from fourfold.quantize.journal import check_checkpoint
     from fourfold.release.contents import read_export
 
-    console = open_console()
+    output = Output(json=json)
     if (record := read_export(Path(folder))) is not None:
-        if json:
-            print_json(console, record)
-        else:
-            show_export(console, folder, record)
+        output.present(lambda _: record, lambda console, found: show_export(console, folder, found))
         return
     check_checkpoint(folder, whole=False)
     from fourfold.model.hub import resolve_model
     from fourfold.release.inspect import inspect as look
 
-    found = look(resolve_model(folder, progress=not json))
-    if json:
-        print_json(console, found.to_json())
-    else:
-        show_inspection(console, found)
+    output.present(lambda _: look(resolve_model(folder, progress=not json)), show_inspection)
 
 
 def convert(

@@ -58,6 +58,10 @@ def read_levels(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
+def level_text(levels: tuple[int, ...]) -> str:
+    return ",".join(map(str, levels))
+
+
 # --- serve -----------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +222,7 @@ def bench(
     url: str,
     /,
     *,
-    concurrency: Annotated[tuple[int, ...], value(read_levels, "N,N,...")] = (1, 4, 16),
+    concurrency: Annotated[tuple[int, ...], value(read_levels, "N,N,...", show_default=level_text)] = (1, 4, 16),
     prompts: ExistingFile | None = None,
     requests: Annotated[int | None, number(int, 1)] = None,
     out_tokens: Annotated[int, number(int, 2)] = 128,

@@ -34,7 +34,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     show_table(console, table)
     show_facts(console, _stored_facts(found))
     for engine in found.engines:
-        said, style = ("takes it", "green") if engine.takes else ("does not take it", "bold red")
+        said, style = ("loads it", "green") if engine.takes else ("does not load it", "bold red")
         gpus = f" on {engine.gpus} or more" if engine.gpus else ""
         say(console, Text.assemble((engine.engine, "bold"), ": ", (said, style), gpus))
         if engine.command:  # a line however long, to be copied
@@ -92,24 +92,19 @@ def show_exported(console: Console, found: Exported) -> None:
 
 def show_export(console: Console, folder: str, record: Mapping[str, Any]) -> None:
     """What `convert` wrote, by its conversion.json."""
-    engine, settings = EXPORTS[record["after"]], record["settings"]
+    engine, settings, files = EXPORTS[record["after"]], record["settings"], record["files"].values()
+    scales = f"one scale for {record['group_size']} inputs, as in the release"
     facts = [
         (plain(folder), f"{record['after']}, from {record['before']}; made by fourfold {record.get('fourfold', '')}"),
-        (
-            "int4",
-            f"{record['projections']:,} projections, one scale for {record['group_size']} inputs, as in the release",
-        ),
-        (
-            "size",
-            f"{decimal(sum(file['bytes'] for file in record['files'].values()))} in {len(record['files']):,} files",
-        ),
+        ("int4", f"{record['projections']:,} projections, {scales}"),
+        ("size", f"{decimal(sum(file['bytes'] for file in files))} in {len(files):,} files"),
     ]
     if settings:
         rest = settings["rest"]
         facts.append(("other matrices", "as they are" if rest == "bf16" else f"rounded to {rest}: not exact"))
         facts.append(("draft head (MTP)", "the block after the last" if settings["mtp"] else "none"))
-    facts.append((engine, f"takes it: fourfold serve {plain(folder)} --print"))
-    facts.append(("others", "do not read it: vLLM, SGLang and transformers take the release"))
+    facts.append((engine, f"loads it: fourfold serve {plain(folder)} --print"))
+    facts.append(("others", "do not load it: vLLM, SGLang and transformers load the release"))
     show_facts(console, facts)
 
 

@@ -86,7 +86,7 @@ def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[st
     accepted = [one["acceptance"] for one in levels]
     if any(accepted):
         rates = [f"{a['rate']:.1%}" if a else "" for a in accepted]
-        yield "drafts accepted", rates, between("acceptance_rate", "{:.0%}")
+        yield "acceptance rate", rates, between("acceptance_rate", "{:.0%}")
         places = [" ".join(f"{share:.2f}" for share in a["by_position"]) if a else "" for a in accepted]
         yield "  by position", places, " ".join(f"{share:.2f}" for share in card.get("acceptance_by_position", ()))
         lengths = [f"{a['mean_length']:.2f}" if a else "" for a in accepted]
