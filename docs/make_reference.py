@@ -76,8 +76,7 @@ def cli_page() -> str:
     """Every command with its help, its arguments and options, as the command line has them."""
     parts = ["# Command line", GENERATED, f"{EXIT_CODES} [More about them](../exit-codes.md)."]
     for name, command, arguments in commands():
-        text = re.split(r"\n\n(?:Args|Examples):\n", inspect.cleandoc(command.help))[0]
-        parts += [f"## {name}", "\n\n".join(map(cell, text.split("\n\n")))]
+        parts += [f"## {name}", "\n\n".join(map(cell, command.help.split("\n\n")))]
         rows = [parameter_row(argument) for argument in arguments]
         if command is app:
             rows = [(f"`{flag}`", cell(app[flag].help), "") for flag in app if flag.startswith("--")]

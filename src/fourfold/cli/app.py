@@ -8,13 +8,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from inspect import getdoc
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console, ConsoleOptions
 
 from fourfold import __version__
 from fourfold.cli import errors
+from fourfold.cli.commands import recipe
 from fourfold.cli.commands.quantize import evaluate, plan, quantize, verify
 from fourfold.cli.commands.recipe import list_recipes, show_recipe
 from fourfold.cli.commands.release import compare, convert, inspect, publish, report
@@ -76,34 +77,37 @@ def help_of(entry: HelpEntry) -> str:
     return " ".join(parts)
 
 
-def epilogue(docstring: str | None) -> str:
-    """What stands below the options: the examples of a docstring, and the exit codes."""
-    examples = (docstring or "").partition("Examples:")[2].strip().splitlines()
-    return "\n".join(["Examples:", *(f"  {line.strip()}" for line in examples), "", EXIT_CODES])
+class Texts(TypedDict):
+    help: str
+    help_epilogue: str
+
+
+def texts(docstring: str | None) -> Texts:
+    """What stands above the options of a command and below them: its description; its examples and the exit codes."""
+    description, _, rest = (docstring or "").partition("\n\nExamples:\n")
+    examples = [f"  {line.strip()}" for line in rest.strip().splitlines()]
+    return {
+        "help": description.partition("\n\nArgs:\n")[0],
+        "help_epilogue": "\n".join(["Examples:", *examples, "", EXIT_CODES]),
+    }
 
 
 app = App(
     name="fourfold",
     version=f"fourfold {__version__}",
     version_flags=["--version"],
-    help=DESCRIPTION.partition("Examples:")[0],
+    **texts(DESCRIPTION),
     help_format="plaintext",
     help_formatter=HelpText(),
-    help_epilogue=epilogue(DESCRIPTION),
     default_parameter=Parameter(negative=(), allow_repeating=True),  # the last one counts
     group_parameters=Group("Options", sort_key=8),
     console=Console(markup=False, emoji=False, highlight=False, soft_wrap=True),  # what wraps, HelpText wraps
 )
 for place, command in enumerate(COMMANDS):
-    app.command(command, sort_key=place, help_epilogue=epilogue(getdoc(command)))
-recipe_app = App(
-    name="recipe",
-    help="List and show recipes, the settings of quantize.",
-    help_epilogue=epilogue(getdoc(show_recipe)),
-    sort_key=len(COMMANDS),
-)
-recipe_app.command(list_recipes, name="list", help_epilogue=epilogue(getdoc(list_recipes)))
-recipe_app.command(show_recipe, name="show", help_epilogue=epilogue(getdoc(show_recipe)))
+    app.command(command, sort_key=place, **texts(getdoc(command)))
+recipe_app = App(name="recipe", sort_key=len(COMMANDS), **texts(getdoc(recipe)))
+recipe_app.command(list_recipes, name="list", **texts(getdoc(list_recipes)))
+recipe_app.command(show_recipe, name="show", **texts(getdoc(show_recipe)))
 app.command(recipe_app)
 
 

@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 from cyclopts import Group, Parameter
 from rich.console import Console
 
-from fourfold import recipe as recipes
 from fourfold.cli.console import open_console, print_json
 from fourfold.cli.progress import OutputMode, choose_mode, show_progress
 from fourfold.datatypes import FourfoldError, Progress
+
+if TYPE_CHECKING:
+    from fourfold.recipe import Recipe
 
 RELEASE_ENGINES = ("vllm", "sglang")
 ENGINES = (*RELEASE_ENGINES, "llama.cpp", "mlx")  # the last two run what `convert` wrote
@@ -155,8 +157,10 @@ class RecipeOptions:
     tensor_parallel: Annotated[int | None, Parameter(name="--tp"), number(int, 1, 64, "GPUS")] = None
     """GPUs that will serve the release with tensor parallelism. The group size then divides each GPU's part."""
 
-    def load(self) -> recipes.Recipe:
+    def load(self) -> Recipe:
         """The recipe with these changes. A calibration file replaces all sources and keeps their number of samples."""
+        from fourfold import recipe as recipes
+
         split = [f"scheme.tensor_parallel={self.tensor_parallel}"] if self.tensor_parallel else []
         chosen = recipes.load_recipe(self.recipe, [*self.overrides, *split])
         if self.calibration is not None:
@@ -233,8 +237,10 @@ def text_kind(path: Path) -> tuple[str, str]:
 
     Raises FourfoldError if it has neither, or is of another kind.
     """
-    if path.suffix not in recipes.FILE_KINDS:
-        expected = ", ".join(recipes.FILE_KINDS)
+    from fourfold.recipe import FILE_KINDS
+
+    if path.suffix not in FILE_KINDS:
+        expected = ", ".join(FILE_KINDS)
         raise FourfoldError(f"--calibration {path}: got {path.suffix or 'no suffix'}, expected one of {expected}")
     try:
         names = _field_names(path)

@@ -12,7 +12,6 @@ from enum import Enum
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from fourfold.cli.console import PIPE_WIDTH, paragraphs, plain, print_json
 from fourfold.datatypes import Event, ignore
@@ -117,6 +116,8 @@ class Display:
     """What people see: a line per layer and per note; above them bars, or a line for each stage outside the layers."""
 
     def __init__(self, console: Console, pace: Pace, *, bars: bool) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
         self.console, self.pace, self._stage_name = console, pace, "starting"
         self.bars = Progress(
             SpinnerColumn(),

@@ -1,4 +1,8 @@
-"""The commands that list and show recipes."""
+"""List and show recipes, the settings of quantize.
+
+Examples:
+    fourfold recipe show best > mine.toml
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fourfold import recipe
 from fourfold.cli.console import open_console, show_facts
 
 
@@ -16,7 +19,9 @@ def list_recipes() -> None:
     Examples:
         fourfold recipe list
     """
-    show_facts(open_console(), [(name, recipe.load_recipe(name).description) for name in recipe.recipe_names()])
+    from fourfold.recipe import load_recipe, recipe_names
+
+    show_facts(open_console(), [(name, load_recipe(name).description) for name in recipe_names()])
 
 
 def show_recipe(name: Annotated[str, Parameter(name="NAME|FILE")], /) -> None:
@@ -28,4 +33,6 @@ def show_recipe(name: Annotated[str, Parameter(name="NAME|FILE")], /) -> None:
     Examples:
         fourfold recipe show best > mine.toml
     """
-    print(recipe.dump_recipe(recipe.load_recipe(name)), end="")
+    from fourfold.recipe import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(name)), end="")
