@@ -91,11 +91,8 @@ bench-ablation: $(INSTALLED)  ## quality of `best` without each of its ingredien
 
 bench-real: $(INSTALLED)  ## quality on a model with real activations, which is built first: many hours the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 32768 65536 131072 \
-		--json benchmarks/results/quality_real.json $(ARGS)
-	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text .cache/real-moe/code.txt \
-		--json benchmarks/results/quality_real_code.json $(ARGS)
-	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text chat \
-		--json benchmarks/results/quality_real_chat.json $(ARGS)
+		--text wikitext-2-test .cache/real-moe/code.txt chat --json benchmarks/results/quality_real.json \
+		benchmarks/results/quality_real_code.json benchmarks/results/quality_real_chat.json $(ARGS)
 
 bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate: half an hour
 	$(BIN)/python benchmarks/gemm_rate.py --device cpu --threads 1
