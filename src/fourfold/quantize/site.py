@@ -18,11 +18,12 @@ RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step 
 class Site:
     """One input site of a chunk of experts: the stack of projections that share it, and what is known of its inputs.
 
-    weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run;
-    rows: the metric of the stack's rows, None where all weigh the same; judged: experts, from the first on, whose gain
-    by it is measured.
+    name: gate_up or down; weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K];
+    calibration_tokens: of the whole run; rows: the metric of the stack's rows, None if all weigh the same; judged: how
+    many experts are solved without that metric too, to measure its gain.
     """
 
+    name: str
     projections: tuple[str, ...]
     weight_ENK: Tensor
     moments: Moments
