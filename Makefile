@@ -41,11 +41,12 @@ test-slow: $(INSTALLED)  ## the tests that take longer
 test-all: $(INSTALLED)  ## both, in one run: what CI runs
 	$(BIN)/python -m pytest -m "not gpu and not engine" $(ARGS)
 
-test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, MLX, and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
+test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, mistral.rs, MLX, and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
 	PYTHON=$(BIN)/python TORCH_INDEX=$(TORCH_INDEX) tests/engines/make_vllm.sh $(ENGINES)/vllm
 	tests/engines/make_sglang.sh $(ENGINES)/sglang $(ENGINES)/vllm
 	PYTHON=$(BIN)/python tests/engines/make_llama_cpp.sh $(ENGINES)/llama.cpp
 	PYTHON=$(BIN)/python tests/engines/make_mlx.sh $(ENGINES)/mlx
+	PYTHON=$(BIN)/python tests/engines/make_mistralrs.sh $(ENGINES)/mistralrs
 	$(BIN)/python -m pytest -m engine $(ARGS)
 
 test-package:  ## wheel and sdist; the wheel in empty environments, with the lowest and the newest versions it allows
