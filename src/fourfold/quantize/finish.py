@@ -33,6 +33,7 @@ from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.reference import Reference
+from fourfold.quantize.streams import RTN_STEP
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
@@ -42,11 +43,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Held-out metrics of a run: statistics over positions and log-probabilities for engines (None for a partial
-    output), drift by layer; what each worker did when.
+    """Held-out metrics of a run: statistics over positions, of the release and of RTN, and log-probabilities for
+    engines (None for a partial output; RTN's without `heldout.yardstick`); drift by layer; what each worker did when.
     """
 
     statistics: metrics.Statistics | None
+    rtn: metrics.Statistics | None
     reference: Reference | None
     drifts: tuple[StreamDrift, ...]
     spans: tuple[Span, ...]
@@ -130,7 +132,22 @@ def metrics_json(heldout: HeldoutRows, measured: Measured) -> dict[str, Any]:
         "measured_by": "quantize",
         "protocol": heldout.protocol,
         **figures,
+        "rtn": _rtn(measured, heldout),
         "layers": [dataclasses.asdict(drift) for drift in measured.drifts],
+    }
+
+
+def _rtn(measured: Measured, heldout: HeldoutRows) -> dict[str, Any] | None:
+    """Round-to-nearest on every RTN_STEP-th window, and the release on the same windows."""
+    if measured.rtn is None or measured.statistics is None:
+        return None
+    window = heldout.protocol["predictions_per_window"]
+    release = metrics.every(measured.statistics, window, RTN_STEP)
+    return {
+        "windows": len(measured.rtn.kl_T) // window,
+        "summary": metrics.summarize(measured.rtn),
+        "intervals": metrics.intervals(measured.rtn, window),
+        "release": metrics.summarize(release),
     }
 
 

@@ -88,6 +88,8 @@ def evaluate(
     if not protocol.replace:
         _refuse_smaller(out, before, text)
     kept = {name: value for name, value in before.items() if name not in MEASURED}
+    if not before.get("protocol", {}).items() <= text.protocol.items():
+        kept.pop("rtn", None)  # of other windows
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show_facts, show_table, warn
 from fourfold.cli.progress import memory_text
+from fourfold.formats import gguf
+from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def _needs_table(plan: Plan) -> Table:
         table.add_row("calibration text", f"read, not tokenized{looked}: quantize counts its tokens")
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
+    if plan.recipe.scheme.group == gguf.BLOCK and plan.skeleton.family.model_type in ARCHITECTURES:
+        table.add_row("as GGUF", f"{gguf.BITS} bits per expert weight: larger groups would not make the file smaller")
     if disk.swept_bytes:
         swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
         table.add_row("of it the sweep's", swept)
