@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from cyclopts.completion.detect import ShellDetectionError
 
 import checkpoints
 import families
@@ -311,11 +312,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (child.returncode, child.stderr) == (1, "")
 
 
-def test_completion_knows_commands_options_and_choices() -> None:
-    shown = fourfold("--show-completion")
-    assert shown.returncode == 0
+def test_completion_knows_commands_options_and_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = invoke("--show-completion", "zsh")
+    assert shown.exit_code == 0
     for word in ("quantize", "--sequence-length", "compressed-tensors"):
         assert word in shown.stdout
+    assert invoke("--show-completion", "csh").stderr.startswith("Error: SHELL: got 'csh', expected one of bash, zsh, ")
+
+    def detect() -> str:
+        raise ShellDetectionError
+
+    monkeypatch.setattr("cyclopts.completion.detect.detect_shell", detect)
+    unknown = invoke("--install-completion")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "Name it, as in --show-completion bash" in unknown.stderr
 
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:

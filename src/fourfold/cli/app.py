@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from inspect import getdoc
-from typing import TYPE_CHECKING, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Literal, NoReturn, TypedDict
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console, ConsoleOptions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel, InlineText
 
 Command = Callable[..., int | None]
+Shell = Literal["bash", "zsh", "fish"]
 COMMANDS: tuple[Command, ...] = (
     plan, quantize, evaluate, verify, report, serve, bench, inspect, convert, compare, publish,
 )  # fmt: skip
@@ -112,15 +113,24 @@ app.command(recipe_app)
 
 
 @app.command(name="--install-completion", group="Options")
-def install_completion() -> None:
-    """Install completion for the current shell."""
-    print(f"{app.install_completion()}: restart the shell to use it")
+def install_completion(shell: Shell | None = None, /) -> None:
+    """Install completion for the current shell, or for bash, zsh or fish."""
+    print(f"{app.install_completion(shell=shell or _current_shell())}: restart the shell to use it")
 
 
 @app.command(name="--show-completion", group="Options")
-def show_completion() -> None:
-    """Print the completion script of the current shell."""
-    print(app.generate_completion())
+def show_completion(shell: Shell | None = None, /) -> None:
+    """Print the completion script of the current shell, or of bash, zsh or fish."""
+    print(app.generate_completion(shell=shell or _current_shell()))
+
+
+def _current_shell() -> Shell | Literal["powershell"]:
+    from cyclopts.completion.detect import ShellDetectionError, detect_shell
+
+    try:
+        return detect_shell()
+    except ShellDetectionError:
+        raise FourfoldError("current shell: got none that is known. Name it, as in --show-completion bash") from None
 
 
 for flag, text in (("--help", "Show this message."), ("--version", "Print the version.")):
