@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
-    from fourfold.release.verify.check import Verdict
+    from fourfold.records.results import Metrics, Verdict
 
 
 def plan(
@@ -163,7 +163,7 @@ def evaluate(
     replace: bool = False,
     devices: str = "auto",
     progress: Progress = ignore,
-) -> dict[str, Any]:
+) -> Metrics:
     """Measure what a release lost against the checkpoint it was made of, on held-out text, layer by layer.
 
     Reads releases of GPTQModel, llm-compressor and AutoRound too. Writes OUT/metrics.json.
@@ -182,7 +182,7 @@ def evaluate(
         progress: is told stages and finished layers.
 
     Returns:
-        What stands in metrics.json.
+        What stands in metrics.json, by attributes.
 
     Raises:
         FourfoldError: the release is unfinished, partial, of another source, of a quantization that is not read,
@@ -253,7 +253,7 @@ def verify(
     if record is None:
         require_release(Path(out))
         read_config(Path(out))
-    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record["after"]],)
+    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record.after],)
     if engine is not None and engine not in runs_in:
         raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
     if source is not None and record is None:

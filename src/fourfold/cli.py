@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fourfold import __version__, api, recipe, reporting, serving, shipping, terminal
+from fourfold import __version__, api, reporting, serving, shipping, terminal
 from fourfold.options import (
     ALL_FREE,
     CHECK_FAILED,
@@ -250,7 +250,7 @@ def evaluate(
                 progress=progress,
             )
         if manner is terminal.Manner.JSON:
-            terminal.json_line(console, {"kind": "metrics", "data": found})
+            terminal.json_line(console, {"kind": "metrics", "data": found.to_json()})
         elif manner is not terminal.Manner.QUIET:
             show_evaluation(console, found)
 
@@ -304,9 +304,9 @@ command(epilog=shipping.PUBLISH_EXAMPLES)(shipping.publish)
 def list_recipes() -> None:
     """List the presets."""
     with answer():
-        show_facts(
-            terminal.open_console(), [(name, recipe.load_recipe(name).description) for name in recipe.recipe_names()]
-        )
+        from fourfold.recipe import load_recipe, recipe_names
+
+        show_facts(terminal.open_console(), [(name, load_recipe(name).description) for name in recipe_names()])
 
 
 @recipe_app.command("show", epilog="Example: fourfold recipe show best > mine.toml")
@@ -315,7 +315,9 @@ def show_recipe(
 ) -> None:
     """Print a recipe in full, as TOML."""
     with answer():
-        typer.echo(recipe.dump_recipe(recipe.load_recipe(name)), nl=False)
+        from fourfold.recipe import dump_recipe, load_recipe
+
+        typer.echo(dump_recipe(load_recipe(name)), nl=False)
 
 
 def main() -> None:

@@ -169,6 +169,6 @@ def _verified(records: Records, engine: Engine) -> Version | None:
     """The version that verify ran, of this engine."""
     from fourfold.serve.engines import version
 
-    said = str(((records.verdict or {}).get("engine") or {}).get("engine", ""))
+    said = records.verdict.engine.engine if records.verdict and records.verdict.engine else ""
     name, _, found = said.partition(" ")
     return version(found) if name == engine.title and found else None

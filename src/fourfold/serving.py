@@ -31,6 +31,7 @@ from fourfold.options import (
 from fourfold.tables.server import show_bench, show_command, show_ready
 
 if TYPE_CHECKING:
+    from fourfold.records.release import Export
     from fourfold.serve.command import Deployment
 
 SIGNALLED = 128  # and the signal: as shells count
@@ -214,7 +215,7 @@ def serve(
         from fourfold.release.contents import read_export
 
         record = read_export(Path(out))
-        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record["after"]],)
+        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record.after],)
         if engine is not None and engine not in runs_in:
             raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
         if record is not None:
@@ -276,12 +277,12 @@ def _serve_release(
 
 
 def _serve_local(
-    folder: Path, record: dict[str, Any], others: Mapping[str, object], *, print_only: bool, **options: Any
+    folder: Path, record: Export, others: Mapping[str, object], *, print_only: bool, **options: Any
 ) -> None:
     """Print the command for what `convert` wrote, and become it."""
     from fourfold.serve import local, machine
 
-    engine = EXPORTS[record["after"]]
+    engine = EXPORTS[record.after]
     if engine == "mlx":
         others = {**others} | {f"--{key.replace('_', '-')}": options.pop(key) for key in ("mtp", "context", "kv_cache")}
     local.refuse_options(engine, others)
@@ -363,7 +364,6 @@ def bench(
     with answer():
         console = terminal.open_console()
         manner = terminal.Manner.QUIET if as_json else terminal.choose(console, as_json=False, quiet=quiet)
-        from fourfold.model.files import dump, write_text
         from fourfold.serve.bench import Load
         from fourfold.serve.bench import bench as run
 
@@ -378,10 +378,10 @@ def bench(
         )
         with terminal.watch(console, manner) as progress:
             found = run(url, load, progress)
-        write_text(out, dump(found))
+        found.write(out)
         if as_json:
-            terminal.json_line(console, found)
+            terminal.json_line(console, found.to_json())
         elif not quiet:
             show_bench(console, found)
-        if any(level["requests"]["failed"] for level in found["levels"]):
+        if any(level.requests.failed for level in found.levels):
             raise typer.Exit(CHECK_FAILED)

@@ -72,7 +72,7 @@ def inspect(folder: Checkpoint, as_json: InspectJson = False) -> None:
         console = terminal.open_console()
         if (record := read_export(Path(folder))) is not None:
             if as_json:
-                terminal.json_line(console, record)
+                terminal.json_line(console, record.to_json())
             else:
                 show_export(console, folder, record)
             return

@@ -22,11 +22,11 @@ import whole
 from fourfold.bundled import CALIBRATION_TEXTS
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.reference import Reference, read_reference
 from fourfold.quantize.streams import embed, embedded, embeddings
 from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
-from fourfold.release.verify.check import Status
+from fourfold.records.release import Reference
+from fourfold.records.results import Status
 from fourfold.release.verify.vllm import check_reference
 
 PREFIX = "model.language_model."
@@ -66,7 +66,7 @@ def compared(example_model: Path, small: MakeRecipe, tmp_path_factory: pytest.Te
     model = AutoModelForImageTextToText.from_pretrained(example_model, dtype=torch.bfloat16)
     source = whole.see(model, token_RT)
     found, figures = releases.tensors(out), releases.read_json(out / "metrics.json")
-    reference = read_reference(out)
+    reference = Reference.find(out / "reference.json")
     assert reference is not None
     whole.take_experts_(model, found)
     release = whole.see(model, token_RT)
