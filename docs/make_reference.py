@@ -20,7 +20,7 @@ import typer
 from results import table
 
 import fourfold
-from fourfold import bundled, cli, options
+from fourfold import bundled, cli, options, schema
 from fourfold import recipe as recipes
 from fourfold.datatypes import Event
 from fourfold.quantize.plan import LayerPlan, Plan
@@ -41,7 +41,7 @@ TABLES = {  # of a recipe: TOML name of each table, and what reads it
 }
 HEADINGS = {"calibration.sources": "[[calibration.sources]]"}  # of tables that stand there many times
 OWN = ("name", "description")  # keys of which each recipe has its own
-TYPES = {"str": "string", "bool": "boolean", "int": "integer", "float": "number", "tuple[str, ...]": "list of strings"}
+TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", tuple: "list of strings"}
 NOT_RUN = "<!-- not run: {} -->"
 
 
@@ -118,7 +118,7 @@ def recipe_table(name: str, kind: type, presets: dict[str, recipes.Recipe]) -> t
     introduction, meanings = split_docstring(kind)
     tables = {} if name in HEADINGS else {key: getattr(recipe, name) if name else recipe
                                          for key, recipe in presets.items()}  # fmt: skip
-    rows = []
+    rows, kinds = [], dict(schema.keys(recipes.Recipe))
     for field in dataclasses.fields(kind):
         key = f"{name}.{field.name}".lstrip(".")
         if key in TABLES:
@@ -127,7 +127,7 @@ def recipe_table(name: str, kind: type, presets: dict[str, recipes.Recipe]) -> t
         best = values.get("best", field.default)
         default = "required" if best is dataclasses.MISSING else f"`{toml(best)}`" if key not in OWN else ""
         others = (f"`{at}`: `{toml(value)}`" for at, value in values.items() if value != best)
-        rows.append((f"`{field.name}`", wanted(key, field), default, ", ".join(others), meanings[field.name]))
+        rows.append((f"`{field.name}`", wanted(key, kinds[key]), default, ", ".join(others), meanings[field.name]))
     header = ["key", "type", "default", "other presets", "meaning"]
     if not any(row[3] for row in rows):
         header, rows = [*header[:3], header[4]], [(*row[:3], row[4]) for row in rows]
@@ -147,12 +147,12 @@ def toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def wanted(key: str, field: dataclasses.Field[Any]) -> str:
+def wanted(key: str, kind: Any) -> str:
     """The values that a key takes: a list of them, or a type and its range."""
     if key in recipes.CHOICES:
         return ", ".join(f"`{toml(choice)}`" for choice in recipes.CHOICES[key])
     low, high = recipes.RANGES.get(key, ("", ""))
-    return TYPES[str(field.type)] + (f", {low:,} to {high:,}" if key in recipes.RANGES else "")
+    return TYPES[getattr(kind, "__origin__", kind)] + (f", {low:,} to {high:,}" if key in recipes.RANGES else "")
 
 
 # --- Python ------------------------------------------------------------------------------------------------------

@@ -11,15 +11,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from typer.core import TyperCommand
 
-from fourfold import recipe, terminal
-from fourfold.datatypes import FourfoldError
+from fourfold import terminal
+from fourfold.datatypes import FourfoldError, nearest
 from fourfold.quantize.rates import MACHINES
-from fourfold.schema import nearest
+
+if TYPE_CHECKING:
+    from fourfold.recipe import Recipe
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
 POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -114,8 +116,10 @@ def choose_recipe(
     samples: int | None = None,
     sequence_length: int | None = None,
     tensor_parallel: int | None = None,
-) -> recipe.Recipe:
+) -> Recipe:
     """The recipe with its overrides; a calibration file takes the place of all its sources, with as many samples."""
+    from fourfold import recipe
+
     split = [f"scheme.tensor_parallel={tensor_parallel}"] if tensor_parallel else []
     chosen = recipe.load_recipe(name, [*overrides, *split])
     if calibration is not None:
@@ -126,20 +130,21 @@ def choose_recipe(
     return recipe.resize_calibration(chosen, samples, sequence_length)
 
 
-def text_kind(path: Path) -> tuple[str, str]:
+def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
     """Kind and field of a calibration file: conversations if it has `messages`, else plain text from `text`.
 
     Raises FourfoldError if it has neither, or is of another kind.
     """
-    if path.suffix not in recipe.FILE_KINDS:
+    from fourfold.recipe import FILE_KINDS
+
+    if path.suffix not in FILE_KINDS:
         found = path.suffix or "no suffix"
-        raise FourfoldError(f"--calibration {path}: got {found}, expected one of {', '.join(recipe.FILE_KINDS)}")
+        raise FourfoldError(f"--calibration {path}: got {found}, expected one of {', '.join(FILE_KINDS)}")
     names = _field_names(path)
-    if names is None:
+    if names is not None and "messages" in names:
+        return "chat", "messages"
+    if names is None or "text" in names:
         return "text", "text"
-    for kind, field in (("chat", "messages"), ("text", "text")):
-        if field in names:
-            return kind, field
     raise FourfoldError(
         f"--calibration {path}: got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`. "
         "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
