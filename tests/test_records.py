@@ -136,7 +136,7 @@ SHORT = '{"passed": true, "content": "c", "levels": ["files"], "checks": [], "se
         (lambda text: text.replace('"passed": true, ', ""), "passed: missing"),
         (lambda text: text.replace("true", "1"), "passed: got 1, expected bool"),
         (lambda text: text.replace('["files"]', '["filez"]'), "levels.0: got 'filez', expected a value that is known"),
-        (lambda text: text.replace("2}", '"2"}'), "seconds.b: got '2', expected float"),
+        (lambda text: text.replace("1.5", '"1.5"'), "seconds.a: got '1.5', expected float"),
         (lambda text: text.replace("[]", '[{"level": "files"}]'), "checks.0.name: missing"),
         (lambda text: text[:-1] + ', "bytes_read": -1}', "bytes_read: got -1, expected int >= 0"),
     ],
