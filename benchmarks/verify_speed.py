@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fourfold
 from fourfold.core import fidelity, grid
 from fourfold.datatypes import Method, ProjectionStatistics, QuantizedGroup
 from fourfold.formats import named
@@ -41,11 +42,12 @@ from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import output
 from fourfold.quantize.claims import draft_prefixes
-from fourfold.quantize.finish import index_json, peak_memory, quant_log
+from fourfold.quantize.finish import index_json, peak_memory
 from fourfold.quantize.identity import source_digest, source_parts
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.site import grid_of
 from fourfold.recipe import dump_recipe, load_recipe
+from fourfold.records.log import write_log
 from fourfold.release.verify.run import verify
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3.6-moe"
@@ -110,11 +112,11 @@ def make_release(source: Path, out: Path) -> None:
     settings = {"quantization_config": named(recipe.format).quantization_config(recipe.scheme.group, drafts)}
     write_text(out / "config.json", dump({**plan.skeleton.raw, **settings}))
     write_text(out / "recipe.toml", dump_recipe(recipe))
-    write_text(out / "quant_log.csv", quant_log(rows))
+    write_log(out / "quant_log.csv", rows)
     write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
     identity = {"recipe": recipe.digest(), "source": source_digest(plan.index), "calibration": "", "heldout": ""}
     state = {
-        "fourfold": "",
+        "fourfold": fourfold.__version__,
         "partial": False,
         "identity": identity | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.index)}},
         "recipe": recipe.name,

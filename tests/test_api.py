@@ -20,7 +20,7 @@ from fourfold.datatypes import ignore
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, finished_already
 from fourfold.recipe import Recipe, load_recipe
-from fourfold.release.verify.check import Verdict
+from fourfold.records.results import Metrics, Verdict
 from test_cli import answers
 
 STAGES = ("plan", "quantize", "evaluate", "verify")
@@ -63,7 +63,7 @@ def test_a_function_keeps_its_name_when_the_room_of_that_name_is_loaded() -> Non
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_is_typed_documented_and_watched(name: str) -> None:
     stage = getattr(fourfold, name)
-    known = {"Recipe": Recipe, "Summary": Summary, "Plan": Plan, "Verdict": Verdict}
+    known = {"Recipe": Recipe, "Summary": Summary, "Plan": Plan, "Verdict": Verdict, "Metrics": Metrics}
     hints = typing.get_type_hints(stage, localns=known)
     parameters = inspect.signature(stage).parameters
     assert set(hints) == {*parameters, "return"}
@@ -121,8 +121,8 @@ def test_stages_one_after_another(tmp_path: Path) -> None:
     ((code, said, loaded),) = answers([["publish", str(out), "me/small", "--dry-run"]], tmp_path)
     assert (code, loaded) == (0, []) and "would be sent to me/small" in said
     found = fourfold.evaluate(out, source=model, windows=1, length=32, drafts=False, replace=True, devices="cpu")
-    assert found["measured_by"] == "evaluate"
-    assert json.loads((out / "metrics.json").read_text()) == found
+    assert found.measured_by == "evaluate"
+    assert json.loads((out / "metrics.json").read_text()) == found.to_json()
 
 
 def nothing_to_do(model: Path, out: Path, recipe: Path) -> None:

@@ -182,6 +182,16 @@ MISTAKES = [  # in the folder of `mistakes`, where "model" could be quantized an
 ]
 
 
+STATE = {  # fourfold.json of a finished release, all that must be in it
+    "fourfold": __version__, "partial": False, "layers": "0-1", "recipe": "best", "format": "gptq", "projections": 0,
+    "identity": {"recipe": "", "source": "", "calibration": "", "heldout": "", "layers": "0-1", "parts": {}},
+    "source": {"headers": "", "content": ""}, "output": {"content": "", "shards": {}, "tensor_bytes": 0},
+    "calibration": {"rows": 0, "length": 0, "sources": [], "notes": []}, "source_tensor_bytes": 1, "workers": [],
+    "finished_at": "", "metrics": {}, "devices": {}, "versions": {}, "methods": {}, "seconds": {},
+    "peak_memory_bytes": {},
+}  # fmt: skip
+
+
 @pytest.fixture
 def mistakes(tmp_path: Path) -> Path:
     quantized = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "awq"}}
@@ -194,8 +204,8 @@ def mistakes(tmp_path: Path) -> Path:
         "gguf/model.gguf": "",
         "lora/adapter_config.json": '{"base_model_name_or_path": "a/b"}',
         "unfinished/.fourfold/run.json": "{}",
-        "trial/fourfold.json": '{"partial": true, "layers": "0-1"}',
-        "done/fourfold.json": '{"partial": false}',
+        "trial/fourfold.json": json.dumps(STATE | {"partial": True}),
+        "done/fourfold.json": json.dumps(STATE),
         "done/config.json": json.dumps(quantized),
         "c7.csv": "a,b",
         "short.txt": "a few",

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourfold import formats
 from fourfold import recipe as module
 from fourfold.datatypes import FourfoldError
 from fourfold.recipe import (
+    AUTO,
     CHOICES,
+    GROUP_SIZES,
     RANGES,
     Calibration,
     Guidance,
@@ -30,6 +33,7 @@ from fourfold.recipe import (
     recipe_path,
     resize_calibration,
 )
+from fourfold.schema import keys
 
 FOUR_SOURCES = (("general", 102), ("chat", 77), ("code", 51), ("math", 26))
 
@@ -228,6 +232,7 @@ SOURCE = "[[calibration.sources]]\n"
         ("[sovler]\ndamp = 0.1", "unknown key 'sovler'. Did you mean 'solver'?"),
         (SOURCE + 'builtin = "math"\nrow = 1', "unknown key 'calibration.sources[0].row'. Did you mean"),
         ("solver = 3", "solver: got 3, expected a table"),
+        ("solver.damp.a = 3", "solver.damp: got {'a': 3}, expected a number"),
         ("calibration = 3", "calibration: got 3, expected a table"),
         ("calibration.sources = 3", "calibration.sources: got 3, expected an array"),
         ("calibration.sources = [3]", "calibration.sources[0]: got 3, expected a table"),
@@ -238,6 +243,7 @@ SOURCE = "[[calibration.sources]]\n"
         ("format = 4", "format: got 4, expected text in quotes"),
         ("solver.damp = nan", "solver.damp: got nan, expected a number from 0 to 1"),
         ("solver.damp = -0.1", "solver.damp: got -0.1, expected a number from 0 to 1"),
+        ("solver.norm_power = 1" + "0" * 400, "solver.norm_power: got 10000"),
         ("solver.norm_power = 3", "solver.norm_power: got 3.0, expected a number from 0 to 2"),
         ("calibration.length = 1", "calibration.length: got 1, expected a number from 2 to 1048576"),
         ("scheme.group_size = 48", "scheme.group_size: got 48, expected one of 'auto', 128, 64, 32"),
@@ -349,10 +355,10 @@ def test_every_rule_names_a_field() -> None:
     for rule in (*CHOICES, *RANGES):
         home, _, name = rule.rpartition(".")
         assert name in {field.name for field in dataclasses.fields(homes[home])}, rule
-    for home in (Scheme, Solver, Guidance, Calibration, Source, Heldout):
-        for field in dataclasses.fields(home):  # a number without a range would let nonsense through
-            prefix = {known: key for key, known in homes.items()}[home]
-            assert field.type not in ("int", "float") or f"{prefix}.{field.name}" in {**RANGES, **CHOICES}, field.name
+    for key, hint in keys(Recipe):  # a number without a range would let nonsense through
+        assert hint not in (int, float), key
+    assert CHOICES["format"] == formats.NAMES
+    assert CHOICES["scheme.group_size"] == (AUTO, *GROUP_SIZES)
 
 
 # ---- writing and naming

@@ -9,6 +9,7 @@ import types
 from typing import Any
 
 import pytest
+from msgspec import convert
 from rich.console import Console
 
 from fourfold import units
@@ -17,7 +18,9 @@ from fourfold.cli.options import EventOutput, Output
 from fourfold.cli.progress import OutputMode, Pace
 from fourfold.cli.tables.run import show_evaluation, show_summary, show_verdict
 from fourfold.datatypes import Event
-from fourfold.release.verify.check import Level, Verdict, judge, skip
+from fourfold.records.release import Worker
+from fourfold.records.results import EngineFacts, Level, Metrics, Verdict
+from fourfold.release.verify.check import judge, skip
 
 
 class Clock:
@@ -228,7 +231,7 @@ def no_table(to: Console, result: object) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_summary(workers: int) -> None:
     to = console(width=30)  # a pipe: its lines are as long as they are
-    worker = {"device": "cpu", "waited_seconds": 1.0, "of_seconds": 10.0, "waited_for": {"writer": 1.0}}
+    worker = Worker(device="cpu", waited_seconds=1.0, of_seconds=10.0, waited_for={"writer": 1.0})
     metrics = {"perplexity_source": 28.0, "perplexity_release": 28.56, "kl_mean": 0.0123, "top1_agreement": 0.95}
     summary = types.SimpleNamespace(
         out="release[1]",
@@ -266,12 +269,14 @@ def test_summary(workers: int) -> None:
 
 
 def evaluated(**more: Any) -> dict[str, Any]:
-    summary = {"perplexity_source": 10.0, "perplexity_release": 10.1, "perplexity_ratio": 1.01, "kl_mean": 0.001,
+    summary = {"positions": 2044, "entropy_source": 2.0, "perplexity_source": 10.0, "perplexity_release": 10.1,
+               "perplexity_ratio": 1.01, "kl_mean": 0.001,
                "kl_median": 0.0005, "kl_p90": 0.002, "kl_p99": 0.01, "kl_max": 0.5, "top1_agreement": 0.98,
                "top5_agreement": 0.97}  # fmt: skip
     layer = {"layer": 0, "hidden_error": 0.03, "router_agreement": 0.99}
     last = {"layer": 1, "hidden_error": 0.0345, "router_agreement": 0.96}
     return {
+        "measured_by": "evaluate",
         "protocol": {"text": "a text", "windows": 4, "window": 512},
         "summary": summary,
         "intervals": {"kl_mean": [0.0008, 0.0012], "perplexity_source": [9.0, 11.0]},
@@ -282,7 +287,7 @@ def evaluated(**more: Any) -> dict[str, Any]:
 
 def test_evaluation_shows_source_and_release() -> None:
     to = console()
-    show_evaluation(to, evaluated())
+    show_evaluation(to, convert(evaluated(), Metrics))
     shown = printed(to)
     figures = ("10.0000 ± 1.0000", "10.1000", "0.00100 ± 0.00020", "top-1 agreement", "98.00%", "0.0345", "96.00%")
     for words in (*figures, "a text: 4 windows"):
@@ -294,21 +299,24 @@ def test_a_ratio_is_shown_with_its_interval_or_not_at_all() -> None:
     """Below 1 it would say that int4 is better than BF16."""
     found = evaluated()
     found["summary"]["perplexity_ratio"] = 0.9994
-    show_evaluation(to := console(), found)
+    show_evaluation(to := console(), convert(found, Metrics))
     assert "0.9994" not in (shown := printed(to)) and "one window gives no interval" in shown
     found["intervals"]["perplexity_ratio"] = [0.9973, 1.0015]
-    show_evaluation(to := console(), found)
+    show_evaluation(to := console(), convert(found, Metrics))
     assert "0.99940 ± 0.00210" in printed(to)
 
 
 def test_evaluation_shows_drafts_tasks_and_a_second_release() -> None:
     rule = {"by_position": [0.75, 0.5, 0.25], "mean_length": 2.5, "interval": None}
     drafted = {"greedy": rule, "sampled": rule}
-    second = evaluated(name="other\x1b[2J", intervals=None, layers=[{"hidden_error": 0.9, "router_agreement": None}])
+    second = evaluated(
+        name="other\x1b[2J", intervals=None, layers=[{"layer": 0, "hidden_error": 0.9, "router_agreement": None}]
+    )
     row = {"figures": {"exact_match,none": 0.5}, "samples": 20}
-    found = evaluated(against=second, drafts={"source": drafted, "release": None}, tasks={"tasks": {"gsm8k": row}})
+    drafts = {"protocol": {}, "source": drafted, "release": None}
+    found = evaluated(against=second, drafts=drafts, tasks={"lm_eval": "0.4", "tasks": {"gsm8k": row}})
     to = console()
-    show_evaluation(to, found)
+    show_evaluation(to, convert(found, Metrics))
     shown = printed(to)
     for words in ("0.750 0.500 0.250", "2.50", "no draft head", "0.9000", "exact_match,none 0.5000 (20 samples)"):
         assert words in shown, words
@@ -329,10 +337,11 @@ def test_verdict_names_level_check_status_and_evidence() -> None:
         skip(Level.FILES, "sidecars", "no source"),
         judge(Level.ENGINE, "starts", ["\x1b[31mcrash"], ""),
     )
-    facts: dict[str, Any] = {"out": "out", "content": "", "bytes_read": 1, "seconds": {"files": 61.0}}
-    asked = (Level.FILES, Level.ENGINE)
+    facts: dict[str, Any] = {"content": "", "bytes_read": 1, "seconds": {"files": 61.0}}
+    levels = (Level.FILES, Level.ENGINE)
     to = console()
-    show_verdict(to, Verdict(checks=checks, engine=engine, asked=asked, **facts))
+    facts_of_engine = convert(engine, EngineFacts)
+    show_verdict(to, Verdict(passed=False, checks=checks, engine=facts_of_engine, levels=levels, **facts))
     lines = [" ".join(line.split()) for line in printed(to).splitlines()]
     assert "files index pass [bold]5 tensors" in lines
     assert "sidecars not run no source" in lines
@@ -342,5 +351,5 @@ def test_verdict_names_level_check_status_and_evidence() -> None:
     assert "decoding 50 tokens/s, with MTP 75" in lines
     assert lines[-1] == "1 of 3 checks failed"
     to = console()
-    show_verdict(to, Verdict(checks=checks[:2], engine=None, asked=asked[:1], **facts))
+    show_verdict(to, Verdict(passed=True, checks=checks[:2], engine=None, levels=levels[:1], **facts))
     assert printed(to).splitlines()[-1] == "all checks passed: files (1 min 01 s)"

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
-    from fourfold.release.verify.check import Verdict
+    from fourfold.records.results import Metrics, Verdict
 
 
 def plan(
@@ -152,8 +152,10 @@ def evaluate(
     replace: bool = False,
     devices: str = "auto",
     progress: Progress = ignore,
-) -> dict[str, Any]:
+) -> Metrics:
     """Measure a release against its source on held-out text, layer by layer. Writes OUT/metrics.json.
+
+    Reads releases of GPTQModel, llm-compressor and AutoRound too.
 
     Args:
         tasks: names of lm-eval tasks, for the server at `url`; both or neither.
@@ -226,7 +228,7 @@ def verify(
     if record is None:
         require_release(Path(out))
         read_config(Path(out))
-    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record["after"]],)
+    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record.after],)
     if engine is not None and engine not in runs_in:
         raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
     if source is not None and record is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 TEXT = Path(__file__).parent / "text"
 
@@ -15,7 +16,7 @@ class BundledText:
     file: str
     title: str
     licence: str
-    kind: str = "text"
+    kind: Literal["text", "chat"] = "text"
     fields: tuple[str, ...] = ("text",)
 
 

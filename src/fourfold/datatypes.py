@@ -12,7 +12,8 @@ Plain names are scalars. `_bytes`, `_seconds`, `_tokens` are units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from reprlib import Repr
@@ -45,6 +46,12 @@ def shortened(problems: Sequence[str]) -> str:
     """The first problems, and how many more there are."""
     more = f" and {len(problems) - PROBLEMS_SHOWN:,} more" if len(problems) > PROBLEMS_SHOWN else ""
     return "; ".join(problems[:PROBLEMS_SHOWN]) + more
+
+
+def nearest(word: object, known: Collection[object]) -> str:
+    """The last sentence of an error: the known word that `word` looks like, or nothing."""
+    match = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
 
 
 class Method(StrEnum):

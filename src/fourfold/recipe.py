@@ -11,17 +11,19 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
+from msgspec import Meta
 
 from fourfold import formats
 from fourfold.bundled import CALIBRATION_TEXTS, HELDOUT_TEXTS
-from fourfold.datatypes import FourfoldError
-from fourfold.schema import Schema, apply_override, nearest
+from fourfold.datatypes import FourfoldError, nearest
+from fourfold.schema import Schema, apply_override, choices, ranges
 
 RECIPES = Path(__file__).parent / "recipes"
-AUTO, GROUP_SIZES = "auto", (128, 64, 32)
+AUTO: Literal["auto"] = "auto"
+GROUP_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Source:
     licence: Licence of the text, as the model card states it.
     """
 
-    rows: int
-    kind: str = "text"
+    rows: Annotated[int, Meta(ge=1, le=2**24)]
+    kind: Literal["text", "chat"] = "text"
     fields: tuple[str, ...] = ("text",)
     builtin: str = ""
     path: str = ""
@@ -62,8 +64,8 @@ class Calibration:
     sources: Sources of the text, one table each.
     """
 
-    length: int = 1024
-    seed: int = 0
+    length: Annotated[int, Meta(ge=2, le=2**20)] = 1024
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
     allow_test_sets: bool = False
     sources: tuple[Source, ...] = ()
 
@@ -81,8 +83,8 @@ class Heldout:
 
     builtin: str = "wikitext-2-test"
     path: str = ""
-    windows: int = 16
-    length: int = 2048
+    windows: Annotated[int, Meta(ge=1, le=2**24)] = 16
+    length: Annotated[int, Meta(ge=2, le=2**20)] = 2048
     yardstick: bool = True
 
 
@@ -96,10 +98,10 @@ class Scheme:
     tensor_parallel: GPUs that will serve the release by tensor parallel: `group_size` fits their part of an expert too.
     """
 
-    group_size: int | str = "auto"
+    group_size: Literal["auto", 128, 64, 32] = "auto"
     signed: bool = True
-    scale_dtype: str = "bf16"
-    tensor_parallel: int = 1
+    scale_dtype: Literal["bf16", "fp16"] = "bf16"
+    tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
 
     @property
     def group(self) -> int:
@@ -146,23 +148,23 @@ class Solver:
 
     asymmetric: bool = True
     router_weighted: bool = True
-    norm_power: float = 0.5
-    pool: float = 0.5
+    norm_power: Annotated[float, Meta(ge=0, le=2)] = 0.5
+    pool: Annotated[float, Meta(ge=0, le=1024)] = 0.5
     effective_tokens: bool = True
     trace_matched: bool = True
-    pool_rows: int = 2048
-    damp: float = 0.05
-    damp_kind: str = "diagonal"
-    damp_floor: float = 1e-4
-    order: str = "activation"
-    scale: str = "search"
-    scale_weights: str = "conditional"
-    scale_low: float = 0.45
-    scale_high: float = 1.15
-    scale_steps: int = 36
-    passes: int = 2
+    pool_rows: Annotated[int, Meta(ge=1, le=2**20)] = 2048
+    damp: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    damp_kind: Literal["diagonal", "mean"] = "diagonal"
+    damp_floor: Annotated[float, Meta(ge=0, le=1)] = 1e-4
+    order: Literal["activation", "group-aware", "natural"] = "activation"
+    scale: Literal["search", "absmax"] = "search"
+    scale_weights: Literal["conditional", "diagonal"] = "conditional"
+    scale_low: Annotated[float, Meta(ge=0.01, le=4)] = 0.45
+    scale_high: Annotated[float, Meta(ge=0.01, le=4)] = 1.15
+    scale_steps: Annotated[int, Meta(ge=1, le=4096)] = 36
+    passes: Annotated[int, Meta(ge=0, le=64)] = 2
     refine_scales: bool = True
-    fallback_share: float = 0.0
+    fallback_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +177,9 @@ class Guidance:
     damp: Damping of the metric relative to its diagonal; 0 chooses 0.05, 0.2 or 0.3 by tokens per hidden dimension.
     """
 
-    tokens: int = 0
-    sites: str = "both"
-    damp: float = 0.0
+    tokens: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    sites: Literal["both", "down"] = "both"
+    damp: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ class Recipe:
 
     name: str = "best"
     description: str = ""
-    format: str = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq_v2"] = "compressed-tensors"
     scheme: Scheme = field(default_factory=Scheme)
     solver: Solver = field(default_factory=Solver)
     guidance: Guidance = field(default_factory=Guidance)
@@ -215,40 +217,10 @@ class Recipe:
         return content
 
 
+CHOICES, RANGES = choices(Recipe), ranges(Recipe)
 ORIGINS = ("builtin", "path", "dataset")
 OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
-CHOICES: dict[str, tuple[object, ...]] = {
-    "format": formats.NAMES,
-    "scheme.group_size": (AUTO, *GROUP_SIZES),
-    "scheme.scale_dtype": ("bf16", "fp16"),
-    "solver.damp_kind": ("diagonal", "mean"),
-    "solver.order": ("activation", "group-aware", "natural"),
-    "solver.scale": ("search", "absmax"),
-    "solver.scale_weights": ("conditional", "diagonal"),
-    "guidance.sites": ("both", "down"),
-    "calibration.sources.kind": ("text", "chat"),
-}
-RANGES: dict[str, tuple[float, float]] = {
-    "scheme.tensor_parallel": (1, 64),
-    "guidance.tokens": (0, 2**24),
-    "guidance.damp": (0, 1),
-    "solver.norm_power": (0, 2),
-    "solver.pool": (0, 1024),
-    "solver.pool_rows": (1, 2**20),
-    "solver.damp": (0, 1),
-    "solver.damp_floor": (0, 1),
-    "solver.scale_low": (0.01, 4),
-    "solver.scale_high": (0.01, 4),
-    "solver.scale_steps": (1, 4096),
-    "solver.passes": (0, 64),
-    "solver.fallback_share": (0, 1),
-    "calibration.length": (2, 2**20),
-    "calibration.seed": (0, 2**32 - 1),
-    "calibration.sources.rows": (1, 2**24),
-    "heldout.windows": (1, 2**24),
-    "heldout.length": (2, 2**20),
-}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -290,8 +262,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     _anchor_paths(table, Path.cwd())
     _complete(table)
     typed = {override.partition("=")[0].replace(" ", ""): f"--set {override}" for override in overrides}
-    schema = Schema(where=f"recipe {name_or_path}", choices=CHOICES, ranges=RANGES, typed=typed)
-    recipe: Recipe = schema.read(Recipe, table)
+    schema = Schema(kind=Recipe, where=f"recipe {name_or_path}", typed=typed)
+    recipe: Recipe = schema.read(table)
     _check_together(recipe, schema)
     return recipe
 

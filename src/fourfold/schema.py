@@ -1,47 +1,61 @@
-"""Raw TOML tables to frozen dataclasses: overrides, types, allowed values, and errors that name the key."""
+"""Raw TOML tables to frozen dataclasses: overrides, and errors that name the key. A rule stands at its field."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fourfold.datatypes import FourfoldError
+import msgspec
 
-_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+from fourfold.datatypes import FourfoldError, nearest
+
+WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text in quotes",
+          "object": "a table", "array": "an array"}  # fmt: skip
+
+
+def keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key, without indices, and annotated type of every field of a dataclass and of the tables in it."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        yield f"{prefix}{name}", hint
+        if is_dataclass(inner):
+            yield from keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def choices(kind: type[Any]) -> dict[str, tuple[Any, ...]]:
+    """By dotted key, the values that it takes, of keys that take only some."""
+    return {key: get_args(hint) for key, hint in keys(kind) if get_origin(hint) is Literal}
+
+
+def ranges(kind: type[Any]) -> dict[str, tuple[float, float]]:
+    """By dotted key, the smallest and the largest number that it takes."""
+    rules = ((key, rule) for key, hint in keys(kind) for rule in getattr(hint, "__metadata__", ()))
+    return {key: (rule.ge, rule.le) for key, rule in rules}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """What a file may hold. choices, ranges (both ends included): by dotted key without indices.
-
-    where: names the file in errors ("recipe mine.toml"); typed: by dotted key, what set it on the command line, which
-    errors name in the file's place.
+    """What a file may hold. kind: its dataclass; where: names the file in errors ("recipe mine.toml"); typed: by dotted
+    key, what set it on the command line, which errors name in the file's place.
     """
 
+    kind: type[Any]
     where: str
-    choices: Mapping[str, tuple[object, ...]]
-    ranges: Mapping[str, tuple[float, float]]
     typed: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, cls: type[Any], table: object, key: str = "") -> Any:
-        """A `cls` from a raw table of dotted name `key`. Left-out keys take the dataclass defaults.
+    def read(self, table: dict[str, Any]) -> Any:
+        """A `kind` from a raw table. Left-out keys take the dataclass defaults.
 
         Raises FourfoldError for an unknown key, with the nearest known one, and for a wrong type or value.
         """
-        if not isinstance(table, dict):
-            raise self.mismatch(key, table, "a table")
-        hints = get_type_hints(cls)
-        for name in table:
-            if name not in hints:
-                unknown, meant = _join(key, name), self._nearest_key(cls, key, name)
-                raise FourfoldError(f"{self.place(unknown)}: unknown key {unknown!r}.{meant}")
-        values = {name: self._value(hints[name], value, _join(key, name)) for name, value in table.items()}
-        return cls(**values)
+        self._refuse_unknown(table, dict(keys(self.kind)), "")
+        try:
+            return msgspec.convert(table, self.kind)
+        except msgspec.ValidationError as error:
+            raise self._problem(str(error), table) from None
 
     def place(self, key: str) -> str:
         """What set this key, or a table around it: for the start of an error."""
@@ -52,43 +66,38 @@ class Schema:
         shown = str(found).lower() if isinstance(found, bool) else repr(found)
         return FourfoldError(f"{self.place(key)}: {key}: got {shown}, expected {expected}.{hint}")
 
-    def _value(self, hint: Any, value: object, key: str) -> Any:
-        if is_dataclass(hint):
-            return self.read(hint, value, key)  # type: ignore[arg-type]
-        if get_origin(hint) is tuple:
-            if not isinstance(value, list | tuple):
-                raise self.mismatch(key, value, "an array")
-            item = get_args(hint)[0]
-            return tuple(self._value(item, entry, f"{key}[{index}]") for index, entry in enumerate(value))
-        return self._scalar(hint, value, key)
+    def _refuse_unknown(self, table: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
+        for name, value in table.items():
+            key, rule = f"{prefix}{name}", _rule(f"{prefix}{name}")
+            if rule not in known:
+                beside = [one for one in known if one.rpartition(".")[0] == _rule(prefix).rstrip(".")]
+                elsewhere = [one for one in known if one.rpartition(".")[2] == name]
+                meant = f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, beside)
+                raise FourfoldError(f"{self.place(key)}: unknown key {key!r}.{meant}")
+            has_keys = any(one.startswith(f"{rule}.") for one in known)
+            for place, inner in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if has_keys and isinstance(inner, dict):
+                    self._refuse_unknown(inner, known, f"{key}." if place is None else f"{key}[{place}].")
 
-    def _scalar(self, hint: Any, value: Any, key: str) -> Any:
-        if hint is float and type(value) is int:
-            value = float(value)
-        kinds = get_args(hint) or (hint,)
-        if type(value) not in kinds:  # not isinstance: true is no whole number
-            raise self.mismatch(key, value, " or ".join(_WANTED[kind] for kind in kinds))
-        rule = re.sub(r"\[\d+\]", "", key)
-        choices = self.choices.get(rule)
-        if choices and value not in choices:
-            raise self.mismatch(key, value, f"one of {', '.join(map(repr, choices))}", nearest(value, choices))
-        low, high = self.ranges.get(rule, (-math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # nan is in no range
-            raise self.mismatch(key, value, f"a number from {low:.12g} to {high:.12g}")
-        return value
-
-    def _nearest_key(self, cls: type[Any], key: str, name: str) -> str:
-        """The key that was probably meant: the same name in another table, else a similar one in this."""
-        known = {rule.rpartition(".")[2]: rule for rule in (*self.choices, *self.ranges)}
-        if name in known:
-            return f" Did you mean {known[name]!r}?"
-        return nearest(_join(key, name), [_join(key, item.name) for item in fields(cls)])
+    def _problem(self, said: str, table: Any) -> FourfoldError:
+        """msgspec's message in the words of ours."""
+        message, _, key = said.replace("`", "").partition(" - at $.")
+        for part in re.findall(r"[^.\[\]]+", key):
+            table = table[int(part) if isinstance(table, list) else part]
+        if message.startswith("Invalid enum value"):
+            known = choices(self.kind)[_rule(key)]
+            return self.mismatch(key, table, f"one of {', '.join(map(repr, known))}", nearest(table, known))
+        kinds, _, got = message.removeprefix("Expected ").partition(", got ")
+        whole = type(table) is int and abs(table) < 2**53
+        found = float(table) if whole and kinds.startswith("float") else table
+        if got:
+            return self.mismatch(key, found, " or ".join(WANTED.get(kind, kind) for kind in kinds.split(" | ")))
+        low, high = ranges(self.kind)[_rule(key)]
+        return self.mismatch(key, found, f"a number from {low:.12g} to {high:.12g}")
 
 
-def nearest(word: object, known: Collection[object]) -> str:
-    """The last sentence of an error: the known word that `word` looks like, or nothing."""
-    match = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
-    return f" Did you mean {match[0]!r}?" if match and isinstance(word, str) else ""
+def _rule(key: str) -> str:
+    return re.sub(r"\[\d+\]", "", key)
 
 
 def apply_override(table: dict[str, Any], override: str, displaced: Mapping[str, Sequence[str]]) -> None:
@@ -122,7 +131,3 @@ def _toml_value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name

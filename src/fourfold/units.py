@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 RATIO = "perplexity_ratio"
@@ -30,16 +29,15 @@ def size(count: int) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
 
 
-def figure_text(found: Mapping[str, Any], key: str) -> str:
-    """A figure of metrics.json, found["summary"][key], with half of its 95 % interval.
+def figure_text(key: str, value: float, ends: Sequence[float] | None) -> str:
+    """A figure of metrics.json's summary, with half of its 95 % interval.
 
     A ratio of perplexities is close to 1 and may fall on either side by chance, so it is never shown without one.
     """
-    form, ends = FIGURES[key][1], (found.get("intervals") or {}).get(key)
-    text = form.format(found["summary"][key])
+    form = FIGURES[key][1]
     if ends:
-        return f"{text} ± {form.format((ends[1] - ends[0]) / 2)}"
-    return NO_INTERVAL if key == RATIO else text
+        return f"{form.format(value)} ± {form.format((ends[1] - ends[0]) / 2)}"
+    return NO_INTERVAL if key == RATIO else form.format(value)
 
 
 def clock_text(seconds: float) -> str:

@@ -19,8 +19,8 @@ import checkpoints
 import family_releases
 import releases
 from fourfold.model.family import FAMILIES, VLLM, VLLM_LOADS
+from fourfold.records.results import Status
 from fourfold.release.verify import vllm
-from fourfold.release.verify.check import Status
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import open_release
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import releases
 from broken import Copy
+from fourfold.records.results import Status
 from fourfold.release.verify import run as verify
 from fourfold.release.verify import vllm
-from fourfold.release.verify.check import Status
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import open_release
 

@@ -101,9 +101,9 @@ def test_a_release_is_what_quantize_measured(source: Make, release: Make, name: 
     assert failed == []
     measured = json.loads((out / "fourfold.json").read_text())["metrics"]
     windows, length = family_releases.TOKENS
-    found = evaluate(out, source=model, windows=windows, length=length, drafts=False)["summary"]
-    assert found["kl_mean"] == pytest.approx(measured["kl_mean"], rel=1e-6)
-    assert found["perplexity_source"] == pytest.approx(measured["perplexity_source"], rel=1e-9)
+    found = evaluate(out, source=model, windows=windows, length=length, drafts=False).figures
+    assert found.kl_mean == pytest.approx(measured["kl_mean"], rel=1e-6)
+    assert found.perplexity_source == pytest.approx(measured["perplexity_source"], rel=1e-9)
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def test_a_draft_layer_past_the_last_is_kept_and_measured(
     assert kept.keys() == source.keys() and all(torch.equal(kept[name], source[name]) for name in source)
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert r"re:.*model\.layers\.4.*" in ignored
-    found = evaluate(out, source=model, windows=2, length=64, drafts=True)["drafts"]
+    found = evaluate(out, source=model, windows=2, length=64, drafts=True).to_json()["drafts"]
     assert (found["protocol"]["steps"], found["source"]["consistent"]) == (1, 1.0)
     for one in (found["source"], found["release"]):
         assert len(one["greedy"]["by_position"]) == 1 and one["positions"] == 2 * 11

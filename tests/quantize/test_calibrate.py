@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from msgspec import to_builtins
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -188,7 +189,7 @@ def test_progress_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
 
 def test_json_says_everything_but_the_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = collect(recipe_of(Source(rows=2, path=numbered(tmp_path), licence="MIT")), tokenizer)
-    told = json.loads(json.dumps(rows.to_json()))
+    told = to_builtins(rows.facts())
     assert (told["digest"], told["rows"], told["length"], told["notes"]) == (rows.digest, 2, 64, [])
     assert told["sources"][0] | {"tokens": 0} == {
         "name": "numbered.jsonl", "licence": "MIT", "documents": 50, "tokens": 0, "rows_wanted": 2, "rows": 2,
@@ -360,7 +361,7 @@ def test_heldout_windows_are_one_tokenization_from_the_start(tokenizer: PreTrain
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert windows.token_RT.flatten().tolist() == tokens[: 16 * 2048]
     assert windows.token_RT.shape == (16, 2048) and tokenizer.bos_token is None
-    assert windows.protocol == {
+    assert to_builtins(windows.protocol) == {
         "text": "wikitext-2 test split, tokenized form (not wikitext-2-raw)",
         "joining": "one row a line, blank rows included, as in the file",
         "tokens": 486324, "windows": 16, "windows_available": 237, "window": 2048, "stride": 2048,
@@ -377,13 +378,13 @@ def test_heldout_rows_of_a_table_are_joined_with_a_blank_line(
     windows = heldout(Recipe(heldout=wanted), tokenizer)
     tokens = tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]
     assert windows.token_RT.flatten().tolist() == tokens[:96]
-    assert windows.protocol["text"] == "raw.parquet" and windows.protocol["joining"] == "rows joined with a blank line"
+    assert windows.protocol.text == "raw.parquet" and windows.protocol.joining == "rows joined with a blank line"
 
 
 def test_heldout_conversations_are_written_with_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
     windows = heldout(load_recipe("best", ["heldout.builtin=chat", "heldout.windows=2"]), tokenizer)
     assert tokenizer.decode(windows.token_RT[0]).startswith("<|im_start|>user\nJanet")
-    assert windows.protocol["text"] == "GSM8K test problems as conversations"
+    assert windows.protocol.text == "GSM8K test problems as conversations"
 
 
 def test_too_little_held_out_text_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

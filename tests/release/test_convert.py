@@ -19,8 +19,8 @@ from fourfold.datatypes import FourfoldError
 from fourfold.model.shards import write_shard
 from fourfold.quantize.summary import read_summary
 from fourfold.recipe import load_recipe
+from fourfold.records.results import Status
 from fourfold.release.convert import convert
-from fourfold.release.verify.check import Status
 from fourfold.release.verify.run import verify
 
 CT, GPTQ, V2 = releases.FORMATS

@@ -51,7 +51,7 @@ def test_mlx_from_each_format(shipped: dict[str, Path], tmp_path: Path, form: st
     """The same words, stacked; scales as they are, biases of -8 scales; nothing else is touched."""
     if form == CT:
         found = export(shipped[form], tmp_path / "new", "mlx")
-        assert (found.projections, found.group_size, found.engine) == (24, 128, "mlx")
+        assert (found.projections, found.group_size, found.after) == (24, 128, "mlx")
     else:
         export(shipped[form], tmp_path / "new", "mlx")
     old, new = releases.tensors(shipped[CT]), releases.tensors(tmp_path / "new")
@@ -86,7 +86,7 @@ def test_verify_mlx_beside_its_release(shipped: dict[str, Path], tmp_path: Path)
     export(out, new, "mlx")
     assert verify(new).passed
     verdict = verify(new, source=out)
-    assert verdict.passed and [str(level) for level in verdict.asked] == ["files", "source"]
+    assert verdict.passed and verdict.levels == ("files", "source")
     with pytest.raises(FourfoldError, match="was not made from this release"):
         verify(new, source=shipped["fp16"])
     with pytest.raises(FourfoldError, match="--engine: got vllm, expected mlx"):
@@ -148,7 +148,7 @@ def test_gguf_from_each_format(shipped: dict[str, Path], tmp_path: Path, form: s
 
 def test_gguf_without_drafts_in_shards(shipped: dict[str, Path], tmp_path: Path) -> None:
     found = export(shipped[CT], tmp_path / "new", "gguf", options=Options(mtp=False, shard_bytes=200_000, rest="q8_0"))
-    assert "rounded to q8_0: not exact" in found.notes[1] and found.rounded
+    assert "rounded to q8_0: not exact" in found.notes[1] and found.rest == "q8_0"
     *names, licence = sorted(found.files, key=lambda name: (name == "LICENSE", name))
     assert (
         licence == "LICENSE"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from fourfold.datatypes import FourfoldError
 from fourfold.release import tasks
@@ -125,7 +126,8 @@ def test_results_of_lm_eval_0_4_13() -> None:
         "model_source": "local-completions",
         "chat_template": None,
     }  # fmt: skip
-    assert tasks.read_results(found) == {
+    assert to_builtins(tasks.read_results(found, "http://a:1")) == {
+        "url": "http://a:1",
         "lm_eval": "0.4.13",
         "model": "toy-model",
         "api": "local-completions",
@@ -149,9 +151,9 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
     (tmp_path / "toy.yaml").write_text(TOY.format(questions=questions), encoding="utf-8")
     found = tasks.run_tasks(Tasks(names=(str(tmp_path / "toy.yaml"),), url=url), example_model)
     assert {asked["prompt"] for asked in Answers.asked} == {f"Question: {sum}\nAnswer: " for sum in ("1 + 1", "2 + 2")}
-    assert (found["model"], found["api"], found["url"]) == ("toy-model", "local-completions", url)
-    assert found["tasks"]["toy"]["figures"]["exact_match,none"] == 0.5
-    assert found["tasks"]["toy"]["samples"] == 2
+    assert (found.model, found.api, found.url) == ("toy-model", "local-completions", url)
+    assert found.tasks["toy"].figures["exact_match,none"] == 0.5
+    assert found.tasks["toy"].samples == 2
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")

@@ -11,6 +11,7 @@ import pytest
 
 from command_line import invoke
 from fourfold.datatypes import Event, FourfoldError
+from fourfold.records.results import Quantiles
 from fourfold.serve import bench as benches
 from fourfold.serve.bench import Load, bench, quantiles, read_prompts, summarize
 from fourfold.serve.client import Reply
@@ -28,7 +29,7 @@ def load(**fields: Any) -> Load:
 def run(stand_in: StandIn, **fields: Any) -> tuple[dict[str, Any], list[Event]]:
     events: list[Event] = []
     with serving(stand_in):
-        return bench(stand_in.url, load(**fields), events.append), events
+        return bench(stand_in.url, load(**fields), events.append).to_json(), events
 
 
 @pytest.fixture(autouse=True)
@@ -134,15 +135,15 @@ def test_the_cards_figures_for_the_reference_alone() -> None:
 
 def test_quantiles() -> None:
     assert quantiles([]) is None
-    assert quantiles([3.0]) == {"mean": 3.0, "p50": 3.0, "p90": 3.0, "p99": 3.0}
-    assert quantiles([float(v) for v in range(1, 101)]) == {"mean": 50.5, "p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert quantiles([3.0]) == Quantiles(mean=3.0, p50=3.0, p90=3.0, p99=3.0)
+    assert quantiles([float(v) for v in range(1, 101)]) == Quantiles(mean=50.5, p50=50.0, p90=90.0, p99=99.0)
 
 
 def test_summary_counts_what_this_process_spent() -> None:
     reply = Reply(outcome="ok", first=1.0, last=2.0, output_tokens=11)
     found = summarize(1, 1, [reply], seconds=2.0, spent=0.011)
-    assert found["client_core_share_at_100_tokens_per_second"] == pytest.approx(0.1)
-    assert found["decode_tokens_per_second"]["p50"] == pytest.approx(10.0)
+    assert found.client_core_share_at_100_tokens_per_second == pytest.approx(0.1)
+    assert found.decode_tokens_per_second is not None and found.decode_tokens_per_second.p50 == pytest.approx(10.0)
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import exports
 from command_line import invoke
 from fourfold.datatypes import FourfoldError
+from fourfold.records.release import Export
 from fourfold.release.export import export
 from fourfold.serve.local import FileSizes, gguf_files, llama_server, place, read_sizes
 from fourfold.serve.machine import Gpu, Machine
@@ -38,7 +39,7 @@ def test_context_and_experts_on_the_host() -> None:
 
 def test_llama_server(exported: dict[str, Path]) -> None:
     """One of two layers has a KV cache, beside the draft head's: 2 blocks x 2 heads x (32 + 32) values."""
-    record = {"files": {"out-Q4_0.gguf": {}}, "settings": {"mtp": True}}
+    record = Export.read(exported["gguf"] / "conversion.json")
     file = exported["gguf"] / "out-Q4_0.gguf"
     sizes = read_sizes([file])
     assert (sizes.kv_values, sizes.longest, sorted(sizes.expert_bytes)) == (2 * 2 * (32 + 32), 4096, [0, 1, 2])
@@ -78,6 +79,6 @@ def test_on_the_command_line(exported: dict[str, Path], monkeypatch: pytest.Monk
     assert code == 2 and "llama-server: got none on PATH" in said
 
 
-def test_a_record_without_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_record_without_a_file_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FourfoldError, match=r"conversion.json: names no .gguf file; convert the release again"):
-        gguf_files(tmp_path, {"files": {"config.json": {}}})
+        gguf_files(tmp_path, Export.read(exported["mlx"] / "conversion.json"))

@@ -32,9 +32,9 @@ vllm:prefix_cache_hits_total{{engine="1"}} 50
 def test_vllm_counts_between_scrapes() -> None:
     found = acceptance(Scrape.parse(counters(0)), Scrape.parse(counters(3)))
     assert found is not None
-    assert found["rate"] == pytest.approx(33 / 60)
-    assert found["mean_length"] == pytest.approx(1 + 33 / 30)
-    assert found["by_position"] == pytest.approx([0.6, 0.5])
+    assert found.rate == pytest.approx(33 / 60)
+    assert found.mean_length == pytest.approx(1 + 33 / 30)
+    assert found.by_position == pytest.approx([0.6, 0.5])
 
 
 def test_no_drafts_between_scrapes_is_no_rate() -> None:
@@ -53,7 +53,7 @@ def test_sglang_tells_gauges_without_positions() -> None:
     before, after = (Scrape.parse(SGLANG.format(length=2.4, retracted=r)) for r in (1, 4))
     found = acceptance(before, after)
     assert found is not None
-    assert (found["rate"], found["mean_length"], found["by_position"]) == (0.61, 2.4, [])
+    assert (found.rate, found.mean_length, found.by_position) == (0.61, 2.4, [])
     assert changes(before, after) == {"preemptions": 3, "prefix_hit_rate": 0.125}
     assert after.pool() == {"tokens": 415_184}
     assert after.value("cache_usage") == 0.5

@@ -17,7 +17,7 @@ from cyclopts.exceptions import (
 )
 
 from fourfold.cli.console import plain
-from fourfold.schema import nearest
+from fourfold.datatypes import nearest
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as shells count: 128 and the signal
 EXIT_CODES = "Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input, 130 interrupted, 143 terminated."

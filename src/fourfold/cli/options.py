@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from cyclopts import Group, Parameter
 from rich.console import Console
@@ -232,7 +232,7 @@ class EventOutput(Output):
 # --- a calibration file ------------------------------------------------------------------------------------------
 
 
-def text_kind(path: Path) -> tuple[str, str]:
+def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
     """Kind and field of a calibration file: conversations if it has `messages`, else plain text from `text`.
 
     Raises FourfoldError if it has neither, or is of another kind.
@@ -246,9 +246,10 @@ def text_kind(path: Path) -> tuple[str, str]:
         names = _field_names(path)
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         raise FourfoldError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-    for kind, field in (("chat", "messages"), ("text", "text")):
-        if field in names:
-            return kind, field
+    if "messages" in names:
+        return "chat", "messages"
+    if "text" in names:
+        return "text", "text"
     raise FourfoldError(
         f"--calibration {path}: got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`. "
         "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"

@@ -17,4 +17,4 @@ DRAFTS_IN_SGLANG = next(one.name for one in FORMATS if one.sglang_drafts)  # the
 
 def named(name: str) -> Format:
     """Return a format by its name in a recipe. Raises KeyError if there is none."""
-    return {one.name: one for one in FORMATS}[name]
+    return {str(one.name): one for one in FORMATS}[name]

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fourfold.datatypes import QuantizedGroup, brief
 
@@ -47,7 +47,7 @@ class Format(ABC):
     group.
     """
 
-    name: str
+    name: Literal["compressed-tensors", "gptq", "gptq_v2"]
     methods: tuple[str, ...]
     read_as: str
     codes: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fourfold.datatypes import brief
 from fourfold.formats.format import EXPERT, Format, Selection, Shape, differences, draft_pattern
@@ -122,7 +122,9 @@ def group_index(inputs: int, group_size: int) -> Tensor:
     return torch.arange(inputs, dtype=torch.int32) // group_size
 
 
-def _gptq(name: str, *, zero_offset: int, methods: tuple[str, ...], read_as: str, vllm_cpu: str) -> Gptq:
+def _gptq(
+    name: Literal["gptq", "gptq_v2"], *, zero_offset: int, methods: tuple[str, ...], read_as: str, vllm_cpu: str
+) -> Gptq:
     return Gptq(
         name=name,
         methods=methods,
@@ -150,7 +152,7 @@ def _gptq(name: str, *, zero_offset: int, methods: tuple[str, ...], read_as: str
     )
 
 
-GPTQ = _gptq(METHOD, zero_offset=1, methods=(METHOD, AUTO_ROUND), read_as="gptq, auto-round (auto_gptq)", vllm_cpu="")
+GPTQ = _gptq("gptq", zero_offset=1, methods=(METHOD, AUTO_ROUND), read_as="gptq, auto-round (auto_gptq)", vllm_cpu="")
 GPTQ_V2 = _gptq(
     "gptq_v2",
     zero_offset=0,

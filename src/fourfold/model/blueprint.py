@@ -19,12 +19,11 @@ from typing import Any
 import transformers
 from torch import nn
 
-from fourfold.datatypes import FourfoldError, TensorHeader, brief, reason
+from fourfold.datatypes import FourfoldError, TensorHeader, brief, nearest, reason
 from fourfold.model import internals
 from fourfold.model.experts import Experts, find_experts, place_experts, release_prefix
 from fourfold.model.family import FAMILIES
 from fourfold.model.internals import Source
-from fourfold.schema import nearest
 
 FIRST_NUMBER = re.compile(r"\.(\d{1,9})\.")  # in a tensor's name: its layer
 

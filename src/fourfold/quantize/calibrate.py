@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +18,13 @@ from fourfold.quantize.contamination import MORE_TEXT, check_sources, heldout_li
 from fourfold.quantize.documents import OVER_READ, Document, as_file, heldout_documents, read_documents, source_name
 from fourfold.quantize.template import ChatTemplate
 from fourfold.recipe import Calibration, Heldout, Recipe, Source
+from fourfold.records.release import CalibrationFacts, SourceRows
+from fourfold.records.results import TextFacts
 
 HELDOUT_SIZES = "heldout.windows or heldout.length (--set)"
 BATCH = 64  # documents tokenized at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 END_OF_DOCUMENT = "<|endoftext|>"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRows:
-    """What one source gave. documents, tokens: as read; rows: as taken, of rows_wanted by the recipe."""
-
-    name: str
-    licence: str
-    documents: int
-    tokens: int
-    rows_wanted: int
-    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +47,26 @@ class CalibrationRows:
             places.setdefault(name, []).append(row)
         return {name: _digest(self.token_RT[rows]) for name, rows in places.items()}
 
-    def to_json(self) -> dict[str, Any]:
+    def facts(self) -> CalibrationFacts:
         """For fourfold.json and the model card: everything but the tokens."""
         rows, length = self.token_RT.shape
-        return {
-            "digest": self.digest,
-            "rows": rows,
-            "length": length,
-            "shingles": shingles(self.token_RT),
-            "sources": [asdict(source) for source in self.sources],
-            "notes": list(self.notes),
-        }
+        return CalibrationFacts(
+            digest=self.digest,
+            rows=rows,
+            length=length,
+            shingles=shingles(self.token_RT),
+            sources=list(self.sources),
+            notes=list(self.notes),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutRows:
-    """token_RT: int64, R windows; protocol: how they were made, in JSON types, for metrics.json."""
+    """token_RT: int64, R windows; protocol: how they were made."""
 
     token_RT: Tensor
     digest: str
-    protocol: dict[str, Any]
+    protocol: TextFacts
 
 
 @dataclass(frozen=True)
@@ -185,19 +174,19 @@ def heldout_windows(
         )
     windows = min(found, wanted.windows)
     token_RT = token_T[: windows * wanted.length].view(windows, wanted.length)
-    protocol = {
-        "text": title,
-        "joining": joining,
-        "tokens": len(token_T),
-        "windows": windows,
-        "windows_available": found,
-        "window": wanted.length,
-        "stride": wanted.length,
-        "predictions_per_window": wanted.length - 1,
-        "bos": False,
-        "special_tokens": False,
-        "tail": "dropped",
-    }
+    protocol = TextFacts(
+        text=title,
+        joining=joining,
+        tokens=len(token_T),
+        windows=windows,
+        windows_available=found,
+        window=wanted.length,
+        stride=wanted.length,
+        predictions_per_window=wanted.length - 1,
+        bos=False,
+        special_tokens=False,
+        tail="dropped",
+    )
     return HeldoutRows(token_RT=token_RT, digest=_digest(token_RT), protocol=protocol)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.metadata
-import io
 import platform
 import re
 import resource
@@ -15,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 import fourfold
 from fourfold.core import metrics
-from fourfold.datatypes import ProjectionStatistics, ShardRecord, StreamDrift
+from fourfold.datatypes import ShardRecord, StreamDrift
 from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS, copy_file, dump, write_text
@@ -30,13 +29,15 @@ from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, REFERENCE, Journal, close
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
-from fourfold.quantize.reference import Reference
 from fourfold.quantize.streams import RTN_STEP
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
+from fourfold.records.log import write_log
+from fourfold.records.release import File, Output, Reference, SourceFacts, State, Worker
+from fourfold.records.results import Metrics, RoundToNearest
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -67,19 +68,14 @@ def finish(
     tell: is told "finish" with the name of each file in turn.
     """
     out, records = journal.out, journal.records
-    projections = [row for record in records for row in record.projections]
     index = TensorIndex.open_shards(out, [record.shard for record in records])
     drafts = draft_prefixes(plan.skeleton, index.headers)
     settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts)
     texts_by_name = {
-        "quant_log.csv": quant_log(projections),
         "recipe.toml": dump_recipe(plan.recipe),
-        "metrics.json": dump(metrics_json(texts[1], measured)),
         INDEX_NAME: index_json(index),
         "config.json": dump({**plan.skeleton.raw, "quantization_config": settings}),
     }
-    if measured.reference is not None:
-        texts_by_name[REFERENCE] = measured.reference.to_json()
     for name in SIDECARS:
         if (plan.index.folder / name).is_file():
             tell("finish", text=name)
@@ -87,18 +83,14 @@ def finish(
     for name, text in texts_by_name.items():
         tell("finish", text=name)
         write_text(out / name, text)
+    tell("finish", text=LOG)
+    write_log(out / LOG, (row for record in records for row in record.projections))
+    tell("finish", text=METRICS)
+    metrics_record(texts[1], measured).write(out / METRICS)
+    if measured.reference is not None:
+        measured.reference.write(out / REFERENCE)
     tell("finish", text=FINISHED)
-    state = fourfold_json(journal, plan, texts, measured, index) | {
-        "projections": len(projections),
-        "methods": dict(sorted(Counter(str(row.method) for row in projections).items())),
-        "seconds": seconds,
-        "layer_seconds": _layer_seconds(records),
-        "peak_memory_bytes": peak_memory(),
-        "planned_memory_bytes": _planned_memory(plan),
-        "workers": _workers(plan, measured),
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    write_text(out / FINISHED, dump(state))
+    state_record(journal, plan, texts, measured, index, seconds).write(out / FINISHED)
     tell("finish", text="journal")
     close(out)
     return read_summary(out)
@@ -111,92 +103,80 @@ def index_json(index: TensorIndex) -> str:
     return dump({"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def quant_log(projections: list[ProjectionStatistics]) -> str:
-    """quant_log.csv: a row per expert projection, in order of layer, expert, projection."""
-    names = [field.name for field in dataclasses.fields(ProjectionStatistics)]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(names)
-    for row in sorted(projections, key=lambda row: (row.layer, row.expert, row.projection)):
-        values = [getattr(row, name) for name in names]
-        table.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
-    return text.getvalue()
-
-
-def metrics_json(heldout: HeldoutRows, measured: Measured) -> dict[str, Any]:
-    """metrics.json: how it was measured, the figures over all positions, drift by layer."""
+def metrics_record(heldout: HeldoutRows, measured: Measured) -> Metrics:
+    """How it was measured, the figures over all positions, drift by layer."""
     figures: dict[str, Any] = {"summary": None}
     if measured.statistics is not None:
-        figures = metrics.measurements(measured.statistics, heldout.protocol["predictions_per_window"])
-    return {
-        "measured_by": "quantize",
-        "protocol": heldout.protocol,
-        **figures,
-        "rtn": _rtn(measured, heldout),
-        "layers": [dataclasses.asdict(drift) for drift in measured.drifts],
-    }
+        figures = metrics.measurements(measured.statistics, window=heldout.token_RT.shape[1] - 1)
+    return Metrics.of(
+        figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=_rtn(measured, heldout)
+    )
 
 
-def _rtn(measured: Measured, heldout: HeldoutRows) -> dict[str, Any] | None:
+def _rtn(measured: Measured, heldout: HeldoutRows) -> RoundToNearest | None:
     """Round-to-nearest on every RTN_STEP-th window, and the release on the same windows."""
     if measured.rtn is None or measured.statistics is None:
         return None
-    window = heldout.protocol["predictions_per_window"]
-    release = metrics.every(measured.statistics, window, RTN_STEP)
-    return {
+    window = heldout.token_RT.shape[1] - 1
+    found = {
         "windows": len(measured.rtn.kl_T) // window,
         "summary": metrics.summarize(measured.rtn),
         "intervals": metrics.intervals(measured.rtn, window),
-        "release": metrics.summarize(release),
+        "release": metrics.summarize(metrics.every(measured.statistics, window, RTN_STEP)),
     }
+    return msgspec.convert(found, RoundToNearest)
 
 
-def fourfold_json(
-    journal: Journal, plan: Plan, texts: tuple[CalibrationRows, HeldoutRows], measured: Measured, index: TensorIndex
-) -> dict[str, Any]:
-    """Everything about the run that is the same whenever it is run again."""
+def state_record(
+    journal: Journal, plan: Plan, texts: tuple[CalibrationRows, HeldoutRows], measured: Measured, index: TensorIndex,
+    seconds: dict[str, float],
+) -> State:  # fmt: skip
+    """fourfold.json. seconds: by stage, of the last start."""
     calibration, heldout = texts
     records = journal.records
     written = [claim for part in plan.parts if part.shard in journal for claim in part.claims]  # all, but in a trial
-    return {
-        "fourfold": fourfold.__version__,
-        "partial": plan.partial,
-        "layers": f"{plan.solve.start}-{plan.solve.stop - 1}",
-        "identity": dataclasses.asdict(journal.identity),
-        "recipe": plan.recipe.name,
-        "format": plan.recipe.format,
-        "model_type": plan.skeleton.family.model_type,
-        "source": {
-            "hub": hub_name(plan.index.folder),
-            "weights": plan.index.kind or "BF16",
-            "terms": stated_terms(plan.index.folder),
-            "headers": plan.index.digest,
-            "content": joined_digest({record.shard: record.source_digest for record in records}),
+    methods = Counter(str(row.method) for record in records for row in record.projections)
+    return State(
+        fourfold=fourfold.__version__,
+        partial=plan.partial,
+        layers=f"{plan.solve.start}-{plan.solve.stop - 1}",
+        identity=journal.identity,
+        recipe=plan.recipe.name,
+        format=plan.recipe.format,
+        model_type=plan.skeleton.family.model_type,
+        source=SourceFacts(
+            hub=hub_name(plan.index.folder),
+            weights=plan.index.kind or "BF16",
+            terms=stated_terms(plan.index.folder),
+            headers=plan.index.digest,
+            content=joined_digest({record.shard: record.source_digest for record in records}),
+        ),
+        calibration=calibration.facts(),
+        heldout={"digest": heldout.digest, "protocol": heldout.protocol},
+        output=Output(
+            content=joined_digest({record.shard: record.sha256 for record in records}),
+            shards={record.shard: File(record.size_bytes, record.sha256) for record in records},
+            tensor_bytes=sum(header.size_bytes for header in index.headers.values()),
+        ),
+        guidance=guide.facts(plan, journal),
+        source_tensor_bytes=sum(claim.header.size_bytes for claim in written),
+        metrics={} if measured.statistics is None else metrics.summarize(measured.statistics),
+        devices=device_names(plan.memory.devices),
+        settings=journal.settings,
+        gil=gil_enabled(),
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
         },
-        "calibration": calibration.to_json(),
-        "heldout": {"digest": heldout.digest, "protocol": heldout.protocol},
-        "output": {
-            "content": joined_digest({record.shard: record.sha256 for record in records}),
-            "shards": {record.shard: {"bytes": record.size_bytes, "sha256": record.sha256} for record in records},
-            "tensor_bytes": sum(header.size_bytes for header in index.headers.values()),
-        },
-        **_guidance(journal, plan),
-        "source_tensor_bytes": sum(claim.header.size_bytes for claim in written),
-        "metrics": {} if measured.statistics is None else metrics.summarize(measured.statistics),
-        "devices": device_names(plan.memory.devices),
-        "settings": dataclasses.asdict(journal.settings),
-        "gil": gil_enabled(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
-
-
-def _guidance(journal: Journal, plan: Plan) -> dict[str, Any]:
-    """What a recipe with guidance promised and what it came to, by layer."""
-    if not guide.guided_layers(plan):
-        return {}
-    measured = {record.layer: record.guided for record in journal.records}
-    return {"guidance": guide.to_json(plan, guide.read_records(plan, journal.out), measured)}
+        projections=methods.total(),
+        methods=dict(sorted(methods.items())),
+        seconds=seconds,
+        layer_seconds=_layer_seconds(records),
+        peak_memory_bytes=peak_memory(),
+        planned_memory_bytes=_planned_memory(plan),
+        workers=_workers(plan, measured),
+        finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
 
 
 def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:
@@ -235,14 +215,9 @@ def _planned_memory(plan: Plan) -> dict[str, int]:
     return planned
 
 
-def _workers(plan: Plan, measured: Measured) -> list[dict[str, Any]]:
+def _workers(plan: Plan, measured: Measured) -> list[Worker]:
     """Each worker's device, and how long it waited, and whom for, of the time it was there."""
     return [
-        {
-            "device": plan.memory.devices[rank],
-            "waited_seconds": sum(waits.values()),
-            "waited_for": waits,
-            "of_seconds": whole,
-        }
+        Worker(device=plan.memory.devices[rank], waited_seconds=sum(waits.values()), waited_for=waits, of_seconds=whole)
         for rank, (waits, whole) in waited(measured.spans).items()
     ]

@@ -7,14 +7,11 @@ routed experts, its curvature: docs/numerics.md, section 13. An interrupted swee
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,35 +19,24 @@ from torch import Tensor
 from fourfold.core import guidance, moments
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
-from fourfold.model.files import write_text
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.determinism import repeatable
 from fourfold.quantize.estimate import damping_by_rule
-from fourfold.quantize.journal import sweep_folder
+from fourfold.quantize.journal import Journal, sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.streams import embedded, embeddings, read_head, require_numbers
 from fourfold.quantize.workers import Worker
+from fourfold.records.record import read_entry, write_entry
+from fourfold.records.release import CurvatureRecord, GuidanceFacts, GuidedLayer
 
 INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
 HIDDEN, MATRIX = "hidden_RTD", "curvature_DD"  # tensors in these files
 LONGEST = 10.0  # of a row's median: a token's gradient is made no longer
 
 Stage = Callable[[str, int, int, str], AbstractContextManager[Tick]]  # name, layer, how many, of what
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvatureRecord:
-    """What is kept beside a layer's finished curvature. sha256: of its file; source_digest: of the layer's tensors;
-    predicted_share: of the error of down that guidance is predicted to leave.
-    """
-
-    layer: int
-    sha256: str
-    source_digest: str
-    predicted_share: float
 
 
 @dataclass(frozen=True)
@@ -325,7 +311,7 @@ def _write_layer(
             source_digest=source_digest,
             predicted_share=guidance.predicted_share(curvature_DD, row_damping(guide.plan)),
         )
-        write_text(_record_path(guide.folder, number), json.dumps(dataclasses.asdict(record)))
+        write_entry(_record_path(guide.folder, number), record)
     _replace_rows(guide.folder, number, gradient_RTD)
 
 
@@ -342,10 +328,7 @@ def predicted_shares(plan: Plan, out: Path | None) -> dict[int, float]:
 
 
 def _read_record(out: Path, layer: int) -> CurvatureRecord | None:
-    try:
-        return CurvatureRecord(**json.loads(_record_path(sweep_folder(out), layer).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return read_entry(_record_path(sweep_folder(out), layer), CurvatureRecord)
 
 
 def _damage(out: Path, layer: int) -> str:
@@ -376,17 +359,20 @@ def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
 # ---- what is said of it
 
 
-def to_json(plan: Plan, records: tuple[CurvatureRecord, ...], measured: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """For fourfold.json. measured: by layer and site, the share of the error that guidance left."""
-    return {
-        "tokens": plan.work.guidance_tokens,
-        "sites": plan.recipe.guidance.sites,
-        "damping": row_damping(plan),
-        "layers": [
-            {"layer": record.layer, "predicted": record.predicted_share, "measured": measured.get(record.layer, {})}
-            for record in records
+def facts(plan: Plan, journal: Journal) -> GuidanceFacts | None:
+    """What guidance promised and what it came to, by layer; None of a recipe without."""
+    if not guided_layers(plan):
+        return None
+    measured = {record.layer: record.guided for record in journal.records}
+    return GuidanceFacts(
+        tokens=plan.work.guidance_tokens,
+        sites=plan.recipe.guidance.sites,
+        damping=row_damping(plan),
+        layers=[
+            GuidedLayer(layer=one.layer, predicted=one.predicted_share, measured=measured.get(one.layer, {}))
+            for one in read_records(plan, journal.out)
         ],
-    }
+    )
 
 
 def row_damping(plan: Plan) -> float:

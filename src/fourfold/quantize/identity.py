@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msgspec import to_builtins
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.files import SIDECARS
 from fourfold.model.headers import Headers
 from fourfold.quantize.documents import text_digests
 from fourfold.recipe import Recipe
+from fourfold.records.release import Identity
 
 if TYPE_CHECKING:
     from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
@@ -21,48 +23,38 @@ if TYPE_CHECKING:
 HEADERS = "names, dtypes and shapes of tensors"
 DIGITS = 16  # of a sha256 that is only shown
 SHOWN = 8  # changes that a message names; the rest is a number
-Parts = Mapping[str, Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Digests (sha256 in hex) and layers decide. parts: of each of these fields by name, what it comes from by its own
-    name (a key of the recipe, a file of the source); in JSON types, and only to say what has changed.
-    """
-
-    recipe: str
-    source: str
-    calibration: str
-    heldout: str
-    layers: str
-    parts: Parts
-
-    def changes(self, before: Identity) -> list[str]:
-        """A line for each field that is not as before, with the old and the new value of all that is known of it."""
-        names = (field.name for field in dataclasses.fields(self) if field.name != "parts")
-        return [self._change(name, before) for name in names if getattr(self, name) != getattr(before, name)]
-
-    def _change(self, name: str, before: Identity) -> str:
-        old, new = before.parts.get(name, {}), self.parts.get(name, {})
-        changed = [
-            f"{key} is {_shown(new, key)}, was {_shown(old, key)}"
-            for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key)
-        ]
-        if not changed:
-            changed = [f"is {getattr(self, name)}, was {getattr(before, name)}"]
-        more = f" and {len(changed) - SHOWN:,} more" if len(changed) > SHOWN else ""
-        return f"{name}: {'; '.join(changed[:SHOWN])}{more}"
+def changes(now: Identity, before: Identity) -> list[str]:
+    """A line for each field that is not as before, with the old and the new value of all that is known of it."""
+    return [
+        _change(name, now, before)
+        for name in now.__struct_fields__
+        if name != "parts" and getattr(now, name) != getattr(before, name)
+    ]
 
 
-def _shown(part: Mapping[str, Any], key: str) -> str:
+def _change(name: str, now: Identity, before: Identity) -> str:
+    old, new = before.parts.get(name, {}), now.parts.get(name, {})
+    changed = [
+        f"{key} is {_shown(new, key)}, was {_shown(old, key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+    if not changed:
+        changed = [f"is {getattr(now, name)}, was {getattr(before, name)}"]
+    more = f" and {len(changed) - SHOWN:,} more" if len(changed) > SHOWN else ""
+    return f"{name}: {'; '.join(changed[:SHOWN])}{more}"
+
+
+def _shown(part: Mapping[str, object], key: str) -> str:
     return repr(part[key]) if key in part else "absent"
 
 
 def identify(plan: Plan, calibration: CalibrationRows, heldout: HeldoutRows) -> Identity:
     parts = {
         "calibration": {name: short(digest) for name, digest in calibration.source_digests().items()},
-        "heldout": heldout.protocol | {"token ids": short(heldout.digest)},
+        "heldout": to_builtins(heldout.protocol) | {"token ids": short(heldout.digest)},
         "texts": text_digests(plan.recipe) or {},
     }
     digests = {"calibration": calibration.digest, "heldout": heldout.digest}
@@ -116,10 +108,10 @@ def joined_digest(digests: Mapping[str, str]) -> str:
 
 def refuse_changes(out: Path, identity: Identity, before: Identity) -> None:
     """Raise FourfoldError naming what is not as it was when OUT was begun."""
-    changes = identity.changes(before)
-    if changes:
+    found = changes(identity, before)
+    if found:
         raise FourfoldError(
-            f"{out}: begun with another {' and '.join(change.partition(':')[0] for change in changes)} than this "
+            f"{out}: begun with another {' and '.join(change.partition(':')[0] for change in found)} than this "
             "command gives; go on with the first one, name another OUT, or start over with --restart\n"
-            + "\n".join(f"  {change}" for change in changes)
+            + "\n".join(f"  {change}" for change in found)
         )

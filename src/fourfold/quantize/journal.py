@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from fourfold.datatypes import Batches, FourfoldError, Method, ProjectionStatistics, ShardRecord, Target
+from msgspec import structs
+
+from fourfold.datatypes import FourfoldError, ShardRecord
 from fourfold.model.config import CONFIG, find_family, local_folder, read_config
-from fourfold.model.files import SIDECARS, check_place, unwritable, write_text
-from fourfold.model.json_object import read_object
+from fourfold.model.files import SIDECARS, check_place, unwritable
 from fourfold.quantize.estimate import SWEPT
-from fourfold.quantize.identity import Identity, refuse_changes
+from fourfold.quantize.identity import refuse_changes
+from fourfold.records.record import read_entry, write_entry
+from fourfold.records.release import Identity, Run, Settings, State
 
 STATE = ".fourfold"
 RUN = f"{STATE}/run.json"  # until the run is finished
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
-REFERENCE = "reference.json"
-WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", "quant_log.csv", "metrics.json", "recipe.toml",
-           REFERENCE, *SIDECARS)  # fmt: skip  # by quantize, beside the shards
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has."""
-
-    batches: Batches
-    threads: int  # of each worker
-    devices: tuple[str, ...]  # of the workers, and a CPU without BF16 instructions is named as such
+REFERENCE, LOG, METRICS = "reference.json", "quant_log.csv", "metrics.json"
+WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", LOG, METRICS, "recipe.toml", REFERENCE,
+           *SIDECARS)  # fmt: skip  # by quantize, beside the shards
 
 
 def check_out(out: Path, model: Path | None) -> None:
@@ -55,10 +47,10 @@ def _refuse_busy(out: Path) -> None:
         _lock(out, handle.fileno(), fcntl.LOCK_SH)
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
+def read_state(folder: Path) -> State | None:
     """fourfold.json of a finished release, None for another maker's. Reads no other file.
 
-    Raises FourfoldError for a release that is not finished, and for a trial.
+    Raises FourfoldError for a release that is not finished, for a trial, and for a file that quantize did not write.
     """
     if not folder.is_dir():
         raise FourfoldError(f"{folder}: no such folder; expected the folder of a finished release")
@@ -67,10 +59,10 @@ def read_state(folder: Path) -> dict[str, Any] | None:
             return None
         _refuse_busy(folder)
         raise FourfoldError(f"{folder}: not finished. Rerun the same `fourfold quantize` command to resume")
-    state = read_object(folder / FINISHED)
-    if state.get("partial"):
+    state = State.read(folder / FINISHED)
+    if state.partial:
         raise FourfoldError(
-            f"{folder}: partial, a trial on layers {state.get('layers')} that no engine loads. "
+            f"{folder}: partial, a trial on layers {state.layers} that no engine loads. "
             "Quantize the whole model into another OUT"
         )
     return state
@@ -92,7 +84,7 @@ def check_checkpoint(model: str | Path, *, whole: bool) -> Path | None:
     return folder
 
 
-def require_release(folder: Path) -> dict[str, Any]:
+def require_release(folder: Path) -> State:
     """The same of a release that must be fourfold's own."""
     state = read_state(folder)
     if state is None:
@@ -164,12 +156,12 @@ class Journal:
     def shrink(self, experts: int) -> None:
         """Chunks of experts are smaller from now on, as a device's memory was too small; codes do not change."""
         batches = dataclasses.replace(self.settings.batches, experts=experts)
-        self.settings = dataclasses.replace(self.settings, batches=batches)
-        _write_state(self.out, self.identity, self.settings)
+        self.settings = structs.replace(self.settings, batches=batches)
+        Run(identity=self.identity, settings=self.settings).write(self.out / RUN)
 
     def add(self, record: ShardRecord) -> None:
         """Record a shard that is durable already."""
-        write_text(_records_folder(self.out) / f"{record.shard}.json", json.dumps(dataclasses.asdict(record)))
+        write_entry(_records_folder(self.out) / f"{record.shard}.json", record)
         self._records[record.shard] = record
 
 
@@ -199,61 +191,19 @@ def open_journal(out: Path, identity: Identity, settings: Settings) -> Journal:
     """
     path = out / RUN
     _records_folder(out).mkdir(exist_ok=True)
-    if not path.exists():
-        _write_state(out, identity, settings)
+    before = Run.find(path)
+    if before is None:
+        Run(identity=identity, settings=settings).write(path)
         return Journal(out, identity, settings, {})
-    with _readable(path):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        batches = Batches(**state["settings"]["batches"])
-        before, settings = (
-            Identity(**state["identity"]),
-            Settings(batches, state["settings"]["threads"], tuple(state["settings"]["devices"])),
-        )
-    refuse_changes(out, identity, before)
-    records = {path.stem: _read_record(path) for path in sorted(_records_folder(out).glob("*.json"))}
-    return Journal(out, identity, settings, records)
-
-
-def _write_state(out: Path, identity: Identity, settings: Settings) -> None:
-    state = {"identity": dataclasses.asdict(identity), "settings": dataclasses.asdict(settings)}
-    write_text(out / RUN, json.dumps(state, indent=1))
-
-
-def _read_record(path: Path) -> ShardRecord | None:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(
-            ProjectionStatistics(**{**row, "method": Method(row["method"]), "target": Target(row["target"])})
-            for row in raw.pop("projections")
-        )
-        return ShardRecord(**raw, projections=rows)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def finished_identity(out: Path) -> Identity | None:
-    """The identity of the finished release in OUT, or None if OUT holds none."""
-    return _read_identity(out / FINISHED)
+    refuse_changes(out, identity, before.identity)
+    entries = sorted(_records_folder(out).glob("*.json"))
+    return Journal(out, identity, before.settings, {path.stem: read_entry(path, ShardRecord) for path in entries})
 
 
 def started_identity(out: Path) -> Identity | None:
     """The identity of the run in OUT, finished or not, or None if OUT holds none."""
-    return finished_identity(out) or _read_identity(out / RUN)
-
-
-def _read_identity(path: Path) -> Identity | None:
-    if not path.exists():
-        return None
-    with _readable(path):
-        return Identity(**json.loads(path.read_text(encoding="utf-8"))["identity"])
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FourfoldError(f"{path}: cannot be read ({error}). Start over with --restart") from None
+    started = State.find(out / FINISHED) or Run.find(out / RUN)
+    return started.identity if started else None
 
 
 def log(out: Path, text: str) -> None:

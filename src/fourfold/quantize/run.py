@@ -42,15 +42,14 @@ from fourfold.quantize.guide import (
     what_is_left,
 )
 from fourfold.quantize.heap import keep_freed_memory
-from fourfold.quantize.identity import Identity, identify, refuse_changes
+from fourfold.quantize.identity import identify, refuse_changes
 from fourfold.quantize.journal import (
+    FINISHED,
     STATE,
     Journal,
-    Settings,
     check_out,
     clear,
     close,
-    finished_identity,
     hold,
     log,
     open_journal,
@@ -68,6 +67,7 @@ from fourfold.quantize.trace import write_trace
 from fourfold.quantize.watch import Watch
 from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
+from fourfold.records.release import Identity, Settings, State
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
 
@@ -212,10 +212,10 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
 
 def _open(out: Path, identity: Identity, settings: Settings) -> Journal | None:
     """The run's journal, or None where OUT is this run's release already."""
-    finished = finished_identity(out)
+    finished = State.find(out / FINISHED)
     if finished is None:
         return open_journal(out, identity, settings)
-    refuse_changes(out, identity, finished)
+    refuse_changes(out, identity, finished.identity)
     close(out)  # a run killed after its last file left its journal
     return None
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from msgspec import to_builtins
 
 from fourfold.model.headers import Headers
 from fourfold.quantize.documents import text_digests
 from fourfold.quantize.identity import identify_without_tokens, layers_text, refuse_changes
 from fourfold.quantize.journal import FINISHED, RUN, started_identity
 from fourfold.recipe import AUTO, Recipe
+from fourfold.records.release import State, Worker
+
+SAME = ("partial", "projections", "methods", "metrics", "seconds", "peak_memory_bytes", "planned_memory_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,33 +29,28 @@ class Summary:
     methods: dict[str, int]
     bytes_before: int
     bytes_after: int
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
     planned_memory_bytes: dict[str, int]
-    workers: tuple[dict[str, Any], ...]
+    workers: tuple[Worker, ...]
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        found: dict[str, Any] = to_builtins(self)
+        return found
 
 
 def read_summary(out: Path) -> Summary:
     """The summary of a finished output, from its fourfold.json."""
-    state = json.loads((out / FINISHED).read_text(encoding="utf-8"))
+    state = State.read(out / FINISHED)
     return Summary(
         out=str(out),
-        partial=state["partial"],
-        projections=state["projections"],
-        methods=state["methods"],
-        bytes_before=state["source_tensor_bytes"],
-        bytes_after=state["output"]["tensor_bytes"],
-        metrics=state["metrics"],
-        seconds=state["seconds"],
-        peak_memory_bytes=state["peak_memory_bytes"],
-        planned_memory_bytes=state["planned_memory_bytes"],
-        workers=tuple(state["workers"]),
-        notes=tuple(state["calibration"]["notes"]),
+        bytes_before=state.source_tensor_bytes,
+        bytes_after=state.output.tensor_bytes,
+        workers=tuple(state.workers),
+        notes=tuple(state.calibration.notes),
+        **{name: getattr(state, name) for name in SAME},
     )
 
 

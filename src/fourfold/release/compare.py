@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from msgspec import structs, to_builtins
 from torch import Tensor
 
 from fourfold.core.pack import unpack_codes
@@ -20,10 +20,13 @@ from fourfold.model.config import read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import CHUNK_BYTES
 from fourfold.model.sources import readable_format
+from fourfold.quantize.journal import METRICS
+from fourfold.records.record import Ends
+from fourfold.records.release import Export
+from fourfold.records.results import Metrics
 from fourfold.release.contents import read_export
 from fourfold.release.conversion import open_job
-from fourfold.release.convert import Scales
-from fourfold.release.evaluate import read_metrics
+from fourfold.release.convert import ScaleChanges
 from fourfold.release.stacks import stacks
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 from fourfold.release.verify.reading import open_reading
@@ -87,10 +90,10 @@ class Comparison:
     codes: int = 0
     codes_changed: int = 0
     projections_changed: int = 0
-    scales: Scales = field(default_factory=Scales)
+    scales: ScaleChanges = field(default_factory=ScaleChanges)
     errors: WeightErrors = field(default_factory=WeightErrors)
     metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    intervals: dict[str, tuple[list[float] | None, list[float] | None]] = field(default_factory=dict)
+    intervals: dict[str, tuple[Ends | None, Ends | None]] = field(default_factory=dict)
     same_protocol: bool | None = None
 
     @property
@@ -100,7 +103,7 @@ class Comparison:
         return not (lists or self.codes_changed or self.scales.changed or self.errors.worst)
 
     def to_json(self) -> dict[str, Any]:
-        return {"same": self.same} | dataclasses.asdict(self)
+        return {"same": self.same, **to_builtins(self)}
 
 
 def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Comparison:
@@ -141,7 +144,7 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
     return found
 
 
-def _compare_export(found: Comparison, new: Path, record: Mapping[str, Any], out: Path) -> Comparison:
+def _compare_export(found: Comparison, new: Path, record: Export, out: Path) -> Comparison:
     """What `convert` wrote for an engine of its own beside a release: every weight by its format's own arithmetic.
 
     Changed codes are changed weights; scales have no count of their own.
@@ -149,7 +152,7 @@ def _compare_export(found: Comparison, new: Path, record: Mapping[str, Any], out
     job = open_job(out, ignore)
     reading = open_reading(new, job, record)
     wanted, names = reading.wanted(), reading.names()
-    formats = {str(new): str(record["after"]), str(out): job.before.name}
+    formats = {str(new): record.after, str(out): job.before.name}
     found.formats = (formats[found.first], formats[found.second])
     missing, extra = sorted(wanted.keys() - names), sorted(names - wanted.keys())
     found.only_first, found.only_second = (extra, missing) if found.first == str(new) else (missing, extra)
@@ -263,10 +266,11 @@ def _format(stored: Stored) -> Format:
 
 def _compare_metrics(found: Comparison, first: Path, second: Path) -> None:
     """metrics.json of both, where they have one."""
-    measured = [read_metrics(folder) for folder in (first, second)]
-    summaries, intervals = ([one.get(key) or {} for one in measured] for key in ("summary", "intervals"))
+    pair = one, other = Metrics.find(first / METRICS), Metrics.find(second / METRICS)
+    summaries = [structs.asdict(each.summary) if each and each.summary else {} for each in pair]
+    intervals = [(each.intervals if each else None) or {} for each in pair]
     for name in dict.fromkeys([*summaries[0], *summaries[1]]):
         found.metrics[name] = (summaries[0].get(name), summaries[1].get(name))
         found.intervals[name] = (intervals[0].get(name), intervals[1].get(name))
-    if all(measured):
-        found.same_protocol = measured[0].get("protocol") == measured[1].get("protocol")
+    if one and other:
+        found.same_protocol = one.protocol == other.protocol

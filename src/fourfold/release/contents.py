@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS
 from fourfold.model.headers import Headers
 from fourfold.model.json_object import read_object
-from fourfold.quantize.journal import WRITTEN
-from fourfold.release.schemas import Export, read_record
+from fourfold.quantize.journal import METRICS, WRITTEN
+from fourfold.records.release import Export, State
 
 VERDICT = "verify.json"
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
-METRICS, LICENCE = "metrics.json", "LICENSE"
-DOCUMENTS = (VERDICT, METRICS, "bench.json")  # for people: may be made after verify, no engine reads them
+BENCH, LICENCE = "bench.json", "LICENSE"
+DOCUMENTS = (VERDICT, METRICS, BENCH)  # for people: may be made after verify, no engine reads them
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
 CONVERSION = "conversion.json"  # of GGUF and MLX, and of another tool's release; fourfold.json has it of ours
@@ -40,30 +38,28 @@ def loaded_files(folder: Path) -> list[str]:
     ]
 
 
-def written_names(folder: Path, state: Mapping[str, Any]) -> set[str]:
+def written_names(folder: Path, state: State | None) -> set[str]:
     """Every name that fourfold may write into a release, its shards and the source's LICENSE among them.
 
-    state: fourfold.json; empty for another tool's release, whose shards are those that its index names, and for what
+    state: fourfold.json; None for another tool's release, whose shards are those that its index names, and for what
     `convert` wrote as GGUF or for MLX.
     """
     if (export := read_export(folder)) is not None:
-        return {*export["files"], CONVERSION, VERDICT, CARD}
+        return {*export.files, CONVERSION, VERDICT, CARD}
     if state:
-        shards = set(state["output"]["shards"])
+        shards = set(state.output.shards)
     else:
         shards = {header.shard for header in Headers.open(folder).headers.values()}
     return {*shards, *WRITTEN, *DOCUMENTS, CONVERSION, CARD, PAGE, *(f"{FIGURES}/{name}" for name in PLOTS)}
 
 
-def read_export(folder: Path) -> dict[str, Any] | None:
+def read_export(folder: Path) -> Export | None:
     """conversion.json of what `convert` wrote for an engine that reads no release; None for any other folder.
 
     Raises FourfoldError for one that is not as convert writes it.
     """
     path = folder / CONVERSION
-    if not path.is_file() or read_object(path).get("after") not in EXPORTS:
-        return None
-    return read_record(path, Export, "Convert the release again")
+    return Export.read(path) if path.is_file() and read_object(path).get("after") in EXPORTS else None
 
 
 def hash_file(path: Path) -> tuple[str, int]:

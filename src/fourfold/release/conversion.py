@@ -51,7 +51,7 @@ class Job:
     @property
     def content(self) -> str:
         """Digest of OUT's shards as its fourfold.json has it, "" if it is not ours."""
-        return str(self.release.state["output"]["content"]) if self.release else ""
+        return self.release.state.output.content if self.release else ""
 
     def tick(self, count: int) -> None:
         self.done_bytes += count

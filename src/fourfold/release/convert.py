@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from torch import Tensor
 
 import fourfold
@@ -26,25 +27,20 @@ from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, REFERENCE
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
+from fourfold.records.release import Conversion, File, Output, Scales
 from fourfold.release.contents import CONVERSION
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.stored import Projection, Stored, generalized, take_stock
 from fourfold.release.verify.folder import Release
 from fourfold.release.verify.rules import config_problems
 
-RECIPE, LOG, METRICS = "recipe.toml", "quant_log.csv", "metrics.json"
+RECIPE = "recipe.toml"
 
 
-@dataclass
-class Scales:
-    """What became of the scales: changed of total, by at most `largest` of the value before; zero: there were."""
-
-    total: int = 0
-    changed: int = 0
-    zero: int = 0
-    largest: float = 0.0
+class ScaleChanges(Scales):
+    """Counted as they are written."""
 
     def add(self, before: Tensor, after: Tensor) -> None:
         moved = (after - before).abs()
@@ -55,34 +51,15 @@ class Scales:
         self.largest = max(self.largest, float(ratio.max()) if ratio.numel() else 0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """What a conversion came to. before, after: formats; split: stacks of draft experts, now a tensor per expert;
-    content: digest of OUT's shards as its fourfold.json has it, "" if it is not ours; left_out: files of OUT that NEW
-    has not.
-    """
+class Converted(Conversion, frozen=True, kw_only=True):
+    """What a conversion came to. left_out: files of OUT that NEW has not."""
 
     out: str
     new: str
-    before: str
-    after: str
-    projections: int
-    split: int
-    scales: Scales
     bytes_before: int
     bytes_after: int
-    content: str
     seconds: float
     left_out: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def record(self) -> dict[str, Any]:
-        """What is kept beside the release: nothing of this machine."""
-        kept = ("before", "after", "projections", "split", "scales", "content")
-        fields = self.to_json()
-        return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
 
 
 def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -> Converted:
@@ -106,7 +83,7 @@ class _Job(Job):
     """One conversion, into `format`."""
 
     format: Format
-    scales: Scales = dataclasses.field(default_factory=Scales)
+    scales: ScaleChanges = dataclasses.field(default_factory=ScaleChanges)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -123,6 +100,7 @@ def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
     settings = _settings(job, take_stock(index, job.format))
     write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
     converted = Converted(
+        fourfold=fourfold.__version__,
         out=str(job.index.folder),
         new=str(new),
         before=job.before.name,
@@ -132,14 +110,14 @@ def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
         scales=job.scales,
         bytes_before=job.total_bytes,
         bytes_after=sum(header.size_bytes for header in index.headers.values()),
-        content=job.release.state["output"]["content"] if job.release else "",
+        content=job.content,
         seconds=time.perf_counter() - started,
     )
     if job.release is None:
-        write_text(folder / CONVERSION, dump(converted.record()))
+        converted.part(Conversion).write(folder / CONVERSION)
     else:
         _write_ours(job.release, folder, shards, converted)
-    return dataclasses.replace(converted, left_out=_left_out(job.index.folder, folder))
+    return structs.replace(converted, left_out=_left_out(job.index.folder, folder))
 
 
 def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
@@ -261,25 +239,29 @@ def _patterns(module: str) -> Iterator[str]:
 def _write_ours(release: Release, folder: Path, shards: list[WrittenShard], converted: Converted) -> None:
     """What fourfold says of its own release, true of the new bytes. Metrics stay only if no scale has changed."""
     exact = not converted.scales.changed
-    recipe = _recipe(release.recipe, converted.after)
+    recipe = _recipe(release.recipe, formats.named(converted.after))
     write_text(folder / RECIPE, dump_recipe(recipe))
     for name in (LOG, METRICS, REFERENCE) if exact else (LOG,):
         if (release.folder / name).is_file():
             copy_file(release.folder / name, folder / name)
-    state, identity = dict(release.state), dict(release.state["identity"])
-    identity |= {"recipe": recipe.digest(), "parts": {**identity["parts"], "recipe": recipe.values()}}
-    output = {
-        "content": joined_digest({shard.name: shard.sha256 for shard in shards}),
-        "shards": {shard.name: {"bytes": shard.size_bytes, "sha256": shard.sha256} for shard in shards},
-        "tensor_bytes": converted.bytes_after,
-    }
-    state |= {"format": converted.after, "identity": identity, "output": output}
-    state |= {"converted": [*state.get("converted", []), converted.record()]}
-    if not exact:
-        state["metrics"] = {}
-    write_text(folder / FINISHED, dump(state))
+    before = release.state
+    parts = {**before.identity.parts, "recipe": recipe.values()}
+    output = Output(
+        content=joined_digest({shard.name: shard.sha256 for shard in shards}),
+        shards={shard.name: File(shard.size_bytes, shard.sha256) for shard in shards},
+        tensor_bytes=converted.bytes_after,
+    )
+    state = structs.replace(
+        before,
+        format=converted.after,
+        identity=structs.replace(before.identity, recipe=recipe.digest(), parts=parts),
+        output=output,
+        converted=[*before.converted, converted.part(Conversion)],
+        metrics=before.metrics if exact else {},
+    )
+    state.write(folder / FINISHED)
 
 
-def _recipe(recipe: Recipe, format: str) -> Recipe:
+def _recipe(recipe: Recipe, format: Format) -> Recipe:
     scheme = dataclasses.replace(recipe.scheme, scale_dtype="bf16")
-    return dataclasses.replace(recipe, format=format, scheme=scheme)
+    return dataclasses.replace(recipe, format=format.name, scheme=scheme)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import convert
 from torch import Tensor
 
 from fourfold.core import metrics
@@ -21,6 +22,7 @@ from fourfold.model.mtp import DraftHead, Drafts, at_positions, read_draft_head
 from fourfold.model.nextn import NextnHead, nextn_names, read_nextn_head
 from fourfold.model.weights import Weights
 from fourfold.quantize.watch import Watch
+from fourfold.records.results import Drafted
 from fourfold.release.sweep import Compute, embed, sweep_
 
 PROMPTS, PROMPT_TOKENS, WRITTEN_TOKENS = 128, 49, 12  # with three drafts 64 tokens: a chunk of linear attention's
@@ -70,7 +72,7 @@ def cut_prompts(token_RT: Tensor) -> Tensor:
     return stretch_RT[torch.arange(count) * len(stretch_RT) // count]
 
 
-def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch: Watch) -> dict[str, Any] | None:
+def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch: Watch) -> Drafted | None:
     """Acceptance of a checkpoint's drafts (core/metrics.acceptance), None if it has no draft head.
 
     `consistent` is the share of written tokens that the model chooses again when it reads the finished text: below 1
@@ -85,10 +87,8 @@ def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch:
         speaker = Speaker(weights, head, draft, compute)
         written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
-    return metrics.acceptance(hit_RPS, overlap_RPS) | {
-        "consistent": chosen_RPS.double().mean().item(),
-        "sweeps": written.sweeps,
-    }
+    more = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
+    return convert(metrics.acceptance(hit_RPS, overlap_RPS) | more, Drafted)
 
 
 def write(speaker: Speaker, prompt_RT: Tensor, tick: Tick) -> Written:

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from fourfold.core import metrics
 from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
 from fourfold.model.config import read_source_config
-from fourfold.model.files import dump, write_text
 from fourfold.model.head import Head
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.devices import check_device
-from fourfold.quantize.journal import FINISHED, read_state, refuse_links
+from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_links
 from fourfold.quantize.streams import compare
 from fourfold.quantize.watch import Watch
 from fourfold.recipe import FILE_KINDS, Heldout
+from fourfold.records.release import State
+from fourfold.records.results import Against, Drafted, Drafts, Metrics
 from fourfold.release import drafts
-from fourfold.release.schemas import Metrics, State, read_record
 from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
-METRICS = "metrics.json"
+Figures = tuple[dict[str, Any], list[StreamDrift]]  # over the text's positions, and by layer
 WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
-MEASURED = ("measured_by", "source", "protocol", "calibration_overlap", "summary", "intervals", "by_entropy",
-            "kl_histogram", "layers", "against")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Release:
     """A release that is measured. state: its fourfold.json, None for another maker's."""
 
     weights: Weights
-    state: dict[str, Any] | None
+    state: State | None
 
     @property
     def name(self) -> str:
@@ -69,7 +67,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = ignore,
-) -> dict[str, Any]:
+) -> Metrics:
     """Measure the release in `out`, and a second one, against the BF16 checkpoint in `source`; write OUT/metrics.json.
 
     dtype: of the arithmetic between the layers; engines run in BF16. Returns what is in metrics.json
@@ -84,12 +82,9 @@ def evaluate(
     original = Weights.open(source)
     skeleton = original.skeleton
     releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
-    before, text = read_metrics(out), read_text(protocol, source)
-    if not protocol.replace:
+    before, text = Metrics.find(out / METRICS), read_text(protocol, source)
+    if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
-    kept = {name: value for name, value in before.items() if name not in MEASURED}
-    if not before.get("protocol", {}).items() <= text.protocol.items():
-        kept.pop("rtn", None)  # of other windows
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
@@ -97,34 +92,34 @@ def evaluate(
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, watch)
         drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
-    if protocol.drafts:
-        kept["drafts"] = drafted and {
-            "protocol": drafts.protocol(original, text.token_RT), "source": drafted[0], "release": drafted[1],
-        }  # fmt: skip
-    found = (
-        {"drafts": None}
-        | kept
-        | {
-            "measured_by": "evaluate",
-            "source": {"name": source.resolve().name, "headers": original.index.digest},
-            "protocol": text.protocol | {"digest": text.digest, "dtype": str(dtype).removeprefix("torch.")},
-            "calibration_overlap": overlaps[0],
-            **figures[0],
-        }
+    same_windows = before is not None and structs.replace(before.protocol, digest=None, dtype=None) == text.protocol
+    found = Metrics.of(
+        *figures[0],
+        measured_by="evaluate",
+        calibration_overlap=overlaps[0],
+        source={"name": source.resolve().name, "headers": original.index.digest},
+        protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
+        drafts=before.drafts if before else None,
+        tasks=before.tasks if before else None,
+        rtn=before.rtn if before and same_windows else None,
     )
+    if drafted is not None:
+        how = drafts.protocol(original, text.token_RT)
+        found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
     if against is not None:
-        found["against"] = {
-            "name": releases[1].name,
-            "calibration_overlap": overlaps[1],
-            **figures[1],
-            "drafts": drafted and drafted[2],
-        }
-    write_text(out / METRICS, dump(found))
+        other = Against.of(
+            *figures[1],
+            name=releases[1].name,
+            calibration_overlap=overlaps[1],
+            drafts=drafted[2] if drafted else None,
+        )
+        found = structs.replace(found, against=other)
+    found.write(out / METRICS)
     if tasks is not None:
         with watch.stage("tasks"):
-            found["tasks"] = run_tasks(tasks, out)
-        write_text(out / METRICS, dump(found))
-    progress(Event(kind="done", layers=skeleton.layers, data=found["summary"]))
+            found = structs.replace(found, tasks=run_tasks(tasks, out))
+        found.write(out / METRICS)
+    progress(Event(kind="done", layers=skeleton.layers, data=structs.asdict(found.figures)))
     return found
 
 
@@ -133,13 +128,13 @@ def evaluate(
 
 def open_release(folder: Path, source: Weights) -> Release:
     """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
-    if read_state(folder) is None:
+    state = read_state(folder)
+    if state is None:
         return Release(Weights.open(folder, source.skeleton), None)
-    state = read_record(folder / FINISHED, State, "Bring back the one that quantize wrote, or quantize again")
-    headers = state["source"]["headers"]
+    headers = state.source.headers
     if headers != source.index.digest:
         raise FourfoldError(
-            f"{folder}: made from another source than {source.folder} (headers {str(headers)[:16]}..., found "
+            f"{folder}: made from another source than {source.folder} (headers {headers[:16]}..., found "
             f"{source.index.digest[:16]}...); name the checkpoint that was quantized with --source"
         )
     release = Release(Weights.open(folder, source.skeleton), state)
@@ -176,29 +171,23 @@ def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
 
 def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
     """Share of the text that the release was calibrated on, None where it is not known. Raises FourfoldError."""
-    calibrated = (release.state or {}).get("calibration", {}).get("shingles")
+    calibrated = release.state.calibration.shingles if release.state else None
     if calibrated is None:
         return None
-    return refuse_calibrated(text.token_RT, calibrated, text.protocol["text"], release.weights.folder / FINISHED)
+    return refuse_calibrated(text.token_RT, calibrated, str(text.protocol.text), release.weights.folder / FINISHED)
 
 
-def _refuse_smaller(out: Path, before: Mapping[str, Any], text: HeldoutRows) -> None:
+def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
     """Raise FourfoldError if OUT holds a measurement on more predictions than these windows have."""
     windows, length = text.token_RT.shape
-    predictions, measured = windows * (length - 1), (before.get("summary") or {}).get("positions", 0)
+    predictions, measured = windows * (length - 1), before.summary.positions if before.summary else 0
     if predictions < measured:
-        said = before["protocol"]
+        said = before.protocol
         raise FourfoldError(
-            f"{out / METRICS}: measured on {said.get('windows')} windows of {said.get('window')} tokens, {measured:,} "
+            f"{out / METRICS}: measured on {said.windows} windows of {said.window} tokens, {measured:,} "
             f"predictions; got {windows} windows of {length}, {predictions:,} predictions.\n"
             "Measure on as many (--windows, --length), or replace the larger measurement with --replace"
         )
-
-
-def read_metrics(out: Path) -> dict[str, Any]:
-    """What is in OUT/metrics.json, if anything. Raises FourfoldError for a file that is not as fourfold writes it."""
-    path = out / METRICS
-    return read_record(path, Metrics, "Remove the file to measure again") if path.exists() else {}
 
 
 # ---- the work
@@ -206,7 +195,7 @@ def read_metrics(out: Path) -> dict[str, Any]:
 
 def _measure(
     source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
-) -> list[dict[str, Any]]:
+) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
     checkpoints = (source, *(release.weights for release in releases))
     with watch.stage("embed"):
@@ -219,12 +208,11 @@ def _measure(
     by_layer = sweep_(checkpoints, rows, compute, lambda layer: watch.stage("advance", layer, tokens, "tokens"), tell)
     with watch.stage("measure"):
         head = source.head(compute.device, compute.dtype)
-        figures = []
+        figures: list[Figures] = []
         for place, release in enumerate(releases):
             statistics = compare((head, _head(release, head, compute)), (rows[0], rows[1 + place]))
-            layers = [dataclasses.asdict(drifts[place]) for drifts in by_layer]
-            window = text.protocol["predictions_per_window"]
-            figures.append(metrics.measurements(statistics, window) | {"layers": layers})
+            window = text.token_RT.shape[1] - 1
+            figures.append((metrics.measurements(statistics, window), [drifts[place] for drifts in by_layer]))
     return figures
 
 
@@ -236,7 +224,7 @@ def _head(release: Release, head: Head, compute: Compute) -> Head:
 
 def _draft(
     source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
-) -> list[dict[str, Any] | None]:
+) -> list[Drafted | None]:
     """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
     prompt_RT = drafts.cut_prompts(text.token_RT)
     checkpoints = (source, *(release.weights for release in releases))

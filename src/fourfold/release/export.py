@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 import fourfold
 from fourfold.datatypes import FourfoldError, Progress, ignore
-from fourfold.formats import EXPORTS, gguf, mlx
+from fourfold.formats import gguf, mlx
 from fourfold.formats.fixed import unsupported
 from fourfold.install import pip_install
 from fourfold.model.checkpoint import TensorIndex, raw_bytes
@@ -27,56 +27,27 @@ from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_tex
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.finish import index_json
-from fourfold.release.contents import CONVERSION, LICENCE, METRICS, hash_file
+from fourfold.quantize.journal import METRICS
+from fourfold.records.release import Export, File, Origin, Quality
+from fourfold.records.results import Metrics
+from fourfold.release.contents import CONVERSION, LICENCE, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.gguf_plan import GgufPlan
-from fourfold.release.schemas import Metrics, read_record
 from fourfold.release.stacks import Stack, check_scales, read_part, stacks
 from fourfold.release.verify.folder import Release
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What came of it. files: bytes and sha256 by name; content: digest of OUT's shards, "" if OUT is not fourfold's;
-    notes: what a user has to know of this one; release: what a card says of OUT, as schemas.Origin; None if OUT is not
-    fourfold's.
-    """
+class Exported(Export, frozen=True, kw_only=True):
+    """What came of it. notes: what a user has to know of this one."""
 
     out: str
     new: str
-    before: str
-    after: str
-    projections: int
-    group_size: int
-    files: Mapping[str, Mapping[str, Any]]
-    content: str
     bytes_before: int
     seconds: float
     notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    release: Mapping[str, Any] | None = None
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(int(file["bytes"]) for file in self.files.values())
-
-    @property
-    def rounded(self) -> bool:
-        """Whether any weight is not what OUT has."""
-        return bool(self.settings.get("rest", "bf16") != "bf16")
-
-    @property
-    def engine(self) -> str:
-        return EXPORTS[self.after]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"bytes_after": self.bytes_after}
-
-    def record(self) -> dict[str, Any]:
-        """What is kept beside the weights: nothing of this machine."""
-        kept = ("before", "after", "projections", "group_size", "content", "settings", "release", "files")
-        fields = self.to_json()
-        return {"fourfold": fourfold.__version__} | {name: fields[name] for name in kept}
+        return {**super().to_json(), "bytes_after": self.bytes_after}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +95,14 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         hashes = {name: hash_file(folder / name) for name in names}
         found = Exported(
+            fourfold=fourfold.__version__,
             out=str(out),
             new=str(new),
             before=job.before.name,
             after=format,
             projections=len(job.stored.projections),
             group_size=job.group_size,
-            files={name: {"bytes": size, "sha256": sha256} for name, (sha256, size) in hashes.items()},
+            files={name: File(size, sha256) for name, (sha256, size) in hashes.items()},
             content=job.content,
             bytes_before=job.total_bytes,
             seconds=time.perf_counter() - started,
@@ -138,24 +110,20 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
             settings=settings,
             release=_origin(job.release),
         )
-        write_text(folder / CONVERSION, dump(found.record()))
+        found.part(Export).write(folder / CONVERSION)
     return found
 
 
-def _origin(release: Release | None) -> dict[str, Any] | None:
+def _origin(release: Release | None) -> Origin | None:
     """What stays true of NEW, and nothing of this machine. quality: None of a release without figures."""
     if release is None:
         return None
-    source, metrics = release.state["source"], release.folder / METRICS
-    found = read_record(metrics, Metrics, "Measure the release again, or remove the file") if metrics.is_file() else {}
-    kept = ("measured_by", "protocol", "summary", "intervals")
-    quality = {name: found[name] for name in kept if name in found} if found.get("summary") else None
-    return {
-        "recipe": release.state["recipe"],
-        "base_model": str(source.get("hub") or "").partition("@")[0] or None,
-        "terms": source.get("terms") or {},
-        "quality": quality,
-    }
+    source, found = release.state.source, Metrics.find(release.folder / METRICS)
+    quality = None
+    if found is not None and found.summary is not None:
+        quality = Quality(found.measured_by, found.protocol, found.summary, found.intervals)
+    base = (source.hub or "").partition("@")[0] or None
+    return Origin(recipe=release.state.recipe, base_model=base, terms=source.terms, quality=quality)
 
 
 def require_gguf() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ class GgufPlan:
     @property
     def name(self) -> str:
         """Of the model, as general.name and in the file's name."""
-        hub = self.job.release and self.job.release.state["source"].get("hub")
+        hub = self.job.release and self.job.release.state.source.hub
         return str(hub).partition("@")[0].rpartition("/")[2] if hub else self.job.index.folder.resolve().name
 
     def notes(self) -> tuple[str, ...]:
@@ -272,18 +272,17 @@ def _general(job: Job, name: str) -> dict[str, Any]:
     if job.release is None:
         return found
     state = job.release.state
-    source: Mapping[str, Any] = state["source"]
-    if licence := (source.get("terms") or {}).get("license"):
+    if licence := state.source.terms.get("license"):
         found["general.license"] = str(licence)
-    if hub := source.get("hub"):
-        owner, _, base = str(hub).partition("@")[0].rpartition("/")
+    if hub := state.source.hub:
+        owner, _, base = hub.partition("@")[0].rpartition("/")
         found |= {
             "general.base_model.count": 1,
             "general.base_model.0.name": base,
             "general.base_model.0.organization": owner,
             "general.base_model.0.repo_url": f"https://huggingface.co/{owner}/{base}",
         }
-    found |= {"fourfold.content": job.content, "fourfold.source": str(state["identity"]["source"])}
-    if "kl_mean" in state["metrics"]:
-        found["fourfold.kl_mean"] = float(state["metrics"]["kl_mean"])
+    found |= {"fourfold.content": job.content, "fourfold.source": state.identity.source}
+    if "kl_mean" in state.metrics:
+        found["fourfold.kl_mean"] = float(state.metrics["kl_mean"])
     return found

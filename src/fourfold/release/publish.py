@@ -26,6 +26,8 @@ from fourfold.model.files import write_text
 from fourfold.model.hub import SECRET, check_repo_id
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
+from fourfold.records.release import State
+from fourfold.records.results import Verdict
 from fourfold.release.contents import (
     CARD,
     CONVERSION,
@@ -38,7 +40,6 @@ from fourfold.release.contents import (
     visible_files,
     written_names,
 )
-from fourfold.release.schemas import Record, State, Verdict, read_record
 
 MAIN = "main"
 TAG_DIGITS = 12
@@ -154,7 +155,7 @@ def _allowed(out: Path, include: Collection[str]) -> set[str]:
     for name in include:
         if name not in there:
             raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
-    return written_names(out, _read(out / FINISHED, State)) | set(include)
+    return written_names(out, State.find(out / FINISHED)) | set(include)
 
 
 def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
@@ -165,20 +166,19 @@ def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
 
 def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
     """Why these files, of names that may be sent, are not what verify saw and passed."""
-    verdict = _read(out / VERDICT, Verdict)
-    if not verdict:
+    verdict = Verdict.find(out / VERDICT)
+    if verdict is None:
         yield f"there is no {VERDICT}: it was never verified"
         return
-    if not verdict["passed"]:
+    if not verdict.passed:
         yield f"{VERDICT} says that a check failed"
-    seen = verdict.get("files")
-    if seen is None:
+    if verdict.files is None:
         yield f"{VERDICT} does not say which files it is about"
         return
     record, shards = _recorded(out)
-    if joined_digest(shards) != verdict["content"]:
+    if joined_digest(shards) != verdict.content:
         yield f"{record} and {VERDICT} are of different files"
-    wanted = {**shards, **seen}
+    wanted = {**shards, **verdict.files}
     there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
     loaded = [name for name in loaded_files(out) if name in allowed]
     for name in sorted({*there, *loaded, *(name for name in wanted if name in allowed)}):
@@ -206,19 +206,15 @@ def _card(text: str, reason: str) -> str:
 def _recorded(out: Path) -> tuple[str, dict[str, str]]:
     """The file that has the digests of what engines load, and these: shards of a release; all that `convert` wrote."""
     if (export := read_export(out)) is not None:
-        return CONVERSION, {name: file["sha256"] for name, file in export["files"].items()}
-    shards = _read(out / FINISHED, State).get("output", {}).get("shards", {})
-    return FINISHED, {name: shard["sha256"] for name, shard in shards.items()}
+        return CONVERSION, {name: file.sha256 for name, file in export.files.items()}
+    state = State.find(out / FINISHED)
+    return FINISHED, {name: shard.sha256 for name, shard in state.output.shards.items()} if state else {}
 
 
 def _tag(out: Path) -> str:
     shards = _recorded(out)[1]
     content = joined_digest(shards) if shards else ""
     return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
-
-
-def _read(path: Path, kind: type[Record]) -> dict[str, Any]:
-    return read_record(path, kind, "Quantize or verify the release again") if path.is_file() else {}
 
 
 # --- sending ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError
 from fourfold.install import pip_install
+from fourfold.records.results import TaskResult, TaskResults
 
 WAIT_SECONDS = 10  # for the server's list of models
 CONCURRENT = 8  # requests at one time
@@ -71,7 +72,7 @@ def command(tasks: Tasks, model: str, tokenizer: Path, results: Path) -> list[st
     ]
 
 
-def run_tasks(tasks: Tasks, tokenizer: Path) -> dict[str, Any]:
+def run_tasks(tasks: Tasks, tokenizer: Path) -> TaskResults:
     """Run them; what metrics.json says of it. Raises FourfoldError with lm-eval's last lines if it fails."""
     model = check_tasks(tasks)
     with tempfile.TemporaryDirectory(prefix="fourfold-tasks-") as folder:
@@ -87,24 +88,25 @@ def run_tasks(tasks: Tasks, tokenizer: Path) -> dict[str, Any]:
                 f"lm-eval on {', '.join(tasks.names)} ended with exit code {done.returncode}, its last lines:\n"
                 + "\n".join(said)
             )
-        return read_results(json.loads(found[-1].read_text(encoding="utf-8"))) | {"url": tasks.url}
+        return read_results(json.loads(found[-1].read_text(encoding="utf-8")), tasks.url)
 
 
-def read_results(found: dict[str, Any]) -> dict[str, Any]:
+def read_results(found: dict[str, Any], url: str) -> TaskResults:
     """Of lm-eval's results file: each task's figures by "metric,filter", its shots, its samples and its version."""
     rows = {}
     for task, figures in found["results"].items():
         samples = found.get("n-samples", {}).get(task, {})
-        rows[task] = {
-            "figures": {name: value for name, value in figures.items() if "," in name},
-            "shots": found.get("n-shot", {}).get(task),
-            "samples": samples.get("effective"),
-            "version": found.get("versions", {}).get(task),
-        }
-    return {
-        "lm_eval": found["lm_eval_version"],
-        "model": found["model_name"],
-        "api": found["model_source"],
-        "chat_template": found["chat_template"] is not None,
-        "tasks": rows,
-    }
+        rows[task] = TaskResult(
+            figures={name: value for name, value in figures.items() if "," in name},
+            shots=found.get("n-shot", {}).get(task),
+            samples=samples.get("effective"),
+            version=found.get("versions", {}).get(task),
+        )
+    return TaskResults(
+        lm_eval=found["lm_eval_version"],
+        model=found["model_name"],
+        api=found["model_source"],
+        chat_template=found["chat_template"] is not None,
+        tasks=rows,
+        url=url,
+    )

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from msgspec import structs
 
 from fourfold import __version__
 from fourfold.bundled import TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress
+from fourfold.records.results import Bench, BenchLevel, BenchLoad, Quantiles, Requests
 from fourfold.serve import client
 from fourfold.serve.client import Reply
-from fourfold.serve.metrics import OFF, Scrape, acceptance, changes
+from fourfold.serve.metrics import OFF, acceptance, changes
 from fourfold.serve.served import REFERENCE
 
 Messages = list[dict[str, Any]]
@@ -30,7 +32,7 @@ WATCH_SECONDS = 1.0  # between looks at the gauges while a load runs
 QUANTILES = (0.5, 0.9, 0.99)
 WARMUP = 1  # requests that are not counted
 # The card of the reference release, measured by its publisher on 4 x RTX 3060, one request at a time.
-CARD = {
+CARD: dict[str, dict[str, Any]] = {
     "vllm": {
         "engine": "vLLM 0.19.1, 2 draft tokens", "decode_tokens_per_second": [56, 82], "acceptance_rate": [0.70, 0.89],
         "acceptance_by_position": [0.93, 0.85], "acceptance_length": [2.4, 2.8], "pool_tokens": 160_800,
@@ -60,13 +62,13 @@ class Load:
         return self.requests or max(8, 4 * concurrency)
 
 
-def bench(url: str, load: Load, progress: Progress) -> dict[str, Any]:
+def bench(url: str, load: Load, progress: Progress) -> Bench:
     """What bench.json says. Raises FourfoldError if no server answers, or for prompts that cannot be read."""
     prompts = read_prompts(load.prompts)
     return asyncio.run(_bench(client.root(url), load, prompts, progress))
 
 
-async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> dict[str, Any]:
+async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> Bench:
     async with client.open_client(max(load.concurrency) + 1) as asking:
         name = await client.model_name(asking, address)
         first = await client.scrape(asking, address)
@@ -74,26 +76,21 @@ async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress
         for concurrency in load.concurrency:
             run = _Level(asking, address, name, load, concurrency, progress)
             levels.append(await run.measure(prompts))
-            if not levels[-1]["requests"]["ok"]:
+            if not levels[-1].requests.ok:
                 progress(Event(kind="note", text=f"concurrency {concurrency}: no request came through; stopped there"))
                 break
     engine = first.engine if first else ""
-    return {
-        "url": address,
-        "model": name,
-        "fourfold": __version__,
-        "engine": engine,
-        "metrics": "read before and after each level" if first else OFF,
-        "pool": first.pool() if first else {},
-        "load": {
-            "output_tokens": load.output_tokens,
-            "temperature": load.temperature,
-            "prompts": str(load.prompts or "built-in"),
-            "ignore_eos": True,
-        },
-        "levels": levels,
-        "card": CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
-    }
+    return Bench(
+        url=address,
+        model=name,
+        fourfold=__version__,
+        engine=engine,
+        metrics="read before and after each level" if first else OFF,
+        pool=first.pool() if first else {},
+        load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")),
+        levels=levels,
+        card=CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
+    )
 
 
 class _Level:
@@ -107,7 +104,7 @@ class _Level:
         self.replies: list[Reply] = []
         self.usage: list[float] = []
 
-    async def measure(self, prompts: Sequence[Messages]) -> dict[str, Any]:
+    async def measure(self, prompts: Sequence[Messages]) -> BenchLevel:
         for _ in range(WARMUP):
             await self._ask(prompts[-1])
         count = self.load.requests_at(self.concurrency)
@@ -127,7 +124,11 @@ class _Level:
         if watcher:
             watcher.cancel()
         after = await client.scrape(self.asking, self.address) if before else None
-        return summarize(self.concurrency, count, self.replies, seconds, spent) | self._counted(before, after)
+        found = summarize(self.concurrency, count, self.replies, seconds, spent)
+        if before is None or after is None:
+            return found
+        seen = {"cache_usage_peak": max(self.usage)} if self.usage else {}
+        return structs.replace(found, acceptance=acceptance(before, after), server=changes(before, after) | seen)
 
     async def _work(self, bodies: Iterator[Messages], count: int) -> None:
         for messages in bodies:
@@ -153,20 +154,14 @@ class _Level:
             if now:
                 self.usage.append(now.value("cache_usage"))
 
-    def _counted(self, before: Scrape | None, after: Scrape | None) -> dict[str, Any]:
-        if before is None or after is None:
-            return {"acceptance": None, "server": {}}
-        seen = {"cache_usage_peak": max(self.usage)} if self.usage else {}
-        return {"acceptance": acceptance(before, after), "server": changes(before, after) | seen}
-
 
 def _repeated(prompts: Sequence[Messages]) -> Iterator[Messages]:
     while True:
         yield from prompts
 
 
-def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> dict[str, Any]:
-    """Figures of a level. seconds: it took; spent: of this process's CPU."""
+def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
+    """Figures of a level, but for the server's own. seconds: it took; spent: of this process's CPU."""
     good = [reply for reply in replies if reply.ok]
     output = sum(reply.output_tokens for reply in good)
     per_token = [each for reply in good if (each := reply.seconds_per_token) is not None]
@@ -174,29 +169,29 @@ def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: f
     if asked > len(replies):
         failures["not answered in time"] = asked - len(replies)
     details = {reply.outcome: reply.detail for reply in replies if not reply.ok}
-    return {
-        "concurrency": concurrency,
-        "seconds": seconds,
-        "requests": {"asked": asked, "ok": len(good), "failed": dict(failures), "said": details},
-        "prompt_tokens": sum(reply.prompt_tokens for reply in good),
-        "output_tokens": output,
-        "output_tokens_per_second": output / seconds,
-        "time_to_first_token": quantiles([reply.first for reply in good]),
-        "time_per_output_token": quantiles(per_token),
-        "time_between_chunks": quantiles([gap for reply in good for gap in reply.gaps]),
-        "latency": quantiles([reply.last for reply in good]),
-        "decode_tokens_per_second": quantiles([1 / each for each in per_token if each]),
-        "client_core_share_at_100_tokens_per_second": spent / output * 100 if output else None,
-    }
+    return BenchLevel(
+        concurrency=concurrency,
+        seconds=seconds,
+        requests=Requests(asked, len(good), dict(failures), details),
+        prompt_tokens=sum(reply.prompt_tokens for reply in good),
+        output_tokens=output,
+        output_tokens_per_second=output / seconds,
+        time_to_first_token=quantiles([reply.first for reply in good]),
+        time_per_output_token=quantiles(per_token),
+        time_between_chunks=quantiles([gap for reply in good for gap in reply.gaps]),
+        latency=quantiles([reply.last for reply in good]),
+        decode_tokens_per_second=quantiles([1 / each for each in per_token if each]),
+        client_core_share_at_100_tokens_per_second=spent / output * 100 if output else None,
+    )
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+def quantiles(values: Sequence[float]) -> Quantiles | None:
     """Mean, p50, p90, p99 (of at least so many hundredths, none between two values is made up); None of nothing."""
     if not values:
         return None
     ordered = sorted(values)
-    found = {f"p{int(q * 100)}": ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in QUANTILES}
-    return {"mean": sum(ordered) / len(ordered), **found}
+    found = (ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in QUANTILES)
+    return Quantiles(sum(ordered) / len(ordered), *found)
 
 
 def read_prompts(path: Path | None) -> list[Messages]:

@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import gguf
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
+from fourfold.records.release import Export
 from fourfold.serve.machine import Machine
 
 LEAST_CONTEXT, STEP = 8192, 1024  # tokens
@@ -90,7 +90,7 @@ def place(sizes: FileSizes, room_bytes: int, context: int | None, kv_bytes: floa
 
 
 def llama_server(  # noqa: PLR0913  what the command line has
-    folder: Path, record: Mapping[str, Any], machine: Machine, *, mtp: int | None, context: int | None,
+    folder: Path, record: Export, machine: Machine, *, mtp: int | None, context: int | None,
     kv_cache: str | None, host: str, port: int | None, extra: Sequence[str],
 ) -> LocalCommand:  # fmt: skip
     """record: conversion.json."""
@@ -128,16 +128,16 @@ def mlx_server(folder: Path, *, host: str, port: int | None, extra: Sequence[str
     return LocalCommand(words=words, notes=tuple(filter(None, [note])))
 
 
-def card_command(folder: Path, record: Mapping[str, Any], shown: Path) -> str:
+def card_command(folder: Path, record: Export, shown: Path) -> str:
     """For readers elsewhere, who have the folder as `shown`: nothing that depends on a machine."""
-    if record["after"] == gguf.NAME:
+    if record.after == gguf.NAME:
         return shlex.join([*_llama_words(gguf_files(shown, record)[0]), *_draft_words(record, None)])
     return shlex.join(_mlx_words(shown, has_vision(folder)))
 
 
-def gguf_files(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+def gguf_files(folder: Path, record: Export) -> list[Path]:
     """The file or its shards. record: conversion.json. Raises FourfoldError if it names none."""
-    files = [folder / name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    files = [folder / name for name in sorted(record.files) if name.endswith(".gguf")]
     if not files:
         raise FourfoldError(f"{folder / 'conversion.json'}: names no .gguf file; convert the release again")
     return files
@@ -152,8 +152,8 @@ def _llama_words(file: Path) -> list[str]:
     return ["llama-server", "--model", str(file), "--jinja"]
 
 
-def _draft_words(record: Mapping[str, Any], mtp: int | None) -> list[str]:
-    count = (2 if mtp is None else mtp) if record["settings"]["mtp"] else 0
+def _draft_words(record: Export, mtp: int | None) -> list[str]:
+    count = (2 if mtp is None else mtp) if record.has_drafts else 0
     return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(count)] if count else []
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from fourfold.records.results import Acceptance
 
 # What it is: its name in vLLM (0.32, v1/metrics/loggers.py) and SGLang (0.5.23, observability/metrics_collector.py);
 # "" where the engine does not tell. Acceptance in SGLang is a gauge of its latest batches, without positions.
@@ -70,7 +71,7 @@ class Scrape:
             found[labels.get(label, "")] += value
         return dict(found)
 
-    def pool(self) -> dict[str, Any]:
+    def pool(self) -> dict[str, int]:
         """What the engine says of its KV cache: blocks, block_tokens, tokens, as far as it tells."""
         if self.engine == "sglang":
             return {"tokens": int(self.value("pool_tokens"))} if self.has("pool_tokens") else {}
@@ -79,36 +80,32 @@ class Scrape:
         return {what: int(labels[name]) for what, name in names.items() if labels.get(name, "").isdecimal()}
 
 
-def acceptance(before: Scrape, after: Scrape) -> dict[str, Any] | None:
+def acceptance(before: Scrape, after: Scrape) -> Acceptance | None:
     """Of drafts between two scrapes: rate, mean_length (with the token that needs no draft), by_position. None: no
     drafts were made, or the engine counts none.
     """
     if after.engine == "sglang":
         if not after.value("accept_length"):
             return None
-        return {
-            "rate": after.value("accept_rate"),
-            "mean_length": after.value("accept_length"),
-            "by_position": [],
-            "basis": "SGLang's gauges of its latest batches",
-        }
+        rate, length = after.value("accept_rate"), after.value("accept_length")
+        return Acceptance(rate, length, [], "SGLang's gauges of its latest batches")
     counted = {what: after.value(what) - before.value(what) for what in ("drafts", "draft_tokens", "accepted_tokens")}
     if counted["drafts"] <= 0 or counted["draft_tokens"] <= 0:
         return None
     was, found = (scrape.by_label("accepted_by_position", "position") for scrape in (before, after))
     places = sorted(found, key=int)
-    return {
-        "rate": counted["accepted_tokens"] / counted["draft_tokens"],
-        "mean_length": 1 + counted["accepted_tokens"] / counted["drafts"],
-        "by_position": [(found[place] - was.get(place, 0)) / counted["drafts"] for place in places],
-        "basis": "vLLM's counters before and after",
+    return Acceptance(
+        rate=counted["accepted_tokens"] / counted["draft_tokens"],
+        mean_length=1 + counted["accepted_tokens"] / counted["drafts"],
+        by_position=[(found[place] - was.get(place, 0)) / counted["drafts"] for place in places],
+        basis="vLLM's counters before and after",
         **{what: int(value) for what, value in counted.items()},
-    }
+    )
 
 
-def changes(before: Scrape, after: Scrape) -> dict[str, Any]:
+def changes(before: Scrape, after: Scrape) -> dict[str, int | float]:
     """What else the server counted between two scrapes."""
-    found: dict[str, Any] = {
+    found: dict[str, int | float] = {
         what: int(after.value(what) - before.value(what))
         for what in ("preemptions", "prompt_tokens", "generated_tokens")
         if after.has(what)

@@ -105,8 +105,8 @@ def _drafts(before: Scrape | None, after: Scrape | None) -> Finding:
         return Finding(what="drafts", alive=False, seen="no token was drafted")
     return Finding(
         what="drafts",
-        alive=found["rate"] > 0,
-        seen=f"{found['rate']:.0%} accepted, {found['mean_length']:.2f} tokens a step",
+        alive=found.rate > 0,
+        seen=f"{found.rate:.0%} accepted, {found.mean_length:.2f} tokens a step",
     )
 
 

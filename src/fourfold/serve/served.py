@@ -82,7 +82,7 @@ def open_served(folder: Path, name: str = "") -> Served:
         geometry=_known_geometry(skeleton),
         splits=_splits(text),
         template=_template(folder),
-        sampling=_sampling(folder),
+        sampling=sampling(folder),
     )
 
 
@@ -148,7 +148,8 @@ def _template(folder: Path) -> str:
     return template if isinstance(template, str) else json.dumps(template)
 
 
-def _sampling(folder: Path) -> dict[str, Any]:
+def sampling(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of SAMPLED."""
     found = _read(folder / "generation_config.json")
     return {name: found[name] for name in SAMPLED if name in found}
 

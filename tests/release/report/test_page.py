@@ -21,7 +21,7 @@ from fourfold.release.report.card import card
 from fourfold.release.report.charts import RATIO
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
-from fourfold.release.report.records import Projection, Records, read_records
+from fourfold.release.report.records import Records, read_records
 from hostile import HOSTILE, Change
 
 ABOUT = About(name="me/small-int4")
@@ -65,15 +65,14 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
     """With as many projections as Qwen3.6-35B-A3B has: 30,720."""
     draw = random.Random(0)
     found = [
-        Projection(
+        dataclasses.replace(
+            records.projections[0],
             layer=layer,
             expert=expert,
             projection=projection,
-            method="gptq",
             weight_error=draw.uniform(0.1, 0.2),
             relative_error=draw.lognormvariate(-6, 0.7),
             error_over_rtn=draw.uniform(0.1, 0.9),
-            target="residual",
             gptqmodel_loss=draw.lognormvariate(-9, 1),
             tokens=int(draw.lognormvariate(7, 1)),
             effective_tokens=float(draw.randrange(1000)),

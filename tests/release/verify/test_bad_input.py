@@ -102,38 +102,6 @@ def test_a_pattern_that_would_match_for_ever(copy: Broken) -> None:
     assert not (out / "verify.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"partial": false}', '{"identity": {}, "output": 1}'])
-def test_a_damaged_fourfold_json(copy: Broken, content: str) -> None:
-    out = copy(CT).folder
-    (out / "fourfold.json").write_text(content)
-    assert "fourfold.json" in refused(out)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "cannot be read"),
-        ("[1]", "cannot be read"),
-        ('{"tokens": [1, 2]}', "cannot be read"),
-        ({"tokens": [1, 2, 3, 4]}, "not as quantize writes it"),
-        ({"tokens": [], "logprobs": [], "likeliest": [], "likeliest_logprobs": []}, "not as quantize writes it"),
-        ({"tokens": ["a"] * 64}, "not as quantize writes it"),
-        ({"likeliest": [[]] * 63}, "not as quantize writes it"),
-    ],
-)
-def test_a_damaged_reference(copy: Broken, content: str | dict[str, Any], said: str) -> None:
-    out = copy(CT).folder
-    raw = json.loads((out / "reference.json").read_text())
-    (out / "reference.json").write_text(content if isinstance(content, str) else json.dumps(raw | content))
-    assert f"reference.json: {said}" in refused(out)
-
-
-def test_a_damaged_log(copy: Broken, source: Path) -> None:
-    out = copy(CT).folder
-    (out / "quant_log.csv").write_text("layer,expert\n1,x\n")
-    assert "quant_log.csv: cannot be read" in refused(out, "--source", source)
-
-
 # --- source -------------------------------------------------------------------------------------------------------
 
 

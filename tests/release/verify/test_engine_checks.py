@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fourfold.formats import COMPRESSED_TENSORS, GPTQ
-from fourfold.quantize.reference import Reference
+from fourfold.records.release import Reference
+from fourfold.records.results import Check, Level, Status
 from fourfold.release.verify import image, sglang, vllm
-from fourfold.release.verify.check import Check, Level, Status, Verdict, judge, skip
+from fourfold.release.verify.check import judge, passed, skip
 from fourfold.release.verify.engine import Answer
 
 LOAD = {"parameters": 3, "elements": 30, "unwritten": {}, "zero_scales": {}, "seconds_of_two_loads": 2.0}
@@ -188,20 +189,15 @@ def test_sglang_trap(model: str, trap: bool) -> None:
 # --- the verdict --------------------------------------------------------------------------------------------------
 
 
-def verdict(*checks: Check, asked: tuple[Level, ...] = (Level.FILES,)) -> Verdict:
-    facts: dict[str, Any] = {"out": "out", "content": "", "engine": None, "bytes_read": 0, "seconds": {}}
-    return Verdict(asked=asked, checks=checks, **facts)
-
-
 def test_a_verdict_needs_every_level_that_was_asked_for() -> None:
+    files, both = (Level.FILES,), (Level.FILES, Level.ENGINE)
     good, bad = judge(Level.FILES, "index", [], "seen"), judge(Level.FILES, "sha256", ["other"], "")
     left = skip(Level.FILES, "sidecars", "no source")
-    assert verdict(good, left).passed
-    assert not verdict(good, bad, left).passed
-    assert not verdict(left).passed
-    both = (Level.FILES, Level.ENGINE)
-    assert not verdict(good, skip(Level.ENGINE, "starts", "why"), asked=both).passed
-    assert verdict(good, judge(Level.ENGINE, "starts", [], "seen"), asked=both).passed
+    assert passed(files, [good, left])
+    assert not passed(files, [good, bad, left])
+    assert not passed(files, [left])
+    assert not passed(both, [good, skip(Level.ENGINE, "starts", "why")])
+    assert passed(both, [good, judge(Level.ENGINE, "starts", [], "seen")])
 
 
 def test_evidence_names_three_problems_and_counts_the_rest() -> None:

@@ -17,7 +17,7 @@ import checkpoints
 import releases
 from broken import Change, Copy
 from fourfold.recipe import load_recipe
-from fourfold.release.verify.check import Level, Status, Verdict
+from fourfold.records.results import Level, Status, Verdict
 from fourfold.release.verify.run import verify
 
 EXPERT = "model.language_model.layers.1.mlp.experts.2.up_proj."

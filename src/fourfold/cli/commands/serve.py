@@ -7,11 +7,10 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
@@ -33,6 +32,8 @@ from fourfold.datatypes import FourfoldError, Progress
 from fourfold.formats import EXPORTS
 
 if TYPE_CHECKING:
+    from fourfold.records.release import Export
+    from fourfold.records.results import Bench
     from fourfold.serve.command import Deployment
 
 SIGNALLED = 128  # and the signal: as shells count
@@ -128,7 +129,7 @@ def serve(
         from fourfold.release.contents import read_export
 
         record = read_export(Path(out))
-        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record["after"]],)
+        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record.after],)
         if server.engine is not None and server.engine not in runs_in:
             raise FourfoldError(f"--engine: got {server.engine}, expected {' or '.join(runs_in)} for {out}")
         if record is not None:
@@ -181,13 +182,13 @@ def _serve_release(
 
 
 def _serve_local(
-    folder: Path, record: Mapping[str, Any], server: ServerOptions, words: tuple[str, ...], *, docker: bool,
+    folder: Path, record: Export, server: ServerOptions, words: tuple[str, ...], *, docker: bool,
     print_only: bool,
 ) -> int:  # fmt: skip
     """Print the command for what `convert` wrote, and become it."""
     from fourfold.serve import local, machine
 
-    engine = EXPORTS[record["after"]]
+    engine = EXPORTS[record.after]
     given = {
         f"--{field.name.replace('_', '-')}": getattr(server, field.name)
         for field in fields(server)
@@ -252,7 +253,6 @@ def bench(
         fourfold bench http://localhost:8000
         fourfold bench http://localhost:8000 --concurrency 1,2,4,8 --out-tokens 512 --out bench.json
     """
-    from fourfold.model.files import dump, write_text
     from fourfold.serve.bench import Load
     from fourfold.serve.bench import bench as run
 
@@ -266,10 +266,10 @@ def bench(
         level_seconds=timeout * 60,
     )
 
-    def measure(progress: Progress) -> dict[str, Any]:
+    def measure(progress: Progress) -> Bench:
         found = run(url, load, progress)
-        write_text(out, dump(found))
+        found.write(out)
         return found
 
     found = output.present(measure, show_bench)
-    return CHECK_FAILED if any(level["requests"]["failed"] for level in found["levels"]) else 0
+    return CHECK_FAILED if any(level.requests.failed for level in found.levels) else 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,6 +15,7 @@ from fourfold.formats import EXPORTS
 from fourfold.units import FIGURES, clock_text, figure_text
 
 if TYPE_CHECKING:
+    from fourfold.records.release import Export
     from fourfold.release.compare import Comparison
     from fourfold.release.convert import Converted
     from fourfold.release.export import Exported
@@ -81,28 +82,28 @@ def show_exported(console: Console, found: Exported) -> None:
     """What was written for an engine of its own, what a user has to know of it, and the next command."""
     facts = [
         ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
-        ("exact", f"codes and scales{'' if found.rounded else ', and every other tensor'}"),
+        ("exact", f"codes and scales{', and every other tensor' if found.rest == 'bf16' else ''}"),
         ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
         ("time", clock_text(found.seconds)),
         *(("note", note) for note in found.notes),
-        ("next", f"fourfold verify {found.new} --source {found.out} --engine {found.engine}"),
+        ("next", f"fourfold verify {found.new} --source {found.out} --engine {EXPORTS[found.after]}"),
     ]
     show_facts(console, facts)
 
 
-def show_export(console: Console, folder: str, record: Mapping[str, Any]) -> None:
+def show_export(console: Console, folder: str, record: Export) -> None:
     """What `convert` wrote, by its conversion.json."""
-    engine, settings, files = EXPORTS[record["after"]], record["settings"], record["files"].values()
-    scales = f"one scale for {record['group_size']} inputs, as in the release"
+    engine, files = EXPORTS[record.after], record.files
+    scales = f"one scale for {record.group_size} inputs, as in the release"
     facts = [
-        (plain(folder), f"{record['after']}, from {record['before']}; made by fourfold {record.get('fourfold', '')}"),
-        ("int4", f"{record['projections']:,} projections, {scales}"),
-        ("size", f"{decimal(sum(file['bytes'] for file in files))} in {len(files):,} files"),
+        (plain(folder), f"{record.after}, from {record.before}; made by fourfold {record.fourfold}"),
+        ("int4", f"{record.projections:,} projections, {scales}"),
+        ("size", f"{decimal(record.bytes_after)} in {len(files):,} files"),
     ]
-    if settings:
-        rest = settings["rest"]
-        facts.append(("other matrices", "as they are" if rest == "bf16" else f"rounded to {rest}: not exact"))
-        facts.append(("draft head (MTP)", "the block after the last" if settings["mtp"] else "none"))
+    if record.settings:
+        exact = "as they are" if record.rest == "bf16" else f"rounded to {record.rest}: not exact"
+        facts.append(("other matrices", exact))
+        facts.append(("draft head (MTP)", "the block after the last" if record.has_drafts else "none"))
     facts.append((engine, f"loads it: fourfold serve {plain(folder)} --print"))
     facts.append(("others", "do not load it: vLLM, SGLang and transformers load the release"))
     show_facts(console, facts)
@@ -148,7 +149,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
 
 
 def _figure(name: str, value: float | None, ends: Sequence[float] | None) -> str:
-    return "" if value is None else figure_text({"summary": {name: value}, "intervals": {name: ends}}, name)
+    return "" if value is None else figure_text(name, value, ends)
 
 
 def show_published(console: Console, found: Published, dry_run: bool) -> None:

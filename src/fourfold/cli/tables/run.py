@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,12 +15,13 @@ from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show
 from fourfold.cli.progress import memory_text
 from fourfold.formats import gguf
 from fourfold.formats.gguf_names import ARCHITECTURES
-from fourfold.units import FIGURES, clock_text, figure_text
+from fourfold.units import FIGURES, clock_text
 
 if TYPE_CHECKING:
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
-    from fourfold.release.verify.check import Verdict
+    from fourfold.records.release import Worker
+    from fourfold.records.results import EngineFacts, Metrics, Rule, Verdict
 
 SUMMARY = ("perplexity_source", "perplexity_release", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
 
@@ -110,12 +111,12 @@ def show_summary(console: Console, summary: Summary, model: str) -> None:
         console.print(f"Next: {command}", soft_wrap=True)
 
 
-def _busy(workers: Sequence[Mapping[str, Any]]) -> str:
+def _busy(workers: Sequence[Worker]) -> str:
     """Each worker's share of its time in which it worked, and what was waited for."""
-    busy = ", ".join(f"{plain(one['device'])} {1 - one['waited_seconds'] / one['of_seconds']:.0%}" for one in workers)
+    busy = ", ".join(f"{plain(one.device)} {1 - one.waited_seconds / one.of_seconds:.0%}" for one in workers)
     longest: dict[str, float] = {}
     for worker in workers:
-        for whom, seconds in worker.get("waited_for", {}).items():  # not in a release of an earlier version
+        for whom, seconds in worker.waited_for.items():
             longest[whom] = max(seconds, longest.get(whom, 0.0))
     waits = ", ".join(f"{seconds:.1f} s for {whom}" for whom, seconds in longest.items() if seconds >= 0.05)
     return busy + (f"; waited at most {waits}" if waits else "")
@@ -124,44 +125,42 @@ def _busy(workers: Sequence[Mapping[str, Any]]) -> str:
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
-def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+def show_evaluation(console: Console, found: Metrics) -> None:
     """The table of metrics.json: source, release and, where there is one, the second release."""
-    releases = [found, *filter(None, [found.get("against")])]
-    names = ["source", "release", *(plain(release["name"]) for release in releases[1:])]
+    against = found.against
+    releases = [found, *([against] if against else [])]
+    names = ["source", "release", *([plain(against.name)] if against else [])]
     table = grid("", *names, right=1)
     table.columns[0].no_wrap = True
-    perplexities = [figure_text(release, "perplexity_release") for release in releases]
-    table.add_row("perplexity", figure_text(found, "perplexity_source"), *perplexities)
+    perplexities = [release.text("perplexity_release") for release in releases]
+    table.add_row("perplexity", found.text("perplexity_source"), *perplexities)
     for key, (label, _) in [*FIGURES.items()][2:]:
-        table.add_row(label, "", *(figure_text(release, key) for release in releases))
-    last = [release["layers"][-1] for release in releases]
-    table.add_row("hidden-state error, last layer", "", *(f"{row['hidden_error']:.4f}" for row in last))
-    least = [[row["router_agreement"] for row in release["layers"] if row["router_agreement"]] for release in releases]
+        table.add_row(label, "", *(release.text(key) for release in releases))
+    last = [release.layers[-1] for release in releases]
+    table.add_row("hidden-state error, last layer", "", *(f"{row.hidden_error:.4f}" for row in last))
+    least = [[row.router_agreement for row in release.layers if row.router_agreement] for release in releases]
     table.add_row("router agreement, minimum", "", *(f"{min(rows):.2%}" if rows else "" for rows in least))
-    if found["drafts"]:
-        drafted = [found["drafts"]["source"], found["drafts"]["release"], *(r["drafts"] for r in releases[1:])]
-        for rule, label in (("greedy", "draft acceptance rate, greedy"), ("sampled", "draft acceptance rate, sampled")):
-            table.add_row(label, *(_kept(one, rule) for one in drafted))
-            table.add_row("  tokens per step", *(_length(one, rule) for one in drafted))
+    if found.drafts:
+        drafted = [found.drafts.source, found.drafts.release, *([against.drafts] if against else [])]
+        for rule in ("greedy", "sampled"):
+            rules: list[Rule | None] = [getattr(one, rule, None) for one in drafted]
+            table.add_row(f"draft acceptance rate, {rule}", *map(_kept, rules))
+            table.add_row("  tokens per step", *(f"{one.mean_length:.2f}" if one else "" for one in rules))
     show_table(console, table)
-    protocol = found["protocol"]
-    windows = f"{protocol['windows']} windows of {protocol['window']} tokens"
-    say(console, f"{plain(protocol['text'])}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")
+    protocol = found.protocol
+    windows = f"{protocol.windows} windows of {protocol.window} tokens"
+    say(console, f"{plain(protocol.text)}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")
     show_facts(console, _tasks(found))
 
 
-def _kept(drafted: Mapping[str, Any] | None, rule: str) -> str:
-    return " ".join(f"{share:.3f}" for share in drafted[rule]["by_position"]) if drafted else "no draft head"
+def _kept(rule: Rule | None) -> str:
+    return " ".join(f"{share:.3f}" for share in rule.by_position) if rule else "no draft head"
 
 
-def _length(drafted: Mapping[str, Any] | None, rule: str) -> str:
-    return f"{drafted[rule]['mean_length']:.2f}" if drafted else ""
-
-
-def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for task, row in (found.get("tasks") or {}).get("tasks", {}).items():
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in row["figures"].items() if isinstance(value, float))
-        yield task, f"{figures} ({row['samples']} samples)"
+def _tasks(found: Metrics) -> Iterator[tuple[str, str]]:
+    for task, row in (found.tasks.tasks if found.tasks else {}).items():
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in row.figures.items() if isinstance(value, float))
+        yield task, f"{figures} ({row.samples} samples)"
 
 
 # --- verdict -----------------------------------------------------------------------------------------------------
@@ -184,21 +183,21 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
         _show_engine(console, verdict.engine)
     failed = sum(check.status == "fail" for check in verdict.checks)
     if verdict.passed:
-        asked = ", ".join(verdict.asked)
+        asked = ", ".join(verdict.levels)
         console.print(f"all checks passed: {asked} ({clock_text(sum(verdict.seconds.values()))})", style="green")
     else:
         console.print(f"{failed} of {len(verdict.checks)} checks failed", style="bold red")
 
 
-def _show_engine(console: Console, engine: Mapping[str, Any]) -> None:
-    speed = f"{engine['decode_tokens_per_second']:,.0f} tokens/s"
-    if engine["decode_tokens_per_second_mtp"]:
-        speed += f", with MTP {engine['decode_tokens_per_second_mtp']:,.0f}"
+def _show_engine(console: Console, engine: EngineFacts) -> None:
+    speed = f"{engine.decode_tokens_per_second or 0:,.0f} tokens/s"
+    if engine.decode_tokens_per_second_mtp:
+        speed += f", with MTP {engine.decode_tokens_per_second_mtp:,.0f}"
     facts = [
-        ("engine", f"{engine['engine']}, torch {engine['torch']}, {engine['device']}"),
-        ("kernels", "; ".join(line.removeprefix("Using ").rstrip(".") for line in engine["kernels"])),
-        ("start", f"{engine['start_seconds']:.1f} s, of which weights {engine['load_seconds']:.1f} s"),
-        ("KV cache", f"{engine['kv_cache_tokens']:,} tokens"),
+        ("engine", f"{engine.engine}, torch {engine.torch}, {engine.device}"),
+        ("kernels", "; ".join(line.removeprefix("Using ").rstrip(".") for line in engine.kernels)),
+        ("start", f"{engine.start_seconds:.1f} s, of which weights {engine.load_seconds:.1f} s"),
+        ("KV cache", f"{engine.kv_cache_tokens:,} tokens"),
         ("decoding", speed),
     ]
     show_facts(console, facts)

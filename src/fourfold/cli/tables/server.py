@@ -12,6 +12,7 @@ from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show
 from fourfold.units import clock_text
 
 if TYPE_CHECKING:
+    from fourfold.records.results import Bench, BenchLevel
     from fourfold.serve.command import Command
     from fourfold.serve.probe import Probed
 
@@ -50,54 +51,55 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
     console.print("Ctrl-C stops it", style="dim")
 
 
-def show_bench(console: Console, found: Mapping[str, Any]) -> None:
+def show_bench(console: Console, found: Bench) -> None:
     """A column for each concurrency, the reference's figures beside them where it is that model; then a drawing."""
-    levels, card = found["levels"], found["card"] or {}
-    table = grid("concurrency", *(str(level["concurrency"]) for level in levels), right=1)
+    levels, card = found.levels, found.card or {}
+    table = grid("concurrency", *(str(level.concurrency) for level in levels), right=1)
     table.columns[0].no_wrap = True
     table.add_column(f"card: {plain(card['engine'])}" if card else "")
     for label, cells, beside in _bench_rows(levels, card):
         table.add_row(label, *cells, beside)
     show_table(console, table)
-    _draw(console, [(level["concurrency"], level["output_tokens_per_second"]) for level in levels])
-    facts = [("model", f"{found['model']} at {found['url']}"), ("metrics", f"{found['engine']}: {found['metrics']}")]
-    if found["pool"]:
-        facts.append(("KV cache", ", ".join(f"{name} {value:,}" for name, value in found["pool"].items())))
+    _draw(console, [(level.concurrency, level.output_tokens_per_second) for level in levels])
+    facts = [("model", f"{found.model} at {found.url}"), ("metrics", f"{found.engine}: {found.metrics}")]
+    if found.pool:
+        facts.append(("KV cache", ", ".join(f"{name} {value:,}" for name, value in found.pool.items())))
     show_facts(console, facts)
     for level in levels:
-        for outcome, count in level["requests"]["failed"].items():
-            said = level["requests"]["said"].get(outcome, "")
-            text = f"concurrency {level['concurrency']}: {count} x {plain(outcome)} {paragraphs(said)}"
+        for outcome, count in level.requests.failed.items():
+            said = level.requests.said.get(outcome, "")
+            text = f"concurrency {level.concurrency}: {count} x {plain(outcome)} {paragraphs(said)}"
             say(console, text, "red")
 
 
-def _bench_rows(levels: list[Any], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:
+def _bench_rows(levels: list[BenchLevel], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:
     def between(key: str, form: str) -> str:
         return "-".join(form.format(value) for value in card[key]) if key in card else ""
 
-    yield "requests, in full", [f"{one['requests']['ok']}/{one['requests']['asked']}" for one in levels], ""
-    yield "tokens/s, all", [f"{one['output_tokens_per_second']:,.1f}" for one in levels], ""
-    decode = [one["decode_tokens_per_second"] for one in levels]
+    yield "requests, in full", [f"{one.requests.ok}/{one.requests.asked}" for one in levels], ""
+    yield "tokens/s, all", [f"{one.output_tokens_per_second:,.1f}" for one in levels], ""
+    decode = [one.decode_tokens_per_second for one in levels]
     beside = between("decode_tokens_per_second", "{:.0f}")
-    yield "tokens/s of a request, p50", [f"{one['p50']:,.1f}" if one else "" for one in decode], beside
+    yield "tokens/s of a request, p50", [f"{one.p50:,.1f}" if one else "" for one in decode], beside
     for key in MILLISECONDS:
-        cells = [f"{one[key]['p50'] * 1000:,.1f} / {one[key]['p99'] * 1000:,.1f}" if one[key] else "" for one in levels]
+        found = [getattr(one, key) for one in levels]
+        cells = [f"{one.p50 * 1000:,.1f} / {one.p99 * 1000:,.1f}" if one else "" for one in found]
         yield f"{key.replace('_', ' ')}, ms p50/p99", cells, ""
-    accepted = [one["acceptance"] for one in levels]
+    accepted = [one.acceptance for one in levels]
     if any(accepted):
-        rates = [f"{a['rate']:.1%}" if a else "" for a in accepted]
+        rates = [f"{a.rate:.1%}" if a else "" for a in accepted]
         yield "acceptance rate", rates, between("acceptance_rate", "{:.0%}")
-        places = [" ".join(f"{share:.2f}" for share in a["by_position"]) if a else "" for a in accepted]
+        places = [" ".join(f"{share:.2f}" for share in a.by_position or ()) if a else "" for a in accepted]
         yield "  by position", places, " ".join(f"{share:.2f}" for share in card.get("acceptance_by_position", ()))
-        lengths = [f"{a['mean_length']:.2f}" if a else "" for a in accepted]
+        lengths = [f"{a.mean_length:.2f}" if a else "" for a in accepted]
         yield "  tokens a step", lengths, between("acceptance_length", "{:.1f}")
     for key, label, form in (
         ("cache_usage_peak", "KV cache used, most", "{:.1%}"),
         ("preemptions", "preemptions", "{:,}"),
         ("prefix_hit_rate", "prefix cache hits", "{:.1%}"),
     ):
-        if any(key in one["server"] for one in levels):
-            yield label, [form.format(one["server"][key]) if key in one["server"] else "" for one in levels], ""
+        if any(key in one.server for one in levels):
+            yield label, [form.format(one.server[key]) if key in one.server else "" for one in levels], ""
 
 
 def _draw(console: Console, points: list[tuple[int, float]]) -> None:

@@ -42,7 +42,7 @@ class About:
 
         Raises FourfoldError for names that the Hub does not take.
         """
-        return self.named(records.state["source"].get("hub"))
+        return self.named(records.state.source.hub)
 
     def named(self, hub: str | None) -> About:
         """The same, from the name alone."""
@@ -67,7 +67,7 @@ class Licence:
 
 def licence(records: Records, about: About) -> Licence:
     """Of the source, as far as it is known: none is guessed."""
-    return find_licence(about, records.state["source"].get("terms", {}), records.licence_text)
+    return find_licence(about, records.state.source.terms, records.licence_text)
 
 
 def find_licence(about: About, stated: Mapping[str, Any], text: str | None) -> Licence:
@@ -91,7 +91,7 @@ def card_data(records: Records, about: About) -> ModelCardData:
     vision = "vision_config" in records.release.raw
     found = licence(records, about)
     results = list(eval_results(records))
-    languages = records.state["source"].get("terms", {}).get("language") or (["en"] if _english(records) else None)
+    languages = records.state.source.terms.get("language") or (["en"] if _english(records) else None)
     return ModelCardData(
         base_model=about.base_model,
         base_model_relation="quantized" if about.base_model else None,
@@ -119,13 +119,13 @@ def tags(records: Records) -> list[str]:
 def _english(records: Records) -> bool:
     """Whether quality was measured on the built-in English text. Of the model's other languages no file tells."""
     heldout = records.release.recipe.heldout.builtin
-    return bool(records.metrics and records.metrics["measured_by"] == "quantize" and heldout in HELDOUT_TEXTS) or (
+    return bool(records.metrics and records.metrics.measured_by == "quantize" and heldout in HELDOUT_TEXTS) or (
         _builtin_text(records) is not None
     )
 
 
 def _builtin_text(records: Records) -> str | None:
-    text = str(records.metrics["protocol"].get("text")) if records.metrics else ""
+    text = str(records.metrics.protocol.text) if records.metrics else ""
     return text if text.startswith("wikitext-2") else None
 
 
@@ -133,33 +133,26 @@ def eval_results(records: Records) -> Iterator[EvalResult]:
     """What was measured, as the Hub's model index has it."""
     if records.metrics is None:
         return
-    protocol, summary = records.metrics["protocol"], records.metrics["summary"]
-    text = str(protocol.get("text"))
-    arguments = {name: protocol[name] for name in ("window", "stride", "windows") if name in protocol}
+    protocol, figures = records.metrics.protocol, records.metrics.figures
+    sizes = {"window": protocol.window, "stride": protocol.stride, "windows": protocol.windows}
     for key, kind, name in SHOWN_METRICS:
         yield EvalResult(
             task_type="text-generation",
             dataset_type="wikitext" if _builtin_text(records) else "text",
-            dataset_name=text,
-            dataset_args=arguments,
+            dataset_name=str(protocol.text),
+            dataset_args={name: size for name, size in sizes.items() if size is not None},
             metric_type=kind,
             metric_name=name,
-            metric_value=float(f"{summary[key]:.6g}"),
+            metric_value=float(f"{getattr(figures, key):.6g}"),
         )
-    for task, figures in _tasks(records).items():
-        for metric, value in figures["figures"].items():
+    for task, result in (records.metrics.tasks.tasks if records.metrics.tasks else {}).items():
+        for metric, value in result.figures.items():
             if "stderr" not in metric and isinstance(value, float):
                 yield EvalResult(
                     task_type="text-generation",
                     dataset_type=task,
                     dataset_name=task,
                     metric_type=metric.partition(",")[0],
-                    metric_name=f"{metric}, {figures['shots']} shots",
+                    metric_name=f"{metric}, {result.shots} shots",
                     metric_value=float(f"{value:.6g}"),
                 )
-
-
-def _tasks(records: Records) -> dict[str, Any]:
-    asked = (records.metrics or {}).get("tasks") or {}
-    tasks: dict[str, Any] = asked.get("tasks", {})
-    return tasks

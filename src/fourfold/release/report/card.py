@@ -13,16 +13,18 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from fourfold.datatypes import FourfoldError
+from fourfold.datatypes import FourfoldError, ProjectionStatistics, StreamDrift
 from fourfold.formats import EXPORTS
 from fourfold.formats.fixed import unsupported
 from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.formats.mlx import MODEL_TYPES
 from fourfold.install import public_install
+from fourfold.records.release import State
+from fourfold.records.results import Bench, Status, Verdict
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
 from fourfold.release.report.quality import UNMEASURED, quality
-from fourfold.release.report.records import EXPERTS, Projection, Records
+from fourfold.release.report.records import EXPERTS, Records
 from fourfold.units import clock_text, size, stages
 
 METHODS = (
@@ -105,22 +107,20 @@ def _command(command: Serving) -> dict[str, Any]:
 def _head(records: Records, about: About) -> dict[str, Any]:
     state, scheme = records.state, records.release.recipe.scheme
     base = base_link(about)
-    before, after = state["source_tensor_bytes"], state["output"]["tensor_bytes"]
-    summary = records.metrics["summary"] if records.metrics else None
-    lost = (
-        f"perplexity {summary['perplexity_source']:.3f} → {summary['perplexity_release']:.3f}, "
-        f"mean KLD {summary['kl_mean']:.5f} nats"
-        if summary
-        else UNMEASURED
-    )
+    before, after = state.source_tensor_bytes, state.output.tensor_bytes
+    lost = UNMEASURED
+    if records.metrics:
+        figures = records.metrics.figures
+        lost = f"perplexity {figures.perplexity_source:.3f} → {figures.perplexity_release:.3f}, "
+        lost += f"mean KLD {figures.kl_mean:.5f} nats"
     skeleton, text = records.release.skeleton, records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
-        *_source_weights(state["source"].get("weights")),
+        *_source_weights(state.source.weights),
         ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
         *([("derived", DERIVED)] if skeleton.family.derived else []),
         ("context", f"{text.max_position_embeddings:,} tokens"),
-        ("quantized", f"{state['projections']:,} expert projections, {', '.join(_methods(state['methods']))}"),
+        ("quantized", f"{state.projections:,} expert projections, {', '.join(_methods(state.methods))}"),
         ("format", f"{records.release.format}, int4, groups of {scheme.group}, symmetric"),
         ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
         ("quality", lost),
@@ -132,13 +132,13 @@ def _head(records: Records, about: About) -> dict[str, Any]:
             "int4" if group.quantized else "kept",
             f"{group.tensors:,}",
             size(group.size_bytes),
-            f"{state['projections']:,} projections" if group.quantized else group.reason,
+            f"{state.projections:,} projections" if group.quantized else group.reason,
         )
         for group in records.groups()
     ]
     return {
         "base": base or "A Mixture-of-Experts checkpoint",
-        "version": state["fourfold"],
+        "version": state.fourfold,
         "glance": table(("", ""), rows),
         "groups": table(("tensors", "", "count", "bytes", "why"), groups),
         "group_size": scheme.group,
@@ -173,15 +173,15 @@ def _brief_verdict(records: Records) -> str:
     verdict = records.verdict
     if verdict is None:
         return "no" if not records.stale else "no: other bytes were"
-    run = Markdown(", ".join(verdict["levels"]))
-    return f"{'passed' if verdict['passed'] else 'FAILED'}: {run}"
+    run = Markdown(", ".join(verdict.levels))
+    return f"{'passed' if verdict.passed else 'FAILED'}: {run}"
 
 
 # --- layers and experts -------------------------------------------------------------------------------------------
 
 
 def _layers(records: Records) -> dict[str, Any]:
-    drift = {row["layer"]: row for row in (records.metrics or {}).get("layers", ())}
+    drift = {row.layer: row for row in records.metrics.layers} if records.metrics else {}
     by_layer = records.by_layer()
     layers = sorted(by_layer.keys() | drift.keys())
     rows = [_layer_row(layer, by_layer.get(layer, []), drift.get(layer)) for layer in layers]
@@ -206,11 +206,12 @@ def worst_rows(records: Records) -> list[tuple[object, ...]]:
 
 def _guidance(records: Records) -> Markdown | None:
     """What guidance left of the error, by layer."""
-    if records.guidance is None:
+    guidance = records.state.guidance
+    if guidance is None:
         return None
     rows = [
-        (row["layer"], f"{row['predicted']:.2f}", *(_share(row["measured"].get(site)) for site in ("down", "gate_up")))
-        for row in records.guidance["layers"]
+        (row.layer, f"{row.predicted:.2f}", *(_share(row.measured.get(site)) for site in ("down", "gate_up")))
+        for row in guidance.layers
     ]
     return table(("layer", "down, predicted", "down", "gate and up"), rows)
 
@@ -219,11 +220,11 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _layer_row(layer: int, rows: Sequence[Projection], drift: Mapping[str, Any] | None) -> tuple[object, ...]:
+def _layer_row(layer: int, rows: Sequence[ProjectionStatistics], drift: StreamDrift | None) -> tuple[object, ...]:
     said = ("", "")
     if drift is not None:
-        agreement = drift["router_agreement"]
-        said = (f"{drift['hidden_error']:.4f}", "" if agreement is None else f"{agreement:.2%}")
+        agreement = drift.router_agreement
+        said = (f"{drift.hidden_error:.4f}", "" if agreement is None else f"{agreement:.2%}")
     if not rows:
         return (layer, *said, "no routed experts", "", "", "", "", "")
     errors = [row.relative_error for row in rows]
@@ -259,7 +260,7 @@ def _cold(records: Records) -> str:
         )
     if solver.fallback_share:
         said += f"Experts with under {solver.fallback_share:.2%} of the calibration tokens were rounded to nearest. "
-    return said + "Methods: " + ", ".join(_methods(records.state["methods"])) + "."
+    return said + "Methods: " + ", ".join(_methods(records.state.methods)) + "."
 
 
 # --- where it is from ---------------------------------------------------------------------------------------------
@@ -267,22 +268,22 @@ def _cold(records: Records) -> str:
 
 def _origin(records: Records, about: About) -> dict[str, Any]:
     state, found = records.state, licence(records, about)
-    calibration = state["calibration"]
+    calibration = state.calibration
     sources: list[tuple[object, ...]] = [
-        (one["name"], one["licence"] or "not stated", f"{one['rows']:,}", f"{one['documents']:,}", f"{one['tokens']:,}")
-        for one in calibration["sources"]
+        (one.name, one.licence or "not stated", f"{one.rows:,}", f"{one.documents:,}", f"{one.tokens:,}")
+        for one in calibration.sources
     ]
-    shards = [(code(name), size(one["bytes"]), code(one["sha256"])) for name, one in state["output"]["shards"].items()]
+    shards = [(code(name), size(one.bytes), code(one.sha256)) for name, one in state.output.shards.items()]
     digests: list[tuple[object, ...]] = [
-        ("recipe", code(state["identity"]["recipe"])),
-        ("source: headers, config.json, tokenizer", code(state["identity"]["source"])),
-        ("source: all bytes that were read", code(state["source"]["content"])),
-        ("calibration tokens", code(state["identity"]["calibration"])),
-        ("held-out tokens", code(state["identity"]["heldout"])),
-        ("this release", code(state["output"]["content"])),
+        ("recipe", code(state.identity.recipe)),
+        ("source: headers, config.json, tokenizer", code(state.identity.source)),
+        ("source: all bytes that were read", code(state.source.content)),
+        ("calibration tokens", code(state.identity.calibration)),
+        ("held-out tokens", code(state.identity.heldout)),
+        ("this release", code(state.output.content)),
     ]
     return {
-        "calibration": f"{calibration['rows']:,} rows of {calibration['length']:,} tokens, drawn with a fixed seed "
+        "calibration": f"{calibration.rows:,} rows of {calibration.length:,} tokens, drawn with a fixed seed "
         f"({records.release.recipe.calibration.seed}).",
         "sources": table(("source", "licence", "rows", "documents", "tokens to draw from"), sources),
         "made": _made(state),
@@ -298,27 +299,27 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
     }
 
 
-def _made(state: Mapping[str, Any]) -> Markdown:
-    devices = ", ".join(f"{place}: {name}" for place, name in state["devices"].items())
-    memory = ", ".join(f"{place} {size(peak)}" for place, peak in state["peak_memory_bytes"].items())
-    versions = ", ".join(f"{name} {found}" for name, found in state["versions"].items())
-    seconds = state["seconds"]
+def _made(state: State) -> Markdown:
+    devices = ", ".join(f"{place}: {name}" for place, name in state.devices.items())
+    memory = ", ".join(f"{place} {size(peak)}" for place, peak in state.peak_memory_bytes.items())
+    versions = ", ".join(f"{name} {found}" for name, found in state.versions.items())
+    seconds = state.seconds
     rows: list[tuple[object, ...]] = [
         ("machine", devices),
-        ("workers", len(state["workers"])),
+        ("workers", len(state.workers)),
         ("time of the last start", clock_text(sum(seconds.values()))),
         ("by stage", ", ".join(f"{name} {clock_text(took)}" for name, took in stages(seconds))),
         ("peak memory", memory),
-        ("recipe", f"{state['recipe']} (recipe.toml)"),
-        ("versions", f"fourfold {state['fourfold']}, {versions}"),
-        ("finished", state["finished_at"]),
+        ("recipe", f"{state.recipe} (recipe.toml)"),
+        ("versions", f"fourfold {state.fourfold}, {versions}"),
+        ("finished", state.finished_at),
     ]
     return table(("", ""), rows)
 
 
 def _reproduce(records: Records, about: About) -> Markdown:
     model = about.base_model or "MODEL"
-    install = public_install(records.state["fourfold"])
+    install = public_install(records.state.fourfold)
     text = f"{install}\nfourfold quantize {shlex.quote(model)} ./release --recipe recipe.toml"
     return Markdown(block(text, "sh") + "\n\n`recipe.toml` is in this repository.")
 
@@ -364,59 +365,56 @@ def _verdict(records: Records) -> dict[str, Any]:
     return _checks(records.verdict) | _bench(records.bench)
 
 
-def _checks(verdict: Mapping[str, Any] | None) -> dict[str, Any]:
+def _checks(verdict: Verdict | None) -> dict[str, Any]:
     if verdict is None:
         return {"verified": None, "engine": None}
-    rows = [(one["level"], one["name"], one["status"], one["evidence"]) for one in verdict["checks"]]
-    engine = verdict.get("engine")
-    said = "No engine was run."
+    rows = [(one.level, one.name, one.status, one.evidence) for one in verdict.checks]
+    engine, said = verdict.engine, "No engine was run."
     if engine:
-        speed = engine.get("decode_tokens_per_second")
-        said = f"Engine: {engine['engine']} on {engine['device']}, torch {engine['torch']}" + (
-            f", {speed:.1f} tokens/s one after another" if isinstance(speed, float) else ""
-        )
+        said = f"Engine: {engine.engine} on {engine.device}, torch {engine.torch}"
+        if engine.decode_tokens_per_second is not None:
+            said += f", {engine.decode_tokens_per_second:.1f} tokens/s one after another"
     return {"verified": table(("level", "check", "", "what was seen"), rows), "engine": said}
 
 
-def _bench(bench: Mapping[str, Any] | None) -> dict[str, Any]:
+def _bench(bench: Bench | None) -> dict[str, Any]:
     if bench is None:
         return {"bench": None, "bench_how": None}
     rows: list[tuple[object, ...]] = []
-    for level in bench["levels"]:
-        decode, first, accepted = level["decode_tokens_per_second"], level["time_to_first_token"], level["acceptance"]
+    for level in bench.levels:
+        decode, first, accepted = level.decode_tokens_per_second, level.time_to_first_token, level.acceptance
         rows.append(
             (
-                level["concurrency"],
-                f"{level['requests']['ok']}/{level['requests']['asked']}",
-                f"{level['output_tokens_per_second']:,.1f}",
-                f"{decode['p50']:,.1f}" if decode else "",
-                f"{first['p50'] * 1000:,.0f} / {first['p99'] * 1000:,.0f}" if first else "",
-                f"{accepted['rate']:.1%}" if accepted else "",
-                f"{accepted['mean_length']:.2f}" if accepted else "",
+                level.concurrency,
+                f"{level.requests.ok}/{level.requests.asked}",
+                f"{level.output_tokens_per_second:,.1f}",
+                f"{decode.p50:,.1f}" if decode else "",
+                f"{first.p50 * 1000:,.0f} / {first.p99 * 1000:,.0f}" if first else "",
+                f"{accepted.rate:.1%}" if accepted else "",
+                f"{accepted.mean_length:.2f}" if accepted else "",
             )
         )
     header = (
         "at one time", "answered", "tokens/s, all", "of a request, p50", "first token, ms p50/p99", "drafts accepted",
         "tokens a step",
     )  # fmt: skip
-    load = bench["load"]
-    pool = ", ".join(f"{name} {value}" for name, value in (bench.get("pool") or {}).items())
+    load, pool = bench.load, ", ".join(f"{name} {value}" for name, value in bench.pool.items())
     how = (
-        f"Engine {bench['engine'] or 'not known'}, model {bench['model']}, {load['output_tokens']} tokens a request, "
-        f"temperature {load['temperature']:g}, prompts {load['prompts']}" + (f"; KV cache: {pool}" if pool else "")
+        f"Engine {bench.engine or 'not known'}, model {bench.model}, {load.output_tokens} tokens a request, "
+        f"temperature {load.temperature:g}, prompts {load.prompts}" + (f"; KV cache: {pool}" if pool else "")
     )
     return {"bench": table(header, rows), "bench_how": how + ", by `fourfold bench`."}
 
 
 def _limits(records: Records, commands: Sequence[Serving]) -> Iterator[object]:
-    yield from records.state["calibration"]["notes"]
+    yield from records.state.calibration.notes
     if not records.release.format.sglang_drafts:
         yield (
             f"SGLang skips the draft experts of a {records.release.format} release without an error: serve it there "
             "without drafts, or in vLLM"
         )
-    if records.verdict and not records.verdict["passed"]:
-        failed = [one["name"] for one in records.verdict["checks"] if one["status"] == "fail"]
+    if records.verdict and not records.verdict.passed:
+        failed = [one.name for one in records.verdict.checks if one.status is Status.FAIL]
         yield f"verification failed: {', '.join(failed)}"
     kept = sum(group.size_bytes for group in records.groups() if group.name != EXPERTS)
     yield f"{size(kept)} are kept in BF16; only routed experts are int4"

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from fourfold.release.report.records import Projection, Records
+from fourfold.datatypes import ProjectionStatistics
+from fourfold.release.report.records import Records
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is fetched
@@ -26,7 +27,7 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
     """By the id of the page's element: each has a title and a description for those who do not see it."""
     named = [("this release", records), *([(other_name(records, against), against)] if against else [])]
     found = {"errors": errors(records), "coverage": coverage(records)}
-    if records.guidance is not None:
+    if records.state.guidance is not None:
         found["guidance"] = guidance(records)
     if any(one.metrics for _, one in named):
         found["drift"] = drift(named)
@@ -114,11 +115,11 @@ def coverage(records: Records) -> Spec:
 
 def guidance(records: Records) -> Spec:
     """What guidance was predicted to leave of each layer's error, and what it left."""
-    assert records.guidance is not None
+    assert records.state.guidance is not None
     values = []
-    for row in records.guidance["layers"]:
-        shares = {"down, predicted": row["predicted"], **row["measured"]}
-        values += [{"layer": row["layer"], "series": name, "share": share} for name, share in shares.items()]
+    for row in records.state.guidance.layers:
+        shares = {"down, predicted": row.predicted, **row.measured}
+        values += [{"layer": row.layer, "series": name, "share": share} for name, share in shares.items()]
     return _spec(
         "Guidance: share of the error that it left",
         "Lines: error with guidance over error without it, in the measure of the end loss, predicted and measured.",
@@ -135,9 +136,9 @@ Named = Sequence[tuple[str, Records]]
 
 def _by_layer(named: Named, field: str) -> Iterator[dict[str, Any]]:
     for name, records in named:
-        for row in (records.metrics or {}).get("layers", ()):
-            if row[field] is not None:
-                yield {"layer": row["layer"], "release": name, "value": row[field]}
+        for row in records.metrics.layers if records.metrics else ():
+            if (value := getattr(row, field)) is not None:
+                yield {"layer": row.layer, "release": name, "value": value}
 
 
 def drift(named: Named) -> Spec:
@@ -177,12 +178,12 @@ def _bars(x: Spec, y: Spec, tooltip: Sequence[str]) -> Spec:
 def distribution(named: Named) -> Spec:
     values = []
     for name, records in named:
-        bins = (records.metrics or {}).get("kl_histogram") or ()
-        total = sum(one["positions"] for one in bins)
-        used = [place for place, one in enumerate(bins) if one["positions"]]
+        bins = (records.metrics and records.metrics.kl_histogram) or []
+        total = sum(one.positions for one in bins)
+        used = [place for place, one in enumerate(bins) if one.positions]
         for one in bins[used[0] : used[-1] + 1] if used else ():
-            low, high = one["from"] or one["to"], one["to"] or one["from"]  # the first begins at 0, the last is open
-            values.append({"nats": (low * high) ** 0.5, "release": name, "share": one["positions"] / total})
+            low, high = one.low or one.high or 0.0, one.high or one.low  # the first begins at 0, the last is open
+            values.append({"nats": (low * high) ** 0.5, "release": name, "share": one.positions / total})
     return _spec(
         "Distribution of the KL divergence",
         "Lines: share of the text's positions by their divergence from the BF16 model, four ranges to a decade.",
@@ -199,10 +200,9 @@ def distribution(named: Named) -> Spec:
 def divergence(named: Named) -> Spec:
     values = []
     for name, records in named:
-        summary = (records.metrics or {}).get("summary") or {}
         for key, what in (("median", "median"), ("mean", "mean"), ("p90", "90 %"), ("p99", "99 %"), ("max", "largest")):
-            if summary.get(f"kl_{key}"):
-                values.append({"of positions": what, "release": name, "nats": summary[f"kl_{key}"]})
+            if records.metrics and (nats := getattr(records.metrics.figures, f"kl_{key}")):
+                values.append({"of positions": what, "release": name, "nats": nats})
     order = ["median", "mean", "90 %", "99 %", "largest"]
     return _spec(
         "KL divergence from the BF16 model",
@@ -219,11 +219,11 @@ def divergence(named: Named) -> Spec:
 def entropy(named: Named) -> Spec:
     values = []
     for name, records in named:
-        for bucket in (records.metrics or {}).get("by_entropy") or ():
-            if (bucket.get("kl_mean") or 0) > 0:
-                end = "" if bucket["to"] is None else f"{bucket['to']:g}"
-                where = f"{bucket['from']:g}\N{EN DASH}{end}"
-                values.append({"entropy": where, "release": name, "nats": bucket["kl_mean"], "n": bucket["positions"]})
+        for bucket in (records.metrics and records.metrics.by_entropy) or ():
+            if (bucket.kl_mean or 0) > 0:
+                end = "" if bucket.high is None else f"{bucket.high:g}"
+                where = f"{bucket.low:g}\N{EN DASH}{end}"
+                values.append({"entropy": where, "release": name, "nats": bucket.kl_mean, "n": bucket.positions})
     order = list(dict.fromkeys(value["entropy"] for value in values))
     return _spec(
         "Mean KL by the BF16 model's entropy",
@@ -241,7 +241,7 @@ def seconds(named: Named) -> Spec:
     values = [
         {"stage": stage, "release": name, "seconds": took}
         for name, records in named
-        for stage, took in records.state["seconds"].items()
+        for stage, took in records.state.seconds.items()
     ]
     return _spec(
         "Time by stage",
@@ -262,7 +262,7 @@ def memory(named: Named) -> Spec:
         {"place": f"{place}, {what}", "release": name, "GB": count / 1e9}
         for name, records in named
         for what, key in (("peak", "peak_memory_bytes"), ("planned", "planned_memory_bytes"))
-        for place, count in records.state.get(key, {}).items()
+        for place, count in getattr(records.state, key).items()
     ]
     return _spec(
         "Memory, planned and used",
@@ -289,7 +289,7 @@ def heat_map(layers: int) -> Spec:
     }
 
 
-def columns(rows: Sequence[Projection], other: Sequence[Projection]) -> dict[str, Any]:
+def columns(rows: Sequence[ProjectionStatistics], other: Sequence[ProjectionStatistics]) -> dict[str, Any]:
     """quant_log.csv by column. Names are places in `projections` and `methods`; ratio: of another release's error."""
     projections, methods = list(dict.fromkeys(r.projection for r in rows)), list(dict.fromkeys(r.method for r in rows))
     theirs = {(row.layer, row.expert, row.projection): row.relative_error for row in other}
@@ -314,5 +314,5 @@ def columns(rows: Sequence[Projection], other: Sequence[Projection]) -> dict[str
     return found
 
 
-def _ratio(row: Projection, theirs: float | None) -> float | None:
+def _ratio(row: ProjectionStatistics, theirs: float | None) -> float | None:
     return float(f"{row.relative_error / theirs:.6g}") if theirs else None

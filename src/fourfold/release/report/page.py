@@ -16,7 +16,7 @@ from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_ma
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.quality import UNMEASURED
 from fourfold.release.report.records import Records
-from fourfold.units import FIGURES, clock_text, figure_text, size
+from fourfold.units import FIGURES, clock_text, size
 
 HERE = Path(__file__).parent
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite and Vega-Embed leaves to the page
@@ -41,7 +41,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         facts=_facts(records, about),
         named=["this release", *([other_name(records, against)] if against else [])],
         quality=_quality(records, against),
-        checks=[] if records.verdict is None else records.verdict["checks"],
+        checks=records.verdict.checks if records.verdict else (),
         stale=records.stale,
         missing=records.missing,
         worst_header=WORST,
@@ -69,11 +69,11 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
     return [
         ("base model", about.base_model or "not stated"),
         ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
-        ("size", f"{size(state['source_tensor_bytes'])} \N{RIGHTWARDS ARROW} {size(state['output']['tensor_bytes'])}"),
-        ("projections", f"{state['projections']:,}"),
+        ("size", f"{size(state.source_tensor_bytes)} \N{RIGHTWARDS ARROW} {size(state.output.tensor_bytes)}"),
+        ("projections", f"{state.projections:,}"),
         *((FIGURES[key][0], _figure(records, key)) for key in ("kl_mean", "perplexity_ratio")),
-        ("time", clock_text(sum(state["seconds"].values()))),
-        ("verified", ("no" if verdict is None else ", ".join(verdict["levels"]) if verdict["passed"] else "FAILED")),
+        ("time", clock_text(sum(state.seconds.values()))),
+        ("verified", ("no" if verdict is None else ", ".join(verdict.levels) if verdict.passed else "FAILED")),
     ]
 
 
@@ -84,4 +84,4 @@ def _quality(records: Records, against: Records | None) -> list[tuple[str, list[
 
 
 def _figure(records: Records, key: str) -> str:
-    return figure_text(records.metrics, key) if records.metrics else UNMEASURED
+    return records.metrics.text(key) if records.metrics else UNMEASURED

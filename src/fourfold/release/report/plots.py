@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from fourfold.datatypes import StreamDrift
 from fourfold.release.contents import PLOTS
 from fourfold.release.report.records import Records
 
@@ -28,10 +29,8 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
 
     The same records and the same version of matplotlib give the same bytes.
     """
-    layers = (records.metrics or {}).get("layers")
-    if layers:
-        routed = [row for row in layers if row["router_agreement"] is not None]
-        yield DRIFT, _drift_words(layers), _png(lambda figure: _drift(figure, layers, routed), 3.2)
+    if records.metrics and (layers := records.metrics.layers):
+        yield DRIFT, _drift_words(layers), _png(lambda figure: _drift(figure, layers), 3.2)
     words = "Output error of each layer's experts: median, and largest"
     yield ERRORS, words, _png(lambda figure: _errors(figure, records), 3.4)
     height = 1.6 + 0.07 * max(12, len(records.by_layer()))
@@ -48,16 +47,16 @@ def _png(draw: Callable[[Figure], None], height: float) -> bytes:
     return content.getvalue()
 
 
-def _drift_words(layers: list[dict[str, float]]) -> str:
-    return f"Hidden-state drift and router agreement by layer; drift after the last is {layers[-1]['hidden_error']:.4f}"
+def _drift_words(layers: Sequence[StreamDrift]) -> str:
+    return f"Hidden-state drift and router agreement by layer; drift after the last is {layers[-1].hidden_error:.4f}"
 
 
-def _drift(figure: Figure, layers: list[dict[str, float]], routed: list[dict[str, float]]) -> None:
+def _drift(figure: Figure, layers: Sequence[StreamDrift]) -> None:
     left, right = figure.subplots(1, 2)
-    left.plot([row["layer"] for row in layers], [row["hidden_error"] for row in layers], "o-", ms=3, color=COLOURS[0])
+    left.plot([row.layer for row in layers], [row.hidden_error for row in layers], "o-", ms=3, color=COLOURS[0])
     left.set(xlabel="layer", ylabel="drift of hidden states", ylim=(0, None))
-    agreement = [100 * row["router_agreement"] for row in routed]
-    right.plot([row["layer"] for row in routed], agreement, "o-", ms=3, color=COLOURS[1])
+    routed = {row.layer: 100 * row.router_agreement for row in layers if row.router_agreement is not None}
+    right.plot([*routed], [*routed.values()], "o-", ms=3, color=COLOURS[1])
     right.set(xlabel="layer", ylabel="the same experts, %")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -58,6 +58,6 @@ def _fewest(served: Served, engine: Engine, drafts: int | None, at: Version | No
 
 def _verified(records: Records, engine: Engine) -> Version | None:
     """The version of this engine that verify ran."""
-    said = str(((records.verdict or {}).get("engine") or {}).get("engine", ""))
+    said = records.verdict.engine.engine if records.verdict and records.verdict.engine else ""
     name, _, found = said.partition(" ")
     return version(found) if name == engine.title and found else None

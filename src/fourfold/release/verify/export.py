@@ -15,17 +15,18 @@ import torch
 from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.model.files import dump, write_text
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import STATE, hold
-from fourfold.quantize.reference import Reference, make_reference
+from fourfold.quantize.reference import make_reference
+from fourfold.records.release import Export, Reference
+from fourfold.records.results import Check, Level, Verdict
 from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, VERDICT, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
 from fourfold.release.stacks import stacks
 from fourfold.release.sweep import Compute, embed, sweep_
-from fourfold.release.verify.check import Check, Level, Verdict, judge, skip
+from fourfold.release.verify.check import judge, passed, skip
 from fourfold.release.verify.engine import Answer, Engine, environment
 from fourfold.release.verify.reading import Reading, open_reading
 from fourfold.release.verify.run import Asked, windows
@@ -45,7 +46,7 @@ ODD_TEXT = "नमस्ते दुनिया ก็ดี  \n\n  x\t 123456
 
 
 def verify_export(
-    new: Path, record: Mapping[str, Any], *, out: Path | None, engine: Asked | None, progress: Progress = ignore
+    new: Path, record: Export, *, out: Path | None, engine: Asked | None, progress: Progress = ignore
 ) -> Verdict:
     """Check what `convert` wrote into `new` and write verify.json into it. record: its conversion.json; out: the
     release it was made from, which the engine's numbers are compared with.
@@ -55,10 +56,10 @@ def verify_export(
     if engine is not None and out is None:
         raise FourfoldError("--engine: got no --source, expected OUT: the engine's numbers are compared with OUT's")
     job = None if out is None else open_job(out, ignore)
-    if job is not None and record["content"] and job.content != record["content"]:
+    if job is not None and record.content and job.content != record.content:
         raise FourfoldError(
             f"{out}: {new} was not made from this release: its digest is {job.content[:16]}..., {CONVERSION} has "
-            f"{record['content'][:16]}...; give the release that was converted with --source"
+            f"{record.content[:16]}...; give the release that was converted with --source"
         )
     with hold(new):
         seconds, begin = dict[str, float](), time.perf_counter()
@@ -71,28 +72,28 @@ def verify_export(
             progress(Event(kind="stage", stage="engine"))
             checks += check_engine(new, job, engine, record)
             seconds["engine"] = time.perf_counter() - begin
+        levels = (Level.FILES, *([Level.SOURCE] if job else []), *([Level.ENGINE] if engine else []))
         verdict = Verdict(
-            out=str(new),
-            content=joined_digest({name: sha256 for name, (sha256, _) in hashes.items() if name in record["files"]}),
+            passed=passed(levels, checks),
+            content=joined_digest({name: sha256 for name, (sha256, _) in hashes.items() if name in record.files}),
             files={name: sha256 for name, (sha256, _) in hashes.items() if name not in DOCUMENTS},
-            asked=(Level.FILES, *([Level.SOURCE] if job else []), *([Level.ENGINE] if engine else [])),
+            levels=levels,
             checks=tuple(checks),
-            engine=None,
             bytes_read=sum(size for _, size in hashes.values()),
             seconds=seconds,
         )
-        write_text(new / VERDICT, dump(verdict.to_json()))
+        verdict.write(new / VERDICT)
     return verdict
 
 
-def _check_hashes(record: Mapping[str, Any], hashes: Mapping[str, tuple[str, int]]) -> Check:
-    wanted = record["files"]
+def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Check:
+    wanted = record.files
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - hashes.keys())]
     for name in sorted(wanted.keys() & hashes.keys()):
         sha256, size = hashes[name]
-        if size != wanted[name]["bytes"]:
-            problems.append(f"{name} has {size:,} bytes, {CONVERSION} has {wanted[name]['bytes']:,}")
-        elif sha256 != wanted[name]["sha256"]:
+        if size != wanted[name].bytes:
+            problems.append(f"{name} has {size:,} bytes, {CONVERSION} has {wanted[name].bytes:,}")
+        elif sha256 != wanted[name].sha256:
             problems.append(f"{name} has another sha256 than {CONVERSION}")
     return judge(Level.FILES, HASHES, problems, f"{len(wanted):,} files as `convert` wrote them")
 
@@ -136,12 +137,12 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
 # --- in the engine --------------------------------------------------------------------------------------------------
 
 
-def check_engine(new: Path, job: Job, asked: Asked, record: Mapping[str, Any]) -> Iterator[Check]:
+def check_engine(new: Path, job: Job, asked: Asked, record: Export) -> Iterator[Check]:
     """The next token's distribution at each position of a text, beside what OUT gives; of llama.cpp its tokenizer, and
     greedy text with drafts.
     """
     reference = (job.release and job.release.reference) or made_reference(job)
-    files = [name for name in sorted(record["files"]) if name.endswith(".gguf")]
+    files = [name for name in sorted(record.files) if name.endswith(".gguf")]
     request: dict[str, Any] = {
         "model": str(new.resolve() / files[0] if files else new.resolve()),
         "tokens": reference.tokens,
@@ -149,8 +150,7 @@ def check_engine(new: Path, job: Job, asked: Asked, record: Mapping[str, Any]) -
     }
     texts = _texts(job.index.folder) if files else {}
     if files:
-        drafts = bool(record["settings"]["mtp"])
-        request |= {"texts": [*texts], "drafts": drafts, "candidates": CANDIDATES, "wide": False}
+        request |= {"texts": [*texts], "drafts": record.has_drafts, "candidates": CANDIDATES, "wide": False}
     with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
         engine = Engine(
             name=asked.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError
@@ -13,7 +12,8 @@ from fourfold.model.files import SIDECARS
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.json_object import read_object
 from fourfold.quantize.claims import known_extra
-from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.records.results import Check, Level
+from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
 from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
 from fourfold.release.verify.rules import config_problems
@@ -73,12 +73,12 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
 
 def check_survey(release: Release, expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
     """What the pass over all bytes says of OUT alone."""
-    recorded: Mapping[str, Any] = release.state["output"]["shards"]
+    recorded = release.state.output.shards
     problems = [f"{shard} is not there" for shard in recorded if shard not in survey.sha256]
     for shard, sha256 in survey.sha256.items():
-        wanted = recorded.get(shard, {}).get("sha256")
+        wanted = recorded[shard].sha256 if shard in recorded else "no such file"
         if sha256 != wanted:
-            problems.append(f"{shard} is {sha256[:16]}..., fourfold.json has {str(wanted)[:16]}...")
+            problems.append(f"{shard} is {sha256[:16]}..., fourfold.json has {wanted[:16]}...")
     yield judge(FILES, "sha256", problems, f"{len(survey.sha256):,} shards are as they were written")
     floats = f"{len(survey.float_tensors):,} kept tensors without NaN or infinity"
     yield judge(FILES, FINITE, survey.problems[FINITE], floats)

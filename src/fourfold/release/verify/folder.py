@@ -14,10 +14,9 @@ from fourfold.model.config import read_config
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import storage_format
 from fourfold.quantize.claims import Wanted, wanted_tensors
-from fourfold.quantize.journal import FINISHED, require_release
-from fourfold.quantize.reference import Reference, read_reference
+from fourfold.quantize.journal import FINISHED, REFERENCE, require_release
 from fourfold.recipe import Recipe, load_recipe
-from fourfold.release.schemas import State, read_record
+from fourfold.records.release import Reference, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Release:
     """
 
     folder: Path
-    state: Mapping[str, Any]
+    state: State
     raw: Mapping[str, Any]
     skeleton: Skeleton
     recipe: Recipe
@@ -105,18 +104,17 @@ def open_release(folder: Path) -> Release:
     Raises FourfoldError for a folder that holds none: not finished or being written, a trial, another recipe's
     recipe.toml, a quantization that fourfold does not write, a reference.json that is none.
     """
-    require_release(folder)
-    state = read_record(folder / FINISHED, State, "Bring back the one that quantize wrote, or quantize again")
+    state = require_release(folder)
     recipe = load_recipe(str(folder / "recipe.toml"))
-    recipe_digest = state["identity"]["recipe"]
+    recipe_digest = state.identity.recipe
     if recipe.digest() != recipe_digest:
         raise FourfoldError(
             f"{folder / 'recipe.toml'}: of another recipe: its digest is {recipe.digest()[:16]}..., the release was "
             f"made by {recipe_digest[:16]}...; bring the recipe.toml back that quantize wrote"
         )
-    if state["format"] != recipe.format:
+    if state.format != recipe.format:
         raise FourfoldError(
-            f"{folder / FINISHED}: format: got {state['format']!r}, expected {recipe.format!r}, as in recipe.toml. "
+            f"{folder / FINISHED}: format: got {state.format!r}, expected {recipe.format!r}, as in recipe.toml. "
             "Bring back the fourfold.json that was written with it"
         )
     raw = read_config(folder)
@@ -132,5 +130,5 @@ def open_release(folder: Path) -> Release:
         skeleton=Skeleton.of(raw, folder / "config.json"),
         recipe=recipe,
         format=format,
-        reference=read_reference(folder),
+        reference=Reference.find(folder / REFERENCE),
     )

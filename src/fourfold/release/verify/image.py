@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.records.results import Check, Level
+from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
 
@@ -75,7 +76,7 @@ def _why_not(release: Release, source: Path | None) -> str:
         return release.transformers_problem
     if importlib.util.find_spec(form.transformers_package.replace("-", "_")) is None:
         return f"{form.transformers_package} is not installed beside fourfold: pip install {form.transformers_package}"
-    wanted = int(SPARE * release.state["source_tensor_bytes"])
+    wanted = int(SPARE * release.state.source_tensor_bytes)
     free = psutil.virtual_memory().available
     if wanted > free:
         return f"transformers would hold the whole model: {wanted:,} bytes of memory, {free:,} are free"

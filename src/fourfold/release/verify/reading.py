@@ -18,6 +18,7 @@ from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.model.shards import OutputTensor
+from fourfold.records.release import Export
 from fourfold.release.conversion import Job
 from fourfold.release.export import mlx_shards
 from fourfold.release.gguf_plan import GgufPlan
@@ -43,11 +44,10 @@ class Reading(Protocol):
         """Whether a tensor that is no stack of int4 experts is not what OUT makes."""
 
 
-def open_reading(new: Path, job: Job, record: Mapping[str, Any]) -> Reading:
+def open_reading(new: Path, job: Job, record: Export) -> Reading:
     """record: conversion.json."""
-    if record["after"] == gguf.NAME:
-        settings = record["settings"]
-        return GgufFile(new, GgufPlan(job, stacks(job), rest=settings["rest"], mtp=settings["mtp"]))
+    if record.after == gguf.NAME:
+        return GgufFile(new, GgufPlan(job, stacks(job), rest=record.rest, mtp=record.has_drafts))
     return MlxFolder(new, job)
 
 

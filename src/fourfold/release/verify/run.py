@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import convert
+
 from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.files import dump, write_text
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.journal import STATE, hold
+from fourfold.records.results import Check, EngineFacts, Level, Status, Verdict
 from fourfold.release.contents import VERDICT, hash_file, loaded_files
 from fourfold.release.verify import files, sglang, source, vllm
-from fourfold.release.verify.check import Check, Level, Status, Verdict, skip
+from fourfold.release.verify.check import passed, skip
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
@@ -56,20 +58,22 @@ def verify(
             sound = all(check.status is not Status.FAIL for check in checks)
             progress(Event(kind="stage", stage="engine"))
             ran = list(check_engine(release, model, engine) if sound else _unsound(engine))
-            facts = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
+            said = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
+            facts = None if said is None else convert(said, EngineFacts)
             checks += ran
             seconds["engine"] = time.perf_counter() - begin
+        levels = (Level.FILES, *([Level.SOURCE] if model else []), *([Level.ENGINE] if engine else []))
         verdict = Verdict(
-            out=str(out),
-            content=release.state["output"]["content"],
+            passed=passed(levels, checks),
+            content=release.state.output.content,
             files={name: hash_file(out / name)[0] for name in loaded_files(out)},
-            asked=(Level.FILES, *([Level.SOURCE] if model else []), *([Level.ENGINE] if engine else [])),
+            levels=levels,
             checks=tuple(checks),
             engine=facts,
             bytes_read=bytes_read,
             seconds=seconds,
         )
-        write_text(out / VERDICT, dump(verdict.to_json()))
+        verdict.write(out / VERDICT)
     return verdict
 
 
@@ -134,7 +138,7 @@ def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator
     texts = prompts(release)
     draft = release.skeleton.has_draft(TensorIndex.open(release.folder).headers)
     runs = vllm.run(engine, release, model, texts, draft)
-    kl_mean = release.state["metrics"].get("kl_mean")
+    kl_mean = release.state.metrics.get("kl_mean")
     yield from vllm.checks(runs, kl_mean, release.reference)
     if kl_mean is None or runs.plain.failure:
         yield skip(Level.ENGINE, IMAGE, "nothing to judge it by")

@@ -7,7 +7,8 @@ from typing import Any
 
 from fourfold import formats
 from fourfold.formats.format import Format
-from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.records.results import Check, Level
+from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,10 @@ from fourfold.model.family import split_names
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.claims import claim_tensors
 from fourfold.quantize.identity import short, source_digest, source_parts
-from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.quantize.journal import LOG
+from fourfold.records import log
+from fourfold.records.results import Check, Level
+from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
 from fourfold.release.verify.survey import KEPT, SPLIT, Origin, Survey
 
@@ -40,9 +42,12 @@ def open_source(release: Release, folder: Path) -> Source:
     """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
     index = sources.open_source(folder, read_source_config(folder))
     skeleton = Skeleton.open(folder, index.headers)
-    identity = release.state["identity"]
-    if source_digest(index) != identity["source"]:
-        found, wanted = {name: short(sha) for name, sha in source_parts(index).items()}, identity["parts"]["source"]
+    identity = release.state.identity
+    if source_digest(index) != identity.source:
+        found, wanted = (
+            {name: short(sha) for name, sha in source_parts(index).items()},
+            identity.parts.get("source", {}),
+        )
         other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
         raise FourfoldError(
             f"{folder}: {release.folder} was not made from this source: its {', '.join(other)} are not those that "
@@ -123,7 +128,7 @@ def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, E
 
 def _check_errors(release: Release, source: Source, survey: Survey) -> Check:
     """Each projection's recomputed |W - Wq| / |W| against quant_log.csv."""
-    rounded = sum(step["scales"]["changed"] for step in release.state.get("converted", ()))
+    rounded = sum(step.scales.changed for step in release.state.converted)
     if rounded:
         return skip(SOURCE, ERRORS, f"convert rounded {rounded:,} scales: quant_log.csv has the errors before that")
     in_rows = {name for name, origin in source.origins.items() if origin.in_rows}
@@ -156,20 +161,14 @@ def _check_over_rtn(survey: Survey) -> Check:
 
 def read_log(release: Release) -> dict[str, float]:
     """quant_log.csv: projection (with a dot) -> weight error. Raises FourfoldError for a log of another kind."""
-    path = release.folder / "quant_log.csv"
-    skeleton, errors = release.skeleton, dict[str, float]()
     stems = {
         (layer, expert, projection): stem
-        for layer in skeleton.routed
-        for expert, names in enumerate(skeleton.stems(layer))
+        for layer in release.skeleton.routed
+        for expert, names in enumerate(release.skeleton.stems(layer))
         for projection, stem in names.items()
     }
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                place = int(row["layer"]), int(row["expert"]), row["projection"]
-                stem = stems.get(place, f"{place[2]} of expert {place[1]} of layer {place[0]}.")
-                errors[stem] = float(row["weight_error"])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise FourfoldError(f"{path}: cannot be read as quantize writes it ({error!r}); quantize again") from None
+    errors = {}
+    for row in log.read_log(release.folder / LOG):
+        unknown = f"{row.projection} of expert {row.expert} of layer {row.layer}."
+        errors[stems.get((row.layer, row.expert, row.projection), unknown)] = row.weight_error
     return errors

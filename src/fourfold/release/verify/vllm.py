@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.quantize.journal import REFERENCE
-from fourfold.quantize.reference import Reference
-from fourfold.release.verify.check import Check, Level, judge, skip
+from fourfold.records.release import Reference
+from fourfold.records.results import Check, Level
+from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.engine import Answer, Engine
 from fourfold.release.verify.folder import Release
 from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images

@@ -1,0 +1,295 @@
+"""metrics.json (docs/evaluation.md), verify.json (docs/verification.md) and bench.json (docs/serving.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Self
+
+import msgspec
+from msgspec import Struct, field
+
+from fourfold.datatypes import StreamDrift
+from fourfold.records.record import Count, Ends, Number, Record
+from fourfold.units import figure_text
+
+
+class Figures(Struct, frozen=True):
+    """core/metrics.summarize, over all positions of the text."""
+
+    positions: Count
+    perplexity_source: float
+    perplexity_release: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    top5_agreement: float
+    entropy_source: float
+
+
+class Bin(Struct, frozen=True, omit_defaults=True):
+    """Positions with a value from `low` up to, but not including, `high`; None: no end."""
+
+    low: float = field(name="from")
+    high: float | None = field(name="to")
+    positions: Count
+    kl_mean: float | None = None
+    kl_median: float | None = None
+    top1_agreement: float | None = None
+
+
+class TextFacts(Struct, frozen=True, omit_defaults=True):
+    """A held-out text and how it was cut; digest: of the token ids; dtype: of the arithmetic between layers."""
+
+    text: str | None = None
+    joining: str | None = None
+    tokens: Count | None = None
+    windows: Count | None = None
+    windows_available: Count | None = None
+    window: Count | None = None
+    stride: Count | None = None
+    predictions_per_window: Count | None = None
+    bos: bool | None = None
+    special_tokens: bool | None = None
+    tail: str | None = None
+    digest: str | None = None
+    dtype: str | None = None
+
+
+class Rule(Struct, frozen=True):
+    by_position: list[float]
+    mean_length: float
+    interval: Ends | None
+
+
+class Drafted(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """core/metrics.acceptance of a checkpoint's draft head, and what release/drafts.py counts."""
+
+    positions: Count = 0
+    greedy: Rule
+    sampled: Rule
+    consistent: float | None = None
+    sweeps: Count = 0
+
+
+class Drafts(Struct, frozen=True):
+    """source, release: None without a draft head."""
+
+    protocol: dict[str, Any]
+    source: Drafted | None = None
+    release: Drafted | None = None
+
+
+class Measured(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A release's figures. summary: None of a trial; intervals: None for a single window."""
+
+    calibration_overlap: float | None = None
+    summary: Figures | None
+    intervals: dict[str, Ends] | None = None
+    by_entropy: list[Bin] | None = None
+    kl_histogram: list[Bin] | None = None
+    layers: list[StreamDrift]
+
+    @classmethod
+    def of(cls, measurements: Mapping[str, Any], layers: Iterable[StreamDrift], **more: Any) -> Self:
+        """measurements: core/metrics.measurements; more: fields of this class in JSON types or as they are."""
+        return msgspec.convert({**measurements, "layers": list(layers), **more}, cls)
+
+    @property
+    def figures(self) -> Figures:
+        assert self.summary is not None, "a trial's are not shown"
+        return self.summary
+
+    def interval(self, key: str) -> Ends | None:
+        return (self.intervals or {}).get(key)
+
+    def text(self, key: str) -> str:
+        return figure_text(key, getattr(self.figures, key), self.interval(key))
+
+
+class RoundToNearest(Struct, frozen=True):
+    """The source with its experts rounded to nearest (RTN), on some of the windows. release: on the same windows."""
+
+    windows: Count
+    summary: Figures
+    intervals: dict[str, Ends] | None
+    release: Figures
+
+
+class Against(Measured, frozen=True, kw_only=True, omit_defaults=True):
+    """A second release, measured in the same pass."""
+
+    name: str
+    drafts: Drafted | None = None
+
+
+class TaskResult(Struct, frozen=True, omit_defaults=True):
+    """figures: by "metric,filter", as lm-eval has them."""
+
+    figures: dict[str, Number | str | None]
+    shots: int | None = None
+    samples: int | None = None
+    version: Number | str | None = None
+
+
+class TaskResults(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    lm_eval: str
+    model: str | None = None
+    api: str | None = None
+    chat_template: bool | None = None
+    tasks: dict[str, TaskResult]
+    url: str | None = None
+
+
+class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
+    """measured_by: a command's name; source: its name and headers' digest; drafts, against, tasks, rtn: if measured."""
+
+    FIX = "Remove the file and measure again: fourfold evaluate OUT --source MODEL"
+
+    measured_by: str
+    source: dict[str, str] | None = None
+    protocol: TextFacts
+    drafts: Drafts | None = None
+    against: Against | None = None
+    tasks: TaskResults | None = None
+    rtn: RoundToNearest | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What could not be measured is null; what `quantize` does not measure, or a trial, is not there."""
+        found = super().to_json()
+        asked = ("calibration_overlap", "intervals", "drafts") if self.measured_by == "evaluate" else ("intervals",)
+        for part in filter(None, [found, found.get("against")] if self.summary else []):
+            part.update({name: part.get(name) for name in asked})
+        return found
+
+
+class Status(StrEnum):
+    PASS = "pass"
+    FAIL = "fail"
+    NOT_RUN = "not run"
+
+
+class Level(StrEnum):
+    """What a check looks at: OUT alone, OUT beside its source, OUT in an engine."""
+
+    FILES = "files"
+    SOURCE = "source"
+    ENGINE = "engine"
+
+
+class Check(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One named check. evidence: what was seen, for people; data: the same for machines (JSON types)."""
+
+    level: Level
+    name: str
+    status: Status
+    evidence: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class EngineFacts(Struct, frozen=True):
+    """What an engine says of itself, and what it did. decode_tokens_per_second_mtp: None without a draft head."""
+
+    engine: str
+    torch: str
+    device: str
+    kernels: list[str] = field(default_factory=list)
+    start_seconds: float = 0.0
+    load_seconds: float = 0.0
+    kv_cache_tokens: Count = 0
+    decode_tokens_per_second: float | None = None
+    decode_tokens_per_second_mtp: float | None = None
+
+
+class Verdict(Record, frozen=True, kw_only=True):
+    """All checks of one call, in order.
+
+    passed: whether each level that was asked for was run, and no check failed; content: of fourfold.json, files: sha256
+    of each file beside the shards, so that a reader can tell whether OUT is still what was verified; levels: that the
+    command asked for; engine: None if none was asked for.
+    """
+
+    FIX = "Verify again: fourfold verify OUT"
+
+    passed: bool
+    content: str
+    files: dict[str, str] | None = None
+    levels: tuple[Level, ...]
+    checks: tuple[Check, ...]
+    engine: EngineFacts | None = None
+    bytes_read: Count = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Quantiles(Struct, frozen=True):
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class Requests(Struct, frozen=True):
+    """failed: how many by outcome; said: what the server answered then."""
+
+    asked: Count
+    ok: Count
+    failed: dict[str, Count] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
+
+
+class Acceptance(Struct, frozen=True, omit_defaults=True):
+    """Of a server's drafts. mean_length: tokens of a step, with the one that needs no draft."""
+
+    rate: float
+    mean_length: float
+    by_position: list[float] | None = None
+    basis: str = ""
+    drafts: Count | None = None
+    draft_tokens: Count | None = None
+    accepted_tokens: Count | None = None
+
+
+class BenchLevel(Struct, frozen=True, kw_only=True):
+    """A load of one concurrency. Quantiles: in seconds, None where no request came through."""
+
+    concurrency: Count
+    seconds: float
+    requests: Requests
+    prompt_tokens: Count
+    output_tokens: Count
+    output_tokens_per_second: float
+    time_to_first_token: Quantiles | None
+    time_per_output_token: Quantiles | None
+    time_between_chunks: Quantiles | None
+    latency: Quantiles | None
+    decode_tokens_per_second: Quantiles | None
+    client_core_share_at_100_tokens_per_second: float | None
+    acceptance: Acceptance | None = None
+    server: dict[str, Number] = field(default_factory=dict)
+
+
+class BenchLoad(Struct, frozen=True):
+    output_tokens: Count
+    temperature: Number
+    prompts: str
+    ignore_eos: bool = True
+
+
+class Bench(Record, frozen=True, kw_only=True):
+    """metrics: whether the server's counters were read; card: the reference's figures, beside those of its model."""
+
+    FIX = "Run `fourfold bench` again, or remove the file"
+
+    url: str
+    model: str
+    fourfold: str
+    engine: str
+    metrics: str
+    pool: dict[str, int]
+    load: BenchLoad
+    levels: list[BenchLevel]
+    card: dict[str, Any] | None
