@@ -53,12 +53,12 @@ class OutputMode(Enum):
 
 
 def memory_text(memory_bytes: Mapping[str, int]) -> str:
-    """Bytes of each place, for people to read."""
+    """Bytes per place, as text."""
     return ", ".join(f"{plain(place)} {decimal(size)}" for place, size in memory_bytes.items())
 
 
 class Pace:
-    """Seconds of the layers that went by, from the events and a clock; what is left, from layers solved in this run."""
+    """Seconds per layer, from the events and a clock; remaining seconds, from the layers solved in this run."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -70,7 +70,7 @@ class Pace:
         self.left_seconds: float | None = None
 
     def follow(self, event: Event) -> None:
-        """Take note of one event. After a "layer" event `layer_seconds` is that layer's, `left_seconds` is renewed."""
+        """Record one event. A "layer" event updates `layer_seconds` and `left_seconds`."""
         now = self._clock()
         if event.kind == "stage":
             self._began.setdefault((event.layer, event.stage), now)
@@ -80,18 +80,18 @@ class Pace:
             self._solved |= event.stage == "solve"
         elif event.kind == "layer":
             self.layer_seconds = now - self._layer_began
-            if self._solved:  # layers that are only read back are quick and say nothing about the rest
+            if self._solved:  # layers that are only read back are fast and say nothing about the rest
                 self._recent.append(self.layer_seconds)
             if self._recent:
                 self.left_seconds = sum(self._recent) / len(self._recent) * (event.layers - event.layer - 1)
 
     def per_second(self, event: Event) -> float:
-        """Speed of the event's stage so far, in its own units."""
+        """Units per second of the event's stage so far."""
         return event.done / max(self._clock() - self._began[event.layer, event.stage], 1e-9)
 
 
 def layer_line(event: Event, pace: Pace, width: int = PIPE_WIDTH) -> str:
-    """One finished layer on one line, with as much of what is known of it as `width` columns hold.
+    """One finished layer on one line, with as many figures as fit into `width` columns.
 
     data: hidden_error, router_agreement (as "routing"), memory_bytes are shown where given.
     """

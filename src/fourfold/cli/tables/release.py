@@ -61,7 +61,7 @@ def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def show_converted(console: Console, found: Converted) -> None:
-    """What a conversion came to."""
+    """Show the result of a conversion between formats of engines on GPUs."""
     scales = found.scales
     share = f"{scales.changed:,} of {scales.total:,} rounded to BF16 values"
     if scales.changed:
@@ -79,7 +79,7 @@ def show_converted(console: Console, found: Converted) -> None:
 
 
 def show_exported(console: Console, found: Exported) -> None:
-    """What was written for an engine of its own, what a user has to know of it, and the next command."""
+    """Show the result of an export to GGUF or MLX, its notes, and the next command."""
     facts = [
         ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
         ("exact", f"codes and scales{', and every other tensor' if found.rest == 'bf16' else ''}"),
@@ -92,7 +92,7 @@ def show_exported(console: Console, found: Exported) -> None:
 
 
 def show_export(console: Console, folder: str, record: Export) -> None:
-    """What `convert` wrote, by its conversion.json."""
+    """Show a GGUF or MLX folder. record: its conversion.json."""
     engine, files = EXPORTS[record.after], record.files
     scales = f"one scale for {record.group_size} inputs, as in the release"
     facts = [
@@ -113,7 +113,7 @@ NAMES_SHOWN = 8
 
 
 def show_comparison(console: Console, found: Comparison) -> None:
-    """What is the same, what is not, metrics side by side."""
+    """Show equal and different tensors, codes and scales; metrics side by side."""
     scales, errors = found.scales, found.errors
     facts = [
         ("A", f"{found.first}: {found.formats[0] or 'not int4'}"),
@@ -153,7 +153,7 @@ def _figure(name: str, value: float | None, ends: Sequence[float] | None) -> str
 
 
 def show_published(console: Console, found: Published, dry_run: bool) -> None:
-    """Every file in a dry run; where it lies now."""
+    """Show where the release is; in a dry run every file."""
     if dry_run:
         for file in found.files:  # a line each however narrow the terminal: for grep, and beside sha256sum
             console.print(f"{file.sha256}  {file.size_bytes:>15,}  {plain(file.name)}", soft_wrap=True)

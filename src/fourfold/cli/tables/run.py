@@ -27,7 +27,7 @@ SUMMARY = ("perplexity_source", "perplexity_release", "kl_mean", "kl_median", "k
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """What is planned; the table of tensor groups; memory, disk and time; warnings."""
+    """Show model and recipe, groups of tensors, memory, disk and time, warnings."""
     show_facts(console, plan.headline)
     console.print()
     show_table(console, _groups_table(plan))
@@ -84,7 +84,7 @@ def _needs_table(plan: Plan) -> Table:
 
 
 def show_summary(console: Console, summary: Summary, model: str) -> None:
-    """What a run came to: sizes, time, memory, held-out metrics, where it lies, the next command."""
+    """Show sizes, time, memory, held-out metrics, the output folder, the next command."""
     table = facts_table()
     methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
     table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
@@ -112,7 +112,7 @@ def show_summary(console: Console, summary: Summary, model: str) -> None:
 
 
 def _busy(workers: Sequence[Worker]) -> str:
-    """Each worker's share of its time in which it worked, and what was waited for."""
+    """Busy share of each worker's time, and the longest waits."""
     busy = ", ".join(f"{plain(one.device)} {1 - one.waited_seconds / one.of_seconds:.0%}" for one in workers)
     longest: dict[str, float] = {}
     for worker in workers:
@@ -126,7 +126,7 @@ def _busy(workers: Sequence[Worker]) -> str:
 
 
 def show_evaluation(console: Console, found: Metrics) -> None:
-    """The table of metrics.json: source, release and, where there is one, the second release."""
+    """Show metrics.json: source, release and, if there is one, the second release."""
     against = found.against
     releases = [found, *([against] if against else [])]
     names = ["source", "release", *([plain(against.name)] if against else [])]
@@ -169,7 +169,7 @@ STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
-    """A row for each check: level, name, what came of it, what was seen; then what an engine is, and the verdict."""
+    """Show level, name, status and evidence of each check, the engine, and the verdict."""
     table = grid("level", "check", "", "seen")
     for column in table.columns[:3]:
         column.no_wrap = True

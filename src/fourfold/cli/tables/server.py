@@ -24,7 +24,7 @@ MILLISECONDS = ("time_to_first_token", "time_per_output_token", "time_between_ch
 
 
 def show_command(console: Console, command: Command) -> None:
-    """What a server's command will come to: its cache, problems, notes."""
+    """Show the predicted KV cache of a server, problems and notes."""
     console.print(Text(f"{command.engine.title} {'.'.join(map(str, command.version))}: {plain(command.name)}", "bold"))
     for line in command.forecast.lines():
         say(console, plain(line))
@@ -35,7 +35,7 @@ def show_command(console: Console, command: Command) -> None:
 
 
 def show_ready(console: Console, command: Command, seconds: float, probed: Probed) -> None:
-    """That a server is ready, what its probe found, its cache beside the forecast."""
+    """Show the results of the probe, and the KV cache beside its prediction."""
     ready = f"ready after {clock_text(seconds)}: {plain(command.url)}/v1, model {plain(command.name)}"
     say(console, ready, "green")
     table = facts_table(3)
@@ -52,7 +52,7 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
 
 
 def show_bench(console: Console, found: Bench) -> None:
-    """A column for each concurrency, the reference's figures beside them where it is that model; then a drawing."""
+    """Show a column per concurrency, beside the reference card's figures for that model; then bars of throughput."""
     levels, card = found.levels, found.card or {}
     table = grid("concurrency", *(str(level.concurrency) for level in levels), right=1)
     table.columns[0].no_wrap = True
