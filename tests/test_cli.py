@@ -28,6 +28,7 @@ from fourfold.cli.options import RecipeOptions
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize.devices import Machine
 from fourfold.recipe import Recipe, load_recipe
+from fourfold.records.results import Metrics, TextFacts
 from fourfold.release.evaluate import Protocol
 from fourfold.release.tasks import Tasks
 
@@ -550,10 +551,10 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What evaluate was called with."""
     called: dict[str, Any] = {}
 
-    def run(out: Path, source: Path, **options: Any) -> dict[str, Any]:
+    def run(out: Path, source: Path, **options: Any) -> Metrics:
         options.pop("progress")(Event(kind="note", text="a note"))
         called.update(options, out=out, source=source)
-        return {"measured_by": "evaluate"}
+        return Metrics(measured_by="evaluate", protocol=TextFacts(), summary=None, layers=[])
 
     monkeypatch.setattr("fourfold.release.evaluate.evaluate", run)
     return called
@@ -576,7 +577,8 @@ def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Pat
         "tasks": Tasks(names=("gsm8k", "ifeval"), url="http://h:1"),
         "device": "cpu",
     }
-    assert json.loads(done.stdout.splitlines()[-1]) == {"kind": "metrics", "data": {"measured_by": "evaluate"}}
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert (shown["kind"], shown["data"]["measured_by"]) == ("metrics", "evaluate")
 
 
 @pytest.mark.parametrize("option", [("--tasks", "gsm8k"), ("--url", "http://h:1")])
