@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fourfold.serve.machine import Machine
     from fourfold.serve.served import Served
 
-LIBRARIES = ("matplotlib", "vl_convert")  # of the extra `report`
+LIBRARIES = ("vl_convert",)  # of the extra `report`
 CARD_GPUS, CARD_GPU_BYTES, CARD_CAPABILITY = (1, 2, 4, 8), 24 * 2**30, (8, 9)  # what commands on a card are for
 REPORT_EXAMPLES = f"""\b
 Examples:
