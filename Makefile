@@ -7,11 +7,10 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package test-free-threaded check docs figures reference audit bench-example bench-quality bench-ablation bench-real bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package check docs figures reference audit bench-example bench-quality bench-ablation bench-real bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
-FREE := .free-threaded
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := examples/tiny-qwen3.6-moe
@@ -52,12 +51,6 @@ test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, mistral.rs, MLX, and SGLang'
 test-package:  ## wheel and sdist; the wheel in empty environments, with the lowest and the newest versions it allows
 	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/package
 
-# PYTHON_GIL=0: triton, which torch with CUDA brings, would switch the GIL on. report.html's library has no wheel for it.
-test-free-threaded:  ## the fast tests in a Python without the GIL, by four workers: built once into .free-threaded (7 GB)
-	TORCH_INDEX="$(TORCH_INDEX)" .ci/free-threaded $(FREE)
-	PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest -m "not slow and not gpu and not engine" --devices 'cpu*4' \
-		--ignore tests/release/report/test_page.py $(ARGS)
-
 check: $(INSTALLED) docs  ## figures and reference in docs, lint, types, which package imports which, docs without a warning
 	$(BIN)/python docs/figures.py --check
 	$(BIN)/python docs/make_reference.py --check
@@ -77,12 +70,12 @@ audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyP
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
 figures: $(INSTALLED)  ## predictions of the plan, then every figure in README and docs, from benchmarks/results
-	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --plot docs/images/scale.svg >/dev/null
+	$(BIN)/python benchmarks/predictions.py --json benchmarks/results/predictions.json >/dev/null
 	$(BIN)/python docs/figures.py
 
 bench-example: $(INSTALLED)  ## the example model: time, memory, quality, and how close the plan came
 	$(BIN)/python benchmarks/example.py --json benchmarks/results/example.json
-	$(BIN)/python benchmarks/plan.py --json benchmarks/results/plan.json
+	$(BIN)/python benchmarks/predictions.py --measure benchmarks/results/plan.json
 
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel: half an hour the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
@@ -101,8 +94,8 @@ bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's
 	$(BIN)/python benchmarks/full_layer.py --json benchmarks/results/full_layer_best.json
 	$(BIN)/python benchmarks/full_layer.py --recipe fast --json benchmarks/results/full_layer_fast.json
 
-clean:  ## remove .venv, .engines, .free-threaded, the demo's output and caches
-	rm -rf $(VENV) $(ENGINES) $(FREE) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean:  ## remove .venv, .engines, the demo's output and caches
+	rm -rf $(VENV) $(ENGINES) benchmarks/peers/.venv-* .cache demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile

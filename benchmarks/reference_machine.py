@@ -4,8 +4,8 @@
 
 Four layers of Qwen3.6-35B-A3B (three linear attention, one full; 256 experts; its vocabulary; no vision, no MTP; about
 8.8 GB of random weights, made on the fly) are quantized with `--devices cpu*4 --memory cpu=3GiB,host=6GiB`: chunks of
-experts, samples and buffers within their budgets. Records the time and the peak memory of the process; scale.py
-compares both with the plan.
+experts, samples and buffers within their budgets. Records the time and the peak memory of the process;
+predictions.py compares both with the plan.
 """
 
 from __future__ import annotations

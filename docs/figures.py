@@ -166,6 +166,18 @@ def hardware() -> str:
     return table(["predicted, not yet run", "minutes", "memory, each GPU", "host memory"], rows)
 
 
+@figure
+def predictions() -> str:
+    """The same with what the minutes consist of."""
+    rows = []
+    for row in result("predictions")["predictions"]:
+        minutes = [f"{row[key] / 60:.1f}" for key in ("seconds", "exchange_seconds", "read_seconds")]
+        memory = [gigabytes(row[key]) for key in ("device_peak_bytes", "host_peak_bytes")]
+        rows.append([f"{row['workers']} x {GPUS[row['machine']]}", *minutes, row["bound"], *memory])
+    header = ["predicted", "minutes", "of these exchange", "reading", "bound by", "memory, each GPU", "host memory"]
+    return table(header, rows)
+
+
 # --- docs/measured.md ------------------------------------------------------------------------------------------------
 
 
@@ -292,35 +304,9 @@ def gguf() -> str:
 
 
 @figure
-def scale_workers(machine: str = "rtx3060x4") -> str:
+def checked_predictions() -> str:
     rows = []
-    for workers in (1, 2, 4, 8, 16):
-        row = predicted(machine, workers)
-        keys = ("seconds", "arithmetic_seconds", "exchange_seconds", "read_seconds")
-        times = [f"{row[key] / 60:.1f}" for key in keys]
-        crossing = [gigabytes(row[key], 0) for key in ("link_bytes_of_a_worker", "wire_bytes_of_a_host")]
-        memory = [gigabytes(row[key]) for key in ("device_peak_bytes", "host_peak_bytes")]
-        faster = f"{row['times_faster']:.1f}"
-        rows.append([str(workers), str(row["hosts"]), *times, faster, row["bound"], *crossing, *memory])
-    header = ["GPUs", "hosts", "minutes", "arithmetic", "exchange", "reading", "times faster", "bound by"]
-    return table([*header, "link, each", "wire, each host", "memory, each GPU", "each host"], rows)
-
-
-@figure
-def scale_models() -> str:
-    machines = (("rtx3060x4", 4), ("h200", 1), ("h200", 8), ("a100x8", 8))
-    rows = []
-    for model in result("scale")["predictions"]:
-        found = [predicted(machine, workers, model) for machine, workers in machines]
-        cells = [f"{row['seconds'] / 60:.1f}, {row['bound']}{'' if row['fits'] else ' (no)'}" for row in found]
-        rows.append([model, *cells])
-    return table(["predicted minutes", *(f"{workers} x {GPUS[machine]}" for machine, workers in machines)], rows)
-
-
-@figure
-def scale_checks() -> str:
-    rows = []
-    for row in result("scale")["checks"]:
+    for row in result("predictions")["checks"]:
         digits = 2 if row["measured"] < 10 else 0
         cells = [f"{row[key]:,.{digits}f}" for key in ("predicted", "measured")]
         rows.append([row["what"], row["unit"], *cells, f"{row['ratio']:.2f}", f"`{row['file']}`"])
@@ -332,19 +318,6 @@ def workers() -> str:
     found, faster = result("workers"), result("workers")["times_faster"]
     rows = [[name, f"{row['wall_seconds']:.1f}", f"{faster[name]:.2f}"] for name, row in found["runs"].items()]
     return table(["", "seconds", "times faster"], rows)
-
-
-@figure
-def gil() -> str:
-    rows = []
-    for devices, found in result("free_threaded")["runs"].items():
-        mean = {
-            (gil, key): sum(run[key] for run in found[gil]) / len(found[gil])
-            for gil in ("gil_on", "gil_off") for key in ("cpu_seconds", "wall_seconds")
-        }  # fmt: skip
-        rows.append([f"`{devices}`", *(f"{value:.1f}" for value in mean.values())])
-    header = ["workers", "CPU seconds, GIL", "wall seconds, GIL", "CPU seconds, no GIL", "wall seconds, no GIL"]
-    return table(header, rows)
 
 
 # --- docs/numerics.md ------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ PEER = "gptqmodel"
 TOKENS = 65_536  # of calibration, where a table shows one size
 SIZES = {4_096: "4k", 16_384: "16k", TOKENS: "64k"}
 KLD, MEDIAN = "forced_kl_mean", "kl_median"
-LARGE = "Qwen3.6-35B-A3B"
 REAL = {"quality_real": "prose", "quality_real_code": "code", "quality_real_chat": "chat"}  # of `make bench-real`: text
 METHODS = {  # of README's results, a row each
     "rtn": "round-to-nearest (RTN)",
@@ -96,10 +95,10 @@ def options(name: str) -> dict[str, str]:
     return {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
 
 
-def predicted(machine: str, workers: int | str, model: str = LARGE) -> dict[str, Any]:
-    """A row of benchmarks/scale.py."""
-    rows = result("scale")["predictions"][model][machine]
-    return next(row for row in rows if row["workers"] == int(workers))
+def predicted(machine: str, workers: int | str) -> dict[str, Any]:
+    """A row of benchmarks/predictions.py."""
+    rows = result("predictions")["predictions"]
+    return next(row for row in rows if (row["machine"], row["workers"]) == (machine, int(workers)))
 
 
 def headline(summary: dict[str, Any]) -> list[str]:

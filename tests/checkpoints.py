@@ -114,7 +114,7 @@ def full_shape(folder: Path, per_expert: bool = False) -> Path:
     if per_expert:
         shapes = {part: shape for name in shapes for part, shape in _parts(name, shapes[name])}
     _write_config(folder, config, "qwen3_5_moe", True)
-    _write_sparse(folder, shapes)
+    write_sparse(folder, shapes)
     return folder
 
 
@@ -305,7 +305,7 @@ def _write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _write_sparse(folder: Path, shapes: Mapping[str, Shape]) -> None:
+def write_sparse(folder: Path, shapes: Mapping[str, Shape]) -> None:
     """BF16 headers over files of holes, shards of about 5 GB."""
     parts: list[dict[str, int]] = [{}]
     for name, shape in shapes.items():

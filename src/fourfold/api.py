@@ -62,8 +62,8 @@ def plan(
     sheet = None if machine is None else find_machine(machine)
     folder = _check(model, chosen, devices, out)
     from fourfold.quantize.devices import expand_devices
-    from fourfold.quantize.gauge import measure_rates
     from fourfold.quantize.guide import predicted_shares
+    from fourfold.quantize.microbenchmark import measure_rates
     from fourfold.quantize.plan import make_plan
 
     workers: Sequence[str] = sheet.devices if sheet else expand_devices(devices)
@@ -79,9 +79,9 @@ def plan(
         made.require_memory()
     made = replace(made, predicted_shares=predicted_shares(made, out))
     if sheet:
-        return made.timed(sheet.rates())
+        return made.timed(sheet.rates)
     progress(Event(kind="stage", stage="gauge"))
-    return made.timed(measure_rates(made))
+    return made.timed(measure_rates(workers[0]))
 
 
 def quantize(

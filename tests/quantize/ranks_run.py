@@ -33,9 +33,8 @@ def main() -> None:
         return original(worker, layer, *rest)
 
     if dying[1:]:
-        workers.GRACE_SECONDS = 1.0
+        workers.GRACE_SECONDS, workers.LONGEST_STAGES = 1.0, 0
         run.Team = partial(workers.Team, patience_seconds=10.0)  # type: ignore[misc, assignment]
-        run.patience_seconds = lambda work, time: 10.0
     run.solve_layer = solve_layer  # type: ignore[assignment]
     torch.set_num_threads(1)
     run.quantize(Path(model), Path(out), load_recipe(recipe), machine=Machine(memory_bytes=2 * 2**30))

@@ -25,7 +25,6 @@ from fourfold.quantize.devices import expand_devices
 from fourfold.quantize.estimate import Workload
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.plan import GroupRow, Plan, make_plan
-from fourfold.quantize.rates import RATES
 from fourfold.recipe import Recipe, Source, load_recipe
 
 RECIPE, GUIDED = load_recipe("best"), load_recipe("guided")
@@ -202,8 +201,8 @@ def test_the_dense_family(tmp_path: Path) -> None:
     assert {claim.action for claim in plan.layers[1].claims} == {Action.COPY}
     assert (table["dense MLP"].tensors_before, table["dense MLP"].action) == (3, "copy")
     assert plan.projections == routed.projections == 2 * 4 * 3
-    pflop = [{step.name: step.pflop for step in one.time.steps} for one in (plan, routed)]
-    assert pflop[0]["moments"] == pflop[1]["moments"] and pflop[0]["source stream"] > pflop[1]["source stream"]
+    assert plan.time.solve_seconds == routed.time.solve_seconds
+    assert plan.time.forward_seconds > routed.time.forward_seconds
     assert not any("MTP" in warning for warning in plan.warnings)
 
 
@@ -442,7 +441,8 @@ def test_a_trial_writes_its_layers_only(full: Path) -> None:
     assert plan.parts == whole.parts
     assert plan.groups() == whole.groups()
     assert plan.disk.tensor_bytes == sum(layer.bytes_after for layer in plan.layers[1:3])
-    assert plan.time.pflop < whole.time.pflop * 4 / 40
+    assert plan.time.solve_seconds == pytest.approx(whole.time.solve_seconds * 2 / 40)
+    assert plan.time.forward_seconds < whole.time.forward_seconds / 4  # three layers, and the head
     assert not make_plan(full, RECIPE, layers=range(40)).partial
 
 
@@ -696,26 +696,7 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resumed.disk.present_bytes == 1000 and resumed.disk.enough
 
 
-# --- time: NUMERICS.md 11 -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("step", "pflop", "tolerance"),
-    [
-        ("source stream", 1.35, 0.1),
-        ("moments", 0.75, 0.02),
-        ("factor", 0.030, 0.02),
-        ("columns", 0.045, 0.02),
-        ("columns in a block", 0.004, 0.05),
-        ("scale search", 0.012, 0.05),
-        ("refinement", 0.20, 0.02),
-        ("target of down", 0.019, 0.02),
-        ("pools", 0.088 + 0.124, 0.01),
-    ],
-)
-def test_operations_are_those_of_the_table(full: Path, step: str, pflop: float, tolerance: float) -> None:
-    found = {step.name: step.pflop for step in make_plan(full, RECIPE).time.steps}
-    assert found[step] == pytest.approx(pflop, rel=tolerance)
+# --- text ------------------------------------------------------------------------------------------
 
 
 def test_a_plan_knows_texts_that_are_missing_or_test_sets(tmp_path: Path) -> None:
@@ -729,57 +710,18 @@ def test_a_plan_knows_texts_that_are_missing_or_test_sets(tmp_path: Path) -> Non
             make_plan(model, replace(RECIPE, calibration=calibration))
 
 
-def test_temporaries_take_time_beside_operations(full: Path) -> None:
-    """Per step: operations at the rate of their kind, bytes at the rate of traffic, on all cores."""
-    steps = {step.name: step for step in make_plan(full, RECIPE).time.steps}
-    rates, cores = RATES["cpu"], torch.get_num_threads()
-    for step in steps.values():
-        flop_seconds = step.pflop * 1e15 / getattr(rates, step.kind)
-        assert step.seconds == pytest.approx((flop_seconds + step.traffic_bytes / rates.traffic) / cores)
-    tokens, pair_bytes = 256 * 1024, (3 * 2048 + 4 * 512) * 2
-    attended = steps["source stream"].traffic_bytes - 40 * tokens * 8 * pair_bytes
-    assert attended == pytest.approx(40 * tokens * memory.attend_token_bytes(Skeleton.open(full)))
-
-
-def test_fast_does_not_pay_for_the_second_stream(full: Path) -> None:
-    found = {step.name: step.pflop for step in make_plan(full, load_recipe("fast")).time.steps}
-    unpaid = "release stream", "target of down", "gap between the streams"
-    assert [found[step] for step in unpaid] == [0, 0, 0]
-    pairs = 40 * 262_144 * 8
-    assert {step.name: step.pflop for step in make_plan(full, RECIPE).time.steps}[unpaid[-1]] == pytest.approx(
-        4 * pairs * 512 * 2048 / 1e15
-    )
-    time = make_plan(full, RECIPE).time
-    assert "prediction" in time.basis
-    behind = time.read_seconds, time.write_seconds, time.disk_seconds
-    assert time.seconds == time.start_seconds + max(time.compute_seconds, *behind)
-    assert time.compute_seconds == pytest.approx(sum(step.seconds for step in time.steps))
-
-
 # --- guidance --------------------------------------------------------------------------------------
 
 
 def test_a_sweep_is_planned(full: Path) -> None:
-    """65,536 tokens of 262,144: a quarter of a forward pass, twice that back; 10.7 GB of hidden states and 0.7 GB."""
+    """65,536 tokens: 10.7 GB of hidden states and 0.7 GB of curvatures; layers and ends are read twice more."""
     plan, best = make_plan(full, GUIDED), make_plan(full, RECIPE)
-    steps = {step.name: step.pflop for step in plan.time.steps}
-    assert steps["sweep forward"] == pytest.approx(1.35 / 4, rel=0.1)
-    assert steps["sweep backward"] == 2 * steps["sweep forward"]
-    assert steps["end loss"] == pytest.approx(4 * 65_536 * 248_320 * 2048 / 1e15)
-    assert steps["curvatures"] == pytest.approx(40 * 2 * 65_536 * 2048**2 / 1e15)
-    pairs = 262_144 * 8 + 256 * 2048  # of the pool of down, whose 2,560 tokens are more
-    assert steps["row moments"] == pytest.approx(40 * pairs * (4 * 512 * 2048 + 2 * 1024**2) / 1e15)
-    assert steps["row feedback"] == pytest.approx(40 * 256 * 5 * (1024**2 * 2048 + 2048**2 * 512) / 1e15)
-    assert steps.keys() > {step.name for step in best.time.steps}
     assert plan.time.seconds > best.time.seconds
     assert plan.work.read_bytes - best.work.read_bytes == pytest.approx(2 * 67e9, rel=0.1)
     assert plan.disk.swept_bytes == 65_536 * 2048 * 2 * 41
     assert plan.disk.curvature_bytes == 40 * 2048**2 * 4
     assert plan.disk.needed_bytes == best.disk.needed_bytes + plan.disk.curvature_bytes
     assert (best.disk.swept_bytes, best.disk.curvature_bytes) == (0, 0)
-    down_alone = make_plan(full, load_recipe("guided", ["guidance.sites=down"]))
-    down = {step.name: step.pflop for step in down_alone.time.steps}
-    assert down["row moments"] == 0 and down["row feedback"] == pytest.approx(steps["row feedback"] / 2)
 
 
 def test_a_sweep_larger_than_the_release_decides_the_disk(tmp_path: Path) -> None:

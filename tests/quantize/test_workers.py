@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize import workers
-from fourfold.quantize.devices import expand_devices, gil_advice, gil_enabled, one_device
+from fourfold.quantize.devices import expand_devices, one_device
 from fourfold.quantize.ranks import Ranks
 from fourfold.quantize.trace import Trace, waited
-from fourfold.quantize.workers import LOOKS, Team, Worker, alone, deal
+from fourfold.quantize.workers import LONGEST_STAGES, LOOKS, Team, Worker, alone, deal
 
 CPU = torch.device("cpu")
 
@@ -187,15 +187,20 @@ def test_a_worker_alone_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     release.set()
 
 
-def looked_at(looks: int, *, asking: bool = False, arrived: bool = False, beats: bool = False) -> bool:
-    """Whether the first of two workers is said to hang after so many looks. Nobody looks at a clock."""
+def looked_at(looks: int, *, asking: bool = False, arrived: bool = False, beats: bool = False, stage: int = 0) -> bool:
+    """Whether the first of two workers is said to hang after so many looks. Nobody looks at a clock.
+
+    stage: looks within a stage that it went through before.
+    """
     team = Team([CPU] * 2)
     team.ranks = cast(Ranks, SimpleNamespace(asking=asking))
-    for _ in range(looks):
+    for look in range(stage + looks):
         team.beat(1)
-        team.beat(0) if beats else None
+        team.beat(0) if beats or look < stage else None
         team._arrived = {0} if arrived else set()
         team._look()
+        if look + 1 == stage:
+            team.at(0, "solve", 0)
     return team._failure is not None
 
 
@@ -203,6 +208,12 @@ def test_looks_are_counted_and_those_who_wait_do_not_hang() -> None:
     """The first look sees where it begins. A stopped process misses looks: however long, that is one of them."""
     assert not looked_at(LOOKS + 1) and looked_at(LOOKS + 2)
     assert not any(looked_at(50, **{how: True}) for how in ("asking", "arrived", "beats"))
+
+
+def test_patience_is_many_times_the_longest_stage() -> None:
+    """A look within a stage may be anywhere in it; two are at least one interval."""
+    assert looked_at(LOOKS + 2, stage=1)
+    assert not looked_at(LONGEST_STAGES + 1, stage=2) and looked_at(LONGEST_STAGES + 2, stage=2)
 
 
 def test_signs_of_life_are_enough() -> None:
@@ -298,13 +309,3 @@ def test_a_worker_alone_waits_for_nobody() -> None:
     values = torch.ones(3, 2)
     assert worker.gather([values])[0] is values and worker.sum(values, [3]) is values and worker.total(values) is values
     assert not worker.team.trace.spans
-
-
-def test_a_gil_that_a_module_switched_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sysconfig.get_config_var", lambda name: 1)
-    for enabled in (False, True):
-        monkeypatch.setattr("sys._is_gil_enabled", lambda answer=enabled: answer, raising=False)
-        assert gil_enabled() is enabled
-        assert bool(list(gil_advice())) is enabled
-    monkeypatch.setattr("sysconfig.get_config_var", lambda name: 0)
-    assert not list(gil_advice())

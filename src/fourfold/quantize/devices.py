@@ -1,12 +1,10 @@
-"""What --devices names: one device, several, or all of this machine; and whether its Python lets threads run beside."""
+"""What --devices names: one device, several, or all of this machine."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fourfold.datatypes import FourfoldError
@@ -112,18 +110,3 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def gil_enabled() -> bool:
-    """Whether threads take turns at Python's own work. A free-threaded Python says so itself (3.13 and later)."""
-    ask = getattr(sys, "_is_gil_enabled", None)
-    return ask is None or bool(ask())
-
-
-def gil_advice() -> Iterator[str]:
-    """A note where a free-threaded Python has its GIL on after all: some extension module wants it."""
-    if sysconfig.get_config_var("Py_GIL_DISABLED") and gil_enabled():
-        yield (
-            "this Python can run threads side by side, but a module has switched its GIL back on; PYTHON_GIL=0 keeps "
-            "it off. Results are the same"
-        )

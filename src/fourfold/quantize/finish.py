@@ -27,7 +27,6 @@ from fourfold.model.hub import hub_name, stated_terms
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.claims import draft_prefixes
-from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
@@ -163,7 +162,6 @@ def state_record(
         metrics={} if measured.statistics is None else metrics.summarize(measured.statistics),
         devices=device_names(plan.memory.devices),
         settings=journal.settings,
-        gil=gil_enabled(),
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -1,7 +1,7 @@
 """What will happen, before it does: tensors claimed, shards named, memory, disk and time predicted.
 
 From config.json, the tokenizer files and the safetensors headers alone; no weight is read. Rates of this machine are
-measured elsewhere (gauge.py).
+measured elsewhere (microbenchmark.py).
 """
 
 from __future__ import annotations
@@ -174,8 +174,7 @@ class Plan:
             "shards": {part.shard: part.bytes_after for part in self.parts},
             "memory": dataclasses.asdict(memory) | _figures(memory, "host_peak_bytes", "device_peak_bytes", "fits"),
             "disk": dataclasses.asdict(disk) | _figures(disk, "needed_bytes", "enough"),
-            "time": dataclasses.asdict(time)
-            | _figures(time, "pflop", "compute_seconds", "exchange_seconds", "seconds", "bound"),
+            "time": dataclasses.asdict(time) | _figures(time, "seconds", "bound"),
             "warnings": list(self.warnings),
             "predicted_share": {str(layer): share for layer, share in self.predicted_shares.items()},
             "tensors": [_tensor_json(claim, part.shard) for part in self.parts for claim in part.claims],
@@ -238,7 +237,7 @@ def make_plan(
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)
     if partial:
         written = layer_plans[solve.start : solve.stop]
-    work = _workload(skeleton, recipe, layer_plans, solve, written)
+    work = _workload(skeleton, recipe, layer_plans, solve)
     memory = plan_memory(work, devices, memory_bytes, host_bytes, exchange_bytes)
     disk = plan_disk(
         work,
@@ -336,7 +335,6 @@ def _workload(
     recipe: Recipe,
     layers: Sequence[LayerPlan],
     solve: range,
-    written: Sequence[LayerPlan | RestShard],
 ) -> Workload:
     text, experts, solver, run = skeleton.text, skeleton.widest, recipe.solver, layers[: solve.stop]
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
@@ -358,7 +356,6 @@ def _workload(
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
         asymmetric=solver.asymmetric,
-        candidates=solver.scale_steps * (1 + recipe.scheme.signed) if solver.scale == "search" else 1,
         passes=solver.passes,
         pooled=solver.pool > 0,
         pool_rows=min(pool_rows(solver.pool_rows, experts.width), rows * length),
@@ -378,5 +375,4 @@ def _workload(
         expert_bytes=skeleton.expert_bytes,
         shard_bytes=max(layer.bytes_after for layer in run),
         read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
-        write_bytes=sum(part.bytes_after for part in written),
     )

@@ -1,4 +1,4 @@
-"""How quick a device does each kind of work: constants of a kind of device, and machines by their data sheets."""
+"""How fast a device does each kind of work: constants, and machines by their data sheets."""
 
 from __future__ import annotations
 
@@ -6,158 +6,95 @@ from dataclasses import dataclass
 
 from fourfold.datatypes import FourfoldError
 
-MARGIN = 0.10  # of a data sheet's memory, left alone
+HASH_RATE = 1.3e9  # bytes per second: sha256 and the check for NaN, one core of a server with SHA extensions
+MARGIN = 0.10  # of a data sheet's memory, left free
+# Of the data sheet's figure, as long kernels reach as a rule; not measured on these machines. link: pinned memory.
+SHARES = {"bf16": 0.5, "solve": 0.4, "traffic": 0.6, "link": 0.8, "host": 0.6}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """FLOP or bytes per second. Those of the first group are of one unit: a CPU core, a GPU.
+    """FLOP or bytes per second of one unit: a CPU core or a GPU. basis: where the figures come from.
 
-    forward: BF16 GEMMs; traffic: temporaries between the GEMMs, which the many small operations of attention, experts
-    and output head write and read; moments: BF16 in, fp32 out, all of K x K
-    counted; gemm: the solve's columns and
-    refinement, fp32; factor: Cholesky and triangular solves, fp32; elementwise: scale search, in-block kernel.
-
-    disk: one after the other; thread: of one thread that hashes what it reads or writes and looks for what is no
-    number; link: between the host and one GPU, or for a CPU's worker one pass over memory; host: the host's memory,
-    over all its workers; network: of one host, each way. unit: what it is called; basis: where the figures are from.
+    bf16: GEMMs of the forward passes and of the moments; solve: scales and codes, fp32; traffic: temporaries between
+    the GEMMs; link: between the host and one GPU; host: the host's memory, by all workers; disk: sequential reads.
     """
 
-    forward: float
+    bf16: float
+    solve: float
     traffic: float
-    moments: float
-    gemm: float
-    factor: float
-    elementwise: float
-    disk: float
-    thread: float
     link: float
     host: float
-    network: float
+    disk: float
     unit: str
     basis: str
 
-    @property
-    def reader(self) -> float:
-        """Of the thread that reads layers: disk, then hash, then the look at every value, for each piece."""
-        return 1 / (1 / self.disk + 1 / self.thread)
 
-    def counted(self, units: int) -> str:
-        return f"{units} x {self.unit}, {self.basis}"
+@dataclass(frozen=True)
+class Machine:
+    """`count` GPUs in one host, and what a run may take of each memory, in bytes."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class DataSheet:
-    """A machine as its makers state it: FLOP or bytes per second, bytes. bf16 without sparsity, sums in fp32.
-
-    disk, host, network are of the machine around the GPUs: an assumption, as good as any.
-    """
-
-    gpu: str
     count: int
-    bf16: float
-    fp32: float
-    memory: float
-    memory_bytes: int
-    link: float
-    host: float
-    host_bytes: int
-    disk: float
-    network: float
+    rates: Rates
+    budget_bytes: int
+    host_budget_bytes: int
 
     @property
     def devices(self) -> tuple[str, ...]:
         return tuple(f"cuda:{number}" for number in range(self.count))
 
-    @property
-    def budget_bytes(self) -> int:
-        return int(self.memory_bytes * (1 - MARGIN))
 
-    @property
-    def host_budget_bytes(self) -> int:
-        return int(self.host_bytes * (1 - MARGIN))
-
-    def rates(self) -> Rates:
-        """Shares of the data sheet that long kernels reach as a rule; not measured on these machines."""
-        return Rates(
-            forward=self.bf16 * SHARES["forward"],
-            traffic=self.memory * SHARES["traffic"],
-            moments=self.bf16 * SHARES["moments"],
-            gemm=self.fp32 * SHARES["gemm"],
-            factor=self.fp32 * SHARES["factor"],
-            elementwise=self.fp32 * SHARES["elementwise"],
-            disk=self.disk,
-            thread=HASH_BYTES,
-            link=self.link * SHARES["link"],
-            host=self.host * SHARES["host"],
-            network=self.network * SHARES["network"],
-            unit=self.gpu,
-            basis=f"by data sheet, not measured ({_terms(self)}), of which "
-            + ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items()),
-        )
-
-
-HASH_BYTES = 1.3e9  # sha256 and the look for NaN, one core of a server with SHA extensions
-SHARES = {  # of the data sheet's figure
-    "forward": 0.5,
-    "traffic": 0.6,
-    "moments": 0.5,
-    "gemm": 0.5,
-    "factor": 0.2,
-    "elementwise": 0.2,
-    "link": 0.8,  # from and to pinned memory
-    "host": 0.6,
-    "network": 0.5,
-}
-
-
-def _terms(sheet: DataSheet) -> str:
-    return (
-        f"{sheet.bf16 / 1e12:.4g} TFLOP/s BF16, {sheet.fp32 / 1e12:.4g} FP32, {sheet.memory / 1e9:,.0f} GB/s; link "
-        f"{sheet.link / 1e9:.0f}, host memory {sheet.host / 1e9:.0f}, disk {sheet.disk / 1e9:.0f} GB/s"
+def data_sheet(  # noqa: PLR0913  a column each, by keyword only
+    gpu: str, count: int, *, bf16: float, fp32: float, memory: float, memory_bytes: int, link: float, host: float,
+    host_bytes: int, disk: float,
+) -> Machine:  # fmt: skip
+    """A machine as its makers state it. bf16, fp32: TFLOP/s, bf16 without sparsity and with fp32 sums; memory, link,
+    host, disk: GB/s. host, host_bytes and disk are of the machine around the GPUs: an assumption.
+    """
+    terms = (
+        f"{bf16:.4g} TFLOP/s BF16, {fp32:.4g} FP32, {memory:,.0f} GB/s; link {link:.0f}, host memory {host:.0f}, "
+        f"disk {disk:.0f} GB/s"
     )
+    stated = {
+        "bf16": bf16 * 1e12,
+        "solve": fp32 * 1e12,
+        "traffic": memory * 1e9,
+        "link": link * 1e9,
+        "host": host * 1e9,
+    }
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
+    rates = {name: value * SHARES[name] for name, value in stated.items()}
+    basis = f"by data sheet, not measured ({terms}), of which {shares}"
+    budgets = (int(size * (1 - MARGIN)) for size in (memory_bytes, host_bytes))
+    return Machine(count, Rates(**rates, disk=disk * 1e9, unit=gpu, basis=basis), *budgets)
 
 
 MACHINES = {
-    "rtx3060x4": DataSheet(  # GA106: 28 SMs at 1.78 GHz; 192-bit GDDR6; PCIe 4.0 x8; a desktop's two channels DDR4-3200
-        gpu="RTX 3060 12 GB", count=4, bf16=25.5e12, fp32=12.7e12, memory=360e9, memory_bytes=12 * 2**30,
-        link=16e9, host=51e9, host_bytes=32 * 2**30, disk=3e9, network=1.25e9,
+    "rtx3060x4": data_sheet(  # GA106: 28 SMs at 1.78 GHz; 192-bit GDDR6; PCIe 4.0 x8; a desktop's two channels DDR4
+        "RTX 3060 12 GB", 4, bf16=25.5, fp32=12.7, memory=360, memory_bytes=12 * 2**30, link=16, host=51,
+        host_bytes=32 * 2**30, disk=3,
     ),
-    "h200": DataSheet(  # SXM; PCIe 5.0 x16; twelve channels DDR5-4800
-        gpu="H200 141 GB", count=1, bf16=989e12, fp32=67e12, memory=4800e9, memory_bytes=141 * 10**9,
-        link=64e9, host=460e9, host_bytes=256 * 2**30, disk=6e9, network=12.5e9,
+    "h200": data_sheet(  # SXM; PCIe 5.0 x16; twelve channels DDR5-4800
+        "H200 141 GB", 1, bf16=989, fp32=67, memory=4800, memory_bytes=141 * 10**9, link=64, host=460,
+        host_bytes=256 * 2**30, disk=6,
     ),
-    "a100x8": DataSheet(  # SXM; PCIe 4.0 x16; two sockets of eight channels DDR4-3200
-        gpu="A100 80 GB", count=8, bf16=312e12, fp32=19.5e12, memory=2039e9, memory_bytes=80 * 2**30,
-        link=32e9, host=409e9, host_bytes=1024 * 2**30, disk=6e9, network=12.5e9,
+    "a100x8": data_sheet(  # SXM; PCIe 4.0 x16; two sockets of eight channels DDR4-3200
+        "A100 80 GB", 8, bf16=312, fp32=19.5, memory=2039, memory_bytes=80 * 2**30, link=32, host=409,
+        host_bytes=1024 * 2**30, disk=6,
     ),
+}  # fmt: skip
+RATES = {
+    "cpu": Rates(  # measured for the full shape of Qwen3.6-35B-A3B
+        bf16=360e9, solve=45e9, traffic=1.0e9, link=8e9, host=16e9, disk=1e9, unit="core",
+        basis="constants of an AMD EPYC with AVX-512 BF16: 360 GFLOP/s BF16, 45 in the solve and 1.0 GB/s of "
+        "temporaries each; disk at 1 GB/s",
+    ),
+    "cuda": MACHINES["rtx3060x4"].rates,
 }  # fmt: skip
 
 
-def find_machine(name: str) -> DataSheet:
+def find_machine(name: str) -> Machine:
     """Raises FourfoldError for a name that is not in MACHINES."""
     if name not in MACHINES:
         raise FourfoldError(f"--machine: got {name!r}, expected one of {', '.join(MACHINES)}")
     return MACHINES[name]
-
-
-# CPU: as gauge.py measured them for the full shape of Qwen3.6-35B-A3B on a core of an AMD EPYC.
-RATES = {
-    "cpu": Rates(
-        forward=200e9,
-        traffic=1.0e9,
-        moments=190e9,
-        gemm=45e9,
-        factor=60e9,
-        elementwise=30e9,
-        disk=1e9,
-        thread=HASH_BYTES,
-        link=8e9,
-        host=16e9,
-        network=1.25e9,
-        unit="core",
-        basis="constants of an AMD EPYC with AVX-512 BF16: 200 GFLOP/s BF16, 45 to 190 in the solve and 1.0 GB/s of "
-        "temporaries each; disk at 1 GB/s",
-    ),
-    "cuda": MACHINES["rtx3060x4"].rates(),
-}

@@ -27,8 +27,7 @@ from fourfold.datatypes import (
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
-from fourfold.quantize.cost import patience_seconds
-from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices, gil_advice
+from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
@@ -171,7 +170,7 @@ def _logged(out: Path, progress: Progress) -> Progress:
 def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
     calibration, heldout = texts
     ranks = (str(team.ranks),) if team.ranks else ()
-    for note in (*plan.run_warnings, *calibration.notes, *ranks, *gil_advice()):
+    for note in (*plan.run_warnings, *calibration.notes, *ranks):
         watch.note(note)
     identity = identify(plan, calibration, heldout)
     devices = tuple(map(widening.named, team.names))
@@ -190,7 +189,6 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
     for shard in journal.unreadable:
         watch.note(f"{shard}: its record in {STATE} cannot be read; written again")
     team.threads = journal.settings.threads
-    team.patience_seconds = max(team.patience_seconds, patience_seconds(plan.work, plan.time))
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
     left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
     if left and left.problem:

@@ -28,8 +28,9 @@ from fourfold.quantize.trace import Trace
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 180.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
+PATIENCE_SECONDS = 300.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
 LOOKS = 4  # in that time
+LONGEST_STAGES = 20  # so many times the longest stage seen are waited, where that is more
 BETWEEN = "start"  # and between stages; not in the trace
 GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
 
@@ -41,7 +42,7 @@ class Stopped(Exception):
 @dataclass
 class _State:
     """Where a worker is. since: seconds since the epoch, of its stage's stretch in the trace. beats: its signs of life;
-    seen: how many at the last look; silent: looks without a new one.
+    seen: how many at the last look; silent: looks without a new one; began: looks before the stage.
     """
 
     stage: str = BETWEEN
@@ -50,6 +51,7 @@ class _State:
     beats: int = 0
     seen: int = -1
     silent: int = 0
+    began: int = 0
     ended: bool = False
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class Team:
     """The workers of this process. devices: one for each, on this host; ranks: the other processes, if any.
 
     threads: of each worker's arithmetic on the CPU; names: of all workers' devices, on all hosts; patience_seconds:
-    without a sign of life, after which a worker that waits for nobody is said to hang.
+    without a sign of life, after which a worker that waits for nobody hangs; stages that took long make it longer.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Team:
         self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
         self.patience_seconds = patience_seconds
         self._states = [_State() for _ in devices]
+        self._looks = self._longest = 0  # in all; within the longest stage that has ended
         self._changed = threading.Condition()
         self._arrived: set[int] = set()
         self._turn = 0
@@ -182,19 +185,23 @@ class Team:
                 self._changed.wait(timeout=self.patience_seconds / LOOKS)
 
     def _look(self) -> None:
-        """A worker that waits for nobody hangs if it has given no sign of life since the look before the last LOOKS.
+        """Fail if a worker that waits for nobody gave no sign of life for more than LOOKS looks, or for many times as
+        many as the longest stage took.
 
         Looks are counted, not seconds: a process that was stopped for a night has missed the looks as well.
         """
+        self._looks += 1
+        patience = max(LOOKS, LONGEST_STAGES * self._longest)
         for place, state in enumerate(self._states):
             elsewhere = place == 0 and self.ranks is not None and self.ranks.asking
             waits = place in self._arrived or state.ended or elsewhere
             state.silent = 0 if waits or state.beats != state.seen else state.silent + 1
             state.seen = state.beats
-            if state.silent > LOOKS:
+            if state.silent > patience:
+                seconds = self.patience_seconds * patience / LOOKS
                 self._failure = self._failure or FourfoldError(
-                    f"{self.name(place)} hangs: no sign of life for {self.patience_seconds:,.0f} s in {state}; the "
-                    "same command goes on, without that device if need be"
+                    f"{self.name(place)} hangs: no sign of life for {seconds:,.0f} s in {state}. Rerun the same "
+                    "command to resume, without that device if need be"
                 )
 
     def name(self, place: int) -> str:
@@ -213,7 +220,8 @@ class Team:
         before = state.stage, state.layer
         if state.stage != BETWEEN:
             self.trace.add(state.stage, self.first + place, state.since, now, state.layer)
-        state.stage, state.layer, state.since = stage, layer, now
+        self._longest = max(self._longest, self._looks - state.began - 1)  # looks after the first
+        state.stage, state.layer, state.since, state.began = stage, layer, now, self._looks
         self.beat(place)
         return before
 

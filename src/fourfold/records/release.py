@@ -224,7 +224,6 @@ class State(Record, frozen=True, kw_only=True, omit_defaults=True):
     metrics: dict[str, Number]
     devices: dict[str, str]
     settings: Settings | None = None
-    gil: bool | None = None
     versions: dict[str, str]
     projections: Count
     methods: dict[str, Count]

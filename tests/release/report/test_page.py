@@ -16,6 +16,7 @@ import pytest
 import vl_convert
 
 from command_line import invoke
+from fourfold.release.report import plots as plots_module
 from fourfold.release.report.about import About
 from fourfold.release.report.card import card
 from fourfold.release.report.charts import RATIO
@@ -120,10 +121,12 @@ def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> N
     assert set(charts) == {
         "errors", "coverage", "drift", "routers", "divergence", "distribution", "entropy", "seconds", "memory",
     }  # fmt: skip
-    for spec in charts.values():
+    for id, spec in charts.items():
         assert spec["description"] and spec["usermeta"]["title"] and spec["data"]["values"]
         vega = vl_convert.vegalite_to_vega(spec)
-        assert vega["marks"] and len(vega["legends"]) == 1, f"{spec['usermeta']['title']}: whose line is whose?"
+        assert vega["marks"] and len(vega["legends"]) == 1 + (id == "errors"), (
+            f"{spec['usermeta']['title']}: whose line is whose?"
+        )
 
 
 def guide(release: Path, change: Change) -> Records:
@@ -197,6 +200,20 @@ def test_the_same_inputs_give_the_same_page_and_plots(finished: Path) -> None:
     assert first == second
     assert [name for name, _, _ in first] == ["drift.png", "errors.png", "experts.png"]
     assert all(content.startswith(b"\x89PNG") for _, _, content in first)
+
+
+def test_a_map_has_whole_pixels_for_each_expert_and_marks_within_its_range(finished: Path) -> None:
+    """Of 256 experts 2 device pixels each, of 384 as well; a legend of decades where there are many."""
+    records = read_records(finished)
+    for experts in (16, 256, 384):
+        found = plots_module._map(many(records, 4, experts), "error", "output error")
+        assert found["width"] % experts == 0 and found["width"] >= experts
+        values = [cell["error"] for cell in found["data"]["values"]]
+        assert len(values) == 4 * experts
+        marks = found["encoding"]["color"]["legend"]["values"]
+        assert marks and min(values) <= min(marks) and max(marks) <= max(values)
+    assert plots_module._marks(90, 210_000) == [100, 1000, 10_000, 100_000]
+    assert plots_module._marks(0.9, 6) == [1, 2, 5]
 
 
 def test_a_plot_of_nothing_is_not_drawn(finished: Path) -> None:

@@ -24,7 +24,7 @@ from fourfold.formats import EXPORTS, NAMES
 from fourfold.formats.gguf import NAME as GGUF
 from fourfold.formats.gguf import RESTS
 
-LIBRARIES = ("matplotlib", "vl_convert")  # of the extra `report`
+LIBRARIES = ("vl_convert",)  # of the extra `report`
 
 
 def report(

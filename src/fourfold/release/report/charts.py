@@ -60,12 +60,13 @@ def _axis(field: str, kind: str, title: str, **rest: Any) -> Spec:
     return {"field": field, "type": kind, "title": title, **rest}
 
 
-def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str]) -> Spec:
-    tips = [{"field": name} for name in tooltip]
-    return {
-        "mark": {"type": "line", "point": True},
-        "encoding": {"x": x, "y": y, "color": colour, "strokeDash": colour, "tooltip": tips},
-    }
+def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str], dash: Spec | None = None) -> Spec:
+    """dash: what tells lines of one colour apart, with a legend of its own."""
+    encoding = {"x": x, "y": y, "color": colour, "tooltip": [{"field": name} for name in tooltip]}
+    if dash is None:
+        return {"mark": {"type": "line", "point": True}, "encoding": encoding | {"strokeDash": colour}}
+    line = {"mark": "line", "encoding": {"strokeDash": dash}}
+    return {"encoding": encoding, "layer": [line, {"mark": {"type": "point", "filled": True, "opacity": 1}}]}
 
 
 def _layer_axis() -> Spec:
@@ -79,16 +80,17 @@ def errors(records: Records) -> Spec:
         for name in dict.fromkeys(row.projection for row in rows):
             found = [row.relative_error for row in rows if row.projection == name]
             for what, value in (("median", median(found)), ("largest", max(found))):
-                values.append({"layer": layer, "series": f"{name}, {what}", "error": value or None})
+                values.append({"layer": layer, "projection": name, "experts": what, "error": value or None})
     return _spec(
         "Output error by layer and projection",
         "Lines: median and largest relative output error of the experts of each layer, for gate, up and down.",
         values,
         **_lines(
             _layer_axis(),
-            _axis("error", "quantitative", "output error", scale={"type": "log"}),
-            _axis("series", "nominal", ""),
-            ("layer", "series", "error"),
+            _axis("error", "quantitative", "relative output error", scale={"type": "log", "nice": False}),
+            _axis("projection", "nominal", ""),
+            ("layer", "projection", "experts", "error"),
+            _axis("experts", "nominal", "of experts", sort=None),
         ),
     )
 
@@ -147,7 +149,7 @@ def drift(named: Named) -> Spec:
         "Lines: how far the hidden states after each layer are from the BF16 model's, as a share of their norm.",
         list(_by_layer(named, "hidden_error")),
         **_lines(
-            _layer_axis(), _axis("value", "quantitative", "drift"), _axis("release", "nominal", ""),
+            _layer_axis(), _axis("value", "quantitative", "drift, share of the norm"), _axis("release", "nominal", ""),
             ("layer", "release", "value"),
         ),
     )  # fmt: skip
@@ -160,7 +162,7 @@ def routers(named: Named) -> Spec:
         list(_by_layer(named, "router_agreement")),
         **_lines(
             _layer_axis(),
-            _axis("value", "quantitative", "the same experts", axis={"format": ".1%"}, scale={"zero": False}),
+            _axis("value", "quantitative", "experts chosen by both", axis={"format": ".1%"}, scale={"zero": False}),
             _axis("release", "nominal", ""),
             ("layer", "release", "value"),
         ),
@@ -287,6 +289,15 @@ def heat_map(layers: int) -> Spec:
             "color": _axis("value", "quantitative", ""),
         },
     }
+
+
+def heat_values(records: Records) -> list[dict[str, Any]]:
+    """Of each expert the tokens it met and the largest output error of its projections, None where it is 0."""
+    cells: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in records.projections:
+        cell = cells.setdefault((row.layer, row.expert), {"layer": row.layer, "expert": row.expert, "error": None})
+        cell |= {"tokens": row.tokens, "error": max(row.relative_error, cell["error"] or 0.0) or None}
+    return list(cells.values())
 
 
 def columns(rows: Sequence[ProjectionStatistics], other: Sequence[ProjectionStatistics]) -> dict[str, Any]:

@@ -1,101 +1,88 @@
-"""Plots of the card, by matplotlib: the page's data, as PNGs at the width that the Hub shows."""
+"""Plots of the card: charts of the page as PNGs, at twice the width that the Hub shows."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+import json
+from collections.abc import Iterator
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, SymLogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+import vl_convert
 
-from fourfold.datatypes import StreamDrift
 from fourfold.release.contents import PLOTS
+from fourfold.release.report.charts import Spec, drift, errors, heat_values, routers
 from fourfold.release.report.records import Records
 
-INCHES, DPI = 8.0, 200  # 1,600 pixels: twice the width of a card's text
-STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 11, "axes.grid": True, "grid.alpha": 0.35}
-COLOURS = ("#0b57d0", "#b06000", "#146c2e")
+WIDTH, MAP_WIDTH, SCALE = 640, 256, 2  # of what is plotted, without axes and legends; device pixels of each
 DRIFT, ERRORS, EXPERTS = PLOTS
-LEAST_ERROR = 1e-12  # where a log scale begins for an error of nothing
+CONFIG: Spec = {
+    "background": "white",
+    "padding": 10,
+    "font": "Liberation Sans",  # which vl-convert brings
+    "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e4e4e4"},
+    "legend": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "symbolStrokeWidth": 2},
+    "title": {"fontSize": 14, "fontWeight": "normal"},
+    "mark": {"color": "#0b57d0"},
+    "range": {"category": ["#0b57d0", "#b06000", "#146c2e", "#b3261e", "#7b1fa2", "#00696d"]},
+}
 
 
 def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
     """(file name, what it shows, PNG). A plot whose data was not measured is not there.
 
-    The same records and the same version of matplotlib give the same bytes.
+    The same records and the same version of vl-convert-python give the same bytes.
     """
     if records.metrics and (layers := records.metrics.layers):
-        yield DRIFT, _drift_words(layers), _png(lambda figure: _drift(figure, layers), 3.2)
+        found = [_sized(make([("", records)]), WIDTH // 2) for make in (drift, routers)]
+        for chart in found:  # of one release: a legend would say nothing
+            del chart["encoding"]["color"], chart["encoding"]["strokeDash"]
+        last = f"{layers[-1].hidden_error:.4f}"
+        words = f"Hidden-state drift and router agreement by layer; drift after the last is {last}"
+        yield DRIFT, words, _png({"hconcat": found, "spacing": 40})
     words = "Output error of each layer's experts: median, and largest"
-    yield ERRORS, words, _png(lambda figure: _errors(figure, records), 3.4)
-    height = 1.6 + 0.07 * max(12, len(records.by_layer()))
+    yield ERRORS, words, _png(_sized(errors(records), WIDTH))
+    titles = {"tokens": "calibration tokens", "error": "relative output error"}
+    maps = [_map(records, field, title) for field, title in titles.items()]
     words = "Calibration tokens that each expert met, and its largest output error"
-    yield EXPERTS, words, _png(lambda figure: _experts(figure, records), height)
+    yield EXPERTS, words, _png({"hconcat": maps, "resolve": {"scale": {"color": "independent"}}, "spacing": 30})
 
 
-def _png(draw: Callable[[Figure], None], height: float) -> bytes:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(INCHES, height), dpi=DPI, layout="constrained", facecolor="white")
-        draw(figure)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", metadata={"Software": None})
-    return content.getvalue()
+def _sized(chart: Spec, width: int) -> Spec:
+    return chart | {"width": width}
 
 
-def _drift_words(layers: Sequence[StreamDrift]) -> str:
-    return f"Hidden-state drift and router agreement by layer; drift after the last is {layers[-1].hidden_error:.4f}"
+def _map(records: Records, field: str, title: str) -> Spec:
+    """A quantity of every expert: experts across, layers down."""
+    values, layers = heat_values(records), len(records.by_layer())
+    experts = len({cell["expert"] for cell in values})
+    axis = {"labelOverlap": True, "labelAngle": 0, "ticks": False}
+    scale = {"type": "log" if field == "error" else "symlog", "scheme": "viridis"}
+    found = [cell[field] for cell in values if cell[field] is not None]
+    return {
+        "width": experts * max(1, MAP_WIDTH // experts),  # whole pixels for each cell
+        "height": layers * max(6, 120 // layers),
+        "title": title,
+        "data": {"values": values},
+        "mark": "rect",
+        "encoding": {
+            "x": {"field": "expert", "type": "ordinal", "axis": axis},
+            "y": {"field": "layer", "type": "ordinal", "axis": axis},
+            "color": {
+                "field": field,
+                "type": "quantitative",
+                "title": None,
+                "scale": scale,
+                "legend": {"values": _marks(min(found, default=1), max(found, default=1))},
+            },
+        },
+    }
 
 
-def _drift(figure: Figure, layers: Sequence[StreamDrift]) -> None:
-    left, right = figure.subplots(1, 2)
-    left.plot([row.layer for row in layers], [row.hidden_error for row in layers], "o-", ms=3, color=COLOURS[0])
-    left.set(xlabel="layer", ylabel="drift of hidden states", ylim=(0, None))
-    routed = {row.layer: 100 * row.router_agreement for row in layers if row.router_agreement is not None}
-    right.plot([*routed], [*routed.values()], "o-", ms=3, color=COLOURS[1])
-    right.set(xlabel="layer", ylabel="the same experts, %")
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _marks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two values; the powers alone where these are many."""
+    powers = [10.0**exponent for exponent in range(-12, 10)]
+    marks = [mark for power in powers for mark in (power, 2 * power, 5 * power) if low <= mark <= high]
+    return marks if len(marks) < 8 else [power for power in powers if low <= power <= high]
 
 
-def _errors(figure: Figure, records: Records) -> None:
-    axes: Axes = figure.subplots()
-    layers = records.by_layer()
-    for colour, name in zip(COLOURS, dict.fromkeys(row.projection for row in records.projections), strict=False):
-        found = [[row.relative_error for row in rows if row.projection == name] for rows in layers.values()]
-        for of, style, words in ((median, "o-", "median"), (max, "^:", "largest")):
-            heights = [max(of(errors), LEAST_ERROR) for errors in found]
-            axes.plot(list(layers), heights, style, ms=3, color=colour, label=f"{name}, {words}")
-    axes.set(xlabel="layer", ylabel="relative output error", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(ncols=3, fontsize=9)
-
-
-def _experts(figure: Figure, records: Records) -> None:
-    layers = records.by_layer()
-    width = 1 + max(row.expert for row in records.projections)
-    tokens = [[float("nan")] * width for _ in layers]
-    errors = [[float("nan")] * width for _ in layers]
-    for place, rows in enumerate(layers.values()):
-        for row in rows:
-            tokens[place][row.expert] = row.tokens
-            known = errors[place][row.expert]
-            errors[place][row.expert] = max(row.relative_error, LEAST_ERROR, known if known == known else 0)
-    names = list(layers)
-    extent = (-0.5, width - 0.5, names[-1] + 0.5, names[0] - 0.5)
-    least = min(row.tokens for row in records.projections)
-    scales = (SymLogNorm(linthresh=1, vmin=least), LogNorm())
-    both = zip(figure.subplots(1, 2, sharey=True), (tokens, errors), ("tokens", "output error"), scales, strict=True)
-    for axes, values, title, scale in both:
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=scale, extent=extent)
-        axes.set(xlabel="expert", title=title)
-        axes.grid(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=axes).ax.yaxis.set_minor_formatter(NullFormatter())
-        axes.label_outer()
-    figure.axes[0].set_ylabel("layer")
+def _png(chart: dict[str, Any]) -> bytes:
+    return bytes(vl_convert.vegalite_to_png(json.dumps(chart | {"config": CONFIG}), scale=SCALE))
