@@ -41,11 +41,12 @@ test-slow: $(INSTALLED)  ## the tests that take longer
 test-all: $(INSTALLED)  ## both, in one run: what CI runs
 	$(BIN)/python -m pytest -m "not gpu and not engine" $(ARGS)
 
-test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, MLX, and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
+test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, mistral.rs, MLX, and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
 	PYTHON=$(BIN)/python TORCH_INDEX=$(TORCH_INDEX) tests/engines/make_vllm.sh $(ENGINES)/vllm
 	tests/engines/make_sglang.sh $(ENGINES)/sglang $(ENGINES)/vllm
 	PYTHON=$(BIN)/python tests/engines/make_llama_cpp.sh $(ENGINES)/llama.cpp
 	PYTHON=$(BIN)/python tests/engines/make_mlx.sh $(ENGINES)/mlx
+	PYTHON=$(BIN)/python tests/engines/make_mistralrs.sh $(ENGINES)/mistralrs
 	$(BIN)/python -m pytest -m engine $(ARGS)
 
 test-package:  ## wheel and sdist; the wheel in empty environments, with the lowest and the newest versions it allows
@@ -91,11 +92,8 @@ bench-ablation: $(INSTALLED)  ## quality of `best` without each of its ingredien
 
 bench-real: $(INSTALLED)  ## quality on a model with real activations, which is built first: many hours the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 32768 65536 131072 \
-		--json benchmarks/results/quality_real.json $(ARGS)
-	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text .cache/real-moe/code.txt \
-		--json benchmarks/results/quality_real_code.json $(ARGS)
-	$(BIN)/python benchmarks/quality.py $(REAL) --tokens 16384 --text chat \
-		--json benchmarks/results/quality_real_chat.json $(ARGS)
+		--text wikitext-2-test .cache/real-moe/code.txt chat --json benchmarks/results/quality_real.json \
+		benchmarks/results/quality_real_code.json benchmarks/results/quality_real_chat.json $(ARGS)
 
 bench-speed: $(INSTALLED)  ## a layer beside GPTQModel and beside this machine's GEMM rate: half an hour
 	$(BIN)/python benchmarks/gemm_rate.py --device cpu --threads 1

@@ -175,7 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fourfold-ingredients-") as name:
         folder = Path(name)
         (folder / "part").mkdir()
-        bench = Bench(part_of(options.model, folder / "part"), folder / "cache", "wikitext-2-test", 2)
+        bench = Bench(part_of(options.model, folder / "part"), folder / "cache", ())
         runs = [measure(bench, preset, options.tokens, layers, folder / preset) for preset in options.presets]
     for found in runs:
         print(

@@ -15,6 +15,7 @@
         --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
 
 The last of them was run at commit 6cab714, before down's target and the importance of tokens (docs/log.md).
+A release is judged on every `--text`; each has its own file after `--json`.
 `--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
 Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
 GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
@@ -37,7 +38,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +142,31 @@ REQUIREMENTS = (
 # ---- one run
 
 
-class Bench:
-    """One model, its held-out rows, and the cache of runs. The judge is made when the first run is missing.
+class Text:
+    """Held-out rows of one text and their judge, which is made when the first run is missing.
 
-    text: a text that ships with fourfold, or a file; windows: how many of its windows are measured.
+    name: a text that ships with fourfold, or a file; windows: how many of its windows are measured.
+    """
+
+    def __init__(self, model: Path, name: str, windows: int) -> None:
+        self.model, self.name = model, name
+        origin = "builtin" if name in HELDOUT_TEXTS else "path"
+        wanted = (f"heldout.windows={windows}", f"heldout.length={ROW_TOKENS}", f"heldout.{origin}={name}")
+        self.heldout = calibrate.heldout(load_recipe("best", wanted), calibrate.load_tokenizer(model))
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.model, self.heldout.token_RT)
+
+
+class Bench:
+    """One model, its held-out texts, and the cache of runs.
+
     fallback_share: of all calibration tokens, the same rule for GPTQModel and `card`; None: FALLBACK of the mean load.
     """
 
-    def __init__(self, model: Path, cache: Path, text: str, windows: int, fallback_share: float | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Path, cache: Path, texts: Sequence[Text], fallback_share: float | None = None) -> None:
+        self.model, self.cache, self.texts = model, cache, texts
         self.skeleton = Skeleton.open(model)
         mean_load = self.skeleton.topk / self.skeleton.experts
         self.fallback_share = FALLBACK * mean_load if fallback_share is None else fallback_share
@@ -155,15 +174,11 @@ class Bench:
         sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         self.group_size = max(sizes)
         self.tokenizer = calibrate.load_tokenizer(model)
-        origin = "builtin" if text in HELDOUT_TEXTS else "path"
-        wanted = (f"heldout.windows={windows}", f"heldout.length={ROW_TOKENS}", f"heldout.{origin}={text}")
-        self.heldout = calibrate.heldout(load_recipe("best", wanted), self.tokenizer)
         self.model_digest = digest(model.glob("*.safetensors"), (model / "config.json",))
         source = ROOT / "src/fourfold"
         own = [HERE / "heldout.py", source / "core/metrics.py", source / "core/pack.py"]
         self.judging = digest([*own, *sorted((source / "formats").glob("*.py"))])
         self.solving = digest(*((source / room).rglob("*.py") for room in ("core", "formats", "model", "quantize")))
-        self._judge: Judge | None = None
 
     def recipe(self, method: Method, tokens: int, seed: int) -> Recipe:
         preset = method.preset or "card"
@@ -178,30 +193,25 @@ class Bench:
             overrides.append(f"solver.fallback_share={self.fallback_share}")
         return load_recipe(preset, [*overrides, *method.overrides])
 
-    def result(self, method: Method, tokens: int, seed: int) -> dict[str, Any]:
-        """The figures of one run, from the cache if they are there."""
+    def results(self, method: Method, tokens: int, seed: int) -> list[dict[str, Any]]:
+        """The figures of one run on each text, from the cache if they are there."""
         recipe = self.recipe(method, tokens, seed)
         name = f"{self.model.name}-{method.name.replace(' ', '')}-{tokens}-{seed}"
         made_by = self.solving if method.preset else digest([PEERS / "gptqmodel_quantize.py"])
         key = digest_of(self.model_digest, recipe.digest(), made_by)
-        path = self.cache / f"{name}-{digest_of(key, self.heldout.digest, self.judging)}.json"
-        if not path.is_file():
+        paths = [self.cache / f"{name}-{digest_of(key, text.heldout.digest, self.judging)}.json" for text in self.texts]
+        missing = [(path, text) for path, text in zip(paths, self.texts, strict=True) if not path.is_file()]
+        if missing:
             with tempfile.TemporaryDirectory(prefix="fourfold-quality-") as folder:
+                release = Path(folder) / "release"
                 if method.preset:
-                    made = self._with_fourfold(recipe, Path(folder) / "release")
-                    figures = made | self.judge.judge(Path(folder) / "release")
+                    made = self._with_fourfold(recipe, release)
                 else:
                     made, release = self._with_peer(recipe, Path(folder), self.cache / f"{name}-{key}")
-                    figures = made | self.judge.judge(release)
-            write(path, json.dumps(figures))
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        return {"method": method.name, "tokens": tokens, "seed": seed} | figures
-
-    @property
-    def judge(self) -> Judge:
-        if self._judge is None:
-            self._judge = Judge(self.model, self.heldout.token_RT)
-        return self._judge
+                for path, text in missing:
+                    write(path, json.dumps(made | text.judge.judge(release)))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [{"method": method.name, "tokens": tokens, "seed": seed} | figures for figures in found]
 
     def _with_fourfold(self, recipe: Recipe, out: Path) -> dict[str, Any]:
         """seconds, cpu_seconds: from the first layer, of guidance if any, to the last; rows and measuring left out.
@@ -353,7 +363,7 @@ def shown(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
-def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def record(bench: Bench, text: Text, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the figures are of: for the JSON file."""
     skeleton, left_out = bench.skeleton, ("kl_by_window", "versions")
     model = {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts}
@@ -366,8 +376,8 @@ def record(bench: Bench, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "code": {"quantize": bench.solving, "judge": bench.judging},
         "model": model | {"sha256": bench.model_digest},
         "protocol": {
-            "heldout": bench.heldout.protocol,
-            "heldout_digest": bench.heldout.digest,
+            "heldout": text.heldout.protocol,
+            "heldout_digest": text.heldout.digest,
             "storage": STORAGE,
             "calibration_row_tokens": ROW_TOKENS,
             "fallback_share": bench.fallback_share,
@@ -398,7 +408,10 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 16_384, 65_536])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument(
-        "--text", default="wikitext-2-test", help=f"that is held out: {', '.join(HELDOUT_TEXTS)}, or a file"
+        "--text",
+        nargs="+",
+        default=["wikitext-2-test"],
+        help=f"that is held out: {', '.join(HELDOUT_TEXTS)}, or a file",
     )
     parser.add_argument("--windows", type=int, default=48, help=f"of {ROW_TOKENS} tokens of that text")
     parser.add_argument(
@@ -407,34 +420,42 @@ def main() -> None:
         metavar="SHARE",
         help=f"of all calibration tokens: GPTQModel and `card` round experts with fewer ({FALLBACK} of the mean load)",
     )
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument(
+        "--json", nargs="+", type=Path, default=[], help="also write the figures there, one for each text"
+    )
     options = parser.parse_args()
+    if options.json and len(options.json) != len(options.text):
+        parser.error(f"got {len(options.json)} files after --json, expected {len(options.text)}: one for each text")
     torch.set_num_threads(1)  # as GPTQModel: CPU seconds are then comparable, and cores can be shared
-    bench = Bench(options.model, ROOT / ".cache/quality", options.text, options.windows, options.fallback_share)
-    runs: list[dict[str, Any]] = []
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for tokens in options.tokens:
-        for method in (method for method in METHODS if method.name in options.methods):
-            # Rounding looks at no token: one run stands for all.
-            settings = [(4_096, options.seeds[0])] if method.name == RTN else []
-            settings = settings or [(tokens, seed) for seed in options.seeds]
-            started = time.perf_counter()
-            results = [bench.result(method, *setting) for setting in settings]
-            runs += [result for result in results if result not in runs]
-            lines[method.name, tokens] = mean_of_seeds(results)
-            forced = 1e3 * lines[method.name, tokens]["forced_kl_mean"]
-            seconds = time.perf_counter() - started
-            told = f"{tokens:>6} tokens  {method.name:<28} forced KL {forced:.3f}e-3  ({seconds:.0f} s)"
-            print(told, file=sys.stderr, flush=True)
-    # The limits are of models that were trained for minutes.
-    limits = () if bench.model == REAL else REQUIREMENTS
-    requirements = list(check(lines, bench.skeleton.layers, limits))
-    show(lines, requirements, bench.model.name)
-    if options.json:
-        means = [line | {"tokens": tokens} for (_, tokens), line in lines.items()]
-        content = record(bench, runs) | {"means": means, "requirements": requirements}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if all(found["met"] for found in requirements) else 1)
+    texts = [Text(options.model, name, options.windows) for name in options.text]
+    bench = Bench(options.model, ROOT / ".cache/quality", texts, options.fallback_share)
+    methods = [method for method in METHODS if method.name in options.methods]
+    runs: dict[Text, list[dict[str, Any]]] = {text: [] for text in texts}
+    lines: dict[Text, dict[tuple[str, int], dict[str, Any]]] = {text: {} for text in texts}
+    for tokens, method in product(options.tokens, methods):
+        # Rounding looks at no token: one run stands for all.
+        settings = [(4_096, options.seeds[0])] if method.name == RTN else []
+        settings = settings or [(tokens, seed) for seed in options.seeds]
+        started = time.perf_counter()
+        by_setting = [bench.results(method, *setting) for setting in settings]
+        seconds = time.perf_counter() - started
+        for text, results in zip(texts, zip(*by_setting, strict=True), strict=True):
+            runs[text] += [result for result in results if result not in runs[text]]
+            lines[text][method.name, tokens] = line = mean_of_seeds(list(results))
+            told = f"{tokens:>6} tokens  {method.name:<28} {text.name}: mean KLD {1e3 * line['kl_mean']:.3f}e-3"
+            print(f"{told}  ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    failed = False
+    for text, path in zip_longest(texts, options.json):
+        # The limits are of models that were trained for minutes.
+        limits = () if bench.model == REAL else REQUIREMENTS
+        requirements = list(check(lines[text], bench.skeleton.layers, limits))
+        failed |= not all(found["met"] for found in requirements)
+        show(lines[text], requirements, f"{bench.model.name} on {Path(text.name).stem}")
+        if path:
+            means = [line | {"tokens": tokens} for (_, tokens), line in lines[text].items()]
+            content = record(bench, text, runs[text]) | {"means": means, "requirements": requirements}
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

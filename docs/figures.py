@@ -266,6 +266,28 @@ def remeasure() -> str:
     return table(["in `benchmarks/results/`", "command", "CPU minutes", "measured"], rows)
 
 
+@figure
+def gguf() -> str:
+    """Files for llama.cpp that differ in their experts alone."""
+    titles = {
+        "BF16": "BF16, not quantized", "best": "fourfold `best`, group size 128",
+        "gguf": "fourfold `gguf`, group size 32", "Q4_0": "ggml Q4_0 (RTN)", "Q4_0 imatrix": "ggml Q4_0, imatrix",
+        "IQ4_NL imatrix": "ggml IQ4_NL, imatrix", "IQ4_XS imatrix": "ggml IQ4_XS, down IQ4_NL, imatrix",
+        "Q4_K imatrix": "ggml Q4_K, down Q5_0, imatrix",
+    }  # fmt: skip
+    rows = []
+    for method, title in titles.items():
+        row = mean("gguf", method)
+        low, high = row["kl_interval"]
+        cells = [f"{row['expert_bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.1f}"]
+        cells += [f"{kld(row['kl_mean'])} ({kld(low)} - {kld(high)})"]
+        cells += [f"{ratio('gguf', method, 'Q4_0', 'kl_mean'):.2f}", kld(row["kl_median"])]
+        cells += [percent(row["top1_agreement"]), f"{row['perplexity_release']:.3f}"]
+        rows.append([title, *cells])
+    header = ["experts", "bits per expert weight", "file (MB)", "mean KLD (95 % interval)", "of ggml's Q4_0"]
+    return table([*header, "median KLD", "top-1 agreement", "perplexity"], rows)
+
+
 # --- docs/scale.md ---------------------------------------------------------------------------------------------------
 
 

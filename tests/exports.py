@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 import checkpoints
 import families
 import releases
+from fourfold import cli
 from fourfold.formats import COMPRESSED_TENSORS
 
 EXPERT = re.compile(r"(?!mtp\.|model\.layers\.4\.).*\.experts\.\d+\.\w+\.weight")
@@ -147,3 +150,35 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
     """Mean KL divergence in nats. log_p, log_q: [..., V]."""
     log_q = log_q.double().log_softmax(dim=-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def check_published(new: Path, checks: Mapping[str, Mapping[str, Any]], engine: str) -> None:
+    """`report` and `publish --dry-run` of a folder that passed its engine level; a changed byte is refused.
+
+    checks: of verify.json, by name.
+    """
+    verdict = json.loads((new / "verify.json").read_text())
+    assert verdict["passed"] and verdict["levels"][-1] == "engine"
+
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(cli.app, [words[0], str(new), *words[1:]])
+
+    done = run("report", "--repo", "me/model")
+    assert done.exit_code == 0, done.output
+    card = (new / "README.md").read_text(encoding="utf-8")
+    assert "| verified | passed: files, source, engine |" in card and f"--engine {engine}" in card
+    ran = [name for name, check in checks.items() if check["level"] == "engine"]
+    assert {"starts", "KL divergence"} <= {*ran}
+    for name in ran:
+        assert f"\n| engine | {name} | pass | " in card
+    done = run("publish", "me/model", "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    sent = {file["name"]: file["sha256"] for file in json.loads(done.output.splitlines()[-1])["files"]}
+    made = json.loads((new / "conversion.json").read_text())["files"]
+    assert sent.items() >= {name: file["sha256"] for name, file in made.items()}.items()
+    assert sent.keys() - made.keys() == {"README.md", "conversion.json", "verify.json"}
+    largest = new / max(made, key=lambda name: made[name]["bytes"])
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = run("publish", "me/model", "--dry-run")
+    assert done.exit_code == 2 and "has changed since it was verified" in " ".join(done.output.split())

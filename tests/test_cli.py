@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import checkpoints
+import families
 from fourfold import __version__, cli, options, serving
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize.devices import Machine
@@ -567,6 +570,20 @@ def test_the_plan_of_a_guided_run_tells_what_guidance_leaves_or_when(example_mod
     assert "known after the sweep" in shown.stdout and "are free" in shown.stdout
     assert "guidance" not in inside("plan", example_model, "--machine", "h200").stdout
     assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_with_groups_of_32_tells_what_they_cost_a_gguf(example_model: Path, tmp_path: Path) -> None:
+    """Where the model is written as GGUF, and of groups that are as small as a block alone."""
+    families.tiny(tmp_path / "mixtral", "mixtral", checkpoints.VOCABULARY)
+    for name in checkpoints.TOKENIZER_FILES:
+        shutil.copyfile(example_model / name, tmp_path / "mixtral" / name)
+    options = ("--machine", "h200", "--recipe")
+    shown = inside("plan", example_model, *options, "gguf")
+    assert shown.exit_code == 0, shown.output
+    assert "as GGUF" in shown.stdout and "4.5 bits per expert weight" in shown.stdout
+    for model, recipe in ((example_model, "best"), (tmp_path / "mixtral", "gguf")):
+        other = inside("plan", model, *options, recipe)
+        assert other.exit_code == 0 and "GGUF" not in other.stdout, other.output
 
 
 def test_plan_for_another_machine_as_json(example_model: Path) -> None:

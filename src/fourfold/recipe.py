@@ -78,12 +78,14 @@ class Heldout:
     path: A .jsonl, .txt or .parquet file instead.
     windows: Windows that are measured, from the start of the text.
     length: Tokens of each window.
+    yardstick: Also measure the model with its experts rounded to nearest (RTN), on every second window.
     """
 
     builtin: str = "wikitext-2-test"
     path: str = ""
     windows: Annotated[int, Meta(ge=1, le=2**24)] = 16
     length: Annotated[int, Meta(ge=2, le=2**20)] = 2048
+    yardstick: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,7 @@ class Recipe:
         left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
         content = {key: value for key, value in asdict(self).items() if key not in left_out}
         del content["scheme"]["tensor_parallel"]  # it decides the group size alone
+        del content["heldout"]["yardstick"]  # no byte of the release
         return content
 
 

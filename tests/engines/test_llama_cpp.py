@@ -152,13 +152,23 @@ def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new
 
 
-def test_the_example(made: Made, exported: Path, python: Find) -> None:
+@pytest.fixture(scope="module")
+def verified(made: Made, exported: Path, python: Find) -> tuple[int, dict[str, Any]]:
+    """Exit code and checks of `verify` in the engine. verify.json then lies in `exported`."""
+    return verify(exported, made(CT), python)
+
+
+def test_the_example(verified: tuple[int, dict[str, Any]]) -> None:
     """One command writes it, another proves it in the engine: numbers, tokens, drafts."""
-    code, checks = verify(exported, made(CT), python)
+    code, checks = verified
     assert code == 0 and {check["status"] for check in checks.values()} == {"pass"}
     assert checks["KL divergence"]["data"]["mean"] < 1e-3
     drafts = checks["same tokens with MTP"]["data"]
     assert 0 < drafts["accepted"] <= drafts["drafted"]
+
+
+def test_report_and_publish(exported: Path, verified: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
+    exports.check_published(Path(shutil.copytree(exported, tmp_path / "new")), verified[1], "llama.cpp")
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,26 @@ def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new
 
 
-def test_the_example(made: Made, exported: Path, python: Find, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def verified(made: Made, exported: Path, python: Find) -> tuple[int, dict[str, Any]]:
+    """Exit code and checks of `verify` in the engine. verify.json then lies in `exported`."""
+    return verify(exported, made(CT), python)
+
+
+def test_the_example(
+    made: Made, exported: Path, verified: tuple[int, dict[str, Any]], python: Find, tmp_path: Path
+) -> None:
     """One command writes it, another proves it in the engine. mlx-vlm reads it, and the release itself."""
-    code, checks = verify(exported, made(CT), python)
+    code, checks = verified
     assert code == 0 and {check["status"] for check in checks.values()} == {"pass"}
     assert checks["KL divergence"]["data"]["mean"] < 1e-3
     wanted = exports.logprobs(made(CT), tmp_path / "fp32")
     for found in logprobs(python("mlx"), "mlx_vlm", [exported, made(CT)], tmp_path):
         assert exports.divergence(wanted, found) < 1e-2
+
+
+def test_report_and_publish(exported: Path, verified: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
+    exports.check_published(Path(shutil.copytree(exported, tmp_path / "new")), verified[1], "mlx")
 
 
 def exchange(tensors: dict[str, Tensor]) -> None:

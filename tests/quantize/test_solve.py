@@ -95,6 +95,7 @@ def make_site(problem: Problem, *, gap: bool = True, weighted: bool = True) -> S
         gap_ENK, gap2_EN = moments.gap(problem.missing, outputs, input_SK, weight_S, problem.offsets)
         own = replace(own, gap_ENK=gap_ENK, gap2_EN=gap2_EN)
     return Site(
+        name="gate_up",
         projections=("gate_proj", "up_proj"),
         weight_ENK=problem.weight_ENK,
         moments=own,

@@ -22,6 +22,7 @@ import whole
 from fourfold.bundled import CALIBRATION_TEXTS
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.devices import Machine
 from fourfold.quantize.streams import embed, embedded, embeddings
 from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
@@ -184,10 +185,37 @@ def test_the_embedding_matrix_is_gone_before_the_first_layer(source: Path) -> No
     gc.disable()
     try:
         before = matrices()
-        both = embed(alone(torch.device("cpu")), index, skeleton, (token_RT, token_RT), True)
-        assert matrices() == before and both[0].heldout.hidden_RTD.shape == (2, 8, shape[1])
+        streams = embed(alone(torch.device("cpu")), index, skeleton, (token_RT, token_RT), asymmetric=True, rtn=True)
+        assert matrices() == before and streams.source.heldout.hidden_RTD.shape == (2, 8, shape[1])
     finally:
         gc.enable()
+
+
+# --- round-to-nearest as the yardstick ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu*2"])
+def test_the_yardstick_is_a_release_of_rounded_experts(source: Path, tmp_path: Path, devices: str) -> None:
+    """A release whose experts are all rounded has RTN's figures on every second window; three windows, two of them."""
+    windows = ("heldout.windows=3", "heldout.length=64")
+    for name, share in (("rounded", 1), ("solved", 0)):
+        recipe = preset("card", f"solver.fallback_share={share}", *windows)
+        releases.run(source, tmp_path / name, recipe, machine=Machine(devices=devices))
+    rounded, solved = (releases.read_json(tmp_path / name / "metrics.json")["rtn"] for name in ("rounded", "solved"))
+    assert rounded["windows"] == 2 and rounded["summary"]["positions"] == 2 * 63
+    assert rounded["summary"] == rounded["release"] == solved["summary"] and rounded["intervals"] == solved["intervals"]
+    assert solved["release"]["kl_mean"] != solved["summary"]["kl_mean"]
+
+
+def test_a_release_is_the_same_without_a_yardstick(
+    source: Path, release: Path, small: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, out = small("heldout.yardstick=false"), tmp_path / "out"
+    releases.run(source, out, recipe)
+    assert releases.read_json(out / "metrics.json")["rtn"] is None
+    found, before = releases.tensors(out), releases.tensors(release)
+    assert found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
+    assert recipe.digest() == small().digest()
 
 
 # --- the log, against the shards ------------------------------------------------------------------

@@ -153,6 +153,12 @@ def join(parts: list[Statistics]) -> Statistics:
     return Statistics(*(torch.cat([getattr(part, name) for part in parts]) for name in Statistics.__dataclass_fields__))
 
 
+def every(statistics: Statistics, window: int, step: int) -> Statistics:
+    """Statistics of every `step`-th window from the first on. window: predictions of each."""
+    fields = (getattr(statistics, name) for name in Statistics.__dataclass_fields__)
+    return Statistics(*(value_T.unflatten(0, (-1, window))[::step].flatten() for value_T in fields))
+
+
 def summarize(statistics: Statistics) -> dict[str, float]:
     """Perplexities and their ratio, KL mean / median / p90 / p99 / max (nats), share of equal argmax, positions."""
     kl_T = statistics.kl_T

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME, TITLE = "gguf", "GGUF"
 BLOCK, BLOCK_BYTES = 32, 18  # weights of a Q4_0 block; its bytes: a scale in fp16 and 16 bytes of nibbles
+BITS = 8 * BLOCK_BYTES / BLOCK  # of a weight
 Q4_0 = "Q4_0"
 MOSTLY_Q4_0, QUANTIZATION_VERSION = 2, 2  # general.file_type, general.quantization_version
 RESTS = {"bf16": "", "f16": "F16", "q8_0": "Q8_0"}  # what matrices that are not int4 become; "": as they are

@@ -43,6 +43,11 @@ class Chunk:
     target_TD: Tensor | None
     gap_TD: Tensor | None
 
+    @property
+    def place(self) -> slice:
+        """The chunk's experts in a layer's stacks."""
+        return slice(self.experts.start, self.experts.stop)
+
 
 def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
     """inputs: see Batches; from the host each pair's own input is brought."""
@@ -100,8 +105,7 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     own = moments.accumulate(hidden_SI, torch.arange(len(hidden_SI), device=hidden_SI.device), chunk.weight_S, offsets)
     if chunk.target_TD is None:
         return own
-    place = slice(chunk.experts.start, chunk.experts.stop)
-    source_ENK, down_ENK = (stack[place] for stack in layer.stacks)
+    source_ENK, down_ENK = (stack[chunk.place] for stack in layer.stacks)
     target_SI = expert_hidden(chunk.target_TD, pairs, source_ENK, layer.arithmetic)
 
     def missing(expert: int, piece: slice) -> Tensor:

@@ -30,6 +30,7 @@ from fourfold.quantize.devices import gil_enabled
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.streams import RTN_STEP
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
@@ -42,11 +43,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Held-out metrics of a run: statistics over positions and log-probabilities for engines (None for a partial
-    output), drift by layer; what each worker did when.
+    """Held-out metrics of a run: statistics over positions, of the release and of RTN, and log-probabilities for
+    engines (None for a partial output; RTN's without `heldout.yardstick`); drift by layer; what each worker did when.
     """
 
     statistics: metrics.Statistics | None
+    rtn: metrics.Statistics | None
     reference: Reference | None
     drifts: tuple[StreamDrift, ...]
     spans: tuple[Span, ...]
@@ -105,7 +107,20 @@ def metrics_record(heldout: HeldoutRows, measured: Measured) -> Metrics:
     figures: dict[str, Any] = {"summary": None}
     if measured.statistics is not None:
         figures = metrics.measurements(measured.statistics, window=heldout.token_RT.shape[1] - 1)
-    return Metrics.of(figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol)
+    rtn = _rtn(measured, heldout.token_RT.shape[1] - 1)
+    return Metrics.of(figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=rtn)
+
+
+def _rtn(measured: Measured, window: int) -> dict[str, Any] | None:
+    """Round-to-nearest on every RTN_STEP-th window, and the release on the same windows."""
+    if measured.rtn is None or measured.statistics is None:
+        return None
+    return {
+        "windows": len(measured.rtn.kl_T) // window,
+        "summary": metrics.summarize(measured.rtn),
+        "intervals": metrics.intervals(measured.rtn, window),
+        "release": metrics.summarize(metrics.every(measured.statistics, window, RTN_STEP)),
+    }
 
 
 def state_record(

@@ -86,9 +86,12 @@ def _gap(worker: Worker, tail: float, source: Traffic, release: Traffic) -> Tens
     assert release.routing is not None
     source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
     room = worker.room(source.rows.token_RT.numel(), source_RTD.shape[2:], source_RTD.dtype)
-    torch.sub(source_RTD, release_RTD, out=room.own_TX.view(source_RTD.shape))
     weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
-    room.own_TX.div_(tail * weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu())
+    weight_RT1 = weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu().view(*source_RTD.shape[:2], 1)
+    gap_RTD = room.own_TX.view(source_RTD.shape)
+    torch.sub(source_RTD, release_RTD, out=gap_RTD)
+    for gap_TD, weight_T1 in zip(gap_RTD, weight_RT1, strict=True):  # BF16 by fp32 takes two fp32 copies
+        gap_TD.div_(tail * weight_T1)
     return worker.gathered(room)[0]
 
 

@@ -59,8 +59,9 @@ from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.ranks import join_ranks
+from fourfold.quantize.site import round_experts_
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
-from fourfold.quantize.streams import Stream
+from fourfold.quantize.streams import Stream, Streams
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import write_trace
 from fourfold.quantize.watch import Watch
@@ -69,7 +70,6 @@ from fourfold.recipe import Recipe
 from fourfold.records.release import Identity, Settings, State
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
-Both = tuple[Stream, Stream]  # source and release
 
 NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
 
@@ -228,20 +228,21 @@ def _other_devices(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def run_layers(job: Job, worker: Worker) -> Measured:
-    """Both streams through all layers; every layer solved once, in this run or an earlier one. A recipe with guidance
+    """All streams through all layers; every layer solved once, in this run or an earlier one. A recipe with guidance
     has the source swept before.
     """
     plan, drifts = job.plan, []
-    statistics, reference = None, None
+    statistics, rtn, reference = None, None, None
     if job.left is not None:
         look_ahead(job, worker, job.left)
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
-        both = streams.embed(worker, plan.index, plan.skeleton, token_ids, plan.recipe.solver.asymmetric)
+        asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
+        every = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
     if worker.leads:
         job.writer.submit(partial(copy_rest, job))
     for layer_plan in plan.layers[: plan.solve.stop]:
-        both, drift = pass_layer(job, worker, layer_plan, both)
+        every, drift = pass_layer(job, worker, layer_plan, every)
         drifts.append(drift)
         if worker.leads:
             job.watch.finished(layer_plan.index, drift)
@@ -250,27 +251,26 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
-            heldout = both[0].heldout, both[1].heldout
-            statistics, reference = streams.measure(worker, plan.index, plan.skeleton, *heldout)
+            statistics, rtn, reference = streams.measure(worker, plan.index, plan.skeleton, every)
     spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
-    return Measured(statistics, reference, tuple(drifts), tuple(span for part in spans for span in part))
+    return Measured(statistics, rtn, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
 
-def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, both: Both) -> tuple[Both, StreamDrift]:
-    """Both streams through a layer, source and release; solved on the way, unless it is finished or not to be."""
+def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, every: Streams) -> tuple[Streams, StreamDrift]:
+    """All streams through a layer; solved on the way, unless it is finished or not to be."""
     plan, batches, number = job.plan, job.journal.settings.batches, layer_plan.index
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
         layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
-    tokens = worker.size * streams.attended_tokens(*both)
+    tokens = worker.size * streams.attended_tokens(every)
     with job.stage(worker, "attend", number, tokens, "tokens") as tick:
-        traffic = streams.attend(worker, layer, both, batches, tick)
+        traffic = streams.attend(worker, layer, every, batches, tick)
         layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
     del taken  # its experts, which are with their owners
     finished, observed = is_finished(job, worker, layer_plan, tensors), None
     if layer.is_routed and number in plan.solve and not finished:
         observed = observe(worker, layer, *traffic)
-    source, release = both
+    source, release = every.source, every.release
     with job.stage(worker, "advance", number, worker.size * source.calibration_tokens, "tokens") as tick:
         source = streams.advance(worker, layer, traffic[0], source, batches, tick)
     if finished:
@@ -281,12 +281,15 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, both: Both) -> t
         release_layer = layer
     if number + 1 == plan.solve.stop:
         source, release = source.without_calibration(), release.without_calibration()
-    tokens = worker.size * (release.tokens + source.heldout.token_RT.numel())
+    tokens = worker.size * (release.calibration_tokens + every.heldout_tokens)
     with job.stage(worker, "advance", number, tokens, "tokens") as tick:
         release = streams.advance(worker, release_layer, traffic[1], release, batches, tick)
         layers, heldout = (layer, release_layer), (source.heldout, release.heldout)
         (drift,) = streams.pass_rows_(worker, layers, heldout, batches, tick)
-    return (source, release), drift
+        if every.rtn is not None:
+            round_experts_(layer, plan.recipe, batches.experts)  # the last that goes through it
+            streams.pass_rows_(worker, [layer], [every.rtn.rows], batches, tick)
+    return Streams(source, release, every.rtn), drift
 
 
 def look_ahead(job: Job, worker: Worker, left: Left) -> None:

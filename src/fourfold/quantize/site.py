@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fourfold.core import gptq, grid, guidance, metrics, moments, target
 from fourfold.datatypes import Method, Moments, QuantizedGroup, Target
+from fourfold.model.layer import DecoderLayer
 from fourfold.recipe import Recipe, Scheme
 
 RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
@@ -18,11 +19,12 @@ RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step 
 class Site:
     """One input site of a chunk of experts: the stack of projections that share it, and what is known of its inputs.
 
-    weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K]; calibration_tokens: of the whole run;
-    rows: the metric of the stack's rows, None where all weigh the same; judged: experts, from the first on, whose gain
-    by it is measured.
+    name: gate_up or down; weight_ENK: the source's BF16 values in fp32; pool_EKK: [K, K] or [E, K, K];
+    calibration_tokens: of the whole run; rows: the metric of the stack's rows, None if all weigh the same; judged: how
+    many experts are solved without that metric too, to measure its gain.
     """
 
+    name: str
     projections: tuple[str, ...]
     weight_ENK: Tensor
     moments: Moments
@@ -93,7 +95,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
             over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, onto)
         if (over_rtn_EP[place] > 1).any():
             methods[expert] = Method.RTN
-            _put(group, place, _round_to_nearest(own_ENK, onto))
+            _put(group, place, round_to_nearest(own_ENK, onto))
             over_rtn_EP[place] = _over_rtn(site.projections, own_ENK, _taken(group, place), own_EKK, onto)
     del target_ENK, objective, hessian_EKK, judged_EKK
     error_ENK = weight_ENK - grid.dequantize(group.codes_ENK, group.scale_ENG)
@@ -197,7 +199,16 @@ def _gain(objective: _Objective, group: QuantizedGroup, scale_ENG: Tensor, recip
     return objective.cost(guided), objective.cost(_find_codes(unguided, scale_ENG, recipe))
 
 
-def _round_to_nearest(weight_ENK: Tensor, onto: grid.Grid) -> QuantizedGroup:
+def round_experts_(layer: DecoderLayer, recipe: Recipe, experts: int) -> None:
+    """Round a layer's own experts to nearest (RTN), `experts` of them at a time, in place."""
+    onto = grid_of(recipe.scheme)
+    for stack_ENK in layer.stacks if layer.is_routed else ():
+        for part_ENK in stack_ENK.split(experts):
+            group = round_to_nearest(part_ENK.float(), onto)
+            part_ENK.copy_(grid.dequantize(group.codes_ENK, group.scale_ENG))
+
+
+def round_to_nearest(weight_ENK: Tensor, onto: grid.Grid) -> QuantizedGroup:
     """RTN with absmax scales, as GPTQModel's fallback."""
     scale_ENG = grid.absmax_scales(weight_ENK, onto)
     return QuantizedGroup(grid.round_to_nearest(weight_ENK, scale_ENG, onto), scale_ENG)
@@ -207,7 +218,7 @@ def _round_few(
     group: QuantizedGroup, weight_ENK: Tensor, rounded_E: Tensor, methods: list[Method], onto: grid.Grid
 ) -> tuple[QuantizedGroup, list[Method]]:
     """Round to nearest the experts that the recipe's fallback rule names."""
-    rtn, where_E11 = _round_to_nearest(weight_ENK, onto), rounded_E[:, None, None]
+    rtn, where_E11 = round_to_nearest(weight_ENK, onto), rounded_E[:, None, None]
     rounded = QuantizedGroup(
         torch.where(where_E11, rtn.codes_ENK, group.codes_ENK), torch.where(where_E11, rtn.scale_ENG, group.scale_ENG)
     )

@@ -37,7 +37,6 @@ from fourfold.quantize.site import Site, Solved, solve_site
 from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
-GUIDED = ("gate_up", "down")  # what the sites are called in Guided
 STEPS = 4  # of an expert: moments and solve at both sites
 JUDGED = 1  # experts of a worker and layer that are solved without guidance too, to see what it gains
 
@@ -106,24 +105,20 @@ def solve_layer(
         down_rows=down_rows,
         released=(torch.empty_like(layer.stacks[0]), torch.empty_like(layer.stacks[1])),
     )
-    tensors: dict[str, Tensor] = {}
-    rows: list[ProjectionStatistics] = []
-    guided: Guided = {}
+    whole = Part({}, [], {})
     first, size = 0, chunking.experts
     while first < len(layer.owned):
-        places = range(first, min(first + size, len(layer.owned)))
-        solved = _within_memory(job, places)
-        if solved is None:
+        experts = range(first, min(first + size, len(layer.owned)))
+        part = _within_memory(job, experts)
+        if part is None:
             size = _halved(size, worker, layer.index)
             continue
-        tensors |= solved[0]
-        rows += solved[1]
-        guided = add_guided(guided, solved[2])
-        first = places.stop
+        whole += part
+        first = experts.stop
     worker.link.settle()
-    each = sum(clock.seconds.values()) / max(len(rows), 1)
-    rows = [dataclasses.replace(row, seconds=each) for row in rows]
-    return LayerResult(tensors, *job.released, tuple(rows), dict(clock.seconds), size, guided)
+    each = sum(clock.seconds.values()) / max(len(whole.rows), 1)
+    rows = tuple(dataclasses.replace(row, seconds=each) for row in whole.rows)
+    return LayerResult(whole.tensors, *job.released, rows, dict(clock.seconds), size, whole.guided)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +138,18 @@ class _Job:
 
 
 Guided = dict[str, tuple[float, float]]  # Solved.guided by site
-Part = tuple[dict[str, Tensor], list[ProjectionStatistics], Guided]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Results of some experts or of one of their sites: see LayerResult."""
+
+    tensors: dict[str, Tensor]
+    rows: list[ProjectionStatistics]
+    guided: Guided
+
+    def __add__(self, other: Part) -> Part:
+        return Part(self.tensors | other.tensors, self.rows + other.rows, add_guided(self.guided, other.guided))
 
 
 def add_guided(first: Guided, second: Guided) -> Guided:
@@ -153,10 +159,10 @@ def add_guided(first: Guided, second: Guided) -> Guided:
     return {site: (one[0] + two[0], one[1] + two[1]) for site, (one, two) in pairs.items()}
 
 
-def _within_memory(job: _Job, places: range) -> Part | None:
+def _within_memory(job: _Job, experts: range) -> Part | None:
     """A chunk's results, or None where the device has too little memory for it."""
     try:
-        return _solve_chunk(job, places)
+        return _solve_chunk(job, experts)
     except torch.OutOfMemoryError:
         return None  # what the chunk held goes with this frame's traceback
 
@@ -172,56 +178,78 @@ def _halved(size: int, worker: Worker, layer: int) -> int:
     return size // 2
 
 
-def _solve_chunk(job: _Job, places: range) -> Part:
-    """Codes of a chunk of experts: gate_up, then down on what the released gate_up puts out."""
-    layer, solver, clock, format = job.layer, job.recipe.solver, job.clock, named(job.recipe.format)
-    place, experts = slice(places.start, places.stop), layer.owned[places.start : places.stop]
-    tensors: dict[str, Tensor] = {}
-    rows: list[ProjectionStatistics] = []
-    guided: Guided = {}
-    chunk = make_chunk(job.observed, places, solver.router_weighted, job.chunking.inputs)
-    for which, projections in enumerate((layer.projections[:-1], layer.projections[-1:])):
-        with clock("moments"):
-            if which == 0:
-                site_moments, pool_EKK = gate_up_moments(chunk), job.pool_KK
-            else:
-                used_ENK = (job.released if solver.asymmetric else layer.stacks)[0][place]
-                site_moments = down_moments(chunk, layer, used_ENK)
-                pool_EKK = down_pool(layer, used_ENK, job.pool)
-            row_metric = job.down_rows if which else _gate_up_rows(job, chunk, place)
-        job.chunking.tick(len(places))
-        with clock("solve"):
-            site = Site(
-                projections=projections,
-                weight_ENK=layer.stacks[which][place].float(),
-                moments=site_moments,
-                pool_EKK=pool_EKK,
-                calibration_tokens=len(job.observed.input_TD),
-                rows=row_metric,
-                judged=max(min(JUDGED, places.stop) - places.start, 0),
-            )
-            with _named_experts(layer, place):
-                solved = solve_site(site, job.recipe)
-            packed = _pack(solved.group, projections, format)
-            released_ENK = job.released[which]
-            released_ENK[place] = _unpack(packed, format).to(released_ENK.dtype)
-            tensors |= _named(job.chunking.stems, experts, packed, clock.worker.link)
-            rows += _statistics(layer.index, experts, projections, solved, solver)
-            if row_metric is not None:
-                guided[GUIDED[which]] = solved.guided
-        job.chunking.tick(len(places))
-    return tensors, rows, guided
+def _solve_chunk(job: _Job, experts: range) -> Part:
+    """Codes and scales of a chunk of experts: gate_up first, as down is solved on the outputs of the quantized one."""
+    chunk = make_chunk(job.observed, experts, job.recipe.solver.router_weighted, job.chunking.inputs)
+    return solve_gate_up(job, chunk) + solve_down(job, chunk)
 
 
-def _gate_up_rows(job: _Job, chunk: Chunk, place: slice) -> guidance.RowFactor | None:
+def solve_gate_up(job: _Job, chunk: Chunk) -> Part:
+    """Quantize gate and up of a chunk, which share their inputs."""
+    stack_ENK, place = job.layer.stacks[0], chunk.place
+    with job.clock("moments"):
+        site = Site(
+            name="gate_up",
+            projections=job.layer.projections[:-1],
+            weight_ENK=stack_ENK[place].float(),
+            moments=gate_up_moments(chunk),
+            pool_EKK=job.pool_KK,
+            calibration_tokens=len(job.observed.input_TD),
+            rows=_gate_up_rows(job, chunk),
+            judged=_judged(chunk),
+        )
+    return _solve_site(job, chunk, site, job.released[0])
+
+
+def solve_down(job: _Job, chunk: Chunk) -> Part:
+    """Quantize down of a chunk."""
+    stack_ENK, place = job.layer.stacks[1], chunk.place
+    gate_up_ENK = (job.released if job.recipe.solver.asymmetric else job.layer.stacks)[0][place]
+    with job.clock("moments"):
+        site = Site(
+            name="down",
+            projections=job.layer.projections[-1:],
+            weight_ENK=stack_ENK[place].float(),
+            moments=down_moments(chunk, job.layer, gate_up_ENK),
+            pool_EKK=down_pool(job.layer, gate_up_ENK, job.pool),
+            calibration_tokens=len(job.observed.input_TD),
+            rows=job.down_rows,
+            judged=_judged(chunk),
+        )
+    return _solve_site(job, chunk, site, job.released[1])
+
+
+def _judged(chunk: Chunk) -> int:
+    return max(min(JUDGED, chunk.experts.stop) - chunk.experts.start, 0)
+
+
+def _solve_site(job: _Job, chunk: Chunk, site: Site, released_ENK: Tensor) -> Part:
+    """released_ENK: of all the layer's experts; the chunk's are written there."""
+    layer, format, experts = job.layer, named(job.recipe.format), job.layer.owned[chunk.place]
+    job.chunking.tick(len(experts))
+    with job.clock("solve"):
+        with _named_experts(layer, chunk.place):
+            solved = solve_site(site, job.recipe)
+        packed = _pack(solved.group, site.projections, format)
+        released_ENK[chunk.place] = _unpack(packed, format).to(released_ENK.dtype)
+        part = Part(
+            _named(job.chunking.stems, experts, packed, job.clock.worker.link),
+            list(_statistics(layer.index, experts, site.projections, solved, job.recipe.solver)),
+            {} if site.rows is None else {site.name: solved.guided},
+        )
+    job.chunking.tick(len(experts))
+    return part
+
+
+def _gate_up_rows(job: _Job, chunk: Chunk) -> guidance.RowFactor | None:
     """The metric of the rows of a chunk's gate_up, None where only down is guided."""
     curvature, solver = job.curvature, job.recipe.solver
     if curvature is None or job.recipe.guidance.sites == "down":
         return None
-    gate_up_ENK, down_ENK = (stack[place] for stack in job.layer.stacks)
+    gate_up_ENK, down_ENK = (stack[chunk.place] for stack in job.layer.stacks)
     own, pool_ERR = row_moments(chunk, gate_up_ENK), row_pool(gate_up_ENK, job.pool)
     n0 = solver.pool * gate_up_ENK.shape[1]
-    with _named_experts(job.layer, place):
+    with _named_experts(job.layer, chunk.place):
         moment_ERR, _ = moments.shrink(
             own, pool_ERR, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
         )

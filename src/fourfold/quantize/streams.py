@@ -32,6 +32,8 @@ from fourfold.quantize.reference import make_reference
 from fourfold.quantize.workers import Worker
 from fourfold.records.release import Reference
 
+RTN_STEP = 2  # every second held-out row goes through the source with rounded experts: half the cost
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -53,11 +55,34 @@ class Stream:
         return self.calibration_tokens + self.heldout.token_RT.numel()
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """A worker's part of the held-out rows in the source with rounded experts (RTN). place: which of its rows."""
+
+    rows: Rows
+    place: slice
+
+
+@dataclass(frozen=True)
+class Streams:
+    """All streams of a run at the input of a layer. rtn: what the release is compared with, or None."""
+
+    source: Stream
+    release: Stream
+    rtn: Yardstick | None
+
+    @property
+    def heldout_tokens(self) -> int:
+        return 2 * self.source.heldout.token_RT.numel() + (self.rtn.rows.token_RT.numel() if self.rtn else 0)
+
+
 def embed(
-    worker: Worker, index: TensorIndex, skeleton: Skeleton, texts: tuple[Tensor, Tensor], asymmetric: bool
-) -> tuple[Stream, Stream]:
-    """A worker's rows in both streams before the first layer, where they are equal: calibration rows are shared until
-    they differ. texts: token ids of all calibration and all held-out rows.
+    worker: Worker, index: TensorIndex, skeleton: Skeleton, texts: tuple[Tensor, Tensor], *, asymmetric: bool, rtn: bool
+) -> Streams:
+    """A worker's rows before the first layer, equal in all streams: calibration rows are shared until they differ.
+
+    texts: token ids of all calibration and all held-out rows; asymmetric: whether the release has calibration rows too;
+    rtn: whether there is a stream of rounded experts.
 
     Raises FourfoldError for a model whose layers are given more than their own rows.
     """
@@ -68,7 +93,15 @@ def embed(
         for token_RT in (text_RT[worker.share(len(text_RT))] for text_RT in texts)
     )
     source = Stream(calibration=calibration, heldout=heldout)
-    return source, Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
+    release = Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
+    return Streams(source, release, _yardstick(worker, heldout, len(texts[1])) if rtn else None)
+
+
+def _yardstick(worker: Worker, heldout: Rows, count: int) -> Yardstick:
+    """Every RTN_STEP-th of all workers' `count` held-out rows, those that are this worker's."""
+    place = slice(-worker.share(count).start % RTN_STEP, None, RTN_STEP)
+    rows = Rows(heldout.token_RT[place], heldout.hidden_RTD[place], list(heldout.carried))
+    return Yardstick(_copied(worker, rows), place)
 
 
 def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
@@ -104,20 +137,21 @@ def reader(index: TensorIndex) -> Read:
     return read
 
 
-def attended_tokens(source: Stream, release: Stream) -> int:
+def attended_tokens(streams: Streams) -> int:
     """Tokens that `attend` goes through: calibration rows count once where the streams are still one."""
-    both = () if release.calibration is source.calibration else (release,)
-    return sum(stream.calibration_tokens for stream in (source, *both))
+    source, release = streams.source, streams.release
+    apart = release.calibration is not source.calibration
+    return source.calibration_tokens + apart * release.calibration_tokens
 
 
 def attend(
-    worker: Worker, layer: DecoderLayer, streams: tuple[Stream, Stream], batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, streams: Streams, batches: Batches, tick: Tick
 ) -> tuple[Traffic, Traffic | None]:
-    """Attention and router once per stream (source, release); once in all where the streams are still one.
+    """Attention and router over the calibration rows of source and release; once where they are still the same.
 
     Raises FourfoldError, here and in `advance`, naming the layer whose outputs are no numbers any more.
     """
-    source, release = streams
+    source, release = streams.source, streams.release
     assert source.calibration is not None
     source_traffic = attend_(worker, layer, source.calibration, batches, tick)
     require_numbers(layer, _own_inputs(worker, source_traffic), source_traffic.rows.hidden_RTD)
@@ -179,11 +213,12 @@ def require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
 
 
 def measure(
-    worker: Worker, index: TensorIndex, skeleton: Skeleton, source: Rows, release: Rows
-) -> tuple[metrics.Statistics, Reference | None]:
-    """All workers' held-out rows of both streams after the last layer, compared; the head is the source's for both.
+    worker: Worker, index: TensorIndex, skeleton: Skeleton, streams: Streams
+) -> tuple[metrics.Statistics, metrics.Statistics | None, Reference | None]:
+    """Compare all workers' held-out rows after the last layer; the head is the source's for all streams.
 
-    The reference is of the release's first row, from the leading worker, which has it; None from the others.
+    Returns the release against the source, RTN against the source (None without that stream), and a reference of the
+    release's first row, from the leading worker, which has it; None from the others.
     """
 
     def ends() -> tuple[Ends, Tensor]:
@@ -191,9 +226,16 @@ def measure(
         return read_head(index, skeleton)
 
     head = build_head(skeleton.blueprint, *worker.once(ends), worker.device)
+    source, release = streams.source.heldout, streams.release.heldout
     reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
-    parts = worker.everyone(_compared((head, head), (source, release), worker.beat))
-    return metrics.join([row for part in parts for row in part]), reference
+
+    def against_source(rows: Rows, place: slice) -> metrics.Statistics:
+        reference = Rows(source.token_RT[place], source.hidden_RTD[place])
+        parts = worker.everyone(_compared((head, head), (reference, rows), worker.beat))
+        return metrics.join([row for part in parts for row in part])
+
+    rtn = None if streams.rtn is None else against_source(streams.rtn.rows, streams.rtn.place)
+    return against_source(release, slice(None)), rtn, reference
 
 
 def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Ends, Tensor]:

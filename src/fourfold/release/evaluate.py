@@ -85,6 +85,7 @@ def evaluate(
     before, text = Metrics.find(out / METRICS), read_text(protocol, source)
     if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
+    rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
@@ -100,6 +101,7 @@ def evaluate(
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
         drafts=before.drafts if before else None,
         tasks=before.tasks if before else None,
+        rtn=rtn,
     )
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)

@@ -11,6 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fourfold.formats import gguf
+from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.tables.facts import facts_table, show_facts, show_warnings
 from fourfold.terminal import memory_text, paragraphs, plain, say, show_table
 from fourfold.units import FIGURES, clock_text
@@ -75,6 +77,8 @@ def _needs_table(plan: Plan) -> Table:
         table.add_row("calibration text", f"read, not tokenized{looked}: quantize counts its tokens")
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
+    if plan.recipe.scheme.group == gguf.BLOCK and plan.skeleton.family.model_type in ARCHITECTURES:
+        table.add_row("as GGUF", f"{gguf.BITS} bits per expert weight: larger groups would not make the file smaller")
     if disk.swept_bytes:
         swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
         table.add_row("of it the sweep's", swept)
