@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 import fourfold
@@ -36,7 +35,7 @@ from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
 from fourfold.records.log import write_log
 from fourfold.records.release import File, Output, Reference, SourceFacts, State, Worker
-from fourfold.records.results import Metrics, RoundToNearest
+from fourfold.records.results import Metrics
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -107,23 +106,20 @@ def metrics_record(heldout: HeldoutRows, measured: Measured) -> Metrics:
     figures: dict[str, Any] = {"summary": None}
     if measured.statistics is not None:
         figures = metrics.measurements(measured.statistics, window=heldout.token_RT.shape[1] - 1)
-    return Metrics.of(
-        figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=_rtn(measured, heldout)
-    )
+    rtn = _rtn(measured, heldout.token_RT.shape[1] - 1)
+    return Metrics.of(figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=rtn)
 
 
-def _rtn(measured: Measured, heldout: HeldoutRows) -> RoundToNearest | None:
+def _rtn(measured: Measured, window: int) -> dict[str, Any] | None:
     """Round-to-nearest on every RTN_STEP-th window, and the release on the same windows."""
     if measured.rtn is None or measured.statistics is None:
         return None
-    window = heldout.token_RT.shape[1] - 1
-    found = {
+    return {
         "windows": len(measured.rtn.kl_T) // window,
         "summary": metrics.summarize(measured.rtn),
         "intervals": metrics.intervals(measured.rtn, window),
         "release": metrics.summarize(metrics.every(measured.statistics, window, RTN_STEP)),
     }
-    return msgspec.convert(found, RoundToNearest)
 
 
 def state_record(

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 from fourfold.datatypes import StreamDrift
 from fourfold.records.record import Count, Ends, Number, Record
@@ -58,6 +58,10 @@ class TextFacts(Struct, frozen=True, omit_defaults=True):
     tail: str | None = None
     digest: str | None = None
     dtype: str | None = None
+
+    def same_windows(self, other: TextFacts) -> bool:
+        own, others = (structs.replace(one, digest=None, dtype=None) for one in (self, other))
+        return own == others
 
 
 class Rule(Struct, frozen=True):
@@ -161,7 +165,8 @@ class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
     def to_json(self) -> dict[str, Any]:
         """What could not be measured is null; what `quantize` does not measure, or a trial, is not there."""
         found = super().to_json()
-        asked = ("calibration_overlap", "intervals", "drafts") if self.measured_by == "evaluate" else ("intervals",)
+        evaluated = self.measured_by == "evaluate"
+        asked = ("calibration_overlap", "intervals", "drafts") if evaluated else ("intervals", "rtn")
         for part in filter(None, [found, found.get("against")] if self.summary else []):
             part.update({name: part.get(name) for name in asked})
         return found

@@ -85,6 +85,7 @@ def evaluate(
     before, text = Metrics.find(out / METRICS), read_text(protocol, source)
     if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
+    rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
@@ -92,7 +93,6 @@ def evaluate(
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, watch)
         drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
-    same_windows = before is not None and structs.replace(before.protocol, digest=None, dtype=None) == text.protocol
     found = Metrics.of(
         *figures[0],
         measured_by="evaluate",
@@ -101,7 +101,7 @@ def evaluate(
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
         drafts=before.drafts if before else None,
         tasks=before.tasks if before else None,
-        rtn=before.rtn if before and same_windows else None,
+        rtn=rtn,
     )
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)
