@@ -628,7 +628,7 @@ def test_four_small_gpus_keep_to_their_budgets(full: Path) -> None:
     """Beside them, in pinned memory: rows, layers, results twice, sums; inputs that do not stay on a device."""
     work = make_plan(full, RECIPE).work
     devices = [f"cuda:{number}" for number in range(4)]
-    found = memory.plan_memory(work, devices, 10 * 2**30, 8 * 2**30)
+    found = memory.plan_memory(work, devices, 10 * 2**30, 17 * 2**29)
     assert (found.inputs, found.problems) == ("file", ())
     held = memory.plan_memory(work, devices, 10 * 2**30)
     whole, on_device = 2**30, held.stages[1].shared_bytes

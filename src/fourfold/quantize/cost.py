@@ -73,9 +73,9 @@ def _forward(work: Workload) -> tuple[float, float]:
     hidden, width, attention = work.hidden, work.width, work.full_attention_layers * work.attention_width
     calibration = work.calibration_streams * work.calibration_tokens
     swept = SWEEP_PASSES * work.guidance_tokens * work.swept_layers / work.layers
-    passes = (calibration + swept, work.calibration_length), (2 * work.heldout_tokens, work.heldout_length)
+    passes = (calibration + swept, work.calibration_length), (work.heldout_passes, work.heldout_length)
     tokens = sum(count for count, _ in passes)
-    head = 2.0 * (work.heldout_tokens + work.guidance_tokens) * work.vocabulary
+    head = 2.0 * (work.heldout_tokens + work.rtn_tokens + work.guidance_tokens) * work.vocabulary
     pairs, again = work.topk * tokens * work.routed_layers, work.topk * calibration * work.solved_layers
     flop = sum(2.0 * count * (work.kept_parameters + length * attention) for count, length in passes)
     # Gate and up run again for the moments of down. Temporaries: inputs, gate, up, their product, outputs, sums.
@@ -120,7 +120,7 @@ def _exchange_seconds(work: Workload, workers: int, rates: Rates, inputs: str) -
     added on the host. So most bytes of a link do not shrink as workers are added.
     """
     several, routed = workers > 1, work.routed_layers
-    stream = work.hidden * BF16 * (work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens)
+    stream = work.hidden * BF16 * (work.calibration_streams * work.calibration_tokens + work.heldout_passes)
     sums = stream * (FP32 // BF16 if several else 1)
     gap = work.asymmetric * work.calibration_tokens * work.hidden * BF16
     lent = gap if inputs == "device" else inputs_bytes(work) * work.topk / workers  # by chunks of experts

@@ -11,6 +11,7 @@ from fourfold.units import size
 TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
 BF16, FP32 = 2, 4
 POOL_ROWS_PER_INPUT = 5  # of down
+RTN_STEP = 2  # every second held-out row goes through the source with rounded experts, too: half the cost
 ROW_POOL_ROWS = 2_048  # random tokens for the pool of gate and up's rows, where they have a metric
 SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
 ROW_DAMPING = ((32, 0.05), (8, 0.2), (0, 0.3))  # from so many guidance tokens per hidden dimension on
@@ -21,6 +22,7 @@ class Workload:
     """The sizes that decide what a run costs.
 
     model_width: of embeddings, where experts see another; state_width: values of a token in a stream.
+    rtn_tokens: held-out tokens of the stream of rounded experts (`heldout.yardstick`).
     layers: in this run; routed_layers: those with experts; solved_layers: those whose experts are quantized.
     guidance_tokens: in the sweep before the loop, through all swept_layers of the model; guidance_sites: both or down.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
@@ -41,6 +43,7 @@ class Workload:
     calibration_length: int
     heldout_tokens: int
     heldout_length: int
+    rtn_tokens: int
     asymmetric: bool
     passes: int
     pooled: bool
@@ -65,6 +68,11 @@ class Workload:
     @property
     def calibration_streams(self) -> int:
         return 2 if self.asymmetric else 1
+
+    @property
+    def heldout_passes(self) -> int:
+        """Held-out tokens of all streams."""
+        return 2 * self.heldout_tokens + self.rtn_tokens
 
     @property
     def inputs_per_token(self) -> int:

@@ -26,10 +26,10 @@ from fourfold.model.hub import hub_name, stated_terms
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.claims import draft_prefixes
+from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
-from fourfold.quantize.streams import RTN_STEP
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe

@@ -41,8 +41,8 @@ CPU_CHUNK_BYTES = 128 * 2**20  # of a chunk's solve: eight full-width experts at
 
 
 def rows_bytes(work: Workload) -> int:
-    """Hidden states (BF16) and ids of all rows: calibration in one or two streams, held-out always in two."""
-    tokens = work.calibration_streams * work.calibration_tokens + 2 * work.heldout_tokens
+    """Hidden states (BF16) and ids of all rows: calibration in one or two streams, held-out in two or three."""
+    tokens = work.calibration_streams * work.calibration_tokens + work.heldout_passes
     return tokens * (work.state_width * BF16 + 8)
 
 

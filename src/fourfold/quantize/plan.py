@@ -23,7 +23,7 @@ from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_ad
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
-from fourfold.quantize.estimate import DiskPlan, Workload, plan_disk, pool_rows
+from fourfold.quantize.estimate import RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.fits import check_guidance, choose_group_size
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.quantize.rates import Rates
@@ -330,6 +330,10 @@ def _lay_out(
     )
 
 
+def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
+    return -(-recipe.heldout.windows // RTN_STEP) if recipe.heldout.yardstick and not partial else 0
+
+
 def _workload(
     skeleton: Skeleton,
     recipe: Recipe,
@@ -355,6 +359,7 @@ def _workload(
         calibration_length=length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
+        rtn_tokens=_rtn_windows(recipe, partial=len(solve) < skeleton.layers) * recipe.heldout.length,
         asymmetric=solver.asymmetric,
         passes=solver.passes,
         pooled=solver.pool > 0,

@@ -26,13 +26,12 @@ from fourfold.model.head import (
 )
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.heap import give_back_free_memory
 from fourfold.quantize.observe import Traffic, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import make_reference
 from fourfold.quantize.workers import Worker
 from fourfold.records.release import Reference
-
-RTN_STEP = 2  # every second held-out row goes through the source with rounded experts: half the cost
 
 
 @dataclass(frozen=True)
