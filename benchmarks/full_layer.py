@@ -34,13 +34,13 @@ from torch import Tensor
 from fourfold.core import gptq, grid, guidance, metrics, moments, widening
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Batches, Rows
+from fourfold.distributed.workers import alone
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import chunk, observe, site, solve, streams
 from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
-from fourfold.quantize.workers import alone
 from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens

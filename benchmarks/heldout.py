@@ -62,7 +62,7 @@ class Judge:
     @torch.no_grad()
     def _run(self, forced: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [T, D] after the last norm where a token is predicted, and each router's choices [T, A]."""
-        watches = [Watch(None if forced is None else forced[place]) for place in range(len(self.routers))]
+        watches = [ProgressReporter(None if forced is None else forced[place]) for place in range(len(self.routers))]
         hooks = [gate.register_forward_hook(watch) for gate, watch in zip(self.routers, watches, strict=True)]
         seen: list[Tensor] = []
         for batch_RT in self.token_RT.split(WINDOWS_PER_BATCH):
@@ -77,7 +77,7 @@ class Judge:
         return metrics.token_statistics(self.source_TD, release_TD, head_VD, self.token_RT[:, 1:].flatten())
 
 
-class Watch:
+class ProgressReporter:
     """A router's forward hook: keeps what it chose, or has it choose what it is told, weighed by its own logits."""
 
     def __init__(self, forced_TA: Tensor | None) -> None:

@@ -26,7 +26,7 @@ from gemm_rate import machine
 from speed import make_model, recipe_of
 
 from fourfold.datatypes import Event
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 
 REQUIRED = {"2 workers": 1.8, "2 ranks": 1.7}  # times faster than one worker, one thread each

@@ -27,7 +27,7 @@ SMALL = {
     "model.layer": {"PAIRS_PER_BATCH": 101},
     "model.shards": {"CHUNK_BYTES": 8 * 3001},
     "quantize.chunk": {"POOL_PIECE": 211},
-    "quantize.ranks": {"PIECE_BYTES": 10_007},
+    "distributed.ranks": {"PIECE_BYTES": 10_007},
     "quantize.reference": {"POSITIONS": 3},
     "quantize.streams": {"SLAB_ELEMENTS": 1009},
     "release.compare": {"CHUNK_BYTES": 8 * 3001},

@@ -17,7 +17,7 @@ from torch import Tensor
 import checkpoints
 from fourfold.bundled import CALIBRATION_TEXTS, HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.quantize.summary import Summary
 from fourfold.recipe import Recipe

@@ -26,7 +26,7 @@ from fourfold.cli import options
 from fourfold.cli.commands import serve
 from fourfold.cli.options import RecipeOptions
 from fourfold.datatypes import Event, FourfoldError
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.records.results import Metrics, TextFacts
 from fourfold.release.evaluate import Protocol

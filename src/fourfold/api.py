@@ -61,7 +61,7 @@ def plan(
     chosen = _recipe(recipe, samples, sequence_length)
     sheet = None if machine is None else find_machine(machine)
     folder = _check(model, chosen, devices, out)
-    from fourfold.quantize.devices import expand_devices
+    from fourfold.distributed.devices import expand_devices
     from fourfold.quantize.guide import predicted_shares
     from fourfold.quantize.microbenchmark import measure_rates
     from fourfold.quantize.plan import make_plan
@@ -119,7 +119,7 @@ def quantize(
     folder = _check(model, chosen, devices, out)
     if folder is not None:
         _require_asked(folder, derived)
-    from fourfold.quantize.devices import Machine, expand_devices, under_torchrun
+    from fourfold.distributed.devices import Machine, expand_devices, under_torchrun
     from fourfold.quantize.summary import finished_already
 
     if not restart and not under_torchrun():
@@ -169,8 +169,8 @@ def evaluate(
     """
     if bool(tasks) != bool(url):
         raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
+    from fourfold.distributed.devices import one_device
     from fourfold.model.config import check_model, read_config
-    from fourfold.quantize.devices import one_device
     from fourfold.quantize.journal import check_checkpoint, read_state
 
     read_state(Path(out))  # before a model is downloaded
@@ -265,9 +265,9 @@ def _download(model: str | Path, progress: Progress) -> Path:
 
 def _check(model: str | Path, recipe: Recipe, devices: str, out: Path | None) -> Path | None:
     """Check arguments, paths and config.json before torch is imported. The model's folder, None for a Hub ID."""
+    from fourfold.distributed.devices import parse_devices, under_torchrun
     from fourfold.model.config import local_folder, read_source_config
     from fourfold.quantize.contamination import check_sources, check_texts
-    from fourfold.quantize.devices import parse_devices, under_torchrun
     from fourfold.quantize.journal import check_out
 
     parse_devices(devices)
@@ -308,6 +308,6 @@ def _rehearse(folder: Path, progress: Progress) -> None:
 
 def follows() -> bool:
     """Whether torchrun started this process as one of several, and not as the first."""
-    from fourfold.quantize.devices import under_torchrun
+    from fourfold.distributed.devices import under_torchrun
 
     return under_torchrun() and os.environ.get("RANK", "0") != "0"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import exports
 from broken import Copy
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 

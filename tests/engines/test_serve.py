@@ -23,7 +23,7 @@ import pytest
 
 import fourfold
 from fourfold.datatypes import ignore
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 from fourfold.serve.bench import Load

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import blocks
 from fourfold.datatypes import Event
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 

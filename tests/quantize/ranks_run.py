@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import blocks
-from fourfold.quantize import run, workers
-from fourfold.quantize.devices import Machine
+from fourfold.distributed import workers
+from fourfold.distributed.devices import Machine
+from fourfold.quantize import run
 from fourfold.recipe import load_recipe
 
 

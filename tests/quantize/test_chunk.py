@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fourfold.core import moments
 from fourfold.datatypes import Rows
+from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.model.layer import DecoderLayer, Routing
 from fourfold.quantize import chunk
 from fourfold.quantize.chunk import (
@@ -27,8 +28,7 @@ from fourfold.quantize.chunk import (
     row_pool,
 )
 from fourfold.quantize.estimate import pool_rows
-from fourfold.quantize.observe import Observed, Traffic, observe
-from fourfold.quantize.workers import Team, Worker, alone
+from fourfold.quantize.observe import MoeInputs, Observed, observe
 from quantize.test_solve_layer import make_layer, normal
 
 EXPERTS, HIDDEN, WIDTH, ROWS, LENGTH = 4, 36, 28, 5, 67
@@ -49,7 +49,7 @@ def released_ENK(layer: DecoderLayer) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def traffic() -> tuple[Traffic, Traffic]:
+def traffic() -> tuple[MoeInputs, MoeInputs]:
     """Of source and release. Router weights of a token do not sum to one."""
     score_TE = normal(TOKENS, EXPERTS, seed=4)
     score_TE[:, 3] = -10
@@ -59,13 +59,13 @@ def traffic() -> tuple[Traffic, Traffic]:
     hidden_RTD, input_TD = normal(ROWS, LENGTH, HIDDEN, seed=5), normal(TOKENS, HIDDEN, seed=6)
     moved_RTD, moved_TD = 0.1 * normal(ROWS, LENGTH, HIDDEN, seed=7), 0.1 * normal(TOKENS, HIDDEN, seed=8)
     return (
-        Traffic(Rows(token_RT, hidden_RTD), (TOKENS,), input_TD, routing),
-        Traffic(Rows(token_RT, hidden_RTD - moved_RTD), (TOKENS,), input_TD + moved_TD, routing),
+        MoeInputs(Rows(token_RT, hidden_RTD), (TOKENS,), input_TD, routing),
+        MoeInputs(Rows(token_RT, hidden_RTD - moved_RTD), (TOKENS,), input_TD + moved_TD, routing),
     )
 
 
 @pytest.fixture(scope="module")
-def observed(layer: DecoderLayer, traffic: tuple[Traffic, Traffic]) -> Observed:
+def observed(layer: DecoderLayer, traffic: tuple[MoeInputs, MoeInputs]) -> Observed:
     """A token weighs up to sixteen times as much as another."""
     importance_T = 4.0 ** normal(TOKENS, seed=9).clamp(-1, 1)
     return replace(observe(alone(CPU), layer, *traffic), importance_T=importance_T)
@@ -97,7 +97,7 @@ def chunk_of(observed: Observed, inputs: str = "device", router_weighted: bool =
 
 @pytest.mark.parametrize("inputs", ["device", "host"])
 def test_the_gap_at_down_is_what_the_residual_stream_lacks(
-    layer: DecoderLayer, released_ENK: Tensor, traffic: tuple[Traffic, Traffic], observed: Observed, inputs: str
+    layer: DecoderLayer, released_ENK: Tensor, traffic: tuple[MoeInputs, MoeInputs], observed: Observed, inputs: str
 ) -> None:
     """y = W_down (a_source - a_release), and what the rows lack by the token's router weights in sum."""
     source, release = traffic

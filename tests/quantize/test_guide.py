@@ -25,16 +25,16 @@ import checkpoints
 import fourfold
 import releases
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
+from fourfold.distributed.devices import Machine
+from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back, read_layer
 from fourfold.quantize import calibrate, guide
 from fourfold.quantize.determinism import Switches, repeatable
-from fourfold.quantize.devices import Machine
-from fourfold.quantize.guide import Guide, read_curvature, spread_rows, sweep, what_is_left
+from fourfold.quantize.guide import Guide, find_remaining_sweep, read_curvature, spread_rows, sweep
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import embedded, embeddings, read_head
-from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -183,11 +183,13 @@ def run_sweep(
     """A sweep, or what is left of one."""
     plan = make_plan(model, recipe, layers=layers)
     (out / ".fourfold").mkdir(parents=True, exist_ok=True)
-    left, team = what_is_left(plan, out), Team([CPU] * workers)
+    left, team = find_remaining_sweep(plan, out), Team([CPU] * workers)
     token_RT = token_rows(plan.work.guidance_tokens // LENGTH)
-    with ReadAhead(plan, team.trace, left.layers, team.links) as ahead, Writer(team.trace) as writer:
-        job = Guide(plan=plan, out=out, token_RT=token_RT, batch_rows=1, left=left, ahead=ahead, writer=writer)
-        team.run(lambda worker: sweep(worker, job, stages(tell if worker.leads else lambda *_: None)))
+    with ReadAhead(plan, team.trace, left.layers, team.transfers) as ahead, Writer(team.trace) as writer:
+        job = Guide(
+            plan=plan, out=out, token_RT=token_RT, batch_rows=1, remaining_sweep=left, ahead=ahead, writer=writer
+        )
+        team.run(lambda worker: sweep(worker, job, stages(tell if worker.is_leader else lambda *_: None)))
     return plan
 
 
@@ -311,7 +313,7 @@ def test_damaged_curvatures_are_made_again(
     if suffix != "json":
         with pytest.raises(FourfoldError, match=f"{path.name}: {problem}.*Rerun"):
             curvature(tmp_path, 2)
-    found = what_is_left(make_plan(model, guided()), tmp_path).problem
+    found = find_remaining_sweep(make_plan(model, guided()), tmp_path).problem
     assert re.fullmatch(rf"{damaged.name}: {problem}", found)
     run_sweep(model, tmp_path, guided())
     assert kept(tmp_path) == kept(swept)
@@ -487,11 +489,13 @@ def test_the_switches_of_a_repeatable_backward_are_put_back(fails: bool, switche
     team = Team([CPU] * 2)
 
     def sweeps(worker: Worker) -> None:
-        on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), everyone=worker.everyone, once=worker.once)
+        on_gpu: Any = SimpleNamespace(
+            device=torch.device("cuda"), all_gather_object=worker.all_gather_object, run_once=worker.run_once
+        )
         with contextlib.suppress(ZeroDivisionError), repeatable(on_gpu):
             assert Switches.now() == (True, True, False)
             assert 1 / (not fails)
-        worker.everyone(None)
+        worker.all_gather_object(None)
 
     team.run(sweeps)
     assert Switches.now() == switched

@@ -18,8 +18,8 @@ import torch
 import releases
 from fourfold.core import widening
 from fourfold.datatypes import Event, FourfoldError
+from fourfold.distributed.devices import Machine
 from fourfold.quantize import solve
-from fourfold.quantize.devices import Machine
 from fourfold.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]

@@ -28,7 +28,7 @@ CHILD = """
 import json, re, sys
 from pathlib import Path
 from fourfold.core import widening
-from fourfold.quantize.devices import Machine
+from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
 widened, model, out, *overrides = sys.argv[1:]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import reference
 from fourfold.datatypes import Rows
+from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.quantize.observe import MOST_IMPORTANT, token_importance
-from fourfold.quantize.workers import Team, Worker, alone
 
 ROWS, LENGTH, HIDDEN = 5, 13, 37
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def hidden_RTD() -> Tensor:
 
 def importance(worker: Worker, hidden_RTD: Tensor, power: float) -> Tensor:
     """Of all workers' tokens, each of which has its rows."""
-    own_RTD = hidden_RTD[worker.share(ROWS)]
+    own_RTD = hidden_RTD[worker.own_samples(ROWS)]
     return token_importance(worker, Rows(torch.zeros(own_RTD.shape[:2], dtype=torch.int64), own_RTD), power)
 
 
@@ -64,5 +64,5 @@ def test_states_of_length_zero_alone_weigh_alike() -> None:
 def test_several_workers_find_what_one_finds(hidden_RTD: Tensor, workers: int) -> None:
     """Rows are not shared out evenly, and the median is that of all."""
     wanted_T = importance(alone(CPU), hidden_RTD, 0.5)
-    found = Team([CPU] * workers).run(lambda worker: worker.everyone(importance(worker, hidden_RTD, 0.5)))
+    found = Team([CPU] * workers).run(lambda worker: worker.all_gather_object(importance(worker, hidden_RTD, 0.5)))
     assert len(found) == workers and all(torch.equal(found_T, wanted_T) for found_T in found)

@@ -15,13 +15,13 @@ import checkpoints
 import families
 from fourfold.core.kernels import cuda
 from fourfold.datatypes import Action, FourfoldError
+from fourfold.distributed.devices import expand_devices
 from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import advice, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.claims import claim_tensors
-from fourfold.quantize.devices import expand_devices
 from fourfold.quantize.estimate import Workload
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.plan import GroupRow, Plan, make_plan

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from fourfold.quantize import ranks
-from fourfold.quantize.ranks import Ranks
+from fourfold.distributed import ranks
+from fourfold.distributed.ranks import Ranks
 
 COUNTS, WIDTH, PARTIALS = (5, 3), 7, 2
 ENDS = [slice(0, 5), slice(5, 8)]
@@ -44,13 +44,13 @@ def speak(rank: int, kind: type[Ranks], port: int, folder: str) -> None:
         for places in (ENDS, [slice(0, 8), slice(8, 8)]):  # a rank without rows, too
             all_TX = torch.zeros(8, WIDTH, dtype=dtype)
             all_TX[places[rank]] = rows(places, dtype)[places[rank]]
-            one.fill_(all_TX, places)
+            one.all_gather_into_(all_TX, places)
             assert torch.equal(all_TX, rows(places, dtype))
-    sums = one.reduce([partial(rank, worker) for worker in range(PARTIALS)], ENDS)
-    none = one.reduce([partial(rank, 0)], [slice(0, 8), slice(8, 8)])
+    sums = one.reduce_scatter([partial(rank, worker) for worker in range(PARTIALS)], ENDS)
+    none = one.reduce_scatter([partial(rank, 0)], [slice(0, 8), slice(8, 8)])
     assert [len(each) for each in none] == ([8, 8] if rank == 0 else [0, 0])
     torch.save(sums, f"{folder}/{rank}")
-    one.leave()
+    one.destroy()
 
 
 @pytest.mark.parametrize("kind", [Ranks, Elsewhere])

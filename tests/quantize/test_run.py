@@ -23,15 +23,15 @@ import reference
 import releases
 import whole
 from fourfold.datatypes import Event, FourfoldError
+from fourfold.distributed.devices import Machine
+from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize import calibrate
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize import run as run_module
-from fourfold.quantize.devices import Machine
 from fourfold.quantize.memory import MemoryPlan
 from fourfold.quantize.observe import Observed
 from fourfold.quantize.run import quantize
-from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]

@@ -17,6 +17,7 @@ import problems
 import reference
 from fourfold.core import guidance
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
+from fourfold.distributed.workers import alone
 from fourfold.formats import named
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.experts import Experts
@@ -26,8 +27,7 @@ from fourfold.model.loader import Layer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import estimate, site, solve
 from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
-from fourfold.quantize.observe import Observed, Traffic, observe
-from fourfold.quantize.workers import alone
+from fourfold.quantize.observe import MoeInputs, Observed, observe
 from fourfold.recipe import Guidance, Recipe, load_recipe
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, GROUP = 4, 64, 96, 240, 32
@@ -355,7 +355,7 @@ def test_own_experts_outputs_are_summed_by_token(
 def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
-    traffic = Traffic(rows, observed.counts, observed.input_TD, observed.routing)
+    traffic = MoeInputs(rows, observed.counts, observed.input_TD, observed.routing)
     seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic))
     assert seen.target_TD is seen.input_TD and seen.gap_TD is None and (seen.importance_T == 1).all()
     released = {asymmetric: solve_with(layer, seen, recipe(asymmetric=asymmetric)) for asymmetric in (False, True)}
@@ -381,7 +381,7 @@ def test_what_the_rows_lack_is_source_less_release(layer: DecoderLayer, observed
     worker = alone(torch.device("cpu"))
     token_RT = torch.zeros(2, TOKENS // 2, dtype=torch.int64)
     source, release = (
-        Traffic(Rows(token_RT, normal(2, TOKENS // 2, HIDDEN, seed=seed).bfloat16()), observed.counts, input_TD,
+        MoeInputs(Rows(token_RT, normal(2, TOKENS // 2, HIDDEN, seed=seed).bfloat16()), observed.counts, input_TD,
                 observed.routing)
         for seed, input_TD in ((7, observed.target_TD), (8, observed.input_TD))
     )  # fmt: skip

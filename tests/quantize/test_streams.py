@@ -20,11 +20,11 @@ import checkpoints
 import releases
 import whole
 from fourfold.bundled import CALIBRATION_TEXTS
+from fourfold.distributed.devices import Machine
+from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.skeleton import Skeleton
-from fourfold.quantize.devices import Machine
 from fourfold.quantize.streams import embed, embedded, embeddings
-from fourfold.quantize.workers import Team, Worker, alone
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.records.release import Reference
 from fourfold.records.results import Status
@@ -164,9 +164,9 @@ def test_workers_embed_by_one_matrix_at_the_same_time(source: Path) -> None:
     index, skeleton, token_RT = TensorIndex.open(source), Skeleton.open(source), torch.randint(100, 2000, (64, 8))
 
     def job(worker: Worker) -> Tensor:
-        around = worker.once(lambda: embeddings(index, skeleton))
-        own_RTD = embedded(around, token_RT[worker.share(len(token_RT))], torch.empty)
-        return worker.gather([own_RTD])[0]
+        around = worker.run_once(lambda: embeddings(index, skeleton))
+        own_RTD = embedded(around, token_RT[worker.own_samples(len(token_RT))], torch.empty)
+        return worker.all_gather([own_RTD])[0]
 
     expected_RTD = index.read(f"{PREFIX}embed_tokens.weight")[token_RT]
     assert torch.equal(Team([torch.device("cpu")] * 4).run(job), expected_RTD)

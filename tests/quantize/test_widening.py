@@ -20,11 +20,11 @@ import releases
 from fourfold.cli.tables.run import show_plan
 from fourfold.core import widening
 from fourfold.datatypes import Action
+from fourfold.distributed import workers
 from fourfold.model.head import build_head, logits, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
 from fourfold.model.mtp import Drafts, read_draft_head
 from fourfold.model.weights import Weights
-from fourfold.quantize import workers
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.streams import embedded, embeddings, read_head
 from fourfold.recipe import Recipe, load_recipe

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize import workers
-from fourfold.quantize.devices import expand_devices, one_device
-from fourfold.quantize.ranks import Ranks
-from fourfold.quantize.trace import Trace, waited
-from fourfold.quantize.workers import LONGEST_STAGES, LOOKS, Team, Worker, alone, deal
+from fourfold.distributed import workers
+from fourfold.distributed.devices import expand_devices, one_device
+from fourfold.distributed.ranks import Ranks
+from fourfold.distributed.trace import Trace, waited
+from fourfold.distributed.workers import LONGEST_STAGES, LOOKS, Team, Worker, alone, assign_experts
 
 CPU = torch.device("cpu")
 
 
 def run_all(count: int, job: Callable[[Worker], Any]) -> list[Any]:
     """What a job gives on each of so many workers."""
-    return Team([CPU] * count).run(lambda worker: worker.everyone(job(worker)))
+    return Team([CPU] * count).run(lambda worker: worker.all_gather_object(job(worker)))
 
 
 # ---- who has what
@@ -36,7 +36,7 @@ def run_all(count: int, job: Callable[[Worker], Any]) -> list[Any]:
 @given(count=st.integers(0, 50), size=st.integers(1, 7))
 def test_rows_are_shared_out_evenly_and_in_order(count: int, size: int) -> None:
     team = Team([CPU] * size)
-    shares = [Worker(team, place).share(count) for place in range(size)]
+    shares = [Worker(team, place).own_samples(count) for place in range(size)]
     assert [row for share in shares for row in range(count)[share]] == list(range(count))
     lengths = [share.stop - share.start for share in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -44,7 +44,7 @@ def test_rows_are_shared_out_evenly_and_in_order(count: int, size: int) -> None:
 
 @given(tokens=st.lists(st.integers(0, 1000), min_size=1, max_size=64), hands=st.integers(1, 5))
 def test_every_expert_is_dealt_once(tokens: list[int], hands: int) -> None:
-    dealt = deal(torch.tensor(tokens), hands)
+    dealt = assign_experts(torch.tensor(tokens), hands)
     assert sorted(expert for hand in dealt for expert in hand) == list(range(len(tokens)))
     assert all(list(hand) == sorted(hand) for hand in dealt)
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -52,10 +52,10 @@ def test_every_expert_is_dealt_once(tokens: list[int], hands: int) -> None:
 
 def test_busy_experts_are_spread() -> None:
     """Snake order by hand: 0 1 2 3 by tokens, two hands: {0, 3}, {1, 2}."""
-    assert deal(torch.tensor([40, 30, 20, 10]), 2) == [(0, 3), (1, 2)]
-    assert deal(torch.tensor([10, 10, 10]), 2) == [(0,), (1, 2)]
+    assert assign_experts(torch.tensor([40, 30, 20, 10]), 2) == [(0, 3), (1, 2)]
+    assert assign_experts(torch.tensor([10, 10, 10]), 2) == [(0,), (1, 2)]
     loads = torch.randint(0, 1000, (256,), generator=torch.Generator().manual_seed(0))
-    sums = [int(loads[list(hand)].sum()) for hand in deal(loads, 4)]
+    sums = [int(loads[list(hand)].sum()) for hand in assign_experts(loads, 4)]
     assert max(sums) / min(sums) < 1.02
 
 
@@ -67,7 +67,7 @@ def test_gather_is_in_order_of_rank_and_in_one_piece(size: int) -> None:
     def job(worker: Worker) -> tuple[torch.Tensor, tuple[int, ...], int]:
         rows = torch.full((worker.rank, 4), float(worker.rank))  # the first has none
         parts = list(rows.split(1)) if worker.rank else ([] if size > 1 else [rows])
-        all_TX, counts = worker.gather(parts)
+        all_TX, counts = worker.all_gather(parts)
         assert not parts
         return all_TX, counts, all_TX.data_ptr()
 
@@ -80,7 +80,7 @@ def test_gather_is_in_order_of_rank_and_in_one_piece(size: int) -> None:
 def test_a_file_stands_in_for_memory_and_leaves_none_behind(tmp_path: Path) -> None:
     team = Team([CPU, CPU])
     team.spill = tmp_path
-    gathered = team.run(lambda worker: worker.gather([torch.full((2, 3), worker.rank, dtype=torch.bfloat16)])[0])
+    gathered = team.run(lambda worker: worker.all_gather([torch.full((2, 3), worker.rank, dtype=torch.bfloat16)])[0])
     assert gathered.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
     assert not list(tmp_path.iterdir())
 
@@ -91,7 +91,7 @@ def test_sum_gives_each_worker_its_rows_of_all(size: int) -> None:
 
     def job(worker: Worker) -> torch.Tensor:
         partial = torch.arange(sum(counts), dtype=torch.float32)[:, None] * 10.0**worker.rank
-        return worker.sum(partial, counts)
+        return worker.reduce_scatter(partial, counts)
 
     found = torch.cat(run_all(size, job))
     assert found[:, 0].tolist() == [row * sum(10.0**rank for rank in range(size)) for row in range(sum(counts))]
@@ -100,7 +100,7 @@ def test_sum_gives_each_worker_its_rows_of_all(size: int) -> None:
 def test_sums_are_added_in_order_of_rank() -> None:
     """fp32: (1e8 + 1) - 1e8 is 0, (1e8 - 1e8) + 1 is 1."""
     values = [1e8, 1.0, -1e8]
-    found = run_all(3, lambda worker: worker.total(torch.tensor(values[worker.rank])).item())
+    found = run_all(3, lambda worker: worker.all_reduce(torch.tensor(values[worker.rank])).item())
     assert found == [0.0] * 3
 
 
@@ -108,8 +108,8 @@ def test_once_is_made_once_and_collect_reaches_the_leading_worker() -> None:
     made: list[int] = []
 
     def job(worker: Worker) -> tuple[int, list[int]]:
-        worker.once(lambda: made.append(worker.rank))
-        return len(made), worker.collect(worker.rank)
+        worker.run_once(lambda: made.append(worker.rank))
+        return len(made), worker.gather_object(worker.rank)
 
     assert run_all(3, job) == [(1, [0, 1, 2]), (1, []), (1, [])]
     assert made == [0]
@@ -132,10 +132,10 @@ def test_what_one_raises_stops_the_others_and_says_where() -> None:
     def job(worker: Worker) -> None:
         try:
             with worker.span("solve", 3):
-                worker.everyone(None)
+                worker.all_gather_object(None)
                 if worker.rank == 1:
                     raise FourfoldError("expert 5 is not finite")
-                worker.everyone(None)
+                worker.all_gather_object(None)
         finally:
             stopped.append(worker.rank)
 
@@ -146,7 +146,7 @@ def test_what_one_raises_stops_the_others_and_says_where() -> None:
 
 def test_a_bug_keeps_its_traceback_and_says_where() -> None:
     def job(worker: Worker) -> None:
-        worker.team.at(worker.place, "attend", 2)
+        worker.team.enter(worker.local_rank, "attend", 2)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError) as caught:
@@ -170,7 +170,7 @@ def test_a_worker_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with worker.span("solve", 7):
             if worker.rank == 1:
                 release.wait(30)
-            worker.everyone(None)
+            worker.all_gather_object(None)
 
     start = time.monotonic()
     with pytest.raises(FourfoldError, match=r"worker 1 on cpu hangs: no sign of life .* in solve of layer 7"):
@@ -193,14 +193,14 @@ def looked_at(looks: int, *, asking: bool = False, arrived: bool = False, beats:
     stage: looks within a stage that it went through before.
     """
     team = Team([CPU] * 2)
-    team.ranks = cast(Ranks, SimpleNamespace(asking=asking))
+    team.ranks = cast(Ranks, SimpleNamespace(waiting=asking))
     for look in range(stage + looks):
-        team.beat(1)
-        team.beat(0) if beats or look < stage else None
+        team.heartbeat(1)
+        team.heartbeat(0) if beats or look < stage else None
         team._arrived = {0} if arrived else set()
         team._look()
         if look + 1 == stage:
-            team.at(0, "solve", 0)
+            team.enter(0, "solve", 0)
     return team._failure is not None
 
 
@@ -220,8 +220,8 @@ def test_signs_of_life_are_enough() -> None:
     def job(worker: Worker) -> int:
         for _ in range(8 if worker.rank else 0):
             time.sleep(0.1)
-            worker.beat()
-        return len(worker.everyone(None))
+            worker.heartbeat()
+        return len(worker.all_gather_object(None))
 
     assert Team([CPU] * 2, patience_seconds=0.4).run(job) == 2
 
@@ -274,7 +274,7 @@ def test_waiting_is_counted() -> None:
         with worker.span("solve"):
             if worker.rank:
                 time.sleep(0.2)
-        worker.everyone(None)
+        worker.all_gather_object(None)
 
     team = Team([CPU] * 2)
     team.run(job)
@@ -291,7 +291,7 @@ def test_what_is_inside_a_stage_is_not_counted_twice() -> None:
                 time.sleep(0.02)
             with worker.span("wait for writer", 3):
                 time.sleep(0.02)
-            worker.everyone(None)
+            worker.all_gather_object(None)
 
     team = Team([CPU] * 2)
     team.run(job)
@@ -305,7 +305,11 @@ def test_what_is_inside_a_stage_is_not_counted_twice() -> None:
 
 def test_a_worker_alone_waits_for_nobody() -> None:
     worker = alone(CPU)
-    assert (worker.rank, worker.size, worker.leads, worker.share(5)) == (0, 1, True, slice(0, 5))
+    assert (worker.rank, worker.size, worker.is_leader, worker.own_samples(5)) == (0, 1, True, slice(0, 5))
     values = torch.ones(3, 2)
-    assert worker.gather([values])[0] is values and worker.sum(values, [3]) is values and worker.total(values) is values
+    assert (
+        worker.all_gather([values])[0] is values
+        and worker.reduce_scatter(values, [3]) is values
+        and worker.all_reduce(values) is values
+    )
     assert not worker.team.trace.spans

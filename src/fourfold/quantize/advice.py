@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from fourfold import formats
 from fourfold.datatypes import Event
+from fourfold.distributed.devices import devices_text
 from fourfold.formats.format import Format
 from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex
-from fourfold.quantize.devices import devices_text
 from fourfold.quantize.estimate import ROW_DAMPING, DiskPlan, Workload, damping_by_rule
 from fourfold.quantize.identity import layers_text
 from fourfold.quantize.memory import MemoryPlan

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fourfold.core import guidance, moments, widening
 from fourfold.datatypes import Moments
+from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, Pairs, expert_hidden, of_gate_up
 from fourfold.quantize.estimate import ROW_POOL_ROWS
 from fourfold.quantize.observe import Observed, own_tokens
-from fourfold.quantize.workers import Worker
 
 POOL_PIECE = 2_048  # random tokens that go through all experts of a chunk at one time
 
@@ -84,7 +84,7 @@ def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> T
     weight_T = observed.importance_T
     if router_weighted:
         weight_T = weight_T * observed.routing.weight_TA.float().sum(dim=1)
-    total_KK = worker.total(moments.pool(observed.input_TD[own].to(weight_T.device), weight_T[own]))
+    total_KK = worker.all_reduce(moments.pool(observed.input_TD[own].to(weight_T.device), weight_T[own]))
     return total_KK.div_(weight_T.sum())
 
 

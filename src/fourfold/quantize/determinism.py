@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fourfold.quantize.workers import Worker
+from fourfold.distributed.workers import Worker
 
 
 class Switches(NamedTuple):
@@ -37,10 +37,10 @@ def repeatable(worker: Worker) -> Iterator[None]:
     if worker.device.type != "cuda":
         yield
         return
-    before = worker.once(Switches.now)  # before any worker of this process sets them
+    before = worker.run_once(Switches.now)  # before any worker of this process sets them
     Switches(deterministic=True, warn_only=True, fill=False).set()  # filling would take time and change nothing
     try:
         yield
-        worker.everyone(None)
+        worker.all_gather_object(None)
     finally:
         before.set()

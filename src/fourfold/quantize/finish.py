@@ -18,6 +18,7 @@ import torch
 import fourfold
 from fourfold.core import metrics
 from fourfold.datatypes import ShardRecord, StreamDrift
+from fourfold.distributed.trace import Span, waited
 from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS, copy_file, dump, write_text
@@ -31,7 +32,6 @@ from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, read_summary
-from fourfold.quantize.trace import Span, waited
 from fourfold.recipe import dump_recipe
 from fourfold.records.log import write_log
 from fourfold.records.release import File, Output, Reference, SourceFacts, State, Worker

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fourfold.core import guidance, moments
 from fourfold.datatypes import FourfoldError, Tick
+from fourfold.distributed.workers import Worker
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
@@ -28,7 +29,6 @@ from fourfold.quantize.journal import Journal, sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.streams import embedded, embeddings, read_head, require_numbers
-from fourfold.quantize.workers import Worker
 from fourfold.records.record import read_entry, write_entry
 from fourfold.records.release import CurvatureRecord, GuidanceFacts, GuidedLayer
 
@@ -65,7 +65,7 @@ class Guide:
     out: Path
     token_RT: Tensor
     batch_rows: int
-    left: Left
+    remaining_sweep: Left
     ahead: ReadAhead
     writer: Writer
 
@@ -79,7 +79,7 @@ def guided_layers(plan: Plan) -> tuple[int, ...]:
     return tuple(layer for layer in plan.solve if plan.layers[layer].routed and plan.work.guidance_tokens)
 
 
-def what_is_left(plan: Plan, out: Path) -> Left:
+def find_remaining_sweep(plan: Plan, out: Path) -> Left:
     """What an earlier run has left of the sweep, from the files in OUT. Makes their folder.
 
     A damaged curvature is dropped, and all gradients: the sweep goes back from the head again.
@@ -116,16 +116,16 @@ def sweep(worker: Worker, guide: Guide, stage: Stage) -> None:
     """
     _forward(worker, guide, stage)
     _backward(worker, guide, stage)
-    if worker.leads:
+    if worker.is_leader:
         guide.writer.join()
         for path in [*guide.folder.glob(f"{INPUT}-*"), *guide.folder.glob(f"{GRADIENT}-*")]:
             path.unlink()  # what the last layer to be gone through needed
-    worker.everyone(None)
+    worker.all_gather_object(None)
 
 
 def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
-    hidden_RTD = _inputs(worker, guide, guide.left.forward.start) if guide.left.forward else None
-    for number in guide.left.forward:
+    hidden_RTD = _inputs(worker, guide, guide.remaining_sweep.forward.start) if guide.remaining_sweep.forward else None
+    for number in guide.remaining_sweep.forward:
         assert hidden_RTD is not None
         output_RTD = torch.empty_like(hidden_RTD)
         with stage("forward", number, guide.token_RT.numel(), "tokens") as tick:
@@ -136,23 +136,23 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
                 tick(passed_RTD.shape[0] * passed_RTD.shape[1])
         require_numbers(layer, output_RTD)
         hidden_RTD = output_RTD
-        all_RTD, _ = worker.gather([hidden_RTD])
-        if worker.leads:
+        all_RTD, _ = worker.all_gather([hidden_RTD])
+        if worker.is_leader:
             guide.writer.submit(partial(_write_rows, guide.folder, INPUT, number + 1, all_RTD))
         del layer, all_RTD  # or they lie beside the next ones
-    if worker.leads:
+    if worker.is_leader:
         guide.writer.join()
-    worker.everyone(None)
+    worker.all_gather_object(None)
 
 
 def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
-    if not guide.left.backward:
+    if not guide.remaining_sweep.backward:
         return
-    if guide.left.from_head:
+    if guide.remaining_sweep.from_head:
         gradient_RTD = _from_head(worker, guide, stage)
     else:
-        gradient_RTD = _own_rows(worker, guide, GRADIENT, guide.left.backward.start + 1)
-    for number in guide.left.backward:
+        gradient_RTD = _own_rows(worker, guide, GRADIENT, guide.remaining_sweep.backward.start + 1)
+    for number in guide.remaining_sweep.backward:
         with stage("backward", number, guide.token_RT.numel(), "tokens") as tick, repeatable(worker):
             layer, tensors = _take(worker, guide, number)
             hidden_RTD = _inputs(worker, guide, number)
@@ -160,8 +160,8 @@ def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
         curvature_DD = None
         if weight_T is not None and number in guided_layers(guide.plan):
             curvature_DD = _curvature(worker, layer, gradient_RTD, weight_T)
-        all_RTD, _ = worker.gather([pushed_RTD])
-        if worker.leads:
+        all_RTD, _ = worker.all_gather([pushed_RTD])
+        if worker.is_leader:
             guide.writer.submit(partial(_write_layer, guide, number, tensors.digest, curvature_DD, all_RTD))
         gradient_RTD = pushed_RTD
         del layer, tensors, hidden_RTD, pushed_RTD, all_RTD  # or they lie beside the next ones
@@ -207,8 +207,8 @@ def _curvature(worker: Worker, layer: DecoderLayer, gradient_RTD: Tensor, weight
     is added to it.
     """
     gradient_TD = gradient_RTD.flatten(0, 1).to(layer.device)
-    total_DD = worker.total(moments.pool(gradient_TD, weight_T))
-    curvature_DD = total_DD / worker.total(weight_T.sum())
+    total_DD = worker.all_reduce(moments.pool(gradient_TD, weight_T))
+    curvature_DD = total_DD / worker.all_reduce(weight_T.sum())
     if not curvature_DD.diagonal().sum().isfinite():
         raise FourfoldError(
             f"layer {layer.index}: gradients of the end loss at its output are no numbers, so that it cannot be "
@@ -224,16 +224,16 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
     gradient_RTD = torch.empty_like(hidden_RTD)
     generator = torch.Generator().manual_seed(plan.recipe.calibration.seed)
     uniform_RT = torch.rand(guide.token_RT.shape, dtype=torch.float64, generator=generator)
-    uniform_RT = uniform_RT[worker.share(len(uniform_RT))]
+    uniform_RT = uniform_RT[worker.own_samples(len(uniform_RT))]
     with stage("backward", -1, guide.token_RT.numel(), "tokens") as tick:
-        ends, head_VD = worker.once(lambda: read_head(plan.index, plan.skeleton))
+        ends, head_VD = worker.run_once(lambda: read_head(plan.index, plan.skeleton))
         head = build_head(plan.skeleton.blueprint, ends, head_VD, worker.device)
         for row, uniform_T in enumerate(uniform_RT):
             row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
             gradient_RTD[row] = clip(row_TD).to(gradient_RTD.device)
             tick(len(row_TD))
-    all_RTD, _ = worker.gather([gradient_RTD])
-    if worker.leads:
+    all_RTD, _ = worker.all_gather([gradient_RTD])
+    if worker.is_leader:
         guide.writer.submit(partial(_replace_rows, guide.folder, place, all_RTD))
     return gradient_RTD
 
@@ -259,8 +259,8 @@ def _inputs(worker: Worker, guide: Guide, place: int) -> Tensor:
     """A worker's rows before layer `place`: embedded, or kept."""
     if place:
         return _own_rows(worker, guide, INPUT, place)
-    token_RT = guide.token_RT[worker.share(len(guide.token_RT))]
-    around = worker.once(lambda: embeddings(guide.plan.index, guide.plan.skeleton))
+    token_RT = guide.token_RT[worker.own_samples(len(guide.token_RT))]
+    around = worker.run_once(lambda: embeddings(guide.plan.index, guide.plan.skeleton))
     return embedded(around, token_RT, torch.empty)
 
 
@@ -280,7 +280,7 @@ def _record_path(folder: Path, layer: int) -> Path:
 
 
 def _own_rows(worker: Worker, guide: Guide, kind: str, place: int) -> Tensor:
-    index, own = _open(guide.folder, kind, place), worker.share(len(guide.token_RT))
+    index, own = _open(guide.folder, kind, place), worker.own_samples(len(guide.token_RT))
     header = index.header(HIDDEN)
     rows_RTD = torch.empty(own.stop - own.start, *header.shape[1:], dtype=DTYPES[header.dtype])
     index.read_range(HIDDEN, own.start * (header.size_bytes // header.shape[0]), raw_bytes(rows_RTD))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fourfold.core import metrics
 from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
+from fourfold.distributed.workers import Worker
 from fourfold.model.layer import (
     DecoderLayer,
     Pairs,
@@ -21,13 +22,12 @@ from fourfold.model.layer import (
     sort_pairs,
     with_output,
 )
-from fourfold.quantize.workers import Worker
 
 MOST_IMPORTANT = 4.0  # times the median token: a state of length zero is next to nothing, and its errors are too
 
 
 @dataclass(frozen=True)
-class Traffic:
+class MoeInputs:
     """What one stream's calibration rows bring to the experts of one layer; kept until the layer is solved.
 
     rows: this worker's, whose hidden states hold the layer's output without its routed experts; counts: tokens of each
@@ -62,7 +62,7 @@ class Observed:
     importance_T: Tensor
 
 
-def observe(worker: Worker, layer: DecoderLayer, source: Traffic, release: Traffic | None) -> Observed:
+def observe(worker: Worker, layer: DecoderLayer, source: MoeInputs, release: MoeInputs | None) -> Observed:
     """What a layer's own experts are learnt from, before their output is added to the rows. One tensor stays one; all
     tokens weigh the same.
     """
@@ -78,21 +78,21 @@ def observe(worker: Worker, layer: DecoderLayer, source: Traffic, release: Traff
     return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD, importance_T)
 
 
-def _gap(worker: Worker, tail: float, source: Traffic, release: Traffic) -> Tensor:
+def _gap(worker: Worker, tail: float, source: MoeInputs, release: MoeInputs) -> Tensor:
     """Source less release at all workers' tokens, on the host. Divided by what an expert's output is multiplied by
     before it is added, `tail` times the sum of the token's router weights, so that what its experts add comes to all of
     it.
     """
     assert release.routing is not None
     source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
-    room = worker.room(source.rows.token_RT.numel(), source_RTD.shape[2:], source_RTD.dtype)
+    room = worker.gather_buffer(source.rows.token_RT.numel(), source_RTD.shape[2:], source_RTD.dtype)
     weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
     weight_RT1 = weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu().view(*source_RTD.shape[:2], 1)
     gap_RTD = room.own_TX.view(source_RTD.shape)
     torch.sub(source_RTD, release_RTD, out=gap_RTD)
     for gap_TD, weight_T1 in zip(gap_RTD, weight_RT1, strict=True):  # BF16 by fp32 takes two fp32 copies
         gap_TD.div_(tail * weight_T1)
-    return worker.gathered(room)[0]
+    return worker.finish_gather(room)[0]
 
 
 def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
@@ -105,7 +105,7 @@ def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
     length_RT = torch.empty(rows.hidden_RTD.shape[:2])
     for length_T, hidden_TD in zip(length_RT, rows.hidden_RTD, strict=True):  # fp32 of all rows at once may be 2 GB
         torch.norm(hidden_TD.flatten(1).float(), dim=-1, out=length_T)
-    length_T, _ = worker.gather([length_RT.flatten()])
+    length_T, _ = worker.all_gather([length_RT.flatten()])
     return (length_T.median() / length_T).pow_(power).nan_to_num_(1.0).clamp_(max=MOST_IMPORTANT)
 
 
@@ -115,43 +115,43 @@ def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
     return slice(first, first + counts[worker.rank])
 
 
-def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> Traffic:
+def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> MoeInputs:
     """Attention, shared experts and router over a worker's rows. In place: `rows` then holds the output without
     experts, but of a layer that must be run again with their output. What the experts are given is gathered from all
     workers.
     """
-    hidden_RTD, link, room = rows.hidden_RTD, worker.link, None
+    hidden_RTD, link, room = rows.hidden_RTD, worker.transfer, None
     if layer.is_routed:
         # All workers' in one piece from the start: pieces that are put together later lie twice in memory then.
-        room = worker.room(rows.token_RT.numel(), (layer.stacks[0].shape[2],), layer.dtype)
+        room = worker.gather_buffer(rows.token_RT.numel(), (layer.stacks[0].shape[2],), layer.dtype)
     choices: list[Routing] = []
     places = list(_batches(len(hidden_RTD), batches.rows))
-    brought = link.bring(hidden_RTD[place] for place in places)
+    brought = link.prefetch(hidden_RTD[place] for place in places)
     for place, batch_RTD in zip(places, brought, strict=True):
         found = attend(layer, batch_RTD, rows.beside(place, layer.device))
         if layer.tail is not None:  # else these rows go through the layer again
-            link.put_(hidden_RTD[place], found.output_RTD)
+            link.copy_to_host_(hidden_RTD[place], found.output_RTD)
             rows.carry_(place, found.carried)
         if room is not None and found.input_TD is not None and found.routing is not None:
-            link.put_(room.own_TX.unflatten(0, rows.token_RT.shape)[place].flatten(0, 1), found.input_TD)
+            link.copy_to_host_(room.own_TX.unflatten(0, rows.token_RT.shape)[place].flatten(0, 1), found.input_TD)
             choices.append(found.routing)
         tick(found.output_RTD.shape[0] * found.output_RTD.shape[1])
-    link.settle()
+    link.synchronize()
     if room is None:
-        return Traffic(rows, (), None, None)
-    input_TD, counts = worker.gathered(room)
+        return MoeInputs(rows, (), None, None)
+    input_TD, counts = worker.finish_gather(room)
     device = layer.device if batches.inputs == "device" else torch.device("cpu")
-    return Traffic(rows, counts, input_TD.to(device, non_blocking=True), _gather_routing(worker, choices).to(device))
+    return MoeInputs(rows, counts, input_TD.to(device, non_blocking=True), _gather_routing(worker, choices).to(device))
 
 
 def _gather_routing(worker: Worker, choices: list[Routing]) -> Routing:
     """Of all workers' rows, which is given in pieces."""
-    index_TA, _ = worker.gather([choice.index_TA for choice in choices])
-    weight_TA, _ = worker.gather([choice.weight_TA for choice in choices])
+    index_TA, _ = worker.all_gather([choice.index_TA for choice in choices])
+    weight_TA, _ = worker.all_gather([choice.weight_TA for choice in choices])
     return Routing(index_TA=index_TA, weight_TA=weight_TA)
 
 
-def advance_(worker: Worker, layer: DecoderLayer, traffic: Traffic, batches: Batches, tick: Tick) -> Rows:
+def advance_(worker: Worker, layer: DecoderLayer, traffic: MoeInputs, batches: Batches, tick: Tick) -> Rows:
     """Add the routed experts' output to a worker's rows of a stream, in place, and hand the rows on."""
     rows = traffic.rows
     if traffic.input_TD is None or traffic.routing is None:
@@ -178,7 +178,7 @@ def _run_again_(layer: DecoderLayer, rows: Rows, experts_TD: Tensor, batches: Ba
 
 
 def _add_experts_(
-    worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, traffic: Traffic, batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, traffic: MoeInputs, batches: Batches, tick: Tick
 ) -> None:
     """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time.
 
@@ -198,9 +198,9 @@ def _add_experts_(
         partial_TD = run_experts(layer, input_TD, routing.to(layer.device))
         return partial_TD.to(hidden_TD.dtype) if worker.size == 1 else partial_TD  # alone, it is the sum
 
-    partials = worker.link.take(map(put_out, firsts, sizes))
+    partials = worker.transfer.drain(map(put_out, firsts, sizes))
     for first, counts, partial_TD in zip(firsts, sizes, partials, strict=True):
-        output_TD = worker.sum(partial_TD, counts).to(hidden_TD.dtype)
+        output_TD = worker.reduce_scatter(partial_TD, counts).to(hidden_TD.dtype)
         add_output_(layer, hidden_TD[first : first + len(output_TD)], output_TD)
         tick(len(output_TD))
 
@@ -226,7 +226,7 @@ def pass_heldout_(
     of all workers.
     """
     drifts = [_Drift() for _ in layers[1:]]
-    for first in range(0, max(worker.everyone(len(rows[0].hidden_RTD))), batches.rows):
+    for first in range(0, max(worker.all_gather_object(len(rows[0].hidden_RTD))), batches.rows):
         batch = slice(first, first + batches.rows)
         source_RTD, source_routing = pass_batch(worker, layers[0], rows[0], batch, batches)
         tick(source_RTD.shape[0] * source_RTD.shape[1])
@@ -237,7 +237,7 @@ def pass_heldout_(
                 share = metrics.router_agreement(source_routing.index_TA, release_routing.index_TA)
                 drift.agreement += [share] * len(source_RTD)
             tick(release_RTD.shape[0] * release_RTD.shape[1])
-    return tuple(_Drift.join(worker.everyone(drift)).finish(layers[0].index) for drift in drifts)
+    return tuple(_Drift.join(worker.all_gather_object(drift)).finish(layers[0].index) for drift in drifts)
 
 
 class _Drift:
@@ -284,8 +284,8 @@ def pass_batch(
             rows.carry_(place, found.carried)
     if not layer.is_routed:
         return hidden_RTD, None
-    input_TD, counts = worker.gather(inputs)
-    traffic = Traffic(Rows(torch.empty(0), hidden_RTD), counts, input_TD, _gather_routing(worker, choices))
+    input_TD, counts = worker.all_gather(inputs)
+    traffic = MoeInputs(Rows(torch.empty(0), hidden_RTD), counts, input_TD, _gather_routing(worker, choices))
     if layer.tail is not None:
         _add_experts_(worker, layer, hidden_RTD.flatten(0, 1), traffic, batches, lambda count: None)
         return hidden_RTD, choices[0] if choices else None

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from fourfold.core import grid
 from fourfold.datatypes import Action, FourfoldError, ShardRecord, TensorHeader
+from fourfold.distributed.trace import READER, WRITER, Trace
+from fourfold.distributed.transfer import Transfer
+from fourfold.distributed.workers import Worker
 from fourfold.formats import named
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
 from fourfold.model.layer import LayerTensors, read_layer
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
-from fourfold.quantize.link import Link
 from fourfold.quantize.plan import Plan, RestShard
-from fourfold.quantize.trace import READER, WRITER, Trace
-from fourfold.quantize.workers import Worker
 
 
 class Writer:
@@ -196,8 +196,8 @@ class Taken:
 
     def at(self, worker: Worker) -> LayerTensors:
         """With what was sent on the worker's device, where it may be used from now on."""
-        worker.link.arrive()
-        return self.sent[worker.place]
+        worker.transfer.wait_for_uploads()
+        return self.sent[worker.local_rank]
 
 
 class ReadAhead:
@@ -207,7 +207,7 @@ class ReadAhead:
     it is known whose they are.
     """
 
-    def __init__(self, plan: Plan, trace: Trace, layers: Iterable[int], links: Sequence[Link]) -> None:
+    def __init__(self, plan: Plan, trace: Trace, layers: Iterable[int], links: Sequence[Transfer]) -> None:
         self._plan, self._trace, self._layers, self._links = plan, trace, iter(layers), links
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._next = self._read()
@@ -221,13 +221,13 @@ class ReadAhead:
 
     def _run(self, layer: int, kept: list[str]) -> Taken:
         start = time.time()
-        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept, self._links[0].room)
+        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept, self._links[0].host_buffer)
         self._trace.add("read", READER, start, time.time(), layer)
         return Taken(tensors, tuple(self._send(tensors, link) for link in self._links))
 
     @staticmethod
-    def _send(tensors: LayerTensors, link: Link) -> LayerTensors:
-        return dataclasses.replace(tensors, kept={name: link.send(value) for name, value in tensors.kept.items()})
+    def _send(tensors: LayerTensors, link: Transfer) -> LayerTensors:
+        return dataclasses.replace(tensors, kept={name: link.to_device(value) for name, value in tensors.kept.items()})
 
     def take(self, worker: Worker, layer: int) -> Taken:
         """The next layer, for all workers of this process."""
@@ -239,7 +239,7 @@ class ReadAhead:
             self._next = self._read()
             return taken
 
-        return worker.once(take)
+        return worker.run_once(take)
 
     def __enter__(self) -> ReadAhead:
         return self

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fourfold.distributed.transfer import pinned_bytes
 from fourfold.quantize.estimate import BF16, FP32, Workload
-from fourfold.quantize.link import pinned_bytes
 
 SUMS_BYTES = 600 * 10**6  # of sums on their way: where there are many workers, batches have fewer tokens
 TOKENS_LEAST = 4_096  # but not fewer than these, which keep GPUs busy

@@ -24,21 +24,24 @@ from fourfold.datatypes import (
     Tick,
     ignore,
 )
+from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
+from fourfold.distributed.ranks import join_ranks
+from fourfold.distributed.trace import write_trace
+from fourfold.distributed.workers import Team, Worker
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
-from fourfold.quantize.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
     Left,
+    find_remaining_sweep,
     guided_layers,
     predicted_shares,
     read_curvature,
     row_damping,
     spread_rows,
     sweep,
-    what_is_left,
 )
 from fourfold.quantize.heap import keep_freed_memory
 from fourfold.quantize.identity import identify, refuse_changes
@@ -57,14 +60,11 @@ from fourfold.quantize.memory import device_budget, sweep_rows
 from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
-from fourfold.quantize.ranks import join_ranks
+from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.site import round_experts_
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
 from fourfold.quantize.streams import Stream, Streams
 from fourfold.quantize.summary import Summary, read_summary
-from fourfold.quantize.trace import write_trace
-from fourfold.quantize.watch import Watch
-from fourfold.quantize.workers import Team, Worker
 from fourfold.recipe import Recipe
 from fourfold.records.release import Identity, Settings, State
 
@@ -83,20 +83,20 @@ class Job:
     journal: Journal
     ahead: ReadAhead
     writer: Writer
-    watch: Watch
-    left: Left | None  # of the sweep before the loop; None without guidance
+    reporter: ProgressReporter
+    remaining_sweep: Left | None  # of the sweep before the loop; None without guidance
 
     @contextmanager
     def stage(self, worker: Worker, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
         """A stage of one worker. The leading one tells of it, as if the others had come as far."""
         with worker.span(stage, layer):
-            if not worker.leads:
-                yield lambda count: worker.beat()
+            if not worker.is_leader:
+                yield lambda count: worker.heartbeat()
                 return
-            with self.watch.stage(stage, layer, total, unit) as tick:
+            with self.reporter.stage(stage, layer, total, unit) as tick:
 
                 def tell(count: int) -> None:
-                    worker.beat()
+                    worker.heartbeat()
                     tick(count * worker.size)
 
                 yield tell
@@ -123,22 +123,22 @@ def quantize(
     keep_freed_memory()
     devices = [torch.device(name) for name in expand_devices(machine.devices)]
     team = Team(devices, join_ranks(devices[0]))
-    team.agree(lambda: check_out(out, model))
+    team.broadcast(lambda: check_out(out, model))
     memory_bytes = machine.memory_bytes
     if memory_bytes is None:
-        memory_bytes = team.least(device_budget([str(device) for device in team.devices]))
+        memory_bytes = team.all_reduce_min(device_budget([str(device) for device in team.devices]))
     plan = make_plan(model, recipe, devices=team.names, memory_bytes=memory_bytes, host_bytes=machine.host_bytes,
                      exchange_bytes=team.ranks.device_bytes if team.ranks else 0, layers=layers, out=out)  # fmt: skip
     plan.require_disk()
     if machine.strict:
         plan.require_memory()
-    watch = Watch(progress if team.leads else ignore, plan.solve.stop)
+    watch = ProgressReporter(progress if team.is_leader else ignore, plan.solve.stop)
     watch.progress(start_event(plan, out))
-    texts = team.agree(lambda: read_texts(plan, watch))  # the last of what can be wrong before OUT is touched
-    with hold(out) if team.leads else nullcontext():
-        if restart and team.leads:
+    texts = team.broadcast(lambda: read_texts(plan, watch))  # the last of what can be wrong before OUT is touched
+    with hold(out) if team.is_leader else nullcontext():
+        if restart and team.is_leader:
             clear(out)
-        if team.leads:
+        if team.is_leader:
             watch.progress = _logged(out, progress)
         try:
             return _run(plan, texts, out, team, watch, trace)
@@ -146,10 +146,10 @@ def quantize(
             log(out, f"error: {error}")
             raise
         finally:
-            team.leave()
+            team.destroy()
 
 
-def read_texts(plan: Plan, watch: Watch) -> Texts:
+def read_texts(plan: Plan, watch: ProgressReporter) -> Texts:
     """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
     with watch.stage("calibrate"):
         tokenizer = calibrate.load_tokenizer(plan.index.folder)
@@ -167,7 +167,7 @@ def _logged(out: Path, progress: Progress) -> Progress:
     return tell
 
 
-def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: Path | None) -> Summary:
+def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: ProgressReporter, trace: Path | None) -> Summary:
     calibration, heldout = texts
     ranks = (str(team.ranks),) if team.ranks else ()
     for note in (*plan.run_warnings, *calibration.notes, *ranks):
@@ -180,7 +180,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
         threads=team.threads,
         devices=devices,
     )
-    journal = team.agree(lambda: _open(out, identity, settings))
+    journal = team.broadcast(lambda: _open(out, identity, settings))
     if journal is None:
         watch.note(f"{out} is finished already; nothing to do")
         return read_summary(out)
@@ -190,22 +190,31 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: Watch, trace: P
         watch.note(f"{shard}: its record in {STATE} cannot be read; written again")
     team.threads = journal.settings.threads
     team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
-    left = team.agree(lambda: what_is_left(plan, out)) if guided_layers(plan) else None
+    left = team.broadcast(lambda: find_remaining_sweep(plan, out)) if guided_layers(plan) else None
     if left and left.problem:
         watch.note(f"guidance: {left.problem}; curvatures are computed again")
     order = [*(left.layers if left else ()), *range(plan.solve.stop)]
-    with ReadAhead(plan, team.trace, order, team.links) as ahead, Writer(team.trace) as writer:
-        job = Job(plan=plan, out=out, texts=texts, journal=journal, ahead=ahead, writer=writer, watch=watch, left=left)
+    with ReadAhead(plan, team.trace, order, team.transfers) as ahead, Writer(team.trace) as writer:
+        job = Job(
+            plan=plan,
+            out=out,
+            texts=texts,
+            journal=journal,
+            ahead=ahead,
+            writer=writer,
+            reporter=watch,
+            remaining_sweep=left,
+        )
         measured = team.run(partial(run_layers, job))
-    if not team.leads:
-        return team.agree(lambda: read_summary(out))
+    if not team.is_leader:
+        return team.broadcast(lambda: read_summary(out))
     if trace is not None:
         write_trace(trace, measured.spans)
-    summary = finish.finish(journal, plan, texts, measured, watch.seconds, watch.tell)
+    summary = finish.finish(journal, plan, texts, measured, watch.seconds, watch.report)
     for note in plan.release_warnings:
         watch.progress(Event(kind="note", text=note))
     watch.progress(Event(kind="done", layers=watch.layers, data=summary.to_json()))
-    return team.agree(lambda: summary)
+    return team.broadcast(lambda: summary)
 
 
 def _open(out: Path, identity: Identity, settings: Settings) -> Journal | None:
@@ -231,26 +240,26 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     """
     plan, drifts = job.plan, []
     statistics, rtn, reference = None, None, None
-    if job.left is not None:
-        look_ahead(job, worker, job.left)
+    if job.remaining_sweep is not None:
+        run_guidance_sweep(job, worker, job.remaining_sweep)
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
         every = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
-    if worker.leads:
+    if worker.is_leader:
         job.writer.submit(partial(copy_rest, job))
     for layer_plan in plan.layers[: plan.solve.stop]:
         every, drift = pass_layer(job, worker, layer_plan, every)
         drifts.append(drift)
-        if worker.leads:
-            job.watch.finished(layer_plan.index, drift)
-    if worker.leads:
+        if worker.is_leader:
+            job.reporter.finish_layer(layer_plan.index, drift)
+    if worker.is_leader:
         with worker.span("wait for writer"):
             job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
             statistics, rtn, reference = streams.measure(worker, plan.index, plan.skeleton, every)
-    spans = worker.collect(worker.team.trace.spans if worker.place == 0 else [])
+    spans = worker.gather_object(worker.team.trace.spans if worker.local_rank == 0 else [])
     return Measured(statistics, rtn, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
 
@@ -290,17 +299,17 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, every: Streams) 
     return Streams(source, release, every.rtn), drift
 
 
-def look_ahead(job: Job, worker: Worker, left: Left) -> None:
+def run_guidance_sweep(job: Job, worker: Worker, left: Left) -> None:
     """The sweep before the loop, and what it promises."""
     batch_rows = sweep_rows(job.journal.settings.batches.rows)
     token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
-    guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, left=left, ahead=job.ahead,
-                  writer=job.writer)  # fmt: skip
+    guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, remaining_sweep=left,
+                  ahead=job.ahead, writer=job.writer)  # fmt: skip
     sweep(worker, guide, partial(job.stage, worker))
-    if worker.leads:
+    if worker.is_leader:
         shares = predicted_shares(job.plan, job.out)
         data: dict[str, object] = {"predicted_share": {str(layer): share for layer, share in shares.items()}}
-        job.watch.progress(Event(kind="note", text=prediction(shares), data=data))
+        job.reporter.progress(Event(kind="note", text=prediction(shares), data=data))
 
 
 def solve(
@@ -323,17 +332,17 @@ def solve(
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)
                 observed = dataclasses.replace(observed, importance_T=importance_T)
             curvature = None
-            if job.left is not None:
-                moment_DD = worker.once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))
+            if job.remaining_sweep is not None:
+                moment_DD = worker.run_once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))
                 curvature = Curvature(moment_DD.to(layer.device), row_damping(job.plan))
             result = solve_layer(worker, layer, observed, job.plan.recipe, chunking, curvature)
-    parts = worker.collect(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None))
-    if worker.leads:
+    parts = worker.gather_object(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None))
+    if worker.is_leader:
         whole = join_results(parts)
         if whole.chunk < job.journal.settings.batches.experts and layer.is_routed:
             job.journal.shrink(whole.chunk)
             text = f"layer {layer.index}: out of memory; chunks of {whole.chunk} experts from now on, the same codes"
-            job.watch.note(text, layer.index)
+            job.reporter.note(text, layer.index)
         with worker.span("wait for writer", layer_plan.index):
             job.writer.submit(partial(write_layer, job, layer_plan, tensors, whole))
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
@@ -349,10 +358,12 @@ def is_finished(job: Job, worker: Worker, layer_plan: LayerPlan, tensors: LayerT
     record = job.journal[layer_plan.shard]
     output.check_source(record, tensors.digest)
     with job.stage(worker, "restore", layer_plan.index):
-        problems = worker.everyone(worker.once(lambda: output.damage(job.out / record.shard, record.sha256)))
+        problems = worker.all_gather_object(
+            worker.run_once(lambda: output.damage(job.out / record.shard, record.sha256))
+        )
     problem = next(filter(None, problems), "")
-    if problem and worker.leads:
-        job.watch.note(f"layer {layer_plan.index}: {problem}; quantized again", layer_plan.index)
+    if problem and worker.is_leader:
+        job.reporter.note(f"layer {layer_plan.index}: {problem}; quantized again", layer_plan.index)
     return not problem
 
 
@@ -368,9 +379,9 @@ def restore_layer(job: Job, worker: Worker, layer_plan: LayerPlan, layer: Decode
 def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: LayerResult) -> None:
     """On the writer's thread: the layer's shard, then its record."""
     start = time.perf_counter()
-    job.watch.tell("write", layer_plan.index)
+    job.reporter.report("write", layer_plan.index)
     written = output.write_tensors(job.out, layer_plan.shard, tensors.kept | result.tensors)
-    job.watch.tell("record", layer_plan.index)
+    job.reporter.report("record", layer_plan.index)
     job.journal.add(
         ShardRecord(
             shard=layer_plan.shard,
@@ -383,7 +394,7 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
             guided={site: found / plain for site, (found, plain) in result.guided.items() if plain},
         )
     )
-    job.watch.tell("recorded", layer_plan.index)
+    job.reporter.report("recorded", layer_plan.index)
 
 
 def copy_rest(job: Job) -> None:
@@ -393,14 +404,14 @@ def copy_rest(job: Job) -> None:
     copied again.
     """
     for shard in () if job.plan.partial else job.plan.rest:
-        job.watch.tell("copy")
+        job.reporter.report("copy")
         before = job.journal[shard.shard] if shard.shard in job.journal else None
         problem = before and output.damage(job.out / before.shard, before.sha256)
         if before and not problem:
             output.check_source(before, output.rest_digest(shard, job.plan.index))
             continue
         if problem:
-            job.watch.note(f"{problem}; copied again")
+            job.reporter.note(f"{problem}; copied again")
         written = output.write_rest(job.out, shard, job.plan.index)
         if before:
             output.check_source(before, written.source_digest)

@@ -31,7 +31,7 @@ class Site:
     pool_EKK: Tensor
     calibration_tokens: int
     rows: guidance.RowFactor | None = None
-    judged: int = 0
+    sampled_experts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
     scale_ENG = _find_scales(objective, recipe)
     group = _find_codes(objective, scale_ENG, recipe)
-    guided = _gain(objective, group, scale_ENG[: site.judged], recipe)
+    guided = _gain(objective, group, scale_ENG[: site.sampled_experts], recipe)
     del scale_ENG
     methods, targets = objective.methods, [aim] * len(weight_ENK)
     if solver.fallback_share:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fourfold.core import grid, guidance, moments
 from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
+from fourfold.distributed.transfer import Transfer
+from fourfold.distributed.workers import Worker
 from fourfold.formats import named
 from fourfold.formats.format import Format
 from fourfold.model.layer import DecoderLayer
@@ -31,14 +33,12 @@ from fourfold.quantize.chunk import (
     row_pool,
 )
 from fourfold.quantize.estimate import pool_rows
-from fourfold.quantize.link import Link
 from fourfold.quantize.observe import Observed
 from fourfold.quantize.site import Site, Solved, solve_site
-from fourfold.quantize.workers import Worker
 from fourfold.recipe import Recipe, Solver
 
 STEPS = 4  # of an expert: moments and solve at both sites
-JUDGED = 1  # experts of a worker and layer that are solved without guidance too, to see what it gains
+SAMPLED_EXPERTS = 1  # experts of a worker and layer that are solved without guidance too, to see what it gains
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def solve_layer(
             continue
         whole += part
         first = experts.stop
-    worker.link.settle()
+    worker.transfer.synchronize()
     each = sum(clock.seconds.values()) / max(len(whole.rows), 1)
     rows = tuple(dataclasses.replace(row, seconds=each) for row in whole.rows)
     return LayerResult(whole.tensors, *job.released, rows, dict(clock.seconds), size, whole.guided)
@@ -196,7 +196,7 @@ def solve_gate_up(job: _Job, chunk: Chunk) -> Part:
             pool_EKK=job.pool_KK,
             calibration_tokens=len(job.observed.input_TD),
             rows=_gate_up_rows(job, chunk),
-            judged=_judged(chunk),
+            sampled_experts=_sampled_experts(chunk),
         )
     return _solve_site(job, chunk, site, job.released[0])
 
@@ -214,13 +214,13 @@ def solve_down(job: _Job, chunk: Chunk) -> Part:
             pool_EKK=down_pool(job.layer, gate_up_ENK, job.pool),
             calibration_tokens=len(job.observed.input_TD),
             rows=job.down_rows,
-            judged=_judged(chunk),
+            sampled_experts=_sampled_experts(chunk),
         )
     return _solve_site(job, chunk, site, job.released[1])
 
 
-def _judged(chunk: Chunk) -> int:
-    return max(min(JUDGED, chunk.experts.stop) - chunk.experts.start, 0)
+def _sampled_experts(chunk: Chunk) -> int:
+    return max(min(SAMPLED_EXPERTS, chunk.experts.stop) - chunk.experts.start, 0)
 
 
 def _solve_site(job: _Job, chunk: Chunk, site: Site, released_ENK: Tensor) -> Part:
@@ -233,7 +233,7 @@ def _solve_site(job: _Job, chunk: Chunk, site: Site, released_ENK: Tensor) -> Pa
         packed = _pack(solved.group, site.projections, format)
         released_ENK[chunk.place] = _unpack(packed, format).to(released_ENK.dtype)
         part = Part(
-            _named(job.chunking.stems, experts, packed, job.clock.worker.link),
+            _named(job.chunking.stems, experts, packed, job.clock.worker.transfer),
             list(_statistics(layer.index, experts, site.projections, solved, job.recipe.solver)),
             {} if site.rows is None else {site.name: solved.guided},
         )
@@ -296,14 +296,14 @@ def _unpack(packed: dict[str, dict[str, Tensor]], format: Format) -> Tensor:
 
 
 def _named(
-    stems: Sequence[Mapping[str, str]], experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Link
+    stems: Sequence[Mapping[str, str]], experts: Sequence[int], packed: dict[str, dict[str, Tensor]], link: Transfer
 ) -> dict[str, Tensor]:
     """Final names: `...mlp.experts.E.gate_proj.weight_packed` and so on; on the host when the link is settled."""
     return {
         f"{stems[expert][projection]}{suffix}": tensor
         for projection, tensors in packed.items()
         for suffix, stacked in tensors.items()
-        for expert, tensor in zip(experts, link.fetch(stacked), strict=True)
+        for expert, tensor in zip(experts, link.to_host(stacked), strict=True)
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fourfold.core import metrics
 from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
+from fourfold.distributed.workers import Worker
 from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
 from fourfold.model.head import (
     Around,
@@ -28,9 +29,8 @@ from fourfold.model.layer import DecoderLayer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.heap import give_back_free_memory
-from fourfold.quantize.observe import Traffic, advance_, attend_, own_tokens, pass_heldout_
+from fourfold.quantize.observe import MoeInputs, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import make_reference
-from fourfold.quantize.workers import Worker
 from fourfold.records.release import Reference
 
 
@@ -85,11 +85,11 @@ def embed(
 
     Raises FourfoldError for a model whose layers are given more than their own rows.
     """
-    around = worker.once(lambda: embeddings(index, skeleton))
+    around = worker.run_once(lambda: embeddings(index, skeleton))
     around.require_plain(texts[0][:1])
     calibration, heldout = (
-        Rows(token_RT, embedded(around, token_RT, worker.link.room))
-        for token_RT in (text_RT[worker.share(len(text_RT))] for text_RT in texts)
+        Rows(token_RT, embedded(around, token_RT, worker.transfer.host_buffer))
+        for token_RT in (text_RT[worker.own_samples(len(text_RT))] for text_RT in texts)
     )
     source = Stream(calibration=calibration, heldout=heldout)
     release = Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
@@ -98,7 +98,7 @@ def embed(
 
 def _yardstick(worker: Worker, heldout: Rows, count: int) -> Yardstick:
     """Every RTN_STEP-th of all workers' `count` held-out rows, those that are this worker's."""
-    place = slice(-worker.share(count).start % RTN_STEP, None, RTN_STEP)
+    place = slice(-worker.own_samples(count).start % RTN_STEP, None, RTN_STEP)
     rows = Rows(heldout.token_RT[place], heldout.hidden_RTD[place], list(heldout.carried))
     return Yardstick(_copied(worker, rows), place)
 
@@ -121,7 +121,7 @@ def embedded(around: Around, token_RT: Tensor, room: Callable[..., Tensor]) -> T
 
 
 def _copied(worker: Worker, rows: Rows) -> Rows:
-    hidden_RTD = worker.link.room(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
+    hidden_RTD = worker.transfer.host_buffer(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
     return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD), list(rows.carried))
 
 
@@ -145,38 +145,40 @@ def attended_tokens(streams: Streams) -> int:
 
 def attend(
     worker: Worker, layer: DecoderLayer, streams: Streams, batches: Batches, tick: Tick
-) -> tuple[Traffic, Traffic | None]:
+) -> tuple[MoeInputs, MoeInputs | None]:
     """Attention and router over the calibration rows of source and release; once where they are still the same.
 
     Raises FourfoldError, here and in `advance`, naming the layer whose outputs are no numbers any more.
     """
     source, release = streams.source, streams.release
     assert source.calibration is not None
-    source_traffic = attend_(worker, layer, source.calibration, batches, tick)
-    require_numbers(layer, _own_inputs(worker, source_traffic), source_traffic.rows.hidden_RTD)
+    source_inputs = attend_(worker, layer, source.calibration, batches, tick)
+    require_numbers(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
     if release.calibration is None:
-        return source_traffic, None
+        return source_inputs, None
     if release.calibration is not source.calibration:
-        release_traffic = attend_(worker, layer, release.calibration, batches, tick)
-        require_numbers(layer, _own_inputs(worker, release_traffic), release_traffic.rows.hidden_RTD)
-        return source_traffic, release_traffic
-    return source_traffic, dataclasses.replace(source_traffic, rows=_copied(worker, source_traffic.rows))
+        release_inputs = attend_(worker, layer, release.calibration, batches, tick)
+        require_numbers(layer, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
+        return source_inputs, release_inputs
+    return source_inputs, dataclasses.replace(source_inputs, rows=_copied(worker, source_inputs.rows))
 
 
-def _own_inputs(worker: Worker, traffic: Traffic) -> Tensor | None:
+def _own_inputs(worker: Worker, traffic: MoeInputs) -> Tensor | None:
     return None if traffic.input_TD is None else traffic.input_TD[own_tokens(worker, traffic.counts)]
 
 
-def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[Traffic, Traffic | None]) -> DecoderLayer:
+def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[MoeInputs, MoeInputs | None]) -> DecoderLayer:
     """The layer with the experts that are this worker's by the tokens its moments come from; a dense layer as it is."""
     routing = (traffic[1] or traffic[0]).routing
     if routing is None:
         return layer
-    return layer.owning(worker.own(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts)))
+    return layer.owning(
+        worker.assigned_experts(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts))
+    )
 
 
 def advance(
-    worker: Worker, layer: DecoderLayer, traffic: Traffic | None, stream: Stream, batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, traffic: MoeInputs | None, stream: Stream, batches: Batches, tick: Tick
 ) -> Stream:
     """A stream's calibration rows, if it has any, to the next layer, in place."""
     if traffic is None or stream.calibration is None:
@@ -221,16 +223,16 @@ def measure(
     """
 
     def ends() -> tuple[Ends, Tensor]:
-        worker.link.give_back()  # what the layers took
+        worker.transfer.free_pinned_memory()  # what the layers took
         return read_head(index, skeleton)
 
-    head = build_head(skeleton.blueprint, *worker.once(ends), worker.device)
+    head = build_head(skeleton.blueprint, *worker.run_once(ends), worker.device)
     source, release = streams.source.heldout, streams.release.heldout
-    reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.leads else None
+    reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.is_leader else None
 
     def against_source(rows: Rows, place: slice) -> metrics.Statistics:
         reference = Rows(source.token_RT[place], source.hidden_RTD[place])
-        parts = worker.everyone(_compared((head, head), (reference, rows), worker.beat))
+        parts = worker.all_gather_object(_compared((head, head), (reference, rows), worker.heartbeat))
         return metrics.join([row for part in parts for row in part])
 
     rtn = None if streams.rtn is None else against_source(streams.rtn.rows, streams.rtn.place)

@@ -21,7 +21,7 @@ from fourfold.model.head import Head, logits
 from fourfold.model.mtp import DraftHead, Drafts, at_positions, read_draft_head
 from fourfold.model.nextn import NextnHead, nextn_names, read_nextn_head
 from fourfold.model.weights import Weights
-from fourfold.quantize.watch import Watch
+from fourfold.quantize.progress import ProgressReporter
 from fourfold.records.results import Drafted
 from fourfold.release.sweep import Compute, embed, sweep_
 
@@ -72,7 +72,7 @@ def cut_prompts(token_RT: Tensor) -> Tensor:
     return stretch_RT[torch.arange(count) * len(stretch_RT) // count]
 
 
-def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch: Watch) -> Drafted | None:
+def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch: ProgressReporter) -> Drafted | None:
     """Acceptance of a checkpoint's drafts (core/metrics.acceptance), None if it has no draft head.
 
     `consistent` is the share of written tokens that the model chooses again when it reads the finished text: below 1

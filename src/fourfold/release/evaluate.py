@@ -12,15 +12,15 @@ from msgspec import structs
 
 from fourfold.core import metrics
 from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
+from fourfold.distributed.devices import check_device
 from fourfold.model.config import read_source_config
 from fourfold.model.head import Head
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
-from fourfold.quantize.devices import check_device
 from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_links
+from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.streams import compare
-from fourfold.quantize.watch import Watch
 from fourfold.recipe import FILE_KINDS, Heldout
 from fourfold.records.release import State
 from fourfold.records.results import Against, Drafted, Drafts, Metrics
@@ -89,7 +89,7 @@ def evaluate(
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
-    watch, compute = Watch(progress, skeleton.layers), Compute(torch.device(device), dtype)
+    watch, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, watch)
         drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
@@ -194,7 +194,7 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
 
 
 def _measure(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
 ) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
     checkpoints = (source, *(release.weights for release in releases))
@@ -203,7 +203,7 @@ def _measure(
     tokens = sum(stream.token_RT.numel() for stream in rows)
 
     def tell(layer: int, drifts: tuple[StreamDrift, ...]) -> None:
-        watch.finished(layer, drifts[0])
+        watch.finish_layer(layer, drifts[0])
 
     by_layer = sweep_(checkpoints, rows, compute, lambda layer: watch.stage("advance", layer, tokens, "tokens"), tell)
     with watch.stage("measure"):
@@ -223,7 +223,7 @@ def _head(release: Release, head: Head, compute: Compute) -> Head:
 
 
 def _draft(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: Watch
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
 ) -> list[Drafted | None]:
     """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
     prompt_RT = drafts.cut_prompts(text.token_RT)

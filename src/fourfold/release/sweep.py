@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
+from fourfold.distributed.workers import alone
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.weights import Weights
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
 from fourfold.quantize.streams import embedded, pass_rows_
-from fourfold.quantize.workers import alone
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Devices as workers that run one loop side by side: rows are split, experts are owned, outputs are summed back.
+"""Workers, one per device, that run the same loop: samples are split, experts are assigned, expert outputs are summed.
 
-On one host a worker is a thread with a device of its own, and what they exchange lies in host memory. Under torchrun
-each rank brings its workers, and the first of them speaks for the rank over torch.distributed. A worker alone is the
-same code with nothing to exchange. Workers meet in the same order everywhere; nobody waits busily.
+On one host a worker is a thread, and collectives go through host memory. Under torchrun each rank has its own workers;
+the first worker of a rank calls torch.distributed. A single worker runs the same code and exchanges nothing. Every
+worker calls the collectives in the same order.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.link import Link
-from fourfold.quantize.ranks import Ranks
-from fourfold.quantize.trace import Trace
+from fourfold.distributed.ranks import Ranks
+from fourfold.distributed.trace import Trace
+from fourfold.distributed.transfer import Transfer
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 300.0  # without a sign of life: a worker hangs. Kernels that are compiled first take a minute
+PATIENCE_SECONDS = 300.0  # without a heartbeat, after which a worker counts as hung; compiling kernels takes a minute
 LOOKS = 4  # in that time
 LONGEST_STAGES = 20  # so many times the longest stage seen are waited, where that is more
-BETWEEN = "start"  # and between stages; not in the trace
-GRACE_SECONDS = 60.0  # in which workers come to their next sign of life after one has failed
+BETWEEN = "start"  # also between stages; not in the trace
+GRACE_SECONDS = 60.0  # for the next heartbeat of the other workers after one has failed
 
 
 class Stopped(Exception):
-    """Raised in a worker because another one failed, or because the run was interrupted."""
+    """Raised in a worker when another one failed or the run was interrupted."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Team:
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.devices, self.ranks = tuple(devices), ranks
-        self.links = tuple(map(Link, devices))
+        self.transfers = tuple(map(Transfer, devices))
         self.threads = max(torch.get_num_threads() // len(devices), 1)
         self.trace = Trace()
         self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
@@ -87,39 +87,39 @@ class Team:
         self._failure: BaseException | None = None
         self._readers = 0
         named = [str(device) for device in devices]
-        everyone = ranks.everyone(named) if ranks else [named]
+        everyone = ranks.all_gather_object(named) if ranks else [named]
         self.counts = [len(names) for names in everyone]  # workers of each rank
         self.names = tuple(name for names in everyone for name in names)
         self.first, self.size = sum(self.counts[: ranks.rank if ranks else 0]), sum(self.counts)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory that all workers of this process write to; a file without a name where `spill` says so."""
+        """Allocate host memory for all workers of this process: an unlinked file if `spill` names a folder."""
         if self.spill is None:
-            return self.links[0].room(shape, dtype)
+            return self.transfers[0].host_buffer(shape, dtype)
         with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".inputs-") as file:
             flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
         return flat.view(shape)
 
-    def leave(self) -> None:
-        """Part from the other processes."""
+    def destroy(self) -> None:
+        """Leave the process group."""
         if self.ranks is not None:
-            self.ranks.leave()
+            self.ranks.destroy()
 
     @property
-    def leads(self) -> bool:
-        """Whether this process has the first of all workers: it keeps the journal and writes."""
+    def is_leader(self) -> bool:
+        """Whether this process has worker 0, which writes the output and the journal."""
         return self.first == 0
 
-    def agree(self, make: Callable[[], T]) -> T:
-        """Outside `run`: what `make` gives in the leading process, in every process. Its FourfoldError likewise."""
-        return make() if self.ranks is None else self.ranks.agree(make)
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Return in every process what `make` returns in the leading one, or raise its error. Outside `run` only."""
+        return make() if self.ranks is None else self.ranks.broadcast(make)
 
-    def least(self, value: int) -> int:
-        """Outside `run`: the smallest of all processes' values."""
-        return value if self.ranks is None else min(self.ranks.everyone(value))
+    def all_reduce_min(self, value: int) -> int:
+        """Return the smallest of all processes' values. Outside `run` only."""
+        return value if self.ranks is None else min(self.ranks.all_gather_object(value))
 
     def run(self, job: Callable[[Worker], T]) -> T:
-        """Run a job on every worker, each on a thread of its own; what the first of this process returns.
+        """Run a job on every worker, each on its own thread; return the result of this process's first worker.
 
         When one fails the others stop at their next sign of life, and what it raised is raised here: a FourfoldError
         that names device, layer and stage, or for a bug the exception itself with that as its note.
@@ -175,7 +175,7 @@ class Team:
             self._changed.notify_all()
 
     def _watch(self) -> None:
-        """Until all workers have ended or one has failed."""
+        """Wait until all workers have ended or one has failed."""
         due = 0.0
         with self._changed:
             while self._failure is None and not all(state.ended for state in self._states):
@@ -193,7 +193,7 @@ class Team:
         self._looks += 1
         patience = max(LOOKS, LONGEST_STAGES * self._longest)
         for place, state in enumerate(self._states):
-            elsewhere = place == 0 and self.ranks is not None and self.ranks.asking
+            elsewhere = place == 0 and self.ranks is not None and self.ranks.waiting
             waits = place in self._arrived or state.ended or elsewhere
             state.silent = 0 if waits or state.beats != state.seen else state.silent + 1
             state.seen = state.beats
@@ -205,28 +205,28 @@ class Team:
                 )
 
     def name(self, place: int) -> str:
-        """Of one of this process's workers, for people."""
+        """Return the name of one of this process's workers, for messages."""
         return f"worker {self.first + place} on {self.devices[place]}"
 
-    def beat(self, place: int) -> None:
-        """A sign of life. Raises Stopped where the run is over."""
+    def heartbeat(self, place: int) -> None:
+        """Record that a worker is alive. Raises Stopped if the run is over."""
         if self._failure is not None:
             raise Stopped
         self._states[place].beats += 1
 
-    def at(self, place: int, stage: str, layer: int) -> tuple[str, int]:
-        """A worker begins with a stage, or goes back to one; a sign of life. Returns where it was."""
+    def enter(self, place: int, stage: str, layer: int) -> tuple[str, int]:
+        """Record that a worker enters a stage, which is a heartbeat too. Returns its previous stage and layer."""
         state, now = self._states[place], time.time()
         before = state.stage, state.layer
         if state.stage != BETWEEN:
             self.trace.add(state.stage, self.first + place, state.since, now, state.layer)
         self._longest = max(self._longest, self._looks - state.began - 1)  # looks after the first
         state.stage, state.layer, state.since, state.began = stage, layer, now, self._looks
-        self.beat(place)
+        self.heartbeat(place)
         return before
 
-    def meet(self, place: int, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Wait for all workers of this process; what `combine` makes of their values, on the first one's thread."""
+    def exchange(self, place: int, value: Any, combine: Callable[[list[Any]], T]) -> T:
+        """Barrier over this process's workers; return `combine` of their values, computed on the first one's thread."""
         self._values[place] = value
         self._wait(place)
         if place == 0:
@@ -241,10 +241,10 @@ class Team:
         return outcome
 
     def _wait(self, place: int) -> None:
-        self.beat(place)
+        self.heartbeat(place)
         if len(self.devices) == 1:
             return
-        before = self.at(place, "wait", self._states[place].layer)
+        before = self.enter(place, "wait", self._states[place].layer)
         with self._changed:
             turn = self._turn
             self._arrived.add(place)
@@ -254,12 +254,12 @@ class Team:
                 self._changed.notify_all()
             while self._turn == turn and self._failure is None:
                 self._changed.wait()
-        self.at(place, *before)
+        self.enter(place, *before)
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """Rows of all workers, in order of rank, in one piece of host memory that this process's workers share.
+class GatherBuffer:
+    """Host memory for the rows of all workers, in order of rank, shared by this process's workers.
 
     counts: of each worker; own_TX: where a worker puts its own, before `Worker.gathered`.
     """
@@ -271,15 +271,15 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Worker:
-    """One of a team, on its own thread. Every verb is called by all workers in the same order."""
+    """One worker of a team, on its own thread. All workers call its collectives in the same order."""
 
     team: Team
-    place: int  # in this process
+    local_rank: int  # in this process
 
     @property
     def rank(self) -> int:
-        """Among all workers."""
-        return self.team.first + self.place
+        """Rank among all workers of all processes."""
+        return self.team.first + self.local_rank
 
     @property
     def size(self) -> int:
@@ -287,107 +287,110 @@ class Worker:
 
     @property
     def device(self) -> torch.device:
-        return self.team.devices[self.place]
+        return self.team.devices[self.local_rank]
 
     @property
-    def link(self) -> Link:
-        return self.team.links[self.place]
+    def transfer(self) -> Transfer:
+        return self.team.transfers[self.local_rank]
 
     @property
     def name(self) -> str:
-        return self.team.name(self.place)
+        return self.team.name(self.local_rank)
 
     @property
-    def leads(self) -> bool:
-        """The first of all: it writes and tells."""
+    def is_leader(self) -> bool:
+        """Whether this is worker 0, which writes the output and reports progress."""
         return self.rank == 0
 
-    def beat(self) -> None:
-        self.team.beat(self.place)
+    def heartbeat(self) -> None:
+        self.team.heartbeat(self.local_rank)
 
     @contextmanager
     def span(self, stage: str, layer: int = -1) -> Iterator[None]:
-        """A stretch of work under a name: where this worker is, and in the trace, without the stretches inside it."""
-        before = self.team.at(self.place, stage, layer)
+        """Name a stretch of work, for errors and for the trace, where nested stretches are not counted twice."""
+        before = self.team.enter(self.local_rank, stage, layer)
         yield
-        self.team.at(self.place, *before)
+        self.team.enter(self.local_rank, *before)
 
     # ---- split rows
 
-    def share(self, count: int) -> slice:
-        """This worker's part of `count` rows; the first ones may have one more."""
+    def own_samples(self, count: int) -> slice:
+        """Return this worker's part of `count` samples; the first workers may have one more."""
         first, last = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
         return slice(first, last)
 
     # ---- gather
 
-    def room(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Gathering:
-        """For `count` rows of this worker, which it has still to make, and those of all others."""
-        counts = tuple(self.everyone(count))
+    def gather_buffer(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> GatherBuffer:
+        """Allocate a buffer for `count` rows of this worker, still to be computed, and the rows of all others."""
+        counts = tuple(self.all_gather_object(count))
         first, last = sum(counts[: self.rank]), sum(counts[: self.rank + 1])
-        all_TX = self.once(lambda: self.team.allocate((sum(counts), *shape), dtype))
-        return Gathering(all_TX, counts, all_TX[first:last])
+        all_TX = self.run_once(lambda: self.team.allocate((sum(counts), *shape), dtype))
+        return GatherBuffer(all_TX, counts, all_TX[first:last])
 
-    def gathered(self, room: Gathering) -> tuple[Tensor, tuple[int, ...]]:
-        """The rows of all workers, when each has put its own there, and how many are of each."""
+    def finish_gather(self, room: GatherBuffer) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the rows of all workers and their counts, after each has written its own into the buffer."""
         ranks, ends = self.team.ranks, [0, *accumulate(room.counts)]
-        self.team.meet(
-            self.place, None, lambda _: ranks.fill_(room.all_TX, self._rows_of_ranks(ends)) if ranks else None
-        )
+
+        def fill(_: list[None]) -> None:
+            if ranks:
+                ranks.all_gather_into_(room.all_TX, self._rows_of_ranks(ends))
+
+        self.team.exchange(self.local_rank, None, fill)
         return room.all_TX, room.counts
 
-    def gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-        """The rows of all workers, in order of rank, and how many are of each.
+    def all_gather(self, parts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the rows of all workers, in order of rank, and their counts.
 
         parts: this worker's rows, in pieces, which are taken out of the list as they are copied; what a worker alone
         has in one piece stays where it is.
         """
         if self.size == 1 and len(parts) == 1:
             return parts[0], (len(parts.pop()),)
-        known = self.everyone((parts[0].shape[1:], parts[0].dtype) if parts else None)
+        known = self.all_gather_object((parts[0].shape[1:], parts[0].dtype) if parts else None)
         shape, dtype = next(like for like in known if like is not None)  # a worker may have no rows
-        room = self.room(sum(map(len, parts)), shape, dtype)
+        room = self.gather_buffer(sum(map(len, parts)), shape, dtype)
         start = 0
         parts.reverse()
         while parts:
             part = parts.pop()
             room.own_TX[start : start + len(part)] = part
             start += len(part)
-        return self.gathered(room)
+        return self.finish_gather(room)
 
-    def once(self, make: Callable[[], T]) -> T:
-        """What `make` gives, made once in each process and shared by its workers."""
-        return self.team.meet(self.place, None, lambda _: make())
+    def run_once(self, make: Callable[[], T]) -> T:
+        """Call `make` once per process and return its result to all of its workers."""
+        return self.team.exchange(self.local_rank, None, lambda _: make())
 
-    def everyone(self, value: T) -> list[T]:
-        """The values of all workers, in order of rank; small ones, as they travel pickled between hosts."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the values of all workers, in order of rank. Small values only: they are pickled between processes."""
         ranks = self.team.ranks
 
         def combine(values: list[T]) -> list[T]:
-            return values if ranks is None else [item for part in ranks.everyone(values) for item in part]
+            return values if ranks is None else [item for part in ranks.all_gather_object(values) for item in part]
 
-        return self.team.meet(self.place, value, combine)
+        return self.team.exchange(self.local_rank, value, combine)
 
-    def collect(self, value: T) -> list[T]:
-        """The values of all workers at the leading one, in order of rank; elsewhere an empty list."""
+    def gather_object(self, value: T) -> list[T]:
+        """Return the values of all workers, in order of rank, to worker 0; an empty list to the others."""
         ranks = self.team.ranks
 
         def combine(values: list[T]) -> list[T]:
-            return values if ranks is None else [item for part in ranks.collect(values) for item in part]
+            return values if ranks is None else [item for part in ranks.gather_object(values) for item in part]
 
-        values = self.team.meet(self.place, value, combine)
-        return values if self.leads else []
+        values = self.team.exchange(self.local_rank, value, combine)
+        return values if self.is_leader else []
 
     # ---- own experts
 
-    def own(self, tokens_E: Tensor) -> tuple[int, ...]:
-        """Experts of this worker, ascending. tokens_E: routed tokens of each, the same everywhere."""
-        return deal(tokens_E, self.size)[self.rank]
+    def assigned_experts(self, tokens_E: Tensor) -> tuple[int, ...]:
+        """Return this worker's experts, ascending. tokens_E: routed tokens of each expert, equal on all workers."""
+        return assign_experts(tokens_E, self.size)[self.rank]
 
     # ---- sum
 
-    def sum(self, partial_TD: Tensor, counts: Sequence[int]) -> Tensor:
-        """This worker's rows of the sum of what all workers put out for all rows; added in order of rank, on the host.
+    def reduce_scatter(self, partial_TD: Tensor, counts: Sequence[int]) -> Tensor:
+        """Sum all workers' outputs and return this worker's rows of the sum, added in order of rank, on the host.
 
         partial_TD: on the host, for the rows of every worker, in order of rank; counts: rows of each worker.
         """
@@ -397,21 +400,21 @@ class Worker:
         ranks = self.team.ranks
 
         def combine(partials: list[Tensor]) -> list[Tensor]:
-            return partials if ranks is None else ranks.reduce(partials, self._rows_of_ranks(ends))
+            return partials if ranks is None else ranks.reduce_scatter(partials, self._rows_of_ranks(ends))
 
         mine = slice(ends[self.rank], ends[self.rank + 1])
-        partials = self.team.meet(self.place, partial_TD, combine)
+        partials = self.team.exchange(self.local_rank, partial_TD, combine)
         first = ends[self.team.first] if ranks else 0
         total_TD = partials[0][mine.start - first : mine.stop - first].clone()
         for partial in partials[1:]:
             total_TD += partial[mine.start - first : mine.stop - first]
         return total_TD
 
-    def total(self, partial: Tensor) -> Tensor:
-        """The sum of all workers' values, added in order of rank, on this worker's device."""
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """Return the sum of all workers' values, added in order of rank, on this worker's device."""
         if self.size == 1:
             return partial
-        partials = self.everyone(partial.cpu())
+        partials = self.all_gather_object(partial.cpu())
         total = partials[0].clone()
         for other in partials[1:]:
             total += other
@@ -423,18 +426,18 @@ class Worker:
 
 
 def alone(device: torch.device) -> Worker:
-    """A worker without others, on the caller's thread."""
+    """Return a single worker on the caller's thread."""
     return Worker(Team((device,)), 0)
 
 
-def deal(tokens_E: Tensor, hands: int) -> list[tuple[int, ...]]:
-    """Experts dealt in snake order, those with most tokens first: as many for each, and nearly as many tokens.
+def assign_experts(tokens_E: Tensor, workers: int) -> list[tuple[int, ...]]:
+    """Assign experts to workers in snake order by tokens, most first: equal numbers of experts, nearly equal tokens.
 
-    Ties go by number, so that every worker deals the same hands.
+    Ties are broken by expert number, so that every worker computes the same assignment.
     """
     order = tokens_E.cpu().argsort(descending=True, stable=True).tolist()
-    dealt: list[list[int]] = [[] for _ in range(hands)]
+    assigned: list[list[int]] = [[] for _ in range(workers)]
     for place, expert in enumerate(order):
-        turn, seat = divmod(place, hands)
-        dealt[seat if turn % 2 == 0 else hands - 1 - seat].append(expert)
-    return [tuple(sorted(hand)) for hand in dealt]
+        turn, column = divmod(place, workers)
+        assigned[column if turn % 2 == 0 else workers - 1 - column].append(expert)
+    return [tuple(sorted(experts)) for experts in assigned]

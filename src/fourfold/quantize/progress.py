@@ -14,14 +14,14 @@ from fourfold.quantize.heap import give_back_free_memory
 
 
 @dataclass
-class Watch:
+class ProgressReporter:
     """Tells progress and adds up seconds by stage. layers: that rows go through in this run."""
 
     progress: Progress
     layers: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def tell(self, stage: str, layer: int = -1, text: str = "") -> None:
+    def report(self, stage: str, layer: int = -1, text: str = "") -> None:
         self.progress(Event(kind="stage", stage=stage, layer=layer, layers=self.layers, text=text))
 
     def note(self, text: str, layer: int = -1) -> None:
@@ -39,13 +39,13 @@ class Watch:
                 Event(kind="stage", stage=stage, layer=layer, layers=self.layers, done=done, total=total, unit=unit)
             )
 
-        self.tell(stage, layer)
+        self.report(stage, layer)
         give_back_free_memory()
         start = time.perf_counter()
         yield tick
         self.seconds[stage] += time.perf_counter() - start
 
-    def finished(self, layer: int, drift: StreamDrift) -> None:
+    def finish_layer(self, layer: int, drift: StreamDrift) -> None:
         data: dict[str, object] = {"hidden_error": drift.hidden_error, "memory_bytes": finish.peak_memory()}
         if drift.router_agreement is not None:
             data["router_agreement"] = drift.router_agreement

@@ -1,7 +1,7 @@
-"""Many processes under torchrun: what they exchange, over torch.distributed. A rank brings one or more workers.
+"""Collectives between processes under torchrun, over torch.distributed. A rank has one or more workers.
 
-Rows and sums go over NCCL where every rank has a GPU of its own, else over gloo; small values and packed tensors always
-over gloo. Only the first worker of a rank calls these, in the same order on every rank.
+Rows and sums use NCCL if every rank has its own GPU, else gloo; small values and packed tensors always use gloo. Only
+the first worker of a rank calls these, in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -16,83 +16,80 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.quantize.devices import under_torchrun
+from fourfold.distributed.devices import under_torchrun
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 900.0  # without an answer: a rank is frozen, or its host gone; a worker that hangs ends its own rank
-PIECE_BYTES = 64 * 2**20  # of what crosses at one time
+PATIENCE_SECONDS = 900.0  # timeout of a collective: a rank is frozen or its host is gone
+PIECE_BYTES = 64 * 2**20  # of one collective
 NCCL_BYTES = 400 * 10**6  # what NCCL itself takes of a GPU: a guess at its buffers, not measured
 GPU_BYTES = NCCL_BYTES + 2 * PIECE_BYTES  # what the exchange takes of one
 
 
 class Ranks:
-    """This process's place among all, and what it can say to them.
-
-    device_bytes: what the exchange takes on the first worker's device.
-    """
+    """This process's rank and its collectives. device_bytes: memory they take on the first worker's device."""
 
     def __init__(self, device: torch.device, patience_seconds: float) -> None:
-        """Meet the other processes that torchrun started. device: of this rank's first worker.
+        """Join the process group that torchrun started. device: of this rank's first worker.
 
-        Raises FourfoldError if they do not come.
+        Raises FourfoldError if other processes do not join in time.
         """
-        self.asking = False  # whether this rank waits for others
+        self.waiting = False  # whether this rank waits for others
         patience = timedelta(seconds=patience_seconds)
-        with self._answered():
+        with self._errors_named():
             dist.init_process_group("gloo", timeout=patience)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device, self._group, self.device_bytes = torch.device("cpu"), None, 0
-        gpus = self.everyone(_gpu(device))
+        gpus = self.all_gather_object(_gpu(device))
         if None not in gpus and len(set(gpus)) == self.size:  # NCCL takes a GPU for one rank only
-            with self._answered():
+            with self._errors_named():
                 self._group = dist.new_group(backend="nccl", timeout=patience)
             self._device, self.device_bytes = device, GPU_BYTES
 
     def __str__(self) -> str:
         return f"{self.size} ranks, which exchange rows and sums over {'gloo' if self._group is None else 'NCCL'}"
 
-    def agree(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on every rank. Raises its FourfoldError on every rank."""
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Return on every rank what `make` returns on rank 0, or raise its FourfoldError."""
         said: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 said[0] = make()
             except FourfoldError as error:
                 said[1] = str(error)
-        with self._answered():
+        with self._errors_named():
             dist.broadcast_object_list(said)
         if said[1] is not None:
             raise FourfoldError(said[1])
         made: T = said[0]
         return made
 
-    def everyone(self, value: T) -> list[T]:
-        """Every rank's value, in order; pickled on the way."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return every rank's value, in order of rank, pickled."""
         values: list[Any] = [None] * self.size
-        with self._answered():
+        with self._errors_named():
             dist.all_gather_object(values, value)
         return values
 
-    def collect(self, value: T) -> list[T]:
-        """Every rank's value at rank 0, in order; nothing elsewhere. Pickled on the way."""
+    def gather_object(self, value: T) -> list[T]:
+        """Return every rank's value, in order of rank, to rank 0; an empty list elsewhere. Pickled."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with self._answered():
+        with self._errors_named():
             dist.gather_object(value, values)
         return values or []
 
-    def fill_(self, all_TX: Tensor, places: Sequence[slice]) -> None:
-        """Bring every rank's rows of a tensor of the host to all others, in place. places: of each rank."""
-        with self._crossing():
+    def all_gather_into_(self, all_TX: Tensor, places: Sequence[slice]) -> None:
+        """Copy every rank's rows of a host tensor to all other ranks, in place. places: rows of each rank."""
+        with self._collective():
             for rank, place in enumerate(places):
-                for piece_TX in all_TX[place].split(_at_one_time(all_TX)):
-                    there_TX = self._there(piece_TX, full=rank == self.rank)
+                for piece_TX in all_TX[place].split(_rows_per_piece(all_TX)):
+                    there_TX = self._on_exchange_device(piece_TX, full=rank == self.rank)
                     dist.broadcast(there_TX.view(torch.uint8), src=rank, group=self._group)
                     if rank != self.rank and there_TX is not piece_TX:
                         piece_TX.copy_(there_TX, non_blocking=True)
 
-    def reduce(self, partials: Sequence[Tensor], places: Sequence[slice]) -> list[Tensor]:
-        """This rank's rows as each rank's workers summed them, in order of rank: fp32, on the host.
+    def reduce_scatter(self, partials: Sequence[Tensor], places: Sequence[slice]) -> list[Tensor]:
+        """Return this rank's rows of each rank's partial sum, in order of rank: fp32, on the host.
 
         partials: of this rank's workers, each with the rows of all ranks; places: rows of each rank.
         """
@@ -102,39 +99,39 @@ class Ranks:
         mine = places[self.rank].stop - places[self.rank].start
         received_TD = total_TD.new_empty(mine * self.size, *total_TD.shape[1:])
         sent = [place.stop - place.start for place in places]
-        step = _at_one_time(total_TD.T)
-        with self._crossing():
+        step = _rows_per_piece(total_TD.T)
+        with self._collective():
             for total_TN, room_TN in zip(total_TD.split(step, dim=1), received_TD.split(step, dim=1), strict=True):
-                there_TN = self._there(total_TN.contiguous(), full=True)
+                there_TN = self._on_exchange_device(total_TN.contiguous(), full=True)
                 came_TN = torch.empty_like(room_TN, device=self._device, memory_format=torch.contiguous_format)
                 dist.all_to_all_single(came_TN, there_TN, [mine] * self.size, sent, group=self._group)
                 room_TN.copy_(came_TN, non_blocking=True)
         return list(received_TD.split(mine)) if mine else [received_TD] * self.size
 
     @contextmanager
-    def _crossing(self) -> Iterator[None]:
-        """Around collectives over NCCL, which would wait for a rank that has died; gloo notices it at once."""
-        with self._answered():
+    def _collective(self) -> Iterator[None]:
+        """Wrap collectives over NCCL, which would wait for a dead rank; gloo notices one at once."""
+        with self._errors_named():
             if self._group is not None:
                 dist.barrier()
             yield
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
 
-    def _there(self, value: Tensor, *, full: bool) -> Tensor:
-        """Where the collectives find a value of the host, or room for it: gloo there, NCCL on the device."""
+    def _on_exchange_device(self, value: Tensor, *, full: bool) -> Tensor:
+        """Return a host value, or memory like it, where the backend needs it: gloo on the host, NCCL on the device."""
         if self._device == value.device:
             return value
         return value.to(self._device, non_blocking=True) if full else torch.empty_like(value, device=self._device)
 
-    def leave(self) -> None:
-        """Part from the other ranks."""
+    def destroy(self) -> None:
+        """Leave the process group."""
         dist.destroy_process_group()
 
     @contextmanager
-    def _answered(self) -> Iterator[None]:
-        """Gloo's errors, of a rank that died or does not answer, as one that a user can mend."""
-        self.asking = True
+    def _errors_named(self) -> Iterator[None]:
+        """Raise gloo's errors about a dead or silent rank as a FourfoldError."""
+        self.waiting = True
         try:
             yield
         except RuntimeError as error:
@@ -144,21 +141,21 @@ class Ranks:
                 "goes on"
             ) from None
         finally:
-            self.asking = False
+            self.waiting = False
 
 
 def join_ranks(device: torch.device) -> Ranks | None:
-    """The other processes, where torchrun started this one as one of several. device: of its first worker."""
+    """Return the process group if torchrun started this process, else None. device: of its first worker."""
     return Ranks(device, PATIENCE_SECONDS) if under_torchrun() else None
 
 
 def _gpu(device: torch.device) -> str | None:
-    """Which GPU of all in the world it is; None for a CPU, or without NCCL."""
+    """Return a GPU's UUID; None for a CPU, or without NCCL."""
     if device.type != "cuda" or not dist.is_nccl_available():
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _at_one_time(value: Tensor) -> int:
-    """Rows of a matrix that cross together."""
+def _rows_per_piece(value: Tensor) -> int:
+    """Return how many rows of a matrix one collective takes."""
     return max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)
