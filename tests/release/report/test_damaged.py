@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from fourfold import cli
+from command_line import invoke
 from fourfold.records.record import Record
 from fourfold.records.release import Export, Reference, Run, State
 from fourfold.records.results import Bench, Metrics, Verdict
@@ -98,7 +97,7 @@ def test_every_command_names_file_key_and_fix(place: Path, name: str, tmp_path: 
     for text, said in damaged.items():
         path.write_text(text, encoding="utf-8")
         for command in commands:
-            answered = CliRunner().invoke(cli.app, command.split())
+            answered = invoke(*command.split())
             words = " ".join(answered.stderr.split())
             assert answered.exit_code == 2, (command, said, answered.output, answered.exception)
             assert name in words and said in words, (command, words)
@@ -116,6 +115,6 @@ def test_a_damaged_log_is_named_by_its_line(place: Path) -> None:
     ):
         path.write_text("\n".join(lines), encoding="utf-8")
         for command in ("report OUT", "verify OUT --source MODEL"):
-            answered = CliRunner().invoke(cli.app, command.split())
+            answered = invoke(*command.split())
             words = " ".join(answered.stderr.split())
             assert answered.exit_code == 2 and "quant_log.csv" in words and said in words, (command, answered.output)
