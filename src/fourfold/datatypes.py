@@ -169,19 +169,26 @@ class Rows:
                 kept[place] = value.to("cpu")
 
 
+class Placement(StrEnum):
+    """Where the expert inputs of a layer are kept until it is solved."""
+
+    DEVICE = "device"  # on every worker's device
+    HOST = "host"  # in host memory; each chunk of experts copies its own
+    FILE = "file"  # in a file mapped into memory, likewise
+
+
 @dataclass(frozen=True)
 class Batches:
     """Sizes fixed at a run's first start, so that a resumed run repeats them.
 
     rows: rows per attention batch; tokens: tokens per expert batch, of all workers; experts: experts of a worker whose
-    moments exist at one time. inputs: where the experts' inputs lie until the layer is solved: "device", on every
-    worker's; "host", from where each chunk of experts takes its own; "file", mapped into memory, likewise.
+    moments exist at one time; inputs: where expert inputs are kept.
     """
 
     rows: int
     tokens: int
     experts: int
-    inputs: str = "device"
+    inputs: Placement = Placement.DEVICE
 
 
 @dataclass(frozen=True)

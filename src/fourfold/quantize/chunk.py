@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import guidance, moments, widening
-from fourfold.datatypes import Moments
+from fourfold.datatypes import Moments, Placement
 from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, Pairs, expert_hidden, of_gate_up
 from fourfold.quantize.estimate import ROW_POOL_ROWS
@@ -49,12 +49,12 @@ class Chunk:
         return slice(self.experts.start, self.experts.stop)
 
 
-def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: str) -> Chunk:
+def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: Placement) -> Chunk:
     """inputs: see Batches; from the host each pair's own input is brought."""
     pairs = observed.pairs.of_experts(experts)
     input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
     importance_S = observed.importance_T[pairs.token_S]
-    if inputs != "device":
+    if inputs != Placement.DEVICE:
         device, token_S = pairs.token_S.device, pairs.token_S.cpu()
         same = target_TD is input_TD
         input_TD = input_TD[token_S].to(device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fourfold.datatypes import Placement
 from fourfold.quantize.estimate import BF16, FP32, ROW_POOL_ROWS, Workload, inputs_bytes
 from fourfold.quantize.rates import HASH_RATE, RATES, Rates
 
@@ -45,7 +46,7 @@ class TimeEstimate:
 
 
 def estimate_time(
-    work: Workload, devices: Sequence[str], rates: Rates | None = None, *, inputs: str = "device"
+    work: Workload, devices: Sequence[str], rates: Rates | None = None, *, inputs: Placement = Placement.DEVICE
 ) -> TimeEstimate:
     """Predict a run on one host. devices: one per worker; rates: default, the constants of the devices' kind; inputs:
     see Batches. CPU workers share the cores; their exchange takes no time.
@@ -113,7 +114,7 @@ def site_flop(inputs: int, outputs: int, passes: int) -> float:
     return inputs**3 / 3 + (1.0 + 2.0 * passes) * outputs * inputs**2
 
 
-def _exchange_seconds(work: Workload, workers: int, rates: Rates, inputs: str) -> float:
+def _exchange_seconds(work: Workload, workers: int, rates: Rates, inputs: Placement) -> float:
     """Copies over one GPU's link, or through the host's memory for all of them, whichever takes longer.
 
     Samples and weights go to their worker; inputs of all tokens come in, and fp32 sums for all tokens go out and are
@@ -123,7 +124,7 @@ def _exchange_seconds(work: Workload, workers: int, rates: Rates, inputs: str) -
     stream = work.hidden * BF16 * (work.calibration_streams * work.calibration_tokens + work.heldout_passes)
     sums = stream * (FP32 // BF16 if several else 1)
     gap = work.asymmetric * work.calibration_tokens * work.hidden * BF16
-    lent = gap if inputs == "device" else inputs_bytes(work) * work.topk / workers  # by chunks of experts
+    lent = gap if inputs == Placement.DEVICE else inputs_bytes(work) * work.topk / workers  # by chunks of experts
     link = (2 * work.layers + routed) * stream / workers + routed * (stream + sums) + work.solved_layers * lent
     link += work.layers * (work.layer_bytes - work.expert_bytes)
     link += (routed * work.expert_bytes + work.solved_layers * work.shard_bytes) / workers

@@ -14,6 +14,7 @@ import torch
 from fourfold.core import widening
 from fourfold.core.metrics import VOCABULARY_CHUNK
 from fourfold.core.moments import PAIRS_PER_PIECE
+from fourfold.datatypes import Placement
 from fourfold.model.layer import PAIRS_PER_BATCH
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import pinned
@@ -233,7 +234,7 @@ class MemoryPlan:
     chunk_experts: int
     token_batch: int
     row_batch: int
-    inputs: str
+    inputs: Placement
     stages: tuple[StageMemory, ...]
     widened: bool
 
@@ -293,21 +294,21 @@ def plan_memory(
     workers, on_cpu = len(devices), devices[0] == "cpu"
     budget = device_budget(devices) if memory_bytes is None else memory_bytes
     own, tokens = _ceil_div(work.experts, workers), EXPERT_TOKENS
-    shared, inputs = _resident_bytes(work) + traffic_bytes(work), "device"
+    shared, inputs = _resident_bytes(work) + traffic_bytes(work), Placement.DEVICE
     if not on_cpu:
         while tokens > pinned.TOKENS_LEAST and pinned.sums_bytes(work, tokens, workers) > pinned.SUMS_BYTES:
             tokens //= 2
         shared = _shared_bytes(work, devices, Sizes(chunk=own, tokens=tokens, rows=1, inputs=inputs))
     if host_bytes is not None and shared > host_bytes:
-        shared, inputs = shared - inputs_bytes(work), "file"
+        shared, inputs = shared - inputs_bytes(work), Placement.FILE
     fixed = _own_bytes(work, devices) + exchange_bytes
     if on_cpu and host_bytes is None:
         left = (budget - shared) // workers - fixed
     else:
         left = budget - fixed
-        if not on_cpu and inputs == "device" and left < inputs_bytes(work) + chunk_bytes(work):
-            inputs = "host"
-        left -= inputs_bytes(work) if inputs == "device" and not on_cpu else 0
+        if not on_cpu and inputs == Placement.DEVICE and left < inputs_bytes(work) + chunk_bytes(work):
+            inputs = Placement.HOST
+        left -= inputs_bytes(work) if inputs == Placement.DEVICE and not on_cpu else 0
     left = max(left - solved_bytes(work) // workers - curvature_bytes(work), 0)
     attend_tokens = CPU_ATTEND_TOKENS if on_cpu else ATTEND_TOKENS
     rows = max(attend_tokens // max(work.calibration_length, work.heldout_length), 1)
@@ -315,7 +316,7 @@ def plan_memory(
         rows //= 2
     while tokens > EXPERT_TOKENS_LEAST and expert_batch_bytes(work, tokens, workers) > left:
         tokens //= 2
-    gathered = chunk_inputs_bytes(work) if inputs != "device" else 0
+    gathered = chunk_inputs_bytes(work) if inputs != Placement.DEVICE else 0
     most = min(max((left - gather_bytes(work)) // (chunk_bytes(work) + gathered), 1), own)
     if on_cpu:
         most = min(most, max(CPU_CHUNK_BYTES // max(solve_bytes(*site) for site in work.sites), 1))
@@ -340,7 +341,7 @@ class Sizes:
     chunk: int
     tokens: int
     rows: int
-    inputs: str
+    inputs: Placement
 
 
 def _ceil_div(count: int, size: int) -> int:
@@ -361,7 +362,7 @@ def _shared_bytes(work: Workload, devices: Sequence[str], sizes: Sizes) -> int:
     """On the host while a layer is in work. Beside GPUs memory is pinned, and inputs on a device are not there."""
     whole = _resident_bytes(work) + traffic_bytes(work)
     if devices[0] == "cpu":
-        return whole - (inputs_bytes(work) if sizes.inputs == "file" else 0)
+        return whole - (inputs_bytes(work) if sizes.inputs == Placement.FILE else 0)
     workers = len(devices)
     beside = pinned.rounding_bytes(work, workers) + pinned.packed_bytes(work, sizes.chunk)
     beside += pinned.sums_bytes(work, sizes.tokens, workers) + pinned.inputs_bytes(work, sizes.inputs)
@@ -389,10 +390,10 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
         start += pinned.rounding_bytes(work, workers)
-    kept = own + (inputs_bytes(work) if sizes.inputs == "device" and not on_cpu else 0)
+    kept = own + (inputs_bytes(work) if sizes.inputs == Placement.DEVICE and not on_cpu else 0)
     fetched = 0 if on_cpu else sizes.tokens * work.hidden * BF16  # a worker's last outputs, on their way to the host
     solved = solved_bytes(work) // workers
-    gathered = chunk_inputs_bytes(work) if sizes.inputs != "device" else 0
+    gathered = chunk_inputs_bytes(work) if sizes.inputs != Placement.DEVICE else 0
     gate_up, down = (inputs * inputs * FP32 for inputs, _ in work.sites)
     moments = sizes.chunk * (max(gate_up, down + activation_bytes(work) + gap_bytes(work)) + gathered)
     passing, kept = kept, kept + curvature_bytes(work)

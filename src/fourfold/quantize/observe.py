@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import metrics
-from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
+from fourfold.datatypes import Batches, Placement, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import Worker
 from fourfold.model.layer import (
     DecoderLayer,
@@ -140,7 +140,7 @@ def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, t
     if room is None:
         return MoeInputs(rows, (), None, None)
     input_TD, counts = worker.finish_gather(room)
-    device = layer.device if batches.inputs == "device" else torch.device("cpu")
+    device = layer.device if batches.inputs == Placement.DEVICE else torch.device("cpu")
     return MoeInputs(rows, counts, input_TD.to(device, non_blocking=True), _gather_routing(worker, choices).to(device))
 
 

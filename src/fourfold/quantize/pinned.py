@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fourfold.datatypes import Placement
 from fourfold.distributed.transfer import pinned_bytes
 from fourfold.quantize.estimate import BF16, FP32, Workload
 
@@ -32,11 +33,11 @@ def sums_bytes(work: Workload, tokens: int, workers: int) -> int:
     return 2 * workers * fetched + several * tokens * work.hidden * FP32
 
 
-def inputs_bytes(work: Workload, inputs: str) -> int:
+def inputs_bytes(work: Workload, inputs: Placement) -> int:
     """Of what experts are learnt from: one stream's on its way to the devices, or all where it stays. inputs: see
     Batches.
     """
-    if inputs == "file":
+    if inputs == Placement.FILE:
         return 0
-    several = 1 if inputs == "device" else work.inputs_per_token
+    several = 1 if inputs == Placement.DEVICE else work.inputs_per_token
     return several * pinned_bytes(work.calibration_tokens * work.hidden * BF16)

@@ -18,6 +18,7 @@ from fourfold.datatypes import (
     Event,
     FourfoldError,
     LayerResult,
+    Placement,
     Progress,
     ShardRecord,
     StreamDrift,
@@ -189,7 +190,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: ProgressReporte
     for shard in journal.unreadable:
         watch.note(f"{shard}: its record in {STATE} cannot be read; written again")
     team.threads = journal.settings.threads
-    team.spill = out / STATE if journal.settings.batches.inputs == "file" else None
+    team.spill = out / STATE if journal.settings.batches.inputs == Placement.FILE else None
     left = team.broadcast(lambda: find_remaining_sweep(plan, out)) if guided_layers(plan) else None
     if left and left.problem:
         watch.note(f"guidance: {left.problem}; curvatures are computed again")

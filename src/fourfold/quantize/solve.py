@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid, guidance, moments
-from fourfold.datatypes import FourfoldError, LayerResult, Method, ProjectionStatistics, QuantizedGroup, Tick
+from fourfold.datatypes import FourfoldError, LayerResult, Method, Placement, ProjectionStatistics, QuantizedGroup, Tick
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
@@ -59,7 +59,7 @@ class Chunking:
     """
 
     experts: int
-    inputs: str
+    inputs: Placement
     stems: Sequence[Mapping[str, str]]
     tick: Tick
 
