@@ -31,10 +31,10 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
     """
     if records.metrics and (layers := records.metrics.layers):
         yield DRIFT, _drift_words(layers), _png(lambda figure: _drift(figure, layers), 3.2)
-    words = "Output error of each layer's experts: median, and largest"
+    words = "Output error of each layer's experts: median and maximum"
     yield ERRORS, words, _png(lambda figure: _errors(figure, records), 3.4)
     height = 1.6 + 0.07 * max(12, len(records.by_layer()))
-    words = "Calibration tokens that each expert met, and its largest output error"
+    words = "Calibration tokens of each expert and its maximum output error"
     yield EXPERTS, words, _png(lambda figure: _experts(figure, records), height)
 
 
@@ -57,7 +57,7 @@ def _drift(figure: Figure, layers: Sequence[StreamDrift]) -> None:
     left.set(xlabel="layer", ylabel="drift of hidden states", ylim=(0, None))
     routed = {row.layer: 100 * row.router_agreement for row in layers if row.router_agreement is not None}
     right.plot([*routed], [*routed.values()], "o-", ms=3, color=COLOURS[1])
-    right.set(xlabel="layer", ylabel="the same experts, %")
+    right.set(xlabel="layer", ylabel="router agreement, %")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -67,7 +67,7 @@ def _errors(figure: Figure, records: Records) -> None:
     layers = records.by_layer()
     for colour, name in zip(COLOURS, dict.fromkeys(row.projection for row in records.projections), strict=False):
         found = [[row.relative_error for row in rows if row.projection == name] for rows in layers.values()]
-        for of, style, words in ((median, "o-", "median"), (max, "^:", "largest")):
+        for of, style, words in ((median, "o-", "median"), (max, "^:", "maximum")):
             heights = [max(of(errors), LEAST_ERROR) for errors in found]
             axes.plot(list(layers), heights, style, ms=3, color=colour, label=f"{name}, {words}")
     axes.set(xlabel="layer", ylabel="relative output error", yscale="log")
