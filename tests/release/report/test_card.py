@@ -129,6 +129,28 @@ def test_serving_commands_are_those_of_serve(finished: Path) -> None:
     assert str(finished) not in serving, "the publisher's folders are nobody's business"
 
 
+@pytest.mark.parametrize("engine", ["SGLang", "vLLM"])
+def test_the_verified_engine_is_first(release: Path, change: Change, engine: str) -> None:
+    facts = {"engine": f"{engine} 0.5.23", "torch": "2", "device": "cpu"}
+    change("verify.json", lambda verdict: verdict.update(engine=facts))
+    titles = re.findall(r"^### (\w+)", part(write_card(release), "Run it"), re.MULTILINE)
+    assert titles[0] == engine and {"vLLM", "SGLang", "transformers"} <= set(titles)
+
+
+def test_the_first_screen_answers(finished: Path) -> None:
+    """Quality, the weakest projection and how to run it come before all else; details are folded."""
+    text = write_card(finished)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Quality", "Run it", "What is quantized", "Known limits", "Details", "Licence",
+    ]  # fmt: skip
+    row = max(read_records(finished).projections, key=lambda row: row.error_over_rtn)
+    weakest = f"layer {row.layer} expert {row.expert} {row.projection}, {row.error_over_rtn:.2f} of RTN's output error"
+    assert f"| weakest | {weakest} |" in text.partition("## Quality")[0]
+    folded = part(text, "Details")
+    assert folded.count("<details>") == folded.count("</details>") == len(re.findall("<summary>", folded)) >= 8
+    assert not re.sub(r"<details>.*?</details>", "", folded, flags=re.DOTALL).strip(), "nothing stands between them"
+
+
 def test_commands_for_other_formats(finished: Path) -> None:
     """The engines that have this architecture, by the commands that make and prove their files."""
     _, _, section = write_card(finished).partition("### Other formats")

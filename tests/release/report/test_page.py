@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -123,6 +124,29 @@ def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> N
         assert spec["description"] and spec["usermeta"]["title"] and spec["data"]["values"]
         vega = vl_convert.vegalite_to_vega(spec)
         assert vega["marks"] and len(vega["legends"]) == 1, f"{spec['usermeta']['title']}: whose line is whose?"
+
+
+def test_it_begins_with_quality_and_weak_spots(release: Path, change: Change) -> None:
+    """Drafts and tasks follow, where they were measured; charts and the table of all projections come last."""
+    rule = {"by_position": [0.75, 0.5], "mean_length": 2.25, "interval": [2.1, 2.4]}
+    drafts = {"protocol": {}, "release": {"greedy": rule, "sampled": rule}}
+    tasks = {"lm_eval": "0.4.12", "tasks": {"arc": {"figures": {"acc,none": 0.5, "acc_stderr,none": 0.01}}}}
+    titles = ["Weak spots", "Experts by layer", "Charts", "Projections", "Verified", "Not measured"]
+    assert re.findall("<h2 id=.*?>(.*?)</h2>", page(read_records(release), ABOUT)) == ["Quality", *titles]
+    change("metrics.json", lambda metrics: metrics.update(drafts=drafts, tasks=tasks))
+    records = read_records(release)
+    text = page(records, ABOUT)
+    assert re.findall("<h2 id=.*?>(.*?)</h2>", text) == ["Quality", titles[0], "Drafts", "Tasks", *titles[1:]]
+    for cells in (["greedy", "75.0% / 50.0%", "2.250", "2.100 to 2.400"], ["arc", "acc,none", "0.5000 ± 0.0100"]):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    spots = text.partition("Weak spots")[2].partition("<h2")[0]
+    worst = max(records.projections, key=lambda row: row.error_over_rtn)
+    cells = f"<td>{worst.layer}</td><td>{worst.expert}</td><td>{worst.projection}</td>"
+    assert spots.index(cells) == spots.index("<td>"), "the worst projection is the first"
+    assert "0 of 8 experts received no calibration token" in spots
+    assert records.metrics is not None
+    drifts = [f"<td>{row.hidden_error:.4f}</td>" for row in records.metrics.layers]
+    assert drifts == sorted(drifts) and spots.index(drifts[1]) < spots.index(drifts[0]), "the largest drift first"
 
 
 def guide(release: Path, change: Change) -> Records:

@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from fourfold.datatypes import FourfoldError, ProjectionStatistics, StreamDrift
+from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS
 from fourfold.formats.fixed import unsupported
 from fourfold.formats.gguf_names import ARCHITECTURES
@@ -23,7 +22,8 @@ from fourfold.records.release import State
 from fourfold.records.results import Bench, Status, Verdict
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
-from fourfold.release.report.quality import Grid, quality
+from fourfold.release.report.layers import layers_context, method_shares, weakest_text
+from fourfold.release.report.quality import quality
 from fourfold.release.report.records import EXPERTS, Records
 from fourfold.units import clock_text, size, stages
 
@@ -33,12 +33,6 @@ METHODS = (
     ("Lin and Wan 2025, LoaQ: targets that correct the residual stream", "2509.06297"),
     ("Leviathan, Kalman and Matias 2023, speculative decoding: acceptance rate", "2211.17192"),
 )
-METHOD_WORDS = {
-    "gptq": "GPTQ",
-    "diag": "GPTQ with the diagonal of a Hessian that could not be factored",
-    "row-diag": "GPTQ without guidance, as its row metric could not be factored",
-    "rtn": "RTN fallback",
-}
 DERIVED = "not covered by fourfold's tests; a small copy gave the same outputs layer by layer as in transformers"
 
 
@@ -58,13 +52,8 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
 
     Raises FourfoldError if huggingface_hub does not read from it what was written.
     """
-    context = (
-        _head(records, about)
-        | quality(records.metrics)
-        | _layers(records)
-        | _origin(records, about)
-        | _verdict(records)
-    )
+    context = _head(records, about) | quality(records.metrics) | layers_context(records) | _origin(records, about)
+    context |= _checks(records.verdict) | _bench(records.bench)
     context |= {
         "figures": [(Markdown(path), prose(words)) for path, words in figures.items()],
         "commands": [_command(command) for command in commands],
@@ -118,10 +107,10 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
         *([("support", DERIVED)] if skeleton.family.derived else []),
         ("context", f"{text.max_position_embeddings:,} tokens"),
-        ("quantized", f"{state.projections:,} expert projections, {', '.join(_methods(state.methods))}"),
+        ("quantized", f"{state.projections:,} expert projections, {', '.join(method_shares(state.methods))}"),
         ("format", f"{records.release.format}, int4, groups of {scheme.group}, symmetric"),
         ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
-        ("weakest", _weakest(records.worst()[0])),
+        ("weakest", weakest_text(records)),
         ("verified", _brief_verdict(records)),
     ]
     groups: list[tuple[object, ...]] = [
@@ -153,12 +142,6 @@ def base_link(about: About) -> Markdown | None:
     return Markdown(f"[{prose(base)}](https://huggingface.co/{base})") if base else None
 
 
-def _methods(methods: Mapping[str, int]) -> Iterator[str]:
-    total = sum(methods.values())
-    for name, count in methods.items():
-        yield f"{count / total:.2%} {METHOD_WORDS.get(name, name)}"
-
-
 def _source_weights(kind: str | None) -> Iterator[tuple[object, ...]]:
     """The source's format, if it is not BF16. None in releases of versions that did not record it."""
     if kind == "int4":
@@ -173,108 +156,6 @@ def _brief_verdict(records: Records) -> str:
         return "no" if not records.stale else "no: verify.json is for other bytes"
     run = Markdown(", ".join(verdict.levels))
     return f"{'passed' if verdict.passed else 'FAILED'}: {run}"
-
-
-# --- layers and experts -------------------------------------------------------------------------------------------
-
-
-def _layers(records: Records) -> dict[str, Any]:
-    drift = {row.layer: row for row in records.metrics.layers} if records.metrics else {}
-    by_layer = records.by_layer()
-    layers = sorted(by_layer.keys() | drift.keys())
-    rows = [_layer_row(layer, by_layer.get(layer, []), drift.get(layer)) for layer in layers]
-    header = (
-        "layer", "drift", "router agreement", "output error, median", "maximum", "loss, mean",
-        "tokens per expert, minimum", "median", "not GPTQ",
-    )  # fmt: skip
-    return {
-        "layers": len(rows), "by_layer": table(header, rows), "cold": cold_text(records),
-        "guidance": _guidance(records), "worst": table(*worst_grid(records)),
-    }  # fmt: skip
-
-
-def worst_grid(records: Records) -> Grid:
-    """Return a row for each of the ten worst projections, the worst first."""
-    header = ("layer", "expert", "projection", "tokens", "effective tokens", "target", "output error", "over RTN's")
-    rows: list[tuple[object, ...]] = [
-        (row.layer, row.expert, row.projection, f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target,
-         f"{row.relative_error:#.3g}", f"{row.error_over_rtn:.2f}")
-        for row in records.worst()
-    ]  # fmt: skip
-    return Grid(header, rows)
-
-
-def _weakest(row: ProjectionStatistics) -> str:
-    return f"layer {row.layer} expert {row.expert} {row.projection}, {row.error_over_rtn:.2f} of RTN's output error"
-
-
-def drift_grid(records: Records) -> Grid | None:
-    """Return the five layers with the largest hidden-state drift, the largest first; None if it was not measured."""
-    layers = records.metrics.layers if records.metrics else []
-    found = sorted(layers, key=lambda row: -row.hidden_error)[:5]
-    header = ("layer", "drift", "router agreement")
-    return Grid(header, [(row.layer, *_drift_cells(row)) for row in found]) if found else None
-
-
-def _drift_cells(row: StreamDrift) -> tuple[str, str]:
-    agreement = row.router_agreement
-    return f"{row.hidden_error:.4f}", "" if agreement is None else f"{agreement:.2%}"
-
-
-def _guidance(records: Records) -> Markdown | None:
-    """Error with guidance over error without it, by layer."""
-    guidance = records.state.guidance
-    if guidance is None:
-        return None
-    rows = [
-        (row.layer, f"{row.predicted:.2f}", *(_share(row.measured.get(site)) for site in ("down", "gate_up")))
-        for row in guidance.layers
-    ]
-    return table(("layer", "down, predicted", "down", "gate and up"), rows)
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _layer_row(layer: int, rows: Sequence[ProjectionStatistics], drift: StreamDrift | None) -> tuple[object, ...]:
-    cells = _drift_cells(drift) if drift else ("", "")
-    if not rows:
-        return (layer, *cells, "no routed experts", "", "", "", "", "")
-    errors = [row.relative_error for row in rows]
-    losses = [row.gptqmodel_loss for row in rows if row.gptqmodel_loss is not None]
-    tokens = list({row.expert: row.tokens for row in rows}.values())
-    other = sum(row.method != "gptq" for row in rows)
-    return (
-        layer,
-        *cells,
-        f"{median(errors):#.3g}",
-        f"{max(errors):#.3g}",
-        f"{sum(losses) / len(losses):#.3g}" if losses else "",
-        f"{min(tokens):,}",
-        f"{median(tokens):,.0f}",
-        other or "",
-    )
-
-
-def cold_text(records: Records) -> str:
-    """Return how many experts had few calibration tokens, and how those were quantized."""
-    experts = {(row.layer, row.expert): row.tokens for row in records.projections}
-    never = sum(tokens == 0 for tokens in experts.values())
-    solver = records.release.recipe.solver
-    said = (
-        f"{never:,} of {len(experts):,} experts received no calibration token; the median received "
-        f"{median(experts.values()):,.0f}. "
-    )
-    if solver.pool:
-        said += (
-            f"Each projection uses the statistics of its own tokens and, with the weight of {solver.pool:g} x its "
-            f"input features in tokens, those of its layer. The layer's outweigh its own in {len(records.cold()):,} of "
-            f"{len(records.projections):,} projections. "
-        )
-    if solver.fallback_share:
-        said += f"Experts with under {solver.fallback_share:.2%} of the calibration tokens use the RTN fallback. "
-    return said + "Methods: " + ", ".join(_methods(records.state.methods)) + "."
 
 
 # --- where it is from ---------------------------------------------------------------------------------------------
@@ -373,10 +254,6 @@ def _sampling(sampling: Mapping[str, Any]) -> str:
 
 
 # --- what was verified, and what was not ------------------------------------------------------------------------------
-
-
-def _verdict(records: Records) -> dict[str, Any]:
-    return _checks(records.verdict) | _bench(records.bench)
 
 
 def _checks(verdict: Verdict | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import jinja2
 import vl_convert
 
 from fourfold.release.report.about import About
-from fourfold.release.report.card import cold_text, drift_grid, worst_grid
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
+from fourfold.release.report.layers import cold_text, drift_grid, worst_grid
 from fourfold.release.report.quality import draft_grid, figure_grid, protocol_text, task_grid, verdict
 from fourfold.release.report.records import Records
 from fourfold.units import clock_text, size

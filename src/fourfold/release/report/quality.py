@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from fourfold.records.results import Measured, Metrics, RoundToNearest, TaskResults, TextFacts
@@ -123,13 +123,11 @@ def draft_grid(metrics: Metrics) -> Grid | None:
 
 def task_grid(results: TaskResults | None) -> Grid | None:
     """Return lm-eval's figures; None if there are none."""
-    return Grid(("task", "metric", "value", "shots", "samples"), list(_tasks(results))) if results else None
-
-
-def _tasks(results: TaskResults) -> Iterator[tuple[object, ...]]:
-    for task, found in results.tasks.items():
+    rows: list[tuple[object, ...]] = []
+    for task, found in results.tasks.items() if results else ():
         for metric, value in found.figures.items():
             if isinstance(value, float) and "stderr" not in metric:
                 error = found.figures.get(metric.replace(",", "_stderr,", 1))
                 spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                yield task, metric, f"{value:.4f}{spread}", found.shots, found.samples
+                rows.append((task, metric, f"{value:.4f}{spread}", found.shots, found.samples))
+    return Grid(("task", "metric", "value", "shots", "samples"), rows) if rows else None
