@@ -46,6 +46,13 @@ def write_card(folder: Path, about: About = ABOUT) -> str:
     return card(records, about.of(records), recommend(records, about), {"figures/errors.png": "errors"})
 
 
+def fold(text: str, title: str) -> str:
+    """What a folded part of the card holds."""
+    found = re.search(rf"<summary>{re.escape(title)}.*?</summary>(.*?)</details>", text, re.DOTALL)
+    assert found, title
+    return found[1]
+
+
 def part(text: str, title: str) -> str:
     """What is under a heading, down to the next of its rank."""
     marks = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
@@ -71,7 +78,7 @@ def test_the_hub_reads_its_front_matter(finished: Path) -> None:
         {
             "perplexity": summary["perplexity_release"],
             "kl_divergence": summary["kl_mean"],
-            "accuracy": summary["top1_agreement"],
+            "top1_agreement": summary["top1_agreement"],
         },
         rel=1e-5,
     )
@@ -83,7 +90,7 @@ def test_it_says_what_guidance_left_of_the_error(release: Path, change: Change) 
     measured = {"down": 0.66}, {"down": 0.61, "gate_up": 0.725}
     layers = [{"layer": layer, "predicted": 0.7, "measured": found} for layer, found in enumerate(measured)]
     change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": layers}))
-    said = part(write_card(release), "Layer by layer")
+    said = fold(write_card(release), "Guidance")
     assert re.search(r"\| 0 \| 0.70 \| 0.66 \| +\|", said) and re.search(r"\| 1 \| 0.70 \| 0.61 \| 0.7[23] \|", said)
     change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": [{"layer": 0}]}))
     with pytest.raises(FourfoldError, match=r"fourfold.json: guidance.layers.0.predicted: missing"):
@@ -92,26 +99,26 @@ def test_it_says_what_guidance_left_of_the_error(release: Path, change: Change) 
 
 def test_it_has_what_the_records_say(finished: Path) -> None:
     text, state = write_card(finished), releases.read_json(finished / "fourfold.json")
-    quantized = part(text, "What is quantized, and what is kept")
+    quantized = part(text, "What is quantized")
     assert re.search(r"routed experts \| int4 \| 72 ", quantized), "24 projections, each of three tensors"
     stored = releases.tensors(finished)
     counts = [int(row.split("|")[3].replace(",", "")) for row in quantized.split("\n") if "| kept |" in row]
     assert sum(counts) + 72 == len(stored)
     quality = part(text, "Quality")
     assert f"{state['metrics']['perplexity_release']:.4f}" in quality
-    assert "2 windows, of 128 tokens, stride 128" in quality and " to " in quality
-    assert "CC BY-SA 3.0" in part(text, "Calibration")
-    made = part(text, "How it was made")
+    assert "2 windows, of 128 tokens, stride 128" in quality and " ± " in quality
+    assert "CC BY-SA 3.0" in fold(text, "Calibration")
+    made = fold(text, "How it was made")
     assert state["versions"]["torch"] in made and "peak memory" in made
     for digest in (state["identity"]["recipe"], state["output"]["content"], state["source"]["content"]):
-        assert digest in part(text, "Reproduce")
-    assert len(re.findall(r"^\| \d ", part(text, "Layer by layer"), re.MULTILINE)) == 2
-    assert "sha256 | pass" in part(text, "What was verified")
-    assert "MTP split" in part(text, "What was verified")
+        assert digest in fold(text, "Reproduce")
+    assert len(re.findall(r"^\| \d ", fold(text, "Layers"), re.MULTILINE)) == 2
+    assert "sha256 | pass" in fold(text, "What was verified")
+    assert "MTP split" in fold(text, "What was verified")
 
 
 def test_serving_commands_are_those_of_serve(finished: Path) -> None:
-    serving = part(write_card(finished), "Serving")
+    serving = part(write_card(finished), "Run it")
     vllm = re.search(r"^vllm serve .*$", serving, re.MULTILINE)
     assert vllm
     assert vllm[0].startswith("vllm serve me/small-int4 --served-model-name me/small-int4 ")
@@ -120,6 +127,28 @@ def test_serving_commands_are_those_of_serve(finished: Path) -> None:
     assert len(re.findall(r"^python3 -m sglang.launch_server", serving, re.MULTILINE)) == 2
     assert named_repo(write_card(finished)) == "me/small-int4", "what publish compares with its REPO"
     assert str(finished) not in serving, "the publisher's folders are nobody's business"
+
+
+@pytest.mark.parametrize("engine", ["SGLang", "vLLM"])
+def test_the_verified_engine_is_first(release: Path, change: Change, engine: str) -> None:
+    facts = {"engine": f"{engine} 0.5.23", "torch": "2", "device": "cpu"}
+    change("verify.json", lambda verdict: verdict.update(engine=facts))
+    titles = re.findall(r"^### (\w+)", part(write_card(release), "Run it"), re.MULTILINE)
+    assert titles[0] == engine and {"vLLM", "SGLang", "transformers"} <= set(titles)
+
+
+def test_the_first_screen_answers(finished: Path) -> None:
+    """Quality, the weakest projection and how to run it come before all else; details are folded."""
+    text = write_card(finished)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Quality", "Run it", "What is quantized", "Known limits", "Details", "Licence",
+    ]  # fmt: skip
+    row = max(read_records(finished).projections, key=lambda row: row.error_over_rtn)
+    weakest = f"layer {row.layer} expert {row.expert} {row.projection}, {row.error_over_rtn:.2f} of RTN's output error"
+    assert f"| weakest | {weakest} |" in text.partition("## Quality")[0]
+    folded = part(text, "Details")
+    assert folded.count("<details>") == folded.count("</details>") == len(re.findall("<summary>", folded)) >= 8
+    assert not re.sub(r"<details>.*?</details>", "", folded, flags=re.DOTALL).strip(), "nothing stands between them"
 
 
 def test_commands_for_other_formats(finished: Path) -> None:
@@ -136,8 +165,8 @@ def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
     data = ModelCard(text).data.to_dict()
     assert "model-index" not in data and "base_model" not in data and "language" not in data
     assert part(text, "Quality").strip().startswith("Not measured.")
-    assert part(text, "What was verified").strip() == "Not verified."
-    assert part(text, "Speed of a server").strip() == "Not measured."
+    assert fold(text, "What was verified").strip() == "Not verified."
+    assert "Serving speed" not in text and "Drafts" not in text and "Tasks" not in text
     limits = part(text, "Known limits")
     for command in ("fourfold evaluate", "fourfold verify OUT`", "--engine vllm", "fourfold bench"):
         assert command in limits
@@ -147,8 +176,8 @@ def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
 def test_a_verdict_on_other_bytes_is_not_shown(release: Path, change: Change) -> None:
     change("verify.json", lambda verdict: verdict.update(content="0" * 64))
     text = write_card(release)
-    assert "verify.json is of other bytes" in text
-    assert part(text, "What was verified").strip() == "Not verified."
+    assert "verify.json is for other bytes" in text
+    assert fold(text, "What was verified").strip() == "Not verified."
 
 
 def test_a_failed_check_is_said_first(release: Path, change: Change) -> None:
@@ -159,7 +188,7 @@ def test_a_failed_check_is_said_first(release: Path, change: Change) -> None:
     change("verify.json", fail)
     text = write_card(release)
     assert "| verified | FAILED: files, source |" in text
-    assert "verification failed: index" in part(text, "Known limits")
+    assert "Verification failed: index" in part(text, "Known limits")
 
 
 def test_bench_and_drafts_are_shown_where_they_were_measured(release: Path, change: Change) -> None:
@@ -242,7 +271,7 @@ def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> N
     allowed = ("https://huggingface.co/Qwen/Small", "https://arxiv.org/", "quant_log", "report.html")
     assert all(link.startswith(allowed) for link in links)
     assert "alert(1)" in shown, "it is shown, as text"
-    assert "49" not in part(text, "Calibration"), "and no template"
+    assert "49" not in fold(text, "Calibration"), "and no template"
 
 
 @pytest.mark.parametrize("name", ["a b/c", "../x", "o/n/x", "o/<b>", "o/n\nlicense: mit", "-/x"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -84,7 +85,7 @@ def _needs_table(plan: Plan) -> Table:
 
 
 def show_summary(console: Console, summary: Summary, model: str) -> None:
-    """Show sizes, time, memory, held-out metrics, the output folder, the next command."""
+    """Show sizes, time, memory, held-out metrics, the output folder, the verdict, the next command."""
     table = facts_table()
     methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
     table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
@@ -107,6 +108,12 @@ def show_summary(console: Console, summary: Summary, model: str) -> None:
     for note in summary.notes:
         say(console, f"note: {paragraphs(note)}")
     if not summary.partial:
+        from fourfold.quantize.journal import METRICS  # here: --help must not wait for these
+        from fourfold.records.results import Metrics
+        from fourfold.release.report.quality import verdict
+
+        if metrics := Metrics.find(Path(summary.out) / METRICS):
+            say(console, verdict(metrics))
         command = shlex.join(["fourfold", "verify", plain(summary.out), "--source", plain(model)])
         console.print(f"Next: {command}", soft_wrap=True)
 

@@ -21,7 +21,7 @@ LICENCES = (  # what the text of a licence holds, and the Hub's name for it
 SHOWN_METRICS = (  # of metrics.json's summary: the Hub's type, and what people call it
     ("perplexity_release", "perplexity", "perplexity"),
     ("kl_mean", "kl_divergence", "mean KL divergence from the BF16 model (nats)"),
-    ("top1_agreement", "accuracy", "top-1 agreement with the BF16 model"),
+    ("top1_agreement", "top1_agreement", "top-1 agreement with the BF16 model"),
 )
 
 

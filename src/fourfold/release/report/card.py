@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from fourfold.datatypes import FourfoldError, ProjectionStatistics, StreamDrift
+from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS
 from fourfold.formats.fixed import unsupported
 from fourfold.formats.gguf_names import ARCHITECTURES
@@ -23,26 +22,18 @@ from fourfold.records.release import State
 from fourfold.records.results import Bench, Status, Verdict
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
-from fourfold.release.report.quality import UNMEASURED, quality
+from fourfold.release.report.layers import layers_context, method_shares, weakest_text
+from fourfold.release.report.quality import quality
 from fourfold.release.report.records import EXPERTS, Records
 from fourfold.units import clock_text, size, stages
 
 METHODS = (
     ("Frantar and others 2022, GPTQ", "2210.17323"),
-    ("Li and others 2025, GPTAQ: solving on what the quantized layers before put out", "2504.02692"),
-    ("Lin and Wan 2025, LoaQ: making up for what the residual stream lacks", "2509.06297"),
-    ("Leviathan, Kalman and Matias 2023, speculative decoding: how drafts are judged", "2211.17192"),
+    ("Li and others 2025, GPTAQ: inputs from the quantized layers before", "2504.02692"),
+    ("Lin and Wan 2025, LoaQ: targets that correct the residual stream", "2509.06297"),
+    ("Leviathan, Kalman and Matias 2023, speculative decoding: acceptance rate", "2211.17192"),
 )
-METHOD_WORDS = {
-    "gptq": "GPTQ",
-    "diag": "GPTQ with the diagonal of H, since H could not be factored",
-    "row-diag": "GPTQ without guidance, since its metric of the rows could not be factored",
-    "rtn": "rounded to nearest, by the recipe's fallback rule",
-}
-WORST = ("layer", "expert", "projection", "tokens", "effective tokens", "target", "output error", "over RTN's")
-
-
-DERIVED = "no test of fourfold proves this architecture: a small copy of it ran layer by layer like transformers' model"
+DERIVED = "not covered by fourfold's tests; a small copy gave the same outputs layer by layer as in transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +52,12 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
 
     Raises FourfoldError if huggingface_hub does not read from it what was written.
     """
-    context = _head(records, about) | quality(records) | _layers(records) | _origin(records, about) | _verdict(records)
+    context = _head(records, about) | quality(records.metrics) | layers_context(records) | _origin(records, about)
+    context |= _checks(records.verdict) | _bench(records.bench)
     context |= {
         "figures": [(Markdown(path), prose(words)) for path, words in figures.items()],
         "commands": [_command(command) for command in commands],
-        "limits": list(_limits(records, commands)),
+        "limits": list(_limits(records)),
     }
     return compose("card.md.jinja", about, card_data(records, about), context)
 
@@ -108,22 +100,17 @@ def _head(records: Records, about: About) -> dict[str, Any]:
     state, scheme = records.state, records.release.recipe.scheme
     base = base_link(about)
     before, after = state.source_tensor_bytes, state.output.tensor_bytes
-    lost = UNMEASURED
-    if records.metrics:
-        figures = records.metrics.figures
-        lost = f"perplexity {figures.perplexity_source:.3f} → {figures.perplexity_release:.3f}, "
-        lost += f"mean KLD {figures.kl_mean:.5f} nats"
     skeleton, text = records.release.skeleton, records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
         *_source_weights(state.source.weights),
         ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
-        *([("derived", DERIVED)] if skeleton.family.derived else []),
+        *([("support", DERIVED)] if skeleton.family.derived else []),
         ("context", f"{text.max_position_embeddings:,} tokens"),
-        ("quantized", f"{state.projections:,} expert projections, {', '.join(_methods(state.methods))}"),
+        ("quantized", f"{state.projections:,} expert projections, {', '.join(method_shares(state.methods))}"),
         ("format", f"{records.release.format}, int4, groups of {scheme.group}, symmetric"),
         ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
-        ("quality", lost),
+        ("weakest", weakest_text(records)),
         ("verified", _brief_verdict(records)),
     ]
     groups: list[tuple[object, ...]] = [
@@ -140,9 +127,9 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         "base": base or "A Mixture-of-Experts checkpoint",
         "version": state.fourfold,
         "glance": table(("", ""), rows),
-        "groups": table(("tensors", "", "count", "bytes", "why"), groups),
+        "groups": table(("tensors", "format", "count", "size", "reason"), groups),
         "group_size": scheme.group,
-        "signed": ", scales with a sign" if scheme.signed else "",
+        "signed": ", signed scales" if scheme.signed else "",
         "format": records.release.format.name,
         "scale_dtype": scheme.scale_dtype.upper(),
         "stale": records.stale,
@@ -155,112 +142,20 @@ def base_link(about: About) -> Markdown | None:
     return Markdown(f"[{prose(base)}](https://huggingface.co/{base})") if base else None
 
 
-def _methods(methods: Mapping[str, int]) -> Iterator[str]:
-    total = sum(methods.values())
-    for name, count in methods.items():
-        yield f"{count / total:.2%} {METHOD_WORDS.get(name, name)}"
-
-
 def _source_weights(kind: str | None) -> Iterator[tuple[object, ...]]:
-    """What the source was stored in, of one that is not BF16. None in releases of versions that did not say it."""
+    """The source's format, if it is not BF16. None in releases of versions that did not record it."""
     if kind == "int4":
-        yield "source", "int4: its experts were quantized a second time, and quality below is against it"
+        yield "source", "int4: its experts are quantized a second time; quality is measured against this source"
     elif kind not in (None, "BF16"):
-        yield "source", f"{kind}, dequantized while it was read; tensors that are kept are BF16 here"
+        yield "source", f"{kind}, dequantized when read; unquantized tensors are BF16 here"
 
 
 def _brief_verdict(records: Records) -> str:
     verdict = records.verdict
     if verdict is None:
-        return "no" if not records.stale else "no: other bytes were"
+        return "no" if not records.stale else "no: verify.json is for other bytes"
     run = Markdown(", ".join(verdict.levels))
     return f"{'passed' if verdict.passed else 'FAILED'}: {run}"
-
-
-# --- layers and experts -------------------------------------------------------------------------------------------
-
-
-def _layers(records: Records) -> dict[str, Any]:
-    drift = {row.layer: row for row in records.metrics.layers} if records.metrics else {}
-    by_layer = records.by_layer()
-    layers = sorted(by_layer.keys() | drift.keys())
-    rows = [_layer_row(layer, by_layer.get(layer, []), drift.get(layer)) for layer in layers]
-    header = (
-        "layer", "drift", "routers agree", "output error, median", "most", "loss, mean", "tokens of an expert, least",
-        "median", "not GPTQ",
-    )  # fmt: skip
-    return {
-        "layers": len(rows), "by_layer": table(header, rows), "cold": _cold(records), "guidance": _guidance(records),
-        "worst": table(WORST, worst_rows(records)),
-    }  # fmt: skip
-
-
-def worst_rows(records: Records) -> list[tuple[object, ...]]:
-    """A row for each of the ten worst projections, with the columns of WORST."""
-    return [
-        (row.layer, row.expert, row.projection, f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target,
-         f"{row.relative_error:.5f}", f"{row.error_over_rtn:.2f}")
-        for row in records.worst()
-    ]  # fmt: skip
-
-
-def _guidance(records: Records) -> Markdown | None:
-    """What guidance left of the error, by layer."""
-    guidance = records.state.guidance
-    if guidance is None:
-        return None
-    rows = [
-        (row.layer, f"{row.predicted:.2f}", *(_share(row.measured.get(site)) for site in ("down", "gate_up")))
-        for row in guidance.layers
-    ]
-    return table(("layer", "down, predicted", "down", "gate and up"), rows)
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _layer_row(layer: int, rows: Sequence[ProjectionStatistics], drift: StreamDrift | None) -> tuple[object, ...]:
-    said = ("", "")
-    if drift is not None:
-        agreement = drift.router_agreement
-        said = (f"{drift.hidden_error:.4f}", "" if agreement is None else f"{agreement:.2%}")
-    if not rows:
-        return (layer, *said, "no routed experts", "", "", "", "", "")
-    errors = [row.relative_error for row in rows]
-    losses = [row.gptqmodel_loss for row in rows if row.gptqmodel_loss is not None]
-    tokens = list({row.expert: row.tokens for row in rows}.values())
-    other = sum(row.method != "gptq" for row in rows)
-    return (
-        layer,
-        *said,
-        f"{median(errors):.5f}",
-        f"{max(errors):.5f}",
-        f"{sum(losses) / len(losses):.3g}" if losses else "",
-        f"{min(tokens):,}",
-        f"{median(tokens):,.0f}",
-        other or "",
-    )
-
-
-def _cold(records: Records) -> str:
-    experts = {(row.layer, row.expert): row.tokens for row in records.projections}
-    never = sum(tokens == 0 for tokens in experts.values())
-    cold = records.cold()
-    solver = records.release.recipe.solver
-    said = (
-        f"Of {len(experts):,} experts (layer by layer) {never:,} met no calibration token; the median met "
-        f"{median(experts.values()):,.0f}. "
-    )
-    if solver.pool:
-        said += (
-            f"Every projection is solved on its own tokens' statistics and on its layer's, which count for "
-            f"{solver.pool:g} x its input features in tokens: {len(cold):,} of {len(records.projections):,} "
-            f"projections know more from their layer than from tokens of their own. "
-        )
-    if solver.fallback_share:
-        said += f"Experts with under {solver.fallback_share:.2%} of the calibration tokens were rounded to nearest. "
-    return said + "Methods: " + ", ".join(_methods(records.state.methods)) + "."
 
 
 # --- where it is from ---------------------------------------------------------------------------------------------
@@ -277,18 +172,18 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
     digests: list[tuple[object, ...]] = [
         ("recipe", code(state.identity.recipe)),
         ("source: headers, config.json, tokenizer", code(state.identity.source)),
-        ("source: all bytes that were read", code(state.source.content)),
+        ("source: all bytes read", code(state.source.content)),
         ("calibration tokens", code(state.identity.calibration)),
         ("held-out tokens", code(state.identity.heldout)),
         ("this release", code(state.output.content)),
     ]
     return {
-        "calibration": f"{calibration.rows:,} rows of {calibration.length:,} tokens, drawn with a fixed seed "
-        f"({records.release.recipe.calibration.seed}).",
-        "sources": table(("source", "licence", "rows", "documents", "tokens to draw from"), sources),
+        "calibration": f"{calibration.rows:,} samples of {calibration.length:,} tokens, seed "
+        f"{records.release.recipe.calibration.seed}.",
+        "sources": table(("source", "licence", "samples", "documents", "tokens available"), sources),
         "made": _made(state),
         "reproduce": _reproduce(records, about),
-        "digests": Markdown(table(("sha256", ""), digests) + "\n\n" + table(("file", "bytes", "sha256"), shards)),
+        "digests": Markdown(table(("", "sha256"), digests) + "\n\n" + table(("file", "size", "sha256"), shards)),
         "methods": [Markdown(f"{what}: [arXiv {paper}](https://arxiv.org/abs/{paper})") for what, paper in METHODS],
         "licence": found.name,
         "licence_origin": found.origin,
@@ -307,7 +202,7 @@ def _made(state: State) -> Markdown:
     rows: list[tuple[object, ...]] = [
         ("machine", devices),
         ("workers", len(state.workers)),
-        ("time of the last start", clock_text(sum(seconds.values()))),
+        ("time since the last start", clock_text(sum(seconds.values()))),
         ("by stage", ", ".join(f"{name} {clock_text(took)}" for name, took in stages(seconds))),
         ("peak memory", memory),
         ("recipe", f"{state.recipe} (recipe.toml)"),
@@ -353,16 +248,12 @@ def _other_formats(records: Records, about: About) -> Markdown | None:
 
 def _sampling(sampling: Mapping[str, Any]) -> str:
     if not sampling:
-        return "generation_config.json names none: see the base model's own page."
+        return "generation_config.json sets none; see the base model's page."
     said = ", ".join(f"{name} {value}" for name, value in sampling.items())
-    return f"Of generation_config.json, which engines take where a request says nothing: {said}."
+    return f"generation_config.json sets the engines' defaults: {said}."
 
 
-# --- what is proved, and what is not ------------------------------------------------------------------------------
-
-
-def _verdict(records: Records) -> dict[str, Any]:
-    return _checks(records.verdict) | _bench(records.bench)
+# --- what was verified, and what was not ------------------------------------------------------------------------------
 
 
 def _checks(verdict: Verdict | None) -> dict[str, Any]:
@@ -373,8 +264,8 @@ def _checks(verdict: Verdict | None) -> dict[str, Any]:
     if engine:
         said = f"Engine: {engine.engine} on {engine.device}, torch {engine.torch}"
         if engine.decode_tokens_per_second is not None:
-            said += f", {engine.decode_tokens_per_second:.1f} tokens/s one after another"
-    return {"verified": table(("level", "check", "", "what was seen"), rows), "engine": said}
+            said += f", {engine.decode_tokens_per_second:.1f} tokens/s for one request"
+    return {"verified": table(("level", "check", "result", "evidence"), rows), "engine": said}
 
 
 def _bench(bench: Bench | None) -> dict[str, Any]:
@@ -395,28 +286,28 @@ def _bench(bench: Bench | None) -> dict[str, Any]:
             )
         )
     header = (
-        "at one time", "answered", "tokens/s, all", "of a request, p50", "first token, ms p50/p99", "drafts accepted",
-        "tokens a step",
+        "concurrency", "answered", "tokens/s, total", "tokens/s per request, p50", "TTFT (ms), p50 / p99",
+        "acceptance rate", "tokens per step",
     )  # fmt: skip
     load, pool = bench.load, ", ".join(f"{name} {value}" for name, value in bench.pool.items())
     how = (
-        f"Engine {bench.engine or 'not known'}, model {bench.model}, {load.output_tokens} tokens a request, "
+        f"Engine {bench.engine or 'unknown'}, model {bench.model}, {load.output_tokens} output tokens per request, "
         f"temperature {load.temperature:g}, prompts {load.prompts}" + (f"; KV cache: {pool}" if pool else "")
     )
-    return {"bench": table(header, rows), "bench_how": how + ", by `fourfold bench`."}
+    return {"bench": table(header, rows), "bench_how": how}
 
 
-def _limits(records: Records, commands: Sequence[Serving]) -> Iterator[object]:
+def _limits(records: Records) -> Iterator[object]:
     yield from records.state.calibration.notes
     if not records.release.format.sglang_drafts:
         yield (
-            f"SGLang skips the draft experts of a {records.release.format} release without an error: serve it there "
-            "without drafts, or in vLLM"
+            f"SGLang skips the draft experts of a {records.release.format} release without an error. Serve it there "
+            "without drafts, or use vLLM."
         )
     if records.verdict and not records.verdict.passed:
         failed = [one.name for one in records.verdict.checks if one.status is Status.FAIL]
-        yield f"verification failed: {', '.join(failed)}"
+        yield f"Verification failed: {', '.join(failed)}."
     kept = sum(group.size_bytes for group in records.groups() if group.name != EXPERTS)
-    yield f"{size(kept)} are kept in BF16; only routed experts are int4"
+    yield f"Only routed experts are int4: {size(kept)} of other tensors are not quantized."
     for what, way in records.missing:
-        yield Markdown(f"{prose(what)}: not measured ({code(way)})")
+        yield Markdown(f"Not measured: {prose(what)} ({code(way)}).")

@@ -20,7 +20,7 @@ MAPS = (
     ("loss", "loss, as GPTQModel logs it", "log"),
     ("method", "method", "ordinal"),
 )
-RATIO = ("ratio", "output error, of the other release's", "log")
+RATIO = ("ratio", "output error over the other release's", "log")
 
 
 def charts(records: Records, against: Records | None) -> dict[str, Spec]:
@@ -70,7 +70,9 @@ def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str], dash: Spec | 
 
 
 def _layer_axis() -> Spec:
-    return _axis("layer", "quantitative", "layer", axis={"tickMinStep": 1, "format": "d"})
+    return _axis(
+        "layer", "quantitative", "layer", axis={"format": "d", "labelExpr": "datum.value % 1 ? '' : datum.label"}
+    )
 
 
 def errors(records: Records) -> Spec:
@@ -79,11 +81,11 @@ def errors(records: Records) -> Spec:
     for layer, rows in records.by_layer().items():
         for name in dict.fromkeys(row.projection for row in rows):
             found = [row.relative_error for row in rows if row.projection == name]
-            for what, value in (("median", median(found)), ("largest", max(found))):
+            for what, value in (("median", median(found)), ("maximum", max(found))):
                 values.append({"layer": layer, "projection": name, "experts": what, "error": value or None})
     return _spec(
         "Output error by layer and projection",
-        "Lines: median and largest relative output error of the experts of each layer, for gate, up and down.",
+        "Lines: median and maximum relative output error of each layer's experts, for gate, up and down.",
         values,
         **_lines(
             _layer_axis(),
@@ -100,11 +102,11 @@ def coverage(records: Records) -> Spec:
     values = []
     for layer, rows in records.by_layer().items():
         tokens = sorted({row.expert: row.tokens for row in rows}.values())
-        for what, share in (("most", 1.0), ("90 %", 0.9), ("median", 0.5), ("10 %", 0.1), ("least", 0.0)):
+        for what, share in (("maximum", 1.0), ("90%", 0.9), ("median", 0.5), ("10%", 0.1), ("minimum", 0.0)):
             values.append({"layer": layer, "experts": what, "tokens": tokens[round(share * (len(tokens) - 1))]})
     return _spec(
-        "Router coverage: tokens that an expert met",
-        "Lines: least, tenth, median, nine tenths and most calibration tokens of the experts of each layer.",
+        "Router coverage: calibration tokens per expert",
+        "Lines: minimum, 10%, median, 90% and maximum of the calibration tokens of each layer's experts.",
         values,
         **_lines(
             _layer_axis(),
@@ -123,8 +125,8 @@ def guidance(records: Records) -> Spec:
         shares = {"down, predicted": row.predicted, **row.measured}
         values += [{"layer": row.layer, "series": name, "share": share} for name, share in shares.items()]
     return _spec(
-        "Guidance: share of the error that it left",
-        "Lines: error with guidance over error without it, in the measure of the end loss, predicted and measured.",
+        "Guidance: error with it over error without it",
+        "Lines: error with guidance over error without it, weighted by the model's loss, predicted and measured.",
         values,
         **_lines(
             _layer_axis(), _axis("share", "quantitative", "share of the error", scale={"zero": False}),
@@ -146,7 +148,7 @@ def _by_layer(named: Named, field: str) -> Iterator[dict[str, Any]]:
 def drift(named: Named) -> Spec:
     return _spec(
         "Hidden-state drift by layer",
-        "Lines: how far the hidden states after each layer are from the BF16 model's, as a share of their norm.",
+        "Lines: relative difference of the hidden states after each layer from the BF16 model's.",
         list(_by_layer(named, "hidden_error")),
         **_lines(
             _layer_axis(), _axis("value", "quantitative", "drift, share of the norm"), _axis("release", "nominal", ""),
@@ -158,11 +160,11 @@ def drift(named: Named) -> Spec:
 def routers(named: Named) -> Spec:
     return _spec(
         "Router agreement by layer",
-        "Lines: share of the experts that both the BF16 model and the release chose for a token.",
+        "Lines: share of a token's experts that the BF16 model and the release both select.",
         list(_by_layer(named, "router_agreement")),
         **_lines(
             _layer_axis(),
-            _axis("value", "quantitative", "experts chosen by both", axis={"format": ".1%"}, scale={"zero": False}),
+            _axis("value", "quantitative", "router agreement", axis={"format": ".1%"}, scale={"zero": False}),
             _axis("release", "nominal", ""),
             ("layer", "release", "value"),
         ),
@@ -187,8 +189,8 @@ def distribution(named: Named) -> Spec:
             low, high = one.low or one.high or 0.0, one.high or one.low  # the first begins at 0, the last is open
             values.append({"nats": (low * high) ** 0.5, "release": name, "share": one.positions / total})
     return _spec(
-        "Distribution of the KL divergence",
-        "Lines: share of the text's positions by their divergence from the BF16 model, four ranges to a decade.",
+        "Distribution of KLD",
+        "Lines: share of the text's positions by KLD from the BF16 model, four bins per decade.",
         values,
         **_lines(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}, axis={"format": "~e"}),
@@ -202,13 +204,13 @@ def distribution(named: Named) -> Spec:
 def divergence(named: Named) -> Spec:
     values = []
     for name, records in named:
-        for key, what in (("median", "median"), ("mean", "mean"), ("p90", "90 %"), ("p99", "99 %"), ("max", "largest")):
+        for key, what in (("median", "median"), ("mean", "mean"), ("p90", "90%"), ("p99", "99%"), ("max", "maximum")):
             if records.metrics and (nats := getattr(records.metrics.figures, f"kl_{key}")):
                 values.append({"of positions": what, "release": name, "nats": nats})
-    order = ["median", "mean", "90 %", "99 %", "largest"]
+    order = ["median", "mean", "90%", "99%", "maximum"]
     return _spec(
-        "KL divergence from the BF16 model",
-        "Points: median, mean, 90 and 99 percent quantile and largest divergence over all positions of the text.",
+        "KLD from the BF16 model",
+        "Points: median, mean, 90th and 99th percentile and maximum over all positions of the text.",
         values,
         **_bars(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}),
@@ -228,8 +230,8 @@ def entropy(named: Named) -> Spec:
                 values.append({"entropy": where, "release": name, "nats": bucket.kl_mean, "n": bucket.positions})
     order = list(dict.fromkeys(value["entropy"] for value in values))
     return _spec(
-        "Mean KL by the BF16 model's entropy",
-        "Points: mean divergence of the positions where the BF16 model's entropy is in each range of nats.",
+        "Mean KLD by the BF16 model's entropy",
+        "Points: mean KLD of the positions in each range of the BF16 model's entropy.",
         values,
         **_bars(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}),
@@ -247,7 +249,7 @@ def seconds(named: Named) -> Spec:
     ]
     return _spec(
         "Time by stage",
-        "Bars: seconds of each stage of quantization, of the last start.",
+        "Bars: seconds of each stage of quantization since the last start.",
         values,
         **{
             **_bars(
@@ -268,7 +270,7 @@ def memory(named: Named) -> Spec:
     ]
     return _spec(
         "Memory, planned and used",
-        "Bars: gigabytes of the host and of each GPU, as the plan said and as they were at their peak.",
+        "Bars: planned and peak gigabytes of the host and of each GPU.",
         values,
         **{**_bars(_axis("GB", "quantitative", "GB"), _axis("place", "nominal", ""), ("release", "place", "GB")),
            "mark": "bar"},

@@ -52,11 +52,11 @@ def block(text: str, language: str) -> Markdown:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
     """A table whose cells are escaped unless they are Markdown. Columns of numbers are aligned right."""
-    cells = [[str(finalize(cell)) for cell in row] for row in rows]
+    names, *cells = [[str(finalize(cell)) for cell in row] for row in (header, *rows)]
     columns = list(zip(*cells, strict=True)) if cells else [()] * len(header)
     numbers = (any(column) and all(NUMBER.match(cell) for cell in column if cell) for column in columns)
     rule = ["---:" if right else "---" for right in numbers]
-    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells)))
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *cells)))
 
 
 def script_json(value: Any) -> str:

@@ -57,8 +57,8 @@ def export_card(folder: Path, record: Export, about: About) -> str:
         "note": NOTES.get(record.after, ""),
         "serve": code(f"fourfold serve {place} --print"),
         "verify": code(f"fourfold verify {place} --source RELEASE --engine {EXPORTS[record.after]}"),
-        "checks": checks and table(("level", "check", "", "what was seen"), checks),
-        "files": table(("file", "bytes", "sha256"), files),
+        "checks": checks and table(("level", "check", "result", "evidence"), checks),
+        "files": table(("file", "size", "sha256"), files),
         "licence": licence.name,
         "licence_origin": licence.origin,
         **_quality(record),
@@ -104,7 +104,7 @@ def _facts(record: Export, about: About, verdict: Verdict | None) -> Iterator[tu
     recipe = f", recipe {record.release.recipe}" if record.release else ""
     yield "base model", base_link(about) or "not stated"
     yield "quantized", f"{record.projections:,} expert projections, int4, groups of {record.group_size}{recipe}"
-    yield "stored as", f"{STORED[record.after]}; codes and scales are the release's, exactly"
+    yield "stored as", f"{STORED[record.after]}; codes and scales are copied from the release"
     yield "other tensors", "as in the release" if record.rest == "bf16" else f"matrices are rounded to {record.rest}"
     if record.settings:
         yield "draft head (MTP)", "kept" if record.has_drafts else "none"
@@ -117,7 +117,7 @@ def _facts(record: Export, about: About, verdict: Verdict | None) -> Iterator[tu
 
 
 def _quality(record: Export) -> dict[str, Any]:
-    """Of the release, where these are its weights to the last bit."""
+    """Return the release's figures, if these files have its weights unchanged."""
     found = record.release and record.release.quality
     if not found or record.rest != "bf16":
         return {"quality": None}

@@ -33,19 +33,20 @@ async function drawCharts() {
 
 // --- the table: only rows in sight are elements -------------------------------------------------------------------
 
-const short = (value) => (value === null ? "" : Number(value).toPrecision(4));
-const whole = (value) => value.toLocaleString("en");
+const short = (value) => (value === null ? "" : value.toPrecision(3));
+const share = (value) => value.toFixed(2);
+const whole = (value) => Math.round(value).toLocaleString("en");
 const columns = [
   ["layer", String], ["expert", String], ["projection", (value) => rows.projections[value]],
-  ["method", (value) => rows.methods[value]], ["tokens", whole], ["effective_tokens", short], ["relative_error", short],
-  ["error_over_rtn", short], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
+  ["method", (value) => rows.methods[value]], ["tokens", whole], ["effective_tokens", whole], ["relative_error", short],
+  ["error_over_rtn", share], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
 ];
 if (rows.ratio) columns.push(["ratio", short]);
 const ROW = 28, SPARE = 8; // pixels of a row; rows beyond those in sight
 const names = Array.from({ length: count }, (_, row) =>
   `layer ${rows.layer[row]} expert ${rows.expert[row]} ${rows.projections[rows.projection[row]]} ${rows.methods[rows.method[row]]} `);
 const table = element("table"), head = element("head"), space = element("space");
-let shown = [], order = { column: null, falling: false };
+let shown = [], order = { column: "error_over_rtn", falling: false };
 
 function buildHead() {
   document.documentElement.style.setProperty("--columns", columns.length);
@@ -56,7 +57,6 @@ function buildHead() {
     cell.setAttribute("aria-sort", "none");
     cell.dataset.column = name;
     button.type = "button";
-    button.textContent = name.replaceAll("_", " ");
     button.addEventListener("click", () => sortBy(name));
     cell.append(button);
     head.append(cell);
@@ -68,7 +68,7 @@ function sortBy(name) {
   for (const cell of head.children) {
     const mine = cell.dataset.column === name, way = order.falling ? "descending" : "ascending";
     cell.setAttribute("aria-sort", mine ? way : "none");
-    cell.firstChild.textContent = cell.dataset.column.replaceAll("_", " ") + (mine ? (order.falling ? " ▼" : " ▲") : "");
+    cell.firstChild.textContent = cell.dataset.column.replaceAll("_", " ").replace("rtn", "RTN") + (mine ? (order.falling ? " ▼" : " ▲") : "");
   }
   arrange();
 }
@@ -89,10 +89,8 @@ function arrange() {
   const fits = matcher(element("search").value);
   shown = [];
   for (let row = 0; row < count; row++) if (fits(row)) shown.push(row);
-  if (order.column !== null) {
-    const values = rows[order.column], sign = order.falling ? -1 : 1;
-    shown.sort((a, b) => (values[a] === null) - (values[b] === null) || sign * (values[a] - values[b]) || a - b);
-  }
+  const values = rows[order.column], sign = order.falling ? -1 : 1;
+  shown.sort((a, b) => (values[a] === null) - (values[b] === null) || sign * (values[a] - values[b]) || a - b);
   element("found").textContent = `${whole(shown.length)} ${shown.length === 1 ? "row" : "rows"}`;
   table.setAttribute("aria-rowcount", shown.length + 1);
   space.style.height = `${shown.length * ROW}px`;
@@ -220,7 +218,7 @@ function moveCursor(event) {
 // --- start --------------------------------------------------------------------------------------------------------
 
 buildHead();
-arrange();
+sortBy(order.column); // a second time: the worst first
 element("search").addEventListener("input", arrange);
 element("clear").addEventListener("click", () => search(""));
 table.addEventListener("scroll", () => requestAnimationFrame(paint));

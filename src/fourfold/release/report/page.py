@@ -11,12 +11,12 @@ import jinja2
 import vl_convert
 
 from fourfold.release.report.about import About
-from fourfold.release.report.card import WORST, worst_rows
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
-from fourfold.release.report.quality import UNMEASURED
+from fourfold.release.report.layers import cold_text, drift_grid, worst_grid
+from fourfold.release.report.quality import draft_grid, figure_grid, protocol_text, task_grid, verdict
 from fourfold.release.report.records import Records
-from fourfold.units import FIGURES, clock_text, size
+from fourfold.units import clock_text, size
 
 HERE = Path(__file__).parent
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite and Vega-Embed leaves to the page
@@ -24,7 +24,8 @@ LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the bundle of Vega, Vega-Lite 
 
 def page(records: Records, about: About, against: Records | None = None) -> str:
     """The page. Same inputs and the same version of vl-convert-python, same text."""
-    rows, other = records.projections, against.projections if against else ()
+    others = [(other_name(records, against), against.metrics)] if against else []
+    rows, other, metrics = records.projections, against.projections if against else (), records.metrics
     maps = [*MAPS, *([RATIO] if against else [])]
     data: dict[str, Any] = {
         "rows": columns(rows, other),
@@ -39,13 +40,17 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
     return environment.get_template("page.html.jinja").render(
         name=clean(about.name.rpartition("/")[2]),
         facts=_facts(records, about),
-        named=["this release", *([other_name(records, against)] if against else [])],
-        quality=_quality(records, against),
+        verdict=verdict(metrics),
+        quality=figure_grid(metrics, others) if metrics or any(found for _, found in others) else None,
+        protocol=metrics and protocol_text(metrics.protocol),
+        drafts=metrics and draft_grid(metrics),
+        tasks=metrics and task_grid(metrics.tasks),
         checks=records.verdict.checks if records.verdict else (),
         stale=records.stale,
         missing=records.missing,
-        worst_header=WORST,
-        worst=worst_rows(records),
+        worst=worst_grid(records),
+        cold=cold_text(records),
+        drift=drift_grid(records),
         charts=[(id, chart["usermeta"]["title"]) for id, chart in data["charts"].items()],
         maps=maps,
         projections=data["rows"]["projections"],
@@ -71,17 +76,6 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
         ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
         ("size", f"{size(state.source_tensor_bytes)} \N{RIGHTWARDS ARROW} {size(state.output.tensor_bytes)}"),
         ("projections", f"{state.projections:,}"),
-        *((FIGURES[key][0], _figure(records, key)) for key in ("kl_mean", "perplexity_ratio")),
         ("time", clock_text(sum(state.seconds.values()))),
         ("verified", ("no" if verdict is None else ", ".join(verdict.levels) if verdict.passed else "FAILED")),
     ]
-
-
-def _quality(records: Records, against: Records | None) -> list[tuple[str, list[str]]]:
-    """Rows of the table of metrics: words, and a cell for each release."""
-    both = [records] if against is None else [records, against]
-    return [(words, [_figure(one, key) for one in both]) for key, (words, _) in FIGURES.items()]
-
-
-def _figure(records: Records, key: str) -> str:
-    return records.metrics.text(key) if records.metrics else UNMEASURED

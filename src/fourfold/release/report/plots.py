@@ -38,11 +38,11 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
         last = f"{layers[-1].hidden_error:.4f}"
         words = f"Hidden-state drift and router agreement by layer; drift after the last is {last}"
         yield DRIFT, words, _png({"hconcat": found, "spacing": 40})
-    words = "Output error of each layer's experts: median, and largest"
+    words = "Output error of each layer's experts: median and maximum"
     yield ERRORS, words, _png(_sized(errors(records), WIDTH))
     titles = {"tokens": "calibration tokens", "error": "relative output error"}
     maps = [_map(records, field, title) for field, title in titles.items()]
-    words = "Calibration tokens that each expert met, and its largest output error"
+    words = "Calibration tokens of each expert and its maximum output error"
     yield EXPERTS, words, _png({"hconcat": maps, "resolve": {"scale": {"color": "independent"}}, "spacing": 30})
 
 

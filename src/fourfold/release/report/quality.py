@@ -1,52 +1,81 @@
-"""Quality on a card: figures with intervals, drafts, tasks, as metrics.json has them."""
+"""Quality on a card and a page: the verdict, figures with intervals, drafts, tasks, as metrics.json has them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from fourfold.records.results import Measured, Metrics, TaskResults, TextFacts
-from fourfold.release.report.escape import Markdown, prose, table
-from fourfold.release.report.records import Records
-from fourfold.units import FIGURES
+from fourfold.records.results import Measured, Metrics, RoundToNearest, TaskResults, TextFacts
+from fourfold.release.report.escape import table
+from fourfold.units import FIGURES, figure_text
 
 UNMEASURED = "not measured"
 
 
-def quality(records: Records) -> dict[str, Any]:
-    """What the card's template says of quality, drafts and tasks; None for what was not measured."""
-    metrics = records.metrics
-    found: dict[str, Any] = dict.fromkeys(
-        ("quality", "entropy", "protocol", "measured_by", "overlap", "tasks", "lm_eval")
-    )
-    found |= _drafts(metrics)
+class Grid(NamedTuple):
+    """A table: names of columns, and rows of cells."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[object, ...]]
+
+
+def verdict(metrics: Metrics | None) -> str:
+    """Return mean KLD (nats) and top-1 agreement in words, beside round-to-nearest (RTN) where it was measured."""
+    if metrics is None or metrics.summary is None:
+        return "Not measured."
+    rtn, agreement = metrics.rtn, "top-1 agreement"
+    if rtn is None:
+        windows = f", on {_windows(metrics.protocol.windows)}" if metrics.protocol.windows else ""
+        kld = _figure(metrics, "kl_mean", " nats")
+        return f"Mean KLD {kld}, {agreement} {_figure(metrics, 'top1_agreement')}{windows}."
+    ours, theirs, ends = rtn.release, rtn.summary, (rtn.intervals or {}).get("kl_mean")
+    share = f"{ours.kl_mean / theirs.kl_mean:.0%} of " if theirs.kl_mean else ""
+    said = f"Mean KLD {ours.kl_mean:.5f} nats ({_windows(rtn.windows)}), {share}round-to-nearest's "
+    said += f"{_figure(rtn, 'kl_mean')}; {agreement} {ours.top1_agreement:.2%}, RTN {theirs.top1_agreement:.2%}."
+    if ours.kl_mean >= (ends[0] if ends else theirs.kl_mean):
+        below = "RTN's 95% interval" if ends else "RTN's"
+        said += f" Not better than RTN on this text: the release's mean KLD is not below {below}."
+    return said
+
+
+def _windows(count: int) -> str:
+    return f"{count:,} window{'' if count == 1 else 's'}"
+
+
+def _figure(part: Measured | RoundToNearest, key: str, unit: str = "") -> str:
+    form, ends = FIGURES[key][1], (part.intervals or {}).get(key)
+    said = form.format(getattr(part.summary, key)) + unit
+    return f"{said} (95%: {form.format(ends[0])} to {form.format(ends[1])})" if ends else said
+
+
+def figure_grid(metrics: Metrics | None, others: Iterable[tuple[str, Measured | None]] = ()) -> Grid:
+    """Return the figures of a release, of RTN where it was measured, and of others, with half of the 95% interval."""
+    named: list[tuple[str, Measured | RoundToNearest | None]] = [("this release", metrics)]
+    if metrics and metrics.rtn:
+        named.append((f"RTN ({_windows(metrics.rtn.windows)})", metrics.rtn))
+    named += others
+    rows = [(words, *(_cell(part, key) for _, part in named)) for key, (words, _) in FIGURES.items()]
+    return Grid(("", *(name for name, _ in named)), [*rows])
+
+
+def _cell(part: Measured | RoundToNearest | None, key: str) -> str:
+    return figure_text(key, getattr(part.summary, key), (part.intervals or {}).get(key)) if part else UNMEASURED
+
+
+def quality(metrics: Metrics | None) -> dict[str, Any]:
+    """What the card's template says of quality, drafts and tasks. Without metrics: the verdict alone."""
     if metrics is None:
-        return found
-    against = metrics.against
-    header = ("", "this release", "95 %", *((str(prose(against.name)), "95 %") if against else ()))
-    rows = [
-        (words, *_cells(metrics, key, form), *(_cells(against, key, form) if against else ()))
-        for key, (words, form) in FIGURES.items()
-    ]
-    found["quality"] = table(header, rows)
-    found["entropy"] = _entropy(metrics)
-    found["measured_by"] = metrics.measured_by
-    found["protocol"] = protocol_text(metrics.protocol)
-    if metrics.calibration_overlap is not None:
-        found["overlap"] = (
-            f"{metrics.calibration_overlap:.2%} of this text's runs of words are in the calibration text too."
-        )
-    if metrics.tasks:
-        found["tasks"] = table(("task", "metric", "value", "shots", "samples"), list(_tasks(metrics.tasks)))
-        found["lm_eval"] = metrics.tasks.lm_eval
-    return found
-
-
-def _cells(part: Measured, key: str, form: str) -> tuple[str, str]:
-    ends = part.interval(key)
-    if not ends:
-        return part.text(key), ""
-    return form.format(getattr(part.figures, key)), f"{form.format(ends[0])} to {form.format(ends[1])}"
+        return {"verdict": verdict(None), "metrics": None}
+    against, drafts, tasks = metrics.against, draft_grid(metrics), task_grid(metrics.tasks)
+    return {
+        "verdict": verdict(metrics),
+        "metrics": metrics,
+        "quality": table(*figure_grid(metrics, [(against.name, against)] if against else [])),
+        "protocol": protocol_text(metrics.protocol),
+        "entropy": table(*_entropy(metrics)),
+        "drafts": drafts and table(*drafts),
+        "tasks": tasks and table(*tasks),
+    }
 
 
 def protocol_text(protocol: TextFacts) -> str:
@@ -64,20 +93,21 @@ def protocol_text(protocol: TextFacts) -> str:
     return ", ".join(form.format(value) for form, value in values if value is not None)
 
 
-def _entropy(metrics: Metrics) -> Markdown:
+def _entropy(metrics: Metrics) -> Grid:
     rows: list[tuple[object, ...]] = []
     for bucket in metrics.by_entropy or ():
         end = "more" if bucket.high is None else f"{bucket.high:g}"
         kl, agreement = bucket.kl_mean, bucket.top1_agreement
-        cells = ("" if kl is None else f"{kl:.6f}", "" if agreement is None else f"{agreement:.2%}")
+        cells = ("" if kl is None else f"{kl:.5f}", "" if agreement is None else f"{agreement:.2%}")
         rows.append((f"{bucket.low:g} to {end}", f"{bucket.positions:,}", *cells))
-    return table(("entropy, nats", "positions", FIGURES["kl_mean"][0], FIGURES["top1_agreement"][0]), rows)
+    return Grid(("entropy (nats)", "positions", FIGURES["kl_mean"][0], FIGURES["top1_agreement"][0]), rows)
 
 
-def _drafts(metrics: Metrics | None) -> dict[str, Any]:
-    if metrics is None or metrics.drafts is None:
-        return {"drafts": None, "draft_protocol": None, "no_drafts": "Not measured."}
+def draft_grid(metrics: Metrics) -> Grid | None:
+    """Return the acceptance rates of the draft heads; None if they were not measured."""
     drafts, against = metrics.drafts, metrics.against
+    if drafts is None:
+        return None
     named = [("BF16 model", drafts.source), ("this release", drafts.release)]
     named += [(against.name, against.drafts)] if against else []
     rows: list[tuple[object, ...]] = []
@@ -85,18 +115,19 @@ def _drafts(metrics: Metrics | None) -> dict[str, Any]:
         for rule, one in (("greedy", found.greedy), ("sampled", found.sampled)) if found else ():
             ends = one.interval
             places = " / ".join(f"{share:.1%}" for share in one.by_position)
-            sure = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
-            rows.append((name, rule, places, f"{one.mean_length:.3f}", sure))
-    protocol = drafts.protocol
-    said = f"{protocol.get('prompts')} prompts, {protocol.get('steps')} draft steps; text {protocol.get('text')}"
-    header = ("", "decoding", "kept, by position", "tokens a step", "95 %")
-    return {"drafts": table(header, rows) if rows else None, "draft_protocol": said, "no_drafts": "Not measured."}
+            interval = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
+            rows.append((name, rule, places, f"{one.mean_length:.3f}", interval))
+    header = ("", "decoding", "acceptance rate by position", "tokens per step", "95% interval")
+    return Grid(header, rows) if rows else None
 
 
-def _tasks(results: TaskResults) -> Iterator[tuple[object, ...]]:
-    for task, found in results.tasks.items():
+def task_grid(results: TaskResults | None) -> Grid | None:
+    """Return lm-eval's figures; None if there are none."""
+    rows: list[tuple[object, ...]] = []
+    for task, found in results.tasks.items() if results else ():
         for metric, value in found.figures.items():
             if isinstance(value, float) and "stderr" not in metric:
                 error = found.figures.get(metric.replace(",", "_stderr,", 1))
                 spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                yield task, metric, f"{value:.4f}{spread}", found.shots, found.samples
+                rows.append((task, metric, f"{value:.4f}{spread}", found.shots, found.samples))
+    return Grid(("task", "metric", "value", "shots", "samples"), rows) if rows else None

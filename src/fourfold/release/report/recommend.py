@@ -20,14 +20,14 @@ GPU = Gpu(name="24 GB GPU", total_bytes=24 * 2**30, free_bytes=24 * 2**30, capab
 def recommend(records: Records, about: About) -> list[Serving]:
     """Commands as `serve --print` gives them, for the fewest GPUs of 24 GB that suffice; the same on every machine.
 
-    For the engine version that verify ran, or else the newest known.
+    The engine that verify ran is first, in that version; other engines are in the newest version known.
     """
     try:
         served = replace(open_served(records.release.folder, about.name), folder=Path(about.name))
     except UnknownCache:
         return []  # the card then has no commands
     found = []
-    for engine in ENGINES.values():
+    for engine in sorted(ENGINES.values(), key=lambda engine: _verified(records, engine) is None):
         for drafts in (None, 0) if served.has_draft else (0,):
             machine, command = _fewest(served, engine, drafts, _verified(records, engine))
             drafting = command.forecast.cache.drafts

@@ -116,16 +116,16 @@ def read_records(folder: Path) -> Records:
 
 
 def _missing(metrics: Metrics | None, verdict: Verdict | None, bench: Bench | None) -> Iterator[tuple[str, str]]:
-    """What was not measured, and the command that does."""
+    """What was not measured, and the command that measures it."""
     if metrics is None or metrics.measured_by != "evaluate":
-        yield "quality beyond what quantize measured", "fourfold evaluate OUT --source MODEL"
+        yield "quality on more text than quantize's", "fourfold evaluate OUT --source MODEL"
     if metrics is None or not metrics.drafts:
-        yield "acceptance of the draft head's tokens", "fourfold evaluate OUT --source MODEL"
+        yield "acceptance rate of the draft head", "fourfold evaluate OUT --source MODEL"
     if metrics is None or not metrics.tasks:
-        yield "tasks of lm-eval", "fourfold evaluate OUT --source MODEL --tasks NAMES --url URL"
+        yield "lm-eval tasks", "fourfold evaluate OUT --source MODEL --tasks NAMES --url URL"
     levels = () if verdict is None else verdict.levels
     for level, words in (("files", ""), ("source", " --source MODEL"), ("engine", " --engine vllm")):
         if level not in levels:
-            yield f"verification of level {level}", f"fourfold verify OUT{words}"
+            yield f"verification, level {level}", f"fourfold verify OUT{words}"
     if bench is None:
-        yield "speed of a server", "fourfold bench URL --out OUT/bench.json"
+        yield "serving speed", "fourfold bench URL --out OUT/bench.json"
