@@ -37,10 +37,10 @@ def layers_context(records: Records) -> dict[str, Any]:
 
 def worst_grid(records: Records) -> Grid:
     """Return a row for each of the ten worst projections, the worst first."""
-    header = ("layer", "expert", "projection", "tokens", "effective tokens", "target", "output error", "over RTN's")
+    header = ("layer", "expert", "projection", "over RTN's", "output error", "tokens", "effective tokens", "target")
     rows: list[tuple[object, ...]] = [
-        (row.layer, row.expert, row.projection, f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target,
-         f"{row.relative_error:#.3g}", f"{row.error_over_rtn:.2f}")
+        (row.layer, row.expert, row.projection, f"{row.error_over_rtn:.2f}", f"{row.relative_error:#.3g}",
+         f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target)
         for row in records.worst()
     ]  # fmt: skip
     return Grid(header, rows)

@@ -38,8 +38,8 @@ const share = (value) => value.toFixed(2);
 const whole = (value) => Math.round(value).toLocaleString("en");
 const columns = [
   ["layer", String], ["expert", String], ["projection", (value) => rows.projections[value]],
-  ["method", (value) => rows.methods[value]], ["tokens", whole], ["effective_tokens", whole], ["relative_error", short],
-  ["error_over_rtn", share], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
+  ["error_over_rtn", share], ["relative_error", short], ["method", (value) => rows.methods[value]], ["tokens", whole],
+  ["effective_tokens", whole], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
 ];
 if (rows.ratio) columns.push(["ratio", short]);
 const ROW = 28, SPARE = 8; // pixels of a row; rows beyond those in sight
