@@ -228,16 +228,16 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     chunking = solve.Chunking(batches.experts, batches.inputs, skeleton.stems(0), ignore)
     start = clock.now()
     with clock.watching(), torch.no_grad():
-        traffic = streams.attend(worker, layer, both, batches, ignore)
-        layer = streams.own_experts(worker, layer, traffic)
-        seen = observe.observe(worker, layer, *traffic)
-        source = streams.advance(worker, layer, traffic[0], both[0], batches, ignore)
+        moe_inputs = streams.attend(worker, layer, both, batches, ignore)
+        layer = streams.own_experts(worker, layer, moe_inputs)
+        seen = observe.observe(worker, layer, *moe_inputs)
+        source = streams.advance(worker, layer, moe_inputs[0], both[0], batches, ignore)
         if power := recipe.solver.norm_power:
             importance_T = observe.token_importance(worker, source.calibration, power).to(device)
             seen = dataclasses.replace(seen, importance_T=importance_T)
         result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
-        release = streams.advance(worker, release_layer, traffic[1], both[1], batches, ignore)
+        release = streams.advance(worker, release_layer, moe_inputs[1], both[1], batches, ignore)
         heldout = source.heldout, release.heldout
         streams.pass_rows_(worker, (layer, release_layer), heldout, batches, ignore)
     seconds = clock.now() - start

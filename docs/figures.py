@@ -49,7 +49,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 # README's results have columns for each of these, and a row for each method of results.py.
 # Result of benchmarks/quality.py: title.
-MODELS = {"quality": "example model", "quality_real": "model with real activations"}
+MODELS = {"quality": "example model", "quality_real": "model with outliers of a real LLM"}
 GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
 FIGURES: dict[str, Callable[..., str]] = {}
 

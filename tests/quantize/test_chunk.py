@@ -49,7 +49,7 @@ def released_ENK(layer: DecoderLayer) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def traffic() -> tuple[MoeInputs, MoeInputs]:
+def moe_inputs() -> tuple[MoeInputs, MoeInputs]:
     """Of source and release. Router weights of a token do not sum to one."""
     score_TE = normal(TOKENS, EXPERTS, seed=4)
     score_TE[:, 3] = -10
@@ -65,10 +65,10 @@ def traffic() -> tuple[MoeInputs, MoeInputs]:
 
 
 @pytest.fixture(scope="module")
-def observed(layer: DecoderLayer, traffic: tuple[MoeInputs, MoeInputs]) -> Observed:
+def observed(layer: DecoderLayer, moe_inputs: tuple[MoeInputs, MoeInputs]) -> Observed:
     """A token weighs up to sixteen times as much as another."""
     importance_T = 4.0 ** normal(TOKENS, seed=9).clamp(-1, 1)
-    return replace(observe(alone(CPU), layer, *traffic), importance_T=importance_T)
+    return replace(observe(alone(CPU), layer, *moe_inputs), importance_T=importance_T)
 
 
 def pairs_of(observed: Observed, expert: int) -> list[tuple[int, float]]:
@@ -97,10 +97,10 @@ def chunk_of(observed: Observed, inputs: str = "device", router_weighted: bool =
 
 @pytest.mark.parametrize("inputs", ["device", "host"])
 def test_the_gap_at_down_is_what_the_residual_stream_lacks(
-    layer: DecoderLayer, released_ENK: Tensor, traffic: tuple[MoeInputs, MoeInputs], observed: Observed, inputs: str
+    layer: DecoderLayer, released_ENK: Tensor, moe_inputs: tuple[MoeInputs, MoeInputs], observed: Observed, inputs: str
 ) -> None:
     """y = W_down (a_source - a_release), and what the rows lack by the token's router weights in sum."""
-    source, release = traffic
+    source, release = moe_inputs
     assert source.input_TD is not None and release.input_TD is not None
     gate_up_ENK, down_ENK = layer.stacks
     own = down_moments(chunk_of(observed, inputs), layer, released_ENK[OWN.start :])

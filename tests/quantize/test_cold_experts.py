@@ -31,10 +31,10 @@ def layer() -> DecoderLayer:
 
 @pytest.fixture(scope="module")
 def observed() -> Observed:
-    return traffic(COUNTS)
+    return moe_inputs(COUNTS)
 
 
-def traffic(counts: Sequence[int], loudness_T1: Tensor | float = 1.0) -> Observed:
+def moe_inputs(counts: Sequence[int], loudness_T1: Tensor | float = 1.0) -> Observed:
     """A few tokens are thirty times as loud as the others; drift and gap are noise, louder at them too.
 
     counts: see COUNTS; loudness_T1: that of each token besides.
@@ -134,11 +134,11 @@ def loud_token() -> Observed:
     """One of 512 is 10^4 times as loud, and its state as long."""
     loudness_T1 = torch.ones(TOKENS, 1)
     loudness_T1[100] = 1e4
-    return traffic(COUNTS, loudness_T1)
+    return moe_inputs(COUNTS, loudness_T1)
 
 
 def loud_channel() -> Observed:
-    usual = traffic(COUNTS)
+    usual = moe_inputs(COUNTS)
     assert usual.target_TD is not None
     louder_D = torch.ones(HIDDEN, dtype=torch.bfloat16)
     louder_D[5] = 100
@@ -147,7 +147,7 @@ def loud_channel() -> Observed:
 
 def first_tokens() -> Observed:
     """Each row's first token sees itself alone: all are one, and expert 2 gets no other."""
-    usual = traffic(COUNTS)
+    usual = moe_inputs(COUNTS)
     assert usual.target_TD is not None and usual.gap_TD is not None
     own_T = (usual.routing.index_TA == 2).any(dim=1)
     first = {name: getattr(usual, name).clone() for name in ("input_TD", "target_TD", "gap_TD")}
@@ -158,7 +158,7 @@ def first_tokens() -> Observed:
 
 
 def five_tokens() -> Observed:
-    return traffic((*COUNTS[:2], 5, *COUNTS[3:]))
+    return moe_inputs((*COUNTS[:2], 5, *COUNTS[3:]))
 
 
 @pytest.mark.parametrize("preset", ["fast", "best", "guided"])

@@ -163,7 +163,7 @@ def test_a_worker_that_fails_leaves_sound_records(
 
     releases.run(source, out, small(), machine=Machine(memory_bytes=MEMORY), progress=listen)
     assert (out / "model-00001-of-00003.safetensors").read_bytes() == written
-    assert any(note.startswith(f"begun on {CPU}, {CPU}, goes on on {CPU}: ") for note in notes)
+    assert any(note.startswith(f"started on {CPU}, {CPU}, resumed on {CPU}: ") for note in notes)
     state = releases.read_json(out / "fourfold.json")
     assert (state["settings"]["devices"], len(state["workers"])) == ([CPU, CPU], 1)
     agree(release, out)

@@ -355,8 +355,8 @@ def test_own_experts_outputs_are_summed_by_token(
 def test_the_first_layers_down_has_a_target_of_its_own(layer: DecoderLayer, observed: Observed) -> None:
     """Where both streams are still one, gate and up already differ between them: down makes up for their errors."""
     rows = Rows(token_RT=torch.zeros(1, TOKENS, dtype=torch.int64), hidden_RTD=torch.zeros(1, TOKENS, HIDDEN))
-    traffic = MoeInputs(rows, observed.counts, observed.input_TD, observed.routing)
-    seen = observe(alone(torch.device("cpu")), layer, traffic, replace(traffic))
+    moe_inputs = MoeInputs(rows, observed.counts, observed.input_TD, observed.routing)
+    seen = observe(alone(torch.device("cpu")), layer, moe_inputs, replace(moe_inputs))
     assert seen.target_TD is seen.input_TD and seen.gap_TD is None and (seen.importance_T == 1).all()
     released = {asymmetric: solve_with(layer, seen, recipe(asymmetric=asymmetric)) for asymmetric in (False, True)}
     one, two = (found.gate_up_ENK for found in released.values())

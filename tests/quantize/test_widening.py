@@ -102,8 +102,8 @@ def test_the_same_bytes_twice_and_after_an_interruption(
         force(name != "moved")  # to a machine of the other kind
         releases.run(source, tmp_path / name, recipe, progress=lambda event: notes.append(event.text))
     assert releases.tree(tmp_path / "cut") == releases.tree(tmp_path / "whole")
-    moved = [note for note in notes if note.startswith("begun on cpu")]
-    assert len(moved) == 1 and moved[0].startswith("begun on cpu without BF16 instructions, goes on on cpu: ")
+    moved = [note for note in notes if note.startswith("started on cpu")]
+    assert len(moved) == 1 and moved[0].startswith("started on cpu without BF16 instructions, resumed on cpu: ")
 
 
 @pytest.mark.parametrize("widened", [False, True])

@@ -155,7 +155,7 @@ class RecipeOptions:
     sequence_length: Annotated[int | None, number(int, 2, metavar="TOKENS")] = None
     """Tokens per sample. Default: the recipe's."""
     tensor_parallel: Annotated[int | None, Parameter(name="--tp"), number(int, 1, 64, "GPUS")] = None
-    """GPUs that will serve the release with tensor parallelism. The group size then divides each GPU's part."""
+    """Tensor-parallel size planned for serving. The group size then divides each GPU's part of an expert."""
 
     def load(self) -> Recipe:
         """The recipe with these changes. A calibration file replaces all sources and keeps their number of samples."""
@@ -180,8 +180,8 @@ class RunOptions:
     """auto (the first GPU, or else the CPU), all, cuda:0,cuda:1, cpu, or cpu*4 for four workers on the CPU. Several
     devices share the work."""
     memory: Annotated[Budget, value(read_budget, "SIZE", show_default=False)] = Budget()
-    """Memory limit of each GPU, or of the CPU in total, as in 8GiB; or by place, as in cuda=10GiB,host=8GiB (cpu=SIZE
-    is then per worker). A lower limit means smaller batches. Default: the free memory."""
+    """Memory limit per GPU, or of the CPU in total, as in 8GiB. Or separate limits: cuda=10GiB,host=8GiB (cpu=SIZE is
+    then per worker). A lower limit means smaller batches. Default: the free memory."""
     layers: Annotated[range | None, value(read_layers, "A-B")] = None
     """Trial run: quantize only layers A to B, counted from 0. The output is marked partial."""
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0  # without a heartbeat, after which a worker counts as hung; compiling kernels takes a minute
 LOOKS = 4  # in that time
-LONGEST_STAGES = 20  # so many times the longest stage seen are waited, where that is more
+LONGEST_STAGES = 20  # patience is at least this multiple of the longest completed stage
 BETWEEN = "start"  # also between stages; not in the trace
 GRACE_SECONDS = 60.0  # for the next heartbeat of the other workers after one has failed
 
@@ -41,8 +41,8 @@ class Stopped(Exception):
 
 @dataclass
 class _State:
-    """Where a worker is. since: seconds since the epoch, of its stage's stretch in the trace. beats: its signs of life;
-    seen: how many at the last look; silent: looks without a new one; began: looks before the stage.
+    """Where a worker is. since: start of its stage, in seconds since the epoch; beats: heartbeats; seen: heartbeats at
+    the last check; silent: consecutive checks without one; began: number of the check at the stage's start.
     """
 
     stage: str = BETWEEN
@@ -261,7 +261,7 @@ class Team:
 class GatherBuffer:
     """Host memory for the rows of all workers, in order of rank, shared by this process's workers.
 
-    counts: of each worker; own_TX: where a worker puts its own, before `Worker.gathered`.
+    counts: of each worker; own_TX: this worker's slice, filled before `Worker.finish_gather`.
     """
 
     all_TX: Tensor

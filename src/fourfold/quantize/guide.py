@@ -28,7 +28,7 @@ from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import Journal, sweep_folder
 from fourfold.quantize.output import ReadAhead, Writer, damage
 from fourfold.quantize.plan import Plan
-from fourfold.quantize.streams import embedded, embeddings, read_head, require_numbers
+from fourfold.quantize.streams import embedded, embeddings, read_head, require_finite_states
 from fourfold.records.record import read_entry, write_entry
 from fourfold.records.release import CurvatureRecord, GuidanceFacts, GuidedLayer
 
@@ -112,7 +112,7 @@ def sweep(worker: Worker, guide: Guide, stage: Stage) -> None:
     """The curvature of every layer that is to be solved, durable in OUT; the work is where `guide.left` says.
 
     Rows are split over workers, each with all experts of the layer in work. Raises FourfoldError naming the layer
-    whose outputs or gradients are no numbers.
+    whose outputs or gradients are NaN or Inf.
     """
     _forward(worker, guide, stage)
     _backward(worker, guide, stage)
@@ -134,7 +134,7 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
                 passed_RTD, *_ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
                 output_RTD[batch] = passed_RTD.to(output_RTD.device)
                 tick(passed_RTD.shape[0] * passed_RTD.shape[1])
-        require_numbers(layer, output_RTD)
+        require_finite_states(layer, output_RTD)
         hidden_RTD = output_RTD
         all_RTD, _ = worker.all_gather([hidden_RTD])
         if worker.is_leader:
@@ -211,7 +211,7 @@ def _curvature(worker: Worker, layer: DecoderLayer, gradient_RTD: Tensor, weight
     curvature_DD = total_DD / worker.all_reduce(weight_T.sum())
     if not curvature_DD.diagonal().sum().isfinite():
         raise FourfoldError(
-            f"layer {layer.index}: gradients of the end loss at its output are no numbers, so that it cannot be "
+            f"layer {layer.index}: gradients of the loss at its output are NaN or Inf, so that it cannot be "
             "guided; take a recipe with guidance.tokens = 0"
         )
     return curvature_DD

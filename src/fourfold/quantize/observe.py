@@ -23,7 +23,7 @@ from fourfold.model.layer import (
     with_output,
 )
 
-MOST_IMPORTANT = 4.0  # times the median token: a state of length zero is next to nothing, and its errors are too
+MOST_IMPORTANT = 4.0  # cap relative to the median token: near-zero hidden states would dominate otherwise
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Observed:
     input_TD: the experts' inputs, of all workers' tokens, on the layer's device or on the host; counts: tokens of each
     worker; routing: of all; pairs: of the worker's own experts; target_TD: the source stream's inputs where down is to
     bring the residual stream to the source's, or None. In the first layer both streams' inputs are one tensor.
-    gap_TD: what the source's rows have over the release's before the experts' output is added, over the sum of the
-    token's router weights; None in the first layer, where it is nothing. importance_T: what an error at each token
-    weighs (token_importance), on the layer's device.
+    gap_TD: source minus release hidden states before the experts' output is added, divided by the layer's tail times
+    the sum of the token's router weights; None in the first layer, where it is zero, and in a layer without a tail.
+    importance_T: weight of an error at each token (token_importance), on the layer's device.
     """
 
     input_TD: Tensor
@@ -63,25 +63,24 @@ class Observed:
 
 
 def observe(worker: Worker, layer: DecoderLayer, source: MoeInputs, release: MoeInputs | None) -> Observed:
-    """What a layer's own experts are learnt from, before their output is added to the rows. One tensor stays one; all
-    tokens weigh the same.
+    """Collect the inputs of this worker's experts before their output is added. Streams that share a tensor still share
+    it; all token weights are 1.
     """
-    traffic = source if release is None else release
-    assert traffic.input_TD is not None and traffic.routing is not None
-    routing = traffic.routing.to(layer.stacks[0].device)
+    moe_inputs = source if release is None else release
+    assert moe_inputs.input_TD is not None and moe_inputs.routing is not None
+    routing = moe_inputs.routing.to(layer.stacks[0].device)
     pairs = sort_pairs(routing, layer.owned, layer.experts)
     target_TD = None if release is None else source.input_TD
     gap_TD = None
-    if release is not None and target_TD is not traffic.input_TD and layer.tail is not None:
-        gap_TD = _gap(worker, layer.tail, source, release).to(traffic.input_TD.device, non_blocking=True)
-    importance_T = torch.ones(len(traffic.input_TD), device=routing.weight_TA.device)
-    return Observed(traffic.input_TD, traffic.counts, routing, pairs, target_TD, gap_TD, importance_T)
+    if release is not None and target_TD is not moe_inputs.input_TD and layer.tail is not None:
+        gap_TD = _gap(worker, layer.tail, source, release).to(moe_inputs.input_TD.device, non_blocking=True)
+    importance_T = torch.ones(len(moe_inputs.input_TD), device=routing.weight_TA.device)
+    return Observed(moe_inputs.input_TD, moe_inputs.counts, routing, pairs, target_TD, gap_TD, importance_T)
 
 
 def _gap(worker: Worker, tail: float, source: MoeInputs, release: MoeInputs) -> Tensor:
-    """Source less release at all workers' tokens, on the host. Divided by what an expert's output is multiplied by
-    before it is added, `tail` times the sum of the token's router weights, so that what its experts add comes to all of
-    it.
+    """Source minus release at all workers' tokens, on the host, divided by `tail` times the sum of the token's router
+    weights: the token's experts together then add exactly this difference.
     """
     assert release.routing is not None
     source_RTD, release_RTD = source.rows.hidden_RTD, release.rows.hidden_RTD
@@ -116,9 +115,10 @@ def own_tokens(worker: Worker, counts: Sequence[int]) -> slice:
 
 
 def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, tick: Tick) -> MoeInputs:
-    """Attention, shared experts and router over a worker's rows. In place: `rows` then holds the output without
-    experts, but of a layer that must be run again with their output. What the experts are given is gathered from all
-    workers.
+    """Attention, shared experts and router over a worker's rows, and the expert inputs gathered from all workers.
+
+    Updates `rows` in place with the output without routed experts, unless layer.tail is None: those rows stay unchanged
+    for a second pass with the experts' output.
     """
     hidden_RTD, link, room = rows.hidden_RTD, worker.transfer, None
     if layer.is_routed:
@@ -151,17 +151,17 @@ def _gather_routing(worker: Worker, choices: list[Routing]) -> Routing:
     return Routing(index_TA=index_TA, weight_TA=weight_TA)
 
 
-def advance_(worker: Worker, layer: DecoderLayer, traffic: MoeInputs, batches: Batches, tick: Tick) -> Rows:
+def advance_(worker: Worker, layer: DecoderLayer, moe_inputs: MoeInputs, batches: Batches, tick: Tick) -> Rows:
     """Add the routed experts' output to a worker's rows of a stream, in place, and hand the rows on."""
-    rows = traffic.rows
-    if traffic.input_TD is None or traffic.routing is None:
+    rows = moe_inputs.rows
+    if moe_inputs.input_TD is None or moe_inputs.routing is None:
         tick(rows.token_RT.numel())
         return rows
     if layer.tail is not None:
-        _add_experts_(worker, layer, rows.hidden_RTD.flatten(0, 1), traffic, batches, tick)
+        _add_experts_(worker, layer, rows.hidden_RTD.flatten(0, 1), moe_inputs, batches, tick)
         return rows
     experts_TD = torch.zeros(rows.token_RT.numel(), layer.stacks[1].shape[1], dtype=layer.dtype)
-    _add_experts_(worker, layer, experts_TD, traffic, batches, tick)
+    _add_experts_(worker, layer, experts_TD, moe_inputs, batches, tick)
     _run_again_(layer, rows, experts_TD, batches)
     return rows
 
@@ -178,18 +178,19 @@ def _run_again_(layer: DecoderLayer, rows: Rows, experts_TD: Tensor, batches: Ba
 
 
 def _add_experts_(
-    worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, traffic: MoeInputs, batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, hidden_TD: Tensor, moe_inputs: MoeInputs, batches: Batches, tick: Tick
 ) -> None:
-    """Add what all workers' experts put out to this worker's rows, in place, some tokens of every worker at a time.
+    """Add all workers' expert outputs to this worker's rows, in place, in batches of tokens of every worker.
 
-    hidden_TD: on the host; of a layer that is run again, zeros. While it adds, the device works on the next tokens.
+    hidden_TD: on the host; zeros for a layer that is run again. The host adds one batch while the device computes the
+    next.
     """
-    all_TD, chosen = traffic.input_TD, traffic.routing
+    all_TD, chosen = moe_inputs.input_TD, moe_inputs.routing
     assert all_TD is not None and chosen is not None
-    starts = [0, *accumulate(traffic.counts)]
+    starts = [0, *accumulate(moe_inputs.counts)]
     size = _ceil_div(batches.tokens, worker.size)
-    firsts = range(0, max(traffic.counts), size)
-    sizes = [[min(max(count - first, 0), size) for count in traffic.counts] for first in firsts]
+    firsts = range(0, max(moe_inputs.counts), size)
+    sizes = [[min(max(count - first, 0), size) for count in moe_inputs.counts] for first in firsts]
 
     def put_out(first: int, counts: Sequence[int]) -> Tensor:
         places = [slice(start + first, start + first + count) for start, count in zip(starts, counts, strict=False)]
@@ -271,8 +272,9 @@ class _Drift:
 def pass_batch(
     worker: Worker, layer: DecoderLayer, rows: Rows, place: slice, batches: Batches
 ) -> tuple[Tensor, Routing | None]:
-    """One batch of a worker's rows through a layer and its experts, in place: the rows behind it, and the routing if
-    any. A worker whose rows are through takes part with none: the others need its experts.
+    """Pass one batch of a worker's rows through a layer and its experts, in place; return them and their routing.
+
+    A worker with no rows left still participates, because the others need its experts.
     """
     hidden_RTD, found, inputs, choices = rows.hidden_RTD[place], None, [], []
     if len(hidden_RTD):
@@ -285,12 +287,12 @@ def pass_batch(
     if not layer.is_routed:
         return hidden_RTD, None
     input_TD, counts = worker.all_gather(inputs)
-    traffic = MoeInputs(Rows(torch.empty(0), hidden_RTD), counts, input_TD, _gather_routing(worker, choices))
+    moe_inputs = MoeInputs(Rows(torch.empty(0), hidden_RTD), counts, input_TD, _gather_routing(worker, choices))
     if layer.tail is not None:
-        _add_experts_(worker, layer, hidden_RTD.flatten(0, 1), traffic, batches, lambda count: None)
+        _add_experts_(worker, layer, hidden_RTD.flatten(0, 1), moe_inputs, batches, lambda count: None)
         return hidden_RTD, choices[0] if choices else None
     experts_TD = torch.zeros(len(hidden_RTD) * hidden_RTD.shape[1], layer.stacks[1].shape[1], dtype=layer.dtype)
-    _add_experts_(worker, layer, experts_TD, traffic, batches, lambda count: None)
+    _add_experts_(worker, layer, experts_TD, moe_inputs, batches, lambda count: None)
     if found is not None:
         given = hidden_RTD.to(layer.device), experts_TD.to(layer.device)
         output_RTD, handed = with_output(layer, *given, rows.beside(place, layer.device))

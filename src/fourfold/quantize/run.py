@@ -71,7 +71,7 @@ from fourfold.records.release import Identity, Settings, State
 
 Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
 
-NOTHING_ROUTED = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
+DENSE_LAYER = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Job:
 
     @contextmanager
     def stage(self, worker: Worker, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
-        """A stage of one worker. The leading one tells of it, as if the others had come as far."""
+        """Run a named stage. Only worker 0 reports progress, scaling its own count by the number of workers."""
         with worker.span(stage, layer):
             if not worker.is_leader:
                 yield lambda count: worker.heartbeat()
@@ -230,14 +230,14 @@ def _open(out: Path, identity: Identity, settings: Settings) -> Journal | None:
 
 def _other_devices(before: tuple[str, ...], now: tuple[str, ...]) -> str:
     return (
-        f"begun on {', '.join(before)}, goes on on {', '.join(now)}: sums are added in another order, so the result is "
-        "as good, but not the same to the byte"
+        f"started on {', '.join(before)}, resumed on {', '.join(now)}: the order of sums differs, so the result is "
+        "equivalent, but not bit-identical"
     )
 
 
 def run_layers(job: Job, worker: Worker) -> Measured:
-    """All streams through all layers; every layer solved once, in this run or an earlier one. A recipe with guidance
-    has the source swept before.
+    """Pass all streams through all layers and solve or restore each. A recipe with guidance first runs a forward and a
+    backward sweep over the source.
     """
     plan, drifts = job.plan, []
     statistics, rtn, reference = None, None, None
@@ -246,11 +246,11 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
-        every = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
+        all_streams = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
     if worker.is_leader:
         job.writer.submit(partial(copy_rest, job))
     for layer_plan in plan.layers[: plan.solve.stop]:
-        every, drift = pass_layer(job, worker, layer_plan, every)
+        all_streams, drift = pass_layer(job, worker, layer_plan, all_streams)
         drifts.append(drift)
         if worker.is_leader:
             job.reporter.finish_layer(layer_plan.index, drift)
@@ -259,28 +259,28 @@ def run_layers(job: Job, worker: Worker) -> Measured:
             job.writer.join()
     if not plan.partial:
         with job.stage(worker, "measure"):
-            statistics, rtn, reference = streams.measure(worker, plan.index, plan.skeleton, every)
+            statistics, rtn, reference = streams.measure(worker, plan.index, plan.skeleton, all_streams)
     spans = worker.gather_object(worker.team.trace.spans if worker.local_rank == 0 else [])
     return Measured(statistics, rtn, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
 
-def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, every: Streams) -> tuple[Streams, StreamDrift]:
-    """All streams through a layer; solved on the way, unless it is finished or not to be."""
+def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Streams) -> tuple[Streams, StreamDrift]:
+    """Pass all streams through one layer; quantize it unless it is finished or outside the requested layers."""
     plan, batches, number = job.plan, job.journal.settings.batches, layer_plan.index
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
         layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
-    tokens = worker.size * streams.attended_tokens(every)
+    tokens = worker.size * streams.attended_tokens(all_streams)
     with job.stage(worker, "attend", number, tokens, "tokens") as tick:
-        traffic = streams.attend(worker, layer, every, batches, tick)
-        layer, tensors = streams.own_experts(worker, layer, traffic), taken.tensors.without_experts()
-    del taken  # its experts, which are with their owners
+        moe_inputs = streams.attend(worker, layer, all_streams, batches, tick)
+        layer, tensors = streams.own_experts(worker, layer, moe_inputs), taken.tensors.without_experts()
+    del taken  # the full stacks of experts; each worker holds its own ones now
     finished, observed = is_finished(job, worker, layer_plan, tensors), None
     if layer.is_routed and number in plan.solve and not finished:
-        observed = observe(worker, layer, *traffic)
-    source, release = every.source, every.release
+        observed = observe(worker, layer, *moe_inputs)
+    source, release = all_streams.source, all_streams.release
     with job.stage(worker, "advance", number, worker.size * source.calibration_tokens, "tokens") as tick:
-        source = streams.advance(worker, layer, traffic[0], source, batches, tick)
+        source = streams.advance(worker, layer, moe_inputs[0], source, batches, tick)
     if finished:
         release_layer = restore_layer(job, worker, layer_plan, layer)
     elif number in plan.solve:
@@ -289,19 +289,19 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, every: Streams) 
         release_layer = layer
     if number + 1 == plan.solve.stop:
         source, release = source.without_calibration(), release.without_calibration()
-    tokens = worker.size * (release.calibration_tokens + every.heldout_tokens)
+    tokens = worker.size * (release.calibration_tokens + all_streams.heldout_tokens)
     with job.stage(worker, "advance", number, tokens, "tokens") as tick:
-        release = streams.advance(worker, release_layer, traffic[1], release, batches, tick)
+        release = streams.advance(worker, release_layer, moe_inputs[1], release, batches, tick)
         layers, heldout = (layer, release_layer), (source.heldout, release.heldout)
         (drift,) = streams.pass_rows_(worker, layers, heldout, batches, tick)
-        if every.rtn is not None:
-            round_experts_(layer, plan.recipe, batches.experts)  # the last that goes through it
-            streams.pass_rows_(worker, [layer], [every.rtn.rows], batches, tick)
-    return Streams(source, release, every.rtn), drift
+        if all_streams.rtn is not None:
+            round_experts_(layer, plan.recipe, batches.experts)  # in place: no other stream needs it
+            streams.pass_rows_(worker, [layer], [all_streams.rtn.rows], batches, tick)
+    return Streams(source, release, all_streams.rtn), drift
 
 
 def run_guidance_sweep(job: Job, worker: Worker, left: Left) -> None:
-    """The sweep before the loop, and what it promises."""
+    """Run the guidance sweep and report the predicted error reduction of each layer."""
     batch_rows = sweep_rows(job.journal.settings.batches.rows)
     token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
     guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, remaining_sweep=left,
@@ -319,10 +319,9 @@ def solve(
 ) -> DecoderLayer:  # fmt: skip
     """Codes and scales of a layer's own experts, and all workers' to the writer; a dense layer is copied.
 
-    observed: None of a dense layer; source: behind the layer. Returns the layer with the experts that engines multiply
-    by.
+    observed: None for a dense layer; source: the stream after this layer. Returns the layer with dequantized experts.
     """
-    result = NOTHING_ROUTED
+    result = DENSE_LAYER
     if observed is not None:
         assert source.calibration is not None
         skeleton = job.plan.skeleton

@@ -43,8 +43,8 @@ SAMPLED_EXPERTS = 1  # experts of a worker and layer that are solved without gui
 
 @dataclass(frozen=True)
 class Curvature:
-    """A layer's, on its device: second moment of the end loss's gradient at its output. damping: of the metrics that
-    are made from it.
+    """Second moment of the loss gradient at a layer's output, on its device. damping: of the row metrics derived from
+    it.
     """
 
     moment_DD: Tensor
@@ -53,9 +53,8 @@ class Curvature:
 
 @dataclass(frozen=True)
 class Chunking:
-    """experts, inputs: see Batches; stems: by expert, what the final tensor names of its
-    projections begin with; tick: is told of each step of
-    each expert, STEPS in all.
+    """How a layer is split into chunks. experts, inputs: see Batches; stems: prefix of the tensor names, by expert and
+    projection; tick: progress callback, STEPS calls for each expert.
     """
 
     experts: int
@@ -84,7 +83,7 @@ def solve_layer(
     """Quantize a layer's own experts, the chunks' results put together. curvature: None without guidance.
 
     A device that runs out of memory goes on with chunks of half the size: the same codes, `LayerResult.chunk` says it.
-    Raises FourfoldError naming the layer and the expert whose moments are not finite, and where one is too many.
+    Raises FourfoldError if an expert's moments are not finite, or if one expert does not fit in memory.
     """
     clock = _Clock(worker, layer.index)
     device = layer.stacks[0].device
@@ -153,7 +152,7 @@ class Part:
 
 
 def add_guided(first: Guided, second: Guided) -> Guided:
-    """Sums of both."""
+    """Add the error costs with and without guidance, by site."""
     sites = dict.fromkeys([*first, *second])
     pairs = {site: (first.get(site, (0.0, 0.0)), second.get(site, (0.0, 0.0))) for site in sites}
     return {site: (one[0] + two[0], one[1] + two[1]) for site, (one, two) in pairs.items()}

@@ -36,7 +36,7 @@ from fourfold.records.release import Reference
 
 @dataclass(frozen=True)
 class Stream:
-    """Calibration rows (None where nothing is learnt from them) and held-out rows at the input of the next layer."""
+    """Calibration rows (None once no later layer needs them) and held-out rows at the input of the next layer."""
 
     calibration: Rows | None
     heldout: Rows
@@ -46,7 +46,7 @@ class Stream:
         return 0 if self.calibration is None else self.calibration.token_RT.numel()
 
     def without_calibration(self) -> Stream:
-        """What goes on behind the last layer that is solved: nothing more is learnt."""
+        """Drop the calibration rows after the last layer to be quantized."""
         return Stream(calibration=None, heldout=self.heldout)
 
     @property
@@ -55,7 +55,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class RtnBaseline:
     """A worker's part of the held-out rows in the source with rounded experts (RTN). place: which of its rows."""
 
     rows: Rows
@@ -68,7 +68,7 @@ class Streams:
 
     source: Stream
     release: Stream
-    rtn: Yardstick | None
+    rtn: RtnBaseline | None
 
     @property
     def heldout_tokens(self) -> int:
@@ -93,18 +93,21 @@ def embed(
     )
     source = Stream(calibration=calibration, heldout=heldout)
     release = Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
-    return Streams(source, release, _yardstick(worker, heldout, len(texts[1])) if rtn else None)
+    return Streams(source, release, _rtn_baseline(worker, heldout, len(texts[1])) if rtn else None)
 
 
-def _yardstick(worker: Worker, heldout: Rows, count: int) -> Yardstick:
+def _rtn_baseline(worker: Worker, heldout: Rows, count: int) -> RtnBaseline:
     """Every RTN_STEP-th of all workers' `count` held-out rows, those that are this worker's."""
     place = slice(-worker.own_samples(count).start % RTN_STEP, None, RTN_STEP)
     rows = Rows(heldout.token_RT[place], heldout.hidden_RTD[place], list(heldout.carried))
-    return Yardstick(_copied(worker, rows), place)
+    return RtnBaseline(_copied(worker, rows), place)
 
 
 def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
-    """What stands before the layers, with the embeddings, on the host. Raises FourfoldError for NaN or Inf in it."""
+    """Return the modules before the decoder layers, with the embeddings, on the host.
+
+    Raises FourfoldError for NaN or Inf in them.
+    """
     blueprint, read = skeleton.blueprint, reader(index)
     skeleton.read_buffers(read)
     embedding_VD = read_matrix(blueprint, read, input_name(blueprint))
@@ -148,28 +151,31 @@ def attend(
 ) -> tuple[MoeInputs, MoeInputs | None]:
     """Attention and router over the calibration rows of source and release; once where they are still the same.
 
-    Raises FourfoldError, here and in `advance`, naming the layer whose outputs are no numbers any more.
+    Raises FourfoldError, here and in `advance`, naming the layer whose outputs are NaN or Inf.
     """
     source, release = streams.source, streams.release
     assert source.calibration is not None
     source_inputs = attend_(worker, layer, source.calibration, batches, tick)
-    require_numbers(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
+    require_finite_states(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
     if release.calibration is None:
         return source_inputs, None
     if release.calibration is not source.calibration:
         release_inputs = attend_(worker, layer, release.calibration, batches, tick)
-        require_numbers(layer, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
+        require_finite_states(layer, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
         return source_inputs, release_inputs
     return source_inputs, dataclasses.replace(source_inputs, rows=_copied(worker, source_inputs.rows))
 
 
-def _own_inputs(worker: Worker, traffic: MoeInputs) -> Tensor | None:
-    return None if traffic.input_TD is None else traffic.input_TD[own_tokens(worker, traffic.counts)]
+def _own_inputs(worker: Worker, moe_inputs: MoeInputs) -> Tensor | None:
+    return None if moe_inputs.input_TD is None else moe_inputs.input_TD[own_tokens(worker, moe_inputs.counts)]
 
 
-def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[MoeInputs, MoeInputs | None]) -> DecoderLayer:
-    """The layer with the experts that are this worker's by the tokens its moments come from; a dense layer as it is."""
-    routing = (traffic[1] or traffic[0]).routing
+def own_experts(worker: Worker, layer: DecoderLayer, moe_inputs: tuple[MoeInputs, MoeInputs | None]) -> DecoderLayer:
+    """Return the layer with this worker's experts, assigned by the token counts of the stream that moments come from.
+
+    A dense layer is returned unchanged.
+    """
+    routing = (moe_inputs[1] or moe_inputs[0]).routing
     if routing is None:
         return layer
     return layer.owning(
@@ -178,13 +184,13 @@ def own_experts(worker: Worker, layer: DecoderLayer, traffic: tuple[MoeInputs, M
 
 
 def advance(
-    worker: Worker, layer: DecoderLayer, traffic: MoeInputs | None, stream: Stream, batches: Batches, tick: Tick
+    worker: Worker, layer: DecoderLayer, moe_inputs: MoeInputs | None, stream: Stream, batches: Batches, tick: Tick
 ) -> Stream:
     """A stream's calibration rows, if it has any, to the next layer, in place."""
-    if traffic is None or stream.calibration is None:
+    if moe_inputs is None or stream.calibration is None:
         return stream
-    rows = advance_(worker, layer, traffic, batches, tick)
-    require_numbers(layer, rows.hidden_RTD)
+    rows = advance_(worker, layer, moe_inputs, batches, tick)
+    require_finite_states(layer, rows.hidden_RTD)
     return Stream(rows, stream.heldout)
 
 
@@ -197,18 +203,18 @@ def pass_rows_(
     """
     drifts = pass_heldout_(worker, layers, rows, batches, tick)
     for layer, stream in zip(layers, rows, strict=True):
-        require_numbers(layer, stream.hidden_RTD)
+        require_finite_states(layer, stream.hidden_RTD)
     return drifts
 
 
-def require_numbers(layer: DecoderLayer, *states: Tensor | None) -> None:
+def require_finite_states(layer: DecoderLayer, *states: Tensor | None) -> None:
     """Weights are checked when they are read; what they put out can still be too large for BF16: a FourfoldError."""
     for state in states:
         if state is None or not state.numel() or all(math.isfinite(extreme) for extreme in state.aminmax()):
             continue
         bad = sum(int(slab.isfinite().logical_not().sum()) for slab in state.flatten().split(SLAB_ELEMENTS))
         raise FourfoldError(
-            f"layer {layer.index}: {bad:,} of {state.numel():,} hidden states are no numbers, as its outputs are too "
+            f"layer {layer.index}: {bad:,} of {state.numel():,} hidden states are NaN or Inf, as its outputs are too "
             "large for BF16; the checkpoint is damaged or not meant for BF16, take the published one"
         )
 
@@ -240,8 +246,9 @@ def measure(
 
 
 def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Ends, Tensor]:
-    """What stands around the layers, the last norm among it, and the output head [V, D]. Raises FourfoldError for NaN
-    or Inf in them.
+    """Return the modules outside the decoder layers, such as the final norm, and the output head [V, D].
+
+    Raises FourfoldError for NaN or Inf in them.
     """
     blueprint, read = skeleton.blueprint, reader(index)
     return read_ends(blueprint, read), read_matrix(blueprint, read, output_name(blueprint))
@@ -253,7 +260,7 @@ def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statis
 
 
 def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]) -> list[metrics.Statistics]:
-    """Of each row. beat: called after each."""
+    """Statistics of each row. beat: called after each, as a heartbeat."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     finish = (heads[0].finish, heads[1].finish) if any(head.changes for head in heads) else None
@@ -266,6 +273,6 @@ def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[
         parts.append(
             metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD, finish)
         )
-        give_back_free_memory()  # a row's logits may lie where the next one's do not fit: 0.6 GB in 16 rows
+        give_back_free_memory()  # fragmentation grows to 0.6 GB in 16 rows otherwise
         beat()
     return parts

@@ -43,12 +43,12 @@ def plan(
 ) -> None:
     """Show what quantize would do: tensors, memory, disk, time.
 
-    Reads config.json, the tokenizer files, the safetensors headers and the calibration text, which is not tokenized.
+    Reads config.json, the tokenizer files, the safetensors headers and the calibration text, but does not tokenize it.
     Writes only to the Hub cache. The time is predicted from a microbenchmark of this machine, which takes some seconds.
-    Warnings name what an engine would refuse.
+    Warns about settings that an inference engine would reject.
 
     Args:
-        out: Folder of the release: shows its free disk space, and what the sweep of a guided run there predicts.
+        out: Output folder: also show its free disk space and, if a guided run has started there, its predicted effect.
         json: Print the plan with all tensors as one JSON object.
 
     Examples:
@@ -88,11 +88,11 @@ def quantize(
     """Quantize MODEL into OUT.
 
     Resumable: stop it at any time and rerun the same command; the output is bit-identical. At most one layer of work is
-    lost. Everything is checked before the first weight is read.
+    lost. Arguments, configuration, calibration text and disk space are checked before any weight is read.
 
     Args:
         out: Folder of the release: new, empty, or of a run to resume.
-        derived: Quantize an architecture that fourfold's tests do not cover, if a small copy runs as in transformers.
+        derived: Allow an untested architecture if a small copy with random weights runs as in transformers.
         dry_run: Print the plan and stop, as `fourfold plan` does.
         restart: Delete the results of an earlier run in OUT and start over.
         trace: Write a timeline of each worker, for chrome://tracing or ui.perfetto.dev.
@@ -148,19 +148,19 @@ def evaluate(
     """Measure the release in OUT against its source.
 
     Writes OUT/metrics.json: perplexity, KL divergence, top-1 agreement, drift and routing per layer, and the acceptance
-    rate of the MTP head, on held-out text. A larger earlier measurement is kept unless --replace is given. Works layer
-    by layer, also on releases of GPTQModel, llm-compressor and AutoRound.
+    rate of the MTP head, on held-out text. An earlier measurement on more tokens is kept unless --replace is given.
+    Works layer by layer, also on releases of GPTQModel, llm-compressor and AutoRound.
 
     Args:
         source: BF16 checkpoint that OUT was made from: local path or Hugging Face model ID.
         text: Measure on this text (.txt, or .jsonl or .parquet with a field `text`) instead of the built-in one.
-        windows: Windows of the text. Default: up to 64.
+        windows: Number of text windows to evaluate. Default: up to 64.
         length: Tokens per window.
         against: Measure a second release in the same pass: local path or Hugging Face model ID.
-        drafts: Measure the draft (MTP) heads, which reads all layers about ten more times.
+        drafts: Measure the acceptance rate of the draft (MTP) heads: about ten more passes over all layers.
         tasks: Comma-separated lm-eval tasks, run on the server at --url.
         url: Running server of the release with an OpenAI-compatible API.
-        replace: Replace an earlier measurement even if it has more predictions.
+        replace: Overwrite an earlier measurement even if it covers more tokens.
         devices: One device: auto (the first GPU, or else the CPU), cpu or cuda:N.
 
     Examples:
@@ -201,13 +201,13 @@ def verify(
     """Check a release: its files, its source, a run in an engine.
 
     Writes OUT/verify.json. The files are always checked; --source compares every tensor, --engine loads and runs OUT.
-    Exit code 0 means that all requested levels have passed.
+    Exit code 0 means that all requested checks have passed.
 
     Args:
-        source: Compare every tensor with the checkpoint that OUT was made from (local path or Hugging Face model ID);
-            for GGUF and MLX with the release that `convert` read.
+        source: Compare every tensor with this checkpoint: the BF16 model, or for GGUF and MLX the release that was
+            converted. Local path or Hugging Face model ID.
         engine: Load and run OUT in this engine (SGLang: load only; llama.cpp and MLX: output of `convert`).
-        timeout: Stop an engine that has not answered by then.
+        timeout: Stop the engine if it has not answered after this time.
 
     Examples:
         fourfold verify ./release

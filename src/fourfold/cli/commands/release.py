@@ -60,7 +60,7 @@ def report(
 
     record = read_export(out)
     if record is not None and against:
-        raise FourfoldError(f"--against: got {against}, expected no such option for what convert wrote")
+        raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
     for folder in filter(None, (out, against) if record is None else ()):
         require_release(folder)
         read_config(folder)
@@ -133,15 +133,15 @@ def convert(
     """Write a release in another format, with the same codes.
 
     Needs neither calibration nor source. gguf and mlx hold codes and scales exactly. The other formats round scales to
-    values that BF16 and FP16 both hold, and split stacks of draft experts: this fixes GPTQ releases whose drafts SGLang
-    drops (--format compressed-tensors). Memory does not grow with the release.
+    values exact in BF16 and FP16 and split stacks of draft experts, so that SGLang loads the drafts of a GPTQ release
+    (--format compressed-tensors). Memory does not grow with the release.
 
     Args:
         out: int4 release of any maker: local path or Hugging Face model ID.
         new: Folder to write: new or empty.
         format: Format of NEW.
         rest: gguf: data type of matrices other than experts. Default: bf16, unchanged; the others round.
-        mtp: gguf: keep the draft (MTP) head, on which Ollama 0.21 to 0.24 fails.
+        mtp: gguf: include the draft (MTP) head. Ollama 0.21 to 0.24 cannot load it: use --no-mtp.
         shard_size: gguf: largest size of a file, as in 40GB. Default: one file.
 
     Examples:

@@ -80,11 +80,11 @@ class ServerOptions:
     kv_cache: Annotated[str | None, choice("DTYPE", "fp8", "auto")] = None
     """Data type of the KV cache. Default: auto, which is BF16."""
     tp: Annotated[int | None, value(read_ranks, "N|auto")] = None
-    """GPUs of tensor parallelism. Default: auto, as many as divide the model."""
+    """Tensor-parallel size. Default: auto, the most available GPUs that divide the model."""
     profile: Annotated[str, choice("PROFILE", "default", "reference")] = "default"
-    """Settings where no option is given; with --print, reference is for its machine, 4 x RTX 3060."""
+    """Defaults of options that are not given. reference: for 4 x RTX 3060, whose memory --print then predicts."""
     thinking_budget: Annotated[int | None, number(int, 0)] = None
-    """Thinking tokens of requests without a budget (vLLM, with fourfold's plugin in its environment)."""
+    """Limit of thinking tokens for requests that set none. vLLM only, with fourfold installed beside it."""
     presence_penalty: Annotated[float | None, number(float, -2, 2, "X")] = None
     """Presence penalty of requests without one (vLLM)."""
     host: Annotated[str, Parameter(metavar="HOST")] = "127.0.0.1"
@@ -93,7 +93,8 @@ class ServerOptions:
     """Port to listen on. Default: 8000 for vLLM, 30000 for SGLang, 8080 for llama.cpp and MLX."""
     python: EnginePython = None
     log: OutputFile | None = None
-    """Output of the engine. Default: OUT/.fourfold/serve-ENGINE.log, or in this folder for other makers' releases."""
+    """Log file of the engine. Default: OUT/.fourfold/serve-ENGINE.log, or the current folder for a release that is not
+    fourfold's."""
 
 
 def serve(
@@ -105,16 +106,16 @@ def serve(
     print_only: Annotated[bool, Parameter(name="--print")] = False,
     docker: bool = False,
 ) -> int:
-    """Serve a release with vLLM or SGLang, or what convert wrote.
+    """Serve a release with vLLM or SGLang, or a GGUF or MLX one.
 
     Derives the command from the release, this machine and the engine, and checks it before anything starts; --print
-    shows it. Once the engine is ready, one request tests thinking, tools and drafts. Runs until interrupted. What
-    `convert` wrote is served by llama-server, mlx_lm.server or mlx_vlm.server, which must be on PATH.
+    shows it. Once the engine is ready, a test request checks thinking, tool calls and drafts. Runs until interrupted.
+    GGUF and MLX are served by llama-server, mlx_lm.server or mlx_vlm.server, which must be on PATH.
 
     Args:
         out: Folder of a finished release, or Hugging Face model ID.
         words: After `--`: further arguments for the engine, passed on unchanged.
-        timeout: Stop an engine that is not ready by then.
+        timeout: Stop the engine if it is not ready after this time.
         print_only: Print the command and its predicted memory; run nothing.
         docker: Print the command for the engine's container; run nothing.
 
