@@ -214,7 +214,7 @@ def test_an_architecture_that_no_test_proves(
     assert not out.exists()
     api_quantize(model, out, recipe=recipe(), derived=True)
     write(out, About(name="org/model", base_model=None, licence=None), recommend)
-    assert "no test of fourfold proves this architecture" in (out / "README.md").read_text()
+    assert "not covered by fourfold's tests" in (out / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_an_fp8_source_gives_the_release_of_its_bf16_twin(
     configs = [(tmp_path / out / "config.json").read_bytes() for out in ("from-fp8", "from-bf16")]
     assert configs[0] == configs[1]
     write(tmp_path / "from-fp8", About(name="org/model", base_model=None, licence=None), recommend)
-    assert "FP8, dequantized while it was read" in (tmp_path / "from-fp8" / "README.md").read_text()
+    assert "FP8, dequantized when read" in (tmp_path / "from-fp8" / "README.md").read_text()
     verdict = verify(tmp_path / "from-fp8", source=fp8)
     assert [check for check in verdict.checks if str(check.status) == "fail"] == []
 

@@ -373,7 +373,7 @@ def test_gradients_that_are_no_numbers_are_refused(
         return pushed_RTD * torch.inf, routing
 
     monkeypatch.setattr(guide, "push_back", overflow)
-    with pytest.raises(FourfoldError, match="layer 1: gradients of the end loss"):
+    with pytest.raises(FourfoldError, match="layer 1: gradients of the loss at its output are NaN or Inf"):
         run_sweep(model, tmp_path, guided())
 
 
