@@ -92,11 +92,11 @@ def random_chunks(shape: tuple[int, ...], generator: torch.Generator) -> Callabl
     return chunks
 
 
-def make_release(source: Path, out: Path) -> None:
+def make_release(source: Path, out: Path, preset: str) -> None:
     """What quantize would leave, the experts rounded to nearest."""
     out.mkdir()
-    recipe = load_recipe("card")
-    plan = make_plan(source, recipe, memory_bytes=2**33)
+    plan = make_plan(source, load_recipe(preset), memory_bytes=2**33)
+    recipe = plan.recipe
     rows: list[ProjectionStatistics] = []
     shards = {}
     for layer in plan.layers:
@@ -114,7 +114,8 @@ def make_release(source: Path, out: Path) -> None:
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_log(out / "quant_log.csv", rows)
     write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
-    identity = {"recipe": recipe.digest(), "source": source_digest(plan.index), "calibration": "", "heldout": ""}
+    identity = {"recipe": recipe.digest(), "source": source_digest(plan.index), "calibration": "", "heldout": "",
+                "layers": f"0-{len(plan.layers) - 1}"}  # fmt: skip
     state = {
         "fourfold": fourfold.__version__,
         "partial": False,
@@ -166,9 +167,9 @@ def statistics(layer: int, expert: int, projection: str, error: float) -> Projec
     return ProjectionStatistics(**filled | known)
 
 
-def make_both(source: Path, out: Path, layers: int) -> None:
+def make_both(source: Path, out: Path, layers: int, preset: str = "card") -> None:
     make_source(source, layers)
-    make_release(source, out)
+    make_release(source, out, preset)
 
 
 def plain_sha256(files: Iterable[Path]) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from fourfold.datatypes import Moments, Placement
 from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, Pairs, expert_hidden, of_gate_up
 from fourfold.quantize.estimate import ROW_POOL_ROWS
+from fourfold.quantize.heap import give_back_free_memory
 from fourfold.quantize.observe import Observed, own_tokens
 
 POOL_PIECE = 2_048  # random tokens that go through all experts of a chunk at one time
@@ -100,6 +101,7 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
     With a target, down's output is to make up for what the source's activations have over these, and for the gap
     between the rows that it is added to.
     """
+    give_back_free_memory()  # the activations are larger than what is free between tensors
     pairs, offsets = chunk.pairs, list(chunk.pairs.offsets)
     hidden_SI = expert_hidden(chunk.input_TD, pairs, gate_up_ENK, layer.arithmetic)
     own = moments.accumulate(hidden_SI, torch.arange(len(hidden_SI), device=hidden_SI.device), chunk.weight_S, offsets)
@@ -114,6 +116,7 @@ def down_moments(chunk: Chunk, layer: DecoderLayer, gate_up_ENK: Tensor) -> Mome
             missing_SD = torch.mm(lost_SI, down_ENK[expert].T).float()
         return missing_SD if chunk.gap_TD is None else missing_SD.add_(chunk.gap_TD[pairs.token_S[piece]])
 
+    give_back_free_memory()
     gap_EDI, gap2_ED = moments.gap(missing, down_ENK.shape[1], hidden_SI, chunk.weight_S, offsets)
     return dataclasses.replace(own, gap_ENK=gap_EDI, gap2_EN=gap2_ED)
 
