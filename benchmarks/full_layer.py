@@ -125,14 +125,15 @@ def make_rows(rows: int, length: int, hidden: int, seed: int) -> Rows:
     return Rows(torch.zeros(rows, length, dtype=torch.int64), hidden_RTD)
 
 
-def make_streams(tokens: int, hidden: int, asymmetric: bool) -> tuple[streams.Stream, streams.Stream]:
+def make_streams(tokens: int, hidden: int, asymmetric: bool) -> streams.Streams:
     """Both streams; the release stream comes with the error that a layer before this one would have left."""
     rows, heldout = make_rows(tokens // ROW, ROW, hidden, seed=2), make_rows(1, ROW, hidden, seed=4)
     moved = rows.hidden_RTD.clone()
     for row_TD in moved:
         row_TD *= 1 + 0.02 * torch.randn(row_TD.shape, generator=torch.Generator().manual_seed(3))
     release = Rows(rows.token_RT, moved) if asymmetric else None
-    return streams.Stream(rows, heldout), streams.Stream(release, Rows(heldout.token_RT, heldout.hidden_RTD.clone()))
+    second = streams.Stream(release, Rows(heldout.token_RT, heldout.hidden_RTD.clone()))
+    return streams.Streams(streams.Stream(rows, heldout), second, None)
 
 
 def make_curvature(recipe: Recipe, hidden: int, device: torch.device) -> solve.Curvature | None:
@@ -231,13 +232,13 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
         moe_inputs = streams.attend(worker, layer, both, batches, ignore)
         layer = streams.own_experts(worker, layer, moe_inputs)
         seen = observe.observe(worker, layer, *moe_inputs)
-        source = streams.advance(worker, layer, moe_inputs[0], both[0], batches, ignore)
+        source = streams.advance(worker, layer, moe_inputs[0], both.source, batches, ignore)
         if power := recipe.solver.norm_power:
             importance_T = observe.token_importance(worker, source.calibration, power).to(device)
             seen = dataclasses.replace(seen, importance_T=importance_T)
         result = solve.solve_layer(worker, layer, seen, recipe, chunking, curvature)
         release_layer = layer.with_experts(result.gate_up_ENK, result.down_ENK)
-        release = streams.advance(worker, release_layer, moe_inputs[1], both[1], batches, ignore)
+        release = streams.advance(worker, release_layer, moe_inputs[1], both.release, batches, ignore)
         heldout = source.heldout, release.heldout
         streams.pass_rows_(worker, (layer, release_layer), heldout, batches, ignore)
     seconds = clock.now() - start
