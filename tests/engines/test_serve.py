@@ -309,7 +309,7 @@ def both_benches(
             line = theirs.stdout.readline()
             assert line, said
             said += line
-        ours = load_server(server.url, load, ignore)["levels"][0]
+        ours = load_server(server.url, load, ignore).to_json()["levels"][0]
         said += theirs.communicate()[0]
     assert out.exists(), said
     return ours, json.loads(out.read_text())
