@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest import mock
 
+import make_reference
 from cyclopts import App
 from cyclopts.argument import ArgumentCollection
 
 from fourfold.cli import main
-from fourfold.cli.app import app
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +41,6 @@ def invoke(*words: object, columns: int = 80) -> Answer:
     return Answer(exit_code=code, stdout=out.getvalue(), stderr=err.getvalue(), exception=exception)
 
 
-def commands(*words: str) -> Iterator[tuple[str, App, ArgumentCollection]]:
-    """Every command below `fourfold WORDS`: its words, its application, its arguments and options."""
-    with app.app_stack(words):
-        command = app
-        for word in words:
-            command = command[word]
-        arguments = ArgumentCollection()
-        if command.default_command:
-            arguments = command.assemble_argument_collection(parse_docstring=True).filter_by(show=True)
-        yield " ".join(["fourfold", *words]), command, arguments
-    for word in sorted(child for child in command if not child.startswith("-")):
-        yield from commands(*words, word)
+def commands(*words: str) -> list[tuple[str, App, ArgumentCollection]]:
+    """Every command below `fourfold WORDS`, by name: its words, its application, its arguments and options."""
+    return sorted(make_reference.commands(*words), key=lambda command: command[0])
