@@ -106,13 +106,9 @@ def evaluate(
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
-    if against is not None:
-        other = Against.of(
-            *figures[1],
-            name=releases[1].name,
-            calibration_overlap=overlaps[1],
-            drafts=drafted[2] if drafted else None,
-        )
+    for second, values, overlap in zip(releases[1:], figures[1:], overlaps[1:], strict=True):
+        kept = drafted[2] if drafted else None
+        other = Against.of(*values, name=second.name, calibration_overlap=overlap, drafts=kept)
         found = structs.replace(found, against=other)
     found.write(out / METRICS)
     if tasks is not None:

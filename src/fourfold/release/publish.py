@@ -96,17 +96,8 @@ def publish(
     was asked for, or the Hub refuses.
     """
     check_repo_id("REPO", repo)
-    if not out.is_dir():
-        raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
-    if not (out / CARD).is_file():
-        raise FourfoldError(f"{out}: no {CARD}, which is the card that people see; `fourfold report {out}` writes it")
+    text, reason = _card_text(out, repo), " ".join(force.split())
     allowed, there = _allowed(out, include), visible_files(out)
-    text, reason = (out / CARD).read_text(encoding="utf-8"), " ".join(force.split())
-    if named_repo(text) not in (None, repo):
-        raise FourfoldError(
-            f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. Try: fourfold report {out} "
-            f"--repo {repo}"
-        )
     with hold(out) if (out / STATE).is_dir() else nullcontext():
         hashed = {name: _hash(out, name, progress) for name in there if name in allowed}
         problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
@@ -137,6 +128,21 @@ def publish(
             raise
         except (OSError, RuntimeError, ValueError, HTTPError) as error:  # RuntimeError: hf_xet's
             raise FourfoldError(f"{repo}: {SECRET.sub('…', _explain(error, repo))}") from None
+
+
+def _card_text(out: Path, repo: str) -> str:
+    """Read the model card. Raises FourfoldError if there is none, or if it is for another repository."""
+    if not out.is_dir():
+        raise FourfoldError(f"{out}: got no such folder, expected the folder of a release")
+    if not (out / CARD).is_file():
+        raise FourfoldError(f"{out}: got no {CARD}, expected a model card. Try: fourfold report {out}")
+    text = (out / CARD).read_text(encoding="utf-8")
+    if named_repo(text) not in (None, repo):
+        raise FourfoldError(
+            f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. Try: fourfold report {out} "
+            f"--repo {repo}"
+        )
+    return text
 
 
 # --- what is sent -------------------------------------------------------------------------------------------------

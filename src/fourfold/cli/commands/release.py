@@ -53,23 +53,16 @@ def report(
         fourfold report ./release --repo me/Qwen3.6-35B-A3B-int4 --base-model Qwen/Qwen3.6-35B-A3B
         fourfold report ./release --against ./other
     """
-    from fourfold.model.config import read_config
     from fourfold.model.hub import check_repo_id
-    from fourfold.quantize.journal import require_release
     from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
 
     record = read_export(out)
-    if record is not None and against:
+    if record is None:
+        _require_reportable(out, against)
+    elif against:
         raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
-    for folder in filter(None, (out, against) if record is None else ()):
-        require_release(folder)
-        read_config(folder)
     if repo is not None:
         check_repo_id("--repo", repo)
-    if record is None and (missing := [name for name in LIBRARIES if find_spec(name) is None]):
-        from fourfold.install import pip_install
-
-        raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
 
     from fourfold.release.report.about import About
 
@@ -89,6 +82,19 @@ def report(
     console = open_console()
     for line in lines if not quiet else ():
         say(console, line)
+
+
+def _require_reportable(out: Path, against: Path | None) -> None:
+    from fourfold.model.config import read_config
+    from fourfold.quantize.journal import require_release
+
+    for folder in filter(None, (out, against)):
+        require_release(folder)
+        read_config(folder)
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+        from fourfold.install import pip_install
+
+        raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
 
 
 def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = False) -> None:
