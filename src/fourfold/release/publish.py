@@ -135,7 +135,7 @@ def _card_text(out: Path, repo: str) -> str:
     if not out.is_dir():
         raise FourfoldError(f"{out}: got no such folder, expected the folder of a release")
     if not (out / CARD).is_file():
-        raise FourfoldError(f"{out}: got no {CARD}, expected a model card. Try: fourfold report {out}")
+        raise FourfoldError(f"{out}: got no {CARD}, expected a model card; `fourfold report {out}` writes it")
     text = (out / CARD).read_text(encoding="utf-8")
     if named_repo(text) not in (None, repo):
         raise FourfoldError(
