@@ -123,9 +123,11 @@ def show_comparison(console: Console, found: Comparison) -> None:
     if found.projections:
         facts += [
             ("int4 in both", f"{found.projections:,} projections, {found.projections_changed:,} with other codes"),
-            ("codes changed", f"{found.codes_changed:,} of {found.codes:,}"),
-            ("scales changed", f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"),
+            ("codes changed" if scales.total else "weights changed", f"{found.codes_changed:,} of {found.codes:,}"),
         ]
+    if scales.total:  # of GGUF and MLX dequantized weights are compared, codes and scales together
+        changed = f"{scales.changed:,} of {scales.total:,}, by {scales.largest:.2%} at most"
+        facts.append(("scales changed", changed))
     if errors.projections:
         facts += [
             ("int4 in one", f"{errors.projections:,} projections"),
