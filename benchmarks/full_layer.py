@@ -40,6 +40,7 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import chunk, observe, site, solve, streams
 from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.finish import peak_memory
+from fourfold.quantize.fits import choose_group_size
 from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
 from fourfold.recipe import Recipe, load_recipe
 
@@ -220,6 +221,7 @@ def arithmetic(options: argparse.Namespace, recipe: Recipe, kept_parameters: int
 def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """A layer's seconds by step, its arithmetic, peak memory and median relative error."""
     skeleton = make_skeleton(options.experts, options.topk, options.hidden, options.width)
+    recipe = choose_group_size(skeleton, recipe)
     layer = make_layer(skeleton, device)
     rows = (CPU_ATTEND_TOKENS if device.type == "cpu" else ATTEND_TOKENS) // ROW
     batches = Batches(rows=rows, tokens=8192, experts=min(options.chunk, options.experts))
