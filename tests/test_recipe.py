@@ -24,6 +24,7 @@ from fourfold.recipe import (
     Guidance,
     Heldout,
     Recipe,
+    Rest,
     Scheme,
     Solver,
     Source,
@@ -48,7 +49,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_presets_are_these() -> None:
-    assert recipe_names() == ("best", "card", "fast", "gguf", "guided", "release")
+    assert recipe_names() == ("best", "card", "compact", "compact-sglang", "fast", "gguf", "guided", "release")
     for name in recipe_names():
         assert load_recipe(name).name == recipe_path(name).stem == name
         assert load_recipe(name).description
@@ -141,6 +142,7 @@ def test_presets_write_every_key_out() -> None:
         assert set(table) == {field.name for field in dataclasses.fields(Recipe)}
         assert set(table["solver"]) == {field.name for field in dataclasses.fields(Solver)}
         assert set(table["scheme"]) == {field.name for field in dataclasses.fields(Scheme)}
+        assert set(table["scheme"]["rest"]) == {field.name for field in dataclasses.fields(Rest)}
 
 
 def test_reading_recipes_needs_no_torch() -> None:
@@ -350,7 +352,7 @@ def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
 
 
 def test_every_rule_names_a_field() -> None:
-    homes = {"scheme": Scheme, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
+    homes = {"scheme": Scheme, "scheme.rest": Rest, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
              "guidance": Guidance, "heldout": Heldout, "": Recipe}  # fmt: skip
     for rule in (*CHOICES, *RANGES):
         home, _, name = rule.rpartition(".")
@@ -406,7 +408,7 @@ def test_digest_names_the_work_not_the_recipe() -> None:
     assert best.digest() == dataclasses.replace(best, solver=whole).digest()
     digests = {load_recipe(name).digest() for name in recipe_names()}
     for override in ("solver.damp=0.06", "scheme.signed=false", "calibration.seed=1", "heldout.windows=8",
-                     "calibration.sources.0.rows=103", "format=gptq"):  # fmt: skip
+                     "calibration.sources.0.rows=103", "format=gptq", "scheme.rest.head=int8"):  # fmt: skip
         digests.add(load_recipe("best", [override]).digest())
-    assert len(digests) == 12
+    assert len(digests) == len(recipe_names()) + 7
     assert all(len(digest) == 64 for digest in digests)

@@ -230,11 +230,12 @@ def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 class QuantizedGroup:
     """Codes and scales of a stack of expert projections that share one input site. Knows no storage format.
 
-    codes_ENK: int8; scale_ENG: fp32 values that the format holds exactly.
+    codes_ENK: int8, of `bits` bits; scale_ENG: fp32 values that the format holds exactly.
     """
 
     codes_ENK: Tensor
     scale_ENG: Tensor
+    bits: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,29 @@ class Heldout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rest:
+    """What is quantized beside the routed experts, by parts of the model; a part that a model lacks is left out.
+
+    int8: symmetric, round-to-nearest with searched scales, each for `scheme.group_size` inputs or more. Routers, norms,
+    embeddings and what joins a draft head's inputs (`mtp.fc`) always stay as they are.
+
+    attention: Projections of softmax attention.
+    linear_attention: Large projections of linear attention and state space layers.
+    shared_experts: Projections of shared experts; their gate stays BF16.
+    head: The output head. SGLang makes drafts only with a BF16 head.
+    draft_experts: Routed experts of the draft head (MTP); int4 is solved as the model's experts are.
+    draft_dense: The draft head's attention and shared experts.
+    """
+
+    attention: Literal["bf16", "int8"] = "bf16"
+    linear_attention: Literal["bf16", "int8"] = "bf16"
+    shared_experts: Literal["bf16", "int8"] = "bf16"
+    head: Literal["bf16", "int8"] = "bf16"
+    draft_experts: Literal["bf16", "int8", "int4"] = "bf16"
+    draft_dense: Literal["bf16", "int8", "int4"] = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scheme:
     """Number format of the quantized weights: int4, symmetric, one scale for each group of input features.
 
@@ -96,12 +119,14 @@ class Scheme:
     signed: Scales may be negative, so that the longer side of the grid [-8, 7] falls where a group needs it.
     scale_dtype: Type of the stored scales; bf16 scales are exact in FP16 too.
     tensor_parallel: GPUs that will serve the release by tensor parallel: `group_size` fits their part of an expert too.
+    rest: What is quantized beside the routed experts.
     """
 
     group_size: Literal["auto", 128, 64, 32] = "auto"
     signed: bool = True
     scale_dtype: Literal["bf16", "fp16"] = "bf16"
     tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    rest: Rest = field(default_factory=Rest)
 
     @property
     def group(self) -> int:
@@ -213,10 +238,21 @@ class Recipe:
         left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
         content = {key: value for key, value in asdict(self).items() if key not in left_out}
         del content["scheme"]["tensor_parallel"]  # it decides the group size alone
+        if self.scheme.rest == Rest():
+            del content["scheme"]["rest"]
         del content["heldout"]["yardstick"]  # no byte of the release
         return content
 
 
+NEVER_QUANTIZED = {
+    "embeddings": "no engine loads quantized embeddings: vLLM stops, SGLang leaves them unwritten without an error",
+    "draft_fc": "SGLang leaves a quantized mtp.fc unwritten without an error, and vLLM builds it in BF16",
+    "router": "routers decide which experts a token visits and are small: they stay BF16",
+    "shared_expert_gate": "it has one output, which no kernel for int8 takes",
+    "in_proj_a": "it has one output for each head, which no kernel for int8 takes",
+    "in_proj_b": "it has one output for each head, which no kernel for int8 takes",
+    "in_proj_ba": "it has two outputs for each head, which no kernel for int8 takes",
+}  # parts of scheme.rest that somebody may ask for
 CHOICES, RANGES = choices(Recipe), ranges(Recipe)
 ORIGINS = ("builtin", "path", "dataset")
 OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
@@ -263,6 +299,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     _complete(table)
     typed = {override.partition("=")[0].replace(" ", ""): f"--set {override}" for override in overrides}
     schema = Schema(kind=Recipe, where=f"recipe {name_or_path}", typed=typed)
+    _refuse_never_quantized(table, schema)
     recipe: Recipe = schema.read(table)
     _check_together(recipe, schema)
     return recipe
@@ -305,6 +342,8 @@ def dump_recipe(recipe: Recipe) -> str:
     table = asdict(recipe)
     if recipe.guidance == Guidance():
         del table["guidance"]
+    if recipe.scheme.rest == Rest():
+        del table["scheme"]["rest"]
     sources = table["calibration"].pop("sources")
     text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
     for source in sources:
@@ -375,6 +414,16 @@ def _complete(table: dict[str, Any]) -> None:
                 source.setdefault(fact, getattr(text, fact))
         elif source.get("kind") == "chat":
             source.setdefault("fields", ("messages",))
+
+
+def _refuse_never_quantized(table: dict[str, Any], schema: Schema) -> None:
+    """Raise FourfoldError for a part of `scheme.rest` that no engine, or no model, takes quantized."""
+    scheme = table.get("scheme")
+    rest = scheme.get("rest") if isinstance(scheme, dict) else None
+    for name, value in rest.items() if isinstance(rest, dict) else ():
+        if name in NEVER_QUANTIZED and value != "bf16":
+            key = f"scheme.rest.{name}"
+            raise FourfoldError(f"{schema.place(key)}: {key}: got {value!r}, but {NEVER_QUANTIZED[name]}. Leave it out")
 
 
 def _check_together(recipe: Recipe, schema: Schema) -> None:

@@ -112,7 +112,7 @@ def compressed(**changes: Any) -> dict[str, Any]:
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int8"}, "4 bits packed in 'int8'"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'gptq' with 'marlin'"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
-        (compressed(num_bits=8), "with 8 bits"),
+        (compressed(num_bits=3), "with 3 bits"),
         (compressed(type="float"), "of type 'float'"),
         (compressed(strategy="tensor"), "by 'tensor'"),
         (compressed() | {"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),

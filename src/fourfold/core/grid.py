@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fourfold.core.kernels import cpu, cuda
 
-INT4 = range(-8, 8)  # levels of the codes
+INT4, INT8 = range(-8, 8), range(-128, 128)  # levels of the codes
 LARGEST = 65280.0  # the largest BF16 value that FP16 holds
 SMALLEST = 2.0**-17  # exact in BF16 and, as a subnormal, in FP16
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fourfold.datatypes import brief
-from fourfold.formats.format import EXPERT, Format, Selection, Shape, differences, draft_pattern
+from fourfold.formats.format import (
+    EXPERT,
+    Format,
+    MoreModules,
+    Selection,
+    Shape,
+    differences,
+    draft_pattern,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,33 +37,33 @@ DECODER = r"re:.*decoder\..*"
 class CompressedTensors(Format):
     """Layout: compressed-tensors' pack_quantized and vLLM's compressed_tensors_moe_wna16.py."""
 
-    def tensor_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, tuple[str, Shape]]:
+    def tensor_shapes(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, tuple[str, Shape]]:
         return {
-            self.codes: ("I32", (outputs, inputs // 8)),
+            self.codes: ("I32", (outputs, inputs * bits // 32)),
             self.scales: (self.scale_dtype, (outputs, groups)),
             SHAPE: ("I64", (2,)),
         }
 
-    def read_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, Shape]:
-        written = super().read_shapes(outputs, inputs, groups)
-        return written | {self.zeros: (-(-outputs // 8), groups), self.index: (inputs,)}
+    def read_shapes(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, Shape]:
+        written = super().read_shapes(outputs, inputs, groups, bits)
+        return written | {self.zeros: (-(-outputs * bits // 32), groups), self.index: (inputs,)}
 
-    def companions(self, outputs: int, inputs: int, groups: int) -> dict[str, Tensor]:
+    def companions(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, Tensor]:
         import torch
 
         return {SHAPE: torch.tensor([outputs, inputs])}
 
-    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int) -> Tensor | None:
-        """Stored as int32 [..., N / 8, G], packed along N."""
+    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int, bits: int = 4) -> Tensor | None:
+        """Stored as int32 [..., N * bits / 32, G], packed along N."""
         from fourfold.core.pack import unpack_codes
 
         stored = tensors.get(self.zeros)
-        return None if stored is None else unpack_codes(stored.mT).mT[..., :outputs, :]
+        return None if stored is None else unpack_codes(stored.mT, bits).mT[..., :outputs, :]
 
-    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int) -> Iterator[str]:
+    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int, bits: int = 4) -> Iterator[str]:
         outputs, packed = tensors[self.codes].shape
-        if tensors[SHAPE].tolist() != [outputs, packed * 8]:
-            yield f"{SHAPE} is {tensors[SHAPE].tolist()}, expected {[outputs, packed * 8]}"
+        if tensors[SHAPE].tolist() != [outputs, packed * 32 // bits]:
+            yield f"{SHAPE} is {tensors[SHAPE].tolist()}, expected {[outputs, packed * 32 // bits]}"
 
     def named_by(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") in self.methods
@@ -68,27 +77,37 @@ class CompressedTensors(Format):
             weights = group.get("weights") or {}
             layout = group.get("format") or config.get("format")
             found = (layout, weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
-            if found[:3] != (LAYOUT, 4, "int") or found[3] not in ("group", "channel"):
+            if found[1] not in (4, 8) or found[::2] != (LAYOUT, "int") or found[3] not in ("group", "channel"):
                 layout, bits, kind, strategy = map(brief, found)
                 return (
                     f"{where} is {layout} with {bits} bits of type {kind} by {strategy}; "
-                    f"expected {LAYOUT!r} with 4 bits of 'int' by 'group' or 'channel'"
+                    f"expected {LAYOUT!r} with 4 or 8 bits of 'int' by 'group' or 'channel'"
                 )
         return "" if groups else f"{METHOD} without config_groups"
 
-    def quantization_config(self, group_size: int, drafts: Sequence[str]) -> dict[str, Any]:
-        weights = WEIGHTS | {"group_size": group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
-        group = {
-            "targets": [LINEAR], "input_activations": None, "output_activations": None, "weights": weights,
-        }  # fmt: skip
-        ignored = [f"re:{draft_pattern(prefix)}" for prefix in drafts]
+    def quantization_config(
+        self, group_size: int, drafts: Sequence[str], more: MoreModules | None = None
+    ) -> dict[str, Any]:
+        ignore, groups = [OTHERS], [_group([LINEAR], 4, group_size)]
+        if more is None:
+            ignore += [*(f"re:{draft_pattern(prefix)}" for prefix in drafts), *([DECODER] if drafts else [])]
+        else:
+            ignore, groups = _with_more(group_size, drafts, more)
         return {
             "quant_method": METHOD,
             "format": LAYOUT,
             "quantization_status": "compressed",
-            "ignore": [OTHERS, *ignored, *([DECODER] if drafts else [])],
-            "config_groups": {"group_0": group},
+            "ignore": ignore,
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         }
+
+    def bits(self, config: Mapping[str, Any], module: str) -> int:
+        """By the first group that names the module, as compressed-tensors and vLLM go by it; by class otherwise."""
+        groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, dict)]
+        by_name = [group for group in groups if any(re.match(entry, module) for entry in _patterns(_targets(group)))]
+        by_class = [group for group in groups if LINEAR in _targets(group)]
+        group = next(iter([*by_name, *by_class]), {})
+        return int((group.get("weights") or {}).get("num_bits") or 4)
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         groups = {name: group | {"targets": [LINEAR]} for name, group in config["config_groups"].items()}
@@ -121,6 +140,47 @@ class CompressedTensors(Format):
         )
 
 
+def _group(targets: list[str], bits: int, group_size: int) -> dict[str, Any]:
+    rest = {"group_size": group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
+    weights = WEIGHTS | {"num_bits": bits} | rest
+    return {"targets": targets, "input_activations": None, "output_activations": None, "weights": weights}
+
+
+def _with_more(group_size: int, drafts: Sequence[str], more: MoreModules) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return `ignore` and the groups: regular expressions alone. Beside a class in another group's targets SGLang, and
+    vLLM up to 0.24, take fused modules (qkv_proj) for that class.
+    """
+    ends, in_draft = {*more.dense, *more.draft}, _in_draft(drafts)
+    ignore = [f"re:^(?!{EXPERT}|.*{one_of(ends)}).*$" if ends else OTHERS]
+    experts = {4: [f"{EXPERT}.*"]}
+    if drafts and more.draft_experts == 16:
+        ignore.append(f"re:{in_draft}.*experts.*")
+    elif drafts and more.draft_experts != 4:
+        experts = {4: [f"(?!{in_draft}){EXPERT}.*"], more.draft_experts: [rf"{in_draft}.*experts\.\d+\..*"]}
+    groups = [_group([f"re:{pattern}" for pattern in found], bits, group_size) for bits, found in experts.items()]
+    if drafts and more.dense and not more.draft:
+        ignore.append(f"re:{in_draft}.*{one_of(more.dense)}")
+    for bits in sorted({*more.dense.values(), *more.draft.values()}):
+        model, draft = ({end for end, width in found.items() if width == bits} for found in (more.dense, more.draft))
+        shared = {end for end in model if more.draft.get(end, bits) == bits}
+        found = [f"re:.*{one_of(shared)}"] if shared else []
+        found += [f"re:(?!{in_draft}).*{one_of(model - shared)}"] if model - shared else []
+        found += [f"re:{in_draft}.*{one_of(draft - shared)}"] if draft - shared else []
+        groups.append(_group(found, bits, more.group_size))
+    return ignore, groups
+
+
+def _in_draft(drafts: Sequence[str]) -> str:
+    """How the names of modules of draft heads begin, on disk and in engines."""
+    names = "|".join(re.escape(prefix.rstrip(".")) for prefix in drafts)
+    return rf".*(?:{names}|decoder)\."
+
+
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets")
+    return targets if _texts(targets) else []
+
+
 def _only_group(config: Mapping[str, Any]) -> dict[str, Any] | None:
     groups = config.get("config_groups")
     group = next(iter(groups.values()), None) if isinstance(groups, dict) and len(groups) == 1 else None
@@ -150,6 +210,7 @@ COMPRESSED_TENSORS = CompressedTensors(
     transformers_package="compressed-tensors",
     sglang_method=METHOD,
     sglang_drafts=True,
+    mixed_drafts=True,
     sglang_note="",
     split_groups="vLLM refuses to load it, SGLang loads empty scales without an error",
     vllm_cpu="",

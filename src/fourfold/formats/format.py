@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,36 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoreModules:
+    """What a release quantizes beside the routed experts of its layers, each in groups of `group_size` inputs.
+
+    Ends of module names, such as "self_attn.q_proj", to their bits: dense, of the model; draft, of its draft heads.
+    draft_experts: bits of the draft heads' experts, 16 where they are not quantized; their groups are those of experts.
+    """
+
+    group_size: int
+    dense: Mapping[str, int]
+    draft: Mapping[str, int]
+    draft_experts: int
+
+    @classmethod
+    def of(cls, bits: Mapping[str, int], drafts: Sequence[str], group_size: int) -> MoreModules | None:
+        """Return what the modules of these names (on disk) are; None if there are none. bits: by name."""
+        dense: dict[str, int] = {}
+        draft: dict[str, int] = {}
+        draft_experts = 16
+        for name, width in bits.items():
+            in_draft = name.startswith(tuple(drafts))
+            if in_draft and re.match(EXPERT, name):
+                draft_experts = width
+            elif not re.match(EXPERT, name):
+                (draft if in_draft else dense)[module_end(name)] = width
+        if not dense and not draft and draft_experts == 16:
+            return None
+        return cls(group_size=group_size, dense=dense, draft=draft, draft_experts=draft_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Format(ABC):
     """How projections [N, K] are stored, and what engines make of it.
 
@@ -42,7 +72,8 @@ class Format(ABC):
     codes, scales, zeros, index: suffixes of packed codes, scales, zero points and each input's group; the last two may
     be absent. by_row: codes and scales have a row for each output feature, otherwise a column. scale_dtype: "BF16" or
     "F16". transformers_*: whether transformers loads the format, how, and the package that it needs ("": none).
-    sglang_method: SGLang's --quantization; sglang_drafts: whether it loads the draft head's experts. sglang_note,
+    sglang_method: SGLang's --quantization; sglang_drafts: whether it loads the draft head's experts; mixed_drafts:
+    whether vLLM loads a draft head of which only a part is quantized. sglang_note,
     vllm_cpu (vLLM on a CPU): known issues, "" without one. split_groups: what engines do if tensor parallel splits a
     group.
     """
@@ -61,6 +92,7 @@ class Format(ABC):
     transformers_package: str
     sglang_method: str
     sglang_drafts: bool
+    mixed_drafts: bool
     sglang_note: str
     split_groups: str
     vllm_cpu: str
@@ -85,20 +117,20 @@ class Format(ABC):
     # --- tensors --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def tensor_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, tuple[str, Shape]]:
+    def tensor_shapes(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, tuple[str, Shape]]:
         """Return what a projection [N, K] becomes: suffix -> (safetensors dtype, shape)."""
 
-    def read_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, Shape]:
-        """Return the shapes that 4 bits have, by suffix, of all that is read."""
-        return {suffix: shape for suffix, (_, shape) in self.tensor_shapes(outputs, inputs, groups).items()}
+    def read_shapes(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, Shape]:
+        """Return the shapes, by suffix, of all that is read."""
+        return {suffix: shape for suffix, (_, shape) in self.tensor_shapes(outputs, inputs, groups, bits).items()}
 
     @abstractmethod
-    def companions(self, outputs: int, inputs: int, groups: int) -> dict[str, Tensor]:
+    def companions(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, Tensor]:
         """Return what is stored beside codes and scales, by suffix: the same for every projection of a shape."""
 
     @abstractmethod
-    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int) -> Tensor | None:
-        """Return zero points as codes, int8 [..., N, G]: 0 is the zero point 8. None if none are stored."""
+    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int, bits: int = 4) -> Tensor | None:
+        """Return zero points as codes, int8 [..., N, G]: 0 is the middle of the grid. None if none are stored."""
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Return a view of stored codes or scales with a row for each output feature, or the inverse of that."""
@@ -117,32 +149,31 @@ class Format(ABC):
 
         experts, outputs, inputs = group.codes_ENK.shape
         stored = {
-            self.codes: self.oriented(pack_codes(group.codes_ENK)).contiguous(),
+            self.codes: self.oriented(pack_codes(group.codes_ENK, group.bits)).contiguous(),
             self.scales: self.stored_scales(group.scale_ENG),
         }
-        beside = self.companions(outputs, inputs, group.scale_ENG.shape[-1])
+        beside = self.companions(outputs, inputs, group.scale_ENG.shape[-1], group.bits)
         return stored | {suffix: value.expand(experts, *value.shape).clone() for suffix, value in beside.items()}
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedGroup:
+    def unpack(self, tensors: Mapping[str, Tensor], bits: int = 4) -> QuantizedGroup:
         """Return the inverse of `pack`. tensors: by suffix; only codes and scales are read."""
         from fourfold.core.pack import unpack_codes
 
-        return QuantizedGroup(
-            unpack_codes(self.oriented(tensors[self.codes])), self.oriented(tensors[self.scales]).float()
-        )
+        codes_ENK = unpack_codes(self.oriented(tensors[self.codes]), bits)
+        return QuantizedGroup(codes_ENK, self.oriented(tensors[self.scales]).float(), bits)
 
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def dequantize(self, tensors: Mapping[str, Tensor], bits: int = 4) -> Tensor:
         """Return the weights fp32 [E, N, K] that stacks of stored tensors stand for, whoever made them.
 
-        tensors: by suffix, as `pack` gives them. Absent zero points are 8; an absent index (int32 [E, K], the group of
-        each input) stands for groups of consecutive inputs.
+        tensors: by suffix, as `pack` gives them. Absent zero points are the middle of the grid; an absent index (int32
+        [E, K], the group of each input) stands for groups of consecutive inputs.
         """
         import torch
 
-        group = self.unpack(tensors)
+        group = self.unpack(tensors, bits)
         codes_ENK, scale_ENG = group.codes_ENK, group.scale_ENG
         experts, outputs, inputs = codes_ENK.shape
-        zero_ENG = self.zero_points(tensors, outputs)
+        zero_ENG = self.zero_points(tensors, outputs, bits)
         if zero_ENG is None:
             zero_ENG = torch.zeros(1, 1, 1, dtype=torch.int8, device=codes_ENK.device).expand(scale_ENG.shape)
         index_EK = tensors.get(self.index)
@@ -154,7 +185,7 @@ class Format(ABC):
         return centred_ENK * scale_ENG.gather(2, index_ENK)
 
     @abstractmethod
-    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int) -> Iterator[str]:
+    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int, bits: int = 4) -> Iterator[str]:
         """Yield how tensors beside codes and scales of one projection differ from `companions`."""
 
     # --- config.json ----------------------------------------------------------------------------------------------
@@ -168,11 +199,18 @@ class Format(ABC):
         """Return why a quantization_config that means this format is not read; "" if it is."""
 
     @abstractmethod
-    def quantization_config(self, group_size: int, drafts: Sequence[str]) -> dict[str, Any]:
-        """Return config.json's `quantization_config` of a release whose routed experts alone are quantized.
+    def quantization_config(
+        self, group_size: int, drafts: Sequence[str], more: MoreModules | None = None
+    ) -> dict[str, Any]:
+        """Return config.json's `quantization_config` of a release whose routed experts are quantized.
 
-        drafts: what the names of the draft heads' tensors begin with, as in "mtp."; empty without one.
+        group_size: of experts; drafts: what the names of the draft heads' tensors begin with, as in "mtp."; empty
+        without one; more: what else is quantized, None for experts alone.
         """
+
+    @abstractmethod
+    def bits(self, config: Mapping[str, Any], module: str) -> int:
+        """Return the width of a module's codes, by its name on disk, in a checkpoint that has codes for it."""
 
     @abstractmethod
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
@@ -185,6 +223,17 @@ class Format(ABC):
     @abstractmethod
     def selection(self, config: Mapping[str, Any]) -> Selection | None:
         """Return which modules it quantizes; None if it does not say, which is a config problem."""
+
+
+def module_end(name: str) -> str:
+    """Return the last two parts of a module's name, the same in every layer and engine: "self_attn.q_proj"."""
+    *_, parent, last = ("", *name.split("."))
+    return f"{parent}.{last}" if parent and not parent.isdecimal() and name.count(".") > 1 else last
+
+
+def one_of(ends: Iterable[str]) -> str:
+    """Return a regular expression for any of these ends of names."""
+    return f"(?:{'|'.join(map(re.escape, sorted(ends)))})$"
 
 
 def draft_pattern(prefix: str) -> str:

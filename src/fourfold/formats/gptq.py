@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fourfold.datatypes import brief
-from fourfold.formats.format import EXPERT, Format, Selection, Shape, differences, draft_pattern
+from fourfold.formats.format import (
+    EXPERT,
+    Format,
+    MoreModules,
+    Selection,
+    Shape,
+    differences,
+    draft_pattern,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHOD, AUTO_ROUND = "gptq", "auto-round"
+FUSED = {  # modules of vLLM, by the modules on disk that they join
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+}
 AUTO_ROUND_PACKING = "auto_round:auto_gptq"
 REQUIRED = {"bits": 4, "sym": True, "desc_act": False}  # with group_size, all that vLLM requires
 # vLLM asks for the fused experts of a layer, `...mlp.experts`, GPTQModel for each projection of each expert.
@@ -26,44 +41,44 @@ class Gptq(Format):
 
     zero_offset: int
 
-    @property
-    def zero_word(self) -> int:
-        """Eight zero points of 8, as an int32."""
-        word = 0x11111111 * (8 - self.zero_offset)
+    def zero_word(self, bits: int = 4) -> int:
+        """Return zero points in the middle of the grid, as many as an int32 holds."""
+        ones = 0x11111111 if bits == 4 else 0x01010101
+        word: int = ones * ((1 << bits - 1) - self.zero_offset)
         return word - 2**32 if word >= 2**31 else word
 
-    def tensor_shapes(self, outputs: int, inputs: int, groups: int) -> dict[str, tuple[str, Shape]]:
+    def tensor_shapes(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, tuple[str, Shape]]:
         return {
-            self.codes: ("I32", (inputs // 8, outputs)),
+            self.codes: ("I32", (inputs * bits // 32, outputs)),
             self.scales: (self.scale_dtype, (groups, outputs)),
-            self.zeros: ("I32", (groups, outputs // 8)),
+            self.zeros: ("I32", (groups, outputs * bits // 32)),
             self.index: ("I32", (inputs,)),
         }
 
-    def companions(self, outputs: int, inputs: int, groups: int) -> dict[str, Tensor]:
+    def companions(self, outputs: int, inputs: int, groups: int, bits: int = 4) -> dict[str, Tensor]:
         import torch
 
         return {
-            self.zeros: torch.full((groups, outputs // 8), self.zero_word, dtype=torch.int32),
+            self.zeros: torch.full((groups, outputs * bits // 32), self.zero_word(bits), dtype=torch.int32),
             self.index: group_index(inputs, inputs // groups),
         }
 
-    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int) -> Tensor | None:
-        """Stored as int32 [..., G, N / 8], packed along N."""
+    def zero_points(self, tensors: Mapping[str, Tensor], outputs: int, bits: int = 4) -> Tensor | None:
+        """Stored as int32 [..., G, N * bits / 32], packed along N."""
         from fourfold.core.pack import unpack_codes
 
         stored = tensors.get(self.zeros)
-        return None if stored is None else (unpack_codes(stored) + self.zero_offset).mT
+        return None if stored is None else (unpack_codes(stored, bits) + self.zero_offset).mT
 
-    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int) -> Iterator[str]:
+    def companion_problems(self, tensors: Mapping[str, Tensor], group_size: int, bits: int = 4) -> Iterator[str]:
         import torch
 
-        zeros, index_K = tensors[self.zeros], tensors[self.index]
-        wrong = zeros != self.zero_word
+        zeros, index_K, expected = tensors[self.zeros], tensors[self.index], self.zero_word(bits)
+        wrong = zeros != expected
         if wrong.any():
             yield (
                 f"{int(wrong.sum()):,} of {zeros.numel():,} words of {self.zeros} are not "
-                f"{self.zero_word % 2**32:#010x} as checkpoint_format {self.name} has them, "
+                f"{expected % 2**32:#010x} as checkpoint_format {self.name} has them, "
                 f"one is {int(zeros[wrong][0]) % 2**32:#010x}"
             )
         if not torch.equal(index_K, group_index(index_K.numel(), group_size)):
@@ -81,7 +96,9 @@ class Gptq(Format):
             return ""
         return f"{brief(bits)} bits packed in {brief(word)}; expected 4 bits packed in int32"
 
-    def quantization_config(self, group_size: int, drafts: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, group_size: int, drafts: Sequence[str], more: MoreModules | None = None
+    ) -> dict[str, Any]:
         # vLLM's qwen3_5_mtp.py builds the draft head unquantized if a key of `dynamic` starts with "-:" and names mtp.
         return {
             "quant_method": METHOD,
@@ -89,11 +106,20 @@ class Gptq(Format):
             "group_size": group_size,
             "sym": True,
             "desc_act": False,
-            "lm_head": False,
+            "lm_head": more is not None and "lm_head" in more.dense,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
-            "dynamic": {OTHERS: {}, **{f"-:{draft_pattern(prefix)}": {} for prefix in drafts}},
+            "dynamic": _with_more(drafts, more)
+            if more
+            else {OTHERS: {}, **{f"-:{draft_pattern(prefix)}": {} for prefix in drafts}},
         }
+
+    def bits(self, config: Mapping[str, Any], module: str) -> int:
+        """By the first key of `dynamic` that matches, as vLLM goes by it."""
+        for key, settings in (config.get("dynamic") or {}).items():
+            if re.match(key.removeprefix("+:"), module) and isinstance(settings, dict):
+                return int(settings.get("bits") or config.get("bits") or 4)
+        return int(config.get("bits") or 4)
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         return config | {"dynamic": {f"-:{pattern}": {} for pattern in patterns}}
@@ -112,6 +138,34 @@ class Gptq(Format):
         if not isinstance(dynamic, dict):
             return None
         return Selection(key="dynamic", excluded=tuple(key[2:] for key in dynamic if key.startswith("-:")))
+
+
+def _with_more(drafts: Sequence[str], more: MoreModules) -> dict[str, dict[str, int]]:
+    """Return `dynamic`: what stays BF16, then what has other bits. vLLM matches its own names of fused modules too; the
+    first key that matches counts, and a "-:" key that names mtp makes its whole draft head BF16.
+    """
+    in_draft = f".*(?:{'|'.join(re.escape(prefix.rstrip('.')) for prefix in drafts)}).*"
+    ends = with_fused({*more.dense, *more.draft})
+    dynamic: dict[str, dict[str, int]] = {}
+    if drafts and not more.draft and more.draft_experts == 16:
+        dynamic |= {f"-:{draft_pattern(prefix)}": {} for prefix in drafts}
+    elif drafts and more.draft_experts != 4:
+        dynamic[f"+:{in_draft}experts.*"] = {"bits": more.draft_experts}
+    dynamic[rf"-:^(?!{EXPERT}|.*\.experts$|.*{one_of(ends)}).*$" if ends else OTHERS] = {}
+    for where, found in ((in_draft, more.draft if drafts else {}), (".*", more.dense)):
+        for bits in sorted({*found.values()}):
+            named = with_fused({end for end, width in found.items() if width == bits})
+            dynamic[f"+:{where}{one_of(named)}"] = {"bits": bits, "group_size": more.group_size}
+    return dynamic
+
+
+def with_fused(ends: Set[str]) -> set[str]:
+    """Return the ends of names with those of vLLM's fused modules, all parts of which are among them."""
+    parents = {end.rpartition(".")[0] for end in ends}
+    return {*ends} | {
+        f"{parent}.{fused}" for parent in parents for fused, parts in FUSED.items()
+        if all(f"{parent}.{part}" in ends for part in parts)
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,6 +194,7 @@ def _gptq(
         transformers_package="",
         sglang_method="moe_wna16",
         sglang_drafts=False,
+        mixed_drafts=False,
         sglang_note=(
             "SGLang takes it with --quantization moe_wna16 only: its own choice, gptq_marlin, asserts FP16 activations"
         ),

@@ -59,6 +59,11 @@ KEPT = (
 )  # the first marker found in a tensor's name decides its group
 
 
+def kept_group(name: str) -> tuple[str, str]:
+    """Return the group of a tensor beside the routed experts, by its name on disk, and why it is kept by default."""
+    return next((group, reason) for group, marker, reason in KEPT if marker in name)
+
+
 TRANSFORMERS = "transformers 5.23"  # logits equal, bit for bit, those of the same weights in BF16
 VLLM = "vLLM 0.32"  # every parameter written, log-probabilities as in BF16
 VLLM_LOADS = "vLLM 0.32 (loaded, not run)"  # every parameter written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +214,14 @@ def build_layer(
         gate_up_ENK=None if tensors.gate_up_ENK is None else tensors.gate_up_ENK.to(dtype),
         down_ENK=None if tensors.down_ENK is None else tensors.down_ENK.to(dtype),
     )
+
+
+def with_kept(layer: DecoderLayer, kept: Mapping[str, Tensor]) -> DecoderLayer:
+    """The same layer with other weights beside its routed experts, by name on disk, on its device."""
+    blueprint = layer.skeleton.blueprint
+    prefix, device = blueprint.prefix(layer.index), layer.device
+    loaded = loader.load(blueprint, lambda name, _: kept[name], prefix, device, layer.dtype)
+    return dataclasses.replace(layer, own=loader.build_layer(blueprint, layer.index, loaded, device))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ output head, predicts the token after that.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from fourfold.model.head import Head
 from fourfold.model.layer import DecoderLayer, Routing, run_experts
 from fourfold.model.loader import Layer, Tap
 from fourfold.model.weights import Weights
+
+Keep = Callable[[Tensor, Routing], None]
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class DraftHead:
     head: Head
     steps: int = 3
 
-    def drafts(self, hidden_RTD: Tensor, token_RT: Tensor) -> Drafts:
-        return Drafts(self, hidden_RTD, token_RT)
+    def drafts(self, hidden_RTD: Tensor, token_RT: Tensor, keep: Keep | None = None) -> Drafts:
+        """keep: called with what each step gives the experts."""
+        return Drafts(self, hidden_RTD, token_RT, keep)
 
 
 def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, head: Head | None = None) -> DraftHead:
@@ -102,9 +106,9 @@ class Drafts:
     A later step at position t attends to the first step's keys of positions 0..t and to its own earlier steps.
     """
 
-    def __init__(self, head: DraftHead, hidden_RTD: Tensor, token_RT: Tensor) -> None:
+    def __init__(self, head: DraftHead, hidden_RTD: Tensor, token_RT: Tensor, keep: Keep | None = None) -> None:
         """hidden_RTD: after the model's last norm; token_RT: the text. What comes after a position is nothing to it."""
-        self._head, self._cache = head, DynamicCache()
+        self._head, self._cache, self._keep = head, DynamicCache(), keep
         rows, self._length = token_RT.shape[0], token_RT.shape[1] - 1
         position_RT = torch.arange(self._length, device=token_RT.device).expand(rows, -1)
         self._first_RTD = self._step(hidden_RTD[:, :-1], token_RT[:, 1:], position_RT, None)
@@ -145,7 +149,10 @@ class Drafts:
             )
         assert layer.own.tap is not None
         input_TD, index_TA, weight_TA = layer.own.tap.take()
-        routed_TD = run_experts(layer, input_TD, Routing(index_TA=index_TA, weight_TA=weight_TA))
+        routing = Routing(index_TA=index_TA, weight_TA=weight_TA)
+        if self._keep is not None:
+            self._keep(input_TD, routing)
+        routed_TD = run_experts(layer, input_TD, routing)
         output_RTD = output_RTD + routed_TD.to(output_RTD.dtype).view_as(output_RTD)
         normed_RTD: Tensor = head.norm(output_RTD)
         return normed_RTD

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ E8M0_BIAS = 127
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight lies on disk. parts: its tensors by role; dequantize: from their values, by role, to fp32."""
+    """How one weight lies on disk. parts: its tensors by role; dequantize: from their values, by role, to fp32; bits:
+    of its codes.
+    """
 
     parts: Mapping[str, TensorHeader]
     shape: tuple[int, ...]
     dequantize: Callable[[Mapping[str, Tensor]], Tensor]
+    bits: int
 
     @property
     def size_bytes(self) -> int:
@@ -120,7 +124,7 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
     else:
         format = readable_format(raw, folder)
         assert format is not None
-        stored, kind = dict(_int4(index, format)), "int4"
+        stored, kind = dict(_integers(index, format, settings)), "int4"
     parts = {part.name for weight in stored.values() for part in weight.parts.values()}
     headers = {name: header for name, header in index.headers.items() if name not in parts}
     for name, weight in stored.items():
@@ -159,7 +163,7 @@ def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str,
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_blocks(parts["weight"], parts["scales"], (rows, columns))
 
-        yield name, Stored({"weight": header, "scales": scales}, header.shape, dequantize)
+        yield name, Stored({"weight": header, "scales": scales}, header.shape, dequantize, 8)
 
 
 def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> Tensor:
@@ -200,7 +204,7 @@ def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_mxfp4(parts["blocks"], parts["scales"]).mT
 
-        yield stem, Stored({"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs), dequantize)
+        yield stem, Stored({"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs), dequantize, 4)
 
 
 def dequantize_mxfp4(block_ENGB: Tensor, scale_ENG: Tensor) -> Tensor:
@@ -216,25 +220,25 @@ def exponents(byte_X: Tensor) -> Tensor:
     return torch.exp2(byte_X.float() - E8M0_BIAS)
 
 
-# ---- int4
+# ---- int4, int8
 
 
-def _int4(index: TensorIndex, format: Format) -> Iterator[tuple[str, Stored]]:
+def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
     """Weights that are stored as codes and scales in a format that releases have too."""
     beside = {*format.suffixes, *format.tensor_shapes(8, 8, 1)} - {format.codes}
 
-    def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
+    def dequantize(parts: Mapping[str, Tensor], bits: int) -> Tensor:
         stacked = {role: part[None] for role, part in parts.items() if role in format.suffixes}
-        return format.dequantize(stacked)[0]
+        return format.dequantize(stacked, bits)[0]
 
     for name, header in index.headers.items():
         stem = name.removesuffix(format.codes)
         if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:
             continue
         found = {suffix: index.headers[stem + suffix] for suffix in beside if stem + suffix in index.headers}
-        axis = format.inputs_axis
-        shape = (header.shape[1 - axis], 8 * header.shape[axis])
-        yield f"{stem}weight", Stored({format.codes: header} | found, shape, dequantize)
+        axis, bits = format.inputs_axis, format.bits(settings, stem.removesuffix("."))
+        shape = (header.shape[1 - axis], 32 // bits * header.shape[axis])
+        yield f"{stem}weight", Stored({format.codes: header} | found, shape, partial(dequantize, bits=bits), bits)
 
 
 def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
@@ -263,12 +267,13 @@ def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Forma
     stated = list(_group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
     if format is None or not stated:
         return ""
-    codes, scales, axis = format.codes, format.scales, format.inputs_axis
+    codes, scales, axis, settings = format.codes, format.scales, format.inputs_axis, quantization(raw)
     for name, header in sorted(index.headers.items()):
         word = index.headers.get(name.removesuffix(scales) + codes)
         if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
             continue
-        groups, inputs = header.shape[axis], 8 * word.shape[axis]
+        bits = format.bits(settings, name.removesuffix(f".{scales}"))
+        groups, inputs = header.shape[axis], 32 // bits * word.shape[axis]
         by_row = groups == 1 and any(size in (-1, None) for size in stated)
         if groups and inputs % groups == 0 and inputs // groups not in stated and not by_row:
             return (

@@ -172,6 +172,7 @@ class Weights:
         groups = found[form.scales][form.inputs_axis]
         if not groups or shape[1] % groups:
             yield f"{stem}{form.scales} is {list(found[form.scales])}, {groups} groups of {shape[1]} inputs"
-        for suffix, wanted in form.read_shapes(shape[0], shape[1], groups).items():
+        bits = self.index.stored[name].bits
+        for suffix, wanted in form.read_shapes(shape[0], shape[1], groups, bits).items():
             if suffix in found and found[suffix] != wanted:
-                yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for 4 bits"
+                yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for {bits} bits"

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
 from fourfold.formats import named
 from fourfold.model.checkpoint import DTYPES, TensorIndex
-from fourfold.model.family import DOWN, GATE, KEPT, UP
+from fourfold.model.family import DOWN, GATE, UP, kept_group
 from fourfold.model.skeleton import Skeleton
+from fourfold.quantize.dense import DenseScheme
 from fourfold.recipe import Recipe
 
+EXPERTS = "experts"
 GROUPS = (
-    "experts",
+    EXPERTS,
     "attention",
     "linear attention",
     "router",
@@ -39,7 +41,7 @@ class TensorClaim:
     """What happens to one source tensor, and why.
 
     layer: its decoder layer, None outside of them (MTP, vision, head); tensors_after, bytes_after: what is
-    written in its place.
+    written in its place; bits: of each weight there, where it is quantized.
     """
 
     header: TensorHeader
@@ -49,6 +51,17 @@ class TensorClaim:
     layer: int | None
     tensors_after: int
     bytes_after: int
+    bits: int | None
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds routed experts of a layer."""
+        return self.group == EXPERTS
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is a weight beside the layers' experts, copied or rounded."""
+        return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,7 @@ class Wanted:
     layer: int | None
     tensors_after: int = 1
     bytes_after: int | None = None
+    bits: int | None = None
 
     def claim(self, header: TensorHeader) -> TensorClaim:
         return TensorClaim(
@@ -73,6 +87,20 @@ class Wanted:
             layer=self.layer,
             tensors_after=self.tensors_after,
             bytes_after=header.size_bytes if self.bytes_after is None else self.bytes_after,
+            bits=self.bits,
+        )
+
+    def quantized(self, bits: int, group_size: int, recipe: Recipe, reason: str, count: int = 1) -> Wanted:
+        """Return the same tensor, of `count` projections of its `shape`, stored as codes of `bits` bits and scales."""
+        outputs, inputs = self.shape
+        stored = named(recipe.format).tensor_shapes(outputs, inputs, inputs // group_size, bits)
+        return replace(
+            self,
+            action=Action.QUANTIZE,
+            reason=f"{reason}: int{bits}, a scale for {group_size} inputs each, stored as {recipe.format}",
+            tensors_after=count * len(stored),
+            bytes_after=count * sum(DTYPES[dtype].itemsize * math.prod(dims) for dtype, dims in stored.values()),
+            bits=bits,
         )
 
 
@@ -131,7 +159,7 @@ def wanted_tensors(
     """Every tensor that must be there, in the order of transformers' model, experts in the layout that each layer has
     on disk.
     """
-    blueprint = skeleton.blueprint
+    blueprint, dense = skeleton.blueprint, DenseScheme.of(skeleton, headers, recipe)
     experts = {
         f"{blueprint.prefix(layer)}{one.module}.{parameter}": layer
         for layer, one in enumerate(blueprint.experts)
@@ -146,15 +174,17 @@ def wanted_tensors(
             source = blueprint.sources[name]
             for on_disk in source.all_names:
                 shape = tuple(value.shape) if source.converter is None else blueprint.headers[on_disk].shape
-                yield on_disk, _kept(on_disk, shape, layer, value.is_floating_point())
+                kept = _kept(on_disk, shape, layer, value.is_floating_point())
+                yield on_disk, _rounded(on_disk, kept, dense, recipe)
         elif name in blueprint.missing:
             yield name, _kept(name, tuple(value.shape), layer)
     if skeleton.has_draft(headers):
         for name, shape in skeleton.draft_tensors():
             if len(shape) == 3:
-                yield from _wanted_draft_experts(name, shape, headers)
+                for on_disk, wanted in _wanted_draft_experts(name, shape, headers):
+                    yield on_disk, _quantized_draft(wanted, shape, dense, recipe)
             else:
-                yield name, _kept(name, shape, None)
+                yield name, _rounded(name, _kept(name, shape, None), dense, recipe)
 
 
 def _kept(name: str, shape: tuple[int, ...], layer: int | None, floats: bool = True) -> Wanted:
@@ -163,6 +193,23 @@ def _kept(name: str, shape: tuple[int, ...], layer: int | None, floats: bool = T
     in_stream = len(shape) == 2 and (layer is not None or group == "embeddings") and group != "router"
     dtypes = WHOLE if not floats else ("BF16",) if in_stream else KEPT_DTYPES
     return Wanted(shape=shape, dtypes=dtypes, action=Action.COPY, reason=reason, group=group, layer=layer)
+
+
+def _rounded(name: str, kept: Wanted, dense: DenseScheme, recipe: Recipe) -> Wanted:
+    """A weight beside the experts, as it is kept or rounded."""
+    if name not in dense.bits:
+        return kept
+    return kept.quantized(dense.bits[name], dense.group_size, recipe, f"scheme.rest, {kept.group}")
+
+
+def _quantized_draft(wanted: Wanted, stack: tuple[int, ...], dense: DenseScheme, recipe: Recipe) -> Wanted:
+    """Draft experts, as they are kept or quantized. stack: shape of all of them, [E, N, K]."""
+    if dense.draft_experts == 16:
+        return wanted
+    count = max(wanted.tensors_after, 1) if wanted.action is Action.SPLIT else 1
+    one = replace(wanted, shape=(stack[0] * stack[1] // count if count > 1 else wanted.shape[0], stack[2]))
+    found = one.quantized(dense.draft_experts, recipe.scheme.group, recipe, "draft experts", count)
+    return replace(found, shape=wanted.shape)
 
 
 def _wanted_experts(skeleton: Skeleton, name: str, layer: int, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
@@ -203,18 +250,8 @@ def _stack_shape(skeleton: Skeleton, name: str, stack: str, canonical: tuple[int
 
 def _wanted_expert(shape: tuple[int, int], layer: int, recipe: Recipe) -> Wanted:
     """One projection [N, K] of a routed expert."""
-    size = recipe.scheme.group
-    stored = named(recipe.format).tensor_shapes(*shape, shape[1] // size)
-    return Wanted(
-        shape=shape,
-        dtypes=("BF16",),
-        action=Action.QUANTIZE,
-        reason=f"routed expert: int4, a scale for {size} inputs each, stored as {recipe.format}",
-        group="experts",
-        layer=layer,
-        tensors_after=len(stored),
-        bytes_after=sum(DTYPES[dtype].itemsize * math.prod(dims) for dtype, dims in stored.values()),
-    )
+    one = Wanted(shape=shape, dtypes=("BF16",), action=Action.QUANTIZE, reason="", group=EXPERTS, layer=layer)
+    return one.quantized(4, recipe.scheme.group, recipe, "routed expert")
 
 
 def _wanted_draft_experts(
@@ -246,11 +283,6 @@ def layer_of(skeleton: Skeleton, name: str) -> int | None:
     path = f"{skeleton.blueprint.layers_path}."
     number = name[len(path) :].partition(".")[0] if name.startswith(path) else ""
     return int(number) if number.isdecimal() and int(number) < skeleton.layers else None
-
-
-def kept_group(name: str) -> tuple[str, str]:
-    """The group of a tensor that is kept, and why it is, by its name on disk."""
-    return next((group, reason) for group, marker, reason in KEPT if marker in name)
 
 
 def known_extra(skeleton: Skeleton, header: TensorHeader) -> Wanted | None:

@@ -68,7 +68,8 @@ def finish(
     out, records = journal.out, journal.records
     index = TensorIndex.open_shards(out, [record.shard for record in records])
     drafts = draft_prefixes(plan.skeleton, index.headers)
-    settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts)
+    more = plan.dense.more_modules(plan.skeleton, drafts)
+    settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts, more)
     texts_by_name = {
         "recipe.toml": dump_recipe(plan.recipe),
         INDEX_NAME: index_json(index),

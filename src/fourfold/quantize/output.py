@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid
-from fourfold.datatypes import Action, FourfoldError, ShardRecord, TensorHeader
+from fourfold.datatypes import Action, FourfoldError, LayerResult, ShardRecord, TensorHeader
 from fourfold.distributed.trace import READER, WRITER, Trace
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
@@ -28,6 +28,8 @@ from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_fi
 from fourfold.model.family import split_names
 from fourfold.model.layer import LayerTensors, read_layer
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.quantize.claims import TensorClaim
+from fourfold.quantize.dense import round_weights
 from fourfold.quantize.plan import Plan, RestShard
 
 
@@ -109,13 +111,27 @@ def check_source(record: ShardRecord, digest: str) -> None:
         )
 
 
-def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
-    """Copy one shard of tensors outside the decoder layers; fused MTP experts are split bit for bit."""
+def write_rest(plan: Plan, out: Path, shard: RestShard, drafts: LayerResult | None = None) -> ShardRecord:
+    """Write one shard of tensors outside the decoder layers: copied, rounded, fused MTP experts split bit for bit.
+
+    drafts: codes and scales of the draft experts, where the shard has them.
+    """
+    index = plan.index
     digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
     tensors: list[OutputTensor] = []
+    draft_experts = {} if drafts is None else drafts.tensors
     for claim in shard.claims:
         header = claim.header
-        if claim.action is Action.SPLIT:
+        if claim.action is Action.QUANTIZE and header.name not in plan.dense.bits:
+            for chunk in index.chunks(header.name):
+                digests[header.name].update(chunk)
+            tensors += [OutputTensor.of(name, draft_experts[name]) for name in _names_of(plan, claim)]
+        elif claim.action is Action.QUANTIZE:
+            weight_NK = index.read(header.name, sha=digests[header.name])
+            require_finite(weight_NK, header.name)
+            stored = round_weights({header.name: weight_NK}, plan.dense, plan.recipe).stored
+            tensors += [OutputTensor.of(name, value) for name, value in stored.items()]
+        elif claim.action is Action.SPLIT:
             tensors += _split(index, header, digests[header.name])
         elif claim.action is Action.COPY:
             data = partial(_copied, index, header, digests[header.name])
@@ -127,7 +143,16 @@ def write_rest(out: Path, shard: RestShard, index: TensorIndex) -> ShardRecord:
         size_bytes=written.size_bytes,
         sha256=written.sha256,
         source_digest=_joined(digests),
+        projections=drafts.projections if drafts and any(map(draft_experts.__contains__, written.keys)) else (),
     )
+
+
+def _names_of(plan: Plan, claim: TensorClaim) -> list[str]:
+    """Names in the release of the quantized draft experts that one source tensor holds."""
+    name, shape = claim.header.name, claim.header.shape
+    weights = [part for part, *_ in split_names(name, shape)] if len(shape) == 3 else [name]
+    suffixes = named(plan.recipe.format).tensor_shapes(8, 8, 1)
+    return [weight.removesuffix("weight") + suffix for weight in weights for suffix in suffixes]
 
 
 def rest_digest(shard: RestShard, index: TensorIndex) -> str:
@@ -216,7 +241,7 @@ class ReadAhead:
         layer = next(self._layers, None)
         if layer is None:
             return None
-        kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.action is Action.COPY]
+        kept = [claim.header.name for claim in self._plan.layers[layer].claims if claim.is_kept]
         return layer, self._pool.submit(self._run, layer, kept)
 
     def _run(self, layer: int, kept: list[str]) -> Taken:

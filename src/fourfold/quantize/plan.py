@@ -23,6 +23,7 @@ from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_ad
 from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
+from fourfold.quantize.dense import DenseScheme
 from fourfold.quantize.estimate import RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.fits import check_guidance, choose_group_size
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
@@ -66,6 +67,11 @@ class RestShard:
     def bytes_after(self) -> int:
         return sum(claim.bytes_after for claim in self.claims)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether something in it is quantized: it is written after the layers then."""
+        return any(claim.action is Action.QUANTIZE for claim in self.claims)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRow:
@@ -91,6 +97,7 @@ class Plan:
     skeleton: Skeleton
     index: SourceIndex
     recipe: Recipe
+    dense: DenseScheme
     layers: tuple[LayerPlan, ...]
     rest: tuple[RestShard, ...]
     solve: range
@@ -250,6 +257,7 @@ def make_plan(
         skeleton=skeleton,
         index=index,
         recipe=recipe,
+        dense=DenseScheme.of(skeleton, index.headers, recipe),
         layers=layer_plans,
         rest=rest,
         solve=solve,
@@ -318,7 +326,7 @@ def _lay_out(
         LayerPlan(
             index=layer,
             kind=skeleton.layer_kind(layer),
-            routed=any(claim.action is Action.QUANTIZE for claim in own),
+            routed=any(claim.is_expert for claim in own),
             fused=skeleton.is_fused(layer),
             claims=tuple(own),
             shard=shards[layer],
@@ -344,7 +352,7 @@ def _workload(
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
-    copied = (claim.header.shape for layer in run for claim in layer.claims if claim.action is Action.COPY)
+    copied = (claim.header.shape for layer in run for claim in layer.claims if claim.is_kept)
     kept = [shape for shape in copied if len(shape) > 1]  # what a token is multiplied by besides its experts
     ends_bytes = 2 * skeleton.vocabulary * text.hidden_size * BF16  # embeddings, output head
     return Workload(

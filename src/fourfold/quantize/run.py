@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fourfold.core import widening
 from fourfold.datatypes import (
@@ -29,9 +30,12 @@ from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Team, Worker
-from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
+from fourfold.model.head import Head, output_name
+from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, with_kept
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
+from fourfold.quantize.dense import round_weights
+from fourfold.quantize.draft_experts import quantize_draft_experts
 from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
@@ -248,7 +252,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
         all_streams = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
     if worker.is_leader:
-        job.writer.submit(partial(copy_rest, job))
+        job.writer.submit(partial(write_rest, job, quantized=False))
     for layer_plan in plan.layers[: plan.solve.stop]:
         all_streams, drift = pass_layer(job, worker, layer_plan, all_streams)
         drifts.append(drift)
@@ -258,8 +262,11 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         with worker.span("wait for writer"):
             job.writer.join()
     if not plan.partial:
+        rounded = partial(rounded_head, plan)
+        heads = streams.read_heads(worker, plan.index, plan.skeleton, rounded)
+        write_quantized_rest(job, worker, all_streams, heads[1])
         with job.stage(worker, "measure"):
-            statistics, rtn, reference = streams.measure(worker, plan.index, plan.skeleton, all_streams)
+            statistics, rtn, reference = streams.measure(worker, heads, all_streams)
     spans = worker.gather_object(worker.team.trace.spans if worker.local_rank == 0 else [])
     return Measured(statistics, rtn, reference, tuple(drifts), tuple(span for part in spans for span in part))
 
@@ -269,25 +276,30 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
     plan, batches, number = job.plan, job.journal.settings.batches, layer_plan.index
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
-        layer = build_layer(plan.skeleton, number, taken.at(worker), worker.device)
+        kept = taken.at(worker)
+        layer = build_layer(plan.skeleton, number, kept, worker.device)
+        rounded = round_weights(kept.kept if number in plan.solve else {}, plan.dense, plan.recipe)
+        dense = with_kept(layer, {**kept.kept, **rounded.weights}) if rounded.weights else layer
     tokens = worker.size * streams.attended_tokens(all_streams)
     with job.stage(worker, "attend", number, tokens, "tokens") as tick:
-        moe_inputs = streams.attend(worker, layer, all_streams, batches, tick)
-        layer, tensors = streams.own_experts(worker, layer, moe_inputs), taken.tensors.without_experts()
-    del taken  # the full stacks of experts; each worker holds its own ones now
+        moe_inputs = streams.attend(worker, (layer, dense), all_streams, batches, tick)
+        layer = streams.own_experts(worker, layer, moe_inputs)
+        dense = dataclasses.replace(layer, own=dense.own)  # the release's before its experts are quantized
+        tensors = rounded.in_place_of(taken.tensors.without_experts())
+    del taken, kept  # the full stacks of experts; each worker holds its own ones now
     finished, observed = is_finished(job, worker, layer_plan, tensors), None
     if layer.is_routed and number in plan.solve and not finished:
-        observed = observe(worker, layer, *moe_inputs)
+        observed = observe(worker, dense, *moe_inputs)
     source, release = all_streams.source, all_streams.release
     with job.stage(worker, "advance", number, worker.size * source.calibration_tokens, "tokens") as tick:
         source = streams.advance(worker, layer, moe_inputs[0], source, batches, tick)
     if finished:
-        release_layer = restore_layer(job, worker, layer_plan, layer)
+        release_layer = restore_layer(job, worker, layer_plan, dense)
     elif number in plan.solve:
-        release_layer = solve(job, worker, layer_plan, layer, tensors, observed, source)
+        release_layer = solve(job, worker, layer_plan, dense, tensors, observed, source)
     else:
         release_layer = layer
-    if number + 1 == plan.solve.stop:
+    if number + 1 == plan.solve.stop and not solves_drafts(job):
         source, release = source.without_calibration(), release.without_calibration()
     tokens = worker.size * (release.calibration_tokens + all_streams.heldout_tokens)
     with job.stage(worker, "advance", number, tokens, "tokens") as tick:
@@ -397,13 +409,46 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
     job.reporter.report("recorded", layer_plan.index)
 
 
-def copy_rest(job: Job) -> None:
+def rounded_head(plan: Plan, weight_VD: Tensor) -> Tensor:
+    """The release's output head: the source's own, or what engines make of its codes."""
+    (name,) = plan.skeleton.blueprint.sources[output_name(plan.skeleton.blueprint)].all_names
+    return round_weights({name: weight_VD}, plan.dense, plan.recipe).weights.get(name, weight_VD)
+
+
+def solves_drafts(job: Job) -> bool:
+    """Whether draft experts are still to be quantized on calibration rows behind the last layer."""
+    return not job.plan.partial and job.plan.dense.draft_experts == 4
+
+
+def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: Head) -> None:
+    """Shards outside the layers in which something is quantized: draft experts are solved here. Waits until they are
+    on disk.
+    """
+    plan = job.plan
+    if not any(shard.is_quantized for shard in plan.rest):
+        return
+    drafts = None
+    if plan.dense.draft_experts < 16:
+        rows = all_streams.release.calibration or all_streams.source.calibration or all_streams.source.heldout
+        experts = STEPS * plan.skeleton.widest.count
+        with job.stage(worker, "drafts", total=experts) as tick:
+            drafts = quantize_draft_experts(plan, worker, rows, head, job.journal.settings.batches, tick)
+    if worker.is_leader:
+        job.writer.submit(partial(write_rest, job, quantized=True, drafts=drafts))
+        with worker.span("wait for writer"):
+            job.writer.join()
+
+
+def write_rest(job: Job, *, quantized: bool, drafts: LayerResult | None = None) -> None:
     """On the writer's thread: everything outside the decoder layers. Not in a trial.
 
+    quantized: shards in which something is quantized, or all others; drafts: codes and scales of draft experts.
     A shard that an earlier run wrote is read again, and so is its source, which must be what it was. A damaged shard is
-    copied again.
+    written again.
     """
     for shard in () if job.plan.partial else job.plan.rest:
+        if shard.is_quantized is not quantized:
+            continue
         job.reporter.report("copy")
         before = job.journal[shard.shard] if shard.shard in job.journal else None
         problem = before and output.damage(job.out / before.shard, before.sha256)
@@ -411,8 +456,8 @@ def copy_rest(job: Job) -> None:
             output.check_source(before, output.rest_digest(shard, job.plan.index))
             continue
         if problem:
-            job.reporter.note(f"{problem}; copied again")
-        written = output.write_rest(job.out, shard, job.plan.index)
+            job.reporter.note(f"{problem}; written again")
+        written = output.write_rest(job.plan, job.out, shard, drafts)
         if before:
             output.check_source(before, written.source_digest)
         job.journal.add(written)

@@ -283,8 +283,8 @@ def _pack(group: QuantizedGroup, projections: tuple[str, ...], format: Format) -
     count = len(projections)
     codes, scales = group.codes_ENK.chunk(count, dim=1), group.scale_ENG.chunk(count, dim=1)
     return {
-        projection: format.pack(QuantizedGroup(*part))
-        for projection, *part in zip(projections, codes, scales, strict=True)
+        projection: format.pack(QuantizedGroup(codes_ENK, scale_ENG))
+        for projection, codes_ENK, scale_ENG in zip(projections, codes, scales, strict=True)
     }
 
 

@@ -147,21 +147,24 @@ def attended_tokens(streams: Streams) -> int:
 
 
 def attend(
-    worker: Worker, layer: DecoderLayer, streams: Streams, batches: Batches, tick: Tick
+    worker: Worker, layers: tuple[DecoderLayer, DecoderLayer], streams: Streams, batches: Batches, tick: Tick
 ) -> tuple[MoeInputs, MoeInputs | None]:
     """Attention and router over the calibration rows of source and release; once where they are still the same.
 
+    layers: of source and release, one where they differ in experts alone.
     Raises FourfoldError, here and in `advance`, naming the layer whose outputs are NaN or Inf.
     """
-    source, release = streams.source, streams.release
-    assert source.calibration is not None
-    source_inputs = attend_(worker, layer, source.calibration, batches, tick)
-    require_finite_states(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
-    if release.calibration is None:
+    source, release_rows = streams.source.calibration, streams.release.calibration
+    assert source is not None
+    if layers[0] is not layers[1] and release_rows is source:
+        release_rows = _copied(worker, source)
+    source_inputs = attend_(worker, layers[0], source, batches, tick)
+    require_finite_states(layers[0], _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
+    if release_rows is None:
         return source_inputs, None
-    if release.calibration is not source.calibration:
-        release_inputs = attend_(worker, layer, release.calibration, batches, tick)
-        require_finite_states(layer, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
+    if release_rows is not source:
+        release_inputs = attend_(worker, layers[1], release_rows, batches, tick)
+        require_finite_states(layers[1], _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
         return source_inputs, release_inputs
     return source_inputs, dataclasses.replace(source_inputs, rows=_copied(worker, source_inputs.rows))
 
@@ -219,30 +222,41 @@ def require_finite_states(layer: DecoderLayer, *states: Tensor | None) -> None:
         )
 
 
+def read_heads(
+    worker: Worker, index: TensorIndex, skeleton: Skeleton, rounded: Callable[[Tensor], Tensor]
+) -> tuple[Head, Head]:
+    """Return the output heads of source and release, on the worker's device; one where `rounded` changes nothing."""
+
+    def ends() -> tuple[Ends, Tensor, Tensor]:
+        worker.transfer.free_pinned_memory()  # what the layers took
+        found, weight_VD = read_head(index, skeleton)
+        return found, weight_VD, rounded(weight_VD)
+
+    found, weight_VD, rounded_VD = worker.run_once(ends)
+    head = build_head(skeleton.blueprint, found, weight_VD, worker.device)
+    if rounded_VD is weight_VD:
+        return head, head
+    return head, dataclasses.replace(head, weight_VD=rounded_VD.to(worker.device))
+
+
 def measure(
-    worker: Worker, index: TensorIndex, skeleton: Skeleton, streams: Streams
+    worker: Worker, heads: tuple[Head, Head], streams: Streams
 ) -> tuple[metrics.Statistics, metrics.Statistics | None, Reference | None]:
-    """Compare all workers' held-out rows after the last layer; the head is the source's for all streams.
+    """Compare all workers' held-out rows after the last layer. heads: of source and release.
 
     Returns the release against the source, RTN against the source (None without that stream), and a reference of the
     release's first row, from the leading worker, which has it; None from the others.
     """
-
-    def ends() -> tuple[Ends, Tensor]:
-        worker.transfer.free_pinned_memory()  # what the layers took
-        return read_head(index, skeleton)
-
-    head = build_head(skeleton.blueprint, *worker.run_once(ends), worker.device)
     source, release = streams.source.heldout, streams.release.heldout
-    reference = make_reference(head, release.token_RT[0], release.hidden_RTD[0]) if worker.is_leader else None
+    reference = make_reference(heads[1], release.token_RT[0], release.hidden_RTD[0]) if worker.is_leader else None
 
-    def against_source(rows: Rows, place: slice) -> metrics.Statistics:
+    def against_source(head: Head, rows: Rows, place: slice) -> metrics.Statistics:
         reference = Rows(source.token_RT[place], source.hidden_RTD[place])
-        parts = worker.all_gather_object(_compared((head, head), (reference, rows), worker.heartbeat))
+        parts = worker.all_gather_object(_compared((heads[0], head), (reference, rows), worker.heartbeat))
         return metrics.join([row for part in parts for row in part])
 
-    rtn = None if streams.rtn is None else against_source(streams.rtn.rows, streams.rtn.place)
-    return against_source(release, slice(None)), rtn, reference
+    rtn = None if streams.rtn is None else against_source(heads[0], streams.rtn.rows, streams.rtn.place)
+    return against_source(heads[1], release, slice(None)), rtn, reference
 
 
 def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Ends, Tensor]:

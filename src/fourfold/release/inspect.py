@@ -15,10 +15,11 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.config import quantization, read_config
+from fourfold.model.family import kept_group
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import group_size_problem, readable_format
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice
-from fourfold.quantize.claims import GROUPS, kept_group
+from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 from fourfold.release.verify.rules import config_problems

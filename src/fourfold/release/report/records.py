@@ -10,7 +10,7 @@ from typing import Any
 
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
-from fourfold.quantize.claims import kept_group
+from fourfold.model.family import kept_group
 from fourfold.quantize.journal import LOG, METRICS
 from fourfold.records.log import read_log
 from fourfold.records.release import State

@@ -1,0 +1,133 @@
+"""Experts of the draft head (MTP) in int4 or int8: int4 solved on what the draft head itself gives them.
+
+Inputs come from the release: its stream behind the last layer, the draft head's dense weights as they are stored, draft
+steps 1 and 2. Step 2 matters: on inputs of step 1 alone later drafts are accepted less often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.core import grid
+from fourfold.datatypes import Batches, LayerResult, Placement, QuantizedGroup, Rows, Tick
+from fourfold.distributed.workers import Worker
+from fourfold.formats import named
+from fourfold.model.family import DOWN, GATE, UP
+from fourfold.model.head import Head
+from fourfold.model.layer import DecoderLayer, Routing, sort_pairs
+from fourfold.model.mtp import DraftHead, read_draft_head
+from fourfold.model.weights import Weights
+from fourfold.quantize.dense import INT8_SEARCH, round_weights
+from fourfold.quantize.observe import Observed
+from fourfold.quantize.plan import Plan
+from fourfold.quantize.solve import Chunking, join_results, solve_layer
+from fourfold.recipe import Guidance
+
+TOKENS = 98_304  # of step 1, at most
+STEP_2 = 4  # every so many positions go through step 2
+
+
+@dataclass(frozen=True)
+class SourceWeights(Weights):
+    """The source's weights, those beside experts as the release stores them."""
+
+    plan: Plan
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        value = super().read(name, device)
+        rounded = round_weights({name: value}, self.plan.dense, self.plan.recipe).weights
+        return rounded.get(name, value)
+
+
+def quantize_draft_experts(
+    plan: Plan, worker: Worker, rows: Rows, head: Head, batches: Batches, tick: Tick
+) -> LayerResult:
+    """Return codes and scales of all draft experts, to worker 0, by their final names; log rows where they are solved.
+
+    rows: this worker's calibration rows of the release behind the last layer; head: of the release.
+    """
+    weights = SourceWeights(plan.skeleton, plan.index, None, plan)
+    if plan.dense.draft_experts == 8:
+        stacks = weights.draft_experts(worker.device, torch.bfloat16) if worker.is_leader else ()
+        return LayerResult(_rounded(plan, stacks), None, None, (), {}, 0)
+    draft = worker.run_once(lambda: read_draft_head(weights, torch.device("cpu"), torch.bfloat16, head))
+    layer = dataclasses.replace(draft.layer, index=plan.skeleton.layers)
+    parts = draft_inputs(draft, rows, worker, tick) if worker.is_leader else ([], [], [])
+    input_TD, counts = worker.all_gather(parts[0])
+    routing = Routing(worker.all_gather(parts[1])[0], worker.all_gather(parts[2])[0]).to(worker.device)
+    owned = worker.assigned_experts(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts))
+    own = dataclasses.replace(_owning(layer, owned, worker.device), index=plan.skeleton.layers)
+    place = worker.device if batches.inputs == Placement.DEVICE else torch.device("cpu")
+    observed = Observed(
+        input_TD=input_TD.to(place),
+        counts=counts,
+        routing=routing,
+        pairs=sort_pairs(routing, owned, layer.experts),
+        target_TD=None,
+        gap_TD=None,
+        importance_T=torch.ones(len(input_TD), device=worker.device),
+    )
+    recipe = dataclasses.replace(plan.recipe, guidance=Guidance())
+    result = solve_layer(worker, own, observed, recipe, Chunking(batches.experts, batches.inputs, stems(plan), tick))
+    return join_results(worker.gather_object(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None)) or [result])
+
+
+def _owning(layer: DecoderLayer, owned: tuple[int, ...], device: torch.device) -> DecoderLayer:
+    gate_up_ENK, down_ENK = (stack_ENK[list(owned)].to(device) for stack_ENK in layer.stacks)
+    return dataclasses.replace(layer, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
+
+
+def stems(plan: Plan) -> tuple[Mapping[str, str], ...]:
+    """Prefixes of the draft experts' tensors in the release, by expert and projection."""
+    prefix = plan.skeleton.family.mtp_experts_prefix
+    return tuple(
+        {projection: f"{prefix}{expert}.{projection}." for projection in (GATE, UP, DOWN)}
+        for expert in range(plan.skeleton.widest.count)
+    )
+
+
+def draft_inputs(
+    draft: DraftHead, rows: Rows, worker: Worker, tick: Tick
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return what draft steps 1 and 2 over the text give the experts: inputs [T, D], expert ids and weights [T, A]."""
+    inputs: list[Tensor] = []
+    choices: list[Tensor] = []
+    weights: list[Tensor] = []
+
+    def keep(input_TD: Tensor, routing: Routing) -> None:
+        inputs.append(input_TD.cpu())
+        choices.append(routing.index_TA.cpu())
+        weights.append(routing.weight_TA.cpu())
+
+    device = draft.fc_DF.device
+    length = rows.token_RT.shape[1]
+    for row in range(min(len(rows.token_RT), max(TOKENS // length, 1))):
+        token_1T = rows.token_RT[row : row + 1].to(device)
+        hidden_1TD = draft.head.norm(rows.hidden_RTD[row : row + 1].to(draft.head.weight_VD.device)).to(device)
+        drafts = draft.drafts(hidden_1TD, token_1T, keep)
+        position_1P = torch.arange(0, length - 2, STEP_2, device=device)[None]
+        if position_1P.numel():
+            drafts.later(drafts.first(position_1P), token_1T.gather(1, position_1P + 2), position_1P)
+        worker.heartbeat()
+        tick(0)
+    return inputs, choices, weights
+
+
+def _rounded(plan: Plan, stacks: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Draft experts rounded to int8, by their final names."""
+    tensors: dict[str, Tensor] = {}
+    scheme, format = plan.recipe.scheme, named(plan.recipe.format)
+    onto = grid.Grid(levels=grid.INT8, group_size=scheme.group, scale_dtype=scheme.scale_dtype)
+    for expert, names in enumerate(stems(plan)):
+        gate_NK, up_NK = stacks[0][expert].float().chunk(2) if stacks else ()
+        for projection, weight_NK in zip(names, (gate_NK, up_NK, stacks[1][expert].float()), strict=True):
+            one_1K = torch.ones(1, weight_NK.shape[1], device=weight_NK.device)
+            scale_1NG = grid.search_scales(weight_NK[None], one_1K, onto, INT8_SEARCH)
+            group = QuantizedGroup(grid.round_to_nearest(weight_NK[None], scale_1NG, onto), scale_1NG, 8)
+            tensors |= {names[projection] + suffix: value[0].cpu() for suffix, value in format.pack(group).items()}
+    return tensors
