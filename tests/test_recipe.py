@@ -352,8 +352,8 @@ def test_unknown_names_get_the_nearest_preset(tmp_path: Path) -> None:
 
 
 def test_every_rule_names_a_field() -> None:
-    homes = {"scheme": Scheme, "scheme.rest": Rest, "solver": Solver, "calibration": Calibration, "calibration.sources": Source,
-             "guidance": Guidance, "heldout": Heldout, "": Recipe}  # fmt: skip
+    homes = {"scheme": Scheme, "scheme.rest": Rest, "solver": Solver, "calibration": Calibration,
+             "calibration.sources": Source, "guidance": Guidance, "heldout": Heldout, "": Recipe}  # fmt: skip
     for rule in (*CHOICES, *RANGES):
         home, _, name = rule.rpartition(".")
         assert name in {field.name for field in dataclasses.fields(homes[home])}, rule
