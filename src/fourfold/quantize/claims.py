@@ -15,7 +15,7 @@ from fourfold.model.skeleton import Skeleton
 from fourfold.quantize.dense import DenseScheme
 from fourfold.recipe import Recipe
 
-EXPERTS = "experts"
+EXPERTS, EMBEDDINGS = "experts", "embeddings"
 GROUPS = (
     EXPERTS,
     "attention",
@@ -25,7 +25,7 @@ GROUPS = (
     "dense MLP",
     "MTP",
     "vision",
-    "embeddings",
+    EMBEDDINGS,
     "norms",
     "buffers",
     "other",

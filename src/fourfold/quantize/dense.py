@@ -22,7 +22,7 @@ from fourfold.recipe import GROUP_SIZES, NEVER_QUANTIZED, Recipe, Rest
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 PARTS = {"attention": "attention", "linear attention": "linear_attention", "shared experts": "shared_experts"}
 OUTPUTS = 64  # a multiple of which the outputs of a module must be: tiles of vLLM's Marlin
-SLAB_ROWS = 4096  # rows that are rounded at one time
+SLAB_ROWS = 1024  # rows that are rounded at one time
 INT8_SEARCH = grid.ScaleSearch(low=0.85, high=1.01, steps=9, signed=False)  # 128/127.5: the largest weight is a code
 
 

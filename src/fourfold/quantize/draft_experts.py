@@ -23,12 +23,12 @@ from fourfold.model.layer import DecoderLayer, Routing, sort_pairs
 from fourfold.model.mtp import DraftHead, read_draft_head
 from fourfold.model.weights import Weights
 from fourfold.quantize.dense import INT8_SEARCH, round_weights
+from fourfold.quantize.estimate import DRAFT_TOKENS
 from fourfold.quantize.observe import Observed
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.solve import Chunking, join_results, solve_layer
 from fourfold.recipe import Guidance
 
-TOKENS = 98_304  # of step 1, at most
 STEP_2 = 4  # every so many positions go through step 2
 
 
@@ -106,7 +106,7 @@ def draft_inputs(
 
     device = draft.fc_DF.device
     length = rows.token_RT.shape[1]
-    for row in range(min(len(rows.token_RT), max(TOKENS // length, 1))):
+    for row in range(min(len(rows.token_RT), max(DRAFT_TOKENS // length, 1))):
         token_1T = rows.token_RT[row : row + 1].to(device)
         hidden_1TD = draft.head.norm(rows.hidden_RTD[row : row + 1].to(draft.head.weight_VD.device)).to(device)
         drafts = draft.drafts(hidden_1TD, token_1T, keep)

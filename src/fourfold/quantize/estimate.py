@@ -11,6 +11,7 @@ from fourfold.units import size
 TENSOR_OVERHEAD_BYTES = 300  # of each tensor written: entries in header and index, its share of quant_log.csv
 BF16, FP32 = 2, 4
 POOL_ROWS_PER_INPUT = 5  # of down
+DRAFT_TOKENS = 98_304  # of draft step 1, at most, that draft experts are solved on
 RTN_STEP = 2  # every second held-out row goes through the source with rounded experts, too: half the cost
 ROW_POOL_ROWS = 2_048  # random tokens for the pool of gate and up's rows, where they have a metric
 SWEPT = Path(".fourfold/guidance")  # under OUT: what the sweep before the loop keeps
@@ -28,6 +29,8 @@ class Workload:
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers.
     kept_matrix, kept_width: elements and longest side of the largest matrix that is kept in a layer.
+    rounded_weights: elements of the largest layer that are rounded beside its experts; rounded_head: whether the output
+    head is; draft_tokens: that draft experts are solved on, 0 where they are not.
     attend_token_bytes: temporaries of one token in attention; layer_bytes, shard_bytes: of the largest layer, read and
     written; expert_bytes: of a layer's routed experts in BF16; read_bytes: of the whole run.
     """
@@ -59,6 +62,9 @@ class Workload:
     kept_parameters: int
     kept_matrix: int
     kept_width: int
+    rounded_weights: int
+    rounded_head: bool
+    draft_tokens: int
     attend_token_bytes: int
     layer_bytes: int
     expert_bytes: int

@@ -19,6 +19,7 @@ from fourfold.model.layer import PAIRS_PER_BATCH
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import pinned
 from fourfold.quantize.chunk import POOL_PIECE
+from fourfold.quantize.dense import SLAB_ROWS
 from fourfold.quantize.estimate import Workload, inputs_bytes
 from fourfold.units import size
 
@@ -180,6 +181,20 @@ def measure_bytes(work: Workload) -> int:
     """The output head, a chunk of it in fp32, and that chunk's logits of one held-out row in both streams."""
     columns = min(VOCABULARY_CHUNK, work.vocabulary)
     return embedding_bytes(work) + columns * (work.model_width + LOGITS * work.heldout_length) * FP32
+
+
+def rounded_bytes(work: Workload) -> int:
+    """Of a layer's dense weights that are rounded: dequantized in BF16 and as stored, and a slab of them in fp32."""
+    slab = 3 * min(SLAB_ROWS * work.kept_width, work.rounded_weights) * FP32
+    return work.rounded_weights * (BF16 + 1) + slab
+
+
+def draft_bytes(work: Workload) -> int:
+    """On the host while draft experts are solved: the draft head's experts and embedding, their inputs, the results."""
+    if not work.draft_tokens:
+        return 0
+    inputs = work.draft_tokens * 5 // 4 * work.hidden * BF16  # a quarter of them in step 2
+    return embedding_bytes(work) + 2 * work.expert_bytes + work.expert_bytes // 4 + inputs
 
 
 def sweep_rows(rows: int) -> int:
@@ -375,8 +390,8 @@ def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
     """
     own = work.expert_bytes // len(devices)
     if devices[0] == "cpu":
-        return own * (len(devices) > 1) + widened_bytes(work, "cpu")
-    kept = 2 * (work.layer_bytes - work.expert_bytes)
+        return own * (len(devices) > 1) + widened_bytes(work, "cpu") + rounded_bytes(work)
+    kept = 2 * (work.layer_bytes - work.expert_bytes) + rounded_bytes(work)
     return CUDA_CONTEXT_BYTES + kept + own + traffic_bytes(work) - inputs_bytes(work)
 
 
@@ -387,6 +402,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     looped = _shared_bytes(work, devices, sizes)
     dealt = looped - (work.expert_bytes if on_cpu and workers > 1 else 0)  # experts are with their owners by then
     own, wide = _own_bytes(work, devices) + exchange_bytes, widened_bytes(work, devices[0])
+    heads = embedding_bytes(work) * (2 if work.rounded_head else 1)
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
         start += pinned.rounding_bytes(work, workers)
@@ -405,8 +421,12 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
         "solve": (dealt, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),
         "advance": (dealt, passing + solved + fetched + expert_batch_bytes(work, sizes.tokens, workers)),
         "write": (resident, own),
-        "measure": (start + embedding_bytes(work), measure_bytes(work) - (embedding_bytes(work) if on_cpu else 0)),
+        "measure": (start + heads, measure_bytes(work) - embedding_bytes(work) + heads * (not on_cpu)),
     }
+    if work.rounded_head or work.draft_tokens:
+        written = 2 * embedding_bytes(work) if work.rounded_head else 0  # the matrix, its codes, and those packed
+        solved = sizes.chunk * (chunk_bytes(work) + gathered) + work.expert_bytes // workers
+        stages["drafts"] = (start + heads + draft_bytes(work) + written, solved if work.draft_tokens else 0)
     if work.guidance_tokens:
         lying, batch = sweep_bytes(work, sizes.rows, workers)
         ends = max(2 * work.layer_bytes, embedding_bytes(work))

@@ -20,11 +20,11 @@ from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex, open_source
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
-from fourfold.quantize.claims import GROUPS, TensorClaim, claim_tensors
+from fourfold.quantize.claims import EMBEDDINGS, GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.dense import DenseScheme
-from fourfold.quantize.estimate import RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
+from fourfold.quantize.estimate import DRAFT_TOKENS, RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.fits import check_guidance, choose_group_size
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.quantize.rates import Rates
@@ -244,7 +244,8 @@ def make_plan(
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)
     if partial:
         written = layer_plans[solve.start : solve.stop]
-    work = _workload(skeleton, recipe, layer_plans, solve)
+    dense = DenseScheme.of(skeleton, index.headers, recipe)
+    work = _workload(skeleton, recipe, dense, layer_plans, rest, solve)
     memory = plan_memory(work, devices, memory_bytes, host_bytes, exchange_bytes)
     disk = plan_disk(
         work,
@@ -257,7 +258,7 @@ def make_plan(
         skeleton=skeleton,
         index=index,
         recipe=recipe,
-        dense=DenseScheme.of(skeleton, index.headers, recipe),
+        dense=dense,
         layers=layer_plans,
         rest=rest,
         solve=solve,
@@ -338,6 +339,10 @@ def _lay_out(
     )
 
 
+def _rounded_weights(layer: LayerPlan) -> int:
+    return sum(math.prod(claim.header.shape) for claim in layer.claims if claim.bits and not claim.is_expert)
+
+
 def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
     return -(-recipe.heldout.windows // RTN_STEP) if recipe.heldout.yardstick and not partial else 0
 
@@ -345,7 +350,9 @@ def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
 def _workload(
     skeleton: Skeleton,
     recipe: Recipe,
+    dense: DenseScheme,
     layers: Sequence[LayerPlan],
+    rest: Sequence[RestShard],
     solve: range,
 ) -> Workload:
     text, experts, solver, run = skeleton.text, skeleton.widest, recipe.solver, layers[: solve.stop]
@@ -383,6 +390,9 @@ def _workload(
         kept_parameters=sum(math.prod(shape) for shape in kept if len(shape) == 2),
         kept_matrix=max(map(math.prod, kept)),
         kept_width=max(map(max, kept)),
+        rounded_weights=max(_rounded_weights(layer) for layer in run),
+        rounded_head=any(claim.group == EMBEDDINGS and claim.bits for shard in rest for claim in shard.claims),
+        draft_tokens=min(rows * length, DRAFT_TOKENS) if dense.draft_experts == 4 and len(solve) == len(layers) else 0,
         attend_token_bytes=attend_token_bytes(skeleton),
         layer_bytes=max(layer.bytes_before for layer in run),
         expert_bytes=skeleton.expert_bytes,
