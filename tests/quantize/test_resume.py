@@ -106,6 +106,15 @@ def test_killed_at_every_event(undisturbed: Undisturbed, tmp_path: Path) -> None
     kill_and_go_on(undisturbed, tmp_path, list(range(1, undisturbed[2])))
 
 
+@pytest.mark.slow
+def test_a_killed_run_that_quantizes_the_rest_goes_on(tmp_path: Path) -> None:
+    """Also while draft experts are solved and while their shard is written."""
+    rest = load_recipe("compact").scheme.rest
+    more = "\n".join(["[scheme.rest]", *(f'{name} = "{value}"' for name, value in vars(rest).items()), ""])
+    undisturbed = run_undisturbed(tmp_path, more)
+    kill_and_go_on(undisturbed, tmp_path / "killed", list(range(4, undisturbed[2], 5)))
+
+
 def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) -> None:
     model, recipe, _, _ = undisturbed
     assert refusal(model, begun, recipe, "solver.damp=0.02", "solver.order=natural", "name=other") == [

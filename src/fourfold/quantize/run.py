@@ -427,8 +427,8 @@ def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: H
     plan = job.plan
     if not any(shard.is_quantized for shard in plan.rest):
         return
-    drafts = None
-    if plan.dense.draft_experts < 16:
+    drafts, finished = None, worker.all_gather_object(worker.run_once(lambda: quantized_rest_is_finished(job)))
+    if plan.dense.draft_experts < 16 and not all(finished):
         rows = all_streams.release.calibration or all_streams.source.calibration or all_streams.source.heldout
         experts = STEPS * plan.skeleton.widest.count
         with job.stage(worker, "drafts", total=experts) as tick:
@@ -437,6 +437,13 @@ def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: H
         job.writer.submit(partial(write_rest, job, quantized=True, drafts=drafts))
         with worker.span("wait for writer"):
             job.writer.join()
+
+
+def quantized_rest_is_finished(job: Job) -> bool:
+    """Whether an earlier run wrote these shards and they are what was written then."""
+    shards = [shard.shard for shard in job.plan.rest if shard.is_quantized]
+    written = [job.journal[shard] for shard in shards if shard in job.journal]
+    return len(written) == len(shards) and not any(output.damage(job.out / one.shard, one.sha256) for one in written)
 
 
 def write_rest(job: Job, *, quantized: bool, drafts: LayerResult | None = None) -> None:
