@@ -288,6 +288,20 @@ def overlap(target_TV: Tensor, draft_TV: Tensor) -> Tensor:
     return torch.minimum(target_TV.float().softmax(dim=1), draft_TV.float().softmax(dim=1)).sum(dim=1)
 
 
+def length_difference(hit_RPS: Tensor, other_RPS: Tensor) -> dict[str, Any]:
+    """Mean greedy length of `other` drafts at the same places, and how much longer `hit` ones are: paired by row.
+
+    Arguments as in `acceptance`. Interval: bootstrap over rows, None for a single one.
+    """
+    first_R, other_R = (1 + hit.double().cumprod(dim=2).sum(dim=2).mean(dim=1) for hit in (hit_RPS, other_RPS))
+    rows, difference_R = len(first_R), first_R - other_R
+    return {
+        "mean_length": other_R.mean().item(),
+        "difference": difference_R.mean().item(),
+        "interval": interval(resample(rows) @ difference_R / rows) if rows > 1 else None,
+    }
+
+
 def acceptance(hit_RPS: Tensor, overlap_RPS: Tensor) -> dict[str, Any]:
     """Acceptance of S draft steps at P places of each of R rows of text.
 

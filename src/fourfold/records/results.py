@@ -70,14 +70,26 @@ class Rule(Struct, frozen=True):
     interval: Ends | None
 
 
+class LengthDifference(Struct, frozen=True):
+    """core/metrics.length_difference."""
+
+    mean_length: float
+    difference: float
+    interval: Ends | None
+
+
 class Drafted(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """core/metrics.acceptance of a checkpoint's draft head, and what release/drafts.py counts."""
+    """core/metrics.acceptance of a checkpoint's draft head, and what release/drafts.py counts.
+
+    source_head: of a release whose draft head is quantized, the source's draft head in its place, on the same text.
+    """
 
     positions: Count = 0
     greedy: Rule
     sampled: Rule
     consistent: float | None = None
     sweeps: Count = 0
+    source_head: LengthDifference | None = None
 
 
 class Drafts(Struct, frozen=True):

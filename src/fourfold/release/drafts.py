@@ -8,7 +8,7 @@ model's own choice is the text, and each position is a draft that an engine coul
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,12 @@ def cut_prompts(token_RT: Tensor) -> Tensor:
     return stretch_RT[torch.arange(count) * len(stretch_RT) // count]
 
 
-def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch: ProgressReporter) -> Drafted | None:
+def measure_drafts(
+    weights: Weights, source: Weights, prompt_RT: Tensor, compute: Compute, watch: ProgressReporter
+) -> Drafted | None:
     """Acceptance of a checkpoint's drafts (core/metrics.acceptance), None if it has no draft head.
+
+    source: whose draft head is put in the place of one that is quantized, for a paired comparison.
 
     `consistent` is the share of written tokens that the model chooses again when it reads the finished text: below 1
     where two tokens were as good as equal and another batch of rows rounded otherwise.
@@ -87,7 +91,10 @@ def measure_drafts(weights: Weights, prompt_RT: Tensor, compute: Compute, watch:
         speaker = Speaker(weights, head, draft, compute)
         written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
-    more = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
+        more = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
+        if any(name.startswith(weights.skeleton.family.mtp_prefix or "?") for name in weights.index.stored):
+            other = replace(speaker, draft=read_draft_head(source, *where, head))
+            more["source_head"] = metrics.length_difference(hit_RPS, judge(other, written)[0])
     return convert(metrics.acceptance(hit_RPS, overlap_RPS) | more, Drafted)
 
 

@@ -224,4 +224,4 @@ def _draft(
     """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
     prompt_RT = drafts.cut_prompts(text.token_RT)
     checkpoints = (source, *(release.weights for release in releases))
-    return [drafts.measure_drafts(checkpoint, prompt_RT, compute, watch) for checkpoint in checkpoints]
+    return [drafts.measure_drafts(checkpoint, source, prompt_RT, compute, watch) for checkpoint in checkpoints]
