@@ -221,7 +221,7 @@ def verify(
     from fourfold.formats import EXPORTS
     from fourfold.interpreter import require_python
     from fourfold.model.config import check_model, read_config
-    from fourfold.quantize.journal import check_checkpoint, require_release
+    from fourfold.quantize.journal import STATE, check_checkpoint, require_release
     from fourfold.release.contents import read_export
 
     record = read_export(Path(out))
@@ -235,19 +235,20 @@ def verify(
         check_model(source)
     elif source is not None:
         check_checkpoint(source, whole=True)
-    found = None  # the engine is looked for first: a missing one must cost neither a download nor a read
-    if engine is not None:
-        found = require_python(engine, python)
-    from fourfold.release.verify.run import Asked
-    from fourfold.release.verify.run import verify as run
+    from fourfold.release.verify.engine import Engine
 
-    asked = None if engine is None or found is None else Asked(name=engine, python=found, limit_seconds=timeout * 60)
+    runner = None
+    if engine is not None:  # looked for first: a missing engine must cost neither a download nor a read
+        found = require_python(engine, python)
+        runner = Engine(name=engine, python=found, logs=Path(out) / STATE, limit_seconds=timeout * 60)
     model = None if source is None else _download(source, progress)
     if record is not None:
         from fourfold.release.verify.export import verify_export
 
-        return verify_export(Path(out), record, out=model, engine=asked, progress=progress)
-    return run(Path(out), model=model, engine=asked, progress=progress)
+        return verify_export(Path(out), record, out=model, engine=runner, progress=progress)
+    from fourfold.release.verify.run import verify as run
+
+    return run(Path(out), model=model, engine=runner, progress=progress)
 
 
 def _recipe(recipe: Recipe | str | Path, samples: int | None, sequence_length: int | None) -> Recipe:

@@ -101,7 +101,7 @@ def test_a_server_that_dies() -> None:
     stand_in = StandIn()
     with serving(stand_in):
         pass
-    with pytest.raises(FourfoldError, match="wanted a running server"):
+    with pytest.raises(FourfoldError, match="expected a running server"):
         bench(stand_in.url, load(), lambda event: None)
 
 

@@ -8,8 +8,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,11 @@ def bench(url: str, load: Load, progress: Progress) -> Bench:
 
 
 async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> Bench:
-    async with client.open_client(max(load.concurrency) + 1) as asking:
-        name = await client.model_name(asking, address)
-        first = await client.scrape(asking, address)
-        levels = []
+    name, levels = client.model_name(address), []
+    async with client.open_client(max(load.concurrency) + 1) as connection:
+        first = await client.scrape(connection, address)
         for concurrency in load.concurrency:
-            run = _Level(asking, address, name, load, concurrency, progress)
+            run = _Level(connection, address, name, load, concurrency, progress)
             levels.append(await run.measure(prompts))
             if not levels[-1].requests.ok:
                 progress(Event(kind="note", text=f"concurrency {concurrency}: no request came through; stopped there"))
@@ -93,23 +92,25 @@ async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress
     )
 
 
+@dataclass
 class _Level:
     """One concurrency: its requests, bounded in number and time, and the server's counters around them."""
 
-    def __init__(
-        self, asking: httpx2.AsyncClient, address: str, model: str, load: Load, concurrency: int, progress: Progress
-    ) -> None:
-        self.asking, self.address, self.model, self.load = asking, address, model, load
-        self.concurrency, self.progress = concurrency, progress
-        self.replies: list[Reply] = []
-        self.usage: list[float] = []
+    connection: httpx2.AsyncClient
+    address: str
+    model: str
+    load: Load
+    concurrency: int
+    progress: Progress
+    replies: list[Reply] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
 
     async def measure(self, prompts: Sequence[Messages]) -> BenchLevel:
         for _ in range(WARMUP):
-            await self._ask(prompts[-1])
+            await self._send(prompts[-1])
         count = self.load.requests_at(self.concurrency)
-        bodies = islice(_repeated(prompts), count)
-        before = await client.scrape(self.asking, self.address)
+        bodies = islice(cycle(prompts), count)
+        before = await client.scrape(self.connection, self.address)
         watcher = asyncio.create_task(self._watch()) if before else None
         begin, spent = time.perf_counter(), time.process_time()
         try:
@@ -123,21 +124,20 @@ class _Level:
         seconds, spent = time.perf_counter() - begin, time.process_time() - spent
         if watcher:
             watcher.cancel()
-        after = await client.scrape(self.asking, self.address) if before else None
-        found = summarize(self.concurrency, count, self.replies, seconds, spent)
+        after = await client.scrape(self.connection, self.address) if before else None
+        level = summarize(self.concurrency, count, self.replies, seconds, spent)
         if before is None or after is None:
-            return found
-        seen = {"cache_usage_peak": max(self.usage)} if self.usage else {}
-        return structs.replace(found, acceptance=acceptance(before, after), server=changes(before, after) | seen)
+            return level
+        peak = {"cache_usage_peak": max(self.usage)} if self.usage else {}
+        return structs.replace(level, acceptance=acceptance(before, after), server=changes(before, after) | peak)
 
     async def _work(self, bodies: Iterator[Messages], count: int) -> None:
         for messages in bodies:
-            self.replies.append(await self._ask(messages))
-            done = len(self.replies)
-            stage = f"concurrency {self.concurrency}"
+            self.replies.append(await self._send(messages))
+            done, stage = len(self.replies), f"concurrency {self.concurrency}"
             self.progress(Event(kind="stage", stage=stage, done=done, total=count, unit="requests"))
 
-    async def _ask(self, messages: Messages) -> Reply:
+    async def _send(self, messages: Messages) -> Reply:
         body = {
             "model": self.model,
             "messages": messages,
@@ -145,19 +145,13 @@ class _Level:
             "temperature": self.load.temperature,
             "ignore_eos": True,  # as many tokens from each, or levels could not be compared
         }
-        return await client.chat(self.asking, self.address, body, self.load.request_seconds)
+        return await client.chat(self.connection, self.address, body, self.load.request_seconds)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = await client.scrape(self.asking, self.address)
-            if now:
+            if now := await client.scrape(self.connection, self.address):
                 self.usage.append(now.value("cache_usage"))
-
-
-def _repeated(prompts: Sequence[Messages]) -> Iterator[Messages]:
-    while True:
-        yield from prompts
 
 
 def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
@@ -186,7 +180,7 @@ def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: f
 
 
 def quantiles(values: Sequence[float]) -> Quantiles | None:
-    """Mean, p50, p90, p99 (of at least so many hundredths, none between two values is made up); None of nothing."""
+    """Return mean, p50, p90 and p99, each a value that was seen; None without values."""
     if not values:
         return None
     ordered = sorted(values)

@@ -45,10 +45,10 @@ def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
     problems = [f"--tp {ranks} does not divide {', '.join(found)}"] if found else []
     width, group = served.expert_width, served.group_size
     if group and not experts_apart and width % (ranks * group):
-        part = f"{width} / {ranks} features of an expert on each are no whole groups of {group}"
+        part = f"{width} / {ranks} features of an expert on each are not divisible by group size {group}"
         largest = max((n for n in (1, 2, 4, 8, 16) if n < ranks and not width % (n * group)), default=1)
         problems.append(
-            f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Ways out: "
+            f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Try: "
             f"--tp {largest}, expert parallel (`-- --enable-expert-parallel` in vLLM, `-- --ep-size N` in SGLang), or "
             "a release quantized with smaller groups (scheme.group_size)"
         )
@@ -57,7 +57,7 @@ def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """How an engine is told to keep its cache.
+    """Settings of an engine's cache.
 
     share: of a GPU's memory that it may take; elements: auto or fp8; context: None for as much as fits; requests:
     SGLang's --max-running-requests, 0 where it is not said; cpu_gib: vLLM's cache on a CPU.
@@ -148,8 +148,8 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
         best = _pool(served, split, cache, room, context)
         most = 0 if best is None else _longest(best)
         said = (
-            f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB are left for the cache on "
-            f"each, enough for {_longest(pool) if pool else 0:,} tokens. Ways out: a smaller --context, "
+            f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB remain for the cache on "
+            f"each, enough for {_longest(pool) if pool else 0:,} tokens. Try: a smaller --context, "
             "--kv-cache fp8, --mtp 0, more GPUs"
         )
         (problems if exact or most < context else doubts).append(said)

@@ -13,11 +13,11 @@ from fourfold.model.headers import INDEX_NAME
 from fourfold.model.json_object import read_object
 from fourfold.quantize.claims import known_extra
 from fourfold.records.results import Check, Level
+from fourfold.release.verify.byte_checks import FINITE, ByteChecks
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
 from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
 from fourfold.release.verify.rules import config_problems
-from fourfold.release.verify.survey import FINITE, Survey
 
 FILES = Level.FILES
 AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # what cannot be looked at without a sound index
@@ -71,43 +71,43 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
     return judge(FILES, "tensors", missing + wrong, seen, projections=projections, draft_tensors=draft)
 
 
-def check_survey(release: Release, expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+def check_bytes(release: Release, expected: Mapping[str, Expected], results: ByteChecks) -> Iterator[Check]:
     """What the pass over all bytes says of OUT alone."""
     recorded = release.state.output.shards
-    problems = [f"{shard} is not there" for shard in recorded if shard not in survey.sha256]
-    for shard, sha256 in survey.sha256.items():
+    problems = [f"{shard} is not there" for shard in recorded if shard not in results.sha256]
+    for shard, sha256 in results.sha256.items():
         wanted = recorded[shard].sha256 if shard in recorded else "no such file"
         if sha256 != wanted:
             problems.append(f"{shard} is {sha256[:16]}..., fourfold.json has {wanted[:16]}...")
-    yield judge(FILES, "sha256", problems, f"{len(survey.sha256):,} shards are as they were written")
-    floats = f"{len(survey.float_tensors):,} kept tensors without NaN or infinity"
-    yield judge(FILES, FINITE, survey.problems[FINITE], floats)
-    yield from _check_projections(expected, survey)
+    yield judge(FILES, "sha256", problems, f"{len(results.sha256):,} shards are as they were written")
+    floats = f"{len(results.float_tensors):,} kept tensors without NaN or infinity"
+    yield judge(FILES, FINITE, results.problems[FINITE], floats)
+    yield from _check_projections(expected, results)
 
 
-def _check_projections(expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+def _check_projections(expected: Mapping[str, Expected], results: ByteChecks) -> Iterator[Check]:
     wanted = {part.projection for part in expected.values()} - {""}
-    unseen = wanted - {one.name for one in survey.inspected}
+    unseen = wanted - {one.name for one in results.inspected}
     missing = [f"{name.rstrip('.')} is not whole" for name in sorted(unseen)]
-    if not survey.inspected:
+    if not results.inspected:
         problems = missing or ["there are no int4 projections"]
         yield from (judge(FILES, name, problems, "") for name in (CODES, SCALES, LAYOUT))
         return
-    poorest = min(survey.inspected, key=lambda one: one.entropy_bits)
-    counts = [sum(column) for column in zip(*(one.counts for one in survey.inspected), strict=True)]
+    poorest = min(results.inspected, key=lambda one: one.entropy_bits)
+    counts = [sum(column) for column in zip(*(one.counts for one in results.inspected), strict=True)]
     yield judge(
         FILES,
         CODES,
-        missing + survey.problems[CODES],
-        f"{len(survey.inspected):,} projections, none dead or constant; least entropy {poorest.entropy_bits:.2f} bits, "
-        f"in {poorest.name.rstrip('.')}",
+        missing + results.problems[CODES],
+        f"{len(results.inspected):,} projections, none dead or constant; least entropy "
+        f"{poorest.entropy_bits:.2f} bits, in {poorest.name.rstrip('.')}",
         histogram=dict(zip(map(str, grid.INT4), counts, strict=True)),
         least_entropy_bits=poorest.entropy_bits,
     )
-    least, most = min(one.scale_least for one in survey.inspected), max(one.scale_most for one in survey.inspected)
+    least, most = min(one.scale_least for one in results.inspected), max(one.scale_most for one in results.inspected)
     seen = f"magnitudes from {least:.3g} to {most:.3g}, exact in FP16 and BF16 where the recipe wants it"
-    yield judge(FILES, SCALES, missing + survey.problems[SCALES], seen, least=least, most=most)
-    yield judge(FILES, LAYOUT, missing + survey.problems[LAYOUT], "as the format has them, in every projection")
+    yield judge(FILES, SCALES, missing + results.problems[SCALES], seen, least=least, most=most)
+    yield judge(FILES, LAYOUT, missing + results.problems[LAYOUT], "as the format has them, in every projection")
 
 
 def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:

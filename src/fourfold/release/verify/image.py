@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from fourfold.records.results import Check, Level
-from fourfold.release.verify.check import judge, skip
+from fourfold.release.verify.check import first_difference, judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
 
@@ -34,8 +35,7 @@ def check_image(
     if reason or source is None:
         return skip(Level.ENGINE, IMAGE, reason)
     request = prompt_around(prompts) | {"models": [str(source.resolve()), str(release.folder.resolve())]}
-    python, limit_seconds = Path(sys.executable), engine.limit_seconds
-    ours = Engine(name="transformers", python=python, logs=engine.logs, limit_seconds=limit_seconds)
+    ours = replace(engine, name="transformers", python=Path(sys.executable), environment={})
     answer = ours.ask(SCRIPT, "image", request)
     if answer.failure:
         return judge(Level.ENGINE, IMAGE, [f"transformers: {answer.failure}"], "")
@@ -51,7 +51,7 @@ def prompt_around(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
 def compare(name: str, source: Mapping[str, Any], release: Mapping[str, Any], limit: float) -> Check:
     """Both: tokens, and margins, how far the second best was behind at each."""
     wanted, found, margins = source["tokens"], release["tokens"], source["margins"]
-    place = next((place for place, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]), None)
+    place = first_difference(wanted, found)
     if place is None:
         return judge(Level.ENGINE, name, [], f"{len(wanted)} tokens as the source's")
     said = (

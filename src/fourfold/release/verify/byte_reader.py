@@ -1,12 +1,12 @@
-"""One pass over a release: every byte is read once, hashed in the order of the file, and handed on in pieces."""
+"""Read every byte of a release once: hashed in file order, yielded in pieces of tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 
-BLOCK_BYTES = 8 * 2**20  # read, hashed and handed on at a time
+BLOCK_BYTES = 8 * 2**20  # read and hashed at a time
 AHEAD_BLOCKS = 8
 
 
@@ -51,37 +51,19 @@ def read_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
 
     whole: tensors that are wanted in one piece. Raises FourfoldError for a file that cannot be read to its end.
     """
-    blocks: queue.Queue[Block | FourfoldError | None] = queue.Queue(AHEAD_BLOCKS)
-    stop = threading.Event()
+    blocks = _all_blocks(index, whole)
 
-    def put(item: Block | FourfoldError | None) -> bool:
-        while not stop.is_set():
-            try:
-                blocks.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def read() -> Block | None:
+        return next(blocks, None)
 
-    def read() -> None:
-        try:
-            for block in _all_blocks(index, whole):
-                if not put(block):
-                    return
-        except FourfoldError as error:
-            put(error)
-        put(None)
-
-    reader = threading.Thread(target=read, name="verify-reader", daemon=True)
-    reader.start()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="verify-reader")
     try:
-        while (item := blocks.get()) is not None:
-            if isinstance(item, FourfoldError):
-                raise item
-            yield item
+        ahead = deque(reader.submit(read) for _ in range(AHEAD_BLOCKS))
+        while (block := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(read))
+            yield block
     finally:
-        stop.set()
-        reader.join()
+        reader.shutdown(cancel_futures=True)
 
 
 def _all_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
