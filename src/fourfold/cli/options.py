@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -184,6 +184,10 @@ class RunOptions:
     then per worker). A lower limit means smaller batches. Default: the free memory."""
     layers: Annotated[range | None, value(read_layers, "A-B")] = None
     """Trial run: quantize only layers A to B, counted from 0. The output is marked partial."""
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of api.plan and api.quantize."""
+        return {"devices": self.devices, "layers": self.layers, **asdict(self.memory)}
 
 
 @Parameter(name="*", group=OUTPUT)

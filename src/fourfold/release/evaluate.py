@@ -29,7 +29,8 @@ from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
 Figures = tuple[dict[str, Any], list[StreamDrift]]  # over the text's positions, and by layer
-WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
+WINDOWS = 64  # by default, or all that a shorter text has
+NAME_SOURCE = "Name the checkpoint that was quantized with --source"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,10 @@ def evaluate(
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
-    watch, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
+    reporter, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
-        figures = _measure(original, releases, text, compute, watch)
-        drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
+        figures = _measure(original, releases, text, compute, reporter)
+        drafted = _draft(original, releases, text, compute, reporter) if protocol.drafts else None
     found = Metrics.of(
         *figures[0],
         measured_by="evaluate",
@@ -112,7 +113,7 @@ def evaluate(
         found = structs.replace(found, against=other)
     found.write(out / METRICS)
     if tasks is not None:
-        with watch.stage("tasks"):
+        with reporter.stage("tasks"):
             found = structs.replace(found, tasks=run_tasks(tasks, out))
         found.write(out / METRICS)
     progress(Event(kind="done", layers=skeleton.layers, data=structs.asdict(found.figures)))
@@ -129,10 +130,8 @@ def open_release(folder: Path, source: Weights) -> Release:
         return Release(Weights.open(folder, source.skeleton), None)
     headers = state.source.headers
     if headers != source.index.digest:
-        raise FourfoldError(
-            f"{folder}: made from another source than {source.folder} (headers {headers[:16]}..., found "
-            f"{source.index.digest[:16]}...); name the checkpoint that was quantized with --source"
-        )
+        digests = f"got headers {source.index.digest[:16]}..., expected {headers[:16]}..."
+        raise FourfoldError(f"{folder}: made from another source than {source.folder}: {digests}. {NAME_SOURCE}")
     release = Release(Weights.open(folder, source.skeleton), state)
     _check_kept(release, source)
     return release
@@ -142,25 +141,20 @@ def _check_kept(release: Release, source: Weights) -> None:
     """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
     skeleton, device = source.skeleton, torch.device("cpu")
     for name in (*skeleton.embedding_names, *skeleton.router_names()):
-        if name in source.index.headers and not torch.equal(
-            release.weights.read(name, device), source.read(name, device)
-        ):
-            raise FourfoldError(
-                f"{release.weights.folder}: {name} is not that of {source.folder}: the release was made from another "
-                "checkpoint, or altered. Name the checkpoint that was quantized with --source"
-            )
+        if name not in source.index.headers:
+            continue
+        if not torch.equal(release.weights.read(name, device), source.read(name, device)):
+            cause = f"{name} is not that of {source.folder}: made from another checkpoint, or altered"
+            raise FourfoldError(f"{release.weights.folder}: {cause}. {NAME_SOURCE}")
 
 
 def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
     """Windows of the held-out text in the source's tokens."""
     if protocol.text is not None and protocol.text.suffix not in FILE_KINDS:
         raise FourfoldError(f"{protocol.text}: a text of kind {', '.join(FILE_KINDS)} is wanted")
-    wanted = Heldout(
-        builtin="" if protocol.text else Heldout.builtin,
-        path=str(protocol.text or ""),
-        windows=protocol.windows or WINDOWS,
-        length=protocol.length,
-    )
+    wanted = Heldout(windows=protocol.windows or WINDOWS, length=protocol.length)
+    if protocol.text is not None:
+        wanted = dataclasses.replace(wanted, builtin="", path=str(protocol.text))
     fewer = protocol.windows is None
     return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
@@ -190,19 +184,19 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
 
 
 def _measure(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
 ) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
     checkpoints = (source, *(release.weights for release in releases))
-    with watch.stage("embed"):
+    with reporter.stage("embed"):
         rows = [embed(checkpoint, text.token_RT, compute) for checkpoint in checkpoints]
     tokens = sum(stream.token_RT.numel() for stream in rows)
 
-    def tell(layer: int, drifts: tuple[StreamDrift, ...]) -> None:
-        watch.finish_layer(layer, drifts[0])
-
-    by_layer = sweep_(checkpoints, rows, compute, lambda layer: watch.stage("advance", layer, tokens, "tokens"), tell)
-    with watch.stage("measure"):
+    by_layer = sweep_(
+        checkpoints, rows, compute, lambda layer: reporter.stage("advance", layer, tokens, "tokens"),
+        lambda layer, drifts: reporter.finish_layer(layer, drifts[0]),
+    )  # fmt: skip
+    with reporter.stage("measure"):
         head = source.head(compute.device, compute.dtype)
         figures: list[Figures] = []
         for place, release in enumerate(releases):
@@ -219,9 +213,9 @@ def _head(release: Release, head: Head, compute: Compute) -> Head:
 
 
 def _draft(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
 ) -> list[Drafted | None]:
     """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
     prompt_RT = drafts.cut_prompts(text.token_RT)
     checkpoints = (source, *(release.weights for release in releases))
-    return [drafts.measure_drafts(checkpoint, prompt_RT, compute, watch) for checkpoint in checkpoints]
+    return [drafts.measure_drafts(checkpoint, prompt_RT, compute, reporter) for checkpoint in checkpoints]

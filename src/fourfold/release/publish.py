@@ -21,7 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from huggingface_hub.hf_api import RepoFile
 
-from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore, shortened
 from fourfold.model.files import write_text
 from fourfold.model.hub import SECRET, check_repo_id
 from fourfold.quantize.identity import joined_digest
@@ -56,10 +56,9 @@ class PublishedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What was or, in a dry run, would be sent. unverified: why it is not as verify saw it; "" if it is. skipped: files
-    of OUT that fourfold did not write and nobody asked for.
-
-    tag: names the weights, "" of a folder that fourfold did not make; commit, url: "" in a dry run.
+    """What was sent or, in a dry run, would be. skipped: files of OUT that neither fourfold wrote nor --include
+    names; unverified: how it differs from what verify has passed; tag: of the weights, "" without fourfold's record of
+    them; commit, url: "" in a dry run.
     """
 
     repo: str
@@ -87,13 +86,11 @@ def publish(
     dry_run: bool = False,
     progress: Progress = ignore,
 ) -> Published:
-    """Upload the files that fourfold wrote, and those of OUT that `include` names.
+    """Upload the files that fourfold wrote, and those of OUT that `include` names. Resumes after an interruption.
 
-    force: why it may go out although verify has not passed for these bytes; lands in the card. Nothing is sent before
-    every file is hashed and found to be what verify saw. Resumes after an interruption. A dry run sends and writes
-    nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no card or one for another
-    repository, is not verified and not forced, the repository has shards of another release or is public where private
-    was asked for, or the Hub refuses.
+    force: reason for publishing what verify has not passed; the card shows it. Every file is hashed before the first is
+    sent; a dry run sends and writes nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no
+    card or another repository's, is not verified, does not fit the repository, or if the Hub refuses.
     """
     check_repo_id("REPO", repo)
     text, reason = _card_text(out, repo), " ".join(force.split())
@@ -102,11 +99,10 @@ def publish(
         hashed = {name: _hash(out, name, progress) for name in there if name in allowed}
         problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
         if problems and not reason:
-            raise FourfoldError(
-                f"{out}: not published: {'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}. `fourfold "
-                'verify` first, or --force "REASON", which the card will show'
-            )
-        card = _card(text, reason if problems else "")
+            fix = 'Run `fourfold verify` first, or give --force "REASON", which the card will show'
+            raise FourfoldError(f"{out}: not published: {shortened(problems)}. {fix}")
+        reason = reason if problems else ""
+        card = _card(text, reason)
         content = card.encode()
         hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         published = Published(
@@ -115,7 +111,7 @@ def publish(
             files=tuple(hashed[name] for name in sorted(hashed)),
             skipped=tuple(name for name in there if name not in allowed),
             unverified=problems,
-            reason=reason if problems else "",
+            reason=reason,
             tag=_tag(out),
         )
         if dry_run:
@@ -138,10 +134,8 @@ def _card_text(out: Path, repo: str) -> str:
         raise FourfoldError(f"{out}: got no {CARD}, expected a model card; `fourfold report {out}` writes it")
     text = (out / CARD).read_text(encoding="utf-8")
     if named_repo(text) not in (None, repo):
-        raise FourfoldError(
-            f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. Try: fourfold report {out} "
-            f"--repo {repo}"
-        )
+        fix = f"Try: fourfold report {out} --repo {repo}"
+        raise FourfoldError(f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. {fix}")
     return text
 
 
@@ -152,12 +146,10 @@ def _allowed(out: Path, include: Collection[str]) -> set[str]:
     """Names that may be sent. Raises FourfoldError for a link in OUT, and for an `include` that is no file of it."""
     refuse_links(out)
     there = visible_files(out)
-    for name in there:
-        path = out / name
+    for path in (out / name for name in there):
         if path.is_symlink():
-            raise FourfoldError(
-                f"{path}: got a link to {path.readlink()}, expected a file. Remove it, or put the file in its place"
-            )
+            fix = "Remove it, or put the file in its place"
+            raise FourfoldError(f"{path}: got a link to {path.readlink()}, expected a file. {fix}")
     for name in include:
         if name not in there:
             raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
@@ -231,19 +223,16 @@ def _send(out: Path, published: Published, private: bool) -> Published:
     api, repo, branch = HfApi(), published.repo, published.branch
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     if private and not api.model_info(repo).private:
-        raise FourfoldError(
-            f"{repo}: is there and public, --private was asked for; change that on its page, or another REPO"
-        )
+        fix = "Change that on its page, or publish to another REPO"
+        raise FourfoldError(f"{repo}: got a public repository, expected a private one (--private). {fix}")
     if branch != MAIN:
         api.create_branch(repo, branch=branch, exist_ok=True)
     ours = {file.name for file in published.files}
-    stale = sorted(
-        name for name in api.list_repo_files(repo, revision=branch) if name.endswith(SHARD_SUFFIX) and name not in ours
-    )
-    if stale:
+    others = set(api.list_repo_files(repo, revision=branch)) - ours
+    if stale := sorted(name for name in others if name.endswith(SHARD_SUFFIX)):
         raise FourfoldError(
             f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
-            "too; delete them there, or publish into another --branch or REPO"
+            "too. Delete them there, or publish to another --branch or REPO"
         )
     done = api.upload_folder(
         repo_id=repo,
@@ -274,14 +263,13 @@ def _check_arrived(api: HfApi, published: Published, commit: str) -> None:
 
 def _explain(error: Exception, repo: str) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
+    resume = "Rerun the same command to resume"
     if isinstance(error, LocalTokenNotFoundError):
-        return "not logged in: `hf auth login` with a token that may write, or HF_TOKEN"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-            return (
-                f"the Hub answered {status}: this account may not write {page}. `hf auth login` with a token that has "
-                "write access to it, or mend HF_TOKEN where that is set"
-            )
-        return f"the Hub answered {status} ({error.server_message or 'no reason given'}). The same command goes on"
-    return f"the upload broke off ({type(error).__name__}: {error}). The same command goes on"
+        return "not logged in. Try: `hf auth login` with a token that may write, or HF_TOKEN"
+    if not isinstance(error, HfHubHTTPError):
+        return f"the upload broke off ({type(error).__name__}: {error}). {resume}"
+    status = error.response.status_code
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+        fix = "Try: `hf auth login` with a token that has write access to it, or another HF_TOKEN where that is set"
+        return f"the Hub answered {status}: this account may not write {page}. {fix}"
+    return f"the Hub answered {status} ({error.server_message or 'no reason given'}). {resume}"

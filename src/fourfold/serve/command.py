@@ -110,8 +110,8 @@ class Command:
             *(f"-e {name}={shlex.quote(value)}" for name, value in self.environment.items()),
             self._image(),
         ]
-        begun = len(launch) if self.engine.name == VLLM else 0  # vLLM's images begin so themselves
-        return " ".join([*parts, *map(shlex.quote, words[begun:])])
+        prefix = len(launch) if self.engine.name == VLLM else 0  # vLLM's images begin so themselves
+        return " ".join([*parts, *map(shlex.quote, words[prefix:])])
 
     def _image(self) -> str:
         engine, machine = self.engine, platform.machine()
@@ -120,9 +120,8 @@ class Command:
             image = ""
         if not image:
             fix = "Install it and serve without --docker" if engine.name == VLLM else f"Try --engine {VLLM}"
-            raise FourfoldError(
-                f"--docker: got a machine without a GPU ({machine}), for which {engine.title} publishes no image. {fix}"
-            )
+            problem = f"got a machine without a GPU ({machine}), for which {engine.title} publishes no image"
+            raise FourfoldError(f"--docker: {problem}. {fix}")
         return image.format(version=engines.version_text(self.version), arch=IMAGE_ARCHITECTURES.get(machine))
 
 
@@ -187,16 +186,9 @@ def _cache(
     if machine.gpus:
         prefix_caching = "--no-enable-prefix-caching" not in wanted.extra
     return Cache(
-        engine=engine.name,
-        version=at,
-        share=numbers[0],
-        elements=wanted.kv_cache or profile.kv_cache,
-        drafts=drafts,
-        context=context,
-        prefix_caching=prefix_caching,
-        requests=numbers[1],
-        cpu_gib=numbers[2],
-    )
+        engine=engine.name, version=at, share=numbers[0], elements=wanted.kv_cache or profile.kv_cache, drafts=drafts,
+        context=context, prefix_caching=prefix_caching, requests=numbers[1], cpu_gib=numbers[2],
+    )  # fmt: skip
 
 
 def _value(extra: tuple[str, ...], flag: str) -> str:
@@ -317,24 +309,20 @@ def _default_problems(engine: Engine, at: Version, drafts: int, wanted: Deployme
     """Of server-wide defaults."""
     defaults = (wanted.thinking_budget, wanted.presence_penalty) != (None, None)
     if engine.name == SGLANG and defaults:
-        yield (
-            "SGLang has no server-wide defaults for a thinking budget and a presence penalty; send the penalty with "
-            "each request, or serve with vLLM"
-        )
+        fix = "send the penalty with each request, or serve with vLLM"
+        yield f"SGLang has no server-wide defaults for a thinking budget and a presence penalty; {fix}"
         return
     by_plugin = wanted.thinking_budget is not None or (wanted.presence_penalty is not None and at < PENALTY_BY_FLAG)
     if by_plugin and wanted.plugin is False:
         yield f"this default {_needs_plugin()}"
     if wanted.thinking_budget is not None and drafts and at < BUDGET_UNDER_MTP:
-        yield (
-            f"vLLM {engines.version_text(at)} drops a thinking budget under MTP without a word (0.32 keeps it): "
-            "--mtp 0, or a newer vLLM"
-        )
+        vllm = f"vLLM {engines.version_text(at)}"
+        yield f"{vllm} drops a thinking budget under MTP without a word (0.32 keeps it): --mtp 0, or a newer vLLM"
 
 
 def _needs_plugin() -> str:
-    way = f"PYTHON -m {pip_install(option='--no-deps')}, PYTHON being the engine's own"
-    return f"needs fourfold's plugin in the engine's environment: {way}"
+    fix = f"PYTHON -m {pip_install(option='--no-deps')}, PYTHON being the engine's own"
+    return f"needs fourfold's plugin in the engine's environment: {fix}"
 
 
 def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment, profile: Profile) -> Iterator[str]:

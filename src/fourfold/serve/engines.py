@@ -1,7 +1,7 @@
 """Facts of the engines, as data: what settings are called by version, what must not be passed, known issues.
 
 Known: vLLM 0.19.1 and 0.32.0, SGLang 0.5.10 and 0.5.23. A fact that holds "from" a version was seen at that version and
-not at the one known before; where between the two it changed was not looked at. Adding a version is done here alone.
+not at the known one before it. A new version is added here alone.
 """
 
 from __future__ import annotations
@@ -55,6 +55,21 @@ def _always(**flags: str) -> dict[str, Spellings]:
     return {setting: ((EVER, flag),) for setting, flag in flags.items()}
 
 
+VLLM_FLAGS = _always(
+    name="--served-model-name", host="--host", port="--port", ranks="--tensor-parallel-size",
+    context="--max-model-len", share="--gpu-memory-utilization", kv_cache="--kv-cache-dtype",
+    drafts="--speculative-config", reasoning="--reasoning-parser", tools_on="--enable-auto-tool-choice",
+    tools="--tool-call-parser", quantization="--quantization", dtype="--dtype", trust="--trust-remote-code",
+    eager="--enforce-eager", no_prefix_caching="--no-enable-prefix-caching", images="--limit-mm-per-prompt",
+    experts="--enable-expert-parallel", sampling="--override-generation-config",
+)  # fmt: skip
+SGLANG_FLAGS = _always(
+    name="--served-model-name", host="--host", port="--port", ranks="--tp-size", context="--context-length",
+    share="--mem-fraction-static", kv_cache="--kv-cache-dtype", drafts="--speculative-algorithm",
+    draft_steps="--speculative-num-steps", draft_topk="--speculative-eagle-topk",
+    draft_tokens="--speculative-num-draft-tokens", reasoning="--reasoning-parser", tools="--tool-call-parser",
+    quantization="--quantization", dtype="--dtype", metrics="--enable-metrics", experts="--ep-size",
+)  # fmt: skip
 ENGINES = {
     VLLM: Engine(
         name=VLLM,
@@ -65,28 +80,8 @@ ENGINES = {
         image="vllm/vllm-openai:v{version}",
         cpu_image="vllm/vllm-openai-cpu:v{version}-{arch}",  # its docs: getting_started/installation/cpu.*.inc.md
         port=8000,
-        flags=_always(
-            name="--served-model-name",
-            host="--host",
-            port="--port",
-            ranks="--tensor-parallel-size",
-            context="--max-model-len",
-            share="--gpu-memory-utilization",
-            kv_cache="--kv-cache-dtype",
-            drafts="--speculative-config",
-            reasoning="--reasoning-parser",
-            tools_on="--enable-auto-tool-choice",
-            tools="--tool-call-parser",
-            quantization="--quantization",
-            dtype="--dtype",
-            trust="--trust-remote-code",
-            eager="--enforce-eager",
-            no_prefix_caching="--no-enable-prefix-caching",
-            images="--limit-mm-per-prompt",
-            experts="--enable-expert-parallel",
-            sampling="--override-generation-config",
-        )
-        # 0.32 makes a reasoning config of the parser; 0.19 wants to be told, or it answers 400 to each budget.
+        flags=VLLM_FLAGS
+        # 0.32 makes a reasoning config of the parser; 0.19 needs one, or it answers 400 to each budget.
         | {"reasoning_config": ((EVER, "--reasoning-config"), ((0, 32), ""))},
     ),
     SGLANG: Engine(
@@ -98,25 +93,7 @@ ENGINES = {
         image="lmsysorg/sglang:v{version}",
         cpu_image="",  # its docs have one built from docker/xeon.Dockerfile
         port=30000,
-        flags=_always(
-            name="--served-model-name",
-            host="--host",
-            port="--port",
-            ranks="--tp-size",
-            context="--context-length",
-            share="--mem-fraction-static",
-            kv_cache="--kv-cache-dtype",
-            drafts="--speculative-algorithm",
-            draft_steps="--speculative-num-steps",
-            draft_topk="--speculative-eagle-topk",
-            draft_tokens="--speculative-num-draft-tokens",
-            reasoning="--reasoning-parser",
-            tools="--tool-call-parser",
-            quantization="--quantization",
-            dtype="--dtype",
-            metrics="--enable-metrics",
-            experts="--ep-size",
-        )
+        flags=SGLANG_FLAGS
         | {"strategy": ((EVER, "--mamba-scheduler-strategy"), ((0, 5, 23), "--mamba-radix-cache-strategy"))},
     ),
 }

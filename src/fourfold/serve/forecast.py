@@ -97,21 +97,16 @@ class Forecast:
     def lines(self) -> list[str]:
         """For people."""
         what = "set" if self.exact else "estimated: activations and graphs are known only once it runs"
-        said = [f"KV cache: {self.memory_bytes / 1e9:.2f} GB on each of {self.split.ranks} ({what})"]
-        if isinstance(self.pool, VllmPool):
-            pool = self.pool
-            said.append(
-                f"{pool.blocks:,} blocks x {pool.block_tokens:,} tokens = {pool.blocks * pool.block_tokens:,}; vLLM "
-                f"calls it {self.logged_tokens:,} tokens"
-            )
-            said.append(
-                f"room for {pool.concurrency:,.1f} requests of the whole context of {self.context:,}; the longest that "
-                f"would fit is {pool.longest:,}"
-            )
-        elif self.pool is not None:
-            running = "" if self.pool.running is None else f", {self.pool.running:,} running requests"
-            said.append(f"max_total_num_tokens {self.pool.tokens:,}{running}")
-        return said
+        lines, pool = [f"KV cache: {self.memory_bytes / 1e9:.2f} GB on each of {self.split.ranks} ({what})"], self.pool
+        if isinstance(pool, VllmPool):
+            blocks = f"{pool.blocks:,} blocks x {pool.block_tokens:,} tokens = {pool.blocks * pool.block_tokens:,}"
+            requests = f"room for {pool.concurrency:,.1f} requests of the whole context of {self.context:,}"
+            lines.append(f"{blocks}; vLLM calls it {self.logged_tokens:,} tokens")
+            lines.append(f"{requests}; the longest that would fit is {pool.longest:,}")
+        elif pool is not None:
+            running = "" if pool.running is None else f", {pool.running:,} running requests"
+            lines.append(f"max_total_num_tokens {pool.tokens:,}{running}")
+        return lines
 
     def brief(self) -> str:
         """To set beside the engine's own figures."""
@@ -135,10 +130,8 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
     memory = room if exact else room - OVERHEAD_BYTES[cache.engine]
     problems, doubts = list[str](), list[str]()
     if room <= 0:
-        problems.append(
-            f"weights take {weights / 1e9:.1f} GB on each GPU, {cache.share:.2f} of the smallest is "
-            f"{cache.share * split.smallest_bytes / 1e9:.1f} GB: more GPUs (--tp), or larger ones"
-        )
+        usable = f"{cache.share:.2f} of the smallest is {cache.share * split.smallest_bytes / 1e9:.1f} GB"
+        problems.append(f"weights take {weights / 1e9:.1f} GB on each GPU, {usable}: more GPUs (--tp), or larger ones")
     context = cache.context or served.context
     pool = _pool(served, split, cache, memory, context)
     if cache.context is None and pool is not None and _longest(pool) < context:
@@ -147,24 +140,18 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
     if room > 0 and (pool is None or _longest(pool) < context):
         best = _pool(served, split, cache, room, context)
         most = 0 if best is None else _longest(best)
-        said = (
+        problem = (
             f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB remain for the cache on "
             f"each, enough for {_longest(pool) if pool else 0:,} tokens. Try: a smaller --context, "
             "--kv-cache fp8, --mtp 0, more GPUs"
         )
-        (problems if exact or most < context else doubts).append(said)
+        (problems if exact or most < context else doubts).append(problem)
     if cache.engine == SGLANG and cache.old and cache.drafts and not cache.requests:
         doubts.append("SGLang 0.5.10 sets states aside for --max-running-requests when drafting: not subtracted here")
     return Forecast(
-        split=split,
-        cache=cache,
-        pool=pool,
-        memory_bytes=max(memory, 0),
-        context=context,
-        exact=exact,
-        problems=tuple(problems),
-        doubts=tuple(doubts),
-    )
+        split=split, cache=cache, pool=pool, memory_bytes=max(memory, 0), context=context, exact=exact,
+        problems=tuple(problems), doubts=tuple(doubts),
+    )  # fmt: skip
 
 
 def _longest(pool: VllmPool | SglangPool) -> int:

@@ -87,17 +87,16 @@ def open_served(folder: Path, name: str = "") -> Served:
 
 
 class UnknownCache(FourfoldError):
-    """Of a model whose cache cannot be worked out from config.json: no command is derived for it."""
+    """The cache of a model cannot be worked out from config.json."""
 
 
 def _known_geometry(skeleton: Skeleton) -> Geometry:
     try:
         return _geometry(skeleton)
     except (AttributeError, RuntimeError, TypeError):  # other keys, or keys that differ from layer to layer
-        raise UnknownCache(
-            f"{skeleton.blueprint.path}: the cache of {skeleton.family.model_type} cannot be worked out from "
-            "config.json, so that no command is derived; start the engine by hand"
-        ) from None
+        problem = f"the cache of {skeleton.family.model_type} cannot be worked out from config.json"
+        fix = "so that no command is derived; start the engine by hand"
+        raise UnknownCache(f"{skeleton.blueprint.path}: {problem}, {fix}") from None
 
 
 def _geometry(skeleton: Skeleton) -> Geometry:
@@ -107,12 +106,9 @@ def _geometry(skeleton: Skeleton) -> Geometry:
         raise AttributeError("engines keep an index beside the cache, each in a way of its own")
     latent = getattr(text, "kv_lora_rank", None) or 0
     states = {
-        "conv": "linear_conv_kernel_dim",
-        "key_heads": "linear_num_key_heads",
-        "key_dim": "linear_key_head_dim",
-        "value_heads": "linear_num_value_heads",
-        "value_dim": "linear_value_head_dim",
-    }
+        "conv": "linear_conv_kernel_dim", "key_heads": "linear_num_key_heads", "key_dim": "linear_key_head_dim",
+        "value_heads": "linear_num_value_heads", "value_dim": "linear_value_head_dim",
+    }  # fmt: skip
     return Geometry(
         attention=skeleton.layers - linear,
         linear=linear,

@@ -60,10 +60,9 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
         if wanted is None:
             if known_extra(release.skeleton, header) is None:
                 wrong.append(f"{name} is not wanted by config.json")
-        elif (header.dtype not in wanted.dtypes) or header.shape != wanted.shape:
-            wrong.append(
-                f"{name} is {header.dtype} {list(header.shape)}, wanted {'/'.join(wanted.dtypes)} {list(wanted.shape)}"
-            )
+        elif header.dtype not in wanted.dtypes or header.shape != wanted.shape:
+            expected_text = f"{'/'.join(wanted.dtypes)} {list(wanted.shape)}"
+            wrong.append(f"{name} is {header.dtype} {list(header.shape)}, wanted {expected_text}")
     projections = len({wanted.projection for wanted in expected.values()} - {""})
     prefix = release.skeleton.family.mtp_prefix
     draft = sum(bool(prefix) and name.startswith(prefix) for name in index.headers)
@@ -114,9 +113,7 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     """quantization_config: required keys, exclusions for kept modules and the draft head, agreement with the recipe."""
     problems = []
     if release.format.name != release.recipe.format:
-        problems.append(
-            f"config.json says {release.format}, the release was made as {release.recipe.format} (recipe.toml)"
-        )
+        problems.append(f"config.json: got {release.format}, expected {release.recipe.format} as in recipe.toml")
     prefix = release.skeleton.family.mtp_prefix
     quantized = {part.projection.rstrip(".") for part in expected.values()} - {""}
     linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]

@@ -46,10 +46,8 @@ def open_source(release: Release, folder: Path) -> Source:
     if source_digest(index) != identity.source:
         found, wanted = {k: short(sha) for k, sha in source_parts(index).items()}, identity.parts.get("source", {})
         other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
-        raise FourfoldError(
-            f"{folder}: {release.folder} was not made from this source: its {', '.join(other)} are not those that "
-            "fourfold.json has digests of; give the checkpoint that was quantized"
-        )
+        problem = f"{release.folder} was not made from this source: other digests of {', '.join(other)}"
+        raise FourfoldError(f"{folder}: {problem}. Give the checkpoint that was quantized")
     origins: dict[str, Origin] = {}
     for claim in claim_tensors(skeleton, index, release.recipe):
         if claim.action is Action.QUANTIZE and claim.layer is not None:
