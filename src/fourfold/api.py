@@ -118,7 +118,7 @@ def quantize(
     out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
     folder = _check(model, chosen, devices, out)
     if folder is not None:
-        _require_asked(folder, derived)
+        _require_derived(folder, derived)
     from fourfold.distributed.devices import Machine, expand_devices, under_torchrun
     from fourfold.quantize.summary import finished_already
 
@@ -129,7 +129,7 @@ def quantize(
             return done
     expand_devices(devices)
     folder = folder or _download(model, progress)
-    _require_asked(folder, derived)
+    _require_derived(folder, derived)
     _rehearse(folder, progress)
     from fourfold.quantize.run import quantize as run
 
@@ -288,7 +288,7 @@ def _family(folder: Path) -> Family:
     return find_family(read_source_config(folder), folder / CONFIG)
 
 
-def _require_asked(folder: Path, derived: bool) -> None:
+def _require_derived(folder: Path, derived: bool) -> None:
     family = _family(folder)
     if family.derived and not derived:
         raise FourfoldError(

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from inspect import getdoc
-from typing import TYPE_CHECKING, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console, ConsoleOptions
@@ -78,13 +78,8 @@ def help_of(entry: HelpEntry) -> str:
     return " ".join(parts)
 
 
-class Texts(TypedDict):
-    help: str
-    help_epilogue: str
-
-
-def texts(docstring: str | None) -> Texts:
-    """What stands above the options of a command and below them: its description; its examples and the exit codes."""
+def texts(docstring: str | None) -> dict[str, Any]:
+    """Return a command's help above its options (the description) and below them (examples and exit codes)."""
     description, _, rest = (docstring or "").partition("\n\nExamples:\n")
     examples = [f"  {line.strip()}" for line in rest.strip().splitlines()]
     return {

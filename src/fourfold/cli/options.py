@@ -38,9 +38,6 @@ class HasJson(Protocol):
 Result = TypeVar("Result", bound=Mapping[str, Any] | HasJson)
 
 
-# --- how values are read -----------------------------------------------------------------------------------------
-
-
 def value(read: Callable[[str], object], metavar: str, **more: Any) -> Parameter:
     """An option with one value. read: raises ValueError for text that is no such value."""
     return Parameter(
@@ -120,8 +117,6 @@ def read_file(text: str) -> Path:
         raise ValueError(f"{text!r} {'is a folder' if Path(text).is_dir() else 'does not exist'}, expected a file")
     return Path(text)
 
-
-# --- arguments and options ---------------------------------------------------------------------------------------
 
 ExistingFile = Annotated[Path, value(read_file, "FILE")]
 OutputFile = Annotated[Path, Parameter(metavar="FILE")]
@@ -231,9 +226,6 @@ class EventOutput(Output):
 
     json: bool = False
     """Print events as JSON lines, the result last."""
-
-
-# --- a calibration file ------------------------------------------------------------------------------------------
 
 
 def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:

@@ -95,15 +95,11 @@ def evaluate(
         figures = _measure(original, releases, text, compute, reporter)
         drafted = _draft(original, releases, text, compute, reporter) if protocol.drafts else None
     found = Metrics.of(
-        *figures[0],
-        measured_by="evaluate",
-        calibration_overlap=overlaps[0],
+        *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
         source={"name": source.resolve().name, "headers": original.index.digest},
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
-        drafts=before.drafts if before else None,
-        tasks=before.tasks if before else None,
-        rtn=rtn,
-    )
+        drafts=before.drafts if before else None, tasks=before.tasks if before else None, rtn=rtn,
+    )  # fmt: skip
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
@@ -118,9 +114,6 @@ def evaluate(
         found.write(out / METRICS)
     progress(Event(kind="done", layers=skeleton.layers, data=structs.asdict(found.figures)))
     return found
-
-
-# ---- what is checked before the first layer
 
 
 def open_release(folder: Path, source: Weights) -> Release:
@@ -178,9 +171,6 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
             f"predictions; got {windows} windows of {length}, {predictions:,} predictions.\n"
             "Measure on as many (--windows, --length), or replace the larger measurement with --replace"
         )
-
-
-# ---- the work
 
 
 def _measure(

@@ -106,14 +106,10 @@ def publish(
         content = card.encode()
         hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         published = Published(
-            repo=repo,
-            branch=branch,
-            files=tuple(hashed[name] for name in sorted(hashed)),
-            skipped=tuple(name for name in there if name not in allowed),
-            unverified=problems,
-            reason=reason,
+            repo=repo, branch=branch, files=tuple(hashed[name] for name in sorted(hashed)),
+            skipped=tuple(name for name in there if name not in allowed), unverified=problems, reason=reason,
             tag=_tag(out),
-        )
+        )  # fmt: skip
         if dry_run:
             return published
         if content != (out / CARD).read_bytes():
@@ -137,9 +133,6 @@ def _card_text(out: Path, repo: str) -> str:
         fix = f"Try: fourfold report {out} --repo {repo}"
         raise FourfoldError(f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. {fix}")
     return text
-
-
-# --- what is sent -------------------------------------------------------------------------------------------------
 
 
 def _allowed(out: Path, include: Collection[str]) -> set[str]:
@@ -213,9 +206,6 @@ def _tag(out: Path) -> str:
     shards = _recorded(out)[1]
     content = joined_digest(shards) if shards else ""
     return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
-
-
-# --- sending ------------------------------------------------------------------------------------------------------
 
 
 def _send(out: Path, published: Published, private: bool) -> Published:

@@ -82,10 +82,6 @@ def read_results(found: dict[str, Any], url: str) -> TaskResults:
             version=found.get("versions", {}).get(task),
         )
     return TaskResults(
-        lm_eval=found["lm_eval_version"],
-        model=found["model_name"],
-        api=found["model_source"],
-        chat_template=found["chat_template"] is not None,
-        tasks=rows,
-        url=url,
-    )
+        lm_eval=found["lm_eval_version"], model=found["model_name"], api=found["model_source"],
+        chat_template=found["chat_template"] is not None, tasks=rows, url=url,
+    )  # fmt: skip

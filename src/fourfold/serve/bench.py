@@ -80,16 +80,11 @@ async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress
                 break
     engine = first.engine if first else ""
     return Bench(
-        url=address,
-        model=name,
-        fourfold=__version__,
-        engine=engine,
-        metrics="read before and after each level" if first else OFF,
-        pool=first.pool() if first else {},
-        load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")),
-        levels=levels,
+        url=address, model=name, fourfold=__version__, engine=engine,
+        metrics="read before and after each level" if first else OFF, pool=first.pool() if first else {},
+        load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")), levels=levels,
         card=CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
-    )
+    )  # fmt: skip
 
 
 @dataclass
@@ -164,19 +159,15 @@ def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: f
         failures["not answered in time"] = asked - len(replies)
     details = {reply.outcome: reply.detail for reply in replies if not reply.ok}
     return BenchLevel(
-        concurrency=concurrency,
-        seconds=seconds,
-        requests=Requests(asked, len(good), dict(failures), details),
-        prompt_tokens=sum(reply.prompt_tokens for reply in good),
-        output_tokens=output,
-        output_tokens_per_second=output / seconds,
-        time_to_first_token=quantiles([reply.first for reply in good]),
+        concurrency=concurrency, seconds=seconds, requests=Requests(asked, len(good), dict(failures), details),
+        prompt_tokens=sum(reply.prompt_tokens for reply in good), output_tokens=output,
+        output_tokens_per_second=output / seconds, time_to_first_token=quantiles([reply.first for reply in good]),
         time_per_output_token=quantiles(per_token),
         time_between_chunks=quantiles([gap for reply in good for gap in reply.gaps]),
         latency=quantiles([reply.last for reply in good]),
         decode_tokens_per_second=quantiles([1 / each for each in per_token if each]),
         client_core_share_at_100_tokens_per_second=spent / output * 100 if output else None,
-    )
+    )  # fmt: skip
 
 
 def quantiles(values: Sequence[float]) -> Quantiles | None:
@@ -213,8 +204,6 @@ def _prompt(where: str, line: str, suffix: str) -> Messages:
         while messages[-1]["role"] == "assistant":
             messages = messages[:-1]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FourfoldError(
-            f"{where} is no prompt ({type(error).__name__}: {error}); wanted "
-            '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
-        ) from None
+        expected = '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+        raise FourfoldError(f"{where}: not a prompt ({type(error).__name__}: {error}), expected {expected}") from None
     return messages

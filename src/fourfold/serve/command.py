@@ -147,18 +147,12 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     own, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
     settings |= own | {setting: value for setting, value in profile.settings.items() if setting not in own}
     command = Command(
-        engine=engine,
-        version=at,
+        engine=engine, version=at,
         words=(*engine.launch, str(served.folder), *_spell(engine, at, settings, wanted.extra), *wanted.extra),
-        environment={**profile.environment, **environment},
-        problems=tuple(problems),
-        forecast=predicted,
-        host=wanted.host,
-        port=wanted.port or engine.port,
-        name=served.name,
-        reasoning=_parsers(served, engine.name)[0],
-        thinking_budget=wanted.thinking_budget,
-    )
+        environment={**profile.environment, **environment}, problems=tuple(problems), forecast=predicted,
+        host=wanted.host, port=wanted.port or engine.port, name=served.name,
+        reasoning=_parsers(served, engine.name)[0], thinking_budget=wanted.thinking_budget,
+    )  # fmt: skip
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
 
 
@@ -277,9 +271,6 @@ def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ..
             yield flag
             if value:
                 yield value
-
-
-# --- checks -------------------------------------------------------------------------------------------------------
 
 
 def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: Deployment) -> Iterator[str]:

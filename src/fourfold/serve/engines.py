@@ -119,9 +119,6 @@ DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as t
 OVERHEAD_BYTES = {VLLM: 1_230_000_000, SGLANG: 1_760_000_000}
 
 
-# --- profiles -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """Values where the user names none. settings: more of them, by name and value; measured: what its maker saw."""
@@ -169,8 +166,6 @@ CARD = {  # the four commands on the card of the reference release, measured on 
 def profile(name: str, engine: str, drafting: bool) -> Profile:
     return Profile(share=SHARES[engine]) if name == DEFAULT else CARD[engine, drafting]
 
-
-# --- known issues -------------------------------------------------------------------------------------------------
 
 FP8_CACHE = (
     r"FP8 KV cache is not supported by the Triton attention backend",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fourfold.serve.engines import OVERHEAD_BYTES, SGLANG, VLLM, Version
-from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Budget, SglangPool, VllmPool, sglang_pool, vllm_pool
+from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, SglangPool, VllmPool, sglang_pool, vllm_pool
 from fourfold.serve.machine import Machine
 from fourfold.serve.served import Served
 
@@ -161,16 +161,14 @@ def _longest(pool: VllmPool | SglangPool) -> int:
 def _pool(served: Served, split: Split, cache: Cache, memory: int, context: int) -> VllmPool | SglangPool | None:
     if memory <= 0:
         return None
-    sglang = cache.engine == SGLANG
-    budget = Budget(
-        memory_bytes=memory,
-        ranks=split.ranks,
-        element_bytes=ELEMENT_BYTES[cache.elements],
-        drafts=cache.drafts + 1 if sglang and cache.drafts else cache.drafts,
-        context=context,
-    )
-    if sglang:
-        strategy = "extra_buffer" if cache.drafts else "no_buffer"
-        return sglang_pool(served.geometry, budget, strategy=strategy, old=cache.old, requests=cache.requests)
-    align = GPU_ALIGN if split.gpus else CPU_ALIGN
-    return vllm_pool(served.geometry, budget, align=align, prefix_caching=cache.prefix_caching)
+    element_bytes = ELEMENT_BYTES[cache.elements]
+    if cache.engine == SGLANG:
+        drafts, strategy = (cache.drafts + 1, "extra_buffer") if cache.drafts else (0, "no_buffer")
+        return sglang_pool(
+            served.geometry, memory, ranks=split.ranks, element_bytes=element_bytes, drafts=drafts, strategy=strategy,
+            old=cache.old, requests=cache.requests,
+        )  # fmt: skip
+    return vllm_pool(
+        served.geometry, memory, ranks=split.ranks, element_bytes=element_bytes, drafts=cache.drafts, context=context,
+        align=GPU_ALIGN if split.gpus else CPU_ALIGN, prefix_caching=cache.prefix_caching,
+    )  # fmt: skip

@@ -69,21 +69,13 @@ def open_served(folder: Path, name: str = "") -> Served:
     draft_bytes = sum(size for name, size in sizes.items() if prefix and name.startswith(prefix))
     text = skeleton.text
     return Served(
-        folder=folder,
-        name=name or folder.resolve().name,
-        model_type=skeleton.family.model_type,
-        format=weights.format,
-        group_size=_group_size(raw),
-        expert_width=skeleton.widest.width,
-        vision="vision_config" in raw,
-        context=int(text.max_position_embeddings),
-        weight_bytes=sum(sizes.values()) - draft_bytes,
-        draft_bytes=draft_bytes if weights.has_draft else 0,
-        geometry=_known_geometry(skeleton),
-        splits=_splits(text),
-        template=_template(folder),
+        folder=folder, name=name or folder.resolve().name, model_type=skeleton.family.model_type,
+        format=weights.format, group_size=_group_size(raw), expert_width=skeleton.widest.width,
+        vision="vision_config" in raw, context=int(text.max_position_embeddings),
+        weight_bytes=sum(sizes.values()) - draft_bytes, draft_bytes=draft_bytes if weights.has_draft else 0,
+        geometry=_known_geometry(skeleton), splits=_splits(text), template=_template(folder),
         sampling=sampling(folder),
-    )
+    )  # fmt: skip
 
 
 class UnknownCache(FourfoldError):

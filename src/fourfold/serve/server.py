@@ -184,8 +184,8 @@ def _passing_on(child: Child) -> Iterator[list[int]]:
 
 def _why(command: Command, child: Child, limit_seconds: float) -> str:
     """Why it does not serve, with what is known of such a failure. Ends it if it only did not answer in time."""
-    timed_out = child.running()
+    child.timed_out = child.running()
     child.end()
-    failure = child.ended(timed_out).why(limit_seconds)
+    failure = child.why(limit_seconds)
     known = engines.explain(command.engine.name, child.log.read_text(encoding="utf-8", errors="replace"))
     return "\n".join([f"{command.engine.title}: {failure}", *(f"known issue: {cause}" for cause in known)])

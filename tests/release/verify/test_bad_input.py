@@ -281,7 +281,6 @@ def test_a_killed_engine_leaves_no_orphans(mark: str, tmp_path: Path) -> None:
     ending = "time.sleep(600 if 'child' in sys.argv else 1)\n    os.kill(os.getpid(), 9)"
     body = HANG.replace("time.sleep(600)", ending)
     ended = process.run([str(fake_python(tmp_path, body)), "script"], tmp_path / "log", 30, {"FOURFOLD_TEST": mark})
-    assert ended.returncode == -signal.SIGKILL
     assert "ended by SIGKILL" in ended.why(30)
     assert marked(mark) == []
     assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()

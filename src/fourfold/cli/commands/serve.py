@@ -56,8 +56,6 @@ def level_text(levels: tuple[int, ...]) -> str:
 
 Levels = Annotated[tuple[int, ...], options.value(read_levels, "N,N,...", show_default=level_text)]
 
-# --- serve -----------------------------------------------------------------------------------------------------------
-
 
 @Parameter(name="*", group=Group("Server", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +196,6 @@ def _serve_local(
         sys.stdout.flush()
         os.execvp(command.words[0], command.words)
     return 0
-
-
-# --- bench -----------------------------------------------------------------------------------------------------------
 
 
 def bench(

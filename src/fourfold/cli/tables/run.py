@@ -129,9 +129,6 @@ def _busy(workers: Sequence[Worker]) -> str:
     return busy + (f"; waited at most {waits}" if waits else "")
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------
-
-
 def show_evaluation(console: Console, found: Metrics) -> None:
     """Show metrics.json: source, release and, if there is one, the second release."""
     against = found.against
@@ -169,8 +166,6 @@ def _tasks(found: Metrics) -> Iterator[tuple[str, str]]:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in row.figures.items() if isinstance(value, float))
         yield task, f"{figures} ({row.samples} samples)"
 
-
-# --- verdict -----------------------------------------------------------------------------------------------------
 
 STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from fourfold.serve.probe import Probed
 
 
-# --- serving -----------------------------------------------------------------------------------------------------
-
 BAR_WIDTH = 40
 MILLISECONDS = ("time_to_first_token", "time_per_output_token", "time_between_chunks")
 

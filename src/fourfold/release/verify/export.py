@@ -55,10 +55,9 @@ def verify_export(
         raise FourfoldError("--engine: got no --source, expected OUT: the engine's numbers are compared with OUT's")
     job = None if out is None else open_job(out, ignore)
     if job is not None and record.content and job.content != record.content:
-        raise FourfoldError(
-            f"{out}: {new} was not made from this release: its digest is {job.content[:16]}..., {CONVERSION} has "
-            f"{record.content[:16]}...; give the release that was converted with --source"
-        )
+        digests = f"got digest {job.content[:16]}..., expected {record.content[:16]}... as in {CONVERSION}"
+        fix = "Give the release that was converted with --source"
+        raise FourfoldError(f"{out}: {new} was not made from this release: {digests}. {fix}")
     with hold(new):
         seconds, begin = dict[str, float](), time.perf_counter()
         hashes = {name: hash_file(new / name) for name in visible_files(new) if not name.endswith(DOCUMENT_SUFFIXES)}
@@ -89,9 +88,6 @@ def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Chec
         elif sha256 != wanted[name].sha256:
             problems.append(f"{name} has another sha256 than {CONVERSION}")
     return judge(Level.FILES, HASHES, problems, f"{len(wanted):,} files as `convert` wrote them")
-
-
-# --- beside OUT -----------------------------------------------------------------------------------------------------
 
 
 def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Check]:
@@ -125,9 +121,6 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
     others = sorted(name for name, is_stack in wanted.items() if not is_stack)
     different = [f"{name} is not what OUT makes" for name in others if reading.differs(name)]
     yield judge(Level.SOURCE, OTHERS, different, f"{len(others):,} tensors, bit for bit what OUT makes")
-
-
-# --- in the engine --------------------------------------------------------------------------------------------------
 
 
 def check_engine(new: Path, job: Job, engine: Engine, record: Export) -> Iterator[Check]:
@@ -219,9 +212,7 @@ def check_divergence(answer: Answer, reference: Reference) -> Check:
     values = divergence(reference.likeliest_logprobs, answer.content["logprobs"])
     mean = sum(values) / len(values)
     best = sum(ours == row[0] for ours, row in zip(answer.content["best"], reference.likeliest, strict=True))
-    said = (
-        f"{mean:.2e} nats from OUT on average, {MOST_DIVERGENCE:g} allowed; top-1 agreement {best} of {len(values)} "
-        "positions"
-    )
+    seen = f"{mean:.2e} nats from OUT on average, {MOST_DIVERGENCE:g} allowed"
+    seen += f"; top-1 agreement {best} of {len(values)} positions"
     data = {"mean": mean, "most": max(values), "limit": MOST_DIVERGENCE, "positions": len(values), "same_best": best}
-    return judge(Level.ENGINE, DIVERGENCE, [] if mean <= MOST_DIVERGENCE else [said], said, **data)
+    return judge(Level.ENGINE, DIVERGENCE, [] if mean <= MOST_DIVERGENCE else [seen], seen, **data)

@@ -54,12 +54,10 @@ def compare(name: str, source: Mapping[str, Any], release: Mapping[str, Any], li
     place = first_difference(wanted, found)
     if place is None:
         return judge(Level.ENGINE, name, [], f"{len(wanted)} tokens as the source's")
-    said = (
-        f"token {place + 1} is {found[place]}, the source's {wanted[place]}, whose two best are "
-        f"{margins[place]:.3f} apart"
-    )
-    problems = [said] if margins[place] > 2 * limit else []
-    return judge(Level.ENGINE, name, problems, f"{said}: a near tie, {place} tokens before it are the same")
+    apart = f"whose two best are {margins[place]:.3f} apart"
+    seen = f"token {place + 1} is {found[place]}, the source's {wanted[place]}, {apart}"
+    problems = [seen] if margins[place] > 2 * limit else []
+    return judge(Level.ENGINE, name, problems, f"{seen}: a near tie, {place} tokens before it are the same")
 
 
 def takes_images(release: Release) -> bool:
