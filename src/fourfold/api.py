@@ -2,9 +2,7 @@
 
 An argument has the name, the meaning and the default of the command's option (`fourfold quantize --help`); docstrings
 explain only what differs. A model is a local path or a Hugging Face model ID. `progress` receives every `Event`, from
-several threads; if it is given, the Hub's download bars are shown on stderr too. Mistakes that a user can fix are
-raised as `FourfoldError`, before the first expensive step wherever possible.
-
+several threads, and shows the Hub's download bars on stderr. Mistakes that a user can fix raise `FourfoldError`.
 Imports wait for a call: `import fourfold` stays fast, and works beside an engine without fourfold's dependencies.
 """
 
@@ -133,9 +131,9 @@ def quantize(
     _rehearse(folder, progress)
     from fourfold.quantize.run import quantize as run
 
-    given = memory_bytes is not None or host_bytes is not None
-    taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=given)
-    return run(folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress)
+    strict = memory_bytes is not None or host_bytes is not None
+    machine = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=strict)
+    return run(folder, out, chosen, machine=machine, layers=layers, restart=restart, trace=trace, progress=progress)
 
 
 def evaluate(
@@ -291,10 +289,9 @@ def _family(folder: Path) -> Family:
 def _require_derived(folder: Path, derived: bool) -> None:
     family = _family(folder)
     if family.derived and not derived:
-        raise FourfoldError(
-            f"{folder}: {family.model_type} is not among the architectures that fourfold's tests have (docs/models.md "
-            "lists them). `fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
-        )
+        fix = "`fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
+        problem = f"{family.model_type} is not among the architectures that fourfold's tests have (docs/models.md)"
+        raise FourfoldError(f"{folder}: {problem}. {fix}")
 
 
 def _rehearse(folder: Path, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ class HasJson(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-Result = TypeVar("Result", bound=Mapping[str, Any] | HasJson)
+Result = TypeVar("Result", bound=HasJson)
 
 
 def value(read: Callable[[str], object], metavar: str, **more: Any) -> Parameter:
@@ -212,7 +212,7 @@ class Output:
         with show_progress(console, mode) as progress:
             result = work(progress)
         if self.json:
-            data = result if isinstance(result, Mapping) else result.to_json()
+            data = result.to_json()
             print_json(console, {"kind": kind, "data": data} if kind else data)
         elif not self.quiet:
             show(console, result)

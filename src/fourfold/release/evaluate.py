@@ -93,7 +93,11 @@ def evaluate(
     reporter, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, reporter)
-        drafted = _draft(original, releases, text, compute, reporter) if protocol.drafts else None
+        drafted: list[Drafted | None] | None = None  # each on what it writes itself after the same prompts
+        if protocol.drafts:
+            prompt_RT = drafts.cut_prompts(text.token_RT)
+            checkpoints = (original, *(release.weights for release in releases))
+            drafted = [drafts.measure_drafts(one, prompt_RT, compute, reporter) for one in checkpoints]
     found = Metrics.of(
         *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
         source={"name": source.resolve().name, "headers": original.index.digest},
@@ -200,12 +204,3 @@ def _head(release: Release, head: Head, compute: Compute) -> Head:
     """The release's own head; its matrix is the source's where both are equal, so that one is held."""
     own = release.weights.head(compute.device, compute.dtype)
     return dataclasses.replace(own, weight_VD=head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own
-
-
-def _draft(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
-) -> list[Drafted | None]:
-    """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
-    prompt_RT = drafts.cut_prompts(text.token_RT)
-    checkpoints = (source, *(release.weights for release in releases))
-    return [drafts.measure_drafts(checkpoint, prompt_RT, compute, reporter) for checkpoint in checkpoints]

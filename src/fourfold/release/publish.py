@@ -28,18 +28,7 @@ from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
 from fourfold.records.release import State
 from fourfold.records.results import Verdict
-from fourfold.release.contents import (
-    CARD,
-    CONVERSION,
-    SHARD_SUFFIX,
-    VERDICT,
-    hash_file,
-    loaded_files,
-    named_repo,
-    read_export,
-    visible_files,
-    written_names,
-)
+from fourfold.release import contents
 
 MAIN = "main"
 TAG_DIGITS = 12
@@ -94,26 +83,32 @@ def publish(
     """
     check_repo_id("REPO", repo)
     text, reason = _card_text(out, repo), " ".join(force.split())
-    allowed, there = _allowed(out, include), visible_files(out)
+    allowed, there = _allowed(out, include), contents.visible_files(out)
     with hold(out) if (out / STATE).is_dir() else nullcontext():
-        hashed = {name: _hash(out, name, progress) for name in there if name in allowed}
+        hashed = {}
+        for name in (name for name in there if name in allowed):
+            sha256, size = contents.hash_file(out / name)
+            hashed[name] = PublishedFile(name=name, size_bytes=size, sha256=sha256)
+            progress(Event(kind="stage", stage="publish", text=name))
         problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
         if problems and not reason:
             fix = 'Run `fourfold verify` first, or give --force "REASON", which the card will show'
             raise FourfoldError(f"{out}: not published: {shortened(problems)}. {fix}")
         reason = reason if problems else ""
         card = _card(text, reason)
-        content = card.encode()
-        hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        card_bytes, shards = card.encode(), _recorded(out)[1]
+        hashed[contents.CARD] = PublishedFile(
+            name=contents.CARD, size_bytes=len(card_bytes), sha256=hashlib.sha256(card_bytes).hexdigest()
+        )
         published = Published(
             repo=repo, branch=branch, files=tuple(hashed[name] for name in sorted(hashed)),
             skipped=tuple(name for name in there if name not in allowed), unverified=problems, reason=reason,
-            tag=_tag(out),
+            tag=f"fourfold-{joined_digest(shards)[:TAG_DIGITS]}" if shards else "",
         )  # fmt: skip
         if dry_run:
             return published
-        if content != (out / CARD).read_bytes():
-            write_text(out / CARD, card)
+        if card_bytes != (out / contents.CARD).read_bytes():
+            write_text(out / contents.CARD, card)
         try:
             return _send(out, published, private)
         except FourfoldError:  # a ValueError too
@@ -126,19 +121,21 @@ def _card_text(out: Path, repo: str) -> str:
     """Read the model card. Raises FourfoldError if there is none, or if it is for another repository."""
     if not out.is_dir():
         raise FourfoldError(f"{out}: got no such folder, expected the folder of a release")
-    if not (out / CARD).is_file():
-        raise FourfoldError(f"{out}: got no {CARD}, expected a model card; `fourfold report {out}` writes it")
-    text = (out / CARD).read_text(encoding="utf-8")
-    if named_repo(text) not in (None, repo):
+    if not (out / contents.CARD).is_file():
+        raise FourfoldError(f"{out}: got no {contents.CARD}, expected a model card; `fourfold report {out}` writes it")
+    text = (out / contents.CARD).read_text(encoding="utf-8")
+    if contents.named_repo(text) not in (None, repo):
         fix = f"Try: fourfold report {out} --repo {repo}"
-        raise FourfoldError(f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. {fix}")
+        raise FourfoldError(
+            f"{out / contents.CARD}: its commands are for {contents.named_repo(text)!r}, expected {repo!r}. {fix}"
+        )
     return text
 
 
 def _allowed(out: Path, include: Collection[str]) -> set[str]:
     """Names that may be sent. Raises FourfoldError for a link in OUT, and for an `include` that is no file of it."""
     refuse_links(out)
-    there = visible_files(out)
+    there = contents.visible_files(out)
     for path in (out / name for name in there):
         if path.is_symlink():
             fix = "Remove it, or put the file in its place"
@@ -146,32 +143,28 @@ def _allowed(out: Path, include: Collection[str]) -> set[str]:
     for name in include:
         if name not in there:
             raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
-    return written_names(out, State.find(out / FINISHED)) | set(include)
-
-
-def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
-    sha256, size = hash_file(out / name)
-    progress(Event(kind="stage", stage="publish", text=name))
-    return PublishedFile(name=name, size_bytes=size, sha256=sha256)
+    return contents.written_names(out, State.find(out / FINISHED)) | set(include)
 
 
 def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
     """Why these files, of names that may be sent, are not what verify saw and passed."""
-    verdict = Verdict.find(out / VERDICT)
+    verdict = Verdict.find(out / contents.VERDICT)
     if verdict is None:
-        yield f"there is no {VERDICT}: it was never verified"
+        yield f"there is no {contents.VERDICT}: it was never verified"
         return
     if not verdict.passed:
-        yield f"{VERDICT} says that a check failed"
+        yield f"{contents.VERDICT} says that a check failed"
     if verdict.files is None:
-        yield f"{VERDICT} does not say which files it is about"
+        yield f"{contents.VERDICT} does not say which files it is about"
         return
     record, shards = _recorded(out)
     if joined_digest(shards) != verdict.content:
-        yield f"{record} and {VERDICT} are of different files"
+        yield f"{record} and {contents.VERDICT} are of different files"
     wanted = {**shards, **verdict.files}
-    there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
-    loaded = [name for name in loaded_files(out) if name in allowed]
+    there = [
+        name for name in contents.visible_files(out) if name.endswith(contents.SHARD_SUFFIX)
+    ]  # a stray one too: engines load all
+    loaded = [name for name in contents.loaded_files(out) if name in allowed]
     for name in sorted({*there, *loaded, *(name for name in wanted if name in allowed)}):
         if name not in wanted:
             yield f"{name} was not there when it was verified"
@@ -196,16 +189,10 @@ def _card(text: str, reason: str) -> str:
 
 def _recorded(out: Path) -> tuple[str, dict[str, str]]:
     """The file that has the digests of what engines load, and these: shards of a release; all that `convert` wrote."""
-    if (export := read_export(out)) is not None:
-        return CONVERSION, {name: file.sha256 for name, file in export.files.items()}
+    if (export := contents.read_export(out)) is not None:
+        return contents.CONVERSION, {name: file.sha256 for name, file in export.files.items()}
     state = State.find(out / FINISHED)
     return FINISHED, {name: shard.sha256 for name, shard in state.output.shards.items()} if state else {}
-
-
-def _tag(out: Path) -> str:
-    shards = _recorded(out)[1]
-    content = joined_digest(shards) if shards else ""
-    return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
 
 
 def _send(out: Path, published: Published, private: bool) -> Published:
@@ -219,7 +206,7 @@ def _send(out: Path, published: Published, private: bool) -> Published:
         api.create_branch(repo, branch=branch, exist_ok=True)
     ours = {file.name for file in published.files}
     others = set(api.list_repo_files(repo, revision=branch)) - ours
-    if stale := sorted(name for name in others if name.endswith(SHARD_SUFFIX)):
+    if stale := sorted(name for name in others if name.endswith(contents.SHARD_SUFFIX)):
         raise FourfoldError(
             f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
             "too. Delete them there, or publish to another --branch or REPO"

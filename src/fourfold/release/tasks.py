@@ -36,9 +36,7 @@ def check_tasks(tasks: Tasks) -> str:
 
 
 def command(tasks: Tasks, model: str, tokenizer: Path, results: Path) -> list[str]:
-    """lm-eval's command line: text completions (prompts as the task words them, no chat template), the release's own
-    tokenizer, which tasks scored by likelihood need.
-    """
+    """lm-eval's command line: text completions without a chat template, tokenized as by the release."""
     model_args = {
         "base_url": f"{client.root(tasks.url)}/v1/completions",
         "model": model,

@@ -58,12 +58,9 @@ class Load:
     request_seconds: float
     level_seconds: float
 
-    def requests_at(self, concurrency: int) -> int:
-        return self.requests or max(8, 4 * concurrency)
-
 
 def bench(url: str, load: Load, progress: Progress) -> Bench:
-    """What bench.json says. Raises FourfoldError if no server answers, or for prompts that cannot be read."""
+    """Measure a server. Raises FourfoldError if none answers, or for prompts that cannot be read."""
     prompts = read_prompts(load.prompts)
     return asyncio.run(_bench(client.root(url), load, prompts, progress))
 
@@ -103,7 +100,7 @@ class _Level:
     async def measure(self, prompts: Sequence[Messages]) -> BenchLevel:
         for _ in range(WARMUP):
             await self._send(prompts[-1])
-        count = self.load.requests_at(self.concurrency)
+        count = self.load.requests or max(8, 4 * self.concurrency)
         bodies = islice(cycle(prompts), count)
         before = await client.scrape(self.connection, self.address)
         watcher = asyncio.create_task(self._watch()) if before else None

@@ -23,10 +23,10 @@ OK, TIMED_OUT, CUT, UNREACHED = "ok", "timed out", "cut stream", "no connection"
 
 @dataclass(kw_only=True)
 class Reply:
-    """What came of a chat request. outcome: OK, TIMED_OUT, CUT, UNREACHED or "HTTP 503"; detail: what was said.
+    """Result of a chat request. outcome: OK, TIMED_OUT, CUT, UNREACHED or as "HTTP 503"; detail: of a failure.
 
-    first, last: seconds after it was sent at which the first and the last chunk with text came; gaps: between chunks.
-    Tokens are the server's own count, `usage`: a chunk holds several where drafts were accepted.
+    first, last: seconds until the first and the last chunk with text; gaps: between chunks. Tokens are the server's own
+    count, `usage`: a chunk holds several where drafts were accepted.
     """
 
     outcome: str = CUT

@@ -103,13 +103,10 @@ KV_CACHES = {VLLM: {"fp8": "fp8", "auto": "auto"}, SGLANG: {"fp8": "fp8_e4m3", "
 # Names of the parsers, by model_type: (thinking, tool calls). Where a template writes tool calls as <function=...>, it
 # is qwen3_coder's form whatever the family.
 PARSERS = {
-    ("qwen3_5_moe", VLLM): ("qwen3", "qwen3_coder"),
-    ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
-    ("qwen3_moe", VLLM): ("qwen3", "hermes"),
-    ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
-    ("qwen2_moe", VLLM): ("qwen3", "hermes"),
-    ("qwen2_moe", SGLANG): ("qwen3", "qwen25"),
-}
+    ("qwen3_5_moe", VLLM): ("qwen3", "qwen3_coder"), ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
+    ("qwen3_moe", VLLM): ("qwen3", "hermes"), ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
+    ("qwen2_moe", VLLM): ("qwen3", "hermes"), ("qwen2_moe", SGLANG): ("qwen3", "qwen25"),
+}  # fmt: skip
 XML_CALL, XML_PARSER, THINKING = "<function=", "qwen3_coder", "<think>"
 
 DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as the reference found best
@@ -176,54 +173,34 @@ NO_PARSER = "this version lacks the parser: name another after `--`"
 KNOWN_ISSUES = {  # by engine: a regular expression of its log, the cause with what to do
     VLLM: (
         FP8_CACHE,
-        (
-            r"KeyError: '?[\w.]*experts\.w2_weight",
-            "--quantization moe_wna16 breaks the MTP loader: leave it out, vLLM reads the method from config.json",
-        ),
-        (
-            r"has no parameter 'w2_weight' for checkpoint weight 'mtp\.",
-            'config.json\'s quantization_config.dynamic has no "-:" rule for mtp: `fourfold verify OUT` says which',
-        ),
-        (
-            r"To serve at least one request with the model's max seq len",
-            "the KV cache that fits beside the weights is smaller than one request of this length: a smaller "
-            "--context, --kv-cache fp8, more GPUs (--tp), or --mtp 0",
-        ),
-        (
-            r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
-            "groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups",
-        ),
-        (
-            r"No WNA16 MoE backend supports the deployment configuration",
-            "no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split",
-        ),
-        (
-            r"TypeError: 'function' object is not subscriptable",
-            "prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out",
-        ),
-        (
-            r"max\(\): Expected reduction dim to be specified for input.numel\(\) == 0",
-            "vLLM 0.32 on a CPU stops at the first request that samples with top_k under MTP: --mtp 0, or top_k -1 in "
-            "requests and, where generation_config.json has a top_k, `-- --generation-config vllm`",
-        ),
+        (r"KeyError: '?[\w.]*experts\.w2_weight",
+         "--quantization moe_wna16 breaks the MTP loader: leave it out, vLLM reads the method from config.json"),
+        (r"has no parameter 'w2_weight' for checkpoint weight 'mtp\.",
+         'config.json\'s quantization_config.dynamic has no "-:" rule for mtp: `fourfold verify OUT` says which'),
+        (r"To serve at least one request with the model's max seq len",
+         "the KV cache that fits beside the weights is smaller than one request of this length: a smaller "
+         "--context, --kv-cache fp8, more GPUs (--tp), or --mtp 0"),
+        (r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
+         "groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups"),
+        (r"No WNA16 MoE backend supports the deployment configuration",
+         "no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split"),
+        (r"TypeError: 'function' object is not subscriptable",
+         "prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out"),
+        (r"max\(\): Expected reduction dim to be specified for input.numel\(\) == 0",
+         "vLLM 0.32 on a CPU stops at the first request that samples with top_k under MTP: --mtp 0, or top_k -1 in "
+         "requests and, where generation_config.json has a top_k, `-- --generation-config vllm`"),
         (r"invalid tool call parser:", NO_PARSER),
         (r"Reasoning parser '.*' not found", NO_PARSER),
-        (
-            r"ipc path .* is longer than 107 characters",
-            "the folder for temporary files has too long a name: set TMPDIR to a short one",
-        ),
+        (r"ipc path .* is longer than 107 characters",
+         "the folder for temporary files has too long a name: set TMPDIR to a short one"),
     ),
     SGLANG: (
-        (
-            r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
-            "SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0",
-        ),
-        (
-            r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
-            "gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors",
-        ),
+        (r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
+         "SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0"),
+        (r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
+         "gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors"),
     ),
-}
+}  # fmt: skip
 
 
 def explain(engine: str, log: str) -> list[str]:

@@ -81,8 +81,8 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """pool: of the cache; None where weights leave no room. memory_bytes: for it on each rank; context: that the server
-    is given; exact: memory_bytes is known, else it is an estimate. problems, doubts: what will, and what may not fit.
+    """pool: None where weights leave no room; memory_bytes: on each rank; context: of the server; exact: memory_bytes
+    is no estimate; problems, doubts: what does not fit, and what may not.
     """
 
     split: Split

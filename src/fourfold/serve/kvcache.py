@@ -35,9 +35,7 @@ class Geometry:
     value_dim: int = 0
 
     def token_bytes(self, ranks: int, element_bytes: int) -> int:
-        """Of a token in one attention layer: keys and values. A KV head is copied where there are more ranks, a latent
-        always.
-        """
+        """Keys and values of a token in one attention layer. Ranks beyond the KV heads hold copies."""
         if self.latent:
             return self.latent * element_bytes
         return 2 * max(1, self.kv_heads // ranks) * self.head_dim * element_bytes
@@ -52,9 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmPool:
-    """blocks of block_tokens tokens; request_blocks: what one request of the whole context takes; groups: of layers
-    that share a table of blocks; attention_groups: of those, the ones whose blocks grow with the tokens.
-    """
+    """groups: of layers that share a table of blocks; attention_groups: of these, which grow with the tokens."""
 
     blocks: int
     block_tokens: int
@@ -66,6 +62,7 @@ class VllmPool:
 
     @property
     def request_blocks(self) -> int:
+        """Of one request of the whole context."""
         return self.attention_groups * -(-self.context // self.block_tokens) + self.state_blocks
 
     @property

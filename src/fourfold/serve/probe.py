@@ -21,11 +21,10 @@ MESSAGES = [
 WEATHER = {
     "type": "function",
     "function": {
-        "name": "get_weather",
-        "description": "The weather of a city now.",
+        "name": "get_weather", "description": "The weather of a city now.",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
-}
+}  # fmt: skip
 
 
 class Finding(NamedTuple):

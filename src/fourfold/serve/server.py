@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +108,7 @@ def prepare(
 
 
 def log_file(folder: Path, engine: str) -> Path:
-    """In a release of ours beside its other logs; others' folders are not written to."""
+    """Return the log's place: in a release of ours beside its other logs, else in the current folder."""
     ours = (folder / FINISHED).is_file()
     if ours:
         refuse_links(folder)
@@ -129,8 +129,11 @@ def run(
         log.touch()
     except OSError as error:
         raise FourfoldError(f"{log}: cannot be written ({error.strerror}); name another file with --log") from None
+    # Compiled kernels are kept between starts: only temporary files go with the process.
+    kept = {"XDG_CACHE_HOME": Path.home() / ".cache", "XDG_CONFIG_HOME": Path.home() / ".config"}
+    folders = {name: os.environ.get(name, str(folder)) for name, folder in kept.items()}
     address = command.url
-    with process.start(words, log, _environment(command.environment)) as child, _passing_on(child) as signals:
+    with process.start(words, log, folders | dict(command.environment)) as child, _passing_on(child) as signals:
         if _wait(child, lambda: bool(signals) or _answers(address), limit_seconds) and not signals:
             seconds = child.seconds
             when_ready(seconds, probe(address, command))
@@ -139,13 +142,6 @@ def run(
             return Outcome(failure=_why(command, child, limit_seconds), signal=0)
         _wait(child, lambda: len(signals) > 1, STOP_SECONDS)  # a second signal ends it at once
         return Outcome(failure="", signal=signals[0])
-
-
-def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Compiled kernels are kept between starts: only temporary files go with the process."""
-    home = Path.home()
-    kept = {"XDG_CACHE_HOME": home / ".cache", "XDG_CONFIG_HOME": home / ".config"}
-    return {name: os.environ.get(name, str(folder)) for name, folder in kept.items()} | dict(own)
 
 
 def _wait(child: Child, done: Callable[[], bool], limit_seconds: float) -> bool:

@@ -50,11 +50,9 @@ def read_levels(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
-def level_text(levels: tuple[int, ...]) -> str:
-    return ",".join(map(str, levels))
-
-
-Levels = Annotated[tuple[int, ...], options.value(read_levels, "N,N,...", show_default=level_text)]
+Levels = Annotated[
+    tuple[int, ...], options.value(read_levels, "N,N,...", show_default=lambda levels: ",".join(map(str, levels)))
+]
 
 
 @Parameter(name="*", group=Group("Server", sort_key=1))

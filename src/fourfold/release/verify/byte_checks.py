@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +71,10 @@ class ByteChecker:
         parts = self._parts()
         sizes = Counter(parts.values())
         results, waiting = ByteChecks(), dict[str, dict[str, Piece]]()
-        with _one_thread_each(), ThreadPoolExecutor(WORKERS, thread_name_prefix="verify") as pool:
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # workers run side by side already
+            pool = stack.enter_context(ThreadPoolExecutor(WORKERS, thread_name_prefix="verify"))
             jobs = deque[Future[Inspected | tuple[Problem, ...]]]()
             for block in read_blocks(self.index, parts):
                 while len(jobs) >= MOST_JOBS:
@@ -100,14 +103,14 @@ class ByteChecker:
         return results
 
     def _parts(self) -> dict[str, str]:
-        """Tensor -> projection, of projections that are there with all their tensors as wanted."""
+        """Tensor -> projection, of projections whose tensors are all as expected."""
         wanted = {name: expected for name, expected in self.expected.items() if expected.projection}
-        broken = {part.projection for name, part in wanted.items() if not self._is_sound(name, part)}
+        broken = set()
+        for name, part in wanted.items():
+            header = self.index.headers.get(name)
+            if header is None or header.dtype not in part.dtypes or header.shape != part.shape:
+                broken.add(part.projection)
         return {name: part.projection for name, part in wanted.items() if part.projection not in broken}
-
-    def _is_sound(self, name: str, wanted: Expected) -> bool:
-        header = self.index.headers.get(name)
-        return header is not None and header.dtype in wanted.dtypes and header.shape == wanted.shape
 
     def _count(self, results: ByteChecks, piece: Piece) -> None:
         name = piece.header.name
@@ -150,14 +153,3 @@ class ByteChecker:
             return weight_NK
 
         return inspect(projection, tensors, self.storage, read_source if origin and origin.in_rows and source else None)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Workers run side by side already: torch's own threads inside each would only crowd the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

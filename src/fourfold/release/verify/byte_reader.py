@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Container, Iterator
@@ -51,7 +52,11 @@ def read_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
 
     whole: tensors that are wanted in one piece. Raises FourfoldError for a file that cannot be read to its end.
     """
-    blocks = _all_blocks(index, whole)
+    shards: dict[str, list[TensorHeader]] = {}
+    for header in sorted(index.headers.values(), key=lambda h: (h.shard, h.start_byte, h.end_byte)):
+        shards.setdefault(header.shard, []).append(header)
+    parts = (_shard_blocks(index.folder / shard, headers, whole) for shard, headers in shards.items())
+    blocks = itertools.chain.from_iterable(parts)
 
     def read() -> Block | None:
         return next(blocks, None)
@@ -66,14 +71,6 @@ def read_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
         reader.shutdown(cancel_futures=True)
 
 
-def _all_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
-    shards: dict[str, list[TensorHeader]] = {}
-    for header in index.headers.values():
-        shards.setdefault(header.shard, []).append(header)
-    for shard, headers in sorted(shards.items()):
-        yield from _shard_blocks(index.folder / shard, sorted(headers, key=lambda h: (h.start_byte, h.end_byte)), whole)
-
-
 def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]) -> Iterator[Block]:
     sha = hashlib.sha256()
     ranges = [(0, headers[0].start_byte, []), *_ranges(headers, whole)]
@@ -83,10 +80,7 @@ def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]
             memory = raw_bytes(buffer)
             _fill(file.fileno(), memory, path)
             sha.update(memory)
-            pieces = tuple(
-                Piece(header, first - header.start_byte, buffer[first - start : last - start])
-                for header, first, last in parts
-            )
+            pieces = tuple(Piece(one, a - one.start_byte, buffer[a - start : b - start]) for one, a, b in parts)
             final = place == len(ranges) - 1
             yield Block(path.name, end - start, pieces, sha.hexdigest() if final else "")
 

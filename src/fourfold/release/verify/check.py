@@ -6,26 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fourfold.datatypes import shortened
 from fourfold.records.results import Check, Level, Status, Verdict
 from fourfold.release.contents import VERDICT
-
-SHOWN = 3  # problems that a check's evidence names; the rest is a number
 
 
 def judge(level: Level, name: str, problems: Sequence[str], seen: str, **data: Any) -> Check:
     """A check that passes if there are no problems. seen: its evidence then; else the first problems are."""
     if not problems:
         return Check(level=level, name=name, status=Status.PASS, evidence=seen, data=data)
-    return Check(level=level, name=name, status=Status.FAIL, evidence=listed(problems), data=data)
+    return Check(level=level, name=name, status=Status.FAIL, evidence=shortened(problems), data=data)
 
 
 def skip(level: Level, name: str, reason: str) -> Check:
     return Check(level=level, name=name, status=Status.NOT_RUN, evidence=reason)
-
-
-def listed(problems: Sequence[str]) -> str:
-    more = len(problems) - SHOWN
-    return "; ".join(problems[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def passed(levels: Sequence[Level], checks: Sequence[Check]) -> bool:

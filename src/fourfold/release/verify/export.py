@@ -124,9 +124,7 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
 
 
 def check_engine(new: Path, job: Job, engine: Engine, record: Export) -> Iterator[Check]:
-    """The next token's distribution at each position of a text, beside what OUT gives; of llama.cpp its tokenizer, and
-    greedy text with drafts.
-    """
+    """Compare next-token distributions with OUT's; of llama.cpp its tokenizer and greedy text with drafts, too."""
     reference = (job.release and job.release.reference) or made_reference(job)
     files = [name for name in sorted(record.files) if name.endswith(".gguf")]
     request: dict[str, Any] = {

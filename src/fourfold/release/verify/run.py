@@ -52,14 +52,11 @@ def verify(
             facts = None if data is None else convert(data, EngineFacts)
             checks += ran
             seconds["engine"] = time.perf_counter() - begin
+        digests = {name: hash_file(out / name)[0] for name in loaded_files(out)}
         return write_verdict(
-            *(out, model, engine, checks),
-            content=release.state.output.content,
-            files={name: hash_file(out / name)[0] for name in loaded_files(out)},
-            engine=facts,
-            bytes_read=bytes_read,
-            seconds=seconds,
-        )
+            out, model, engine, checks, content=release.state.output.content, files=digests, engine=facts,
+            bytes_read=bytes_read, seconds=seconds,
+        )  # fmt: skip
 
 
 def check_bytes(release: Release, origin: Source | None, progress: Progress) -> tuple[list[Check], int]:
@@ -70,13 +67,9 @@ def check_bytes(release: Release, origin: Source | None, progress: Progress) -> 
     around = [files.check_config(release, expected), files.check_sidecars(release, model)]
     if index is None:
         return [first, *around, *files.without_index(), *(source.without_index() if origin else ())], 0
-    checker = ByteChecker(
-        index=index,
-        expected=expected,
-        storage=Storage(format=release.format, scheme=release.recipe.scheme),
-        source=None if origin is None else origin.index,
-        origins={} if origin is None else origin.origins,
-    )
+    storage = Storage(format=release.format, scheme=release.recipe.scheme)
+    beside, origins = (None, {}) if origin is None else (origin.index, origin.origins)
+    checker = ByteChecker(index=index, expected=expected, storage=storage, source=beside, origins=origins)
     total = sum(header.size_bytes for header in index.headers.values())
     results = checker.run(_byte_progress(progress, total))
     checks = [first, files.check_tensors(release, index, expected), *around]

@@ -79,9 +79,7 @@ def request(folder: Path, prompts: Sequence[Sequence[int]], **options: Any) -> d
 
 
 def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> Iterator[Check]:
-    """kl_mean: of the release against the source, as quantize measured it on held-out text; None if it did not.
-    reference: its text must be the last prompt.
-    """
+    """kl_mean: of the release as quantize measured it, None if it did not; reference: its text is the last prompt."""
     first = runs.drafting or runs.plain
     started = next((answer for answer in (first, runs.plain) if answer.failure), None)
     if started is not None:
@@ -148,9 +146,7 @@ def check_written(answer: Answer) -> Check:
 
 
 def engine_noise(content: Mapping[str, Any]) -> tuple[float, float]:
-    """Mean and maximum difference of log-probabilities of the same tokens after the same text, decoded in a batch and
-    scored as a prompt on their own: what the engine's numbers are good for.
-    """
+    """Mean and maximum difference of log-probabilities of the same tokens, decoded in a batch and scored as prompts."""
     return differences(content["logprobs"], content["logprobs_again"])
 
 
@@ -225,8 +221,7 @@ def check_scores(plain: Mapping[str, Any], source: Mapping[str, Any], kl_mean: f
 def check_reference(plain: Mapping[str, Any], reference: Reference | None) -> Check:
     """Log-probabilities of the last prompt's tokens against those that quantize stored of the release itself.
 
-    It needs no source. Twice what kernels that round activations and the engine's own noise make of it is allowed; of
-    the most likely tokens it is only said how many are the same.
+    Needs no source. Allowed is twice the error of kernels that round activations and the engine's own noise.
     """
     if reference is None:
         return skip(ENGINE, STORED, f"no {REFERENCE}: a version of fourfold made the release that did not write it")
