@@ -32,10 +32,10 @@ def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Ma
 
 @contextmanager
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Child]:
-    """Start a command in a session of its own; where the block is left, it and everything it started is ended.
+    """Start a command in a session of its own; the end of the block ends it and all its descendants.
 
-    log: gets its stdout and stderr. environment: in addition to ours; TMPDIR and the caches under XDG folders are a
-    fresh folder that is removed. No descendant is left alive, and what they alone had mapped in /dev/shm is unlinked.
+    log: receives its stdout and stderr. environment: in addition to ours; TMPDIR and the XDG folders are a fresh folder
+    that is removed. Files in /dev/shm that only descendants had mapped are unlinked.
     """
     scratch = Path(tempfile.mkdtemp(prefix="fourfold-", dir=SCRATCH))
     folders = {name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}

@@ -246,10 +246,9 @@ def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
         return "chat", "messages"
     if "text" in names:
         return "text", "text"
-    raise FourfoldError(
-        f"--calibration {path}: got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`. "
-        "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
-    )
+    fix = "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
+    got = f"got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`"
+    raise FourfoldError(f"--calibration {path}: {got}. {fix}")
 
 
 def _field_names(path: Path) -> list[str]:

@@ -35,8 +35,8 @@ NAME_SOURCE = "Name the checkpoint that was quantized with --source"
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is measured on. text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens
-    of each; drafts: whether draft heads are run; replace: a measurement on more predictions may be replaced by it.
+    """text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens of each; drafts: run
+    draft heads; replace: overwrite a measurement on more predictions.
     """
 
     text: Path | None = None
@@ -71,11 +71,10 @@ def evaluate(
 ) -> Metrics:
     """Measure the release in `out`, and a second one, against the BF16 checkpoint in `source`; write OUT/metrics.json.
 
-    dtype: of the arithmetic between the layers; engines run in BF16. Returns what is in metrics.json
-    (docs/evaluation.md); its parts that this call does not measure are kept.
-    Raises FourfoldError, before the first layer, for a release that is partial or unfinished, of another source, of a
-    quantization that is not read, calibrated on the text, or measured on more of it already; for a server that does not
-    answer.
+    dtype: of the arithmetic between the layers; engines run in BF16. Returns the content of metrics.json
+    (docs/evaluation.md); parts that this call does not measure are kept. Raises FourfoldError, before the first layer,
+    for a release that is unfinished, of another source, in an unknown format, calibrated on the text, or measured on
+    more of it already; for a server that does not answer.
     """
     check_device(device)
     refuse_links(out)

@@ -232,10 +232,9 @@ def _check_arrived(api: HfApi, published: Published, commit: str) -> None:
     for file in published.files:
         found = there.get(file.name)
         if found is None or found.size != file.size_bytes or (found.lfs and found.lfs.sha256 != file.sha256):
-            what = "is not there" if found is None else f"has {found.size:,} bytes, or others"
-            raise FourfoldError(
-                f"{published.repo}: {file.name} {what} after the upload, {file.size_bytes:,} were sent; publish again"
-            )
+            got = "is not there" if found is None else f"has {found.size:,} bytes, or others"
+            sent = f"{file.size_bytes:,} were sent. Publish again"
+            raise FourfoldError(f"{published.repo}: {file.name} {got} after the upload, {sent}")
 
 
 def _explain(error: Exception, repo: str) -> str:

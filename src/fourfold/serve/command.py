@@ -280,10 +280,10 @@ def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: 
         if flag in given:
             yield f"{flag} after `--`: use {option}, on which other values depend"
     if engine.name == VLLM and given & {"--quantization", "-q"}:
-        yield (
-            "--quantization must not be passed to vLLM: it reads the method from config.json, and moe_wna16 stops at "
-            "KeyError experts.w2_weight in the MTP loader"
+        cause = (
+            "it reads the method from config.json, and moe_wna16 stops at KeyError experts.w2_weight in the MTP loader"
         )
+        yield f"--quantization must not be passed to vLLM: {cause}"
     family = FAMILIES.get(served.model_type)
     if family is not None and engine.name in family.refuse:
         other = VLLM if engine.name == SGLANG else SGLANG

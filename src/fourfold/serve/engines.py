@@ -31,9 +31,8 @@ def version_text(found: Version) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """launch: words before the folder, the first of which is replaced by the interpreter when run; flags: setting ->
-    spellings; known: versions that these facts were looked at in, oldest first; image: of its containers; cpu_image:
-    the same for a machine without a GPU, "" where none is published.
+    """launch: words before the folder, to be shown; module: the same after the interpreter; flags: setting ->
+    spellings; known: versions that these facts are of, oldest first; image, cpu_image: of containers, "" for none.
     """
 
     name: str

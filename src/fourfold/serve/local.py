@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,18 +56,15 @@ def read_sizes(paths: Sequence[Path]) -> FileSizes:
     blocks = number("block_count")
     recurrent = fields.get(f"{name}.attention.recurrent_layers")
     full = blocks - (sum(recurrent.contents()) if recurrent else 0)
-    experts: dict[int, int] = {}
+    experts = Counter[int]()
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:
         if match := EXPERT_STACK.match(tensor.name):
-            experts[int(match[1])] = experts.get(int(match[1]), 0) + int(tensor.n_bytes)
-    return FileSizes(
-        weight_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
-        expert_bytes=experts,
-        kv_values=full * number("attention.head_count_kv")
-        * (number("attention.key_length") + number("attention.value_length")),
-        longest=number("context_length"),
-    )  # fmt: skip
+            experts[int(match[1])] += int(tensor.n_bytes)
+    weight_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+    values = number("attention.head_count_kv") * (number("attention.key_length") + number("attention.value_length"))
+    longest = number("context_length")
+    return FileSizes(weight_bytes=weight_bytes, expert_bytes=experts, kv_values=full * values, longest=longest)
 
 
 def place(sizes: FileSizes, room_bytes: int, context: int | None, kv_bytes: float) -> tuple[int, int]:

@@ -59,10 +59,9 @@ class Served:
 
 
 def open_served(folder: Path, name: str = "") -> Served:
-    """Read a checkpoint's files but for its weights; any maker's, as model/weights.py reads them.
+    """Read any maker's checkpoint but for its weights. name: for clients, by default the folder's own.
 
-    name: what clients call it, the folder's own name by default. Raises FourfoldError for a folder that is no such
-    checkpoint, is not whole, or is quantized in a way that fourfold does not know.
+    Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
     raw = read_config(folder)
     weights = Weights.open(folder)

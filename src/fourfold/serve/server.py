@@ -75,10 +75,8 @@ def choose_engine(python: Path | None, *, starts: bool, container: bool) -> str:
     found = None if container else next((name for name in ENGINES if find_python(name, python)), None)
     if found is None and (starts or python is not None) and not container:
         where = f"in {python}" if python else "for any Python on PATH"
-        raise FourfoldError(
-            f"--engine: neither {' nor '.join(ENGINES)} is installed {where}. Name the interpreter of an engine's "
-            "environment with --python, or see the command with --print"
-        )
+        fix = "Name the interpreter of an engine's environment with --python, or see the command with --print"
+        raise FourfoldError(f"--engine: neither {' nor '.join(ENGINES)} is installed {where}. {fix}")
     return found or VLLM
 
 

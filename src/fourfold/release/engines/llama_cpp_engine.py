@@ -85,12 +85,9 @@ def tokenize(server: Any, text: str) -> list[int]:
 
 def draft(request: dict[str, Any]) -> dict[str, Any]:
     found = complete(start(request, drafts=True), request["tokens"], CONTINUED)
-    counted = found["timings"]
-    return {
-        "drafted": found["tokens"],
-        "draft_tokens": counted["draft_n"],
-        "accepted_tokens": counted["draft_n_accepted"],
-    }
+    counts = found["timings"]
+    drafts = {"draft_tokens": counts["draft_n"], "accepted_tokens": counts["draft_n_accepted"]}
+    return {"drafted": found["tokens"]} | drafts
 
 
 def main() -> None:

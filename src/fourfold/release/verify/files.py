@@ -20,7 +20,7 @@ from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
 from fourfold.release.verify.rules import config_problems
 
 FILES = Level.FILES
-AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # what cannot be looked at without a sound index
+AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # checks that need a sound index
 
 
 def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
@@ -32,10 +32,8 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
         return judge(FILES, "index", [str(error)], ""), None
     headers = index.headers.values()
     size = sum(header.size_bytes for header in headers)
-    problems = []
-    if not path.is_file():
-        problems.append(f"no {INDEX_NAME}; engines find shards by it")
-    else:
+    problems = [] if path.is_file() else [f"no {INDEX_NAME}; engines find shards by it"]
+    if path.is_file():
         metadata = read_object(path).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != size:
@@ -45,10 +43,6 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
     problems += [f"{name} is no shard of the index; engines load every *.safetensors" for name in stray]
     seen = f"{len(index.headers):,} tensors in {len(shards):,} shards, each key once, {size:,} bytes"
     return judge(FILES, "index", problems, seen, tensors=len(index.headers), tensor_bytes=size), index
-
-
-def without_index() -> Iterator[Check]:
-    return (skip(FILES, name, "the index is not sound") for name in AFTER_INDEX)
 
 
 def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:

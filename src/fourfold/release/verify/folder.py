@@ -33,9 +33,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """state: fourfold.json; raw: config.json; format: as its quantization_config has it; reference: None in releases of
-    versions that wrote none.
-    """
+    """state: fourfold.json; raw: config.json; format: of its quantization_config; reference: None in old releases."""
 
     folder: Path
     state: State
@@ -98,11 +96,7 @@ class Release:
 
 
 def open_release(folder: Path) -> Release:
-    """Read what a finished release says of itself.
-
-    Raises FourfoldError for a folder that holds none: not finished or being written, a trial, another recipe's
-    recipe.toml, a quantization that fourfold does not write, a reference.json that is none.
-    """
+    """Read a finished release but for its weights. Raises FourfoldError for any other folder, and damaged files."""
     state = require_release(folder)
     recipe = load_recipe(str(folder / "recipe.toml"))
     recipe_digest = state.identity.recipe

@@ -66,7 +66,9 @@ def check_bytes(release: Release, origin: Source | None, progress: Progress) -> 
     expected = release.expected({} if index is None else index.headers)
     around = [files.check_config(release, expected), files.check_sidecars(release, model)]
     if index is None:
-        return [first, *around, *files.without_index(), *(source.without_index() if origin else ())], 0
+        names = {Level.FILES: files.AFTER_INDEX, Level.SOURCE: source.AFTER_INDEX if origin else ()}
+        skipped = [skip(level, name, "the index is not sound") for level in names for name in names[level]]
+        return [first, *around, *skipped], 0
     storage = Storage(format=release.format, scheme=release.recipe.scheme)
     beside, origins = (None, {}) if origin is None else (origin.index, origin.origins)
     checker = ByteChecker(index=index, expected=expected, storage=storage, source=beside, origins=origins)

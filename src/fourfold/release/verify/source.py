@@ -28,6 +28,7 @@ TOLERANCE = 1e-4  # of a logged weight error, relative
 # gate and up, 3.6 for down with a target that compensates for earlier layers' errors. A destroyed expert had 9 to 37.
 MOST_OVER_RTN = 6.0
 SOURCE = Level.SOURCE
+AFTER_INDEX = ("complete", KEPT, SPLIT, ERRORS, OVER_RTN)  # checks that need a sound index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +102,6 @@ def check_source(
     yield _check_over_rtn(results)
 
 
-def without_index() -> Iterator[Check]:
-    return (skip(SOURCE, name, "the index is not sound") for name in ("complete", KEPT, SPLIT, ERRORS, OVER_RTN))
-
-
 def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
     problems, wanted = [], {name for name, part in expected.items() if part.projection in source.origins}
     for name, origin in source.origins.items():
@@ -147,8 +144,9 @@ def _check_errors(release: Release, source: Source, results: ByteChecks) -> Chec
 def _check_over_rtn(results: ByteChecks) -> Check:
     """No projection may be destroyed, whatever its log says."""
     found = {one.name.rstrip("."): one.error_over_rtn for one in results.inspected if one.error_over_rtn is not None}
-    problems = [f"{name}: weight error is {over:.1f} times RTN's, expected at most {MOST_OVER_RTN:g}; quantize again"
-                for name, over in sorted(found.items(), key=lambda item: -item[1]) if over > MOST_OVER_RTN]  # fmt: skip
+    worst = sorted((name for name in found if found[name] > MOST_OVER_RTN), key=lambda name: -found[name])
+    expected = f"expected at most {MOST_OVER_RTN:g}; quantize again"
+    problems = [f"{name}: weight error is {found[name]:.1f} times RTN's, {expected}" for name in worst]
     most = max(found, key=lambda name: found[name], default="")
     seen = f"at most {found[most]:.2f} times RTN's ({most})" if found else "no projection could be compared"
     return judge(SOURCE, OVER_RTN, problems, seen)

@@ -32,9 +32,7 @@ ENGINE = Level.ENGINE
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """drafting: None if the release has no draft head; source: None if there is none to compare with; no_image: why no
-    prompt with an image was run.
-    """
+    """drafting: None without a draft head; source: None without --source; no_image: why no image prompt was run."""
 
     plain: Answer
     drafting: Answer | None
@@ -43,9 +41,7 @@ class Runs:
 
 
 def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
-    """Start the engine up to three times: the release with MTP, without, the source. Stops at the first that fails; a
-    release that fails with a prompt with an image is tried once more without.
-    """
+    """Run the release with MTP, without, and the source, until one fails. With an image a failure is retried without."""
     drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
     if drafting is not None and drafting.failure:
         return Runs(plain=drafting, drafting=drafting, source=None)
@@ -106,11 +102,10 @@ def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> It
 
 
 def _check_image(runs: Runs, kl_mean: float | None) -> Check:
-    reason = runs.no_image or ("fourfold.json has no divergence to judge by" if kl_mean is None else "")
+    if runs.no_image or kl_mean is None:
+        return skip(ENGINE, IMAGE, runs.no_image or "fourfold.json has no divergence to judge by")
     if runs.source is None or runs.source.failure:
-        reason = reason or "the source did not run"
-    if reason or runs.source is None or kl_mean is None:
-        return skip(ENGINE, IMAGE, reason)
+        return skip(ENGINE, IMAGE, "the source did not run")
     limit = score_limit(kl_mean, engine_noise(runs.plain.content)[0])
     return compare(IMAGE, runs.source.content["image"], runs.plain.content["image"], limit)
 
@@ -168,10 +163,9 @@ def check_ties(plain: Mapping[str, Any], drafting: Mapping[str, Any]) -> Check:
         margin = plain["margins"][row][place]
         ties += 1
         if margin > 2 * noise:  # either of the two may be off by it
-            problems.append(
-                f"prompt {row + 1}: token {place + 1} is {theirs[place]} with MTP and {ours[place]} without, where the "
-                f"two best are {margin:.3f} apart and the engine's noise is {noise:.3f}"
-            )
+            apart = f"the two best are {margin:.3f} apart and the engine's noise is {noise:.3f}"
+            tokens = f"{theirs[place]} with MTP and {ours[place]} without"
+            problems.append(f"prompt {row + 1}: token {place + 1} is {tokens}, where {apart}")
     count = len(plain["tokens"])
     seen = f"{count - ties} of {count} sequences the same, {ties} differ from a near tie on (noise {noise:.3f} at most)"
     return judge(ENGINE, TIES, problems, seen, sequences=count, near_ties=ties, noise=noise)
@@ -180,14 +174,12 @@ def check_ties(plain: Mapping[str, Any], drafting: Mapping[str, Any]) -> Check:
 def check_accepted(drafting: Mapping[str, Any]) -> Check:
     """The engine's own counters. No accepted draft means that the head is there and knows nothing."""
     counters = drafting["drafts"]
-    drafts, accepted, by_position = counters["drafts"], counters["accepted_tokens"], counters["accepted_by_position"]
-    problems = []
-    if not drafts:
-        problems.append("no token was drafted")
-    elif not accepted:
-        problems.append(f"0 of {counters['draft_tokens']:,} draft tokens accepted: the draft head is missing or wrong")
-    shares = ", ".join(f"{count / max(drafts, 1):.1%}" for count in by_position)
-    seen = f"{accepted:,} of {counters['draft_tokens']:,} in {drafts:,} drafts; by position {shares}"
+    drafts, tokens, accepted = (counters[name] for name in ("drafts", "draft_tokens", "accepted_tokens"))
+    problems = [] if drafts else ["no token was drafted"]
+    if drafts and not accepted:
+        problems = [f"0 of {tokens:,} draft tokens accepted: the draft head is missing or wrong"]
+    shares = ", ".join(f"{count / max(drafts, 1):.1%}" for count in counters["accepted_by_position"])
+    seen = f"{accepted:,} of {tokens:,} in {drafts:,} drafts; by position {shares}"
     return judge(ENGINE, ACCEPTED, problems, seen, **counters)
 
 
