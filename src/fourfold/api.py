@@ -181,15 +181,10 @@ def evaluate(
     from fourfold.release.evaluate import evaluate as run
     from fourfold.release.tasks import Tasks
 
-    return run(
-        Path(out),
-        _download(source, progress),
-        protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace),
-        against=None if against is None else _download(against, progress),
-        tasks=Tasks(names=tuple(tasks), url=url) if url else None,
-        device=device,
-        progress=progress,
-    )
+    protocol = Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace)
+    model, second = _download(source, progress), None if against is None else _download(against, progress)
+    benchmarks = Tasks(names=tuple(tasks), url=url) if url else None
+    return run(Path(out), model, protocol=protocol, against=second, tasks=benchmarks, device=device, progress=progress)
 
 
 def verify(

@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
         terminated = isinstance(stopped, errors.Terminated)
         say(console, " ".join(["Terminated." if terminated else "Interrupted.", *getattr(stopped, "__notes__", ())]))
         return errors.TERMINATED if terminated else errors.INTERRUPTED
-    except BrokenPipeError:  # as of `| head`: what is left has no reader
+    except BrokenPipeError:  # as of `| head`: the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.CHECK_FAILED
     except Exception as error:

@@ -1,7 +1,4 @@
-"""Options that several commands share, one definition each, and how the values of options are read.
-
-A dataclass is a group of options: a field is an option, its docstring the help.
-"""
+"""Options that several commands share, and how their values are read. A dataclass is a group, a field an option."""
 
 from __future__ import annotations
 
@@ -229,10 +226,7 @@ class EventOutput(Output):
 
 
 def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
-    """Kind and field of a calibration file: conversations if it has `messages`, else plain text from `text`.
-
-    Raises FourfoldError if it has neither, or is of another kind.
-    """
+    """Kind and field of a calibration file: `messages` (chat), else `text`. Raises FourfoldError for other files."""
     from fourfold.recipe import FILE_KINDS
 
     if path.suffix not in FILE_KINDS:

@@ -18,7 +18,7 @@ from fourfold.datatypes import Event, ignore
 from fourfold.datatypes import Progress as Callback
 from fourfold.units import clock_text
 
-PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
+PACE_LAYERS = 4  # the remaining time is the mean over these layers: a period of 3 linear attentions and 1 full one
 BAR_WIDTH = 20  # columns: with the longest stage and its figures a line has fewer than 80
 STAGES = {  # what a stage is called where its own name says too little
     "rehearse": "rehearsing a small copy",
@@ -92,10 +92,7 @@ class Pace:
 
 
 def layer_line(event: Event, pace: Pace, width: int = PIPE_WIDTH) -> str:
-    """One finished layer on one line, with as many figures as fit into `width` columns.
-
-    data: hidden_error, router_agreement (as "routing"), memory_bytes are shown where given.
-    """
+    """One finished layer on one line, with as many figures as fit into `width` columns."""
     data = event.data
     remaining = f", {clock_text(pace.remaining_seconds)} left" if pace.remaining_seconds else ""
     line = f"layer {event.layer + 1}/{event.layers}  {clock_text(pace.layer_seconds)}{remaining}"

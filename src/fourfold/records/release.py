@@ -28,10 +28,7 @@ class Identity(Struct, frozen=True, kw_only=True):
 
 
 class Settings(Struct, frozen=True):
-    """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has.
-
-    threads: of each worker; devices: of the workers, and a CPU without BF16 instructions is named as such.
-    """
+    """Sizes that decide the order of sums, fixed at the first start. threads: of each worker; devices: of all."""
 
     batches: Batches
     threads: int
@@ -102,7 +99,7 @@ class Output(Struct, frozen=True):
 
 
 class GuidedLayer(Struct, frozen=True):
-    """Shares of the error: that guidance was predicted to leave, and that it left by input site."""
+    """Shares of the error that remain under guidance: as predicted, and as measured by input site."""
 
     layer: Count
     predicted: float

@@ -211,14 +211,11 @@ def _send(out: Path, published: Published, private: bool) -> Published:
             f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
             "too. Delete them there, or publish to another --branch or REPO"
         )
+    names = [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)]
     done = api.upload_folder(
-        repo_id=repo,
-        folder_path=out,
-        revision=branch,
-        allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)],
-        ignore_patterns=[".*", "*/.*"],
+        repo_id=repo, folder_path=out, revision=branch, allow_patterns=names, ignore_patterns=[".*", "*/.*"],
         commit_message=f"Release {published.tag}".strip(),
-    )
+    )  # fmt: skip
     _check_arrived(api, published, done.oid)
     if published.tag:
         api.create_tag(repo, tag=published.tag, revision=done.oid, exist_ok=True)

@@ -146,17 +146,17 @@ class _Level:
                 self.usage.append(now.value("cache_usage"))
 
 
-def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
+def summarize(concurrency: int, sent: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
     """Figures of a level, but for the server's own. seconds: it took; spent: of this process's CPU."""
     good = [reply for reply in replies if reply.ok]
     output = sum(reply.output_tokens for reply in good)
     per_token = [each for reply in good if (each := reply.seconds_per_token) is not None]
     failures = Counter(reply.outcome for reply in replies if not reply.ok)
-    if asked > len(replies):
-        failures["not answered in time"] = asked - len(replies)
+    if sent > len(replies):
+        failures["not answered in time"] = sent - len(replies)
     details = {reply.outcome: reply.detail for reply in replies if not reply.ok}
     return BenchLevel(
-        concurrency=concurrency, seconds=seconds, requests=Requests(asked, len(good), dict(failures), details),
+        concurrency=concurrency, seconds=seconds, requests=Requests(sent, len(good), dict(failures), details),
         prompt_tokens=sum(reply.prompt_tokens for reply in good), output_tokens=output,
         output_tokens_per_second=output / seconds, time_to_first_token=quantiles([reply.first for reply in good]),
         time_per_output_token=quantiles(per_token),

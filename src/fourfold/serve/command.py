@@ -263,7 +263,7 @@ def _compact(value: object) -> str:
 
 
 def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ...]) -> Iterator[str]:
-    """Words for settings; what the user gives the engine directly is left out here."""
+    """Words for settings, but for flags that the user gives the engine directly."""
     given = {word.partition("=")[0] for word in extra}
     for setting, value in settings.items():
         flag = engine.flag(setting, at)

@@ -1,4 +1,4 @@
-"""What will fit: how a checkpoint is split over GPUs, and the KV cache left after its weights."""
+"""What fits: how a checkpoint is split over GPUs, and the KV cache beside its weights."""
 
 from __future__ import annotations
 

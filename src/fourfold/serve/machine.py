@@ -1,4 +1,4 @@
-"""The machine that is to serve: its GPUs, as nvidia-smi tells. No CUDA context of ours may lie in their memory."""
+"""The GPUs of this machine, from nvidia-smi: a CUDA context of ours would take memory from the server."""
 
 from __future__ import annotations
 

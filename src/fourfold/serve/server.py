@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
 
 def installed(python: Path, engine: str) -> tuple[Version, bool]:
-    """The engine's version, and whether our plugin is in its environment. Raises FourfoldError if it cannot be told."""
+    """Return the engine's version, and whether its environment has our plugin. Raises FourfoldError if unknown."""
     words = [str(python), "-c", PROBE, engine]
     done = subprocess.run(words, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     if done.returncode:

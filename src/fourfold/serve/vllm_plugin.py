@@ -12,6 +12,7 @@ Imports nothing else of fourfold: installed without its dependencies in vLLM's e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -66,13 +67,10 @@ def read_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -2 <= value <= 2:  # nan is in no range
-        raise ValueError(f"{PENALTY} is {text!r}: a number from -2 to 2 is wanted")
-    return value
+    with contextlib.suppress(ValueError):
+        if -2 <= (value := float(text)) <= 2:
+            return value
+    raise ValueError(f"{PENALTY} is {text!r}: a number from -2 to 2 is wanted")
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -110,10 +108,8 @@ def _hook_requests(defaults: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _import(module: str) -> Any:
-    try:
+    with contextlib.suppress(ImportError):
         return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 def _with_defaults(make: Callable[..., Any], defaults: Mapping[str, Any]) -> Callable[..., Any]:

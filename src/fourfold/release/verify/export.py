@@ -36,7 +36,7 @@ LOADS, DIVERGENCE, TOKENS, DRAFTS = "starts", "KL divergence", "tokenizer", "sam
 MOST_DIVERGENCE = 0.02
 ROUNDING = 1e-6  # of log-probabilities in reference.json
 SCRIPTS = {"llama.cpp": "llama_cpp_engine.py", "mlx": "mlx_engine.py"}
-CANDIDATES = 200  # most likely tokens that llama.cpp is asked for: all of a reference's should be among them
+CANDIDATES = 200  # most likely tokens requested of llama.cpp: all of a reference's should be among them
 TEXT_CHARACTERS = 20_000
 NEAR_TIE = 0.05  # nats between the two best tokens: kernels for several tokens at a time sum in another order
 # Combining marks, which the expressions of two tokenizers treat differently; digits, spaces, contractions.
@@ -69,13 +69,12 @@ def verify_export(
             progress(Event(kind="stage", stage="engine"))
             checks += check_engine(new, job, engine, record)
             seconds["engine"] = time.perf_counter() - begin
+        content = {name: sha256 for name, (sha256, _) in hashes.items() if name in record.files}
+        beside = {name: sha256 for name, (sha256, _) in hashes.items() if name not in DOCUMENTS}
         return write_verdict(
-            *(new, job, engine, checks),
-            content=joined_digest({name: sha256 for name, (sha256, _) in hashes.items() if name in record.files}),
-            files={name: sha256 for name, (sha256, _) in hashes.items() if name not in DOCUMENTS},
+            new, job, engine, checks, content=joined_digest(content), files=beside, seconds=seconds,
             bytes_read=sum(size for _, size in hashes.values()),
-            seconds=seconds,
-        )
+        )  # fmt: skip
 
 
 def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Check:

@@ -28,8 +28,7 @@ def check_image(
 ) -> Check:
     """The same greedy tokens as the source's, up to a place where the source's two best are within 2 x `limit`.
 
-    limit: how far log-probabilities may be apart; engine: where logs go and how long it may take. Not run where it
-    cannot be: no vision, no source, a format that transformers does not read, too little memory.
+    limit: how far log-probabilities may be apart; engine: its logs and time limit are used.
     """
     reason = _why_not(release, source)
     if reason or source is None:

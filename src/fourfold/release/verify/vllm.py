@@ -41,7 +41,7 @@ class Runs:
 
 
 def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
-    """Run the release with MTP, without, and the source, until one fails. With an image a failure is retried without."""
+    """Run the release with MTP, without, and the source, until one fails. An image that fails it is retried without."""
     drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
     if drafting is not None and drafting.failure:
         return Runs(plain=drafting, drafting=drafting, source=None)
@@ -133,7 +133,7 @@ def _started(answer: Answer) -> str:
 
 
 def check_written(answer: Answer) -> Check:
-    """Target and draft: no element that the loader left as it was, no scale that is zero or missing."""
+    """Target and draft: the loader wrote every element, and no scale is zero or missing."""
     loads: Mapping[str, Any] = answer.content["loads"]
     problems = [f"{model}: {problem}" for model, load in loads.items() for problem in load_problems(load)]
     wrote = (f"{load['parameters']:,} of {model} ({load['elements']:,} elements)" for model, load in loads.items())
