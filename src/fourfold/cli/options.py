@@ -200,10 +200,7 @@ class Output:
     def present(
         self, work: Callable[[Progress], Result], show: Callable[[Console, Result], None], kind: str = ""
     ) -> Result:
-        """Do the work with a progress display, print its result and return it.
-
-        kind: if given, JSON has a line for each event, and the result as the last one's `data`.
-        """
+        """Do the work with a progress display, print its result and return it. kind: of the result, among events."""
         console = open_console()
         mode = OutputMode.JSON if self.json and kind else OutputMode.QUIET if self.silent else choose_mode(console)
         with show_progress(console, mode) as progress:

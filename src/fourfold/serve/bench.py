@@ -46,9 +46,7 @@ CARD: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """concurrency: requests at one time, one level after another; requests: of a level, None: 4 times as many, at least
-    8; prompts: a .txt or .jsonl file, None: built in. limits in seconds: of a request, and of a level.
-    """
+    """requests: of a level, None for 4 times its concurrency, at least 8; prompts: a file, None for built-in ones."""
 
     concurrency: tuple[int, ...]
     requests: int | None
@@ -177,10 +175,7 @@ def quantiles(values: Sequence[float]) -> Quantiles | None:
 
 
 def read_prompts(path: Path | None) -> list[Messages]:
-    """Conversations up to the answer that is wanted: of a .jsonl with `messages` or `text`, or the lines of a .txt.
-
-    Raises FourfoldError, with the record's number, for a file that cannot be read so.
-    """
+    """Read a .jsonl with `messages` (without a last answer) or `text`, or lines of a .txt. Raises FourfoldError."""
     place = path or BUILT_IN
     try:
         lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
