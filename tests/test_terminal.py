@@ -213,14 +213,16 @@ def test_choose_mode() -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_json_is_printed_although_quiet_is_asked_for(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    def work(report: Any) -> dict[str, Any]:
+    result = types.SimpleNamespace(to_json=lambda: {"a": 1})
+
+    def work(report: Any) -> types.SimpleNamespace:
         report(Event(kind="note", text="a note"))
-        return {"a": 1}
+        return result
 
     EventOutput(json=True, quiet=quiet).present(work, no_table, kind="summary")
     note, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert (note["text"], summary) == ("a note", {"kind": "summary", "data": {"a": 1}})
-    assert Output(json=True, quiet=quiet).present(work, no_table) == {"a": 1}
+    assert Output(json=True, quiet=quiet).present(work, no_table) is result
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
