@@ -32,7 +32,7 @@ SMALL = {
     "quantize.streams": {"SLAB_ELEMENTS": 1009},
     "release.compare": {"CHUNK_BYTES": 8 * 3001},
     "release.drafts": {"HEAD_ROWS": 5},
-    "release.verify.passage": {"BLOCK_BYTES": 100_003},
+    "release.verify.byte_reader": {"BLOCK_BYTES": 100_003},
 }
 
 

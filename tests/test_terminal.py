@@ -64,14 +64,14 @@ def test_time_left_is_the_mean_of_the_last_solved_layers() -> None:
     pace = Pace(clock)
     for layer in range(3):
         run_layer(pace.follow, clock, layer, 1, solved=False)
-    assert (pace.layer_seconds, pace.left_seconds) == (1, None)
+    assert (pace.layer_seconds, pace.remaining_seconds) == (1, None)
     for layer, seconds in ((3, 50), (4, 10), (5, 10), (6, 10), (7, 30)):
         run_layer(pace.follow, clock, layer, seconds)
         assert pace.layer_seconds == seconds
-    assert pace.left_seconds == 15 * 2
+    assert pace.remaining_seconds == 15 * 2
     for layer in (8, 9):
         run_layer(pace.follow, clock, layer, 20)
-    assert pace.left_seconds == 0
+    assert pace.remaining_seconds == 0
 
 
 def test_the_sweep_before_the_loop_has_layers_of_its_own() -> None:
@@ -86,7 +86,7 @@ def test_the_sweep_before_the_loop_has_layers_of_its_own() -> None:
         clock.now += 30
     assert printed(to).splitlines() == ["guidance, forward", "guidance, backward"]
     run_layer(pace.follow, clock, 0, 5, layers=2)
-    assert (pace.layer_seconds, pace.left_seconds) == (5, 5)
+    assert (pace.layer_seconds, pace.remaining_seconds) == (5, 5)
 
 
 def test_speed_is_that_of_the_stage() -> None:
@@ -213,14 +213,16 @@ def test_choose_mode() -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_json_is_printed_although_quiet_is_asked_for(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    def work(report: Any) -> dict[str, Any]:
+    result = types.SimpleNamespace(to_json=lambda: {"a": 1})
+
+    def work(report: Any) -> types.SimpleNamespace:
         report(Event(kind="note", text="a note"))
-        return {"a": 1}
+        return result
 
     EventOutput(json=True, quiet=quiet).present(work, no_table, kind="summary")
     note, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert (note["text"], summary) == ("a note", {"kind": "summary", "data": {"a": 1}})
-    assert Output(json=True, quiet=quiet).present(work, no_table) == {"a": 1}
+    assert Output(json=True, quiet=quiet).present(work, no_table) is result
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 

@@ -2,9 +2,7 @@
 
 An argument has the name, the meaning and the default of the command's option (`fourfold quantize --help`); docstrings
 explain only what differs. A model is a local path or a Hugging Face model ID. `progress` receives every `Event`, from
-several threads; if it is given, the Hub's download bars are shown on stderr too. Mistakes that a user can fix are
-raised as `FourfoldError`, before the first expensive step wherever possible.
-
+several threads, and shows the Hub's download bars on stderr. Mistakes that a user can fix raise `FourfoldError`.
 Imports wait for a call: `import fourfold` stays fast, and works beside an engine without fourfold's dependencies.
 """
 
@@ -118,7 +116,7 @@ def quantize(
     out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
     folder = _check(model, chosen, devices, out)
     if folder is not None:
-        _require_asked(folder, derived)
+        _require_derived(folder, derived)
     from fourfold.distributed.devices import Machine, expand_devices, under_torchrun
     from fourfold.quantize.summary import finished_already
 
@@ -129,13 +127,13 @@ def quantize(
             return done
     expand_devices(devices)
     folder = folder or _download(model, progress)
-    _require_asked(folder, derived)
+    _require_derived(folder, derived)
     _rehearse(folder, progress)
     from fourfold.quantize.run import quantize as run
 
-    given = memory_bytes is not None or host_bytes is not None
-    taken = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=given)
-    return run(folder, out, chosen, machine=taken, layers=layers, restart=restart, trace=trace, progress=progress)
+    strict = memory_bytes is not None or host_bytes is not None
+    machine = Machine(devices=devices, memory_bytes=memory_bytes, host_bytes=host_bytes, strict=strict)
+    return run(folder, out, chosen, machine=machine, layers=layers, restart=restart, trace=trace, progress=progress)
 
 
 def evaluate(
@@ -183,15 +181,10 @@ def evaluate(
     from fourfold.release.evaluate import evaluate as run
     from fourfold.release.tasks import Tasks
 
-    return run(
-        Path(out),
-        _download(source, progress),
-        protocol=Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace),
-        against=None if against is None else _download(against, progress),
-        tasks=Tasks(names=tuple(tasks), url=url) if url else None,
-        device=device,
-        progress=progress,
-    )
+    protocol = Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace)
+    model, second = _download(source, progress), None if against is None else _download(against, progress)
+    benchmarks = Tasks(names=tuple(tasks), url=url) if url else None
+    return run(Path(out), model, protocol=protocol, against=second, tasks=benchmarks, device=device, progress=progress)
 
 
 def verify(
@@ -221,7 +214,7 @@ def verify(
     from fourfold.formats import EXPORTS
     from fourfold.interpreter import require_python
     from fourfold.model.config import check_model, read_config
-    from fourfold.quantize.journal import check_checkpoint, require_release
+    from fourfold.quantize.journal import STATE, check_checkpoint, require_release
     from fourfold.release.contents import read_export
 
     record = read_export(Path(out))
@@ -235,19 +228,20 @@ def verify(
         check_model(source)
     elif source is not None:
         check_checkpoint(source, whole=True)
-    found = None  # the engine is looked for first: a missing one must cost neither a download nor a read
-    if engine is not None:
-        found = require_python(engine, python)
-    from fourfold.release.verify.run import Asked
-    from fourfold.release.verify.run import verify as run
+    from fourfold.release.verify.engine import Engine
 
-    asked = None if engine is None or found is None else Asked(name=engine, python=found, limit_seconds=timeout * 60)
+    runner = None
+    if engine is not None:  # looked for first: a missing engine must cost neither a download nor a read
+        found = require_python(engine, python)
+        runner = Engine(name=engine, python=found, logs=Path(out) / STATE, limit_seconds=timeout * 60)
     model = None if source is None else _download(source, progress)
     if record is not None:
         from fourfold.release.verify.export import verify_export
 
-        return verify_export(Path(out), record, out=model, engine=asked, progress=progress)
-    return run(Path(out), model=model, engine=asked, progress=progress)
+        return verify_export(Path(out), record, out=model, engine=runner, progress=progress)
+    from fourfold.release.verify.run import verify as run
+
+    return run(Path(out), model=model, engine=runner, progress=progress)
 
 
 def _recipe(recipe: Recipe | str | Path, samples: int | None, sequence_length: int | None) -> Recipe:
@@ -287,13 +281,12 @@ def _family(folder: Path) -> Family:
     return find_family(read_source_config(folder), folder / CONFIG)
 
 
-def _require_asked(folder: Path, derived: bool) -> None:
+def _require_derived(folder: Path, derived: bool) -> None:
     family = _family(folder)
     if family.derived and not derived:
-        raise FourfoldError(
-            f"{folder}: {family.model_type} is not among the architectures that fourfold's tests have (docs/models.md "
-            "lists them). `fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
-        )
+        fix = "`fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
+        problem = f"{family.model_type} is not among the architectures that fourfold's tests have (docs/models.md)"
+        raise FourfoldError(f"{folder}: {problem}. {fix}")
 
 
 def _rehearse(folder: Path, progress: Progress) -> None:

@@ -1,7 +1,6 @@
-"""A Python process with limits of CPU time and memory, for work that a stranger's text decides.
+"""A Python process with limits of CPU time and memory, for regular expressions and chat templates of a checkpoint.
 
-A regular expression or a chat template of a checkpoint can run for ever or exhaust memory, and nothing inside this
-process can stop it. Limits of CPU time, not of time: a busy machine does not break an honest request.
+These can run for ever or exhaust memory, and nothing inside this process can stop them.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ class Confined:
         """Why the child has ended."""
         code = self._process.wait()
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
         if code == -signal.SIGXCPU:
             return f"it takes more than {self._limits.cpu_seconds:g} s of CPU time"
         if last.startswith("MemoryError") or code == -signal.SIGKILL:

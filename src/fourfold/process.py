@@ -10,8 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,48 +23,19 @@ TAIL_LINES = 15
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a child ended. returncode: minus the signal if one ended it; log: its stdout and stderr, kept."""
-
-    returncode: int
-    timed_out: bool
-    seconds: float
-    log: Path
-
-    @property
-    def ok(self) -> bool:
-        return self.returncode == 0 and not self.timed_out
-
-    def why(self, limit_seconds: float) -> str:
-        """What went wrong, with the log's first error and last lines."""
-        if self.timed_out:
-            said = f"no answer within {limit_seconds:,.0f} s: ended with all its processes"
-        elif self.returncode < 0:
-            said = f"ended by {signal.Signals(-self.returncode).name} after {self.seconds:,.0f} s"
-        else:
-            said = f"exit code {self.returncode} after {self.seconds:,.0f} s"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        # An engine's last line often says only that it failed; the first error says why.
-        first = next((line.strip() for line in lines if "Error:" in line), "")
-        tail = lines[-TAIL_LINES:]
-        head = [f"first error: {first}"] if first and first not in (line.strip() for line in tail) else []
-        return "\n".join([said, *head, f"last lines of {self.log}:", *(f"  {line}" for line in tail)])
-
-
-def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Mapping[str, str]) -> Ended:
+def run(command: Sequence[str], log: Path, limit_seconds: float, environment: Mapping[str, str]) -> Child:
     """Run a command until it ends, or end it with everything it started. Arguments as of `start`."""
     with start(command, log, environment) as child:
-        timed_out = not child.wait(limit_seconds)
-    return child.ended(timed_out)
+        child.timed_out = not child.wait(limit_seconds)
+    return child
 
 
 @contextmanager
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Child]:
-    """Start a command in a session of its own; where the block is left, it and everything it started is ended.
+    """Start a command in a session of its own; the end of the block ends it and all its descendants.
 
-    log: gets its stdout and stderr. environment: in addition to ours; TMPDIR and the caches under XDG folders are a
-    fresh folder that is removed. No descendant is left alive, and what they alone had mapped in /dev/shm is unlinked.
+    log: receives its stdout and stderr. environment: in addition to ours; TMPDIR and the XDG folders are a fresh folder
+    that is removed. Files in /dev/shm that only descendants had mapped are unlinked.
     """
     scratch = Path(tempfile.mkdtemp(prefix="fourfold-", dir=SCRATCH))
     folders = {name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
@@ -75,13 +45,9 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
             try:
                 with _undisturbed():
                     process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env={**os.environ, **folders, **environment},
-                        start_new_session=True,
-                    )
+                        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                        env={**os.environ, **folders, **environment}, start_new_session=True,
+                    )  # fmt: skip
                     child = Child(process, log)
                 yield child
             finally:
@@ -94,7 +60,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals that end this process wait until the block is done: what it does must be whole, whoever is impatient."""
+    """Delay signals that would end this process until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread
         return
@@ -110,10 +76,10 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Child:
-    """A process in a session of its own, and all that it started."""
+    """A process in a session of its own, and all that it started. log: its stdout and stderr, kept."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.log = log
+        self.log, self.timed_out = log, False
         self._process, self._family, self._began = process, _Family(process.pid), time.monotonic()
         self._looked = 0.0
 
@@ -122,7 +88,7 @@ class Child:
         return time.monotonic() - self._began
 
     def running(self) -> bool:
-        """Whether it has not ended by itself. To be asked now and then: also takes note of who is there."""
+        """Return whether it has not ended. Call it regularly: it records the descendants, too."""
         if self._process.poll() is not None:
             return False
         if time.monotonic() - self._looked > LOOK_SECONDS:
@@ -131,7 +97,7 @@ class Child:
         return True
 
     def wait(self, limit_seconds: float) -> bool:
-        """Wait for its own end. Returns whether it came before the limit."""
+        """Wait for its end. Returns whether it came before the limit."""
         deadline = time.monotonic() + limit_seconds
         while self.running():
             if time.monotonic() > deadline:
@@ -140,20 +106,34 @@ class Child:
         return True
 
     def signal(self, number: int) -> None:
-        """Pass a signal on, to the process itself alone; it knows how to tell the others."""
+        """Send a signal to the process alone, which passes it on."""
         if self._process.poll() is None:
-            self._family.look()  # once it has ended, who belonged to it could not be told any more
+            self._family.look()  # its descendants cannot be found once it has ended
             self._process.send_signal(number)
 
     def end(self) -> None:
-        """End it with everything it started. Of no effect where all have ended."""
+        """End it with everything it started."""
         self._family.end()
         self._process.wait()
 
-    def ended(self, timed_out: bool = False) -> Ended:
-        """How it ended, once it has."""
-        assert self._process.returncode is not None
-        return Ended(returncode=self._process.returncode, timed_out=timed_out, seconds=self.seconds, log=self.log)
+    @property
+    def ok(self) -> bool:
+        return self._process.returncode == 0 and not self.timed_out
+
+    def why(self, limit_seconds: float) -> str:
+        """Return what went wrong, once it has ended, with the log's first error and last lines."""
+        code = self._process.returncode
+        if self.timed_out:
+            failure = f"no answer within {limit_seconds:,.0f} s: ended with all its processes"
+        else:
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            failure = f"{how} after {self.seconds:,.0f} s"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # An engine's last line often says only that it failed; the first error says why.
+        first = next((line.strip() for line in lines if "Error:" in line), "")
+        tail = lines[-TAIL_LINES:]
+        head = [f"first error: {first}"] if first and first not in (line.strip() for line in tail) else []
+        return "\n".join([failure, *head, f"last lines of {self.log}:", *(f"  {line}" for line in tail)])
 
 
 class _Family:
@@ -181,13 +161,13 @@ class _Family:
             _signal(member, signal.SIGTERM)
         _, stubborn = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
         self._look_at_session()
-        for member in {*stubborn, *(member for member in self._members if member.is_running())}:
+        for member in {*stubborn, *filter(psutil.Process.is_running, self._members)}:
             _signal(member, signal.SIGKILL)
         psutil.wait_procs(list(self._members), timeout=GRACE_SECONDS)
-        left = {path for path in self._shared if path.exists()}
-        if left:
+        remaining = {path for path in self._shared if path.exists()}
+        if remaining:
             held = {path for process in psutil.process_iter() for path in _shared_memory(process.pid)}
-            for path in left - held:
+            for path in remaining - held:
                 path.unlink(missing_ok=True)
 
     def _look_at_session(self) -> None:
@@ -203,21 +183,16 @@ class _Family:
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)  # psutil makes sure that the pid is still the same process
-    except psutil.NoSuchProcess:
-        return
 
 
 def _shared_memory(pid: int) -> set[Path]:
     """Files under /dev/shm that a process has mapped or open."""
     found: set[str] = set()
-    try:
+    with suppress(OSError):  # ended, or another user's
         for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
             if str(SHARED_MEMORY) in line:
                 found.add(line[line.index(str(SHARED_MEMORY)) :])
-        for handle in Path(f"/proc/{pid}/fd").iterdir():
-            found.add(os.readlink(handle))
-    except OSError:
-        pass  # ended, or another user's
+        found.update(map(os.readlink, Path(f"/proc/{pid}/fd").iterdir()))
     return {Path(name) for name in found if name.startswith(f"{SHARED_MEMORY}/") and not name.endswith(" (deleted)")}

@@ -334,7 +334,7 @@ def test_what_is_there_already(hub: Hub, verified: Path) -> None:
     hub.branches = {"main": {"model-00001-of-00009.safetensors": b"of another release"}}
     assert "has 1 shards of another release on main" in refused(verified)
     hub.branches = {"main": {}}
-    assert "public, --private was asked for" in refused(verified, private=True)
+    assert "expected a private one" in refused(verified, private=True)
     assert hub.branches == {"main": {}}
 
 

@@ -101,7 +101,7 @@ def test_a_server_that_dies() -> None:
     stand_in = StandIn()
     with serving(stand_in):
         pass
-    with pytest.raises(FourfoldError, match="wanted a running server"):
+    with pytest.raises(FourfoldError, match="expected a running server"):
         bench(stand_in.url, load(), lambda event: None)
 
 
@@ -166,9 +166,9 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.jsonl", '{"text": "a"}\n{', "record 2 is no prompt"),
-        ("a.jsonl", '{"prompt": "a"}', "record 1 is no prompt"),
-        ("a.jsonl", '{"messages": [{"role": "assistant"}]}', "record 1 is no prompt"),
+        ("a.jsonl", '{"text": "a"}\n{', "record 2: not a prompt"),
+        ("a.jsonl", '{"prompt": "a"}', "record 1: not a prompt"),
+        ("a.jsonl", '{"messages": [{"role": "assistant"}]}', "record 1: not a prompt"),
         ("a.txt", "\n", "holds no prompt"),
     ],
 )

@@ -146,7 +146,7 @@ def test_as_many_gpus_as_divide_the_groups(count: int, ranks: int) -> None:
 
 def test_groups_that_do_not_divide() -> None:
     (problem,) = make(machine=gpus(8, 80), ranks=8).problems
-    assert "no whole groups of 128" in problem
+    assert "not divisible by group size 128" in problem
     assert "--tp 4" in problem
     assert not make(machine=gpus(8, 80), ranks=8, extra=("--enable-expert-parallel",)).problems
     assert not make(changed(OURS, group_size=64), gpus(8, 80), ranks=8).problems
@@ -205,7 +205,7 @@ def test_the_users_words_for_the_engine_count() -> None:
 )
 def test_words_that_have_an_option(word: str, option: str) -> None:
     (problem,) = make(extra=(word, "9")).problems
-    assert f"take {option}" in problem
+    assert f"use {option}" in problem
 
 
 def test_fp8_on_ampere_and_after() -> None:
@@ -292,7 +292,7 @@ def test_docker_publishes_on_the_address_asked_for(host: str, published: str) ->
     with pytest.raises(FourfoldError, match=r"--host: got 'box\.lan', expected an IP address"):
         make(host="box.lan").docker(OURS.folder)
     (problem,) = make(extra=("--host", "0.0.0.0")).problems
-    assert "take --host" in problem
+    assert "use --host" in problem
 
 
 def test_docker_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deployments import LARGE
-from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Budget, Geometry, SglangPool, sglang_pool, vllm_pool
+from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Geometry, SglangPool, sglang_pool, vllm_pool
 
 GIB = 2**30
 # The example model, and one of two layers whose linear attention is twice as wide.
@@ -31,8 +31,8 @@ def test_vllm_as_it_reported(
     geometry: Geometry, ranks: int, elements: int, drafts: int, prefix: bool, wanted: tuple[int, int, int]
 ) -> None:
     """vLLM 0.32.0 on a CPU with 1 GiB and a context of 512: block size, blocks, tokens, each exact."""
-    budget = Budget(memory_bytes=GIB, ranks=ranks, element_bytes=elements, drafts=drafts, context=512)
-    pool = vllm_pool(geometry, budget, align=CPU_ALIGN, prefix_caching=prefix)
+    budget = dict(memory_bytes=GIB, ranks=ranks, element_bytes=elements, drafts=drafts, context=512)
+    pool = vllm_pool(geometry, **budget, align=CPU_ALIGN, prefix_caching=prefix)
     assert (pool.block_tokens, pool.blocks, pool.tokens) == wanted
 
 
@@ -40,8 +40,8 @@ def test_vllm_as_it_reported(
     ("elements", "drafts", "block_tokens", "megabytes"), [(1, 2, 1072, 6.04), (1, 0, 1056, 5.41), (2, 2, 544, 6.13)]
 )
 def test_vllm_blocks_of_the_reference_machine(elements: int, drafts: int, block_tokens: int, megabytes: float) -> None:
-    budget = Budget(memory_bytes=3_620_000_000, ranks=4, element_bytes=elements, drafts=drafts, context=200_000)
-    pool = vllm_pool(LARGE, budget, align=GPU_ALIGN, prefix_caching=True)
+    budget = dict(memory_bytes=3_620_000_000, ranks=4, element_bytes=elements, drafts=drafts, context=200_000)
+    pool = vllm_pool(LARGE, **budget, align=GPU_ALIGN, prefix_caching=True)
     assert pool.block_tokens == block_tokens
     assert pool.block_bytes / 1e6 == pytest.approx(megabytes, abs=0.005)
 
@@ -50,8 +50,8 @@ def test_vllm_pool_of_the_reference_machine() -> None:
     """The card's 160,800 tokens are 150 rounds of 4 groups of 1,072: 600 to 603 blocks."""
     block_bytes = 6_037_504
     for blocks in (600, 603):
-        budget = Budget(memory_bytes=blocks * block_bytes, ranks=4, element_bytes=1, drafts=2, context=200_000)
-        pool = vllm_pool(LARGE, budget, align=GPU_ALIGN, prefix_caching=True)
+        budget = dict(memory_bytes=blocks * block_bytes, ranks=4, element_bytes=1, drafts=2, context=200_000)
+        pool = vllm_pool(LARGE, **budget, align=GPU_ALIGN, prefix_caching=True)
         assert (pool.blocks, pool.groups, pool.tokens_by_groups) == (blocks, 4, 160_800)
         assert pool.request_blocks == 199
     assert pool.tokens == pytest.approx(606_000, rel=0.001)
@@ -59,8 +59,8 @@ def test_vllm_pool_of_the_reference_machine() -> None:
 
 
 def test_sglang_pool_of_the_reference_machine() -> None:
-    budget = Budget(memory_bytes=4_025_221_120, ranks=4, element_bytes=1, drafts=0, context=262_144)
-    pool = sglang_pool(LARGE, budget, strategy="no_buffer", old=True)
+    budget = dict(memory_bytes=4_025_221_120, ranks=4, element_bytes=1, drafts=0)
+    pool = sglang_pool(LARGE, **budget, strategy="no_buffer", old=True)
     assert pool == SglangPool(tokens=415_184, slots=118, running=39)
 
 
@@ -69,14 +69,20 @@ def test_sglang_of_today() -> None:
     slot, total = 30 * LARGE.state_bytes(4, 0), 4_025_221_120
     plain = sglang_pool(
         LARGE,
-        Budget(memory_bytes=total, ranks=4, element_bytes=1, drafts=0, context=1),
+        memory_bytes=total,
+        ranks=4,
+        element_bytes=1,
+        drafts=0,
         strategy="no_buffer",
         old=False,
     )
     assert (plain.slots, plain.tokens) == (117, (total - 117 * slot) // 5120)
     drafting = sglang_pool(
         LARGE,
-        Budget(memory_bytes=total, ranks=4, element_bytes=1, drafts=4, context=1),
+        memory_bytes=total,
+        ranks=4,
+        element_bytes=1,
+        drafts=4,
         strategy="extra_buffer",
         old=False,
     )
@@ -88,11 +94,12 @@ def test_sglang_of_today() -> None:
 def test_attention_alone() -> None:
     """No states: blocks of the kernel's own size, one group, any number of requests."""
     geometry = Geometry(attention=4, linear=0, kv_heads=4, head_dim=128)
-    budget = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=0, context=1000)
-    pool = vllm_pool(geometry, budget, align=GPU_ALIGN, prefix_caching=True)
+    budget = dict(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=0, context=1000)
+    pool = vllm_pool(geometry, **budget, align=GPU_ALIGN, prefix_caching=True)
     assert (pool.block_tokens, pool.groups, pool.request_blocks) == (16, 1, 63)
     assert pool.blocks == GIB // (4 * 16 * 2 * 4 * 128 * 2)
-    assert sglang_pool(geometry, budget, strategy="no_buffer", old=False).running is None
+    unlimited = sglang_pool(geometry, GIB, ranks=1, element_bytes=2, drafts=0, strategy="no_buffer", old=False)
+    assert unlimited.running is None
 
 
 def test_more_ranks_than_kv_heads_keep_a_copy_each() -> None:
@@ -100,11 +107,11 @@ def test_more_ranks_than_kv_heads_keep_a_copy_each() -> None:
 
 
 def test_the_longest_request_fits_and_one_block_more_does_not() -> None:
-    budget = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=512)
-    longest = vllm_pool(TINY, budget, align=CPU_ALIGN, prefix_caching=False).longest
+    budget = dict(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=512)
+    longest = vllm_pool(TINY, **budget, align=CPU_ALIGN, prefix_caching=False).longest
     for tokens, fits in ((longest, True), (longest + 1, False)):
-        again = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=tokens)
-        pool = vllm_pool(TINY, again, align=CPU_ALIGN, prefix_caching=False)
+        again = dict(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=tokens)
+        pool = vllm_pool(TINY, **again, align=CPU_ALIGN, prefix_caching=False)
         assert (pool.request_blocks <= pool.blocks) is fits
 
 
@@ -115,6 +122,6 @@ def test_kinds_of_layers_that_are_nearly_as_many_are_padded() -> None:
             attention=attention, linear=linear, kv_heads=2, head_dim=64, conv=4, key_heads=2, key_dim=64, value_heads=4,
             value_dim=64,
         )  # fmt: skip
-        budget = Budget(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=0, context=512)
-        pool = vllm_pool(geometry, budget, align=CPU_ALIGN, prefix_caching=False)
+        budget = dict(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=0, context=512)
+        pool = vllm_pool(geometry, **budget, align=CPU_ALIGN, prefix_caching=False)
         assert (pool.block_bytes, pool.groups) == (size * 256 * 512, groups)

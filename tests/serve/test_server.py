@@ -110,7 +110,7 @@ def test_it_ends_before_it_is_ready(tmp_path: Path) -> None:
     outcome = server.run(command(), fake(tmp_path, FAILS), tmp_path / "log", 20, lambda *_: pytest.fail("not ready"))
     assert "exit code 1" in outcome.failure
     assert "first error: ValueError: FP8 KV cache" in outcome.failure
-    assert "known: below compute capability 8.9" in outcome.failure
+    assert "known issue: below compute capability 8.9" in outcome.failure
 
 
 def test_it_is_never_ready(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_port_that_is_taken() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(FourfoldError, match="take another with --port"):
+        with pytest.raises(FourfoldError, match="use another with --port"):
             server.check_port("127.0.0.1", other.getsockname()[1])
 
 

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from inspect import getdoc
-from typing import TYPE_CHECKING, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console, ConsoleOptions
@@ -78,13 +78,8 @@ def help_of(entry: HelpEntry) -> str:
     return " ".join(parts)
 
 
-class Texts(TypedDict):
-    help: str
-    help_epilogue: str
-
-
-def texts(docstring: str | None) -> Texts:
-    """What stands above the options of a command and below them: its description; its examples and the exit codes."""
+def texts(docstring: str | None) -> dict[str, Any]:
+    """Return a command's help above its options (the description) and below them (examples and exit codes)."""
     description, _, rest = (docstring or "").partition("\n\nExamples:\n")
     examples = [f"  {line.strip()}" for line in rest.strip().splitlines()]
     return {
@@ -157,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
         terminated = isinstance(stopped, errors.Terminated)
         say(console, " ".join(["Terminated." if terminated else "Interrupted.", *getattr(stopped, "__notes__", ())]))
         return errors.TERMINATED if terminated else errors.INTERRUPTED
-    except BrokenPipeError:  # as of `| head`: what is left has no reader
+    except BrokenPipeError:  # as of `| head`: the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.CHECK_FAILED
     except Exception as error:

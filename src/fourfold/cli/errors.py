@@ -7,14 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cyclopts import CycloptsError
-from cyclopts.exceptions import (
-    CoercionError,
-    MissingArgumentError,
-    UnknownCommandError,
-    UnknownOptionError,
-    UnusedCliTokensError,
-)
+from cyclopts import CycloptsError, exceptions
 
 from fourfold.cli.console import plain
 from fourfold.datatypes import nearest
@@ -53,20 +46,20 @@ def usage_error(error: CycloptsError) -> str:
 
 def _problem(error: CycloptsError) -> str:
     argument = error.argument
-    if isinstance(error, UnknownCommandError) and error.unused_tokens and error.app:
+    if isinstance(error, exceptions.UnknownCommandError) and error.unused_tokens and error.app:
         word = error.unused_tokens[0]
         return f"No such {'option' if word.startswith('-') else 'command'}: {word!r}.{nearest(word, [*error.app])}"
-    if isinstance(error, UnknownOptionError):
+    if isinstance(error, exceptions.UnknownOptionError):
         word = (error.token.keyword or error.token.value).partition("=")[0]
         known = [name for one in error.argument_collection for name in one.names]
         return f"No such option: {word!r}.{nearest(word, known)}"
-    if isinstance(error, UnusedCliTokensError):
+    if isinstance(error, exceptions.UnusedCliTokensError):
         return f"Unexpected argument: {' '.join(error.unused_tokens or ())!r}."
-    if isinstance(error, MissingArgumentError) and argument:
+    if isinstance(error, exceptions.MissingArgumentError) and argument:
         kind = "option" if argument.name.startswith("-") else "argument"
         given = error.keyword or argument.tokens
         return f"{argument.name}: got no value." if given else f"Missing {kind} {argument.name!r}."
-    if isinstance(error, CoercionError) and argument and error.token:
+    if isinstance(error, exceptions.CoercionError) and argument and error.token:
         text, choices = error.token.value, argument.get_choices()
         if choices:
             return f"{argument.name}: got {text!r}, expected one of {', '.join(choices)}.{nearest(text, choices)}"

@@ -1,16 +1,13 @@
-"""Options that several commands share, one definition each, and how the values of options are read.
-
-A dataclass is a group of options: a field is an option, its docstring the help.
-"""
+"""Options that several commands share, and how their values are read. A dataclass is a group, a field an option."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -35,10 +32,7 @@ class HasJson(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-Result = TypeVar("Result", bound=Mapping[str, Any] | HasJson)
-
-
-# --- how values are read -----------------------------------------------------------------------------------------
+Result = TypeVar("Result", bound=HasJson)
 
 
 def value(read: Callable[[str], object], metavar: str, **more: Any) -> Parameter:
@@ -121,8 +115,6 @@ def read_file(text: str) -> Path:
     return Path(text)
 
 
-# --- arguments and options ---------------------------------------------------------------------------------------
-
 ExistingFile = Annotated[Path, value(read_file, "FILE")]
 OutputFile = Annotated[Path, Parameter(metavar="FILE")]
 ModelId = Annotated[str, Parameter(metavar="MODEL")]
@@ -185,6 +177,10 @@ class RunOptions:
     layers: Annotated[range | None, value(read_layers, "A-B")] = None
     """Trial run: quantize only layers A to B, counted from 0. The output is marked partial."""
 
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of api.plan and api.quantize."""
+        return {"devices": self.devices, "layers": self.layers, **asdict(self.memory)}
+
 
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True, kw_only=True)
@@ -204,16 +200,13 @@ class Output:
     def present(
         self, work: Callable[[Progress], Result], show: Callable[[Console, Result], None], kind: str = ""
     ) -> Result:
-        """Do the work with a progress display, print its result and return it.
-
-        kind: if given, JSON has a line for each event, and the result as the last one's `data`.
-        """
+        """Do the work with a progress display, print its result and return it. kind: of the result, among events."""
         console = open_console()
         mode = OutputMode.JSON if self.json and kind else OutputMode.QUIET if self.silent else choose_mode(console)
         with show_progress(console, mode) as progress:
             result = work(progress)
         if self.json:
-            data = result if isinstance(result, Mapping) else result.to_json()
+            data = result.to_json()
             print_json(console, {"kind": kind, "data": data} if kind else data)
         elif not self.quiet:
             show(console, result)
@@ -229,14 +222,8 @@ class EventOutput(Output):
     """Print events as JSON lines, the result last."""
 
 
-# --- a calibration file ------------------------------------------------------------------------------------------
-
-
 def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
-    """Kind and field of a calibration file: conversations if it has `messages`, else plain text from `text`.
-
-    Raises FourfoldError if it has neither, or is of another kind.
-    """
+    """Kind and field of a calibration file: `messages` (chat), else `text`. Raises FourfoldError for other files."""
     from fourfold.recipe import FILE_KINDS
 
     if path.suffix not in FILE_KINDS:
@@ -250,10 +237,9 @@ def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
         return "chat", "messages"
     if "text" in names:
         return "text", "text"
-    raise FourfoldError(
-        f"--calibration {path}: got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`. "
-        "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
-    )
+    fix = "For others write a recipe with [[calibration.sources]] and `fields`: start from `fourfold recipe show best`"
+    got = f"got the fields {', '.join(names) or '(none)'}, expected `messages` or `text`"
+    raise FourfoldError(f"--calibration {path}: {got}. {fix}")
 
 
 def _field_names(path: Path) -> list[str]:

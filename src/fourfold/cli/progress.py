@@ -18,7 +18,7 @@ from fourfold.datatypes import Event, ignore
 from fourfold.datatypes import Progress as Callback
 from fourfold.units import clock_text
 
-PACE_LAYERS = 4  # time left is the mean of so many layers: a period of 3 linear attentions and 1 full one
+PACE_LAYERS = 4  # the remaining time is the mean over these layers: a period of 3 linear attentions and 1 full one
 BAR_WIDTH = 20  # columns: with the longest stage and its figures a line has fewer than 80
 STAGES = {  # what a stage is called where its own name says too little
     "rehearse": "rehearsing a small copy",
@@ -68,10 +68,10 @@ class Pace:
         self._solved = False
         self._recent: deque[float] = deque(maxlen=PACE_LAYERS)
         self.layer_seconds = 0.0
-        self.left_seconds: float | None = None
+        self.remaining_seconds: float | None = None
 
     def follow(self, event: Event) -> None:
-        """Record one event. A "layer" event updates `layer_seconds` and `left_seconds`."""
+        """Record one event. A "layer" event updates `layer_seconds` and `remaining_seconds`."""
         now = self._clock()
         if event.kind == "stage":
             self._began.setdefault((event.layer, event.stage), now)
@@ -84,7 +84,7 @@ class Pace:
             if self._solved:  # layers that are only read back are fast and say nothing about the rest
                 self._recent.append(self.layer_seconds)
             if self._recent:
-                self.left_seconds = sum(self._recent) / len(self._recent) * (event.layers - event.layer - 1)
+                self.remaining_seconds = sum(self._recent) / len(self._recent) * (event.layers - event.layer - 1)
 
     def per_second(self, event: Event) -> float:
         """Units per second of the event's stage so far."""
@@ -92,12 +92,9 @@ class Pace:
 
 
 def layer_line(event: Event, pace: Pace, width: int = PIPE_WIDTH) -> str:
-    """One finished layer on one line, with as many figures as fit into `width` columns.
-
-    data: hidden_error, router_agreement (as "routing"), memory_bytes are shown where given.
-    """
+    """One finished layer on one line, with as many figures as fit into `width` columns."""
     data = event.data
-    remaining = f", {clock_text(pace.left_seconds)} left" if pace.left_seconds else ""
+    remaining = f", {clock_text(pace.remaining_seconds)} left" if pace.remaining_seconds else ""
     line = f"layer {event.layer + 1}/{event.layers}  {clock_text(pace.layer_seconds)}{remaining}"
     parts = [plain(event.text)] if event.text else []
     if isinstance(data.get("hidden_error"), float):
@@ -138,8 +135,8 @@ class Display:
             self._print(("note: " if event.kind == "note" else "") + paragraphs(event.text))
         elif event.kind == "layer":
             self._print(layer_line(event, self.pace, PIPE_WIDTH if self.bars.disable else self.console.width))
-            left = self.pace.left_seconds
-            figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(left)} left" if left else "")
+            remaining = self.pace.remaining_seconds
+            figures = f"{event.layer + 1}/{event.layers}" + (f", {clock_text(remaining)} left" if remaining else "")
             self.bars.update(self._layers, completed=event.layer + 1, total=event.layers, figures=figures)
         elif event.kind == "stage" and self.bars.disable:
             if (event.layer < 0 or event.stage in SWEEP) and event.stage != self._stage_name:

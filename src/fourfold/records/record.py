@@ -74,9 +74,8 @@ def decode(path: Path, kind: type[T], fix: str) -> T:
     except (msgspec.DecodeError, RecursionError) as error:
         place = re.search(r"byte (\d+)", str(error))
         before = text[: int(place[1]) + 10][-40:] if place else text[-40:]
-        raise FourfoldError(
-            f"{path}: not JSON ({error}, after {brief(before.decode(errors='replace'))}). {fix}"
-        ) from None
+        after = brief(before.decode(errors="replace"))
+        raise FourfoldError(f"{path}: not JSON ({error}, after {after}). {fix}") from None
 
 
 def _release(version: str) -> tuple[float, ...]:

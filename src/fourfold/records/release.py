@@ -17,9 +17,7 @@ Terms = dict[str, str | list[str]]  # of the model's card: license, license_name
 
 
 class Identity(Struct, frozen=True, kw_only=True):
-    """Digests (sha256 in hex) and layers decide. parts: of each of these fields by name, what it comes from by its own
-    name (a key of the recipe, a file of the source); in JSON types, and only to say what has changed.
-    """
+    """Digests (sha256 in hex) and layers. parts: what each digest is of, by field and name, to say what has changed."""
 
     recipe: str
     source: str
@@ -30,10 +28,7 @@ class Identity(Struct, frozen=True, kw_only=True):
 
 
 class Settings(Struct, frozen=True):
-    """Sizes that decide the order of sums: fixed at the first start and reused on resume, whatever the machine has.
-
-    threads: of each worker; devices: of the workers, and a CPU without BF16 instructions is named as such.
-    """
+    """Sizes that decide the order of sums, fixed at the first start. threads: of each worker; devices: of all."""
 
     batches: Batches
     threads: int
@@ -50,9 +45,7 @@ class Run(Record, frozen=True, kw_only=True):
 
 
 class CurvatureRecord(Struct, frozen=True):
-    """Of a layer whose curvature is finished. sha256: of its file; source_digest: of the layer's tensors;
-    predicted_share: of the error of down that guidance is predicted to leave.
-    """
+    """A finished layer of curvature. sha256: of its file; predicted_share: of the error of down under guidance."""
 
     layer: int
     sha256: str
@@ -61,9 +54,7 @@ class CurvatureRecord(Struct, frozen=True):
 
 
 class SourceFacts(Struct, frozen=True, kw_only=True):
-    """hub: the ID that quantize was given, None for a folder; weights: how they are stored; headers, content: sha256 of
-    all headers, and of all bytes that were read.
-    """
+    """hub: the model ID, None for a folder; weights: their format; headers, content: sha256 of headers, of all read."""
 
     hub: str | None = None
     weights: str | None = None
@@ -108,7 +99,7 @@ class Output(Struct, frozen=True):
 
 
 class GuidedLayer(Struct, frozen=True):
-    """Shares of the error: that guidance was predicted to leave, and that it left by input site."""
+    """Shares of the error that remain under guidance: as predicted, and as measured by input site."""
 
     layer: Count
     predicted: float
@@ -141,9 +132,7 @@ class Scales(Struct):
 
 
 class Conversion(Record, frozen=True, kw_only=True):
-    """before, after: formats; split: stacks of draft experts, now a tensor per expert; content: digest of OUT's shards
-    as its fourfold.json has it, "" if it is not ours.
-    """
+    """before, after: formats; split: stacks of draft experts; content: digest of OUT's shards, "" if not fourfold's."""
 
     FIX = "Convert the release again"
 

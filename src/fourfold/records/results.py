@@ -178,9 +178,9 @@ class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
         """What could not be measured is null; what `quantize` does not measure, or a trial, is not there."""
         found = super().to_json()
         evaluated = self.measured_by == "evaluate"
-        asked = ("calibration_overlap", "intervals", "drafts") if evaluated else ("intervals", "rtn")
+        always = ("calibration_overlap", "intervals", "drafts") if evaluated else ("intervals", "rtn")
         for part in filter(None, [found, found.get("against")] if self.summary else []):
-            part.update({name: part.get(name) for name in asked})
+            part.update({name: part.get(name) for name in always})
         return found
 
 
@@ -223,11 +223,9 @@ class EngineFacts(Struct, frozen=True):
 
 
 class Verdict(Record, frozen=True, kw_only=True):
-    """All checks of one call, in order.
+    """All checks of one call, in order. passed: each requested level was run, and no check failed.
 
-    passed: whether each level that was asked for was run, and no check failed; content: of fourfold.json, files: sha256
-    of each file beside the shards, so that a reader can tell whether OUT is still what was verified; levels: that the
-    command asked for; engine: None if none was asked for.
+    content: of fourfold.json; files: sha256 of each file beside the shards; levels, engine: those requested.
     """
 
     FIX = "Verify again: fourfold verify OUT"

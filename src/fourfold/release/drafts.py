@@ -91,7 +91,7 @@ def measure_drafts(
         speaker = Speaker(weights, head, draft, compute)
         written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
-        more = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
+        more: dict[str, Any] = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
         if any(name.startswith(weights.skeleton.family.mtp_prefix or "?") for name in weights.index.stored):
             other = replace(speaker, draft=read_draft_head(source, *where, head))
             more["source_head"] = metrics.length_difference(hit_RPS, judge(other, written)[0])

@@ -29,13 +29,14 @@ from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
 Figures = tuple[dict[str, Any], list[StreamDrift]]  # over the text's positions, and by layer
-WINDOWS = 64  # where no number is given: so many, or all that a shorter text has
+WINDOWS = 64  # by default, or all that a shorter text has
+NAME_SOURCE = "Name the checkpoint that was quantized with --source"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is measured on. text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens
-    of each; drafts: whether draft heads are run; replace: a measurement on more predictions may be replaced by it.
+    """text: a file in place of the built-in text; windows: None for up to WINDOWS; length: tokens of each; drafts: run
+    draft heads; replace: overwrite a measurement on more predictions.
     """
 
     text: Path | None = None
@@ -70,11 +71,10 @@ def evaluate(
 ) -> Metrics:
     """Measure the release in `out`, and a second one, against the BF16 checkpoint in `source`; write OUT/metrics.json.
 
-    dtype: of the arithmetic between the layers; engines run in BF16. Returns what is in metrics.json
-    (docs/evaluation.md); its parts that this call does not measure are kept.
-    Raises FourfoldError, before the first layer, for a release that is partial or unfinished, of another source, of a
-    quantization that is not read, calibrated on the text, or measured on more of it already; for a server that does not
-    answer.
+    dtype: of the arithmetic between the layers; engines run in BF16. Returns the content of metrics.json
+    (docs/evaluation.md); parts that this call does not measure are kept. Raises FourfoldError, before the first layer,
+    for a release that is unfinished, of another source, in an unknown format, calibrated on the text, or measured on
+    more of it already; for a server that does not answer.
     """
     check_device(device)
     refuse_links(out)
@@ -89,20 +89,20 @@ def evaluate(
     overlaps = [refuse_overlap(release, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
-    watch, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
+    reporter, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
-        figures = _measure(original, releases, text, compute, watch)
-        drafted = _draft(original, releases, text, compute, watch) if protocol.drafts else None
+        figures = _measure(original, releases, text, compute, reporter)
+        drafted: list[Drafted | None] | None = None  # each on what it writes itself after the same prompts
+        if protocol.drafts:
+            prompt_RT = drafts.cut_prompts(text.token_RT)
+            checkpoints = (original, *(release.weights for release in releases))
+            drafted = [drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in checkpoints]
     found = Metrics.of(
-        *figures[0],
-        measured_by="evaluate",
-        calibration_overlap=overlaps[0],
+        *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
         source={"name": source.resolve().name, "headers": original.index.digest},
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
-        drafts=before.drafts if before else None,
-        tasks=before.tasks if before else None,
-        rtn=rtn,
-    )
+        drafts=before.drafts if before else None, tasks=before.tasks if before else None, rtn=rtn,
+    )  # fmt: skip
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
@@ -112,14 +112,11 @@ def evaluate(
         found = structs.replace(found, against=other)
     found.write(out / METRICS)
     if tasks is not None:
-        with watch.stage("tasks"):
+        with reporter.stage("tasks"):
             found = structs.replace(found, tasks=run_tasks(tasks, out))
         found.write(out / METRICS)
     progress(Event(kind="done", layers=skeleton.layers, data=structs.asdict(found.figures)))
     return found
-
-
-# ---- what is checked before the first layer
 
 
 def open_release(folder: Path, source: Weights) -> Release:
@@ -129,10 +126,8 @@ def open_release(folder: Path, source: Weights) -> Release:
         return Release(Weights.open(folder, source.skeleton), None)
     headers = state.source.headers
     if headers != source.index.digest:
-        raise FourfoldError(
-            f"{folder}: made from another source than {source.folder} (headers {headers[:16]}..., found "
-            f"{source.index.digest[:16]}...); name the checkpoint that was quantized with --source"
-        )
+        digests = f"got headers {source.index.digest[:16]}..., expected {headers[:16]}..."
+        raise FourfoldError(f"{folder}: made from another source than {source.folder}: {digests}. {NAME_SOURCE}")
     release = Release(Weights.open(folder, source.skeleton), state)
     _check_kept(release, source)
     return release
@@ -142,25 +137,20 @@ def _check_kept(release: Release, source: Weights) -> None:
     """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
     skeleton, device = source.skeleton, torch.device("cpu")
     for name in (*skeleton.embedding_names, *skeleton.router_names()):
-        if name in source.index.headers and not torch.equal(
-            release.weights.read(name, device), source.read(name, device)
-        ):
-            raise FourfoldError(
-                f"{release.weights.folder}: {name} is not that of {source.folder}: the release was made from another "
-                "checkpoint, or altered. Name the checkpoint that was quantized with --source"
-            )
+        if name not in source.index.headers:
+            continue
+        if not torch.equal(release.weights.read(name, device), source.read(name, device)):
+            cause = f"{name} is not that of {source.folder}: made from another checkpoint, or altered"
+            raise FourfoldError(f"{release.weights.folder}: {cause}. {NAME_SOURCE}")
 
 
 def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
     """Windows of the held-out text in the source's tokens."""
     if protocol.text is not None and protocol.text.suffix not in FILE_KINDS:
         raise FourfoldError(f"{protocol.text}: a text of kind {', '.join(FILE_KINDS)} is wanted")
-    wanted = Heldout(
-        builtin="" if protocol.text else Heldout.builtin,
-        path=str(protocol.text or ""),
-        windows=protocol.windows or WINDOWS,
-        length=protocol.length,
-    )
+    wanted = Heldout(windows=protocol.windows or WINDOWS, length=protocol.length)
+    if protocol.text is not None:
+        wanted = dataclasses.replace(wanted, builtin="", path=str(protocol.text))
     fewer = protocol.windows is None
     return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
@@ -186,23 +176,20 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
         )
 
 
-# ---- the work
-
-
 def _measure(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
+    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
 ) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
     checkpoints = (source, *(release.weights for release in releases))
-    with watch.stage("embed"):
+    with reporter.stage("embed"):
         rows = [embed(checkpoint, text.token_RT, compute) for checkpoint in checkpoints]
     tokens = sum(stream.token_RT.numel() for stream in rows)
 
-    def tell(layer: int, drifts: tuple[StreamDrift, ...]) -> None:
-        watch.finish_layer(layer, drifts[0])
-
-    by_layer = sweep_(checkpoints, rows, compute, lambda layer: watch.stage("advance", layer, tokens, "tokens"), tell)
-    with watch.stage("measure"):
+    by_layer = sweep_(
+        checkpoints, rows, compute, lambda layer: reporter.stage("advance", layer, tokens, "tokens"),
+        lambda layer, drifts: reporter.finish_layer(layer, drifts[0]),
+    )  # fmt: skip
+    with reporter.stage("measure"):
         head = source.head(compute.device, compute.dtype)
         figures: list[Figures] = []
         for place, release in enumerate(releases):
@@ -216,12 +203,3 @@ def _head(release: Release, head: Head, compute: Compute) -> Head:
     """The release's own head; its matrix is the source's where both are equal, so that one is held."""
     own = release.weights.head(compute.device, compute.dtype)
     return dataclasses.replace(own, weight_VD=head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own
-
-
-def _draft(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, watch: ProgressReporter
-) -> list[Drafted | None]:
-    """Draft acceptance of the source and of each release, each on what it writes itself after the same prompts."""
-    prompt_RT = drafts.cut_prompts(text.token_RT)
-    checkpoints = (source, *(release.weights for release in releases))
-    return [drafts.measure_drafts(checkpoint, source, prompt_RT, compute, watch) for checkpoint in checkpoints]

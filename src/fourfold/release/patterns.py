@@ -12,19 +12,18 @@ LIMITS = Limits(cpu_seconds=5, memory_bytes=2**30)
 
 
 def match_patterns(patterns: Sequence[str], names: Collection[str], where: str) -> tuple[set[str], str]:
-    """Return which names a pattern matches, from their start, and what is wrong with a pattern that is none.
+    """Return the names that a pattern matches from their start, and what is wrong with an invalid pattern.
 
-    Python's own `re`, as in the engines, so that lookaheads work and nothing matches that would not match there.
-    where: names the patterns in an error. Raises FourfoldError if they take too long or too much memory.
+    Python's own `re`, as in the engines. where: of the patterns, for an error. Raises FourfoldError if they take too
+    long or too much memory.
     """
     with Confined(__name__, LIMITS) as child:
         try:
             matched, problem = child.ask((list(patterns), list(names)))
         except ConfinedError as error:
-            raise FourfoldError(
-                f"{where}: a pattern among {len(patterns)} cannot be matched: {error}. An engine would hang on it: "
-                "remove the pattern, or do not use this checkpoint"
-            ) from None
+            fix = "An engine would hang on it: remove the pattern, or do not use this checkpoint"
+            problem = f"a pattern among {len(patterns)} cannot be matched: {error}"
+            raise FourfoldError(f"{where}: {problem}. {fix}") from None
     return set(matched), problem
 
 

@@ -21,25 +21,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from huggingface_hub.hf_api import RepoFile
 
-from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.datatypes import Event, FourfoldError, Progress, ignore, shortened
 from fourfold.model.files import write_text
 from fourfold.model.hub import SECRET, check_repo_id
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
 from fourfold.records.release import State
 from fourfold.records.results import Verdict
-from fourfold.release.contents import (
-    CARD,
-    CONVERSION,
-    SHARD_SUFFIX,
-    VERDICT,
-    hash_file,
-    loaded_files,
-    named_repo,
-    read_export,
-    visible_files,
-    written_names,
-)
+from fourfold.release import contents
 
 MAIN = "main"
 TAG_DIGITS = 12
@@ -56,10 +45,9 @@ class PublishedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What was or, in a dry run, would be sent. unverified: why it is not as verify saw it; "" if it is. skipped: files
-    of OUT that fourfold did not write and nobody asked for.
-
-    tag: names the weights, "" of a folder that fourfold did not make; commit, url: "" in a dry run.
+    """What was sent or, in a dry run, would be. skipped: files of OUT that neither fourfold wrote nor --include
+    names; unverified: how it differs from what verify has passed; tag: of the weights, "" without fourfold's record of
+    them; commit, url: "" in a dry run.
     """
 
     repo: str
@@ -87,41 +75,40 @@ def publish(
     dry_run: bool = False,
     progress: Progress = ignore,
 ) -> Published:
-    """Upload the files that fourfold wrote, and those of OUT that `include` names.
+    """Upload the files that fourfold wrote, and those of OUT that `include` names. Resumes after an interruption.
 
-    force: why it may go out although verify has not passed for these bytes; lands in the card. Nothing is sent before
-    every file is hashed and found to be what verify saw. Resumes after an interruption. A dry run sends and writes
-    nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no card or one for another
-    repository, is not verified and not forced, the repository has shards of another release or is public where private
-    was asked for, or the Hub refuses.
+    force: reason for publishing what verify has not passed; the card shows it. Every file is hashed before the first is
+    sent; a dry run sends and writes nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no
+    card or another repository's, is not verified, does not fit the repository, or if the Hub refuses.
     """
     check_repo_id("REPO", repo)
     text, reason = _card_text(out, repo), " ".join(force.split())
-    allowed, there = _allowed(out, include), visible_files(out)
+    allowed, there = _allowed(out, include), contents.visible_files(out)
     with hold(out) if (out / STATE).is_dir() else nullcontext():
-        hashed = {name: _hash(out, name, progress) for name in there if name in allowed}
+        hashed = {}
+        for name in (name for name in there if name in allowed):
+            sha256, size = contents.hash_file(out / name)
+            hashed[name] = PublishedFile(name=name, size_bytes=size, sha256=sha256)
+            progress(Event(kind="stage", stage="publish", text=name))
         problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
         if problems and not reason:
-            raise FourfoldError(
-                f"{out}: not published: {'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}. `fourfold "
-                'verify` first, or --force "REASON", which the card will show'
-            )
-        card = _card(text, reason if problems else "")
-        content = card.encode()
-        hashed[CARD] = PublishedFile(name=CARD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        published = Published(
-            repo=repo,
-            branch=branch,
-            files=tuple(hashed[name] for name in sorted(hashed)),
-            skipped=tuple(name for name in there if name not in allowed),
-            unverified=problems,
-            reason=reason if problems else "",
-            tag=_tag(out),
+            fix = 'Run `fourfold verify` first, or give --force "REASON", which the card will show'
+            raise FourfoldError(f"{out}: not published: {shortened(problems)}. {fix}")
+        reason = reason if problems else ""
+        card = _card(text, reason)
+        card_bytes, shards = card.encode(), _recorded(out)[1]
+        hashed[contents.CARD] = PublishedFile(
+            name=contents.CARD, size_bytes=len(card_bytes), sha256=hashlib.sha256(card_bytes).hexdigest()
         )
+        published = Published(
+            repo=repo, branch=branch, files=tuple(hashed[name] for name in sorted(hashed)),
+            skipped=tuple(name for name in there if name not in allowed), unverified=problems, reason=reason,
+            tag=f"fourfold-{joined_digest(shards)[:TAG_DIGITS]}" if shards else "",
+        )  # fmt: skip
         if dry_run:
             return published
-        if content != (out / CARD).read_bytes():
-            write_text(out / CARD, card)
+        if card_bytes != (out / contents.CARD).read_bytes():
+            write_text(out / contents.CARD, card)
         try:
             return _send(out, published, private)
         except FourfoldError:  # a ValueError too
@@ -134,59 +121,50 @@ def _card_text(out: Path, repo: str) -> str:
     """Read the model card. Raises FourfoldError if there is none, or if it is for another repository."""
     if not out.is_dir():
         raise FourfoldError(f"{out}: got no such folder, expected the folder of a release")
-    if not (out / CARD).is_file():
-        raise FourfoldError(f"{out}: got no {CARD}, expected a model card; `fourfold report {out}` writes it")
-    text = (out / CARD).read_text(encoding="utf-8")
-    if named_repo(text) not in (None, repo):
+    if not (out / contents.CARD).is_file():
+        raise FourfoldError(f"{out}: got no {contents.CARD}, expected a model card; `fourfold report {out}` writes it")
+    text = (out / contents.CARD).read_text(encoding="utf-8")
+    if contents.named_repo(text) not in (None, repo):
+        fix = f"Try: fourfold report {out} --repo {repo}"
         raise FourfoldError(
-            f"{out / CARD}: its commands are for {named_repo(text)!r}, expected {repo!r}. Try: fourfold report {out} "
-            f"--repo {repo}"
+            f"{out / contents.CARD}: its commands are for {contents.named_repo(text)!r}, expected {repo!r}. {fix}"
         )
     return text
-
-
-# --- what is sent -------------------------------------------------------------------------------------------------
 
 
 def _allowed(out: Path, include: Collection[str]) -> set[str]:
     """Names that may be sent. Raises FourfoldError for a link in OUT, and for an `include` that is no file of it."""
     refuse_links(out)
-    there = visible_files(out)
-    for name in there:
-        path = out / name
+    there = contents.visible_files(out)
+    for path in (out / name for name in there):
         if path.is_symlink():
-            raise FourfoldError(
-                f"{path}: got a link to {path.readlink()}, expected a file. Remove it, or put the file in its place"
-            )
+            fix = "Remove it, or put the file in its place"
+            raise FourfoldError(f"{path}: got a link to {path.readlink()}, expected a file. {fix}")
     for name in include:
         if name not in there:
             raise FourfoldError(f"--include: got {name!r}, expected the path of a file in {out}, as in docs/notes.md")
-    return written_names(out, State.find(out / FINISHED)) | set(include)
-
-
-def _hash(out: Path, name: str, progress: Progress) -> PublishedFile:
-    sha256, size = hash_file(out / name)
-    progress(Event(kind="stage", stage="publish", text=name))
-    return PublishedFile(name=name, size_bytes=size, sha256=sha256)
+    return contents.written_names(out, State.find(out / FINISHED)) | set(include)
 
 
 def _unverified(out: Path, digests: Mapping[str, str], allowed: Collection[str]) -> Iterator[str]:
     """Why these files, of names that may be sent, are not what verify saw and passed."""
-    verdict = Verdict.find(out / VERDICT)
+    verdict = Verdict.find(out / contents.VERDICT)
     if verdict is None:
-        yield f"there is no {VERDICT}: it was never verified"
+        yield f"there is no {contents.VERDICT}: it was never verified"
         return
     if not verdict.passed:
-        yield f"{VERDICT} says that a check failed"
+        yield f"{contents.VERDICT} says that a check failed"
     if verdict.files is None:
-        yield f"{VERDICT} does not say which files it is about"
+        yield f"{contents.VERDICT} does not say which files it is about"
         return
     record, shards = _recorded(out)
     if joined_digest(shards) != verdict.content:
-        yield f"{record} and {VERDICT} are of different files"
+        yield f"{record} and {contents.VERDICT} are of different files"
     wanted = {**shards, **verdict.files}
-    there = [name for name in visible_files(out) if name.endswith(SHARD_SUFFIX)]  # a stray one too: engines load all
-    loaded = [name for name in loaded_files(out) if name in allowed]
+    there = [
+        name for name in contents.visible_files(out) if name.endswith(contents.SHARD_SUFFIX)
+    ]  # a stray one too: engines load all
+    loaded = [name for name in contents.loaded_files(out) if name in allowed]
     for name in sorted({*there, *loaded, *(name for name in wanted if name in allowed)}):
         if name not in wanted:
             yield f"{name} was not there when it was verified"
@@ -211,19 +189,10 @@ def _card(text: str, reason: str) -> str:
 
 def _recorded(out: Path) -> tuple[str, dict[str, str]]:
     """The file that has the digests of what engines load, and these: shards of a release; all that `convert` wrote."""
-    if (export := read_export(out)) is not None:
-        return CONVERSION, {name: file.sha256 for name, file in export.files.items()}
+    if (export := contents.read_export(out)) is not None:
+        return contents.CONVERSION, {name: file.sha256 for name, file in export.files.items()}
     state = State.find(out / FINISHED)
     return FINISHED, {name: shard.sha256 for name, shard in state.output.shards.items()} if state else {}
-
-
-def _tag(out: Path) -> str:
-    shards = _recorded(out)[1]
-    content = joined_digest(shards) if shards else ""
-    return f"fourfold-{content[:TAG_DIGITS]}" if content else ""
-
-
-# --- sending ------------------------------------------------------------------------------------------------------
 
 
 def _send(out: Path, published: Published, private: bool) -> Published:
@@ -231,28 +200,22 @@ def _send(out: Path, published: Published, private: bool) -> Published:
     api, repo, branch = HfApi(), published.repo, published.branch
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     if private and not api.model_info(repo).private:
-        raise FourfoldError(
-            f"{repo}: is there and public, --private was asked for; change that on its page, or another REPO"
-        )
+        fix = "Change that on its page, or publish to another REPO"
+        raise FourfoldError(f"{repo}: got a public repository, expected a private one (--private). {fix}")
     if branch != MAIN:
         api.create_branch(repo, branch=branch, exist_ok=True)
     ours = {file.name for file in published.files}
-    stale = sorted(
-        name for name in api.list_repo_files(repo, revision=branch) if name.endswith(SHARD_SUFFIX) and name not in ours
-    )
-    if stale:
+    others = set(api.list_repo_files(repo, revision=branch)) - ours
+    if stale := sorted(name for name in others if name.endswith(contents.SHARD_SUFFIX)):
         raise FourfoldError(
             f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
-            "too; delete them there, or publish into another --branch or REPO"
+            "too. Delete them there, or publish to another --branch or REPO"
         )
+    names = [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)]
     done = api.upload_folder(
-        repo_id=repo,
-        folder_path=out,
-        revision=branch,
-        allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)],
-        ignore_patterns=[".*", "*/.*"],
+        repo_id=repo, folder_path=out, revision=branch, allow_patterns=names, ignore_patterns=[".*", "*/.*"],
         commit_message=f"Release {published.tag}".strip(),
-    )
+    )  # fmt: skip
     _check_arrived(api, published, done.oid)
     if published.tag:
         api.create_tag(repo, tag=published.tag, revision=done.oid, exist_ok=True)
@@ -266,22 +229,20 @@ def _check_arrived(api: HfApi, published: Published, commit: str) -> None:
     for file in published.files:
         found = there.get(file.name)
         if found is None or found.size != file.size_bytes or (found.lfs and found.lfs.sha256 != file.sha256):
-            what = "is not there" if found is None else f"has {found.size:,} bytes, or others"
-            raise FourfoldError(
-                f"{published.repo}: {file.name} {what} after the upload, {file.size_bytes:,} were sent; publish again"
-            )
+            got = "is not there" if found is None else f"has {found.size:,} bytes, or others"
+            sent = f"{file.size_bytes:,} were sent. Publish again"
+            raise FourfoldError(f"{published.repo}: {file.name} {got} after the upload, {sent}")
 
 
 def _explain(error: Exception, repo: str) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
+    resume = "Rerun the same command to resume"
     if isinstance(error, LocalTokenNotFoundError):
-        return "not logged in: `hf auth login` with a token that may write, or HF_TOKEN"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-            return (
-                f"the Hub answered {status}: this account may not write {page}. `hf auth login` with a token that has "
-                "write access to it, or mend HF_TOKEN where that is set"
-            )
-        return f"the Hub answered {status} ({error.server_message or 'no reason given'}). The same command goes on"
-    return f"the upload broke off ({type(error).__name__}: {error}). The same command goes on"
+        return "not logged in. Try: `hf auth login` with a token that may write, or HF_TOKEN"
+    if not isinstance(error, HfHubHTTPError):
+        return f"the upload broke off ({type(error).__name__}: {error}). {resume}"
+    status = error.response.status_code
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+        fix = "Try: `hf auth login` with a token that has write access to it, or another HF_TOKEN where that is set"
+        return f"the Hub answered {status}: this account may not write {page}. {fix}"
+    return f"the Hub answered {status} ({error.server_message or 'no reason given'}). {resume}"

@@ -31,23 +31,19 @@ class Stack:
 def stacks(job: Job) -> list[Stack]:
     """The routed experts, in order of layers. Raises FourfoldError unless they, and nothing else, are int4."""
     found: list[Stack] = []
-    projections, left = job.stored.projections, set(job.stored.projections)
+    projections, remaining = job.stored.projections, set(job.stored.projections)
     for layer in job.skeleton.routed:
         stems = job.skeleton.stems(layer)
         for projection in stems[0]:
             names = [one[projection] for one in stems]
             if missing := [name for name in names if name not in projections]:
-                raise FourfoldError(
-                    f"{job.index.folder}: {missing[0].rstrip('.')} is not int4, expected all routed experts in int4. "
-                    "Quantize the model anew"
-                )
+                problem = f"{missing[0].rstrip('.')} is not int4, expected all routed experts in int4"
+                raise FourfoldError(f"{job.index.folder}: {problem}. Quantize the model anew")
             found.append(Stack(layer=layer, projection=projection, parts=tuple(projections[name] for name in names)))
-            left -= {*names}
-    if left:
-        raise FourfoldError(
-            f"{job.index.folder}: {min(left).rstrip('.')} is int4 ({len(left):,} such), expected routed experts alone. "
-            "Quantize the model anew with `fourfold quantize`"
-        )
+            remaining -= {*names}
+    if remaining:
+        problem = f"{min(remaining).rstrip('.')} is int4 ({len(remaining):,} such), expected routed experts alone"
+        raise FourfoldError(f"{job.index.folder}: {problem}. Quantize the model anew with `fourfold quantize`")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rows of text through all layers of one or more checkpoints side by side, each layer read while the last one works."""
+"""Rows of text through all layers of one or more checkpoints side by side; the next layer is read ahead."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def sweep_(
     stage: Callable[[int], AbstractContextManager[Tick]],
     finished: Callable[[int, tuple[StreamDrift, ...]], None] = lambda layer, drifts: None,
 ) -> tuple[tuple[StreamDrift, ...], ...]:
-    """Take each checkpoint's rows through its layers, in place. The first is the source of the others.
+    """Pass each checkpoint's rows through its layers, in place. The first is the source of the others.
 
-    stage: entered for each layer, its tick is told tokens; finished: is told a layer's drifts.
+    stage: entered for each layer, its tick receives tokens; finished: receives a layer's drifts.
     Returns by layer the drift of each checkpoint after the first.
     """
     layers, worker = weights[0].skeleton.layers, alone(compute.device)

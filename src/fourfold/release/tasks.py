@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 from fourfold.datatypes import FourfoldError
 from fourfold.install import pip_install
 from fourfold.records.results import TaskResult, TaskResults
+from fourfold.serve import client
 
-WAIT_SECONDS = 10  # for the server's list of models
 CONCURRENT = 8  # requests at one time
 LINES_SHOWN = 12
 
@@ -28,37 +27,18 @@ class Tasks:
     names: tuple[str, ...]
     url: str
 
-    @property
-    def root(self) -> str:
-        return self.url.rstrip("/").removesuffix("/v1")
-
 
 def check_tasks(tasks: Tasks) -> str:
-    """The name under which the server serves its first model.
-
-    Raises FourfoldError if lm-eval is not installed or no such server answers: before anything expensive is begun.
-    """
+    """Return the name of the server's first model. Raises FourfoldError without lm-eval, and if no server answers."""
     if importlib.util.find_spec("lm_eval") is None:
         raise FourfoldError(f"--tasks needs lm-eval, which is not installed. Try: {pip_install('tasks')}")
-    address = f"{tasks.root}/v1/models"
-    if not address.startswith(("http://", "https://")):
-        raise FourfoldError(f"--url {tasks.url}: the address of a server is wanted, as in http://localhost:8000")
-    try:
-        with urllib.request.urlopen(address, timeout=WAIT_SECONDS) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise FourfoldError(
-            f"--url {tasks.url}: no list of models at {address} ({error}); wanted a running server that speaks "
-            "OpenAI's protocol, as vLLM and SGLang do"
-        ) from None
+    return client.model_name(client.root(tasks.url))
 
 
 def command(tasks: Tasks, model: str, tokenizer: Path, results: Path) -> list[str]:
-    """lm-eval's command line: text completions (prompts as the task words them, no chat template), the release's own
-    tokenizer, which tasks scored by likelihood need.
-    """
+    """lm-eval's command line: text completions without a chat template, tokenized as by the release."""
     model_args = {
-        "base_url": f"{tasks.root}/v1/completions",
+        "base_url": f"{client.root(tasks.url)}/v1/completions",
         "model": model,
         "tokenizer": tokenizer.resolve(),
         "tokenizer_backend": "huggingface",
@@ -78,16 +58,13 @@ def run_tasks(tasks: Tasks, tokenizer: Path) -> TaskResults:
     with tempfile.TemporaryDirectory(prefix="fourfold-tasks-") as folder:
         results, log = Path(folder) / "results", Path(folder) / "log"
         with log.open("wb") as file:
-            done = subprocess.run(
-                command(tasks, model, tokenizer, results), stdout=file, stderr=subprocess.STDOUT, check=False
-            )
+            words = command(tasks, model, tokenizer, results)
+            done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False)
         found = sorted(results.rglob("results_*.json"))
         if done.returncode or not found:
-            said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
-            raise FourfoldError(
-                f"lm-eval on {', '.join(tasks.names)} ended with exit code {done.returncode}, its last lines:\n"
-                + "\n".join(said)
-            )
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
+            failure = f"lm-eval on {', '.join(tasks.names)} ended with exit code {done.returncode}, its last lines:"
+            raise FourfoldError("\n".join([failure, *lines]))
         return read_results(json.loads(found[-1].read_text(encoding="utf-8")), tasks.url)
 
 
@@ -103,10 +80,6 @@ def read_results(found: dict[str, Any], url: str) -> TaskResults:
             version=found.get("versions", {}).get(task),
         )
     return TaskResults(
-        lm_eval=found["lm_eval_version"],
-        model=found["model_name"],
-        api=found["model_source"],
-        chat_template=found["chat_template"] is not None,
-        tasks=rows,
-        url=url,
-    )
+        lm_eval=found["lm_eval_version"], model=found["model_name"], api=found["model_source"],
+        chat_template=found["chat_template"] is not None, tasks=rows, url=url,
+    )  # fmt: skip

@@ -8,8 +8,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,7 @@ CARD: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """concurrency: requests at one time, one level after another; requests: of a level, None: 4 times as many, at least
-    8; prompts: a .txt or .jsonl file, None: built in. limits in seconds: of a request, and of a level.
-    """
+    """requests: of a level, None for 4 times its concurrency, at least 8; prompts: a file, None for built-in ones."""
 
     concurrency: tuple[int, ...]
     requests: int | None
@@ -58,58 +56,51 @@ class Load:
     request_seconds: float
     level_seconds: float
 
-    def requests_at(self, concurrency: int) -> int:
-        return self.requests or max(8, 4 * concurrency)
-
 
 def bench(url: str, load: Load, progress: Progress) -> Bench:
-    """What bench.json says. Raises FourfoldError if no server answers, or for prompts that cannot be read."""
+    """Measure a server. Raises FourfoldError if none answers, or for prompts that cannot be read."""
     prompts = read_prompts(load.prompts)
     return asyncio.run(_bench(client.root(url), load, prompts, progress))
 
 
 async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> Bench:
-    async with client.open_client(max(load.concurrency) + 1) as asking:
-        name = await client.model_name(asking, address)
-        first = await client.scrape(asking, address)
-        levels = []
+    name, levels = client.model_name(address), []
+    async with client.open_client(max(load.concurrency) + 1) as connection:
+        first = await client.scrape(connection, address)
         for concurrency in load.concurrency:
-            run = _Level(asking, address, name, load, concurrency, progress)
+            run = _Level(connection, address, name, load, concurrency, progress)
             levels.append(await run.measure(prompts))
             if not levels[-1].requests.ok:
                 progress(Event(kind="note", text=f"concurrency {concurrency}: no request came through; stopped there"))
                 break
     engine = first.engine if first else ""
     return Bench(
-        url=address,
-        model=name,
-        fourfold=__version__,
-        engine=engine,
-        metrics="read before and after each level" if first else OFF,
-        pool=first.pool() if first else {},
-        load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")),
-        levels=levels,
+        url=address, model=name, fourfold=__version__, engine=engine,
+        metrics="read before and after each level" if first else OFF, pool=first.pool() if first else {},
+        load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")), levels=levels,
         card=CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
-    )
+    )  # fmt: skip
 
 
+@dataclass
 class _Level:
     """One concurrency: its requests, bounded in number and time, and the server's counters around them."""
 
-    def __init__(
-        self, asking: httpx2.AsyncClient, address: str, model: str, load: Load, concurrency: int, progress: Progress
-    ) -> None:
-        self.asking, self.address, self.model, self.load = asking, address, model, load
-        self.concurrency, self.progress = concurrency, progress
-        self.replies: list[Reply] = []
-        self.usage: list[float] = []
+    connection: httpx2.AsyncClient
+    address: str
+    model: str
+    load: Load
+    concurrency: int
+    progress: Progress
+    replies: list[Reply] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
 
     async def measure(self, prompts: Sequence[Messages]) -> BenchLevel:
         for _ in range(WARMUP):
-            await self._ask(prompts[-1])
-        count = self.load.requests_at(self.concurrency)
-        bodies = islice(_repeated(prompts), count)
-        before = await client.scrape(self.asking, self.address)
+            await self._send(prompts[-1])
+        count = self.load.requests or max(8, 4 * self.concurrency)
+        bodies = islice(cycle(prompts), count)
+        before = await client.scrape(self.connection, self.address)
         watcher = asyncio.create_task(self._watch()) if before else None
         begin, spent = time.perf_counter(), time.process_time()
         try:
@@ -123,21 +114,20 @@ class _Level:
         seconds, spent = time.perf_counter() - begin, time.process_time() - spent
         if watcher:
             watcher.cancel()
-        after = await client.scrape(self.asking, self.address) if before else None
-        found = summarize(self.concurrency, count, self.replies, seconds, spent)
+        after = await client.scrape(self.connection, self.address) if before else None
+        level = summarize(self.concurrency, count, self.replies, seconds, spent)
         if before is None or after is None:
-            return found
-        seen = {"cache_usage_peak": max(self.usage)} if self.usage else {}
-        return structs.replace(found, acceptance=acceptance(before, after), server=changes(before, after) | seen)
+            return level
+        peak = {"cache_usage_peak": max(self.usage)} if self.usage else {}
+        return structs.replace(level, acceptance=acceptance(before, after), server=changes(before, after) | peak)
 
     async def _work(self, bodies: Iterator[Messages], count: int) -> None:
         for messages in bodies:
-            self.replies.append(await self._ask(messages))
-            done = len(self.replies)
-            stage = f"concurrency {self.concurrency}"
+            self.replies.append(await self._send(messages))
+            done, stage = len(self.replies), f"concurrency {self.concurrency}"
             self.progress(Event(kind="stage", stage=stage, done=done, total=count, unit="requests"))
 
-    async def _ask(self, messages: Messages) -> Reply:
+    async def _send(self, messages: Messages) -> Reply:
         body = {
             "model": self.model,
             "messages": messages,
@@ -145,48 +135,38 @@ class _Level:
             "temperature": self.load.temperature,
             "ignore_eos": True,  # as many tokens from each, or levels could not be compared
         }
-        return await client.chat(self.asking, self.address, body, self.load.request_seconds)
+        return await client.chat(self.connection, self.address, body, self.load.request_seconds)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = await client.scrape(self.asking, self.address)
-            if now:
+            if now := await client.scrape(self.connection, self.address):
                 self.usage.append(now.value("cache_usage"))
 
 
-def _repeated(prompts: Sequence[Messages]) -> Iterator[Messages]:
-    while True:
-        yield from prompts
-
-
-def summarize(concurrency: int, asked: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
+def summarize(concurrency: int, sent: int, replies: Sequence[Reply], seconds: float, spent: float) -> BenchLevel:
     """Figures of a level, but for the server's own. seconds: it took; spent: of this process's CPU."""
     good = [reply for reply in replies if reply.ok]
     output = sum(reply.output_tokens for reply in good)
     per_token = [each for reply in good if (each := reply.seconds_per_token) is not None]
     failures = Counter(reply.outcome for reply in replies if not reply.ok)
-    if asked > len(replies):
-        failures["not answered in time"] = asked - len(replies)
+    if sent > len(replies):
+        failures["not answered in time"] = sent - len(replies)
     details = {reply.outcome: reply.detail for reply in replies if not reply.ok}
     return BenchLevel(
-        concurrency=concurrency,
-        seconds=seconds,
-        requests=Requests(asked, len(good), dict(failures), details),
-        prompt_tokens=sum(reply.prompt_tokens for reply in good),
-        output_tokens=output,
-        output_tokens_per_second=output / seconds,
-        time_to_first_token=quantiles([reply.first for reply in good]),
+        concurrency=concurrency, seconds=seconds, requests=Requests(sent, len(good), dict(failures), details),
+        prompt_tokens=sum(reply.prompt_tokens for reply in good), output_tokens=output,
+        output_tokens_per_second=output / seconds, time_to_first_token=quantiles([reply.first for reply in good]),
         time_per_output_token=quantiles(per_token),
         time_between_chunks=quantiles([gap for reply in good for gap in reply.gaps]),
         latency=quantiles([reply.last for reply in good]),
         decode_tokens_per_second=quantiles([1 / each for each in per_token if each]),
         client_core_share_at_100_tokens_per_second=spent / output * 100 if output else None,
-    )
+    )  # fmt: skip
 
 
 def quantiles(values: Sequence[float]) -> Quantiles | None:
-    """Mean, p50, p90, p99 (of at least so many hundredths, none between two values is made up); None of nothing."""
+    """Return mean, p50, p90 and p99, each a value that was seen; None without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -195,10 +175,7 @@ def quantiles(values: Sequence[float]) -> Quantiles | None:
 
 
 def read_prompts(path: Path | None) -> list[Messages]:
-    """Conversations up to the answer that is wanted: of a .jsonl with `messages` or `text`, or the lines of a .txt.
-
-    Raises FourfoldError, with the record's number, for a file that cannot be read so.
-    """
+    """Read a .jsonl with `messages` (without a last answer) or `text`, or lines of a .txt. Raises FourfoldError."""
     place = path or BUILT_IN
     try:
         lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -219,8 +196,6 @@ def _prompt(where: str, line: str, suffix: str) -> Messages:
         while messages[-1]["role"] == "assistant":
             messages = messages[:-1]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FourfoldError(
-            f"{where} is no prompt ({type(error).__name__}: {error}); wanted "
-            '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
-        ) from None
+        expected = '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+        raise FourfoldError(f"{where}: not a prompt ({type(error).__name__}: {error}), expected {expected}") from None
     return messages

@@ -16,17 +16,17 @@ from fourfold.datatypes import FourfoldError
 from fourfold.serve.metrics import Scrape
 
 LOOK_SECONDS = 10.0  # for lists of models and metrics
-SAID = 300  # characters of an answer that is an error
+ERROR_CHARACTERS = 300  # shown of an answer that is an error
 THOUGHT = ("reasoning", "reasoning_content")  # vLLM's name, SGLang's
 OK, TIMED_OUT, CUT, UNREACHED = "ok", "timed out", "cut stream", "no connection"
 
 
 @dataclass(kw_only=True)
 class Reply:
-    """What came of a chat request. outcome: OK, TIMED_OUT, CUT, UNREACHED or "HTTP 503"; detail: what was said.
+    """Result of a chat request. outcome: OK, TIMED_OUT, CUT, UNREACHED or as "HTTP 503"; detail: of a failure.
 
-    first, last: seconds after it was sent at which the first and the last chunk with text came; gaps: between chunks.
-    Tokens are the server's own count, `usage`: a chunk holds several where drafts were accepted.
+    first, last: seconds until the first and the last chunk with text; gaps: between chunks. Tokens are the server's own
+    count, `usage`: a chunk holds several where drafts were accepted.
     """
 
     outcome: str = CUT
@@ -56,30 +56,26 @@ def root(url: str) -> str:
     """A server's address, given with or without /v1. Raises FourfoldError for one that is no address."""
     address = url.rstrip("/").removesuffix("/v1")
     if not address.startswith(("http://", "https://")):
-        raise FourfoldError(f"{url}: the address of a server is wanted, as in http://localhost:8000")
+        raise FourfoldError(f"URL: got {url!r}, expected the address of a server, as in http://localhost:8000")
     return address
 
 
 def open_client(connections: int = 2) -> httpx2.AsyncClient:
-    """Nothing of the environment's proxies: a server beside us is asked itself. Deadlines are set by each request."""
-    return httpx2.AsyncClient(
-        timeout=None,
-        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-        headers={"accept-encoding": "identity"},
-        trust_env=False,
-    )
+    """A client without the environment's proxies. Each request sets its own deadline."""
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx2.AsyncClient(timeout=None, limits=limits, headers={"accept-encoding": "identity"}, trust_env=False)
 
 
-async def model_name(client: httpx2.AsyncClient, address: str) -> str:
-    """The first model that a server names. Raises FourfoldError if no such server answers."""
+def model_name(address: str) -> str:
+    """Return the name of the server's first model. Raises FourfoldError if no such server answers."""
     try:
-        answer = await client.get(f"{address}/v1/models", timeout=LOOK_SECONDS)
+        answer = httpx2.get(f"{address}/v1/models", timeout=LOOK_SECONDS, trust_env=False)
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
     except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         raise FourfoldError(
-            f"{address}: no list of models at /v1/models ({type(error).__name__}: {error}); wanted a running server "
-            "that speaks OpenAI's protocol, as vLLM and SGLang do"
+            f"{address}: got no list of models at /v1/models ({type(error).__name__}: {error}), expected a running "
+            "server with OpenAI's protocol, as vLLM and SGLang have"
         ) from None
 
 
@@ -115,7 +111,7 @@ async def _follow(client: httpx2.AsyncClient, url: str, body: Mapping[str, Any],
     async with aclosing(await client.send(request, stream=True)) as answer:
         if answer.status_code != 200:
             text = (await answer.aread()).decode("utf-8", "replace")
-            reply.outcome, reply.detail = f"HTTP {answer.status_code}", text[:SAID]
+            reply.outcome, reply.detail = f"HTTP {answer.status_code}", text[:ERROR_CHARACTERS]
             return
         async for event in _events(answer):
             if event == b"[DONE]":
@@ -125,12 +121,12 @@ async def _follow(client: httpx2.AsyncClient, url: str, body: Mapping[str, Any],
             try:
                 chunk = json.loads(event)
             except ValueError:
-                reply.detail = f"not JSON: {event[:SAID]!r}"
+                reply.detail = f"not JSON: {event[:ERROR_CHARACTERS]!r}"
                 return
             if "error" in chunk:
-                reply.detail = str(chunk["error"])[:SAID]
+                reply.detail = str(chunk["error"])[:ERROR_CHARACTERS]
                 return
-            _take(chunk, time.perf_counter() - begin, reply)
+            _add_chunk(chunk, time.perf_counter() - begin, reply)
     reply.detail = "the stream ended without [DONE]"
 
 
@@ -144,7 +140,7 @@ async def _events(answer: httpx2.Response) -> AsyncIterator[bytes]:
                 yield line[5:].strip()
 
 
-def _take(chunk: Mapping[str, Any], now: float, reply: Reply) -> None:
+def _add_chunk(chunk: Mapping[str, Any], now: float, reply: Reply) -> None:
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}
         thought = next((delta[name] for name in THOUGHT if delta.get(name)), "")

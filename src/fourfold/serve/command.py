@@ -28,15 +28,15 @@ OPTIONS = {
 IMAGE_ARCHITECTURES = {"x86_64": "x86_64", "aarch64": "arm64"}  # platform.machine() -> as images are tagged
 CPU_VARIABLE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", 1  # vLLM's cache on a CPU
 PENALTY_BY_FLAG, BUDGET_UNDER_MTP = (0, 32), (0, 32)  # vLLM versions
-Settings = list[tuple[str, str]]  # (setting, value); "" for a flag without one
+Settings = dict[str, str]  # setting -> value; "" for a flag without one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What the user wants. None: as the checkpoint and the machine have it.
+    """What the user requests. None: as the checkpoint and the machine have it.
 
-    drafts: tokens of the MTP head at a time; ranks: GPUs of tensor parallel; extra: words for the engine, as they are;
-    plugin: whether the engine's environment has ours, None: not looked at; inherited: environment of the engine.
+    drafts: tokens per step of the MTP head; ranks: tensor-parallel size; extra: further words for the engine; plugin:
+    whether the engine's environment has ours, None: unknown; inherited: environment variables of the engine.
     """
 
     engine: str
@@ -64,7 +64,7 @@ class Command:
     words: tuple[str, ...]
     environment: Mapping[str, str]
     problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     forecast: Forecast
     host: str
     port: int
@@ -88,17 +88,15 @@ class Command:
         return [str(python), *self.engine.module, *self.words[len(self.engine.launch) :]]
 
     def docker(self, folder: Path) -> str:
-        """The same in the engine's own container: the checkpoint mounted read-only, the port published on the host
-        address alone (Docker publishes on all interfaces, past the firewall, if none is named).
+        """The same in the engine's container: the checkpoint read-only, the port published on the host address alone.
 
         Raises FourfoldError for an address that Docker does not take, and where there is no image for this machine.
         """
         try:
             address = ipaddress.ip_address(self.host)
         except ValueError:
-            raise FourfoldError(
-                f"--host: got {self.host!r}, expected an IP address, as in 127.0.0.1: Docker publishes on no name"
-            ) from None
+            expected = "an IP address, as in 127.0.0.1: Docker publishes on no name"
+            raise FourfoldError(f"--host: got {self.host!r}, expected {expected}") from None
         launch = self.engine.launch
         words = [*launch, "/model", *self.words[len(launch) + 1 :]]
         # In the container every interface is its own: what is reached from outside is for -p to say.
@@ -112,8 +110,8 @@ class Command:
             *(f"-e {name}={shlex.quote(value)}" for name, value in self.environment.items()),
             self._image(),
         ]
-        begun = len(launch) if self.engine.name == VLLM else 0  # vLLM's images begin so themselves
-        return " ".join([*parts, *map(shlex.quote, words[begun:])])
+        prefix = len(launch) if self.engine.name == VLLM else 0  # vLLM's images begin so themselves
+        return " ".join([*parts, *map(shlex.quote, words[prefix:])])
 
     def _image(self) -> str:
         engine, machine = self.engine, platform.machine()
@@ -122,59 +120,45 @@ class Command:
             image = ""
         if not image:
             fix = "Install it and serve without --docker" if engine.name == VLLM else f"Try --engine {VLLM}"
-            raise FourfoldError(
-                f"--docker: got a machine without a GPU ({machine}), for which {engine.title} publishes no image. {fix}"
-            )
+            problem = f"got a machine without a GPU ({machine}), for which {engine.title} publishes no image"
+            raise FourfoldError(f"--docker: {problem}. {fix}")
         return image.format(version=engines.version_text(self.version), arch=IMAGE_ARCHITECTURES.get(machine))
 
 
 def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     """The command, with every check that needs no start. Raises FourfoldError for what no command can be made of."""
     engine = ENGINES[wanted.engine]
-    drafting = bool(wanted.drafts) if wanted.drafts is not None else _drafts_by_itself(served, wanted.engine)
+    by_default = served.has_draft and not (engine.name == SGLANG and _drops_drafts(served))
+    drafting = by_default if wanted.drafts is None else wanted.drafts > 0
     profile = engines.profile(wanted.profile, engine.name, drafting)
     at = wanted.version or profile.version or engine.known[-1]
     drafts = wanted.drafts if wanted.drafts is not None else engines.DRAFTS[engine.name] if drafting else 0
     if drafts and not served.has_draft:
         raise FourfoldError(f"{served.folder}: has no MTP head, so --mtp {drafts} has nothing to draft with; --mtp 0")
     problems = list(_problems(served, engine, at, drafts, wanted))
-    split = Split.choose(served, machine, wanted.ranks or profile.ranks, _experts_apart(engine, at, wanted.extra))
+    experts_apart = engine.flag("experts", at) in wanted.extra
+    split = Split.choose(served, machine, wanted.ranks or profile.ranks, experts_apart)
     problems += split.problems
     predicted = forecast(served, split, _cache(served, machine, engine, at, profile, wanted, drafts))
     problems += predicted.problems
     if engine.name == SGLANG and not machine.gpus:
         problems.append(f"SGLang is not known to run this on a CPU ({machine.describe()}); vLLM does, for a trial")
-    settings = _common(served, engine, wanted, profile, predicted)
-    more, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
-    settings += [*more, *(pair for pair in profile.settings if pair[0] not in dict(more))]
+    settings = dict(_common(served, engine, wanted, profile, predicted))
+    own, environment = (_vllm if engine.name == VLLM else _sglang)(served, predicted, wanted)
+    settings |= own | {setting: value for setting, value in profile.settings.items() if setting not in own}
     command = Command(
-        engine=engine,
-        version=at,
+        engine=engine, version=at,
         words=(*engine.launch, str(served.folder), *_spell(engine, at, settings, wanted.extra), *wanted.extra),
-        environment={**profile.environment, **environment},
-        problems=tuple(problems),
-        notes=(),
-        forecast=predicted,
-        host=wanted.host,
-        port=wanted.port or engine.port,
-        name=served.name,
-        reasoning=_parsers(served, engine.name)[0],
-        thinking_budget=wanted.thinking_budget,
-    )
+        environment={**profile.environment, **environment}, problems=tuple(problems), forecast=predicted,
+        host=wanted.host, port=wanted.port or engine.port, name=served.name,
+        reasoning=_parsers(served, engine.name)[0], thinking_budget=wanted.thinking_budget,
+    )  # fmt: skip
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
-
-
-def _drafts_by_itself(served: Served, engine: str) -> bool:
-    return served.has_draft and not (engine == SGLANG and _drops_drafts(served))
 
 
 def _drops_drafts(served: Served) -> bool:
     """Whether SGLang loads the release without its draft head's experts."""
     return served.format is not None and not served.format.sglang_drafts
-
-
-def _experts_apart(engine: Engine, at: Version, extra: tuple[str, ...]) -> bool:
-    return engine.flag("experts", at) in extra
 
 
 def _cache(
@@ -190,25 +174,15 @@ def _cache(
     try:
         numbers = float(share), int(requests), int(space)
     except ValueError as error:
-        raise FourfoldError(
-            f"memory share {share!r}, --max-running-requests {requests!r}, {CPU_VARIABLE} {space!r}: {error}; wanted "
-            "numbers, the last two whole"
-        ) from None
+        given = f"memory share {share!r}, --max-running-requests {requests!r}, {CPU_VARIABLE} {space!r}"
+        raise FourfoldError(f"{given}: {error}, expected numbers, the last two whole") from None
+    prefix_caching = "--enable-prefix-caching" in wanted.extra  # on a CPU off by default
+    if machine.gpus:
+        prefix_caching = "--no-enable-prefix-caching" not in wanted.extra
     return Cache(
-        engine=engine.name,
-        version=at,
-        share=numbers[0],
-        elements=wanted.kv_cache or profile.kv_cache,
-        drafts=drafts,
-        context=context,
-        prefix_caching=(
-            "--no-enable-prefix-caching" not in wanted.extra
-            if machine.gpus
-            else "--enable-prefix-caching" in wanted.extra
-        ),
-        requests=numbers[1],
-        cpu_gib=numbers[2],
-    )
+        engine=engine.name, version=at, share=numbers[0], elements=wanted.kv_cache or profile.kv_cache, drafts=drafts,
+        context=context, prefix_caching=prefix_caching, requests=numbers[1], cpu_gib=numbers[2],
+    )  # fmt: skip
 
 
 def _value(extra: tuple[str, ...], flag: str) -> str:
@@ -222,9 +196,7 @@ def _value(extra: tuple[str, ...], flag: str) -> str:
 
 
 def _parsers(served: Served, engine: str) -> tuple[str, str]:
-    """Names of the parsers of thinking and of tool calls; "" where the template shows that there is none, or none is
-    known.
-    """
+    """Return the parsers of thinking and of tool calls; "" where none is known or the template needs none."""
     reasoning, tools = engines.PARSERS.get((served.model_type, engine), ("", ""))
     if engines.XML_CALL in served.template:
         tools = engines.XML_PARSER
@@ -232,52 +204,58 @@ def _parsers(served: Served, engine: str) -> tuple[str, str]:
     return (reasoning if thinks else ""), tools
 
 
-def _common(served: Served, engine: Engine, wanted: Deployment, profile: Profile, found: Forecast) -> Settings:
+def _common(
+    served: Served, engine: Engine, wanted: Deployment, profile: Profile, found: Forecast
+) -> Iterator[tuple[str, str]]:
     reasoning, tools = _parsers(served, engine.name)
-    ranks, elements = found.split.ranks, found.cache.elements
-    settings = [("name", served.name), ("host", wanted.host), ("port", str(wanted.port or engine.port))]
-    settings += [("ranks", str(ranks))] if ranks > 1 else []
-    settings.append(("context", str(found.context)))
-    settings += [("share", f"{profile.share:.2f}")] if found.split.gpus else []
-    settings += [("kv_cache", KV_CACHES[engine.name][elements])] if elements != "auto" else []
-    settings += [("reasoning", reasoning)] if reasoning else []
-    settings += [("tools_on", "")] if engine.name == VLLM and tools else []
-    return settings + ([("tools", tools)] if tools else [])
+    yield from {"name": served.name, "host": wanted.host, "port": str(wanted.port or engine.port)}.items()
+    if found.split.ranks > 1:
+        yield "ranks", str(found.split.ranks)
+    yield "context", str(found.context)
+    if found.split.gpus:
+        yield "share", f"{profile.share:.2f}"
+    if found.cache.elements != "auto":
+        yield "kv_cache", KV_CACHES[engine.name][found.cache.elements]
+    if reasoning:
+        yield "reasoning", reasoning
+    if tools and engine.name == VLLM:
+        yield "tools_on", ""
+    if tools:
+        yield "tools", tools
 
 
 def _vllm(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
-    settings: Settings = []
+    settings: Settings = {}
     environment: dict[str, str] = {}
     if found.cache.drafts:
-        settings.append(("drafts", _compact({"method": "mtp", "num_speculative_tokens": found.cache.drafts})))
+        settings["drafts"] = _compact({"method": "mtp", "num_speculative_tokens": found.cache.drafts})
     if not found.split.gpus:  # no Triton there: graphs and the prefix caching of hybrid models need it
-        settings += [("dtype", "bfloat16"), ("eager", "")]
-        settings += [] if found.cache.prefix_caching else [("no_prefix_caching", "")]
-        settings += [("images", _compact({"image": 0, "video": 0}))] if served.vision else []
+        settings |= {"dtype": "bfloat16", "eager": ""}
+        if not found.cache.prefix_caching:
+            settings["no_prefix_caching"] = ""
+        if served.vision:
+            settings["images"] = _compact({"image": 0, "video": 0})
         environment[CPU_VARIABLE] = str(found.cache.cpu_gib)
     if wanted.thinking_budget is not None:
         environment[BUDGET_VARIABLE] = str(wanted.thinking_budget)
-        settings.append(("reasoning_config", "{}"))
-    if wanted.presence_penalty is not None:
-        if found.cache.version >= PENALTY_BY_FLAG:
-            settings.append(("sampling", _compact({"presence_penalty": wanted.presence_penalty})))
-        else:
-            environment[PENALTY_VARIABLE] = str(wanted.presence_penalty)
+        settings["reasoning_config"] = "{}"
+    if wanted.presence_penalty is not None and found.cache.version >= PENALTY_BY_FLAG:
+        settings["sampling"] = _compact({"presence_penalty": wanted.presence_penalty})
+    elif wanted.presence_penalty is not None:
+        environment[PENALTY_VARIABLE] = str(wanted.presence_penalty)
     return settings, environment
 
 
 def _sglang(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings, dict[str, str]]:
-    settings: Settings = [("metrics", "")]
-    environment: dict[str, str] = {}
+    settings: Settings = {"metrics": ""}
     if (form := served.format) and form.sglang_method != form.method:  # SGLang's own choice by config.json is wrong
-        settings.append(("quantization", form.sglang_method))
-    if drafts := found.cache.drafts:
-        settings += [("drafts", "EAGLE"), ("draft_steps", str(drafts)), ("draft_topk", "1")]
-        settings.append(("draft_tokens", str(drafts + 1)))
-        if found.cache.old:  # later versions choose both by themselves
-            settings.append(("strategy", "extra_buffer"))
-            environment["SGLANG_ENABLE_SPEC_V2"] = "1"
-    return settings, environment
+        settings["quantization"] = form.sglang_method
+    drafts = found.cache.drafts
+    if drafts:
+        settings |= {"drafts": "EAGLE", "draft_steps": str(drafts), "draft_topk": "1", "draft_tokens": str(drafts + 1)}
+    if not drafts or not found.cache.old:  # later versions choose both by themselves
+        return settings, {}
+    return settings | {"strategy": "extra_buffer"}, {"SGLANG_ENABLE_SPEC_V2": "1"}
 
 
 def _compact(value: object) -> str:
@@ -285,9 +263,9 @@ def _compact(value: object) -> str:
 
 
 def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ...]) -> Iterator[str]:
-    """Words for settings; what the user gives the engine directly is left out here."""
+    """Words for settings, but for flags that the user gives the engine directly."""
     given = {word.partition("=")[0] for word in extra}
-    for setting, value in settings:
+    for setting, value in settings.items():
         flag = engine.flag(setting, at)
         if flag and flag not in given:
             yield flag
@@ -295,20 +273,17 @@ def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ..
                 yield value
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
-
-
 def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: Deployment) -> Iterator[str]:
     given = {word.partition("=")[0] for word in wanted.extra}
     for setting, option in OPTIONS.items():
         flag = engine.flag(setting, at)
         if flag in given:
-            yield f"{flag} after `--`: take {option}, on which other values depend"
+            yield f"{flag} after `--`: use {option}, on which other values depend"
     if engine.name == VLLM and given & {"--quantization", "-q"}:
-        yield (
-            "--quantization must not be passed to vLLM: it reads the method from config.json, and moe_wna16 stops at "
-            "KeyError experts.w2_weight in the MTP loader"
+        cause = (
+            "it reads the method from config.json, and moe_wna16 stops at KeyError experts.w2_weight in the MTP loader"
         )
+        yield f"--quantization must not be passed to vLLM: {cause}"
     family = FAMILIES.get(served.model_type)
     if family is not None and engine.name in family.refuse:
         other = VLLM if engine.name == SGLANG else SGLANG
@@ -325,24 +300,20 @@ def _default_problems(engine: Engine, at: Version, drafts: int, wanted: Deployme
     """Of server-wide defaults."""
     defaults = (wanted.thinking_budget, wanted.presence_penalty) != (None, None)
     if engine.name == SGLANG and defaults:
-        yield (
-            "SGLang has no server-wide defaults for a thinking budget and a presence penalty; send the penalty with "
-            "each request, or serve with vLLM"
-        )
+        fix = "send the penalty with each request, or serve with vLLM"
+        yield f"SGLang has no server-wide defaults for a thinking budget and a presence penalty; {fix}"
         return
     by_plugin = wanted.thinking_budget is not None or (wanted.presence_penalty is not None and at < PENALTY_BY_FLAG)
     if by_plugin and wanted.plugin is False:
         yield f"this default {_needs_plugin()}"
     if wanted.thinking_budget is not None and drafts and at < BUDGET_UNDER_MTP:
-        yield (
-            f"vLLM {engines.version_text(at)} drops a thinking budget under MTP without a word (0.32 keeps it): "
-            "--mtp 0, or a newer vLLM"
-        )
+        vllm = f"vLLM {engines.version_text(at)}"
+        yield f"{vllm} drops a thinking budget under MTP without a word (0.32 keeps it): --mtp 0, or a newer vLLM"
 
 
 def _needs_plugin() -> str:
-    way = f"PYTHON -m {pip_install(option='--no-deps')}, PYTHON being the engine's own"
-    return f"needs fourfold's plugin in the engine's environment: {way}"
+    fix = f"PYTHON -m {pip_install(option='--no-deps')}, PYTHON being the engine's own"
+    return f"needs fourfold's plugin in the engine's environment: {fix}"
 
 
 def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment, profile: Profile) -> Iterator[str]:
@@ -356,7 +327,7 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
     if cache.elements == "fp8" and machine.gpus and min(gpu.capability for gpu in machine.gpus) < (8, 9):
         yield "below compute capability 8.9 an fp8 cache is stored only: half the bytes, computed in BF16"
         if engine.name == VLLM and not cache.old:
-            yield f"if vLLM says `{engines.TRAPS[0].said}`: {engines.TRAPS[0].why}"
+            yield f"if vLLM says `{engines.FP8_CACHE[0]}`: {engines.FP8_CACHE[1]}"
     if wanted.drafts is None and served.has_draft and not cache.drafts:
         yield f"no drafts: SGLang does not load a {served.format} release's draft experts; {DRAFTS_IN_SGLANG} has them"
     if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:

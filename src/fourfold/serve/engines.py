@@ -1,7 +1,7 @@
-"""Facts of the engines, as data: what settings are called by version, what must not be passed, traps and their reasons.
+"""Facts of the engines, as data: what settings are called by version, what must not be passed, known issues.
 
 Known: vLLM 0.19.1 and 0.32.0, SGLang 0.5.10 and 0.5.23. A fact that holds "from" a version was seen at that version and
-not at the one known before; where between the two it changed was not looked at. Adding a version is done here alone.
+not at the known one before it. A new version is added here alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fourfold.serve.machine import Gpu, Machine
 
@@ -30,9 +31,8 @@ def version_text(found: Version) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """launch: words before the folder, the first of which is replaced by the interpreter when run; flags: setting ->
-    spellings; known: versions that these facts were looked at in, oldest first; image: of its containers; cpu_image:
-    the same for a machine without a GPU, "" where none is published.
+    """launch: words before the folder, to be shown; module: the same after the interpreter; flags: setting ->
+    spellings; known: versions that these facts are of, oldest first; image, cpu_image: of containers, "" for none.
     """
 
     name: str
@@ -47,17 +47,28 @@ class Engine:
 
     def flag(self, setting: str, at: Version) -> str:
         """What a setting is called in a version; "" if it has none there."""
-        found = ""
-        for since, spelling in self.flags[setting]:
-            if at >= since:
-                found = spelling
-        return found
+        return next((spelling for since, spelling in reversed(self.flags[setting]) if at >= since), "")
 
 
 def _always(**flags: str) -> dict[str, Spellings]:
     return {setting: ((EVER, flag),) for setting, flag in flags.items()}
 
 
+VLLM_FLAGS = _always(
+    name="--served-model-name", host="--host", port="--port", ranks="--tensor-parallel-size",
+    context="--max-model-len", share="--gpu-memory-utilization", kv_cache="--kv-cache-dtype",
+    drafts="--speculative-config", reasoning="--reasoning-parser", tools_on="--enable-auto-tool-choice",
+    tools="--tool-call-parser", quantization="--quantization", dtype="--dtype", trust="--trust-remote-code",
+    eager="--enforce-eager", no_prefix_caching="--no-enable-prefix-caching", images="--limit-mm-per-prompt",
+    experts="--enable-expert-parallel", sampling="--override-generation-config",
+)  # fmt: skip
+SGLANG_FLAGS = _always(
+    name="--served-model-name", host="--host", port="--port", ranks="--tp-size", context="--context-length",
+    share="--mem-fraction-static", kv_cache="--kv-cache-dtype", drafts="--speculative-algorithm",
+    draft_steps="--speculative-num-steps", draft_topk="--speculative-eagle-topk",
+    draft_tokens="--speculative-num-draft-tokens", reasoning="--reasoning-parser", tools="--tool-call-parser",
+    quantization="--quantization", dtype="--dtype", metrics="--enable-metrics", experts="--ep-size",
+)  # fmt: skip
 ENGINES = {
     VLLM: Engine(
         name=VLLM,
@@ -68,28 +79,8 @@ ENGINES = {
         image="vllm/vllm-openai:v{version}",
         cpu_image="vllm/vllm-openai-cpu:v{version}-{arch}",  # its docs: getting_started/installation/cpu.*.inc.md
         port=8000,
-        flags=_always(
-            name="--served-model-name",
-            host="--host",
-            port="--port",
-            ranks="--tensor-parallel-size",
-            context="--max-model-len",
-            share="--gpu-memory-utilization",
-            kv_cache="--kv-cache-dtype",
-            drafts="--speculative-config",
-            reasoning="--reasoning-parser",
-            tools_on="--enable-auto-tool-choice",
-            tools="--tool-call-parser",
-            quantization="--quantization",
-            dtype="--dtype",
-            trust="--trust-remote-code",
-            eager="--enforce-eager",
-            no_prefix_caching="--no-enable-prefix-caching",
-            images="--limit-mm-per-prompt",
-            experts="--enable-expert-parallel",
-            sampling="--override-generation-config",
-        )
-        # 0.32 makes a reasoning config of the parser; 0.19 wants to be told, or it answers 400 to each budget.
+        flags=VLLM_FLAGS
+        # 0.32 makes a reasoning config of the parser; 0.19 needs one, or it answers 400 to each budget.
         | {"reasoning_config": ((EVER, "--reasoning-config"), ((0, 32), ""))},
     ),
     SGLANG: Engine(
@@ -101,25 +92,7 @@ ENGINES = {
         image="lmsysorg/sglang:v{version}",
         cpu_image="",  # its docs have one built from docker/xeon.Dockerfile
         port=30000,
-        flags=_always(
-            name="--served-model-name",
-            host="--host",
-            port="--port",
-            ranks="--tp-size",
-            context="--context-length",
-            share="--mem-fraction-static",
-            kv_cache="--kv-cache-dtype",
-            drafts="--speculative-algorithm",
-            draft_steps="--speculative-num-steps",
-            draft_topk="--speculative-eagle-topk",
-            draft_tokens="--speculative-num-draft-tokens",
-            reasoning="--reasoning-parser",
-            tools="--tool-call-parser",
-            quantization="--quantization",
-            dtype="--dtype",
-            metrics="--enable-metrics",
-            experts="--ep-size",
-        )
+        flags=SGLANG_FLAGS
         | {"strategy": ((EVER, "--mamba-scheduler-strategy"), ((0, 5, 23), "--mamba-radix-cache-strategy"))},
     ),
 }
@@ -129,13 +102,10 @@ KV_CACHES = {VLLM: {"fp8": "fp8", "auto": "auto"}, SGLANG: {"fp8": "fp8_e4m3", "
 # Names of the parsers, by model_type: (thinking, tool calls). Where a template writes tool calls as <function=...>, it
 # is qwen3_coder's form whatever the family.
 PARSERS = {
-    ("qwen3_5_moe", VLLM): ("qwen3", "qwen3_coder"),
-    ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
-    ("qwen3_moe", VLLM): ("qwen3", "hermes"),
-    ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
-    ("qwen2_moe", VLLM): ("qwen3", "hermes"),
-    ("qwen2_moe", SGLANG): ("qwen3", "qwen25"),
-}
+    ("qwen3_5_moe", VLLM): ("qwen3", "qwen3_coder"), ("qwen3_5_moe", SGLANG): ("qwen3", "qwen3_coder"),
+    ("qwen3_moe", VLLM): ("qwen3", "hermes"), ("qwen3_moe", SGLANG): ("qwen3", "qwen25"),
+    ("qwen2_moe", VLLM): ("qwen3", "hermes"), ("qwen2_moe", SGLANG): ("qwen3", "qwen25"),
+}  # fmt: skip
 XML_CALL, XML_PARSER, THINKING = "<function=", "qwen3_coder", "<think>"
 
 DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as the reference found best
@@ -143,9 +113,6 @@ DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as t
 # Bytes of each GPU that are neither weights nor cache: activations, context, NCCL. Derived from the reference's own
 # figures, 4 x 12 GiB: 0.85 * 12 GiB - 24.4 GB / 4 - 3.62 GB (vLLM), 0.89 * 12 GiB - 22.7 GB / 4 - 4.03 GB (SGLang).
 OVERHEAD_BYTES = {VLLM: 1_230_000_000, SGLANG: 1_760_000_000}
-
-
-# --- profiles -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,134 +123,85 @@ class Profile:
     ranks: int | None = None
     context: int | None = None
     kv_cache: str = "auto"
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     version: Version | None = None
     measured: str = ""
 
 
 DEFAULT, REFERENCE = "default", "reference"
-PROFILES = (DEFAULT, REFERENCE)
 # Shares of memory: below vLLM's own default (0.92), and where SGLang leaves room for graphs on cards of 12 to 141 GB.
 SHARES = {VLLM: 0.90, SGLANG: 0.85}
 
 RTX_3060 = Gpu(name="NVIDIA GeForce RTX 3060", total_bytes=12 * 2**30, free_bytes=12 * 2**30, capability=(8, 6))
 REFERENCE_MACHINE = Machine(gpus=(RTX_3060,) * 4, host_bytes=32 * 2**30)
 
-WITH_DRAFTS = "pool 160,800 tokens (600 to 603 blocks of 1,072); 56-82 tokens/s, 70-89 % of drafts accepted"
+
+_CARD: dict[str, Any] = {"ranks": 4, "kv_cache": "fp8"}
+_CARD_VLLM = _CARD | {
+    "share": 0.85, "context": 200_000, "settings": {"dtype": "bfloat16", "trust": ""}, "version": (0, 19, 1),
+}  # fmt: skip
+_CARD_SGLANG = _CARD | {"context": 262_144, "version": (0, 5, 10)}
+CARD = {  # the four commands on the card of the reference release, measured on 4 x RTX 3060: by engine, with drafts
+    (VLLM, False): Profile(**_CARD_VLLM),
+    (VLLM, True): Profile(
+        **_CARD_VLLM,
+        measured="pool 160,800 tokens (600 to 603 blocks of 1,072); 56-82 tokens/s, 70-89 % of drafts accepted",
+    ),
+    (SGLANG, False): Profile(**_CARD_SGLANG, share=0.89, measured="415,184 tokens, 39 running requests"),
+    (SGLANG, True): Profile(
+        **_CARD_SGLANG,
+        share=0.80,
+        settings={"dtype": "float16", "strategy": "extra_buffer"},
+        environment={"SGLANG_MAMBA_CONV_DTYPE": "float16"},
+        measured="52-141 tokens/s, 34-70 % of drafts accepted: the draft's experts were not loaded",
+    ),
+}
 
 
 def profile(name: str, engine: str, drafting: bool) -> Profile:
-    """REFERENCE: the four commands on the card of the reference release, measured on 4 x RTX 3060."""
-    if name == DEFAULT:
-        return Profile(share=SHARES[engine])
-    if engine == VLLM:
-        return Profile(
-            share=0.85,
-            ranks=4,
-            context=200_000,
-            kv_cache="fp8",
-            settings=(("dtype", "bfloat16"), ("trust", "")),
-            version=(0, 19, 1),
-            measured=WITH_DRAFTS if drafting else "",
-        )
-    if drafting:
-        return Profile(
-            share=0.80,
-            ranks=4,
-            context=262_144,
-            kv_cache="fp8",
-            settings=(("dtype", "float16"), ("strategy", "extra_buffer")),
-            environment={"SGLANG_MAMBA_CONV_DTYPE": "float16"},
-            version=(0, 5, 10),
-            measured="52-141 tokens/s, 34-70 % of drafts accepted: the draft's experts were not loaded",
-        )
-    return Profile(
-        share=0.89,
-        ranks=4,
-        context=262_144,
-        kv_cache="fp8",
-        version=(0, 5, 10),
-        measured="415,184 tokens, 39 running requests",
-    )
+    return Profile(share=SHARES[engine]) if name == DEFAULT else CARD[engine, drafting]
 
 
-# --- traps --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trap:
-    """Something an engine says when it fails, why it does, and the way out. said: a regular expression."""
-
-    engine: str
-    said: str
-    why: str
-
-
-TRAPS = (
-    Trap(
-        engine=VLLM,
-        said=r"FP8 KV cache is not supported by the Triton attention backend",
-        why="below compute capability 8.9 vLLM stores an fp8 cache only with FlashInfer. Install flashinfer-python "
-        "into its environment and add `-- --attention-backend FLASHINFER`, or take --kv-cache auto",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"KeyError: '?[\w.]*experts\.w2_weight",
-        why="--quantization moe_wna16 breaks the MTP loader: leave it out, vLLM reads the method from config.json",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"has no parameter 'w2_weight' for checkpoint weight 'mtp\.",
-        why='config.json\'s quantization_config.dynamic has no "-:" rule for mtp: `fourfold verify OUT` says which',
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"To serve at least one request with the model's max seq len",
-        why="the KV cache left after weights is smaller than one request of this length: a smaller --context, "
-        "--kv-cache fp8, more GPUs (--tp), or --mtp 0",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
-        why="groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"No WNA16 MoE backend supports the deployment configuration",
-        why="no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"TypeError: 'function' object is not subscriptable",
-        why="prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out",
-    ),
-    Trap(
-        engine=VLLM,
-        said=r"max\(\): Expected reduction dim to be specified for input.numel\(\) == 0",
-        why="vLLM 0.32 on a CPU stops at the first request that samples with top_k under MTP: --mtp 0, or top_k -1 in "
-        "requests and, where generation_config.json has a top_k, `-- --generation-config vllm`",
-    ),
-    Trap(engine=VLLM, said=r"invalid tool call parser:", why="this version lacks the parser: another after `--`"),
-    Trap(engine=VLLM, said=r"Reasoning parser '.*' not found", why="this version lacks the parser: another after `--`"),
-    Trap(
-        engine=VLLM,
-        said=r"ipc path .* is longer than 107 characters",
-        why="the folder for temporary files has too long a name: set TMPDIR to a short one",
-    ),
-    Trap(
-        engine=SGLANG,
-        said=r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
-        why="SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0",
-    ),
-    Trap(
-        engine=SGLANG,
-        said=r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
-        why="gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors",
-    ),
+FP8_CACHE = (
+    r"FP8 KV cache is not supported by the Triton attention backend",
+    "below compute capability 8.9 vLLM stores an fp8 cache only with FlashInfer. Install flashinfer-python into its "
+    "environment and add `-- --attention-backend FLASHINFER`, or use --kv-cache auto",
 )
+NO_PARSER = "this version lacks the parser: name another after `--`"
+KNOWN_ISSUES = {  # by engine: a regular expression of its log, the cause with what to do
+    VLLM: (
+        FP8_CACHE,
+        (r"KeyError: '?[\w.]*experts\.w2_weight",
+         "--quantization moe_wna16 breaks the MTP loader: leave it out, vLLM reads the method from config.json"),
+        (r"has no parameter 'w2_weight' for checkpoint weight 'mtp\.",
+         'config.json\'s quantization_config.dynamic has no "-:" rule for mtp: `fourfold verify OUT` says which'),
+        (r"To serve at least one request with the model's max seq len",
+         "the KV cache that fits beside the weights is smaller than one request of this length: a smaller "
+         "--context, --kv-cache fp8, more GPUs (--tp), or --mtp 0"),
+        (r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
+         "groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups"),
+        (r"No WNA16 MoE backend supports the deployment configuration",
+         "no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split"),
+        (r"TypeError: 'function' object is not subscriptable",
+         "prefix caching of a hybrid model needs Triton, which a CPU lacks: leave --enable-prefix-caching out"),
+        (r"max\(\): Expected reduction dim to be specified for input.numel\(\) == 0",
+         "vLLM 0.32 on a CPU stops at the first request that samples with top_k under MTP: --mtp 0, or top_k -1 in "
+         "requests and, where generation_config.json has a top_k, `-- --generation-config vllm`"),
+        (r"invalid tool call parser:", NO_PARSER),
+        (r"Reasoning parser '.*' not found", NO_PARSER),
+        (r"ipc path .* is longer than 107 characters",
+         "the folder for temporary files has too long a name: set TMPDIR to a short one"),
+    ),
+    SGLANG: (
+        (r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
+         "SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0"),
+        (r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
+         "gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors"),
+    ),
+}  # fmt: skip
 
 
 def explain(engine: str, log: str) -> list[str]:
-    """What is known of the failures that a log shows."""
-    return [trap.why for trap in TRAPS if trap.engine == engine and re.search(trap.said, log)]
+    """Return the causes of the known failures in a log."""
+    return [cause for pattern, cause in KNOWN_ISSUES[engine] if re.search(pattern, log)]

@@ -1,11 +1,11 @@
-"""What will fit: how a checkpoint is split over GPUs, and the KV cache left after its weights."""
+"""What fits: how a checkpoint is split over GPUs, and the KV cache beside its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fourfold.serve.engines import OVERHEAD_BYTES, SGLANG, VLLM, Version
-from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Budget, SglangPool, VllmPool, sglang_pool, vllm_pool
+from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, SglangPool, VllmPool, sglang_pool, vllm_pool
 from fourfold.serve.machine import Machine
 from fourfold.serve.served import Served
 
@@ -45,10 +45,10 @@ def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
     problems = [f"--tp {ranks} does not divide {', '.join(found)}"] if found else []
     width, group = served.expert_width, served.group_size
     if group and not experts_apart and width % (ranks * group):
-        part = f"{width} / {ranks} features of an expert on each are no whole groups of {group}"
+        part = f"{width} / {ranks} features of an expert on each are not divisible by group size {group}"
         largest = max((n for n in (1, 2, 4, 8, 16) if n < ranks and not width % (n * group)), default=1)
         problems.append(
-            f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Ways out: "
+            f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Try: "
             f"--tp {largest}, expert parallel (`-- --enable-expert-parallel` in vLLM, `-- --ep-size N` in SGLang), or "
             "a release quantized with smaller groups (scheme.group_size)"
         )
@@ -57,7 +57,7 @@ def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """How an engine is told to keep its cache.
+    """Settings of an engine's cache.
 
     share: of a GPU's memory that it may take; elements: auto or fp8; context: None for as much as fits; requests:
     SGLang's --max-running-requests, 0 where it is not said; cpu_gib: vLLM's cache on a CPU.
@@ -81,8 +81,8 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """pool: of the cache; None where weights leave no room. memory_bytes: for it on each rank; context: that the server
-    is given; exact: memory_bytes is known, else it is an estimate. problems, doubts: what will, and what may not fit.
+    """pool: None where weights leave no room; memory_bytes: on each rank; context: of the server; exact: memory_bytes
+    is no estimate; problems, doubts: what does not fit, and what may not.
     """
 
     split: Split
@@ -97,21 +97,16 @@ class Forecast:
     def lines(self) -> list[str]:
         """For people."""
         what = "set" if self.exact else "estimated: activations and graphs are known only once it runs"
-        said = [f"KV cache: {self.memory_bytes / 1e9:.2f} GB on each of {self.split.ranks} ({what})"]
-        if isinstance(self.pool, VllmPool):
-            pool = self.pool
-            said.append(
-                f"{pool.blocks:,} blocks x {pool.block_tokens:,} tokens = {pool.blocks * pool.block_tokens:,}; vLLM "
-                f"calls it {self.logged_tokens:,} tokens"
-            )
-            said.append(
-                f"room for {pool.concurrency:,.1f} requests of the whole context of {self.context:,}; the longest that "
-                f"would fit is {pool.longest:,}"
-            )
-        elif self.pool is not None:
-            running = "" if self.pool.running is None else f", {self.pool.running:,} running requests"
-            said.append(f"max_total_num_tokens {self.pool.tokens:,}{running}")
-        return said
+        lines, pool = [f"KV cache: {self.memory_bytes / 1e9:.2f} GB on each of {self.split.ranks} ({what})"], self.pool
+        if isinstance(pool, VllmPool):
+            blocks = f"{pool.blocks:,} blocks x {pool.block_tokens:,} tokens = {pool.blocks * pool.block_tokens:,}"
+            requests = f"room for {pool.concurrency:,.1f} requests of the whole context of {self.context:,}"
+            lines.append(f"{blocks}; vLLM calls it {self.logged_tokens:,} tokens")
+            lines.append(f"{requests}; the longest that would fit is {pool.longest:,}")
+        elif pool is not None:
+            running = "" if pool.running is None else f", {pool.running:,} running requests"
+            lines.append(f"max_total_num_tokens {pool.tokens:,}{running}")
+        return lines
 
     def brief(self) -> str:
         """To set beside the engine's own figures."""
@@ -135,10 +130,8 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
     memory = room if exact else room - OVERHEAD_BYTES[cache.engine]
     problems, doubts = list[str](), list[str]()
     if room <= 0:
-        problems.append(
-            f"weights take {weights / 1e9:.1f} GB on each GPU, {cache.share:.2f} of the smallest is "
-            f"{cache.share * split.smallest_bytes / 1e9:.1f} GB: more GPUs (--tp), or larger ones"
-        )
+        usable = f"{cache.share:.2f} of the smallest is {cache.share * split.smallest_bytes / 1e9:.1f} GB"
+        problems.append(f"weights take {weights / 1e9:.1f} GB on each GPU, {usable}: more GPUs (--tp), or larger ones")
     context = cache.context or served.context
     pool = _pool(served, split, cache, memory, context)
     if cache.context is None and pool is not None and _longest(pool) < context:
@@ -147,24 +140,18 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
     if room > 0 and (pool is None or _longest(pool) < context):
         best = _pool(served, split, cache, room, context)
         most = 0 if best is None else _longest(best)
-        said = (
-            f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB are left for the cache on "
-            f"each, enough for {_longest(pool) if pool else 0:,} tokens. Ways out: a smaller --context, "
+        problem = (
+            f"a context of {context:,} tokens does not fit: {max(memory, 0) / 1e9:.2f} GB remain for the cache on "
+            f"each, enough for {_longest(pool) if pool else 0:,} tokens. Try: a smaller --context, "
             "--kv-cache fp8, --mtp 0, more GPUs"
         )
-        (problems if exact or most < context else doubts).append(said)
+        (problems if exact or most < context else doubts).append(problem)
     if cache.engine == SGLANG and cache.old and cache.drafts and not cache.requests:
         doubts.append("SGLang 0.5.10 sets states aside for --max-running-requests when drafting: not subtracted here")
     return Forecast(
-        split=split,
-        cache=cache,
-        pool=pool,
-        memory_bytes=max(memory, 0),
-        context=context,
-        exact=exact,
-        problems=tuple(problems),
-        doubts=tuple(doubts),
-    )
+        split=split, cache=cache, pool=pool, memory_bytes=max(memory, 0), context=context, exact=exact,
+        problems=tuple(problems), doubts=tuple(doubts),
+    )  # fmt: skip
 
 
 def _longest(pool: VllmPool | SglangPool) -> int:
@@ -174,16 +161,14 @@ def _longest(pool: VllmPool | SglangPool) -> int:
 def _pool(served: Served, split: Split, cache: Cache, memory: int, context: int) -> VllmPool | SglangPool | None:
     if memory <= 0:
         return None
-    sglang = cache.engine == SGLANG
-    budget = Budget(
-        memory_bytes=memory,
-        ranks=split.ranks,
-        element_bytes=ELEMENT_BYTES[cache.elements],
-        drafts=cache.drafts + 1 if sglang and cache.drafts else cache.drafts,
-        context=context,
-    )
-    if sglang:
-        strategy = "extra_buffer" if cache.drafts else "no_buffer"
-        return sglang_pool(served.geometry, budget, strategy=strategy, old=cache.old, requests=cache.requests)
-    align = GPU_ALIGN if split.gpus else CPU_ALIGN
-    return vllm_pool(served.geometry, budget, align=align, prefix_caching=cache.prefix_caching)
+    element_bytes = ELEMENT_BYTES[cache.elements]
+    if cache.engine == SGLANG:
+        drafts, strategy = (cache.drafts + 1, "extra_buffer") if cache.drafts else (0, "no_buffer")
+        return sglang_pool(
+            served.geometry, memory, ranks=split.ranks, element_bytes=element_bytes, drafts=drafts, strategy=strategy,
+            old=cache.old, requests=cache.requests,
+        )  # fmt: skip
+    return vllm_pool(
+        served.geometry, memory, ranks=split.ranks, element_bytes=element_bytes, drafts=cache.drafts, context=context,
+        align=GPU_ALIGN if split.gpus else CPU_ALIGN, prefix_caching=cache.prefix_caching,
+    )  # fmt: skip

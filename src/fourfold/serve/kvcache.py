@@ -35,9 +35,7 @@ class Geometry:
     value_dim: int = 0
 
     def token_bytes(self, ranks: int, element_bytes: int) -> int:
-        """Of a token in one attention layer: keys and values. A KV head is copied where there are more ranks, a latent
-        always.
-        """
+        """Keys and values of a token in one attention layer. Ranks beyond the KV heads hold copies."""
         if self.latent:
             return self.latent * element_bytes
         return 2 * max(1, self.kv_heads // ranks) * self.head_dim * element_bytes
@@ -51,21 +49,8 @@ class Geometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """memory_bytes: for the cache, on each rank; element_bytes: 2 (BF16), 1 (fp8); drafts: tokens of one, 0: none."""
-
-    memory_bytes: int
-    ranks: int
-    element_bytes: int
-    drafts: int
-    context: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class VllmPool:
-    """blocks of block_tokens tokens; request_blocks: what one request of the whole context takes; groups: of layers
-    that share a table of blocks; attention_groups: of those, the ones whose blocks grow with the tokens.
-    """
+    """groups: of layers that share a table of blocks; attention_groups: of these, which grow with the tokens."""
 
     blocks: int
     block_tokens: int
@@ -77,6 +62,7 @@ class VllmPool:
 
     @property
     def request_blocks(self) -> int:
+        """Of one request of the whole context."""
         return self.attention_groups * -(-self.context // self.block_tokens) + self.state_blocks
 
     @property
@@ -100,26 +86,26 @@ class VllmPool:
         return max(0, (self.blocks - self.state_blocks) // self.attention_groups * self.block_tokens)
 
 
-def vllm_pool(geometry: Geometry, budget: Budget, *, align: int, prefix_caching: bool) -> VllmPool:
+def vllm_pool(
+    geometry: Geometry, memory_bytes: int, *, ranks: int, element_bytes: int, drafts: int, context: int, align: int,
+    prefix_caching: bool,
+) -> VllmPool:  # fmt: skip
     """vLLM 0.32: block size, platforms/interface.py:1060; groups, v1/core/kv_cache_utils.py:1437.
 
+    memory_bytes: for the cache, on each rank; element_bytes: 2 (BF16), 1 (fp8); drafts: tokens per step, 0 for none;
     align: GPU_ALIGN or CPU_ALIGN. A draft head is one attention layer more.
     """
-    attention, linear = geometry.attention + bool(budget.drafts), geometry.linear
-    token = geometry.token_bytes(budget.ranks, budget.element_bytes)
-    state = geometry.state_bytes(budget.ranks, budget.drafts)
+    attention, linear = geometry.attention + bool(drafts), geometry.linear
+    token = geometry.token_bytes(ranks, element_bytes)
+    state = geometry.state_bytes(ranks, drafts)
     block = align * max(1, -(-state // (align * token)))
     size = _group_size(attention, linear)
     attention_groups, linear_groups = -(-attention // size), -(-linear // size)
     return VllmPool(
-        blocks=budget.memory_bytes // (size * block * token),
-        block_tokens=block,
-        block_bytes=size * block * token,
-        groups=attention_groups + linear_groups,
-        attention_groups=attention_groups,
-        state_blocks=linear_groups * ((2 if prefix_caching else 1) + budget.drafts),
-        context=budget.context,
-    )
+        blocks=memory_bytes // (size * block * token), block_tokens=block, block_bytes=size * block * token,
+        groups=attention_groups + linear_groups, attention_groups=attention_groups,
+        state_blocks=linear_groups * ((2 if prefix_caching else 1) + drafts), context=context,
+    )  # fmt: skip
 
 
 def _group_size(attention: int, linear: int) -> int:
@@ -138,24 +124,25 @@ class SglangPool:
     running: int | None
 
 
-def sglang_pool(geometry: Geometry, budget: Budget, *, strategy: str, old: bool, requests: int = 0) -> SglangPool:
+def sglang_pool(
+    geometry: Geometry, memory_bytes: int, *, ranks: int, element_bytes: int, drafts: int, strategy: str, old: bool,
+    requests: int = 0,
+) -> SglangPool:  # fmt: skip
     """SGLang, mem_cache/kv_cache_configurator.py:3062 and 3349 in 0.5.23; old: as 0.5.10 counted.
 
-    strategy: of --mamba-radix-cache-strategy; requests: --max-running-requests, which 0.5.10 sets aside states for when
-    drafting. drafts of the budget are the draft tokens of a step (steps + 1), 0 without.
+    drafts: draft tokens of a step (steps + 1), 0 for none; strategy: of --mamba-radix-cache-strategy; requests:
+    --max-running-requests, for which 0.5.10 reserves states when drafting. Others as of `vllm_pool`.
     """
-    attention = geometry.attention + (1 if budget.drafts and not old else 0)
-    token = attention * geometry.token_bytes(budget.ranks, budget.element_bytes)
-    slot = geometry.linear * geometry.state_bytes(budget.ranks, 0)
+    attention = geometry.attention + (1 if drafts and not old else 0)
+    token = attention * geometry.token_bytes(ranks, element_bytes)
+    slot = geometry.linear * geometry.state_bytes(ranks, 0)
     if not slot:
-        return SglangPool(tokens=budget.memory_bytes // token, slots=0, running=None)
-    share, each, memory = RATIO / (1 + RATIO), PER_REQUEST[strategy], budget.memory_bytes
+        return SglangPool(tokens=memory_bytes // token, slots=0, running=None)
+    share, each, memory = RATIO / (1 + RATIO), PER_REQUEST[strategy], memory_bytes
     if old:
-        memory -= slot * requests * budget.drafts
+        memory -= slot * requests * drafts
         slots = int(memory * share / slot)
-    elif budget.drafts:
-        slots = int((memory * share - slot * (1 + budget.drafts)) / (slot * (1 + budget.drafts / each)))
-    else:
-        slots = int((memory * share - slot) / slot)
+    else:  # without drafts one slot is padding
+        slots = int((memory * share - slot * (1 + drafts)) / (slot * (1 + drafts / each)))
     slots = max(0, slots)
     return SglangPool(tokens=max(0, (memory - slots * slot) // token), slots=slots, running=slots // each)

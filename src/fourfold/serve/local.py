@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,24 +56,21 @@ def read_sizes(paths: Sequence[Path]) -> FileSizes:
     blocks = number("block_count")
     recurrent = fields.get(f"{name}.attention.recurrent_layers")
     full = blocks - (sum(recurrent.contents()) if recurrent else 0)
-    experts: dict[int, int] = {}
+    experts = Counter[int]()
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:
         if match := EXPERT_STACK.match(tensor.name):
-            experts[int(match[1])] = experts.get(int(match[1]), 0) + int(tensor.n_bytes)
-    return FileSizes(
-        weight_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
-        expert_bytes=experts,
-        kv_values=full * number("attention.head_count_kv")
-        * (number("attention.key_length") + number("attention.value_length")),
-        longest=number("context_length"),
-    )  # fmt: skip
+            experts[int(match[1])] += int(tensor.n_bytes)
+    weight_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+    values = number("attention.head_count_kv") * (number("attention.key_length") + number("attention.value_length"))
+    longest = number("context_length")
+    return FileSizes(weight_bytes=weight_bytes, expert_bytes=experts, kv_values=full * values, longest=longest)
 
 
 def place(sizes: FileSizes, room_bytes: int, context: int | None, kv_bytes: float) -> tuple[int, int]:
     """Return a context, and how many blocks' experts must stay on the host for it.
 
-    room_bytes: for weights and KV cache. Raises ValueError if it does not do with all experts on the host.
+    room_bytes: for weights and KV cache. Raises ValueError if they do not fit even with all experts on the host.
     """
     token_bytes = sizes.kv_values * kv_bytes
     least = min(context or LEAST_CONTEXT, sizes.longest)
@@ -100,14 +98,14 @@ def llama_server(  # noqa: PLR0913  what the command line has
     gpus = sum(gpu.free_bytes for gpu in machine.gpus)
     room = int(gpus * SHARE) - SPARE_BYTES * len(machine.gpus) if gpus else machine.host_bytes - 2 * SPARE_BYTES
     where = "GPU memory" if gpus else "memory"
+    needed = f"{sizes.weight_bytes - sum(sizes.expert_bytes.values()):,} bytes beside the experts"
     try:
         tokens, on_host = place(sizes, room, context, KV_BYTES[kv])
+        if on_host and not gpus:
+            needed = f"{sizes.weight_bytes:,} bytes of weights"
+            raise ValueError
     except ValueError:
-        rest = sizes.weight_bytes - sum(sizes.expert_bytes.values())
-        problem = f"{rest:,} bytes beside the experts and the KV cache do not fit {room:,} bytes of {where}"
-        return LocalCommand(words=tuple(words), notes=(), problems=(problem,))
-    if not gpus and on_host:
-        problem = f"{sizes.weight_bytes:,} bytes of weights and the KV cache do not fit {room:,} bytes of {where}"
+        problem = f"{needed} and the KV cache do not fit {room:,} bytes of {where}"
         return LocalCommand(words=tuple(words), notes=(), problems=(problem,))
     words += ["--ctx-size", str(tokens)]
     if gpus:
@@ -124,8 +122,8 @@ def mlx_server(folder: Path, *, host: str, port: int | None, extra: Sequence[str
     """mlx-vlm's for a model with a vision tower, which it keeps, else mlx-lm's."""
     vision = has_vision(folder)
     words = (*_mlx_words(folder, vision), "--host", host, "--port", str(port or 8080), *extra)
-    note = "mlx_lm.server serves it too, without images and drafts" if vision else ""
-    return LocalCommand(words=words, notes=tuple(filter(None, [note])))
+    notes = ("mlx_lm.server serves it too, without images and drafts",) if vision else ()
+    return LocalCommand(words=words, notes=notes)
 
 
 def card_command(folder: Path, record: Export, shown: Path) -> str:

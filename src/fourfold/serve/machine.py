@@ -1,4 +1,4 @@
-"""The machine that is to serve: its GPUs, as nvidia-smi tells. No CUDA context of ours may lie in their memory."""
+"""The GPUs of this machine, from nvidia-smi: a CUDA context of ours would take memory from the server."""
 
 from __future__ import annotations
 
@@ -41,31 +41,30 @@ class Machine:
 
 
 def look() -> Machine:
-    """This machine. Where no GPU can be seen it says why: it will then be served on the CPU, which must be known."""
-    host_bytes = psutil.virtual_memory().total
+    """Return this machine, with the reason where no GPU is seen: it is then served on the CPU."""
+    gpus, no_gpu = _find_gpus()
+    return Machine(gpus=gpus, host_bytes=psutil.virtual_memory().total, no_gpu=no_gpu)
+
+
+def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
     command = shutil.which("nvidia-smi")
     if command is None:
-        return Machine(gpus=(), host_bytes=host_bytes, no_gpu="there is no nvidia-smi")
+        return (), "there is no nvidia-smi"
+    words = [command, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            [command, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-            check=False,
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Machine(gpus=(), host_bytes=host_bytes, no_gpu=f"nvidia-smi does not run: {error}")
+        return (), f"nvidia-smi does not run: {error}"
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        return Machine(gpus=(), host_bytes=host_bytes, no_gpu=f"nvidia-smi: {said[0]}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        return (), f"nvidia-smi: {lines[0]}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         gpus = parse(done.stdout, visible)
     except ValueError as error:  # a device that shares the host's memory has "[N/A]"
-        return Machine(gpus=(), host_bytes=host_bytes, no_gpu=f"nvidia-smi's table is not understood: {error}")
+        return (), f"nvidia-smi's table is not understood: {error}"
     hidden = f"CUDA_VISIBLE_DEVICES={visible} leaves none" if visible is not None else "nvidia-smi lists none"
-    return Machine(gpus=gpus, host_bytes=host_bytes, no_gpu="" if gpus else hidden)
+    return gpus, "" if gpus else hidden
 
 
 def parse(text: str, visible: str | None) -> tuple[Gpu, ...]:
@@ -75,10 +74,7 @@ def parse(text: str, visible: str | None) -> tuple[Gpu, ...]:
         index, uuid, name, total, free, capability = (part.strip() for part in line.split(","))
         major, minor = capability.split(".")
         by_index[index] = by_uuid[uuid] = Gpu(
-            name=name,
-            total_bytes=int(total) * MIB,
-            free_bytes=int(free) * MIB,
-            capability=(int(major), int(minor)),
+            name=name, total_bytes=int(total) * MIB, free_bytes=int(free) * MIB, capability=(int(major), int(minor))
         )
     if visible is None:
         return tuple(by_index.values())

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fourfold.records.results import Acceptance
 
 # What it is: its name in vLLM (0.32, v1/metrics/loggers.py) and SGLang (0.5.23, observability/metrics_collector.py);
-# "" where the engine does not tell. Acceptance in SGLang is a gauge of its latest batches, without positions.
+# "" where the engine has none. Acceptance in SGLang is a gauge of its latest batches, without positions.
 NAMES = {
     "drafts": ("vllm:spec_decode_num_drafts_total", ""),
     "draft_tokens": ("vllm:spec_decode_num_draft_tokens_total", ""),
@@ -62,7 +62,7 @@ class Scrape:
         return self._name(what) in self.samples
 
     def value(self, what: str) -> float:
-        """The sum over a server's engines and models; 0 if it is not told."""
+        """The sum over a server's engines and models; 0 if there is none."""
         return sum(value for _, value in self.samples.get(self._name(what), ()))
 
     def by_label(self, what: str, label: str) -> dict[str, float]:
@@ -72,7 +72,7 @@ class Scrape:
         return dict(found)
 
     def pool(self) -> dict[str, int]:
-        """What the engine says of its KV cache: blocks, block_tokens, tokens, as far as it tells."""
+        """The KV cache by the engine's metrics: blocks, block_tokens, tokens, as far as they say."""
         if self.engine == "sglang":
             return {"tokens": int(self.value("pool_tokens"))} if self.has("pool_tokens") else {}
         labels = next((labels for labels, _ in self.samples.get(POOL, ())), {})
@@ -81,9 +81,7 @@ class Scrape:
 
 
 def acceptance(before: Scrape, after: Scrape) -> Acceptance | None:
-    """Of drafts between two scrapes: rate, mean_length (with the token that needs no draft), by_position. None: no
-    drafts were made, or the engine counts none.
-    """
+    """Return the acceptance rate of drafts between two scrapes; None without drafts or counters of them."""
     if after.engine == "sglang":
         if not after.value("accept_length"):
             return None

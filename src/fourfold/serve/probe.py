@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fourfold.serve import client
 from fourfold.serve.client import Reply
@@ -22,15 +21,13 @@ MESSAGES = [
 WEATHER = {
     "type": "function",
     "function": {
-        "name": "get_weather",
-        "description": "The weather of a city now.",
+        "name": "get_weather", "description": "The weather of a city now.",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(NamedTuple):
     """alive: None where it could not be seen."""
 
     what: str
@@ -38,12 +35,11 @@ class Finding:
     seen: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """findings: in order; pool: of the KV cache, as the engine tells, {} if it does not."""
+class Probed(NamedTuple):
+    """findings: in order; pool: of the KV cache by the engine's own metrics, {} without."""
 
     findings: tuple[Finding, ...]
-    pool: dict[str, Any]
+    pool: dict[str, int]
 
 
 def probe(address: str, command: Command) -> Probed:
@@ -51,46 +47,34 @@ def probe(address: str, command: Command) -> Probed:
 
 
 async def _probe(address: str, command: Command) -> Probed:
-    async with client.open_client() as asking:
-        before = await client.scrape(asking, address)
-        body: dict[str, Any] = {
-            "model": command.name,
-            "messages": MESSAGES,
-            "tools": [WEATHER],
-            "max_tokens": TOKENS,
-            "temperature": 0,
-        }
-        budget = command.thinking_budget
-        if budget is not None and budget >= TOKENS:
-            body["thinking_token_budget"] = budget = SMALL_BUDGET
-        reply = await client.chat(asking, address, body, LIMIT_SECONDS)
-        after = await client.scrape(asking, address)
+    body: dict[str, Any] = {
+        "model": command.name, "messages": MESSAGES, "tools": [WEATHER], "max_tokens": TOKENS, "temperature": 0,
+    }  # fmt: skip
+    budget = command.thinking_budget
+    if budget is not None and budget >= TOKENS:
+        body["thinking_token_budget"] = budget = SMALL_BUDGET
+    async with client.open_client() as connection:
+        before = await client.scrape(connection, address)
+        reply = await client.chat(connection, address, body, LIMIT_SECONDS)
+        after = await client.scrape(connection, address)
     findings = _findings(command, reply, before, after, budget)
-    known = after or before  # a first request may be the end of a server
-    return Probed(findings=tuple(findings), pool=known.pool() if known else {})
+    scrape = after or before  # a first request may be the end of a server
+    return Probed(tuple(findings), scrape.pool() if scrape else {})
 
 
 def _findings(
     command: Command, reply: Reply, before: Scrape | None, after: Scrape | None, budget: int | None
 ) -> Iterator[Finding]:
-    yield Finding(
-        what="chat",
-        alive=reply.ok,
-        seen=f"{reply.output_tokens} tokens, the first after {reply.first:.1f} s"
-        if reply.ok
-        else f"{reply.outcome}: {reply.detail}",
-    )
     if not reply.ok:
+        yield Finding("chat", False, f"{reply.outcome}: {reply.detail}")
         return
+    yield Finding("chat", True, f"{reply.output_tokens} tokens, the first after {reply.first:.1f} s")
     calls = f"{len(reply.tool_calls)} chunks of a call" if reply.tool_calls else "none called"
-    yield Finding(what="tools", alive=True, seen=f"a request with a tool is accepted, {calls}")
+    yield Finding("tools", True, f"a request with a tool is accepted, {calls}")
     if command.reasoning:
-        yield Finding(
-            what="thinking",
-            alive=bool(reply.reasoning),
-            seen=f"{len(reply.reasoning)} characters apart from the answer"
-            + ("" if reply.reasoning_tokens is None else f", {reply.reasoning_tokens} tokens"),
-        )
+        tokens = "" if reply.reasoning_tokens is None else f", {reply.reasoning_tokens} tokens"
+        seen = f"{len(reply.reasoning)} characters apart from the answer{tokens}"
+        yield Finding("thinking", bool(reply.reasoning), seen)
     if command.forecast.cache.drafts:
         yield _drafts(before, after)
     if budget is not None:
@@ -99,22 +83,15 @@ def _findings(
 
 def _drafts(before: Scrape | None, after: Scrape | None) -> Finding:
     if before is None or after is None:
-        return Finding(what="drafts", alive=None, seen=OFF)
+        return Finding("drafts", None, OFF)
     found = acceptance(before, after)
     if found is None:
-        return Finding(what="drafts", alive=False, seen="no token was drafted")
-    return Finding(
-        what="drafts",
-        alive=found.rate > 0,
-        seen=f"{found.rate:.0%} accepted, {found.mean_length:.2f} tokens a step",
-    )
+        return Finding("drafts", False, "no token was drafted")
+    return Finding("drafts", found.rate > 0, f"{found.rate:.0%} accepted, {found.mean_length:.2f} tokens a step")
 
 
 def _budget(reply: Reply, budget: int) -> Finding:
-    if reply.reasoning_tokens is None:
-        return Finding(what="thinking budget", alive=None, seen="the server does not count thinking tokens")
-    return Finding(
-        what="thinking budget",
-        alive=reply.reasoning_tokens <= budget,
-        seen=f"{reply.reasoning_tokens} tokens thought, {budget} allowed",
-    )
+    tokens = reply.reasoning_tokens
+    if tokens is None:
+        return Finding("thinking budget", None, "the server does not count thinking tokens")
+    return Finding("thinking budget", tokens <= budget, f"{tokens} tokens thought, {budget} allowed")

@@ -17,15 +17,18 @@ from fourfold.model.weights import Weights
 from fourfold.serve.kvcache import Geometry
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-REFERENCE = "Qwen3.6-35B-A3B"  # of whom the reference's measured figures are
+REFERENCE = "Qwen3.6-35B-A3B"  # the model of the reference's measured figures
+SPLIT = {  # numbers of config.json that the tensor-parallel size must divide
+    "attention heads": "num_attention_heads",
+    "key heads of linear attention": "linear_num_key_heads",
+    "value heads of linear attention": "linear_num_value_heads",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """format: None where nothing is quantized. group_size: 0 where there are no groups.
-
-    draft_bytes: of all tensors of the draft head, 0: there is none; weight_bytes: of all others. context: the longest
-    that the model was made for. splits: numbers that tensor parallel must divide, by what they count. sampling: of
+    """format: None where nothing is quantized; group_size: 0 without groups; context: the longest of the model;
+    draft_bytes: of the draft head's tensors, 0 without; weight_bytes: of all others; splits: of SPLIT; sampling: of
     generation_config.json.
     """
 
@@ -56,10 +59,9 @@ class Served:
 
 
 def open_served(folder: Path, name: str = "") -> Served:
-    """Read a checkpoint's files but for its weights; any maker's, as model/weights.py reads them.
+    """Read any maker's checkpoint but for its weights. name: for clients, by default the folder's own.
 
-    name: what clients call it, the folder's own name by default. Raises FourfoldError for a folder that is no such
-    checkpoint, is not whole, or is quantized in a way that fourfold does not know.
+    Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
     raw = read_config(folder)
     weights = Weights.open(folder)
@@ -68,51 +70,40 @@ def open_served(folder: Path, name: str = "") -> Served:
     sizes = {name: header.size_bytes for name, header in weights.index.disk.headers.items()}
     draft_bytes = sum(size for name, size in sizes.items() if prefix and name.startswith(prefix))
     text = skeleton.text
+    splits = {title: int(getattr(text, name)) for title, name in SPLIT.items() if getattr(text, name, None)}
     return Served(
-        folder=folder,
-        name=name or folder.resolve().name,
-        model_type=skeleton.family.model_type,
-        format=weights.format,
-        group_size=_group_size(raw),
-        expert_width=skeleton.widest.width,
-        vision="vision_config" in raw,
-        context=int(text.max_position_embeddings),
-        weight_bytes=sum(sizes.values()) - draft_bytes,
-        draft_bytes=draft_bytes if weights.has_draft else 0,
-        geometry=_known_geometry(skeleton),
-        splits=_splits(text),
-        template=_template(folder),
+        folder=folder, name=name or folder.resolve().name, model_type=skeleton.family.model_type,
+        format=weights.format, group_size=_group_size(raw), expert_width=skeleton.widest.width,
+        vision="vision_config" in raw, context=int(text.max_position_embeddings),
+        weight_bytes=sum(sizes.values()) - draft_bytes, draft_bytes=draft_bytes if weights.has_draft else 0,
+        geometry=_geometry(skeleton), splits=splits, template=_template(folder),
         sampling=sampling(folder),
-    )
+    )  # fmt: skip
 
 
 class UnknownCache(FourfoldError):
-    """Of a model whose cache cannot be worked out from config.json: no command is derived for it."""
-
-
-def _known_geometry(skeleton: Skeleton) -> Geometry:
-    try:
-        return _geometry(skeleton)
-    except (AttributeError, RuntimeError, TypeError):  # other keys, or keys that differ from layer to layer
-        raise UnknownCache(
-            f"{skeleton.blueprint.path}: the cache of {skeleton.family.model_type} cannot be worked out from "
-            "config.json, so that no command is derived; start the engine by hand"
-        ) from None
+    """The cache of a model cannot be worked out from config.json."""
 
 
 def _geometry(skeleton: Skeleton) -> Geometry:
+    try:
+        return _read_geometry(skeleton)
+    except (AttributeError, RuntimeError, TypeError):  # other keys, or keys that differ from layer to layer
+        problem = f"the cache of {skeleton.family.model_type} cannot be worked out from config.json"
+        fix = "so that no command is derived; start the engine by hand"
+        raise UnknownCache(f"{skeleton.blueprint.path}: {problem}, {fix}") from None
+
+
+def _read_geometry(skeleton: Skeleton) -> Geometry:
     text, kinds = skeleton.text, [skeleton.layer_kind(layer) for layer in range(skeleton.layers)]
     linear = kinds.count("linear_attention")
     if getattr(text, "index_head_dim", None):
         raise AttributeError("engines keep an index beside the cache, each in a way of its own")
     latent = getattr(text, "kv_lora_rank", None) or 0
     states = {
-        "conv": "linear_conv_kernel_dim",
-        "key_heads": "linear_num_key_heads",
-        "key_dim": "linear_key_head_dim",
-        "value_heads": "linear_num_value_heads",
-        "value_dim": "linear_value_head_dim",
-    }
+        "conv": "linear_conv_kernel_dim", "key_heads": "linear_num_key_heads", "key_dim": "linear_key_head_dim",
+        "value_heads": "linear_num_value_heads", "value_dim": "linear_value_head_dim",
+    }  # fmt: skip
     return Geometry(
         attention=skeleton.layers - linear,
         linear=linear,
@@ -121,15 +112,6 @@ def _geometry(skeleton: Skeleton) -> Geometry:
         latent=int(latent and latent + text.qk_rope_head_dim),
         **({field: int(getattr(text, name)) for field, name in states.items()} if linear else {}),
     )
-
-
-def _splits(text: Any) -> dict[str, int]:
-    counted = {
-        "attention heads": "num_attention_heads",
-        "key heads of linear attention": "linear_num_key_heads",
-        "value heads of linear attention": "linear_num_value_heads",
-    }
-    return {what: int(getattr(text, name)) for what, name in counted.items() if getattr(text, name, None)}
 
 
 def _group_size(raw: Mapping[str, Any]) -> int:

@@ -1,19 +1,21 @@
-"""An engine as a child process: started, waited for, probed, told of signals, and ended with all that it started."""
+"""An engine as a child process: start it, wait, probe it, pass signals on, end it with all that it started."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import httpx2
 
@@ -30,32 +32,30 @@ from fourfold.serve.probe import Probed, probe
 from fourfold.serve.served import Served
 
 POLL_SECONDS = 0.5
-STOP_SECONDS = 30.0  # that an engine has to end by itself once it was told; vLLM takes 2
+STOP_SECONDS = 30.0  # for an engine to end by itself after a signal; vLLM takes 2
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASK_SECONDS = 60
-ASK = """
+PROBE_SECONDS = 60
+PROBE = """
 import importlib.metadata as m, json, sys
 points = [p.value for p in m.entry_points(group="vllm.general_plugins")]
 print(json.dumps([m.version(sys.argv[1]), any(v.startswith("fourfold.") for v in points)]))
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How serving ended. failure: why, if not by a signal to us; signal: the one that told us to stop, 0: none."""
+class Outcome(NamedTuple):
+    """How serving ended. failure: why, if not by a signal; signal: the first that came, 0: none."""
 
     failure: str
     signal: int
 
 
 def installed(python: Path, engine: str) -> tuple[Version, bool]:
-    """The engine's version, and whether our plugin is in its environment. Raises FourfoldError if it cannot be told."""
-    done = subprocess.run(
-        [str(python), "-c", ASK, engine], capture_output=True, text=True, timeout=ASK_SECONDS, check=False
-    )
+    """Return the engine's version, and whether its environment has our plugin. Raises FourfoldError if unknown."""
+    words = [str(python), "-c", PROBE, engine]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FourfoldError(f"{python}: does not say which {engine} it has ({said}); name another with --python")
+        problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FourfoldError(f"{python}: does not say which {engine} it has ({problem}). Name another with --python")
     text, plugin = json.loads(done.stdout)
     return engines.version(text), bool(plugin)
 
@@ -67,53 +67,46 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise FourfoldError(f"{host}:{port}: {error.strerror}; take another with --port or --host") from None
+            raise FourfoldError(f"{host}:{port}: {error.strerror}; use another with --port or --host") from None
 
 
 def choose_engine(python: Path | None, *, starts: bool, container: bool) -> str:
-    """The engine where none is named: the first of ENGINES that is installed, or vLLM if none need be.
-
-    Raises FourfoldError if one must be installed and none is.
-    """
+    """Return the first of ENGINES that is installed, else vLLM. Raises FourfoldError if one must be installed."""
     found = None if container else next((name for name in ENGINES if find_python(name, python)), None)
     if found is None and (starts or python is not None) and not container:
         where = f"in {python}" if python else "for any Python on PATH"
-        raise FourfoldError(
-            f"--engine: neither {' nor '.join(ENGINES)} is installed {where}. Name the interpreter of an engine's "
-            "environment with --python, or see the command with --print"
-        )
+        fix = "Name the interpreter of an engine's environment with --python, or see the command with --print"
+        raise FourfoldError(f"--engine: neither {' nor '.join(ENGINES)} is installed {where}. {fix}")
     return found or VLLM
 
 
 def prepare(
     served: Served, wanted: Deployment, python: Path | None, *, starts: bool, container: bool
 ) -> tuple[Command, Path]:
-    """The command for this machine and the engine that is installed, and the interpreter of its environment.
+    """Return the command for this machine and the installed engine, and the interpreter of its environment.
 
-    starts: it is to be run: then the engine must be there, and problems raise. container: for an image, so what is
-    installed here is of no matter. Raises FourfoldError.
+    starts: it is to be run, so the engine must be installed, and problems raise FourfoldError. container: it is for an
+    image, whatever is installed here.
     """
-    if container:
-        found = None
-    elif starts or python is not None:
+    wanted, found = replace(wanted, inherited=dict(os.environ)), None
+    if starts or (python is not None and not container):
         found = require_python(wanted.engine, python, ", or see the command with --print")
-    else:
+    elif not container:
         found = find_python(wanted.engine, None)
-    wanted = replace(wanted, inherited=dict(os.environ))
     if found is not None:
         version, plugin = installed(found, wanted.engine)
         wanted = replace(wanted, version=version, plugin=plugin)
     reference = wanted.profile == engines.REFERENCE and not starts
     command = build(served, engines.REFERENCE_MACHINE if reference else look(), wanted)
-    if starts and command.problems:
-        raise FourfoldError("\n".join(command.problems))
     if starts:
+        if command.problems:
+            raise FourfoldError("\n".join(command.problems))
         check_port(command.host, command.port)
     return command, found or Path(sys.executable)
 
 
 def log_file(folder: Path, engine: str) -> Path:
-    """In a release of ours beside its other logs; others' folders are not written to."""
+    """Return the log's place: in a release of ours beside its other logs, else in the current folder."""
     ours = (folder / FINISHED).is_file()
     if ours:
         refuse_links(folder)
@@ -123,10 +116,10 @@ def log_file(folder: Path, engine: str) -> Path:
 def run(
     command: Command, python: Path, log: Path, limit_seconds: float, when_ready: Callable[[float, Probed], None]
 ) -> Outcome:
-    """Start an engine and stay with it until it ends or we are told to stop. No process of it is left.
+    """Run an engine until it ends or a signal comes. None of its processes remains.
 
-    python: interpreter of its environment; limit_seconds: until it must answer; when_ready: gets the seconds that it
-    took, and what a first request found.
+    python: interpreter of its environment; limit_seconds: until it must answer; when_ready: receives the seconds that
+    this took, and the result of a first request.
     """
     words = command.run_words(python)
     try:
@@ -134,24 +127,19 @@ def run(
         log.touch()
     except OSError as error:
         raise FourfoldError(f"{log}: cannot be written ({error.strerror}); name another file with --log") from None
+    # Compiled kernels are kept between starts: only temporary files go with the process.
+    kept = {"XDG_CACHE_HOME": Path.home() / ".cache", "XDG_CONFIG_HOME": Path.home() / ".config"}
+    folders = {name: os.environ.get(name, str(folder)) for name, folder in kept.items()}
     address = command.url
-    with process.start(words, log, _environment(command.environment)) as child, _passing_on(child) as told:
-        if _wait(child, lambda: bool(told) or _answers(address), limit_seconds) and not told:
+    with process.start(words, log, folders | dict(command.environment)) as child, _passing_on(child) as signals:
+        if _wait(child, lambda: bool(signals) or _answers(address), limit_seconds) and not signals:
             seconds = child.seconds
             when_ready(seconds, probe(address, command))
-            while not _wait(child, lambda: bool(told), limit_seconds) and child.running():
-                pass
-        if not told:
+            _wait(child, lambda: bool(signals), math.inf)
+        if not signals:
             return Outcome(failure=_why(command, child, limit_seconds), signal=0)
-        _wait(child, lambda: len(told) > 1, STOP_SECONDS)  # a second signal ends it at once
-        return Outcome(failure="", signal=told[0])
-
-
-def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Compiled kernels are kept between starts: only temporary files go with the process."""
-    home = Path.home()
-    kept = {"XDG_CACHE_HOME": home / ".cache", "XDG_CONFIG_HOME": home / ".config"}
-    return {name: os.environ.get(name, str(folder)) for name, folder in kept.items()} | dict(own)
+        _wait(child, lambda: len(signals) > 1, STOP_SECONDS)  # a second signal ends it at once
+        return Outcome(failure="", signal=signals[0])
 
 
 def _wait(child: Child, done: Callable[[], bool], limit_seconds: float) -> bool:
@@ -173,16 +161,16 @@ def _answers(address: str) -> bool:
 
 @contextmanager
 def _passing_on(child: Child) -> Iterator[list[int]]:
-    """Signals to us go to the engine; the list says which came."""
-    told: list[int] = []
+    """Pass signals on to the engine, and list which came."""
+    signals: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        told.append(number)
+        signals.append(number)
         child.signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        yield told
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -190,8 +178,8 @@ def _passing_on(child: Child) -> Iterator[list[int]]:
 
 def _why(command: Command, child: Child, limit_seconds: float) -> str:
     """Why it does not serve, with what is known of such a failure. Ends it if it only did not answer in time."""
-    timed_out = child.running()
+    child.timed_out = child.running()
     child.end()
-    said = child.ended(timed_out).why(limit_seconds)
+    failure = child.why(limit_seconds)
     known = engines.explain(command.engine.name, child.log.read_text(encoding="utf-8", errors="replace"))
-    return "\n".join([f"{command.engine.title}: {said}", *(f"known: {why}" for why in known)])
+    return "\n".join([f"{command.engine.title}: {failure}", *(f"known issue: {cause}" for cause in known)])

@@ -12,6 +12,7 @@ Imports nothing else of fourfold: installed without its dependencies in vLLM's e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -21,11 +22,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-BUDGET, PENALTY, OTHERS = (
-    "VLLM_DEFAULT_THINKING_BUDGET",
-    "VLLM_DEFAULT_PRESENCE_PENALTY",
-    "VLLM_DEFAULT_SAMPLING_PARAMS",
-)
+BUDGET, PENALTY = "VLLM_DEFAULT_THINKING_BUDGET", "VLLM_DEFAULT_PRESENCE_PENALTY"
+OTHERS = "VLLM_DEFAULT_SAMPLING_PARAMS"
 BUDGET_FIELD, PENALTY_FIELD = "thinking_token_budget", "presence_penalty"
 # Decided before a request's sampling parameters are made, or not a sampler's business.
 NOT_DEFAULTS = {"max_tokens", "output_kind", "skip_clone", "extra_args", "structured_outputs"}
@@ -69,13 +67,10 @@ def read_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -2 <= value <= 2:  # nan is in no range
-        raise ValueError(f"{PENALTY} is {text!r}: a number from -2 to 2 is wanted")
-    return value
+    with contextlib.suppress(ValueError):
+        if -2 <= (value := float(text)) <= 2:
+            return value
+    raise ValueError(f"{PENALTY} is {text!r}: a number from -2 to 2 is wanted")
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -98,9 +93,6 @@ def _check(defaults: Mapping[str, Any]) -> None:
         raise ValueError(f"{BUDGET}, {PENALTY} or {OTHERS} ({names}): vLLM does not accept it: {error}") from None
 
 
-# --- requests -----------------------------------------------------------------------------------------------------
-
-
 def _hook_requests(defaults: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Wrap what makes sampling parameters of requests. Returns the request classes wrapped, and hooks that are gone."""
     hooked, gone = [], []
@@ -116,10 +108,8 @@ def _hook_requests(defaults: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _import(module: str) -> Any:
-    try:
+    with contextlib.suppress(ImportError):
         return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 def _with_defaults(make: Callable[..., Any], defaults: Mapping[str, Any]) -> Callable[..., Any]:
@@ -152,9 +142,6 @@ def _is_set(request: Any, name: str) -> bool:
     return name == BUDGET_FIELD or getattr(request, name) is not None
 
 
-# --- the start of an engine ---------------------------------------------------------------------------------------
-
-
 def _hook_start(defaults: Mapping[str, Any], hooked: list[str], gone: list[str]) -> None:
     """When the engine's config is made: look whether a budget can work, and say what is done.
 
@@ -172,10 +159,8 @@ def _hook_start(defaults: Mapping[str, Any], hooked: list[str], gone: list[str])
         config = create(*positional, **options)
         reasoning = getattr(config, "reasoning_config", None)
         if BUDGET_FIELD in defaults and not getattr(reasoning, "enabled", False):
-            raise ValueError(
-                f"{BUDGET} is set, but thinking is not told apart: start vLLM with --reasoning-parser NAME (before "
-                "0.32 also with --reasoning-config '{}')"
-            )
+            fix = "start vLLM with --reasoning-parser NAME (before 0.32 also with --reasoning-config '{}')"
+            raise ValueError(f"{BUDGET} is set, but vLLM does not separate thinking: {fix}")
         _say(defaults, hooked, gone)
         return config
 

@@ -79,7 +79,7 @@ def test_another_recipe(copy: Broken) -> None:
     out = copy(CT).folder
     text = (out / "recipe.toml").read_text()
     (out / "recipe.toml").write_text(text.replace("passes = 0", "passes = 1"))
-    assert "of another recipe" in refused(out)
+    assert "which made the release" in refused(out)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_a_pattern_that_would_match_for_ever(copy: Broken) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("tokenizer", "its tokenizer_config.json are not"),
-        ("config", "its config.json are not"),
-        ("tensors", "its names, dtypes and shapes of tensors are not"),
+        ("tokenizer", "other digests of tokenizer_config.json."),
+        ("config", "other digests of config.json."),
+        ("tensors", "other digests of names, dtypes and shapes of tensors."),
     ],
 )
 def test_another_source(made: dict[str, Path], source: Path, tmp_path: Path, change: str, named: str) -> None:
@@ -196,7 +196,7 @@ def test_an_engine_is_not_run_on_files_that_are_not_sound(copy: Broken, tmp_path
     out = copy(CT).json("config.json", lambda config: config["quantization_config"].update(ignore=None)).folder
     answered = verify(out, "--engine", "vllm", "--python", fake_python(tmp_path, "raise SystemExit('was run')"))
     assert answered.exit_code == 1
-    assert "would prove nothing" in " ".join(answered.stdout.split())
+    assert "fix them first" in " ".join(answered.stdout.split())
     assert not list((out / ".fourfold").glob("verify-*.log"))
 
 
@@ -281,7 +281,6 @@ def test_a_killed_engine_leaves_no_orphans(mark: str, tmp_path: Path) -> None:
     ending = "time.sleep(600 if 'child' in sys.argv else 1)\n    os.kill(os.getpid(), 9)"
     body = HANG.replace("time.sleep(600)", ending)
     ended = process.run([str(fake_python(tmp_path, body)), "script"], tmp_path / "log", 30, {"FOURFOLD_TEST": mark})
-    assert ended.returncode == -signal.SIGKILL
     assert "ended by SIGKILL" in ended.why(30)
     assert marked(mark) == []
     assert not Path(f"/dev/shm/fourfold-test-{mark}").exists()

@@ -200,5 +200,5 @@ def test_a_verdict_needs_every_level_that_was_asked_for() -> None:
     assert passed(both, [good, judge(Level.ENGINE, "starts", [], "seen")])
 
 
-def test_evidence_names_three_problems_and_counts_the_rest() -> None:
-    assert judge(Level.FILES, "index", list("abcde"), "").evidence == "a; b; c and 2 more"
+def test_evidence_names_five_problems_and_counts_the_rest() -> None:
+    assert judge(Level.FILES, "index", list("abcdefg"), "").evidence == "a; b; c; d; e and 2 more"

@@ -311,7 +311,7 @@ def test_checkpoint_format_that_the_zero_points_deny(copy: Broken) -> None:
     change = quantization(lambda config: config.update(checkpoint_format="gptq_v2"))
     verdict = verify(copy(GPTQ).json("config.json", change).folder)
     assert failing(verdict) == {"quantization_config", "zero points and shapes"}
-    assert "made as gptq" in evidence(verdict, "quantization_config")
+    assert "expected gptq as in recipe.toml" in evidence(verdict, "quantization_config")
 
 
 # --- one fault each: the log --------------------------------------------------------------------------------------

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fourfold import api
+from fourfold.cli import options
 from fourfold.cli.console import open_console
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
-from fourfold.cli.options import (
-    Engine,
-    EnginePython,
-    EventOutput,
-    ExistingFile,
-    Model,
-    ModelId,
-    Output,
-    OutputFile,
-    RecipeOptions,
-    Release,
-    RunOptions,
-    number,
-)
 from fourfold.cli.progress import choose_mode, show_progress
 from fourfold.cli.tables.run import show_evaluation, show_plan, show_summary, show_verdict
+from fourfold.datatypes import Progress
 from fourfold.quantize.rates import MACHINES
+
+if TYPE_CHECKING:
+    from fourfold.quantize.summary import Summary
+    from fourfold.records.results import Metrics, Verdict
 
 MACHINE_HELP = f"Predict for another machine from its data sheet: {', '.join(MACHINES)}. Default: this machine."
 
 
 def plan(
-    model: Model,
+    model: options.Model,
     /,
     *,
-    recipe: RecipeOptions = RecipeOptions(),
-    run: RunOptions = RunOptions(),
+    recipe: options.RecipeOptions = options.RecipeOptions(),
+    run: options.RunOptions = options.RunOptions(),
     machine: Annotated[str | None, Parameter(metavar="NAME", help=MACHINE_HELP)] = None,
     out: Annotated[Path | None, Parameter(metavar="OUT")] = None,
     json: bool = False,
@@ -58,32 +50,23 @@ def plan(
     """
     errors = open_console(stderr=True)  # stdout has only the plan
     with show_progress(errors, choose_mode(errors)) as progress:
-        planned = api.plan(
-            model,
-            recipe=recipe.load(),
-            devices=run.devices,
-            memory_bytes=run.memory.memory_bytes,
-            host_bytes=run.memory.host_bytes,
-            machine=machine,
-            layers=run.layers,
-            out=out,
-            progress=progress,
-        )
-    Output(json=json).present(lambda _: planned, show_plan)
+        arguments = run.arguments()
+        planned = api.plan(model, recipe=recipe.load(), machine=machine, out=out, progress=progress, **arguments)
+    options.Output(json=json).present(lambda _: planned, show_plan)
 
 
 def quantize(
-    model: Model,
+    model: options.Model,
     out: Path,
     /,
     *,
-    recipe: RecipeOptions = RecipeOptions(),
-    run: RunOptions = RunOptions(),
+    recipe: options.RecipeOptions = options.RecipeOptions(),
+    run: options.RunOptions = options.RunOptions(),
     derived: bool = False,
     dry_run: bool = False,
     restart: bool = False,
-    trace: OutputFile | None = None,
-    output: EventOutput = EventOutput(),
+    trace: options.OutputFile | None = None,
+    output: options.EventOutput = options.EventOutput(),
 ) -> None:
     """Quantize MODEL into OUT.
 
@@ -106,44 +89,35 @@ def quantize(
         plan(model, recipe=recipe, run=run, out=out, json=output.json)
         return
     if api.follows():
-        output = EventOutput(quiet=True)  # the first rank reports for all
+        output = options.EventOutput(quiet=True)  # the first rank reports for all
     advice = f"Finished layers are kept. Rerun the same command{' without --restart' if restart else ''} to resume."
     with when_stopped(advice, out):
         chosen = recipe.load()
-        output.present(
-            lambda progress: api.quantize(
-                model,
-                out,
-                recipe=chosen,
-                devices=run.devices,
-                memory_bytes=run.memory.memory_bytes,
-                host_bytes=run.memory.host_bytes,
-                layers=run.layers,
-                derived=derived,
-                restart=restart,
-                trace=trace,
-                progress=progress,
-            ),
-            lambda console, summary: show_summary(console, summary, model),
-            kind="summary",
-        )
+
+        def work(progress: Progress) -> Summary:
+            return api.quantize(
+                model, out, recipe=chosen, derived=derived, restart=restart, trace=trace, progress=progress,
+                **run.arguments(),
+            )  # fmt: skip
+
+        output.present(work, lambda console, summary: show_summary(console, summary, model), kind="summary")
 
 
 def evaluate(
-    out: Release,
+    out: options.Release,
     /,
     *,
-    source: ModelId,
-    text: ExistingFile | None = None,
-    windows: Annotated[int | None, number(int, 1)] = None,
-    length: Annotated[int, number(int, 2, metavar="TOKENS")] = 2048,
+    source: options.ModelId,
+    text: options.ExistingFile | None = None,
+    windows: Annotated[int | None, options.number(int, 1)] = None,
+    length: Annotated[int, options.number(int, 2, metavar="TOKENS")] = 2048,
     against: Annotated[str | None, Parameter(metavar="OUT2")] = None,
     drafts: Annotated[bool, Parameter(negative="--no-drafts")] = True,
     tasks: Annotated[str | None, Parameter(metavar="NAMES")] = None,
     url: Annotated[str | None, Parameter(metavar="URL")] = None,
     replace: bool = False,
     devices: Annotated[str, Parameter(metavar="DEVICE")] = "auto",
-    output: EventOutput = EventOutput(),
+    output: options.EventOutput = options.EventOutput(),
 ) -> None:
     """Measure the release in OUT against its source.
 
@@ -168,35 +142,25 @@ def evaluate(
         fourfold evaluate ./release --source ./model --text wikitext-2-raw-test.parquet --against ./other
         fourfold evaluate ./release --source ./model --tasks gsm8k --url http://localhost:8000
     """
-    output.present(
-        lambda progress: api.evaluate(
-            out,
-            source=source,
-            text=text,
-            windows=windows,
-            length=length,
-            against=against,
-            drafts=drafts,
-            tasks=tasks.split(",") if tasks else (),
-            url=url,
-            replace=replace,
-            devices=devices,
-            progress=progress,
-        ),
-        show_evaluation,
-        kind="metrics",
-    )
+
+    def measure(progress: Progress) -> Metrics:
+        return api.evaluate(
+            out, source=source, text=text, windows=windows, length=length, against=against, drafts=drafts,
+            tasks=tasks.split(",") if tasks else (), url=url, replace=replace, devices=devices, progress=progress,
+        )  # fmt: skip
+
+    output.present(measure, show_evaluation, kind="metrics")
 
 
 def verify(
-    out: Release,
+    out: options.Release,
     /,
     *,
-    source: ModelId | None = None,
-    engine: Engine | None = None,
-    python: EnginePython = None,
-    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 60,
-    output: Output = Output(),
+    source: options.ModelId | None = None,
+    engine: options.Engine | None = None,
+    python: options.EnginePython = None,
+    timeout: Annotated[float, options.number(float, 0.01, metavar="MINUTES")] = 60,
+    output: options.Output = options.Output(),
 ) -> int:
     """Check a release: its files, its source, a run in an engine.
 
@@ -214,10 +178,9 @@ def verify(
         fourfold verify ./release --source Qwen/Qwen3.6-35B-A3B
         fourfold verify ./release --source ./model --engine vllm --python ~/vllm/bin/python
     """
-    verdict = output.present(
-        lambda progress: api.verify(
-            out, source=source, engine=engine, python=python, timeout=timeout, progress=progress
-        ),
-        show_verdict,
-    )
+
+    def check(progress: Progress) -> Verdict:
+        return api.verify(out, source=source, engine=engine, python=python, timeout=timeout, progress=progress)
+
+    verdict = output.present(check, show_verdict)
     return 0 if verdict.passed else CHECK_FAILED

@@ -11,14 +11,7 @@ from cyclopts import Parameter
 from fourfold.cli.console import open_console, plain, say
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.options import Output, Release, RepoId, choice, read_size, value
-from fourfold.cli.tables.release import (
-    show_comparison,
-    show_converted,
-    show_export,
-    show_exported,
-    show_inspection,
-    show_published,
-)
+from fourfold.cli.tables import release as tables
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS, NAMES
 from fourfold.formats.gguf import NAME as GGUF
@@ -116,13 +109,13 @@ def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = Fa
 
     output = Output(json=json)
     if (record := read_export(Path(folder))) is not None:
-        output.present(lambda _: record, lambda console, found: show_export(console, folder, found))
+        output.present(lambda _: record, lambda console, found: tables.show_export(console, folder, found))
         return
     check_checkpoint(folder, whole=False)
     from fourfold.model.hub import resolve_model
     from fourfold.release.inspect import inspect as look
 
-    output.present(lambda _: look(resolve_model(folder, progress=not json)), show_inspection)
+    output.present(lambda _: look(resolve_model(folder, progress=not json)), tables.show_inspection)
 
 
 def convert(
@@ -170,10 +163,10 @@ def convert(
         if format in EXPORTS:
             options = Options(rest=rest or "bf16", mtp=mtp, shard_bytes=shard_size or 0)
             output.present(
-                lambda progress: export(folder, new, format, options=options, progress=progress), show_exported
+                lambda progress: export(folder, new, format, options=options, progress=progress), tables.show_exported
             )
         else:
-            output.present(lambda progress: run(folder, new, format, progress=progress), show_converted)
+            output.present(lambda progress: run(folder, new, format, progress=progress), tables.show_converted)
 
 
 def compare(
@@ -208,7 +201,7 @@ def compare(
     from fourfold.release.compare import compare as run
 
     a, b = (resolve_model(model, progress=not output.silent) for model in (first, second))
-    found = output.present(lambda progress: run(a, b, progress=progress), show_comparison)
+    found = output.present(lambda progress: run(a, b, progress=progress), tables.show_comparison)
     return CHECK_FAILED if equal and not found.same else 0
 
 
@@ -254,5 +247,5 @@ def publish(
                 out, repo, include=include, private=private, branch=branch, force=force, dry_run=dry_run,
                 progress=progress,
             ),
-            lambda console, found: show_published(console, found, dry_run),
+            lambda console, found: tables.show_published(console, found, dry_run),
         )  # fmt: skip

@@ -14,19 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from fourfold.cli import options
 from fourfold.cli.console import open_console, paragraphs, plain, say
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
-from fourfold.cli.options import (
-    RELEASE_ENGINES,
-    Engine,
-    EnginePython,
-    ExistingFile,
-    Output,
-    OutputFile,
-    choice,
-    number,
-    value,
-)
 from fourfold.cli.tables.server import show_bench, show_command, show_ready
 from fourfold.datatypes import FourfoldError, Progress
 from fourfold.formats import EXPORTS
@@ -36,6 +26,7 @@ if TYPE_CHECKING:
     from fourfold.records.results import Bench
     from fourfold.serve.command import Deployment
 
+NOT_DEPLOYED = ("engine", "mtp", "tp", "python", "log")  # other fields of ServerOptions are Deployment's
 SIGNALLED = 128  # and the signal: as shells count
 LOCAL_OPTIONS = {  # of the servers that run what `convert` wrote
     "llama.cpp": ("engine", "mtp", "context", "kv_cache", "host", "port"),
@@ -59,11 +50,9 @@ def read_levels(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
-def level_text(levels: tuple[int, ...]) -> str:
-    return ",".join(map(str, levels))
-
-
-# --- serve -----------------------------------------------------------------------------------------------------------
+Levels = Annotated[
+    tuple[int, ...], options.value(read_levels, "N,N,...", show_default=lambda levels: ",".join(map(str, levels)))
+]
 
 
 @Parameter(name="*", group=Group("Server", sort_key=1))
@@ -71,28 +60,28 @@ def level_text(levels: tuple[int, ...]) -> str:
 class ServerOptions:
     """What an engine is started with."""
 
-    engine: Engine | None = None
+    engine: options.Engine | None = None
     """Engine to start. Default: the installed one, vLLM first."""
-    mtp: Annotated[int | None, number(int, 0, 8)] = None
+    mtp: Annotated[int | None, options.number(int, 0, 8)] = None
     """Tokens that the MTP head drafts at a time, 0 for none. Default: 2 in vLLM, 3 in SGLang, where it works."""
-    context: Annotated[int | None, number(int, 1, metavar="TOKENS")] = None
+    context: Annotated[int | None, options.number(int, 1, metavar="TOKENS")] = None
     """Longest context. Default: what fits, by estimate."""
-    kv_cache: Annotated[str | None, choice("DTYPE", "fp8", "auto")] = None
+    kv_cache: Annotated[str | None, options.choice("DTYPE", "fp8", "auto")] = None
     """Data type of the KV cache. Default: auto, which is BF16."""
-    tp: Annotated[int | None, value(read_ranks, "N|auto")] = None
+    tp: Annotated[int | None, options.value(read_ranks, "N|auto")] = None
     """Tensor-parallel size. Default: auto, the most available GPUs that divide the model."""
-    profile: Annotated[str, choice("PROFILE", "default", "reference")] = "default"
+    profile: Annotated[str, options.choice("PROFILE", "default", "reference")] = "default"
     """Defaults of options that are not given. reference: for 4 x RTX 3060, whose memory --print then predicts."""
-    thinking_budget: Annotated[int | None, number(int, 0)] = None
+    thinking_budget: Annotated[int | None, options.number(int, 0)] = None
     """Limit of thinking tokens for requests that set none. vLLM only, with fourfold installed beside it."""
-    presence_penalty: Annotated[float | None, number(float, -2, 2, "X")] = None
+    presence_penalty: Annotated[float | None, options.number(float, -2, 2, "X")] = None
     """Presence penalty of requests without one (vLLM)."""
     host: Annotated[str, Parameter(metavar="HOST")] = "127.0.0.1"
     """Address to listen on."""
-    port: Annotated[int | None, number(int, 1, 65535)] = None
+    port: Annotated[int | None, options.number(int, 1, 65535)] = None
     """Port to listen on. Default: 8000 for vLLM, 30000 for SGLang, 8080 for llama.cpp and MLX."""
-    python: EnginePython = None
-    log: OutputFile | None = None
+    python: options.EnginePython = None
+    log: options.OutputFile | None = None
     """Log file of the engine. Default: OUT/.fourfold/serve-ENGINE.log, or the current folder for a release that is not
     fourfold's."""
 
@@ -102,7 +91,7 @@ def serve(
     /,
     *words: Annotated[str, Parameter(name="[-- WORDS]")],
     server: ServerOptions = ServerOptions(),
-    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 30,
+    timeout: Annotated[float, options.number(float, 0.01, metavar="MINUTES")] = 30,
     print_only: Annotated[bool, Parameter(name="--print")] = False,
     docker: bool = False,
 ) -> int:
@@ -130,7 +119,7 @@ def serve(
         from fourfold.release.contents import read_export
 
         record = read_export(Path(out))
-        runs_in = RELEASE_ENGINES if record is None else (EXPORTS[record.after],)
+        runs_in = options.RELEASE_ENGINES if record is None else (EXPORTS[record.after],)
         if server.engine is not None and server.engine not in runs_in:
             raise FourfoldError(f"--engine: got {server.engine}, expected {' or '.join(runs_in)} for {out}")
         if record is not None:
@@ -140,19 +129,9 @@ def serve(
         from fourfold.serve.server import choose_engine
 
         starts = not (print_only or docker)
-        deployment = Deployment(
-            engine=server.engine or choose_engine(server.python, starts=starts, container=docker),
-            profile=server.profile,
-            drafts=server.mtp,
-            context=server.context,
-            kv_cache=server.kv_cache,
-            ranks=server.tp,
-            host=server.host,
-            port=server.port,
-            thinking_budget=server.thinking_budget,
-            presence_penalty=server.presence_penalty,
-            extra=words,
-        )
+        engine = server.engine or choose_engine(server.python, starts=starts, container=docker)
+        given = {name: value for name, value in vars(server).items() if name not in NOT_DEPLOYED}
+        deployment = Deployment(engine=engine, drafts=server.mtp, ranks=server.tp, extra=words, **given)
         return _serve_release(out, deployment, server, timeout * 60, starts=starts, docker=docker)
 
 
@@ -217,22 +196,19 @@ def _serve_local(
     return 0
 
 
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-
 def bench(
     url: str,
     /,
     *,
-    concurrency: Annotated[tuple[int, ...], value(read_levels, "N,N,...", show_default=level_text)] = (1, 4, 16),
-    prompts: ExistingFile | None = None,
-    requests: Annotated[int | None, number(int, 1)] = None,
-    out_tokens: Annotated[int, number(int, 2)] = 128,
-    temperature: Annotated[float, number(float, 0, 2, "X")] = 0,
-    request_timeout: Annotated[float, number(float, 0.1, metavar="SECONDS")] = 300,
-    timeout: Annotated[float, number(float, 0.01, metavar="MINUTES")] = 10,
-    out: OutputFile = Path("bench.json"),
-    output: Output = Output(),
+    concurrency: Levels = (1, 4, 16),
+    prompts: options.ExistingFile | None = None,
+    requests: Annotated[int | None, options.number(int, 1)] = None,
+    out_tokens: Annotated[int, options.number(int, 2)] = 128,
+    temperature: Annotated[float, options.number(float, 0, 2, "X")] = 0,
+    request_timeout: Annotated[float, options.number(float, 0.1, metavar="SECONDS")] = 300,
+    timeout: Annotated[float, options.number(float, 0.01, metavar="MINUTES")] = 10,
+    out: options.OutputFile = Path("bench.json"),
+    output: options.Output = options.Output(),
 ) -> int:
     """Measure a server: latency, speed, acceptance, KV cache.
 
@@ -258,14 +234,9 @@ def bench(
     from fourfold.serve.bench import bench as run
 
     load = Load(
-        concurrency=concurrency,
-        requests=requests,
-        output_tokens=out_tokens,
-        temperature=temperature,
-        prompts=prompts,
-        request_seconds=request_timeout,
-        level_seconds=timeout * 60,
-    )
+        concurrency=concurrency, requests=requests, output_tokens=out_tokens, temperature=temperature,
+        prompts=prompts, request_seconds=request_timeout, level_seconds=timeout * 60,
+    )  # fmt: skip
 
     def measure(progress: Progress) -> Bench:
         found = run(url, load, progress)

@@ -164,8 +164,8 @@ def show_published(console: Console, found: Published, dry_run: bool) -> None:
     where = found.url or f"{found.repo}, branch {found.branch}"
     say(console, f"{len(found.files):,} files, {decimal(total)}, {what} {plain(where)}")
     if found.skipped:
-        skipped = ", ".join(map(plain, found.skipped))
-        say(console, f"not sent, as fourfold did not write it: {skipped} (--include FILE sends one)")
+        names = ", ".join(map(plain, found.skipped))
+        say(console, f"not sent, as fourfold did not write it: {names} (--include FILE sends one)")
     if found.tag:
         say(console, f"tag {plain(found.tag)}")
     for problem in found.unverified:

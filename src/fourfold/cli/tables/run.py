@@ -45,9 +45,8 @@ def _groups_table(plan: Plan) -> Table:
     table, rows = grid("tensors", "what happens", "before", "after", "size", "size after", right=2), plan.groups()
     for row in rows:
         tensors = f"{row.tensors_before:,}", f"{row.tensors_after:,}"
-        table.add_row(
-            plain(row.group), plain(row.action), *tensors, decimal(row.bytes_before), decimal(row.bytes_after)
-        )
+        sizes = decimal(row.bytes_before), decimal(row.bytes_after)
+        table.add_row(plain(row.group), plain(row.action), *tensors, *sizes)
     tensors = f"{sum(row.tensors_before for row in rows):,}", f"{sum(row.tensors_after for row in rows):,}"
     sizes = decimal(sum(row.bytes_before for row in rows)), decimal(sum(row.bytes_after for row in rows))
     table.add_row("all", "", *tensors, *sizes)
@@ -129,9 +128,6 @@ def _busy(workers: Sequence[Worker]) -> str:
     return busy + (f"; waited at most {waits}" if waits else "")
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------
-
-
 def show_evaluation(console: Console, found: Metrics) -> None:
     """Show metrics.json: source, release and, if there is one, the second release."""
     against = found.against
@@ -151,7 +147,8 @@ def show_evaluation(console: Console, found: Metrics) -> None:
         drafted = [found.drafts.source, found.drafts.release, *([against.drafts] if against else [])]
         for rule in ("greedy", "sampled"):
             rules: list[Rule | None] = [getattr(one, rule, None) for one in drafted]
-            table.add_row(f"draft acceptance rate, {rule}", *map(_kept, rules))
+            rates = [" ".join(f"{p:.3f}" for p in one.by_position) if one else "no draft head" for one in rules]
+            table.add_row(f"draft acceptance rate, {rule}", *rates)
             table.add_row("  tokens per step", *(f"{one.mean_length:.2f}" if one else "" for one in rules))
     show_table(console, table)
     if found.drafts and found.drafts.release and (other := found.drafts.release.source_head):
@@ -168,17 +165,11 @@ def show_evaluation(console: Console, found: Metrics) -> None:
     show_facts(console, _tasks(found))
 
 
-def _kept(rule: Rule | None) -> str:
-    return " ".join(f"{share:.3f}" for share in rule.by_position) if rule else "no draft head"
-
-
 def _tasks(found: Metrics) -> Iterator[tuple[str, str]]:
     for task, row in (found.tasks.tasks if found.tasks else {}).items():
         figures = ", ".join(f"{name} {value:.4f}" for name, value in row.figures.items() if isinstance(value, float))
         yield task, f"{figures} ({row.samples} samples)"
 
-
-# --- verdict -----------------------------------------------------------------------------------------------------
 
 STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 
@@ -196,11 +187,11 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
     show_table(console, table)
     if verdict.engine:
         _show_engine(console, verdict.engine)
-    failed = sum(check.status == "fail" for check in verdict.checks)
     if verdict.passed:
-        asked = ", ".join(verdict.levels)
-        console.print(f"all checks passed: {asked} ({clock_text(sum(verdict.seconds.values()))})", style="green")
+        seconds = clock_text(sum(verdict.seconds.values()))
+        console.print(f"all checks passed: {', '.join(verdict.levels)} ({seconds})", style="green")
     else:
+        failed = sum(check.status == "fail" for check in verdict.checks)
         console.print(f"{failed} of {len(verdict.checks)} checks failed", style="bold red")
 
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from fourfold.serve.probe import Probed
 
 
-# --- serving -----------------------------------------------------------------------------------------------------
-
+ALIVE = {True: ("alive", "green"), False: ("NOT ALIVE", "bold red"), None: ("not seen", "yellow")}
 BAR_WIDTH = 40
 MILLISECONDS = ("time_to_first_token", "time_per_output_token", "time_between_chunks")
 
@@ -40,14 +39,11 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
     say(console, ready, "green")
     table = facts_table(3)
     for finding in probed.findings:
-        said, style = {True: ("alive", "green"), False: ("NOT ALIVE", "bold red"), None: ("not seen", "yellow")}[
-            finding.alive
-        ]
-        table.add_row(plain(finding.what), Text(said, style), paragraphs(finding.seen))
+        table.add_row(plain(finding.what), Text(*ALIVE[finding.alive]), paragraphs(finding.seen))
     show_table(console, table)
     if probed.pool:
-        told = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
-        say(console, f"KV cache: {told}; predicted: {command.forecast.brief()}")
+        pool = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
+        say(console, f"KV cache: {pool}; predicted: {command.forecast.brief()}")
     console.print("Ctrl-C stops it", style="dim")
 
 
@@ -67,9 +63,8 @@ def show_bench(console: Console, found: Bench) -> None:
     show_facts(console, facts)
     for level in levels:
         for outcome, count in level.requests.failed.items():
-            said = level.requests.said.get(outcome, "")
-            text = f"concurrency {level.concurrency}: {count} x {plain(outcome)} {paragraphs(said)}"
-            say(console, text, "red")
+            failure = f"{count} x {plain(outcome)} {paragraphs(level.requests.said.get(outcome, ''))}"
+            say(console, f"concurrency {level.concurrency}: {failure}", "red")
 
 
 def _bench_rows(levels: list[BenchLevel], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:

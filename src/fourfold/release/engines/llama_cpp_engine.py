@@ -4,7 +4,7 @@
 
 REQUEST: model (the first GGUF file), tokens (ids), likeliest (ids whose log-probabilities are wanted, for each token
 but the last), texts (to tokenize), drafts (whether the file has a draft head), candidates (so many most likely tokens
-are asked of the engine at each place), wide (attention in fp32).
+are requested at each place), wide (attention in fp32).
 ANSWER: engine, logprobs (of these ids; of one that is not among the candidates, the least candidate's), best (the most
 likely id at each place), ids (of the texts), and with drafts: plain and drafted (the same continuation, twice), same
 (so many of their tokens), margin (how far the second best token is behind after these), draft_tokens, accepted_tokens.
@@ -52,15 +52,15 @@ def post(server: Any, path: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(server: Any, prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
-    asked = {"temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True} | options
-    return post(server, "completion", {"prompt": prompt, "n_predict": tokens} | asked)
+    defaults = {"temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+    return post(server, "completion", {"prompt": prompt, "n_predict": tokens} | defaults | options)
 
 
 def score(server: Any, prompt: list[int], candidates: int) -> list[dict[str, Any]]:
     """The most likely tokens after a prompt, best first, by the logits as they are.
 
-    A bias, which does not show in them, has a plain token chosen: of one that ends inside a character the server tells
-    nothing until the next.
+    A bias, which does not show in them, has a plain token chosen: after one that ends inside a character the server
+    reports nothing.
     """
     plain = tokenize(server, "a")[0]
     answer = complete(server, prompt, 1, n_probs=candidates, logit_bias=[[plain, BIAS]])
@@ -69,7 +69,7 @@ def score(server: Any, prompt: list[int], candidates: int) -> list[dict[str, Any
 
 
 def score_all(server: Any, request: dict[str, Any]) -> tuple[list[list[float]], list[int]]:
-    """A prompt for each place: of a prompt's own tokens the server tells nothing."""
+    """A prompt for each place: the server reports nothing of a prompt's own tokens."""
     logprobs, best = [], []
     for place, wanted in enumerate(request["likeliest"]):
         found = score(server, request["tokens"][: place + 1], request["candidates"])
@@ -85,12 +85,9 @@ def tokenize(server: Any, text: str) -> list[int]:
 
 def draft(request: dict[str, Any]) -> dict[str, Any]:
     found = complete(start(request, drafts=True), request["tokens"], CONTINUED)
-    counted = found["timings"]
-    return {
-        "drafted": found["tokens"],
-        "draft_tokens": counted["draft_n"],
-        "accepted_tokens": counted["draft_n_accepted"],
-    }
+    counts = found["timings"]
+    drafts = {"draft_tokens": counts["draft_n"], "accepted_tokens": counts["draft_n_accepted"]}
+    return {"drafted": found["tokens"]} | drafts
 
 
 def main() -> None:

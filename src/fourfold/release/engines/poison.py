@@ -27,7 +27,7 @@ def filling(parameter: torch.Tensor, which: int) -> float | int:
 
 
 def load_twice(model: torch.nn.Module, load: Callable[[], object], defaulted: Iterable[str]) -> dict[str, Any]:
-    """Load over both fillings and say what stayed unwritten. The second load is what the engine goes on with.
+    """Load over both fillings and say what stayed unwritten. The engine keeps the second load.
 
     load: runs the engine's own loader once; defaulted: endings of parameter names that the engine gives a value of its
     own: these may stay unwritten and get that value back.

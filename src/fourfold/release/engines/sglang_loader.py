@@ -84,19 +84,11 @@ def read_config(raw: dict[str, Any]) -> SimpleNamespace:
     text = dict(raw["text_config"])
     kinds, rope = text.pop("layer_types"), text["rope_parameters"]
     text |= {
-        "full_attention_interval": kinds.index("full_attention") + 1,
-        "rope_scaling": rope,
-        "rope_theta": rope["rope_theta"],
-        "partial_rotary_factor": rope["partial_rotary_factor"],
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "attn_output_gate": True,
-        "output_gate_type": "silu",
-        "intermediate_size": 0,
-        "torch_dtype": torch.bfloat16,
-        "dtype": torch.bfloat16,
-    }
+        "full_attention_interval": kinds.index("full_attention") + 1, "rope_scaling": rope,
+        "rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"],
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "attn_output_gate": True,
+        "output_gate_type": "silu", "intermediate_size": 0, "torch_dtype": torch.bfloat16, "dtype": torch.bfloat16,
+    }  # fmt: skip
     vision = SimpleNamespace(**raw["vision_config"], deepstack_visual_indexes=[])
     parts = {"text_config": TextConfig(**text), "vision_config": vision, "encoder_only": False, "language_only": False}
     return SimpleNamespace(**(text | raw | parts))

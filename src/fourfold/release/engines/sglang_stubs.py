@@ -70,7 +70,7 @@ class InertType(type):
 
 
 class InertModule(types.ModuleType):
-    """Whatever is asked for is there: a class if its name begins with a capital."""
+    """Has every attribute: a class if its name begins with a capital."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "__version__":

@@ -4,7 +4,7 @@
 
 REQUEST: models (folders, run one after the other), before, after (token ids around the image), tokens (to generate).
 ANSWER: models, each with tokens, and margins of the best over the second best. The image is noise, already cut into
-patches: what is asked is whether vision tower, merger and text model are loaded as in the source, not what they see.
+patches: it shows whether vision tower, merger and text model are loaded as in the source, not what they see.
 """
 
 from __future__ import annotations

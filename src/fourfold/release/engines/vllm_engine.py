@@ -40,8 +40,8 @@ DEFAULTED = (
     "q_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
 IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
-LIKELIEST = 20  # ids of the most likely tokens at each place of a prompt; vLLM gives no more unless told at the start
-CANDIDATES = 2  # log-probabilities are asked for the two most likely tokens: their distance tells near ties
+LIKELIEST = 20  # ids of the most likely tokens at each place of a prompt; vLLM gives no more by default
+CANDIDATES = 2  # log-probabilities of the two most likely tokens: their distance tells near ties
 
 
 def watch_loader(loads: dict[str, Any]) -> None:
@@ -65,17 +65,12 @@ def start(request: dict[str, Any]) -> LLM:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     if "vision_config" in json.loads(Path(request["model"], "config.json").read_text()):
         options["limit_mm_per_prompt"] = {"image": 1 if request["image"] else 0, "video": 0}
+    # Prefix caching needs Triton for hybrid models, and a prompt must be computed to be scored.
     return LLM(
-        model=request["model"],
-        dtype="bfloat16",
-        max_model_len=-(-(longest + drafts + 1) // 128) * 128,
-        max_num_seqs=len(request["prompts"]),
-        seed=0,
-        enforce_eager=True,
-        enable_prefix_caching=False,  # needs Triton for hybrid models; a prompt must be computed to be scored
-        disable_log_stats=False,
-        **options,
-    )
+        model=request["model"], dtype="bfloat16", max_model_len=-(-(longest + drafts + 1) // 128) * 128,
+        max_num_seqs=len(request["prompts"]), seed=0, enforce_eager=True, enable_prefix_caching=False,
+        disable_log_stats=False, **options,
+    )  # fmt: skip
 
 
 def prompts(sequences: list[list[int]]) -> list[dict[str, list[int]]]:
@@ -94,7 +89,7 @@ def likeliest(output: Any) -> list[list[int]]:
 
 
 def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
-    """Score the prompts, then go on greedily from each."""
+    """Score the prompts, then continue each greedily."""
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST)
     scored = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=CANDIDATES)

@@ -33,7 +33,7 @@ class ReferenceExperts(cpu_moe.CPUExpertsInt4):  # type: ignore[misc]  # vLLM is
 
     @staticmethod
     def is_supported_config(_: Any, moe_config: Any, *__: Any) -> tuple[bool, str | None]:
-        """Any router and any gate. It is asked last, so vLLM has nothing of its own."""
+        """Any router and any gate. vLLM calls this last, so it has nothing of its own."""
         if moe_config.has_bias:
             return False, "experts have biases"
         print(SAID, flush=True)

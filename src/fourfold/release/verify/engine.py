@@ -1,12 +1,13 @@
-"""An inference engine in an environment of its own: asked by a script that runs there."""
+"""An inference engine in an environment of its own, called through a script that runs there."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ SCRIPTS = Path(__file__).parents[1] / "engines"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """name: of the package too. python: its interpreter; logs: folder where each run's output is kept."""
+    """name: of the package too. python: its interpreter; logs: folder for each run's output; limit_seconds: per run."""
 
     name: str
     python: Path
@@ -25,17 +26,23 @@ class Engine:
     limit_seconds: float
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @contextmanager
+    def with_cache(self) -> Iterator[Engine]:
+        """The same engine, in `environment`; its runs share a cache, which is then removed."""
+        with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
+            yield replace(self, environment=environment(Path(cache)))
+
     def ask(self, script: str, title: str, request: object) -> Answer:
         """Run one of our scripts under the engine's interpreter. title: of the run, for its log's name."""
         log = self.logs / f"verify-{self.name}-{title}.log"
         with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as scratch:
-            asked, answered = Path(scratch, "request.json"), Path(scratch, "answer.json")
-            asked.write_text(json.dumps(request), encoding="utf-8")
-            command = [str(self.python), str(SCRIPTS / script), str(asked), str(answered)]
+            question, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+            question.write_text(json.dumps(request), encoding="utf-8")
+            command = [str(self.python), str(SCRIPTS / script), str(question), str(answer)]
             ended = process.run(command, log, self.limit_seconds, self.environment)
-            if not ended.ok or not answered.is_file():
+            if not ended.ok or not answer.is_file():
                 return Answer(log=log, failure=ended.why(self.limit_seconds))
-            return Answer(log=log, content=json.loads(answered.read_text(encoding="utf-8")))
+            return Answer(log=log, content=json.loads(answer.read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,12 @@ class Answer:
     log: Path
     content: Any = field(default_factory=dict)
     failure: str = ""
+
+
+def load_problems(load: Mapping[str, Any]) -> list[str]:
+    """Elements that a loader left unwritten, and scales that are zero. load: of engines/poison.load_twice."""
+    unwritten = [f"{name}: {count} elements never written" for name, count in load["unwritten"].items()]
+    return unwritten + [f"{name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
 
 
 def environment(cache: Path) -> dict[str, str]:

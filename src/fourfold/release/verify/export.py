@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,24 +11,23 @@ from typing import Any
 
 import torch
 
-from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import STATE, hold
+from fourfold.quantize.journal import hold
 from fourfold.quantize.reference import make_reference
 from fourfold.records.release import Export, Reference
 from fourfold.records.results import Check, Level, Verdict
-from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, VERDICT, hash_file, visible_files
+from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
 from fourfold.release.stacks import stacks
 from fourfold.release.sweep import Compute, embed, sweep_
-from fourfold.release.verify.check import judge, passed, skip
-from fourfold.release.verify.engine import Answer, Engine, environment
+from fourfold.release.verify.check import first_difference, judge, skip, write_verdict
+from fourfold.release.verify.engine import Answer, Engine
 from fourfold.release.verify.reading import Reading, open_reading
-from fourfold.release.verify.run import Asked, windows
+from fourfold.release.verify.run import windows
 
 HASHES, COMPLETE, SETTINGS, EXPERTS, OTHERS = "sha256", "complete", "settings", "codes and scales", "other tensors"
 LOADS, DIVERGENCE, TOKENS, DRAFTS = "starts", "KL divergence", "tokenizer", "same tokens with MTP"
@@ -38,7 +36,7 @@ LOADS, DIVERGENCE, TOKENS, DRAFTS = "starts", "KL divergence", "tokenizer", "sam
 MOST_DIVERGENCE = 0.02
 ROUNDING = 1e-6  # of log-probabilities in reference.json
 SCRIPTS = {"llama.cpp": "llama_cpp_engine.py", "mlx": "mlx_engine.py"}
-CANDIDATES = 200  # most likely tokens that llama.cpp is asked for: all of a reference's should be among them
+CANDIDATES = 200  # most likely tokens requested of llama.cpp: all of a reference's should be among them
 TEXT_CHARACTERS = 20_000
 NEAR_TIE = 0.05  # nats between the two best tokens: kernels for several tokens at a time sum in another order
 # Combining marks, which the expressions of two tokenizers treat differently; digits, spaces, contractions.
@@ -46,7 +44,7 @@ ODD_TEXT = "नमस्ते दुनिया ก็ดี  \n\n  x\t 123456
 
 
 def verify_export(
-    new: Path, record: Export, *, out: Path | None, engine: Asked | None, progress: Progress = ignore
+    new: Path, record: Export, *, out: Path | None, engine: Engine | None, progress: Progress = ignore
 ) -> Verdict:
     """Check what `convert` wrote into `new` and write verify.json into it. record: its conversion.json; out: the
     release it was made from, which the engine's numbers are compared with.
@@ -57,10 +55,9 @@ def verify_export(
         raise FourfoldError("--engine: got no --source, expected OUT: the engine's numbers are compared with OUT's")
     job = None if out is None else open_job(out, ignore)
     if job is not None and record.content and job.content != record.content:
-        raise FourfoldError(
-            f"{out}: {new} was not made from this release: its digest is {job.content[:16]}..., {CONVERSION} has "
-            f"{record.content[:16]}...; give the release that was converted with --source"
-        )
+        digests = f"got digest {job.content[:16]}..., expected {record.content[:16]}... as in {CONVERSION}"
+        fix = "Give the release that was converted with --source"
+        raise FourfoldError(f"{out}: {new} was not made from this release: {digests}. {fix}")
     with hold(new):
         seconds, begin = dict[str, float](), time.perf_counter()
         hashes = {name: hash_file(new / name) for name in visible_files(new) if not name.endswith(DOCUMENT_SUFFIXES)}
@@ -72,18 +69,12 @@ def verify_export(
             progress(Event(kind="stage", stage="engine"))
             checks += check_engine(new, job, engine, record)
             seconds["engine"] = time.perf_counter() - begin
-        levels = (Level.FILES, *([Level.SOURCE] if job else []), *([Level.ENGINE] if engine else []))
-        verdict = Verdict(
-            passed=passed(levels, checks),
-            content=joined_digest({name: sha256 for name, (sha256, _) in hashes.items() if name in record.files}),
-            files={name: sha256 for name, (sha256, _) in hashes.items() if name not in DOCUMENTS},
-            levels=levels,
-            checks=tuple(checks),
+        content = {name: sha256 for name, (sha256, _) in hashes.items() if name in record.files}
+        beside = {name: sha256 for name, (sha256, _) in hashes.items() if name not in DOCUMENTS}
+        return write_verdict(
+            new, job, engine, checks, content=joined_digest(content), files=beside, seconds=seconds,
             bytes_read=sum(size for _, size in hashes.values()),
-            seconds=seconds,
-        )
-        verdict.write(new / VERDICT)
-    return verdict
+        )  # fmt: skip
 
 
 def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Check:
@@ -96,9 +87,6 @@ def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Chec
         elif sha256 != wanted[name].sha256:
             problems.append(f"{name} has another sha256 than {CONVERSION}")
     return judge(Level.FILES, HASHES, problems, f"{len(wanted):,} files as `convert` wrote them")
-
-
-# --- beside OUT -----------------------------------------------------------------------------------------------------
 
 
 def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Check]:
@@ -134,13 +122,8 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
     yield judge(Level.SOURCE, OTHERS, different, f"{len(others):,} tensors, bit for bit what OUT makes")
 
 
-# --- in the engine --------------------------------------------------------------------------------------------------
-
-
-def check_engine(new: Path, job: Job, asked: Asked, record: Export) -> Iterator[Check]:
-    """The next token's distribution at each position of a text, beside what OUT gives; of llama.cpp its tokenizer, and
-    greedy text with drafts.
-    """
+def check_engine(new: Path, job: Job, engine: Engine, record: Export) -> Iterator[Check]:
+    """Compare next-token distributions with OUT's; of llama.cpp its tokenizer and greedy text with drafts, too."""
     reference = (job.release and job.release.reference) or made_reference(job)
     files = [name for name in sorted(record.files) if name.endswith(".gguf")]
     request: dict[str, Any] = {
@@ -151,15 +134,8 @@ def check_engine(new: Path, job: Job, asked: Asked, record: Export) -> Iterator[
     texts = _texts(job.index.folder) if files else {}
     if files:
         request |= {"texts": [*texts], "drafts": record.has_drafts, "candidates": CANDIDATES, "wide": False}
-    with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
-        engine = Engine(
-            name=asked.name,
-            python=asked.python,
-            logs=new / STATE,
-            limit_seconds=asked.limit_seconds,
-            environment=environment(Path(cache)),
-        )
-        answer = engine.ask(SCRIPTS[asked.name], "run", request)
+    with engine.with_cache() as cached:
+        answer = cached.ask(SCRIPTS[engine.name], "run", request)
     if answer.failure:
         yield judge(Level.ENGINE, LOADS, [answer.failure], "")
         return
@@ -183,10 +159,8 @@ def check_tokens(texts: Mapping[str, list[int]], found: Sequence[Sequence[int]])
     problems = []
     for (text, wanted), ids in zip(texts.items(), found, strict=True):
         if list(ids) != wanted:
-            place = next((at for at, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), 0)
-            problems.append(
-                f"{text[:20]!r}...: token {place + 1} of {len(wanted):,} is another than OUT's tokenizer has"
-            )
+            place = 1 + (first_difference(ids, wanted) or 0)
+            problems.append(f"{text[:20]!r}...: token {place} of {len(wanted):,} is another than OUT's tokenizer has")
     return judge(Level.ENGINE, TOKENS, problems, f"{sum(map(len, texts.values())):,} tokens of text, marks and special")
 
 
@@ -235,9 +209,7 @@ def check_divergence(answer: Answer, reference: Reference) -> Check:
     values = divergence(reference.likeliest_logprobs, answer.content["logprobs"])
     mean = sum(values) / len(values)
     best = sum(ours == row[0] for ours, row in zip(answer.content["best"], reference.likeliest, strict=True))
-    said = (
-        f"{mean:.2e} nats from OUT on average, {MOST_DIVERGENCE:g} allowed; top-1 agreement {best} of {len(values)} "
-        "positions"
-    )
+    seen = f"{mean:.2e} nats from OUT on average, {MOST_DIVERGENCE:g} allowed"
+    seen += f"; top-1 agreement {best} of {len(values)} positions"
     data = {"mean": mean, "most": max(values), "limit": MOST_DIVERGENCE, "positions": len(values), "same_best": best}
-    return judge(Level.ENGINE, DIVERGENCE, [] if mean <= MOST_DIVERGENCE else [said], said, **data)
+    return judge(Level.ENGINE, DIVERGENCE, [] if mean <= MOST_DIVERGENCE else [seen], seen, **data)

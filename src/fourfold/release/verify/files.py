@@ -13,14 +13,14 @@ from fourfold.model.headers import INDEX_NAME
 from fourfold.model.json_object import read_object
 from fourfold.quantize.claims import known_extra
 from fourfold.records.results import Check, Level
+from fourfold.release.verify.byte_checks import FINITE, ByteChecks
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
 from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
 from fourfold.release.verify.rules import config_problems
-from fourfold.release.verify.survey import FINITE, Survey
 
 FILES = Level.FILES
-AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # what cannot be looked at without a sound index
+AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # checks that need a sound index
 
 
 def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
@@ -32,10 +32,8 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
         return judge(FILES, "index", [str(error)], ""), None
     headers = index.headers.values()
     size = sum(header.size_bytes for header in headers)
-    problems = []
-    if not path.is_file():
-        problems.append(f"no {INDEX_NAME}; engines find shards by it")
-    else:
+    problems = [] if path.is_file() else [f"no {INDEX_NAME}; engines find shards by it"]
+    if path.is_file():
         metadata = read_object(path).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != size:
@@ -47,10 +45,6 @@ def check_index(release: Release) -> tuple[Check, TensorIndex | None]:
     return judge(FILES, "index", problems, seen, tensors=len(index.headers), tensor_bytes=size), index
 
 
-def without_index() -> Iterator[Check]:
-    return (skip(FILES, name, "the index is not sound") for name in AFTER_INDEX)
-
-
 def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
     """Names, dtypes and shapes against config.json."""
     missing = [f"{name} is missing" for name in expected if name not in index.headers]
@@ -60,10 +54,9 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
         if wanted is None:
             if known_extra(release.skeleton, header) is None:
                 wrong.append(f"{name} is not wanted by config.json")
-        elif (header.dtype not in wanted.dtypes) or header.shape != wanted.shape:
-            wrong.append(
-                f"{name} is {header.dtype} {list(header.shape)}, wanted {'/'.join(wanted.dtypes)} {list(wanted.shape)}"
-            )
+        elif header.dtype not in wanted.dtypes or header.shape != wanted.shape:
+            expected_text = f"{'/'.join(wanted.dtypes)} {list(wanted.shape)}"
+            wrong.append(f"{name} is {header.dtype} {list(header.shape)}, wanted {expected_text}")
     projections = len({wanted.projection for wanted in expected.values()} - {""})
     prefix = release.skeleton.family.mtp_prefix
     draft = sum(bool(prefix) and name.startswith(prefix) for name in index.headers)
@@ -71,52 +64,50 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
     return judge(FILES, "tensors", missing + wrong, seen, projections=projections, draft_tensors=draft)
 
 
-def check_survey(release: Release, expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+def check_bytes(release: Release, expected: Mapping[str, Expected], results: ByteChecks) -> Iterator[Check]:
     """What the pass over all bytes says of OUT alone."""
     recorded = release.state.output.shards
-    problems = [f"{shard} is not there" for shard in recorded if shard not in survey.sha256]
-    for shard, sha256 in survey.sha256.items():
+    problems = [f"{shard} is not there" for shard in recorded if shard not in results.sha256]
+    for shard, sha256 in results.sha256.items():
         wanted = recorded[shard].sha256 if shard in recorded else "no such file"
         if sha256 != wanted:
             problems.append(f"{shard} is {sha256[:16]}..., fourfold.json has {wanted[:16]}...")
-    yield judge(FILES, "sha256", problems, f"{len(survey.sha256):,} shards are as they were written")
-    floats = f"{len(survey.float_tensors):,} kept tensors without NaN or infinity"
-    yield judge(FILES, FINITE, survey.problems[FINITE], floats)
-    yield from _check_projections(expected, survey)
+    yield judge(FILES, "sha256", problems, f"{len(results.sha256):,} shards are as they were written")
+    floats = f"{len(results.float_tensors):,} kept tensors without NaN or infinity"
+    yield judge(FILES, FINITE, results.problems[FINITE], floats)
+    yield from _check_projections(expected, results)
 
 
-def _check_projections(expected: Mapping[str, Expected], survey: Survey) -> Iterator[Check]:
+def _check_projections(expected: Mapping[str, Expected], results: ByteChecks) -> Iterator[Check]:
     wanted = {part.projection for part in expected.values()} - {""}
-    unseen = wanted - {one.name for one in survey.inspected}
+    unseen = wanted - {one.name for one in results.inspected}
     missing = [f"{name.rstrip('.')} is not whole" for name in sorted(unseen)]
-    if not survey.inspected:
+    if not results.inspected:
         problems = missing or ["there are no int4 projections"]
         yield from (judge(FILES, name, problems, "") for name in (CODES, SCALES, LAYOUT))
         return
-    poorest = min(survey.inspected, key=lambda one: one.entropy_bits)
-    counts = [sum(column) for column in zip(*(one.counts for one in survey.inspected), strict=True)]
+    poorest = min(results.inspected, key=lambda one: one.entropy_bits)
+    counts = [sum(column) for column in zip(*(one.counts for one in results.inspected), strict=True)]
     yield judge(
         FILES,
         CODES,
-        missing + survey.problems[CODES],
-        f"{len(survey.inspected):,} projections, none dead or constant; least entropy {poorest.entropy_bits:.2f} bits, "
-        f"in {poorest.name.rstrip('.')}",
+        missing + results.problems[CODES],
+        f"{len(results.inspected):,} projections, none dead or constant; least entropy "
+        f"{poorest.entropy_bits:.2f} bits, in {poorest.name.rstrip('.')}",
         histogram=dict(zip(map(str, grid.INT4), counts, strict=True)),
         least_entropy_bits=poorest.entropy_bits,
     )
-    least, most = min(one.scale_least for one in survey.inspected), max(one.scale_most for one in survey.inspected)
+    least, most = min(one.scale_least for one in results.inspected), max(one.scale_most for one in results.inspected)
     seen = f"magnitudes from {least:.3g} to {most:.3g}, exact in FP16 and BF16 where the recipe wants it"
-    yield judge(FILES, SCALES, missing + survey.problems[SCALES], seen, least=least, most=most)
-    yield judge(FILES, LAYOUT, missing + survey.problems[LAYOUT], "as the format has them, in every projection")
+    yield judge(FILES, SCALES, missing + results.problems[SCALES], seen, least=least, most=most)
+    yield judge(FILES, LAYOUT, missing + results.problems[LAYOUT], "as the format has them, in every projection")
 
 
 def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     """quantization_config: required keys, exclusions for kept modules and the draft head, agreement with the recipe."""
     problems = []
     if release.format.name != release.recipe.format:
-        problems.append(
-            f"config.json says {release.format}, the release was made as {release.recipe.format} (recipe.toml)"
-        )
+        problems.append(f"config.json: got {release.format}, expected {release.recipe.format} as in recipe.toml")
     prefix = release.skeleton.family.mtp_prefix
     quantized = {part.projection.rstrip(".") for part in expected.values()} - {""}
     linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]

@@ -21,10 +21,9 @@ from fourfold.records.release import Reference, State
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """A tensor that config.json and the recipe want in the release.
+    """A tensor that config.json and the recipe require.
 
-    projection: the name of the expert projection that it is a part of, without suffix and with a dot at its end; "" for
-    a kept tensor.
+    projection: of which it is a part, by its name with a dot at its end; "" for a kept tensor.
     """
 
     dtypes: tuple[str, ...]
@@ -34,9 +33,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """state: fourfold.json; raw: config.json; format: as its quantization_config has it; reference: None in releases of
-    versions that wrote none.
-    """
+    """state: fourfold.json; raw: config.json; format: of its quantization_config; reference: None in old releases."""
 
     folder: Path
     state: State
@@ -99,36 +96,22 @@ class Release:
 
 
 def open_release(folder: Path) -> Release:
-    """Read what a finished release says of itself.
-
-    Raises FourfoldError for a folder that holds none: not finished or being written, a trial, another recipe's
-    recipe.toml, a quantization that fourfold does not write, a reference.json that is none.
-    """
+    """Read a finished release but for its weights. Raises FourfoldError for any other folder, and damaged files."""
     state = require_release(folder)
     recipe = load_recipe(str(folder / "recipe.toml"))
     recipe_digest = state.identity.recipe
     if recipe.digest() != recipe_digest:
-        raise FourfoldError(
-            f"{folder / 'recipe.toml'}: of another recipe: its digest is {recipe.digest()[:16]}..., the release was "
-            f"made by {recipe_digest[:16]}...; bring the recipe.toml back that quantize wrote"
-        )
+        digests = f"got digest {recipe.digest()[:16]}..., expected {recipe_digest[:16]}..., which made the release"
+        raise FourfoldError(f"{folder / 'recipe.toml'}: {digests}. Bring back the recipe.toml that quantize wrote")
     if state.format != recipe.format:
-        raise FourfoldError(
-            f"{folder / FINISHED}: format: got {state.format!r}, expected {recipe.format!r}, as in recipe.toml. "
-            "Bring back the fourfold.json that was written with it"
-        )
+        formats = f"got {state.format!r}, expected {recipe.format!r}, as in recipe.toml"
+        raise FourfoldError(f"{folder / FINISHED}: format: {formats}. Bring back the one that was written with it")
     raw = read_config(folder)
     format = storage_format(raw, folder)
     if format is None:
-        raise FourfoldError(
-            f"{folder / 'config.json'}: no quantization_config, so nothing is quantized; the OUT of quantize is wanted"
-        )
+        expected = "expected that of a release of quantize"
+        raise FourfoldError(f"{folder / 'config.json'}: got no quantization_config, {expected}")
+    skeleton, reference = Skeleton.of(raw, folder / "config.json"), Reference.find(folder / REFERENCE)
     return Release(
-        folder=folder,
-        state=state,
-        raw=raw,
-        skeleton=Skeleton.of(raw, folder / "config.json"),
-        recipe=recipe,
-        format=format,
-        reference=Reference.find(folder / REFERENCE),
+        folder=folder, state=state, raw=raw, skeleton=skeleton, recipe=recipe, format=format, reference=reference
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from fourfold.records.results import Check, Level
-from fourfold.release.verify.check import judge, skip
+from fourfold.release.verify.check import first_difference, judge, skip
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release
 
@@ -27,15 +28,13 @@ def check_image(
 ) -> Check:
     """The same greedy tokens as the source's, up to a place where the source's two best are within 2 x `limit`.
 
-    limit: how far log-probabilities may be apart; engine: where logs go and how long it may take. Not run where it
-    cannot be: no vision, no source, a format that transformers does not read, too little memory.
+    limit: how far log-probabilities may be apart; engine: its logs and time limit are used.
     """
     reason = _why_not(release, source)
     if reason or source is None:
         return skip(Level.ENGINE, IMAGE, reason)
     request = prompt_around(prompts) | {"models": [str(source.resolve()), str(release.folder.resolve())]}
-    python, limit_seconds = Path(sys.executable), engine.limit_seconds
-    ours = Engine(name="transformers", python=python, logs=engine.logs, limit_seconds=limit_seconds)
+    ours = replace(engine, name="transformers", python=Path(sys.executable), environment={})
     answer = ours.ask(SCRIPT, "image", request)
     if answer.failure:
         return judge(Level.ENGINE, IMAGE, [f"transformers: {answer.failure}"], "")
@@ -51,15 +50,13 @@ def prompt_around(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
 def compare(name: str, source: Mapping[str, Any], release: Mapping[str, Any], limit: float) -> Check:
     """Both: tokens, and margins, how far the second best was behind at each."""
     wanted, found, margins = source["tokens"], release["tokens"], source["margins"]
-    place = next((place for place, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]), None)
+    place = first_difference(wanted, found)
     if place is None:
         return judge(Level.ENGINE, name, [], f"{len(wanted)} tokens as the source's")
-    said = (
-        f"token {place + 1} is {found[place]}, the source's {wanted[place]}, whose two best are "
-        f"{margins[place]:.3f} apart"
-    )
-    problems = [said] if margins[place] > 2 * limit else []
-    return judge(Level.ENGINE, name, problems, f"{said}: a near tie, {place} tokens before it are the same")
+    apart = f"whose two best are {margins[place]:.3f} apart"
+    seen = f"token {place + 1} is {found[place]}, the source's {wanted[place]}, {apart}"
+    problems = [seen] if margins[place] > 2 * limit else []
+    return judge(Level.ENGINE, name, problems, f"{seen}: a near tie, {place} tokens before it are the same")
 
 
 def takes_images(release: Release) -> bool:

@@ -1,4 +1,4 @@
-"""A file or folder that `convert` wrote for an engine of its own, read by that engine's names and layouts."""
+"""GGUF and MLX output of `convert`, read by the names and layouts of its engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,35 +25,9 @@ from fourfold.release.gguf_plan import GgufPlan
 from fourfold.release.stacks import Stack, stacks
 
 
-class Reading(Protocol):
-    """A file or folder of another engine's, read by names and layouts of its own."""
-
-    def weight(self, stack: Stack, expert: int) -> Tensor:
-        """fp32 [N, K], as the engine's format defines it."""
-
-    def names(self) -> set[str]:
-        """Of all tensors."""
-
-    def wanted(self) -> Mapping[str, bool]:
-        """Names of the tensors that OUT makes; whether it is a stack of int4 experts."""
-
-    def settings_problems(self) -> list[str]:
-        """How what is said beside the tensors differs from what OUT makes."""
-
-    def differs(self, name: str) -> bool:
-        """Whether a tensor that is no stack of int4 experts is not what OUT makes."""
-
-
-def open_reading(new: Path, job: Job, record: Export) -> Reading:
-    """record: conversion.json."""
-    if record.after == gguf.NAME:
-        return GgufFile(new, GgufPlan(job, stacks(job), rest=record.rest, mtp=record.has_drafts))
-    return MlxFolder(new, job)
-
-
 @dataclass(frozen=True)
 class MlxFolder:
-    """Reading of a folder for MLX."""
+    """A folder for MLX."""
 
     folder: Path
     job: Job
@@ -71,14 +45,17 @@ class MlxFolder:
         return {*self.index.headers}
 
     def wanted(self) -> Mapping[str, bool]:
+        """Return the names of the tensors that OUT makes, and whether each is a stack of int4 experts."""
         return {name: ".switch_mlp." in name for name in self.made}
 
     def settings_problems(self) -> list[str]:
+        """Return how the settings beside the tensors differ from what OUT makes."""
         skeleton = self.job.skeleton
         wanted = mlx.config(skeleton.raw, skeleton.text, self.job.group_size)
         return list(differences(read_object(self.folder / CONFIG), wanted))
 
     def weight(self, stack: Stack, expert: int) -> Tensor:
+        """Dequantize one expert to fp32 [N, K], as the engine's format defines it."""
         name = mlx.stack_name(stack.parts[0].name, stack.projection)
         word_NW, scale_NG, bias_NG = (
             self._slice(name + suffix, expert) for suffix in (mlx.WORDS, mlx.SCALES, mlx.BIASES)
@@ -95,6 +72,7 @@ class MlxFolder:
         return value
 
     def differs(self, name: str) -> bool:
+        """Return whether a tensor that is no stack of int4 experts is not what OUT makes."""
         made, header = self.made[name], self.index.header(name)
         if (made.dtype, made.shape) != (header.dtype, header.shape):
             return True
@@ -108,7 +86,7 @@ def float32(value: float) -> float:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Reading of a GGUF file or its shards, through the gguf package."""
+    """A GGUF file or its shards, through the gguf package."""
 
     folder: Path
     plan: GgufPlan
@@ -133,9 +111,7 @@ class GgufFile:
 
     def settings_problems(self) -> list[str]:
         fields, found = self.readers[0].fields, dict[str, Any]()
-        wanted = {
-            key: float32(value) if isinstance(value, float) else value for key, value in self.plan.keys[0].items()
-        }
+        wanted = {key: float32(one) if isinstance(one, float) else one for key, one in self.plan.keys[0].items()}
         for key in wanted.keys() & fields.keys():
             found[key] = fields[key].contents()
         return list(differences(found, wanted))
@@ -149,3 +125,13 @@ class GgufFile:
             return True
         found = torch.from_numpy(one.data.view("uint8").reshape(-1).copy())
         return not torch.equal(found, made.make().contiguous().view(-1).view(torch.uint8))
+
+
+Reading = MlxFolder | GgufFile
+
+
+def open_reading(new: Path, job: Job, record: Export) -> Reading:
+    """record: conversion.json."""
+    if record.after == gguf.NAME:
+        return GgufFile(new, GgufPlan(job, stacks(job), rest=record.rest, mtp=record.has_drafts))
+    return MlxFolder(new, job)

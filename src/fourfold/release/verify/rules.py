@@ -18,10 +18,8 @@ def config_problems(
     kept: Collection[str],
     draft: bool,
 ) -> list[str]:
-    """What is wrong with a quantization_config.
-
-    quantized, kept: names of modules (without `.weight`) that are int4, and of linear ones that are not; draft: the
-    release has an MTP head.
+    """What is wrong with a quantization_config. draft: the release has an MTP head; quantized, kept: names of modules
+    (without `.weight`) that are int4, and of linear ones that are not.
     """
     problems, selection = list(format.config_problems(settings, group_size, draft)), format.selection(settings)
     return problems + (list(_coverage(selection, quantized, kept)) if selection else [])

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec import convert
 
-from fourfold import process
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.quantize.calibrate import load_tokenizer
-from fourfold.quantize.journal import STATE, hold
+from fourfold.quantize.journal import hold
 from fourfold.records.results import Check, EngineFacts, Level, Status, Verdict
-from fourfold.release.contents import VERDICT, hash_file, loaded_files
+from fourfold.release.contents import hash_file, loaded_files
 from fourfold.release.verify import files, sglang, source, vllm
-from fourfold.release.verify.check import passed, skip
-from fourfold.release.verify.engine import Engine, environment
+from fourfold.release.verify.byte_checks import ByteChecker
+from fourfold.release.verify.check import skip, write_verdict
+from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
 from fourfold.release.verify.projection import Storage
 from fourfold.release.verify.source import Source, open_source
-from fourfold.release.verify.survey import Surveyor
 
 PROMPTS, PROMPT_TOKENS, PROMPT_CHARACTERS = 16, 64, 100_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """An engine that the user asks for. python: of its environment; limit_seconds: of each of its starts."""
-
-    name: str
-    python: Path
-    limit_seconds: float
-
-
 def verify(
-    out: Path, *, model: Path | None = None, engine: Asked | None = None, progress: Progress = ignore
+    out: Path, *, model: Path | None = None, engine: Engine | None = None, progress: Progress = ignore
 ) -> Verdict:
     """Check a finished release and write verify.json into it. model: its source, for level 2 and comparisons.
 
@@ -55,26 +43,20 @@ def verify(
         seconds["files and source"], begin = time.perf_counter() - begin, time.perf_counter()
         facts = None
         if engine is not None:
-            sound = all(check.status is not Status.FAIL for check in checks)
             progress(Event(kind="stage", stage="engine"))
-            ran = list(check_engine(release, model, engine) if sound else _unsound(engine))
-            said = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
-            facts = None if said is None else convert(said, EngineFacts)
+            if any(check.status is Status.FAIL for check in checks):
+                ran = [skip(Level.ENGINE, engine.name, "the files are not sound: fix them first")]
+            else:
+                ran = list(check_engine(release, model, engine))
+            data = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
+            facts = None if data is None else convert(data, EngineFacts)
             checks += ran
             seconds["engine"] = time.perf_counter() - begin
-        levels = (Level.FILES, *([Level.SOURCE] if model else []), *([Level.ENGINE] if engine else []))
-        verdict = Verdict(
-            passed=passed(levels, checks),
-            content=release.state.output.content,
-            files={name: hash_file(out / name)[0] for name in loaded_files(out)},
-            levels=levels,
-            checks=tuple(checks),
-            engine=facts,
-            bytes_read=bytes_read,
-            seconds=seconds,
-        )
-        verdict.write(out / VERDICT)
-    return verdict
+        digests = {name: hash_file(out / name)[0] for name in loaded_files(out)}
+        return write_verdict(
+            out, model, engine, checks, content=release.state.output.content, files=digests, engine=facts,
+            bytes_read=bytes_read, seconds=seconds,
+        )  # fmt: skip
 
 
 def check_bytes(release: Release, origin: Source | None, progress: Progress) -> tuple[list[Check], int]:
@@ -84,25 +66,22 @@ def check_bytes(release: Release, origin: Source | None, progress: Progress) -> 
     expected = release.expected({} if index is None else index.headers)
     around = [files.check_config(release, expected), files.check_sidecars(release, model)]
     if index is None:
-        left = [*files.without_index(), *(source.without_index() if origin else ())]
-        return [first, *around, *left], 0
-    surveyor = Surveyor(
-        index=index,
-        expected=expected,
-        storage=Storage(format=release.format, scheme=release.recipe.scheme),
-        source=None if origin is None else origin.index,
-        origins={} if origin is None else origin.origins,
-    )
+        names = {Level.FILES: files.AFTER_INDEX, Level.SOURCE: source.AFTER_INDEX if origin else ()}
+        skipped = [skip(level, name, "the index is not sound") for level in names for name in names[level]]
+        return [first, *around, *skipped], 0
+    storage = Storage(format=release.format, scheme=release.recipe.scheme)
+    beside, origins = (None, {}) if origin is None else (origin.index, origin.origins)
+    checker = ByteChecker(index=index, expected=expected, storage=storage, source=beside, origins=origins)
     total = sum(header.size_bytes for header in index.headers.values())
-    survey = surveyor.run(_ticker(progress, total))
+    results = checker.run(_byte_progress(progress, total))
     checks = [first, files.check_tensors(release, index, expected), *around]
-    checks += files.check_survey(release, expected, survey)
+    checks += files.check_bytes(release, expected, results)
     if origin is not None:
-        checks += source.check_source(release, origin, index, expected, survey)
-    return checks, survey.bytes_read
+        checks += source.check_source(release, origin, index, expected, results)
+    return checks, results.bytes_read
 
 
-def _ticker(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+def _byte_progress(progress: Progress, total_bytes: int) -> Callable[[int], None]:
     done, megabyte = 0, 10**6
 
     def tick(count: int) -> None:
@@ -114,24 +93,13 @@ def _ticker(progress: Progress, total_bytes: int) -> Callable[[int], None]:
     return tick
 
 
-def _unsound(engine: Asked) -> Iterator[Check]:
-    yield skip(Level.ENGINE, engine.name, "the files are not sound: mend that first, an engine would prove nothing")
-
-
-def check_engine(release: Release, model: Path | None, asked: Asked) -> Iterator[Check]:
+def check_engine(release: Release, model: Path | None, engine: Engine) -> Iterator[Check]:
     """Level 3: the release in a real engine, or in the loader of one."""
-    with tempfile.TemporaryDirectory(prefix="fourfold-", dir=process.SCRATCH) as cache:
-        engine = Engine(
-            name=asked.name,
-            python=asked.python,
-            logs=release.folder / STATE,
-            limit_seconds=asked.limit_seconds,
-            environment=environment(Path(cache)),
-        )
-        if asked.name == "sglang":
-            yield from sglang.checks(engine, release)
-            return
-        yield from check_vllm(engine, release, model)
+    with engine.with_cache() as cached:
+        if engine.name == "sglang":
+            yield from sglang.checks(cached, release)
+        else:
+            yield from check_vllm(cached, release, model)
 
 
 def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator[Check]:

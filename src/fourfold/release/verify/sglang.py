@@ -9,14 +9,14 @@ from fourfold import formats
 from fourfold.formats.format import Format
 from fourfold.records.results import Check, Level
 from fourfold.release.verify.check import judge, skip
-from fourfold.release.verify.engine import Engine
+from fourfold.release.verify.engine import Engine, load_problems
 from fourfold.release.verify.folder import Release
 
 SCRIPT = "sglang_loader.py"
 FAMILIES = ("qwen3_5_moe",)  # whose classes the script builds
 DRAFT_CLASS = "Qwen3_5ForCausalLMMTP"
 LOADER, SERVED = "loader", "runs"
-TRAP = (
+DRAFTS_LOST = (
     "SGLang does not load this format's draft experts: it takes them for int4 and skips their BF16 weights without an "
     f"error, so every draft is wrong. Try: a release in format {formats.DRAFTS_IN_SGLANG}, or serve without MTP"
 )
@@ -41,11 +41,10 @@ def check_loads(content: Mapping[str, Any], format: Format) -> Check:
     """content: the loader's answer; format: of the release."""
     problems, loads, method = [], content["loads"], format.sglang_method
     for model, load in loads.items():
-        found = [f"{name}: {count} elements never written" for name, count in load["unwritten"].items()]
-        found += [f"{name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
-        problems += [f"{model}: {said}" for said in found]
+        found = load_problems(load)
+        problems += [f"{model}: {problem}" for problem in found]
         if model == DRAFT_CLASS and found and not format.sglang_drafts:
-            problems.insert(0, TRAP)
+            problems.insert(0, DRAFTS_LOST)
     wrote = ", ".join(f"{load['parameters']:,} parameters of {model}" for model, load in loads.items())
     seen = f"{content['engine']}, {method}: every element written, {wrote}"
     return judge(Level.ENGINE, LOADER, problems, seen, engine=content["engine"], method=method, loads=dict(loads))

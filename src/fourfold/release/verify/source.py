@@ -18,9 +18,9 @@ from fourfold.quantize.identity import short, source_digest, source_parts
 from fourfold.quantize.journal import LOG
 from fourfold.records import log
 from fourfold.records.results import Check, Level
+from fourfold.release.verify.byte_checks import KEPT, SPLIT, ByteChecks, Origin
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
-from fourfold.release.verify.survey import KEPT, SPLIT, Origin, Survey
 
 ERRORS, OVER_RTN = "weight errors", "weight errors over RTN's"
 TOLERANCE = 1e-4  # of a logged weight error, relative
@@ -28,11 +28,12 @@ TOLERANCE = 1e-4  # of a logged weight error, relative
 # gate and up, 3.6 for down with a target that compensates for earlier layers' errors. A destroyed expert had 9 to 37.
 MOST_OVER_RTN = 6.0
 SOURCE = Level.SOURCE
+AFTER_INDEX = ("complete", KEPT, SPLIT, ERRORS, OVER_RTN)  # checks that need a sound index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The checkpoint that a release was made from. origins: see survey.Surveyor."""
+    """The checkpoint that a release was made from. origins: see byte_checks.ByteChecker."""
 
     index: TensorIndex
     origins: Mapping[str, Origin]
@@ -44,15 +45,10 @@ def open_source(release: Release, folder: Path) -> Source:
     skeleton = Skeleton.open(folder, index.headers)
     identity = release.state.identity
     if source_digest(index) != identity.source:
-        found, wanted = (
-            {name: short(sha) for name, sha in source_parts(index).items()},
-            identity.parts.get("source", {}),
-        )
+        found, wanted = {k: short(sha) for k, sha in source_parts(index).items()}, identity.parts.get("source", {})
         other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
-        raise FourfoldError(
-            f"{folder}: {release.folder} was not made from this source: its {', '.join(other)} are not those that "
-            "fourfold.json has digests of; give the checkpoint that was quantized"
-        )
+        problem = f"{release.folder} was not made from this source: other digests of {', '.join(other)}"
+        raise FourfoldError(f"{folder}: {problem}. Give the checkpoint that was quantized")
     origins: dict[str, Origin] = {}
     for claim in claim_tensors(skeleton, index, release.recipe):
         if claim.action is Action.QUANTIZE and claim.layer is not None:
@@ -91,23 +87,19 @@ def _expert_origins(skeleton: Skeleton, header: TensorHeader, layer: int) -> Ite
 
 
 def check_source(
-    release: Release, source: Source, index: TensorIndex, expected: Mapping[str, Expected], survey: Survey
+    release: Release, source: Source, index: TensorIndex, expected: Mapping[str, Expected], results: ByteChecks
 ) -> Iterator[Check]:
     """What the pass over all bytes says of OUT beside its source."""
     yield _check_complete(source, index, expected)
-    copied, split = survey.compared_bytes[KEPT], survey.compared_bytes[SPLIT]
-    yield judge(SOURCE, KEPT, survey.problems[KEPT], f"{copied:,} bytes are the source's, bit for bit")
+    copied, split = results.compared_bytes[KEPT], results.compared_bytes[SPLIT]
+    yield judge(SOURCE, KEPT, results.problems[KEPT], f"{copied:,} bytes are the source's, bit for bit")
     if any(origin.split for origin in source.origins.values()):
         seen = f"{split:,} bytes are rows of the source's stacks, bit for bit"
-        yield judge(SOURCE, SPLIT, survey.problems[SPLIT], seen)
+        yield judge(SOURCE, SPLIT, results.problems[SPLIT], seen)
     else:
         yield skip(SOURCE, SPLIT, "the source has no fused draft experts; what it has is among the kept tensors")
-    yield _check_errors(release, source, survey)
-    yield _check_over_rtn(survey)
-
-
-def without_index() -> Iterator[Check]:
-    return (skip(SOURCE, name, "the index is not sound") for name in ("complete", KEPT, SPLIT, ERRORS, OVER_RTN))
+    yield _check_errors(release, source, results)
+    yield _check_over_rtn(results)
 
 
 def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
@@ -126,7 +118,7 @@ def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, E
     return judge(SOURCE, "complete", problems, seen)
 
 
-def _check_errors(release: Release, source: Source, survey: Survey) -> Check:
+def _check_errors(release: Release, source: Source, results: ByteChecks) -> Check:
     """Each projection's recomputed |W - Wq| / |W| against quant_log.csv."""
     rounded = sum(step.scales.changed for step in release.state.converted)
     if rounded:
@@ -135,7 +127,7 @@ def _check_errors(release: Release, source: Source, survey: Survey) -> Check:
     logged = {name: error for name, error in read_log(release).items() if name in in_rows or name not in source.origins}
     if not logged:
         return skip(SOURCE, ERRORS, "the source has its experts in stacks of another order, which are not compared")
-    found = {one.name: one.weight_error for one in survey.inspected if one.weight_error is not None}
+    found = {one.name: one.weight_error for one in results.inspected if one.weight_error is not None}
     unlogged, uncompared = sorted(found.keys() - logged.keys()), sorted(logged.keys() - found.keys())
     problems = [f"{name.rstrip('.')} is not in quant_log.csv" for name in unlogged]
     problems += [f"{name.rstrip('.')} is logged, but could not be compared" for name in uncompared]
@@ -149,11 +141,12 @@ def _check_errors(release: Release, source: Source, survey: Survey) -> Check:
     return judge(SOURCE, ERRORS, problems, seen, furthest=furthest)
 
 
-def _check_over_rtn(survey: Survey) -> Check:
+def _check_over_rtn(results: ByteChecks) -> Check:
     """No projection may be destroyed, whatever its log says."""
-    found = {one.name.rstrip("."): one.error_over_rtn for one in survey.inspected if one.error_over_rtn is not None}
-    problems = [f"{name}: weight error is {over:.1f} times RTN's, expected at most {MOST_OVER_RTN:g}; quantize again"
-                for name, over in sorted(found.items(), key=lambda item: -item[1]) if over > MOST_OVER_RTN]  # fmt: skip
+    found = {one.name.rstrip("."): one.error_over_rtn for one in results.inspected if one.error_over_rtn is not None}
+    worst = sorted((name for name in found if found[name] > MOST_OVER_RTN), key=lambda name: -found[name])
+    expected = f"expected at most {MOST_OVER_RTN:g}; quantize again"
+    problems = [f"{name}: weight error is {found[name]:.1f} times RTN's, {expected}" for name in worst]
     most = max(found, key=lambda name: found[name], default="")
     seen = f"at most {found[most]:.2f} times RTN's ({most})" if found else "no projection could be compared"
     return judge(SOURCE, OVER_RTN, problems, seen)

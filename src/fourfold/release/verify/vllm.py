@@ -12,23 +12,17 @@ from typing import Any
 from fourfold.quantize.journal import REFERENCE
 from fourfold.records.release import Reference
 from fourfold.records.results import Check, Level
-from fourfold.release.verify.check import judge, skip
-from fourfold.release.verify.engine import Answer, Engine
+from fourfold.release.verify.check import first_difference, judge, skip
+from fourfold.release.verify.engine import Answer, Engine, load_problems
 from fourfold.release.verify.folder import Release
 from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images
 
 SCRIPT = "vllm_engine.py"
 DRAFT_TOKENS = 2
-GENERATED_TOKENS = 32
-LOADS, WRITTEN, TIES, ACCEPTED, SCORES, STORED, IMAGE = (
-    "starts",
-    "every parameter written",
-    "same tokens with MTP",
-    "drafts accepted",
-    "log-probabilities",
-    "reference log-probabilities",
-    "image prompt, vLLM",
-)
+DEFAULTS = {"tokens": 32, "draft_tokens": 0, "noise": False, "image": None, "exact_experts": False}
+LOADS, WRITTEN, IMAGE = "starts", "every parameter written", "image prompt, vLLM"
+TIES, ACCEPTED = "same tokens with MTP", "drafts accepted"
+SCORES, STORED = "log-probabilities", "reference log-probabilities"
 # How far log-probabilities are from the dequantized release's on average where kernels round activations to int8. Seen
 # with the example model: 0.013 there, 0.007 with an exact kernel, 0.14 with zero points read one too low.
 KERNEL_ERROR = 0.02
@@ -38,9 +32,7 @@ ENGINE = Level.ENGINE
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """drafting: None if the release has no draft head; source: None if there is none to compare with; no_image: why no
-    prompt with an image was run.
-    """
+    """drafting: None without a draft head; source: None without --source; no_image: why no image prompt was run."""
 
     plain: Answer
     drafting: Answer | None
@@ -49,9 +41,7 @@ class Runs:
 
 
 def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
-    """Start the engine up to three times: the release with MTP, without, the source. Stops at the first that fails; a
-    release that fails with a prompt with an image is tried once more without.
-    """
+    """Run the release with MTP, without, and the source, until one fails. An image that fails it is retried without."""
     drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
     if drafting is not None and drafting.failure:
         return Runs(plain=drafting, drafting=drafting, source=None)
@@ -79,33 +69,19 @@ def ask_each(engine: Engine, requests: Sequence[Mapping[str, Any]], title: str) 
     return [Answer(log=whole.log, content=one, failure=one.get("failure", "")) for one in whole.content]
 
 
-def request(
-    folder: Path,
-    prompts: Sequence[Sequence[int]],
-    *,
-    tokens: int = GENERATED_TOKENS,
-    draft_tokens: int = 0,
-    noise: bool = False,
-    image: dict[str, Any] | None = None,
-    exact_experts: bool = False,
-) -> dict[str, Any]:
-    """What engines/vllm_engine.py is asked of one model."""
-    return {
-        "model": str(folder.resolve()), "prompts": prompts, "tokens": tokens, "draft_tokens": draft_tokens,
-        "noise": noise, "image": image, "exact_experts": exact_experts,
-    }  # fmt: skip
+def request(folder: Path, prompts: Sequence[Sequence[int]], **options: Any) -> dict[str, Any]:
+    """A request to engines/vllm_engine.py. options: other values than DEFAULTS."""
+    return {"model": str(folder.resolve()), "prompts": prompts, **DEFAULTS, **options}
 
 
 def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> Iterator[Check]:
-    """kl_mean: of the release against the source, as quantize measured it on held-out text; None if it did not.
-    reference: its text must be the last prompt.
-    """
+    """kl_mean: of the release as quantize measured it, None if it did not; reference: its text is the last prompt."""
     first = runs.drafting or runs.plain
     started = next((answer for answer in (first, runs.plain) if answer.failure), None)
     if started is not None:
         yield judge(ENGINE, LOADS, [started.failure], "")
-        left = (WRITTEN, TIES, ACCEPTED, SCORES, STORED, IMAGE)
-        yield from (skip(ENGINE, name, "the engine did not start") for name in left)
+        others = (WRITTEN, TIES, ACCEPTED, SCORES, STORED, IMAGE)
+        yield from (skip(ENGINE, name, "the engine did not start") for name in others)
         return
     yield judge(ENGINE, LOADS, [], _started(first), **facts(runs))
     yield check_written(first)
@@ -117,8 +93,8 @@ def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> It
     if runs.source is None:
         yield skip(ENGINE, SCORES, "--source is wanted to compare with")
     elif runs.source.failure:
-        way_out = f"If the source does not fit this machine, verify without --source: '{STORED}' is for that"
-        yield judge(ENGINE, SCORES, [f"the source did not run: {runs.source.failure}\n{way_out}"], "")
+        fix = f"If the source does not fit this machine, verify without --source: '{STORED}' is for that"
+        yield judge(ENGINE, SCORES, [f"the source did not run: {runs.source.failure}\n{fix}"], "")
     else:
         yield check_scores(runs.plain.content, runs.source.content, kl_mean)
     yield check_reference(runs.plain.content, reference)
@@ -126,11 +102,10 @@ def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> It
 
 
 def _check_image(runs: Runs, kl_mean: float | None) -> Check:
-    reason = runs.no_image or ("fourfold.json has no divergence to judge by" if kl_mean is None else "")
+    if runs.no_image or kl_mean is None:
+        return skip(ENGINE, IMAGE, runs.no_image or "fourfold.json has no divergence to judge by")
     if runs.source is None or runs.source.failure:
-        reason = reason or "the source did not run"
-    if reason or runs.source is None or kl_mean is None:
-        return skip(ENGINE, IMAGE, reason)
+        return skip(ENGINE, IMAGE, "the source did not run")
     limit = score_limit(kl_mean, engine_noise(runs.plain.content)[0])
     return compare(IMAGE, runs.source.content["image"], runs.plain.content["image"], limit)
 
@@ -142,18 +117,12 @@ def kernels(answer: Answer) -> list[str]:
 
 
 def facts(runs: Runs) -> dict[str, Any]:
-    """What is worth knowing of the engine and what it did."""
-    content = runs.plain.content
-    loads = [load["seconds_of_two_loads"] / 2 for load in (runs.drafting or runs.plain).content["loads"].values()]
-    return {
-        "engine": content["engine"],
-        "torch": content["torch"],
-        "device": content["device"],
-        "kernels": kernels(runs.drafting or runs.plain),
-        "start_seconds": content["start_seconds"],
-        "load_seconds": sum(loads),
-        "kv_cache_tokens": content["kv_cache_tokens"],
-        "decode_tokens_per_second": content["decode_tokens_per_second"],
+    """Fields of EngineFacts."""
+    first = runs.drafting or runs.plain
+    names = ("engine", "torch", "device", "start_seconds", "kv_cache_tokens", "decode_tokens_per_second")
+    return {name: runs.plain.content[name] for name in names} | {
+        "kernels": kernels(first),
+        "load_seconds": sum(load["seconds_of_two_loads"] / 2 for load in first.content["loads"].values()),
         "decode_tokens_per_second_mtp": runs.drafting.content["decode_tokens_per_second"] if runs.drafting else None,
     }
 
@@ -164,20 +133,15 @@ def _started(answer: Answer) -> str:
 
 
 def check_written(answer: Answer) -> Check:
-    """Target and draft: no element that the loader left as it was, no scale that is zero or missing."""
-    problems = []
+    """Target and draft: the loader wrote every element, and no scale is zero or missing."""
     loads: Mapping[str, Any] = answer.content["loads"]
-    for model, load in loads.items():
-        problems += [f"{model}: {name}: {count} elements never written" for name, count in load["unwritten"].items()]
-        problems += [f"{model}: {name}: {count} scales are zero" for name, count in load["zero_scales"].items()]
+    problems = [f"{model}: {problem}" for model, load in loads.items() for problem in load_problems(load)]
     wrote = (f"{load['parameters']:,} of {model} ({load['elements']:,} elements)" for model, load in loads.items())
     return judge(ENGINE, WRITTEN, problems, f"parameters: {', '.join(wrote)}", loads=dict(loads))
 
 
 def engine_noise(content: Mapping[str, Any]) -> tuple[float, float]:
-    """Mean and maximum difference of log-probabilities of the same tokens after the same text, decoded in a batch and
-    scored as a prompt on their own: what the engine's numbers are good for.
-    """
+    """Mean and maximum difference of log-probabilities of the same tokens, decoded in a batch and scored as prompts."""
     return differences(content["logprobs"], content["logprobs_again"])
 
 
@@ -193,16 +157,15 @@ def check_ties(plain: Mapping[str, Any], drafting: Mapping[str, Any]) -> Check:
     _, noise = engine_noise(plain)
     problems, ties = [], 0
     for row, (ours, theirs) in enumerate(zip(plain["tokens"], drafting["tokens"], strict=True)):
-        place = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        place = first_difference(ours, theirs)
         if place is None:
             continue
         margin = plain["margins"][row][place]
         ties += 1
         if margin > 2 * noise:  # either of the two may be off by it
-            problems.append(
-                f"prompt {row + 1}: token {place + 1} is {theirs[place]} with MTP and {ours[place]} without, where the "
-                f"two best are {margin:.3f} apart and the engine's noise is {noise:.3f}"
-            )
+            apart = f"the two best are {margin:.3f} apart and the engine's noise is {noise:.3f}"
+            tokens = f"{theirs[place]} with MTP and {ours[place]} without"
+            problems.append(f"prompt {row + 1}: token {place + 1} is {tokens}, where {apart}")
     count = len(plain["tokens"])
     seen = f"{count - ties} of {count} sequences the same, {ties} differ from a near tie on (noise {noise:.3f} at most)"
     return judge(ENGINE, TIES, problems, seen, sequences=count, near_ties=ties, noise=noise)
@@ -211,14 +174,12 @@ def check_ties(plain: Mapping[str, Any], drafting: Mapping[str, Any]) -> Check:
 def check_accepted(drafting: Mapping[str, Any]) -> Check:
     """The engine's own counters. No accepted draft means that the head is there and knows nothing."""
     counters = drafting["drafts"]
-    drafts, accepted, by_position = counters["drafts"], counters["accepted_tokens"], counters["accepted_by_position"]
-    problems = []
-    if not drafts:
-        problems.append("no token was drafted")
-    elif not accepted:
-        problems.append(f"0 of {counters['draft_tokens']:,} draft tokens accepted: the draft head is missing or wrong")
-    shares = ", ".join(f"{count / max(drafts, 1):.1%}" for count in by_position)
-    seen = f"{accepted:,} of {counters['draft_tokens']:,} in {drafts:,} drafts; by position {shares}"
+    drafts, tokens, accepted = (counters[name] for name in ("drafts", "draft_tokens", "accepted_tokens"))
+    problems = [] if drafts else ["no token was drafted"]
+    if drafts and not accepted:
+        problems = [f"0 of {tokens:,} draft tokens accepted: the draft head is missing or wrong"]
+    shares = ", ".join(f"{count / max(drafts, 1):.1%}" for count in counters["accepted_by_position"])
+    seen = f"{accepted:,} of {tokens:,} in {drafts:,} drafts; by position {shares}"
     return judge(ENGINE, ACCEPTED, problems, seen, **counters)
 
 
@@ -235,28 +196,24 @@ def score_limit(kl_mean: float, noise_mean: float) -> float:
 def check_scores(plain: Mapping[str, Any], source: Mapping[str, Any], kl_mean: float | None) -> Check:
     """Log-probabilities of the prompts' tokens against the source's in the same engine; greedy tokens are counted."""
     mean, most = differences(plain["prompt_logprobs"], source["prompt_logprobs"])
+    said = f"differ by {mean:.4f} on average"
+    if kl_mean is None:
+        return skip(ENGINE, SCORES, f"{said}; fourfold.json has no divergence to judge by")
     rows = zip(plain["tokens"], source["tokens"], strict=True)
     same = sum(ours == theirs for row in rows for ours, theirs in zip(*row, strict=True))
     count = sum(map(len, plain["tokens"]))
     scored = sum(map(len, plain["prompt_logprobs"]))
-    if kl_mean is None:
-        return skip(ENGINE, SCORES, f"differ by {mean:.4f} on average; fourfold.json has no divergence to judge by")
     limit = score_limit(kl_mean, engine_noise(plain)[0])
-    seen = (
-        f"of {scored:,} tokens differ by {mean:.4f} on average from the source's, {limit:.4f} allowed; "
-        f"{same} of {count} greedy tokens the same"
-    )
-    problems = [] if mean <= limit else [f"differ by {mean:.4f} on average from the source's, {limit:.4f} allowed"]
-    return judge(
-        ENGINE, SCORES, problems, seen, mean=mean, most=most, limit=limit, same_tokens=same, generated_tokens=count
-    )
+    said += f" from the source's, {limit:.4f} allowed"
+    seen = f"of {scored:,} tokens {said}; {same} of {count} greedy tokens the same"
+    data = {"mean": mean, "most": most, "limit": limit, "same_tokens": same, "generated_tokens": count}
+    return judge(ENGINE, SCORES, [said] if mean > limit else [], seen, **data)
 
 
 def check_reference(plain: Mapping[str, Any], reference: Reference | None) -> Check:
     """Log-probabilities of the last prompt's tokens against those that quantize stored of the release itself.
 
-    It needs no source. Twice what kernels that round activations and the engine's own noise make of it is allowed; of
-    the most likely tokens it is only said how many are the same.
+    Needs no source. Allowed is twice the error of kernels that round activations and the engine's own noise.
     """
     if reference is None:
         return skip(ENGINE, STORED, f"no {REFERENCE}: a version of fourfold made the release that did not write it")

@@ -1,12 +1,12 @@
-"""The one pass over all bytes: sha256 of every shard, every kept tensor, every projection, the source beside them."""
+"""Check all bytes in one pass: sha256 of each shard, kept tensors, projections, and the source's values for both."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.release.verify.byte_reader import Piece, read_blocks
 from fourfold.release.verify.folder import Expected
-from fourfold.release.verify.passage import Piece, read_blocks
 from fourfold.release.verify.projection import Inspected, Problem, Storage, inspect
 
 FINITE, KEPT, SPLIT = "finite", "kept tensors", "MTP split"  # names of checks
 WORKERS = max(2, min(8, (os.cpu_count() or 1) - 1))  # beside the thread that reads and hashes
-WAITING = 4  # jobs per worker that may wait: their pieces are in memory
+MOST_JOBS = 5 * WORKERS  # running and waiting: their pieces are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Origin:
 
 
 @dataclass
-class Survey:
-    """What the pass saw. problems: by name of check; compared_bytes: that equal the source's, by name of check."""
+class ByteChecks:
+    """Results of the pass. problems: by name of check; compared_bytes: that equal the source's, by name of check."""
 
     sha256: dict[str, str] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -57,7 +57,7 @@ class Survey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surveyor:
+class ByteChecker:
     """origins: of kept tensors by name, of projections by their name with a dot; empty without a source."""
 
     index: TensorIndex
@@ -66,51 +66,59 @@ class Surveyor:
     source: TensorIndex | None
     origins: Mapping[str, Origin]
 
-    def run(self, tick: Tick) -> Survey:
-        """Read everything once. tick: is told of bytes. Raises FourfoldError for files that cannot be read."""
+    def run(self, tick: Tick) -> ByteChecks:
+        """Read everything once. tick: receives counts of bytes. Raises FourfoldError for files that cannot be read."""
         parts = self._parts()
         sizes = Counter(parts.values())
-        survey, waiting = Survey(), dict[str, dict[str, Piece]]()
-        with _one_thread_each(), _Jobs(survey) as jobs:
+        results, waiting = ByteChecks(), dict[str, dict[str, Piece]]()
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # workers run side by side already
+            pool = stack.enter_context(ThreadPoolExecutor(WORKERS, thread_name_prefix="verify"))
+            jobs = deque[Future[Inspected | tuple[Problem, ...]]]()
             for block in read_blocks(self.index, parts):
+                while len(jobs) >= MOST_JOBS:
+                    results.add(jobs.popleft().result())
                 for piece in block.pieces:
                     name = piece.header.name
                     if name not in parts:
-                        self._count(survey, piece)
-                        jobs.submit(self._check_kept, piece)
+                        self._count(results, piece)
+                        jobs.append(pool.submit(self._check_kept, piece))
                         continue
                     projection = parts[name]
                     held = waiting.setdefault(projection, {})
                     held[name.removeprefix(projection)] = piece
                     if len(held) == sizes[projection]:
-                        jobs.submit(self._inspect, projection, waiting.pop(projection))
-                        survey.bytes_read += self._source_bytes(projection)
+                        jobs.append(pool.submit(self._inspect, projection, waiting.pop(projection)))
+                        results.bytes_read += self._source_bytes(projection)
                 if block.sha256:
-                    survey.sha256[block.shard] = block.sha256
-                survey.bytes_read += block.size_bytes
+                    results.sha256[block.shard] = block.sha256
+                results.bytes_read += block.size_bytes
                 tick(block.size_bytes)
-        survey.inspected.sort(key=lambda one: one.name)
-        for said in survey.problems.values():
-            said.sort()
-        return survey
+            for job in jobs:
+                results.add(job.result())
+        results.inspected.sort(key=lambda one: one.name)
+        for problems in results.problems.values():
+            problems.sort()
+        return results
 
     def _parts(self) -> dict[str, str]:
-        """Tensor -> projection, of projections that are there with all their tensors as wanted."""
+        """Tensor -> projection, of projections whose tensors are all as expected."""
         wanted = {name: expected for name, expected in self.expected.items() if expected.projection}
-        broken = {part.projection for name, part in wanted.items() if not self._is_sound(name, part)}
+        broken = set()
+        for name, part in wanted.items():
+            header = self.index.headers.get(name)
+            if header is None or header.dtype not in part.dtypes or header.shape != part.shape:
+                broken.add(part.projection)
         return {name: part.projection for name, part in wanted.items() if part.projection not in broken}
 
-    def _is_sound(self, name: str, wanted: Expected) -> bool:
-        header = self.index.headers.get(name)
-        return header is not None and header.dtype in wanted.dtypes and header.shape == wanted.shape
-
-    def _count(self, survey: Survey, piece: Piece) -> None:
+    def _count(self, results: ByteChecks, piece: Piece) -> None:
         name = piece.header.name
         if DTYPES[piece.header.dtype].is_floating_point:
-            survey.float_tensors.add(name)
+            results.float_tensors.add(name)
         if name in self.origins:
-            survey.compared_bytes[SPLIT if self.origins[name].split else KEPT] += piece.data.nbytes
-            survey.bytes_read += piece.data.nbytes
+            results.compared_bytes[SPLIT if self.origins[name].split else KEPT] += piece.data.nbytes
+            results.bytes_read += piece.data.nbytes
 
     def _source_bytes(self, projection: str) -> int:
         if self.source is None or projection not in self.origins or not self.origins[projection].in_rows:
@@ -145,40 +153,3 @@ class Surveyor:
             return weight_NK
 
         return inspect(projection, tensors, self.storage, read_source if origin and origin.in_rows and source else None)
-
-
-class _Jobs:
-    """Worker threads with few jobs waiting; an error of a job is raised here."""
-
-    def __init__(self, survey: Survey) -> None:
-        self._survey, self._pool = survey, ThreadPoolExecutor(WORKERS, thread_name_prefix="verify")
-        self._running: set[Future[Inspected | tuple[Problem, ...]]] = set()
-
-    def submit(self, job: Callable[..., Inspected | tuple[Problem, ...]], *arguments: object) -> None:
-        while len(self._running) >= WORKERS * (1 + WAITING):
-            self._collect(FIRST_COMPLETED)
-        self._running.add(self._pool.submit(job, *arguments))
-
-    def _collect(self, until: str) -> None:
-        done, self._running = wait(self._running, return_when=until)
-        for future in done:
-            self._survey.add(future.result())
-
-    def __enter__(self) -> _Jobs:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._collect("ALL_COMPLETED")
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Workers run side by side already: torch's own threads inside each would only crowd the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

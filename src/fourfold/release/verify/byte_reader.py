@@ -1,12 +1,13 @@
-"""One pass over a release: every byte is read once, hashed in the order of the file, and handed on in pieces."""
+"""Read every byte of a release once: hashed in file order, yielded in pieces of tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 
-BLOCK_BYTES = 8 * 2**20  # read, hashed and handed on at a time
+BLOCK_BYTES = 8 * 2**20  # read and hashed at a time
 AHEAD_BLOCKS = 8
 
 
@@ -51,45 +52,23 @@ def read_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
 
     whole: tensors that are wanted in one piece. Raises FourfoldError for a file that cannot be read to its end.
     """
-    blocks: queue.Queue[Block | FourfoldError | None] = queue.Queue(AHEAD_BLOCKS)
-    stop = threading.Event()
-
-    def put(item: Block | FourfoldError | None) -> bool:
-        while not stop.is_set():
-            try:
-                blocks.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for block in _all_blocks(index, whole):
-                if not put(block):
-                    return
-        except FourfoldError as error:
-            put(error)
-        put(None)
-
-    reader = threading.Thread(target=read, name="verify-reader", daemon=True)
-    reader.start()
-    try:
-        while (item := blocks.get()) is not None:
-            if isinstance(item, FourfoldError):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        reader.join()
-
-
-def _all_blocks(index: TensorIndex, whole: Container[str]) -> Iterator[Block]:
     shards: dict[str, list[TensorHeader]] = {}
-    for header in index.headers.values():
+    for header in sorted(index.headers.values(), key=lambda h: (h.shard, h.start_byte, h.end_byte)):
         shards.setdefault(header.shard, []).append(header)
-    for shard, headers in sorted(shards.items()):
-        yield from _shard_blocks(index.folder / shard, sorted(headers, key=lambda h: (h.start_byte, h.end_byte)), whole)
+    parts = (_shard_blocks(index.folder / shard, headers, whole) for shard, headers in shards.items())
+    blocks = itertools.chain.from_iterable(parts)
+
+    def read() -> Block | None:
+        return next(blocks, None)
+
+    reader = ThreadPoolExecutor(1, thread_name_prefix="verify-reader")
+    try:
+        ahead = deque(reader.submit(read) for _ in range(AHEAD_BLOCKS))
+        while (block := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(read))
+            yield block
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]) -> Iterator[Block]:
@@ -101,10 +80,7 @@ def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]
             memory = raw_bytes(buffer)
             _fill(file.fileno(), memory, path)
             sha.update(memory)
-            pieces = tuple(
-                Piece(header, first - header.start_byte, buffer[first - start : last - start])
-                for header, first, last in parts
-            )
+            pieces = tuple(Piece(one, a - one.start_byte, buffer[a - start : b - start]) for one, a, b in parts)
             final = place == len(ranges) - 1
             yield Block(path.name, end - start, pieces, sha.hexdigest() if final else "")
 
