@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold.bundled import HELDOUT_TEXTS
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import kept_group
 from fourfold.quantize.journal import LOG, METRICS
+from fourfold.recipe import Heldout
 from fourfold.records.log import read_log
 from fourfold.records.release import State
 from fourfold.records.results import Bench, Metrics, Verdict
@@ -71,6 +74,27 @@ class Records:
         why = {name: "; ".join(sorted(found)) for name, found in reasons.items()}
         return tuple(Group(name, name == EXPERTS, why[name], count[name], size[name]) for name in named)
 
+    def parameters(self) -> tuple[int, int]:
+        """Return the source's parameters, and those that one token uses in the text model without its draft head."""
+        skeleton, kept = self.release.skeleton, Counter[str]()
+        routed = tuple(skeleton.experts_prefix(layer) for layer in skeleton.routed)
+        for name, header in self.headers.items():
+            if not name.startswith(routed):
+                kept[kept_group(name)[0]] += math.prod(header.shape)
+        count, used = kept.total(), kept.total() - kept["vision"] - kept["MTP"]
+        for layer in skeleton.routed:
+            experts = skeleton.blueprint.experts[layer]
+            assert experts is not None
+            each = sum(math.prod(experts.shape(projection)) for projection in experts.projections)
+            count, used = count + each * experts.count, used + each * min(skeleton.topk, experts.count)
+        return count, used
+
+    def shared_width(self) -> int | None:
+        """Return the intermediate size of the shared experts, by the shapes of their matrices; None without any."""
+        shared = (one.shape for name, one in self.headers.items() if kept_group(name)[0] == "shared experts")
+        hidden, sizes = self.release.skeleton.widest.hidden, {size for shape in shared for size in shape if size > 1}
+        return min(sizes - {hidden}, default=hidden) if sizes else None
+
     def by_layer(self) -> dict[int, list[ProjectionStatistics]]:
         found = defaultdict(list)
         for row in self.projections:
@@ -119,6 +143,9 @@ def _missing(metrics: Metrics | None, verdict: Verdict | None, bench: Bench | No
     """What was not measured, and the command that measures it."""
     if metrics is None or metrics.measured_by != "evaluate":
         yield "quality on more text than quantize's", "fourfold evaluate OUT --source MODEL"
+    if metrics is None or metrics.protocol.text == HELDOUT_TEXTS[Heldout.builtin].title:
+        command = "fourfold evaluate OUT --source MODEL --text wikitext-2-raw-test.parquet"
+        yield "perplexity on wikitext-2-raw, as in published tables", command
     if metrics is None or not metrics.drafts:
         yield "acceptance rate of the draft head", "fourfold evaluate OUT --source MODEL"
     if metrics is None or not metrics.tasks:
