@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 import releases
 from command_line import invoke
 from fourfold.datatypes import FourfoldError
+from fourfold.recipe import load_recipe
 from fourfold.release.contents import named_repo
 from fourfold.release.report.about import About, licence
 from fourfold.release.report.card import card
@@ -248,6 +249,17 @@ def test_base_model_and_licence_of_a_source_in_the_hubs_cache(finished: Path) ->
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/FromTheHub", "quantized")
     assert (data["license"], data["language"]) == ("apache-2.0", ["en"])
     assert ModelCard(write_card(finished)).data.to_dict()["base_model"] == "Qwen/Small"
+
+
+def test_what_is_quantized_beside_the_experts_is_named(tmp_path: Path) -> None:
+    """int8 of preset `compact`: by kind and bits, and parameters are those of the source all the same."""
+    source = releases.make_source(tmp_path / "model")
+    overrides = ["solver.passes=0", 'scheme.rest.attention="int8"', 'scheme.rest.head="int8"']
+    releases.run(source, tmp_path / "out", load_recipe(str(releases.write_recipe(tmp_path)), overrides))
+    text, records = write_card(tmp_path / "out"), read_records(tmp_path / "out")
+    assert "Also quantized: attention (int8), output head (int8).\n\n|" in text
+    assert "| routed experts | int4 | 72 |" in text and "| output head | int8 | 3 |" in text
+    assert records.parameters()[0] == sum(tensor.numel() for tensor in releases.tensors(source).values())
 
 
 def test_parameters_and_experts_are_those_of_the_source(finished: Path) -> None:

@@ -116,8 +116,8 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         ("verified", _brief_verdict(records)),
     ]
     groups: list[tuple[object, ...]] = [
-        (group.name, "int4" if group.quantized else "kept", f"{group.tensors:,}", size(group.size_bytes),
-         f"{state.projections:,} projections" if group.quantized else group.reason)
+        (group.name, f"int{group.bits}" if group.bits else "kept", f"{group.tensors:,}", size(group.size_bytes),
+         f"matrices: {group.weights:,}" if group.bits else group.reason)
         for group in records.groups()
     ]  # fmt: skip
     return {
@@ -125,6 +125,9 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         "version": state.fourfold,
         "glance": table(("", ""), rows),
         "groups": table(("tensors", "format", "count", "size", "reason"), groups),
+        "rest": ", ".join(
+            f"{one.name} (int{one.bits})" for one in records.groups() if one.bits and one.name != EXPERTS
+        ),
         "group_size": scheme.group,
         "signed": ", signed scales" if scheme.signed else "",
         "format": records.release.format.name,
@@ -313,7 +316,6 @@ def _limits(records: Records) -> Iterator[object]:
     if records.verdict and not records.verdict.passed:
         failed = [one.name for one in records.verdict.checks if one.status is Status.FAIL]
         yield f"Verification failed: {', '.join(failed)}."
-    kept = sum(group.size_bytes for group in records.groups() if group.name != EXPERTS)
-    yield f"Only routed experts are int4: {size(kept)} of other tensors are not quantized."
+    yield f"Not quantized: {size(sum(group.size_bytes for group in records.groups() if not group.bits))} of tensors."
     for what, way in records.missing:
         yield Markdown(f"Not measured: {prose(what)} ({code(way)}).")
