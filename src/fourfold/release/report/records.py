@@ -95,10 +95,10 @@ class Records:
         return count, round(used)
 
     def shared_width(self) -> int | None:
-        """Return the intermediate size of the shared experts, by the shapes of their matrices; None without any."""
+        """Return the intermediate size of the shared experts, by the shape of their matrix down; None without any."""
         shared = (one.shape for name, one in self.weights.items() if kept_group(name)[0] == "shared experts")
-        hidden, sizes = self.release.skeleton.widest.hidden, {size for shape in shared for size in shape if size > 1}
-        return min(sizes - {hidden}, default=hidden) if sizes else None
+        hidden = self.release.skeleton.widest.hidden
+        return min((shape[1] for shape in shared if len(shape) == 2 and shape[0] == hidden), default=None)
 
     def by_layer(self) -> dict[int, list[ProjectionStatistics]]:
         found = defaultdict(list)
