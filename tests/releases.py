@@ -44,7 +44,10 @@ length = 128
 pool_rows = 256
 """
 # Not of the result.
-RECORDED = ("seconds", "layer_seconds", "peak_memory_bytes", "planned_memory_bytes", "workers", "finished_at")
+RECORDED = (
+    "seconds", "layer_seconds", "device_memory_bytes", "peak_memory_bytes", "planned_memory_bytes", "workers",
+    "finished_at",
+)  # fmt: skip
 
 # Sidecars that the example lacks. What is in them is nobody's business: they are copied byte for byte.
 SIDECARS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
+COUNTS = ("", "K", "M", "B", "T")
 RATIO = "perplexity_ratio"
 FIGURES = {  # key in metrics.json's summary: what it is called, how it is written; KLD: KL divergence from the source
     "perplexity_source": ("perplexity, source", "{:.4f}"),
@@ -23,10 +24,21 @@ NO_INTERVAL = "unknown: one window gives no interval"
 
 def size(count: int) -> str:
     """Bytes in powers of 1000: 24.4 GB."""
+    value, unit = _scaled(count)
+    return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
+
+
+def count_text(count: int) -> str:
+    """Parameters in powers of 1000: 35.1B."""
+    value, unit = _scaled(count)
+    return f"{value:.3g}{COUNTS[unit]}"
+
+
+def _scaled(count: int) -> tuple[float, int]:
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
-    return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
+    return value, unit
 
 
 def figure_text(key: str, value: float, ends: Sequence[float] | None) -> str:

@@ -369,3 +369,19 @@ def test_terms_are_those_of_the_models_card(tmp_path: Path, card: str | None, te
     if card is not None:
         (tmp_path / "README.md").write_text(card, encoding="utf-8")
     assert hub.stated_terms(tmp_path) == terms
+
+
+def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
+    """Its model's name, also by a link; terms from another snapshot's card, if it has none itself."""
+    model = tmp_path / "models--Qwen--Qwen3.6-35B-A3B" / "snapshots"
+    bare, older = model / "b", model / "a"
+    for folder in (bare, older):
+        folder.mkdir(parents=True)
+    (older / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    (tmp_path / "link").symlink_to(bare)
+    for folder in (bare, tmp_path / "link"):
+        assert hub.hub_name(folder) == "Qwen/Qwen3.6-35B-A3B"
+        assert hub.stated_terms(folder) == {"license": "apache-2.0"}
+    (bare / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    assert hub.stated_terms(bare) == {"license": "mit"}
+    assert hub.hub_name(older.parent) is None and hub.hub_name(tmp_path) is None

@@ -181,6 +181,15 @@ def visible(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
+def test_results_for_leaderboards_are_sent(hub: Hub, verified: Path) -> None:
+    """Written after verify, as a card is; nothing else that is hidden goes out."""
+    (verified / ".eval_results").mkdir()
+    for name in ("lm-eval.yaml", "another.yaml", ".hidden"):
+        (verified / ".eval_results" / name).write_text("[]", encoding="utf-8")
+    publish(verified, "me/model")
+    assert hub.branches["main"] == visible(verified) | {".eval_results/lm-eval.yaml": b"[]"}
+
+
 def refused(out: Path, **options: Any) -> str:
     with pytest.raises(FourfoldError) as raised:
         publish(out, "me/model", **options)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from msgspec import to_builtins
 
 from fourfold.datatypes import FourfoldError
+from fourfold.records.results import Benchmark
 from fourfold.release import tasks
 from fourfold.release.tasks import Tasks
 
@@ -141,6 +143,54 @@ def test_results_of_lm_eval_0_4_13() -> None:
             }
         },
     }
+
+
+BOARD = """
+name: GSM8K
+tasks:
+  - {id: other, config: socratic, split: test}
+  - {id: gsm8k, config: main, split: test, solvers: [{name: generate}]}
+"""
+GSM8K = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
+
+
+@pytest.mark.parametrize(
+    ("change", "samples", "board", "found"),
+    [
+        ({}, 2, BOARD, "gsm8k"),
+        ({}, 1, BOARD, None),
+        ({"test_split": "train"}, 2, BOARD, None),
+        ({"process_docs": "def process_docs(...)"}, 2, BOARD, None),
+        ({"dataset_path": "json"}, 2, BOARD, None),
+        ({}, 2, "tasks: [1]", None),
+        ({}, 2, "tasks: [", None),
+        ({}, 2, None, None),
+    ],
+    ids=["whole", "part", "other split", "selection", "own file", "no board", "not YAML", "not a benchmark"],
+)
+def test_a_benchmark_is_known_by_its_datasets_eval_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], samples: int, board: str | None,
+    found: str | None,
+) -> None:  # fmt: skip
+    def download(dataset: str, name: str, *, repo_type: str) -> str:
+        assert (dataset, name, repo_type) == ("openai/gsm8k", "eval.yaml", "dataset")
+        if board is None:
+            raise LocalEntryNotFoundError("not there, or no network")
+        (tmp_path / name).write_text(board, encoding="utf-8")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(tasks, "hf_hub_download", download)
+    results = {
+        "results": {"t": {"exact_match,none": 0.5}},
+        "configs": {"t": GSM8K | change},
+        "n-samples": {"t": {"original": 2, "effective": samples}},
+        "lm_eval_version": "0.4.13",
+        "model_name": "toy-model",
+        "model_source": "local-completions",
+        "chat_template": None,
+    }
+    result = tasks.read_results(results, "http://a:1").tasks["t"]
+    assert result.benchmark == (found and Benchmark("openai/gsm8k", found))
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")

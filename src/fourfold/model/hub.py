@@ -36,8 +36,8 @@ SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)
 
 
 def hub_name(folder: Path) -> str | None:
-    """org/name of a folder in the Hub's cache, `models--org--name/snapshots/REVISION`; None for any other."""
-    parts = folder.absolute().parts
+    """Return org/name of a folder in the Hub's cache, or a link to one: models--org--name/snapshots/REVISION."""
+    parts = folder.resolve().parts
     match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", parts[-3]) if len(parts) > 3 else None
     return f"{match[1]}/{match[2]}" if match and parts[-2] == "snapshots" else None
 
@@ -56,13 +56,16 @@ def check_repo_id(given: str, name: str) -> None:
 
 
 def stated_terms(folder: Path) -> dict[str, Any]:
-    """What the model's card in its folder says of licence and languages: license, license_name, license_link, language.
+    """Return licence and languages from the model's card: license, license_name, license_link, language.
 
-    Without what it does not say, or says in no form of the Hub's; a card that cannot be read says nothing.
+    Values that the Hub does not take are left out; a card that cannot be read states nothing. An engine downloads no
+    card, so one of the same model's other snapshots in the Hub's cache is read where this one has none.
     """
+    others = sorted(folder.resolve().parent.glob(f"*/{CARD}")) if hub_name(folder) else []
+    card = next((path for path in (folder / CARD, *others) if path.is_file()), folder / CARD)
     try:
-        stated = metadata_load(folder / CARD) or {}
-    except (OSError, ValueError, YAMLError):  # no card, or not one of the Hub's: it is not ours to mend
+        stated = metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError):  # no card, or not one of the Hub's
         return {}
     names = ("license", "license_name", "license_link")
     terms: dict[str, Any] = {name: stated[name] for name in names if isinstance(stated.get(name), str)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import re
 import resource
@@ -34,7 +35,7 @@ from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.recipe import dump_recipe
 from fourfold.records.log import write_log
-from fourfold.records.release import File, Output, Reference, SourceFacts, State, Worker
+from fourfold.records.release import File, HeldoutFacts, Output, Reference, SourceFacts, State, Worker
 from fourfold.records.results import Metrics
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -148,7 +149,7 @@ def state_record(
             content=joined_digest({record.shard: record.source_digest for record in records}),
         ),
         calibration=calibration.facts(),
-        heldout={"digest": heldout.digest, "protocol": heldout.protocol},
+        heldout=HeldoutFacts(heldout.digest, heldout.protocol),
         output=Output(
             content=joined_digest({record.shard: record.sha256 for record in records}),
             shards={record.shard: File(record.size_bytes, record.sha256) for record in records},
@@ -158,6 +159,7 @@ def state_record(
         source_tensor_bytes=sum(claim.header.size_bytes for claim in written),
         metrics={} if measured.statistics is None else metrics.summarize(measured.statistics),
         devices=device_names(plan.memory.devices),
+        device_memory_bytes=device_memory(plan.memory.devices),
         settings=journal.settings,
         versions={
             "python": platform.python_version(),
@@ -187,6 +189,12 @@ def device_names(devices: Sequence[str]) -> dict[str, str]:
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     names = {"cpu": model[1] if model else platform.machine()}
     return names | {device: torch.cuda.get_device_name(device) for device in devices if device != "cpu"}
+
+
+def device_memory(devices: Sequence[str]) -> dict[str, int]:
+    """Return the installed memory of what `device_names` names."""
+    memory = {"cpu": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    return memory | {name: torch.cuda.get_device_properties(name).total_memory for name in devices if name != "cpu"}
 
 
 def peak_memory() -> dict[str, int]:

@@ -85,6 +85,11 @@ class CalibrationFacts(Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
+class HeldoutFacts(Struct, frozen=True):
+    digest: str = ""
+    protocol: TextFacts = TextFacts()
+
+
 class File(Struct, frozen=True):
     bytes: Count
     sha256: str
@@ -206,12 +211,13 @@ class State(Record, frozen=True, kw_only=True, omit_defaults=True):
     model_type: str = ""
     source: SourceFacts
     calibration: CalibrationFacts
-    heldout: dict[str, Any] = field(default_factory=dict)
+    heldout: HeldoutFacts = HeldoutFacts()
     output: Output
     guidance: GuidanceFacts | None = None
     source_tensor_bytes: Annotated[int, Meta(gt=0, le=2**63 - 1)]
     metrics: dict[str, Number]
     devices: dict[str, str]
+    device_memory_bytes: dict[str, Count] = field(default_factory=dict)
     settings: Settings | None = None
     versions: dict[str, str]
     projections: Count

@@ -143,13 +143,21 @@ class Against(Measured, frozen=True, kw_only=True, omit_defaults=True):
     drafts: Drafted | None = None
 
 
+class Benchmark(Struct, frozen=True):
+    """A dataset of the Hub with a leaderboard, and the task in its eval.yaml."""
+
+    dataset: str
+    task: str
+
+
 class TaskResult(Struct, frozen=True, omit_defaults=True):
-    """figures: by "metric,filter", as lm-eval has them."""
+    """figures: by "metric,filter", as lm-eval has them; benchmark: whose whole split was measured, if any."""
 
     figures: dict[str, Number | str | None]
     shots: int | None = None
     samples: int | None = None
     version: Number | str | None = None
+    benchmark: Benchmark | None = None
 
 
 class TaskResults(Struct, frozen=True, kw_only=True, omit_defaults=True):

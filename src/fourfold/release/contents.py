@@ -17,16 +17,17 @@ VERDICT = "verify.json"
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
 BENCH, LICENCE = "bench.json", "LICENSE"
-DOCUMENTS = (VERDICT, METRICS, BENCH)  # for people: may be made after verify, no engine reads them
+EVAL_RESULTS = ".eval_results/lm-eval.yaml"  # what the Hub puts on leaderboards
+DOCUMENTS = (VERDICT, METRICS, BENCH, EVAL_RESULTS)  # may be made after verify, no engine reads them
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
 CONVERSION = "conversion.json"  # of GGUF and MLX, and of another tool's release; fourfold.json has it of ours
 
 
 def visible_files(folder: Path) -> list[str]:
-    """All files of a release, by paths in it; what is hidden is of no release."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in paths if not any(part.startswith(".") for part in path.parts))
+    """All files of a release, by paths in it. Hidden files are not of the release, except EVAL_RESULTS."""
+    paths = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path == EVAL_RESULTS or not re.search(r"(^|/)\.", path))
 
 
 def loaded_files(folder: Path) -> list[str]:

@@ -213,7 +213,7 @@ def _send(out: Path, published: Published, private: bool) -> Published:
         )
     names = [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)]
     done = api.upload_folder(
-        repo_id=repo, folder_path=out, revision=branch, allow_patterns=names, ignore_patterns=[".*", "*/.*"],
+        repo_id=repo, folder_path=out, revision=branch, allow_patterns=names,
         commit_message=f"Release {published.tag}".strip(),
     )  # fmt: skip
     _check_arrived(api, published, done.oid)

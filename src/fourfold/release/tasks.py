@@ -7,17 +7,32 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from huggingface_hub import hf_hub_download
+
 from fourfold.datatypes import FourfoldError
 from fourfold.install import pip_install
-from fourfold.records.results import TaskResult, TaskResults
+from fourfold.records.results import Benchmark, TaskResult, TaskResults
 from fourfold.serve import client
 
 CONCURRENT = 8  # requests at one time
 LINES_SHOWN = 12
+LEADERBOARD = "eval.yaml"  # of a dataset that is a benchmark: https://huggingface.co/docs/hub/eval-results
+
+
+class LeaderboardTask(msgspec.Struct):
+    id: str
+    config: str = "default"
+    split: str = "test"
+
+
+class Leaderboard(msgspec.Struct):
+    tasks: list[LeaderboardTask]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +93,26 @@ def read_results(found: dict[str, Any], url: str) -> TaskResults:
             shots=found.get("n-shot", {}).get(task),
             samples=samples.get("effective"),
             version=found.get("versions", {}).get(task),
+            benchmark=_find_benchmark(found.get("configs", {}).get(task, {}), samples),
         )
     return TaskResults(
         lm_eval=found["lm_eval_version"], model=found["model_name"], api=found["model_source"],
         chat_template=found["chat_template"] is not None, tasks=rows, url=url,
     )  # fmt: skip
+
+
+def _find_benchmark(config: Mapping[str, Any], samples: Mapping[str, int]) -> Benchmark | None:
+    """Return the Hub's benchmark whose whole split a task of lm-eval measured, as its dataset's eval.yaml has it.
+
+    None for any other dataset, a selection or change of its questions, and where the Hub cannot be reached.
+    """
+    dataset = str(config.get("dataset_path"))
+    if "/" not in dataset or config.get("process_docs") or samples.get("effective") != samples.get("original"):
+        return None
+    try:
+        path = Path(hf_hub_download(dataset, LEADERBOARD, repo_type="dataset"))
+        tasks = msgspec.yaml.decode(path.read_bytes(), type=Leaderboard).tasks
+    except (OSError, ValueError):
+        return None
+    measured = (config.get("dataset_name") or "default", config.get("test_split"))
+    return next((Benchmark(dataset, task.id) for task in tasks if (task.config, task.split) == measured), None)

@@ -19,7 +19,10 @@ from hostile import Change
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    source = releases.make_source(folder / "model")
+    source = releases.make_source(folder / "models--Qwen--FromTheHub" / "snapshots" / "b")
+    older = source.parent / "a"
+    older.mkdir()
+    (older / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n", encoding="utf-8")
     out = folder / "release"
     overrides = ["solver.passes=0", 'calibration.sources=[{builtin="general", rows=8}]']  # whose licence is known
     releases.run(source, out, load_recipe(str(releases.write_recipe(folder)), overrides))

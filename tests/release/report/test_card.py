@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
 import releases
 from command_line import invoke
 from fourfold.datatypes import FourfoldError
+from fourfold.recipe import load_recipe
 from fourfold.release.contents import named_repo
 from fourfold.release.report.about import About, licence
 from fourfold.release.report.card import card
+from fourfold.release.report.page import page
 from fourfold.release.report.recommend import recommend
 from fourfold.release.report.records import read_records
 from hostile import HOSTILE, Change
@@ -43,7 +46,9 @@ BENCH = {
 
 def write_card(folder: Path, about: About = ABOUT) -> str:
     records = read_records(folder)
-    return card(records, about.of(records), recommend(records, about), {"figures/errors.png": "errors"})
+    return card(
+        records, about.of(records.state.source.hub), recommend(records, about), {"figures/errors.png": "errors"}
+    )
 
 
 def fold(text: str, title: str) -> str:
@@ -68,7 +73,6 @@ def test_the_hub_reads_its_front_matter(finished: Path) -> None:
     assert data["base_model_relation"] == "quantized"
     assert data["pipeline_tag"] == "image-text-to-text"
     assert data["library_name"] == "transformers"
-    assert data["license"] == "other" and data["license_link"] == "LICENSE"
     assert {"int4", "gptq", "compressed-tensors", "vllm", "moe"} <= set(data["tags"])
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "small-int4"
@@ -106,7 +110,7 @@ def test_it_has_what_the_records_say(finished: Path) -> None:
     assert sum(counts) + 72 == len(stored)
     quality = part(text, "Quality")
     assert f"{state['metrics']['perplexity_release']:.4f}" in quality
-    assert "2 windows, of 128 tokens, stride 128" in quality and " ± " in quality
+    assert "2 windows, 128 tokens per window, stride 128" in quality and " ± " in quality
     assert "CC BY-SA 3.0" in fold(text, "Calibration")
     made = fold(text, "How it was made")
     assert state["versions"]["torch"] in made and "peak memory" in made
@@ -158,7 +162,8 @@ def test_commands_for_other_formats(finished: Path) -> None:
     assert "fourfold verify ./release-mlx --source ./release --engine mlx" in section
 
 
-def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path) -> None:
+def test_what_is_missing_is_named_and_nothing_is_made_up(release: Path, change: Change) -> None:
+    change("fourfold.json", lambda state: state["source"].update(hub=None, terms={}))
     for name in ("metrics.json", "verify.json"):
         (release / name).unlink()
     text = write_card(release, About(name="small"))
@@ -219,7 +224,8 @@ def test_the_same_inputs_give_the_same_card(finished: Path) -> None:
         (None, "unknown"),
     ],
 )
-def test_a_licence_is_read_and_not_guessed(release: Path, text: str | None, name: str) -> None:
+def test_a_licence_is_read_and_not_guessed(release: Path, change: Change, text: str | None, name: str) -> None:
+    change("fourfold.json", lambda state: state["source"].update(terms={}))
     (release / "LICENSE").unlink()
     if text is not None:
         (release / "LICENSE").write_text(text, encoding="utf-8")
@@ -237,10 +243,84 @@ def test_terms_of_the_source_are_those_of_its_card(release: Path, change: Change
     assert said["license"] == "mit" and "license_name" not in said
 
 
-def test_the_base_model_is_the_one_that_quantize_was_given_on_the_hub(release: Path, change: Change) -> None:
-    change("fourfold.json", lambda state: state["source"].update(hub="Qwen/FromTheHub"))
-    assert ModelCard(write_card(release, About(name="x"))).data.to_dict()["base_model"] == "Qwen/FromTheHub"
-    assert ModelCard(write_card(release)).data.to_dict()["base_model"] == "Qwen/Small"
+def test_base_model_and_licence_of_a_source_in_the_hubs_cache(finished: Path) -> None:
+    """Without an option: the folder's place has the name, another snapshot the card. --base-model comes first."""
+    data = ModelCard(write_card(finished, About(name="x"))).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("Qwen/FromTheHub", "quantized")
+    assert (data["license"], data["language"]) == ("apache-2.0", ["en"])
+    assert ModelCard(write_card(finished)).data.to_dict()["base_model"] == "Qwen/Small"
+
+
+def test_what_is_quantized_beside_the_experts_is_named(tmp_path: Path) -> None:
+    """int8 of preset `compact`: by kind and bits, and parameters are those of the source all the same."""
+    source = releases.make_source(tmp_path / "model")
+    overrides = ["solver.passes=0", 'scheme.rest.attention="int8"', 'scheme.rest.head="int8"']
+    releases.run(source, tmp_path / "out", load_recipe(str(releases.write_recipe(tmp_path)), overrides))
+    text, records = write_card(tmp_path / "out"), read_records(tmp_path / "out")
+    assert "Also quantized: attention (int8), output head (int8).\n\n|" in text
+    assert "| routed experts | int4 | 72 |" in text and "| output head | int8 | 3 |" in text
+    assert records.parameters()[0] == sum(tensor.numel() for tensor in releases.tensors(source).values())
+
+
+def test_parameters_and_experts_are_those_of_the_source(finished: Path) -> None:
+    """Counted from the source's own tensors; one token runs 2 of 4 experts, no vision tower and no draft head."""
+    source = finished.parent / "models--Qwen--FromTheHub" / "snapshots" / "b"
+    shapes = {name: tensor.shape for name, tensor in releases.tensors(source).items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name and not name.startswith("mtp."))
+    apart = sum(size for name, size in sizes.items() if name.startswith(("mtp.", "model.visual.")))
+    total = sum(sizes.values())
+    records = read_records(finished)
+    assert routed and apart and records.parameters() == (total, total - apart - routed // 2)
+    said = f"{total / 1e6:.3g}M total, {(total - apart - routed // 2) / 1e3:.3g}K active per token"
+    assert f"| parameters | {said} |" in write_card(finished) and f"<dd>{said}</dd>" in page(records, ABOUT)
+    width = next(shape[1] for name, shape in shapes.items() if name.endswith("shared_expert.down_proj.weight"))
+    routing = "4 in each of 2 layers, 2 active per token"
+    assert re.search(rf"\| experts \| {routing}, width \d+; shared expert: width {width} \|", write_card(finished))
+
+
+def test_the_machine_is_named_with_its_memory(release: Path, change: Change) -> None:
+    recorded = releases.read_json(release / "fourfold.json")["device_memory_bytes"]
+    assert set(recorded) == {"cpu"} and recorded["cpu"] > 10**9
+    more = {"devices": {"cpu": "AMD EPYC", "cuda:0": "NVIDIA H200"}, "device_memory_bytes": {"cuda:0": 150 * 10**9}}
+    change("fourfold.json", lambda state: state.update(more))
+    assert "| machine | cpu: AMD EPYC; cuda:0: NVIDIA H200, 150 GB |" in write_card(release)
+
+
+def test_perplexity_names_its_text_and_windows(release: Path, change: Change) -> None:
+    """After evaluate measured another text, quantize's is beside it."""
+    said = r"^- Perplexity [\d.]+, source [\d.]+: heldout.txt, 2 windows of 128 tokens, not overlapping\.$"
+    lines = re.findall("^- Perplexity .*", write_card(release), re.MULTILINE)
+    assert len(lines) == 1 and re.match(said, lines[0])
+
+    def evaluated(metrics: Any) -> None:
+        metrics["measured_by"], metrics["summary"]["perplexity_release"] = "evaluate", 7.25
+        metrics["protocol"] |= {"text": "wikitext-2-raw-test.parquet", "windows": 64, "stride": 64}
+
+    change("metrics.json", evaluated)
+    raw, first = re.findall("^- Perplexity .*", write_card(release), re.MULTILINE)
+    assert raw.startswith("- Perplexity 7.2500, source ") and first == lines[0]
+    assert raw.endswith(": wikitext-2-raw-test.parquet, 64 windows of 128 tokens, stride 64.")
+
+
+def test_leaderboards_get_benchmarks_alone(release: Path, change: Change) -> None:
+    """.eval_results as huggingface_hub reads it: a task of a registered dataset, none that was measured otherwise."""
+    gsm8k = {
+        "figures": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.01, "exact_match,flexible": 0.6},
+        "benchmark": {"dataset": "openai/gsm8k", "task": "gsm8k"}, "shots": 5,
+    }  # fmt: skip
+    tasks = {"lm_eval": "0.4.13", "tasks": {"toy": {"figures": {"acc,none": 0.25}}, "gsm8k": gsm8k}}
+    change("metrics.json", lambda metrics: metrics.update(tasks=tasks))
+    assert invoke("report", str(release)).exit_code == 0
+    written = release / ".eval_results" / "lm-eval.yaml"
+    (entry,) = parse_eval_result_entries(yaml.safe_load(written.read_text(encoding="utf-8")))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 50)
+    assert entry.notes == "lm-eval 0.4.13, exact_match,strict, 5 shots; int4 weights"
+    results = ModelCard.load(release / "README.md").data.eval_results
+    types = {(result.dataset_type, result.metric_type) for result in results or ()}
+    assert {("openai/gsm8k", "exact_match"), ("toy", "acc")} < types and "accuracy" not in dict(types).values()
+    change("metrics.json", lambda metrics: metrics.pop("tasks"))
+    assert invoke("report", str(release)).exit_code == 0 and not written.exists()
 
 
 def poison(state: Any) -> None:
@@ -278,7 +358,7 @@ def test_nothing_can_be_smuggled_into_a_card(release: Path, change: Change) -> N
 def test_names_that_the_hub_does_not_take_are_refused(finished: Path, name: str) -> None:
     for about in (About(name="x", base_model=name), About(name=name)):
         with pytest.raises(FourfoldError, match="expected org/name"):
-            about.of(read_records(finished))
+            about.of(None)
 
 
 def test_a_repository_that_the_hub_does_not_take(finished: Path) -> None:

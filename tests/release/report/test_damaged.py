@@ -54,7 +54,7 @@ def place(release: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     """A release with each of the files, in the working folder of the commands."""
     monkeypatch.chdir(tmp_path)
     Path("OUT").symlink_to(release)
-    Path("MODEL").symlink_to(finished.parent / "model")
+    Path("MODEL").symlink_to(finished.parent / "models--Qwen--FromTheHub" / "snapshots" / "b")
     Path("TEXTS").symlink_to(finished.parent)
     (release / "README.md").write_text("# A card\n", encoding="utf-8")
     state = json.loads((release / "fourfold.json").read_text(encoding="utf-8"))

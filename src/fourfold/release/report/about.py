@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from fourfold.bundled import HELDOUT_TEXTS
 from fourfold.model.hub import check_repo_id
+from fourfold.records.results import Metrics, TaskResult, TextFacts
 from fourfold.release.report.records import Records
 
+TAGS = ("fourfold", "int4", "4-bit", "quantized", "moe")
+TITLES = [text.title for text in HELDOUT_TEXTS.values()]  # all are English
 UNKNOWN, OTHER = "unknown", "other"  # as the Hub calls a licence that is not known, and one that is not on its list
 LICENCES = (  # what the text of a licence holds, and the Hub's name for it
     (("Apache License", "Version 2.0"), "apache-2.0"),
@@ -37,23 +40,16 @@ class About:
     base_model: str | None = None
     licence: str | None = None
 
-    def of(self, records: Records) -> About:
-        """With the base model that quantize was given by its name on the Hub, unless another is said.
+    def of(self, hub: str | None) -> About:
+        """Return it with the base model that quantize recorded, unless another is given.
 
         Raises FourfoldError for names that the Hub does not take.
         """
-        return self.named(records.state.source.hub)
-
-    def named(self, hub: str | None) -> About:
-        """The same, from the name alone."""
         said = dataclasses.replace(self, base_model=self.base_model or hub)
-        said._check()
-        return said
-
-    def _check(self) -> None:
-        for option, value in (("--repo", self.name if "/" in self.name else None), ("--base-model", self.base_model)):
+        for option, value in (("--repo", said.name if "/" in said.name else None), ("--base-model", said.base_model)):
             if value is not None:
                 check_repo_id(option, value)
+        return said
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,10 @@ def find_licence(about: About, stated: Mapping[str, Any], text: str | None) -> L
 def card_data(records: Records, about: About) -> ModelCardData:
     """The front matter. What is not known is left out, but for the licence, which is then named unknown."""
     vision = "vision_config" in records.release.raw
-    found = licence(records, about)
-    results = list(eval_results(records))
-    languages = records.state.source.terms.get("language") or (["en"] if _english(records) else None)
+    found, metrics = licence(records, about), records.metrics
+    results = [*eval_results(metrics)] if metrics else []
+    english = metrics and (_is_wikitext(metrics.protocol) or metrics.protocol.text in TITLES)
+    languages = records.state.source.terms.get("language") or (["en"] if english else None)
     return ModelCardData(
         base_model=about.base_model,
         base_model_relation="quantized" if about.base_model else None,
@@ -108,51 +105,46 @@ def card_data(records: Records, about: About) -> ModelCardData:
 
 
 def tags(records: Records) -> list[str]:
-    names = ["fourfold", "int4", "4-bit", "quantized", "moe", records.release.format.method]
-    methods = {row.method for row in records.projections}
-    names += ["gptq"] if methods & {"gptq", "diag", "row-diag"} else []
+    names = [*TAGS, records.release.format.method, *(["gptq"] if set(records.state.methods) - {"rtn"} else [])]
     names += ["vllm", "sglang"]
     names += ["conversational"] if (records.release.folder / "chat_template.jinja").is_file() else []
     return list(dict.fromkeys(names))
 
 
-def _english(records: Records) -> bool:
-    """Whether quality was measured on the built-in English text. Of the model's other languages no file tells."""
-    heldout = records.release.recipe.heldout.builtin
-    return bool(records.metrics and records.metrics.measured_by == "quantize" and heldout in HELDOUT_TEXTS) or (
-        _builtin_text(records) is not None
-    )
-
-
-def _builtin_text(records: Records) -> str | None:
-    text = str(records.metrics.protocol.text) if records.metrics else ""
-    return text if text.startswith("wikitext-2") else None
-
-
-def eval_results(records: Records) -> Iterator[EvalResult]:
+def eval_results(metrics: Metrics) -> Iterator[EvalResult]:
     """What was measured, as the Hub's model index has it."""
-    if records.metrics is None:
-        return
-    protocol, figures = records.metrics.protocol, records.metrics.figures
+    protocol, figures = metrics.protocol, metrics.figures
     sizes = {"window": protocol.window, "stride": protocol.stride, "windows": protocol.windows}
-    for key, kind, name in SHOWN_METRICS:
+    args: dict[str, int] | None = {name: size for name, size in sizes.items() if size is not None}
+    kind, text = "wikitext" if _is_wikitext(protocol) else "text", str(protocol.text)
+    found = [(kind, text, args, metric, name, getattr(figures, key)) for key, metric, name in SHOWN_METRICS]
+    for task, result, metric, value in _task_figures(metrics):
+        dataset = result.benchmark.dataset if result.benchmark else task
+        found.append((dataset, task, None, metric.partition(",")[0], f"{metric}, {result.shots} shots", value))
+    for dataset, name, how, metric, words, value in found:
         yield EvalResult(
-            task_type="text-generation",
-            dataset_type="wikitext" if _builtin_text(records) else "text",
-            dataset_name=str(protocol.text),
-            dataset_args={name: size for name, size in sizes.items() if size is not None},
-            metric_type=kind,
-            metric_name=name,
-            metric_value=float(f"{getattr(figures, key):.6g}"),
-        )
-    for task, result in (records.metrics.tasks.tasks if records.metrics.tasks else {}).items():
+            task_type="text-generation", dataset_type=dataset, dataset_name=name, dataset_args=how, metric_type=metric,
+            metric_name=words, metric_value=float(f"{value:.6g}"),
+        )  # fmt: skip
+
+
+def _is_wikitext(protocol: TextFacts) -> bool:
+    return str(protocol.text).startswith("wikitext-2")
+
+
+def leaderboard_entries(metrics: Metrics) -> list[EvalResultEntry]:
+    """Return what the Hub's leaderboards show, in percent: the first metric of each task that is a benchmark."""
+    found: dict[str, EvalResultEntry] = {}
+    for task, result, metric, value in _task_figures(metrics):
+        if (board := result.benchmark) is not None and task not in found:
+            notes = f"lm-eval {metrics.tasks and metrics.tasks.lm_eval}, {metric}, {result.shots} shots; int4 weights"
+            found[task] = EvalResultEntry(board.dataset, board.task, round(100 * value, 2), notes=notes)
+    return list(found.values())
+
+
+def _task_figures(metrics: Metrics) -> Iterator[tuple[str, TaskResult, str, float]]:
+    """Each figure of lm-eval's but standard errors: task, result, "metric,filter", value."""
+    for task, result in (metrics.tasks.tasks if metrics.tasks else {}).items():
         for metric, value in result.figures.items():
             if "stderr" not in metric and isinstance(value, float):
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=task,
-                    dataset_name=task,
-                    metric_type=metric.partition(",")[0],
-                    metric_name=f"{metric}, {result.shots} shots",
-                    metric_value=float(f"{value:.6g}"),
-                )
+                yield task, result, metric, value

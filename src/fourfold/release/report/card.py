@@ -25,7 +25,7 @@ from fourfold.release.report.escape import Markdown, block, code, finalize, pros
 from fourfold.release.report.layers import layers_context, method_shares, weakest_text
 from fourfold.release.report.quality import quality
 from fourfold.release.report.records import EXPERTS, Records
-from fourfold.units import clock_text, size, stages
+from fourfold.units import clock_text, count_text, size, stages
 
 METHODS = (
     ("Frantar and others 2022, GPTQ", "2210.17323"),
@@ -52,8 +52,8 @@ def card(records: Records, about: About, commands: Sequence[Serving], figures: M
 
     Raises FourfoldError if huggingface_hub does not read from it what was written.
     """
-    context = _head(records, about) | quality(records.metrics) | layers_context(records) | _origin(records, about)
-    context |= _checks(records.verdict) | _bench(records.bench)
+    context = _head(records, about) | layers_context(records) | _origin(records, about)
+    context |= quality(records.metrics, records.state) | _checks(records.verdict) | _bench(records.bench)
     context |= {
         "figures": [(Markdown(path), prose(words)) for path, words in figures.items()],
         "commands": [_command(command) for command in commands],
@@ -105,6 +105,8 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         ("base model", base or "not stated"),
         *_source_weights(state.source.weights),
         ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
+        ("parameters", parameters_text(records)),
+        ("experts", _experts(records)),
         *([("support", DERIVED)] if skeleton.family.derived else []),
         ("context", f"{text.max_position_embeddings:,} tokens"),
         ("quantized", f"{state.projections:,} expert projections, {', '.join(method_shares(state.methods))}"),
@@ -114,26 +116,37 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         ("verified", _brief_verdict(records)),
     ]
     groups: list[tuple[object, ...]] = [
-        (
-            group.name,
-            "int4" if group.quantized else "kept",
-            f"{group.tensors:,}",
-            size(group.size_bytes),
-            f"{state.projections:,} projections" if group.quantized else group.reason,
-        )
+        (group.name, f"int{group.bits}" if group.bits else "kept", f"{group.tensors:,}", size(group.size_bytes),
+         f"matrices: {group.weights:,}" if group.bits else group.reason)
         for group in records.groups()
-    ]
+    ]  # fmt: skip
     return {
         "base": base or "A Mixture-of-Experts checkpoint",
         "version": state.fourfold,
         "glance": table(("", ""), rows),
         "groups": table(("tensors", "format", "count", "size", "reason"), groups),
+        "rest": ", ".join(
+            f"{one.name} (int{one.bits})" for one in records.groups() if one.bits and one.name != EXPERTS
+        ),
         "group_size": scheme.group,
         "signed": ", signed scales" if scheme.signed else "",
         "format": records.release.format.name,
         "scale_dtype": scheme.scale_dtype.upper(),
         "stale": records.stale,
     }
+
+
+def parameters_text(records: Records) -> str:
+    count, used = map(count_text, records.parameters())
+    return f"{count} total, {used} active per token"
+
+
+def _experts(records: Records) -> str:
+    """Counts and widths (intermediate sizes) of experts."""
+    skeleton, shared = records.release.skeleton, records.shared_width()
+    one, layers = skeleton.widest, len(tuple(skeleton.routed))
+    said = f"{one.count} in each of {layers} layers, {skeleton.topk} active per token, width {one.width:,}"
+    return said + (f"; shared expert: width {shared:,}" if shared else "; no shared expert")
 
 
 def base_link(about: About) -> Markdown | None:
@@ -195,7 +208,8 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
 
 
 def _made(state: State) -> Markdown:
-    devices = ", ".join(f"{place}: {name}" for place, name in state.devices.items())
+    installed = {place: f", {size(count)}" for place, count in state.device_memory_bytes.items()}
+    devices = "; ".join(f"{place}: {name}{installed.get(place, '')}" for place, name in state.devices.items())
     memory = ", ".join(f"{place} {size(peak)}" for place, peak in state.peak_memory_bytes.items())
     versions = ", ".join(f"{name} {found}" for name, found in state.versions.items())
     seconds = state.seconds
@@ -274,17 +288,12 @@ def _bench(bench: Bench | None) -> dict[str, Any]:
     rows: list[tuple[object, ...]] = []
     for level in bench.levels:
         decode, first, accepted = level.decode_tokens_per_second, level.time_to_first_token, level.acceptance
-        rows.append(
-            (
-                level.concurrency,
-                f"{level.requests.ok}/{level.requests.asked}",
-                f"{level.output_tokens_per_second:,.1f}",
-                f"{decode.p50:,.1f}" if decode else "",
-                f"{first.p50 * 1000:,.0f} / {first.p99 * 1000:,.0f}" if first else "",
-                f"{accepted.rate:.1%}" if accepted else "",
-                f"{accepted.mean_length:.2f}" if accepted else "",
-            )
-        )
+        rows.append((
+            level.concurrency, f"{level.requests.ok}/{level.requests.asked}", f"{level.output_tokens_per_second:,.1f}",
+            f"{decode.p50:,.1f}" if decode else "",
+            f"{first.p50 * 1000:,.0f} / {first.p99 * 1000:,.0f}" if first else "",
+            f"{accepted.rate:.1%}" if accepted else "", f"{accepted.mean_length:.2f}" if accepted else "",
+        ))  # fmt: skip
     header = (
         "concurrency", "answered", "tokens/s, total", "tokens/s per request, p50", "TTFT (ms), p50 / p99",
         "acceptance rate", "tokens per step",
@@ -307,7 +316,6 @@ def _limits(records: Records) -> Iterator[object]:
     if records.verdict and not records.verdict.passed:
         failed = [one.name for one in records.verdict.checks if one.status is Status.FAIL]
         yield f"Verification failed: {', '.join(failed)}."
-    kept = sum(group.size_bytes for group in records.groups() if group.name != EXPERTS)
-    yield f"Only routed experts are int4: {size(kept)} of other tensors are not quantized."
+    yield f"Not quantized: {size(sum(group.size_bytes for group in records.groups() if not group.bits))} of tensors."
     for what, way in records.missing:
         yield Markdown(f"Not measured: {prose(what)} ({code(way)}).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,12 @@ from fourfold.release.report.records import Records
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is fetched
 HEIGHT = 240
+DOT: Spec = {"type": "point", "filled": True, "size": 90}
+RELEASE: Spec = {"field": "release", "type": "nominal", "title": ""}
+COLUMNS = (
+    "layer", "expert", "tokens", "effective_tokens", "relative_error", "error_over_rtn", "weight_error", "damping",
+    "passes",
+)  # fmt: skip
 # Quantities of quant_log.csv that an expert x layer map shows: field, words, scale of colours.
 MAPS = (
     ("tokens", "calibration tokens", "symlog"),
@@ -64,7 +70,9 @@ def _lines(x: Spec, y: Spec, colour: Spec, tooltip: Sequence[str], dash: Spec | 
     """dash: what tells lines of one colour apart, with a legend of its own."""
     encoding = {"x": x, "y": y, "color": colour, "tooltip": [{"field": name} for name in tooltip]}
     if dash is None:
-        return {"mark": {"type": "line", "point": True}, "encoding": encoding | {"strokeDash": colour}}
+        dashed = colour | {"legend": {"symbolType": "stroke", "symbolSize": 400}}
+        encoding |= {"color": dashed, "strokeDash": dashed}
+        return {"mark": {"type": "line", "point": True}, "encoding": encoding}
     line = {"mark": "line", "encoding": {"strokeDash": dash}}
     return {"encoding": encoding, "layer": [line, {"mark": {"type": "point", "filled": True, "opacity": 1}}]}
 
@@ -83,18 +91,17 @@ def errors(records: Records) -> Spec:
             found = [row.relative_error for row in rows if row.projection == name]
             for what, value in (("median", median(found)), ("maximum", max(found))):
                 values.append({"layer": layer, "projection": name, "experts": what, "error": value or None})
+    y = _axis("error", "quantitative", "relative output error", scale={"type": "log", "nice": False})
     return _spec(
         "Output error by layer and projection",
         "Lines: median and maximum relative output error of each layer's experts, for gate, up and down.",
         values,
         **_lines(
-            _layer_axis(),
-            _axis("error", "quantitative", "relative output error", scale={"type": "log", "nice": False}),
-            _axis("projection", "nominal", ""),
-            ("layer", "projection", "experts", "error"),
+            _layer_axis(), y,
+            _axis("projection", "nominal", ""), ("layer", "projection", "experts", "error"),
             _axis("experts", "nominal", "of experts", sort=None),
         ),
-    )
+    )  # fmt: skip
 
 
 def coverage(records: Records) -> Spec:
@@ -109,12 +116,10 @@ def coverage(records: Records) -> Spec:
         "Lines: minimum, 10%, median, 90% and maximum of the calibration tokens of each layer's experts.",
         values,
         **_lines(
-            _layer_axis(),
-            _axis("tokens", "quantitative", "tokens", scale={"type": "symlog"}),
-            _axis("experts", "nominal", "of experts", sort=None),
-            ("layer", "experts", "tokens"),
+            _layer_axis(), _axis("tokens", "quantitative", "tokens", scale={"type": "symlog"}),
+            _axis("experts", "nominal", "of experts", sort=None), ("layer", "experts", "tokens"),
         ),
-    )
+    )  # fmt: skip
 
 
 def guidance(records: Records) -> Spec:
@@ -138,45 +143,34 @@ def guidance(records: Records) -> Spec:
 Named = Sequence[tuple[str, Records]]
 
 
-def _by_layer(named: Named, field: str) -> Iterator[dict[str, Any]]:
-    for name, records in named:
-        for row in records.metrics.layers if records.metrics else ():
-            if (value := getattr(row, field)) is not None:
-                yield {"layer": row.layer, "release": name, "value": value}
+def _by_layer(named: Named, field: str, title: str, says: str, y: Spec) -> Spec:
+    values = [
+        {"layer": row.layer, "release": name, "value": value}
+        for name, records in named
+        for row in (records.metrics.layers if records.metrics else ())
+        if (value := getattr(row, field)) is not None
+    ]
+    return _spec(title, says, values, **_lines(_layer_axis(), y, RELEASE, ("layer", "release", "value")))
 
 
 def drift(named: Named) -> Spec:
-    return _spec(
-        "Hidden-state drift by layer",
-        "Lines: relative difference of the hidden states after each layer from the BF16 model's.",
-        list(_by_layer(named, "hidden_error")),
-        **_lines(
-            _layer_axis(), _axis("value", "quantitative", "drift, share of the norm"), _axis("release", "nominal", ""),
-            ("layer", "release", "value"),
-        ),
-    )  # fmt: skip
+    says = "Lines: relative difference of the hidden states after each layer from the BF16 model's."
+    y = _axis("value", "quantitative", "drift, share of the norm")
+    return _by_layer(named, "hidden_error", "Hidden-state drift by layer", says, y)
 
 
 def routers(named: Named) -> Spec:
-    return _spec(
-        "Router agreement by layer",
-        "Lines: share of a token's experts that the BF16 model and the release both select.",
-        list(_by_layer(named, "router_agreement")),
-        **_lines(
-            _layer_axis(),
-            _axis("value", "quantitative", "router agreement", axis={"format": ".1%"}, scale={"zero": False}),
-            _axis("release", "nominal", ""),
-            ("layer", "release", "value"),
-        ),
-    )
+    says = "Lines: share of a token's experts that the BF16 model and the release both select."
+    y = _axis("value", "quantitative", "router agreement", axis={"format": ".1%"}, scale={"zero": False})
+    return _by_layer(named, "router_agreement", "Router agreement by layer", says, y)
 
 
-def _bars(x: Spec, y: Spec, tooltip: Sequence[str]) -> Spec:
+def _bars(x: Spec, y: Spec, tooltip: Sequence[str], mark: str | Spec = DOT) -> Spec:
     encoding = {
-        "x": x, "y": y, "yOffset": {"field": "release"}, "color": _axis("release", "nominal", ""),
+        "x": x, "y": y, "yOffset": {"field": "release"}, "color": RELEASE,
         "tooltip": [{"field": name} for name in tooltip],
     }  # fmt: skip
-    return {"mark": {"type": "point", "filled": True, "size": 90}, "encoding": encoding}
+    return {"mark": mark, "encoding": encoding}
 
 
 def distribution(named: Named) -> Spec:
@@ -195,10 +189,9 @@ def distribution(named: Named) -> Spec:
         **_lines(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}, axis={"format": "~e"}),
             _axis("share", "quantitative", "share of positions", axis={"format": ".0%"}),
-            _axis("release", "nominal", ""),
-            ("release", "nats", "share"),
+            RELEASE, ("release", "nats", "share"),
         ),
-    )
+    )  # fmt: skip
 
 
 def divergence(named: Named) -> Spec:
@@ -214,10 +207,9 @@ def divergence(named: Named) -> Spec:
         values,
         **_bars(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}),
-            _axis("of positions", "nominal", "", sort=order),
-            ("release", "of positions", "nats"),
+            _axis("of positions", "nominal", "", sort=order), ("release", "of positions", "nats"),
         ),
-    )
+    )  # fmt: skip
 
 
 def entropy(named: Named) -> Spec:
@@ -235,10 +227,9 @@ def entropy(named: Named) -> Spec:
         values,
         **_bars(
             _axis("nats", "quantitative", "nats", scale={"type": "log"}),
-            _axis("entropy", "nominal", "entropy, nats", sort=order),
-            ("release", "entropy", "nats", "n"),
+            _axis("entropy", "nominal", "entropy, nats", sort=order), ("release", "entropy", "nats", "n"),
         ),
-    )
+    )  # fmt: skip
 
 
 def seconds(named: Named) -> Spec:
@@ -251,13 +242,10 @@ def seconds(named: Named) -> Spec:
         "Time by stage",
         "Bars: seconds of each stage of quantization since the last start.",
         values,
-        **{
-            **_bars(
-                _axis("seconds", "quantitative", "seconds"), _axis("stage", "nominal", "", sort="-x"),
-                ("release", "stage", "seconds"),
-            ),
-            "mark": "bar",
-        },
+        **_bars(
+            _axis("seconds", "quantitative", "seconds"), _axis("stage", "nominal", "", sort="-x"),
+            ("release", "stage", "seconds"), "bar",
+        ),
     )  # fmt: skip
 
 
@@ -272,9 +260,8 @@ def memory(named: Named) -> Spec:
         "Memory, planned and used",
         "Bars: planned and peak gigabytes of the host and of each GPU.",
         values,
-        **{**_bars(_axis("GB", "quantitative", "GB"), _axis("place", "nominal", ""), ("release", "place", "GB")),
-           "mark": "bar"},
-    )  # fmt: skip
+        **_bars(_axis("GB", "quantitative", "GB"), _axis("place", "nominal", ""), ("release", "place", "GB"), "bar"),
+    )
 
 
 def heat_map(layers: int) -> Spec:
@@ -309,18 +296,10 @@ def columns(rows: Sequence[ProjectionStatistics], other: Sequence[ProjectionStat
     found: dict[str, Any] = {
         "projections": projections,
         "methods": methods,
-        "layer": [row.layer for row in rows],
-        "expert": [row.expert for row in rows],
         "projection": [projections.index(row.projection) for row in rows],
         "method": [methods.index(row.method) for row in rows],
-        "tokens": [row.tokens for row in rows],
-        "effective_tokens": [row.effective_tokens for row in rows],
-        "relative_error": [row.relative_error for row in rows],
-        "error_over_rtn": [row.error_over_rtn for row in rows],
-        "weight_error": [row.weight_error for row in rows],
         "loss": [row.gptqmodel_loss for row in rows],
-        "damping": [row.damping for row in rows],
-        "passes": [row.passes for row in rows],
+        **{name: [getattr(row, name) for row in rows] for name in COLUMNS},
     }
     if other:
         found["ratio"] = [_ratio(row, theirs.get((row.layer, row.expert, row.projection))) for row in rows]

@@ -17,7 +17,7 @@ from fourfold.quantize.journal import refuse_links
 from fourfold.records.release import Export, Terms
 from fourfold.records.results import Verdict
 from fourfold.release.contents import CARD, LICENCE, VERDICT
-from fourfold.release.report.about import About, Licence, find_licence
+from fourfold.release.report.about import TAGS, About, Licence, find_licence
 from fourfold.release.report.card import base_link, compose
 from fourfold.release.report.escape import Markdown, block, code, table
 from fourfold.release.report.quality import protocol_text
@@ -36,7 +36,7 @@ def write(folder: Path, record: Export, about: About) -> None:
     does not take.
     """
     refuse_links(folder)
-    about = about.named(record.release.base_model if record.release else None)
+    about = about.of(record.release.base_model if record.release else None)
     write_text(folder / CARD, export_card(folder, record, about))
 
 
@@ -86,15 +86,7 @@ def _card_data(folder: Path, record: Export, about: About, licence: Licence) -> 
         language=_terms(record).get("language"),
         library_name=form,
         pipeline_tag="image-text-to-text" if vision else "text-generation",
-        tags=[
-            form,
-            *([EXPORTS[form]] if EXPORTS[form] != form else []),
-            "fourfold",
-            "int4",
-            "4-bit",
-            "quantized",
-            "moe",
-        ],
+        tags=[*dict.fromkeys((form, EXPORTS[form])), *TAGS],
         **licence.more,
     )
 

@@ -86,15 +86,10 @@ def _layer_row(layer: int, rows: Sequence[ProjectionStatistics], drift: StreamDr
     tokens = list({row.expert: row.tokens for row in rows}.values())
     other = sum(row.method != "gptq" for row in rows)
     return (
-        layer,
-        *cells,
-        f"{median(errors):#.3g}",
-        f"{max(errors):#.3g}",
+        layer, *cells, f"{median(errors):#.3g}", f"{max(errors):#.3g}",
         f"{sum(losses) / len(losses):#.3g}" if losses else "",
-        f"{min(tokens):,}",
-        f"{median(tokens):,.0f}",
-        other or "",
-    )
+        f"{min(tokens):,}", f"{median(tokens):,.0f}", other or "",
+    )  # fmt: skip
 
 
 def cold_text(records: Records) -> str:

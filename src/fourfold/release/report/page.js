@@ -16,7 +16,10 @@ function look() {
     view: { stroke: line },
     title: { color: front, fontSize: 15, anchor: "start" },
     axis: { labelColor: front, titleColor: faint, gridColor: line, domainColor: faint, tickColor: faint, labelFontSize: 12 },
-    legend: { labelColor: front, titleColor: faint, orient: "bottom", columns: innerWidth < 600 ? 2 : 3, labelFontSize: 12 },
+    legend: {
+      labelColor: front, titleColor: faint, orient: "bottom", columns: innerWidth < 600 ? 2 : 3, labelFontSize: 12,
+      layout: { bottom: { direction: innerWidth < 600 ? "vertical" : "horizontal", anchor: "start", margin: 16 } },
+    },
     range: { category: dark.matches
       ? ["#8ab4f8", "#fdd663", "#f28b82", "#81c995", "#c58af9", "#78d9ec"]
       : ["#0b57d0", "#b06000", "#b3261e", "#146c2e", "#7b1fa2", "#00696d"] },
@@ -143,13 +146,19 @@ function rowsAt(projection) {
   return at;
 }
 
+// What a legend is labelled with: its ends, and between them powers of ten.
+function marks([low, high], scale) {
+  const powers = Array.from({ length: 24 }, (_, place) => 10 ** (place - 14)).filter((power) => power > low && power < high && (scale === "log" || power >= 1));
+  return scale === "linear" ? undefined : [low, ...powers, high];
+}
+
 function colours(field, values) {
   const { title, scale } = data.maps[field];
   if (field === "method") return { field: "value", type: "nominal", title, scale: { domain: [...new Set(values)].sort() } };
   const domain = values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
   return {
     field: "value", type: "quantitative", title, scale: { type: scale, scheme: "viridis", domain },
-    legend: { gradientLength: 300, tickCount: 4, labelOverlap: true },
+    legend: { gradientLength: 300, tickCount: 4, values: marks(domain, scale), format: ",.3~r", labelOverlap: true },
   };
 }
 

@@ -11,6 +11,7 @@ import jinja2
 import vl_convert
 
 from fourfold.release.report.about import About
+from fourfold.release.report.card import parameters_text
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.layers import cold_text, drift_grid, worst_grid
@@ -75,6 +76,7 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
         ("base model", about.base_model or "not stated"),
         ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
         ("size", f"{size(state.source_tensor_bytes)} \N{RIGHTWARDS ARROW} {size(state.output.tensor_bytes)}"),
+        ("parameters", parameters_text(records)),
         ("projections", f"{state.projections:,}"),
         ("time", clock_text(sum(state.seconds.values()))),
         ("verified", ("no" if verdict is None else ", ".join(verdict.levels) if verdict.passed else "FAILED")),

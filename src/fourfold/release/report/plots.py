@@ -32,22 +32,18 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
     The same records and the same version of vl-convert-python give the same bytes.
     """
     if records.metrics and (layers := records.metrics.layers):
-        found = [_sized(make([("", records)]), WIDTH // 2) for make in (drift, routers)]
+        found = [make([("", records)]) | {"width": WIDTH // 2} for make in (drift, routers)]
         for chart in found:  # of one release: a legend would say nothing
             del chart["encoding"]["color"], chart["encoding"]["strokeDash"]
         last = f"{layers[-1].hidden_error:.4f}"
         words = f"Hidden-state drift and router agreement by layer; drift after the last is {last}"
         yield DRIFT, words, _png({"hconcat": found, "spacing": 40})
     words = "Output error of each layer's experts: median and maximum"
-    yield ERRORS, words, _png(_sized(errors(records), WIDTH))
+    yield ERRORS, words, _png(errors(records) | {"width": WIDTH})
     titles = {"tokens": "calibration tokens", "error": "relative output error"}
     maps = [_map(records, field, title) for field, title in titles.items()]
     words = "Calibration tokens of each expert and its maximum output error"
     yield EXPERTS, words, _png({"hconcat": maps, "resolve": {"scale": {"color": "independent"}}, "spacing": 30})
-
-
-def _sized(chart: Spec, width: int) -> Spec:
-    return chart | {"width": width}
 
 
 def _map(records: Records, field: str, title: str) -> Spec:
@@ -57,6 +53,7 @@ def _map(records: Records, field: str, title: str) -> Spec:
     axis = {"labelOverlap": True, "labelAngle": 0, "ticks": False}
     scale = {"type": "log" if field == "error" else "symlog", "scheme": "viridis"}
     found = [cell[field] for cell in values if cell[field] is not None]
+    legend = {"values": _marks(min(found, default=1), max(found, default=1))}
     return {
         "width": experts * max(1, MAP_WIDTH // experts),  # whole pixels for each cell
         "height": layers * max(6, 120 // layers),
@@ -66,13 +63,7 @@ def _map(records: Records, field: str, title: str) -> Spec:
         "encoding": {
             "x": {"field": "expert", "type": "ordinal", "axis": axis},
             "y": {"field": "layer", "type": "ordinal", "axis": axis},
-            "color": {
-                "field": field,
-                "type": "quantitative",
-                "title": None,
-                "scale": scale,
-                "legend": {"values": _marks(min(found, default=1), max(found, default=1))},
-            },
+            "color": {"field": field, "type": "quantitative", "title": None, "scale": scale, "legend": legend},
         },
     }
 

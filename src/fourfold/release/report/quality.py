@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
+from fourfold.records.release import State
 from fourfold.records.results import Measured, Metrics, RoundToNearest, TaskResults, TextFacts
 from fourfold.release.report.escape import table
 from fourfold.units import FIGURES, figure_text
@@ -62,7 +65,7 @@ def _cell(part: Measured | RoundToNearest | None, key: str) -> str:
     return figure_text(key, getattr(part.summary, key), (part.intervals or {}).get(key)) if part else UNMEASURED
 
 
-def quality(metrics: Metrics | None) -> dict[str, Any]:
+def quality(metrics: Metrics | None, state: State) -> dict[str, Any]:
     """What the card's template says of quality, drafts and tasks. Without metrics: the verdict alone."""
     if metrics is None:
         return {"verdict": verdict(None), "metrics": None}
@@ -72,10 +75,23 @@ def quality(metrics: Metrics | None) -> dict[str, Any]:
         "metrics": metrics,
         "quality": table(*figure_grid(metrics, [(against.name, against)] if against else [])),
         "protocol": protocol_text(metrics.protocol),
+        "perplexity": [*perplexity_lines(metrics, state)],
         "entropy": table(*_entropy(metrics)),
         "drafts": drafts and table(*drafts),
         "tasks": tasks and table(*tasks),
     }
+
+
+def perplexity_lines(metrics: Metrics, state: State) -> Iterator[str]:
+    """Yield perplexity with its text and windows: as in metrics.json, and of `quantize` where it had another text."""
+    measured = [(metrics.protocol, structs.asdict(metrics.figures))]
+    measured += [(state.heldout.protocol, state.metrics)] if metrics.measured_by != "quantize" else []
+    for text, found in measured:
+        release, source = found.get("perplexity_release"), found.get("perplexity_source")
+        if release and source and text.windows and text.window:
+            apart = "not overlapping" if text.stride == text.window else f"stride {text.stride}"
+            windows = f"{_windows(text.windows)} of {text.window:,} tokens, {apart}"
+            yield f"Perplexity {release:.4f}, source {source:.4f}: {text.text or 'text unknown'}, {windows}."
 
 
 def protocol_text(protocol: TextFacts) -> str:
@@ -83,7 +99,7 @@ def protocol_text(protocol: TextFacts) -> str:
     known = {
         "text": "{}",
         "windows": "{:,} windows",
-        "window": "of {:,} tokens",
+        "window": "{:,} tokens per window",
         "stride": "stride {:,}",
         "bos": "BOS {}",
         "dtype": "computed in {}",

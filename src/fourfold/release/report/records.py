@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold.bundled import HELDOUT_TEXTS
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import kept_group
+from fourfold.model.sources import Stored, open_source
 from fourfold.quantize.journal import LOG, METRICS
+from fourfold.recipe import Heldout
 from fourfold.records.log import read_log
 from fourfold.records.release import State
 from fourfold.records.results import Bench, Metrics, Verdict
@@ -24,11 +27,12 @@ EXPERTS = "routed experts"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one kind: what was done with them and why, how many there are now and their bytes."""
+    """Weights of one kind. bits: of their codes, None: kept, for `reason`; tensors: that hold them."""
 
     name: str
-    quantized: bool
+    bits: int | None
     reason: str
+    weights: int
     tensors: int
     size_bytes: int
 
@@ -37,11 +41,13 @@ class Group:
 class Records:
     """release: fourfold.json, config.json, recipe.toml; verdict: of these very bytes, else None and `stale`.
 
-    missing: (what was not measured, the command that does it).
+    weights: headers as a BF16 checkpoint has them; stored: the quantized ones; missing: (what was not measured, the
+    command that does it).
     """
 
     release: Release
-    headers: Mapping[str, TensorHeader]
+    weights: Mapping[str, TensorHeader]
+    stored: Mapping[str, Stored]
     projections: tuple[ProjectionStatistics, ...]
     metrics: Metrics | None
     verdict: Verdict | None
@@ -56,20 +62,43 @@ class Records:
         return self.release.state
 
     def groups(self) -> tuple[Group, ...]:
-        """All tensors of the release by kind; the routed experts' first."""
+        """All weights of the release by kind and bits; the routed experts' first."""
         skeleton = self.release.skeleton
         experts = tuple(skeleton.experts_prefix(layer) for layer in skeleton.routed)
-        count, size, reasons = Counter[str](), Counter[str](), {EXPERTS: {""}}
-        for name, header in self.headers.items():
-            group, reason = EXPERTS, ""
-            if not name.startswith(experts):
-                group, reason = kept_group(name)
-            reasons.setdefault(group, set()).add(reason)
-            count[group] += 1
-            size[group] += header.size_bytes
-        named = (name for name in reasons if count[name])
-        why = {name: "; ".join(sorted(found)) for name, found in reasons.items()}
-        return tuple(Group(name, name == EXPERTS, why[name], count[name], size[name]) for name in named)
+        found: dict[tuple[str, int | None], list[tuple[str, int, int]]] = {(EXPERTS, 4): []}
+        for name, header in self.weights.items():
+            stored, (group, reason) = self.stored.get(name), kept_group(name)
+            group = (
+                EXPERTS if name.startswith(experts) else "output head" if stored and group == "embeddings" else group
+            )
+            tensors, taken = (len(stored.parts), stored.size_bytes) if stored else (1, header.size_bytes)
+            found.setdefault((group, stored.bits if stored else None), []).append((reason, tensors, taken))
+        rows = []
+        for (group, bits), weights in sorted(found.items(), key=lambda one: one[0][1] is None):
+            reasons, tensors_of, bytes_of = zip(*weights, strict=True) if weights else ((), (), ())
+            why = "; ".join(sorted(set(reasons)))
+            rows.append(Group(group, bits, why, len(weights), sum(tensors_of), sum(bytes_of)))
+        return tuple(row for row in rows if row.weights)
+
+    def parameters(self) -> tuple[int, int]:
+        """Return the source's parameters, and those that one token uses in the text model without its draft head."""
+        skeleton, shares = self.release.skeleton, dict[str, float]()
+        for layer in skeleton.routed:
+            if (experts := skeleton.blueprint.experts[layer]) is not None:
+                shares[skeleton.experts_prefix(layer)] = min(1.0, skeleton.topk / experts.count)
+        apart, count, used = set(skeleton.blueprint.drafts_among(self.weights)), 0, 0.0
+        for name, header in self.weights.items():
+            share = next((share for prefix, share in shares.items() if name.startswith(prefix)), None)
+            if share is None:
+                share = float(name not in apart and kept_group(name)[0] not in ("MTP", "vision"))
+            count, used = count + math.prod(header.shape), used + share * math.prod(header.shape)
+        return count, round(used)
+
+    def shared_width(self) -> int | None:
+        """Return the intermediate size of the shared experts, by the shape of their matrix down; None without any."""
+        shared = (one.shape for name, one in self.weights.items() if kept_group(name)[0] == "shared experts")
+        hidden = self.release.skeleton.widest.hidden
+        return min((shape[1] for shape in shared if len(shape) == 2 and shape[0] == hidden), default=None)
 
     def by_layer(self) -> dict[int, list[ProjectionStatistics]]:
         found = defaultdict(list)
@@ -100,10 +129,11 @@ def read_records(folder: Path) -> Records:
     if metrics is not None and metrics.summary is None:
         raise FourfoldError(f"{folder / METRICS}: summary: got null, as of a trial, expected figures. {metrics.FIX}")
     stale = verdict is not None and verdict.content != release.state.output.content
-    licence = folder / "LICENSE"
+    licence, index = folder / "LICENSE", open_source(folder, release.raw)
     return Records(
         release=release,
-        headers=TensorIndex.open(folder).headers,
+        weights=index.headers,
+        stored=index.stored,
         projections=read_log(folder / LOG),
         metrics=metrics,
         verdict=None if stale else verdict,
@@ -119,6 +149,9 @@ def _missing(metrics: Metrics | None, verdict: Verdict | None, bench: Bench | No
     """What was not measured, and the command that measures it."""
     if metrics is None or metrics.measured_by != "evaluate":
         yield "quality on more text than quantize's", "fourfold evaluate OUT --source MODEL"
+    if metrics is None or metrics.protocol.text == HELDOUT_TEXTS[Heldout.builtin].title:
+        command = "fourfold evaluate OUT --source MODEL --text wikitext-2-raw-test.parquet"
+        yield "perplexity on wikitext-2-raw, as in published tables", command
     if metrics is None or not metrics.drafts:
         yield "acceptance rate of the draft head", "fourfold evaluate OUT --source MODEL"
     if metrics is None or not metrics.tasks:
