@@ -190,6 +190,7 @@ FAMILIES: Mapping[str, Case] = {
         },
         tail=0.22,
     ),
+    "granitemoe_swa": Case(_GRANITE, tail=0.22),
     "granitemoeshared": Case(),
     "hunyuan_v1_moe": Case(),
     "hy_v3": Case(hub={"expert_hidden_dim": 128, "route_norm": True, "first_k_dense_replace": 1, "qk_norm": True}),

@@ -117,6 +117,7 @@ FAMILIES = {
         Family(model_type="cohere2_moe", title="North Mini Code 30B", proven=RUN),
         Family(model_type="lfm2_moe", title="LFM2-8B-A1B, 24B-A2B", proven=LOADED),
         Family(model_type="granitemoe", title="Granite 3 MoE", proven=(VLLM,)),
+        Family(model_type="granitemoe_swa", title="Granite MoE with sliding windows"),
         Family(model_type="granitemoeshared", title="Granite MoE with shared experts", proven=(VLLM,)),
         Family(model_type="granitemoehybrid", title="Granite 4.0 H", proven=(VLLM,)),
         Family(model_type="ernie4_5_moe", title="ERNIE-4.5-21B-A3B, 300B-A47B", proven=RUN),
