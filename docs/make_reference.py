@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SECTIONS = ("Args", "Returns", "Raises")  # of a docstring
 TABLES = {  # of a recipe: TOML name of each table, and what reads it
     "": recipes.Recipe,
     "scheme": recipes.Scheme,
+    "scheme.rest": recipes.Rest,
     "solver": recipes.Solver,
     "guidance": recipes.Guidance,
     "calibration": recipes.Calibration,
@@ -132,7 +134,7 @@ def recipe_page() -> str:
 def recipe_table(name: str, kind: type, presets: dict[str, recipes.Recipe]) -> tuple[str, str]:
     """A table's introduction and its keys. name: empty at the top level."""
     introduction, meanings = split_docstring(kind)
-    tables = {} if name in HEADINGS else {key: getattr(recipe, name) if name else recipe
+    tables = {} if name in HEADINGS else {key: attrgetter(name)(recipe) if name else recipe
                                          for key, recipe in presets.items()}  # fmt: skip
     rows, kinds = [], dict(schema.keys(recipes.Recipe))
     for field in dataclasses.fields(kind):

@@ -92,8 +92,9 @@ class Heldout:
 class Rest:
     """What is quantized beside the routed experts, by parts of the model; a part that a model lacks is left out.
 
-    int8: symmetric, round-to-nearest with searched scales, each for `scheme.group_size` inputs or more. Routers, norms,
-    embeddings and what joins a draft head's inputs (`mtp.fc`) always stay as they are.
+    int8: symmetric, round-to-nearest with searched scales, each for 128 inputs, or 64 or 32 where that does not divide
+    all of them. Routers, norms, embeddings and `mtp.fc`, which joins a draft head's inputs, stay as they are
+    (docs/compact.md).
 
     attention: Projections of softmax attention.
     linear_attention: Large projections of linear attention and state space layers.

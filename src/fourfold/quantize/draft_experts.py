@@ -57,7 +57,7 @@ def quantize_draft_experts(
         return LayerResult(_rounded(plan, stacks), None, None, (), {}, 0)
     draft = worker.run_once(lambda: read_draft_head(weights, torch.device("cpu"), torch.bfloat16, head))
     layer = dataclasses.replace(draft.layer, index=plan.skeleton.layers)
-    parts = draft_inputs(draft, rows, worker, tick) if worker.is_leader else ([], [], [])
+    parts = draft_inputs(_on(draft, worker.device), rows, worker, tick) if worker.is_leader else ([], [], [])
     input_TD, counts = worker.all_gather(parts[0])
     routing = Routing(worker.all_gather(parts[1])[0], worker.all_gather(parts[2])[0]).to(worker.device)
     owned = worker.assigned_experts(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts))
@@ -75,6 +75,19 @@ def quantize_draft_experts(
     recipe = dataclasses.replace(plan.recipe, guidance=Guidance())
     result = solve_layer(worker, own, observed, recipe, Chunking(batches.experts, batches.inputs, stems(plan), tick))
     return join_results(worker.gather_object(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None)) or [result])
+
+
+def _on(draft: DraftHead, device: torch.device) -> DraftHead:
+    """The draft head with all its experts on a device."""
+    if device.type == "cpu":
+        return draft
+    for module in (draft.layer.own.module, draft.rotary, draft.norm_embedding, draft.norm_hidden, draft.norm):
+        for value in (*module.parameters(), *module.buffers()):
+            if not value.is_meta:  # the experts' own lie in the layer's stacks
+                value.data = value.data.to(device)
+    layer = _owning(draft.layer, draft.layer.owned, device)
+    fc_DF, embedding_VD = draft.fc_DF.to(device), draft.embedding_VD.to(device)
+    return dataclasses.replace(draft, layer=layer, fc_DF=fc_DF, embedding_VD=embedding_VD)
 
 
 def _owning(layer: DecoderLayer, owned: tuple[int, ...], device: torch.device) -> DecoderLayer:
