@@ -401,6 +401,11 @@ def test_calibration_file_takes_the_place_of_all_sources(tmp_path: Path) -> None
     assert chosen.calibration.seed == 7
 
 
+def test_format_and_tensor_parallel_change_the_recipe() -> None:
+    chosen = RecipeOptions(recipe="fast", format="gptq", tensor_parallel=2).load()
+    assert (chosen.name, chosen.format, chosen.scheme.tensor_parallel) == ("fast", "gptq", 2)
+
+
 def test_calibration_file_of_plain_text(tmp_path: Path) -> None:
     for name in ("plain.txt", "lines.jsonl"):
         (tmp_path / name).write_text('{"text": "a line"}\n')

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 from cyclopts import Group, Parameter
 from rich.console import Console
 
+from fourfold import formats
 from fourfold.cli.console import open_console, print_json
 from fourfold.cli.progress import OutputMode, choose_mode, show_progress
 from fourfold.datatypes import FourfoldError, Progress
@@ -139,6 +140,8 @@ class RecipeOptions:
     """Preset (see `fourfold recipe list`) or .toml file."""
     overrides: Annotated[tuple[str, ...], Parameter(name="--set", metavar="KEY=VALUE")] = ()
     """Change one value of the recipe, as in solver.passes=3. Repeatable."""
+    format: Annotated[str | None, choice("FORMAT", *formats.NAMES)] = None
+    """Storage of the release: compressed-tensors, gptq or gptq_v2. Default: the recipe's."""
     calibration: ExistingFile | None = None
     """Calibrate on this file instead of the recipe's sources: .txt, or .jsonl or .parquet with a field `text` (plain
     text) or `messages` (conversations, rendered with the model's chat template)."""
@@ -153,8 +156,9 @@ class RecipeOptions:
         """The recipe with these changes. A calibration file replaces all sources and keeps their number of samples."""
         from fourfold import recipe as recipes
 
-        split = [f"scheme.tensor_parallel={self.tensor_parallel}"] if self.tensor_parallel else []
-        chosen = recipes.load_recipe(self.recipe, [*self.overrides, *split])
+        changes = {"scheme.tensor_parallel": self.tensor_parallel, "format": self.format}
+        overrides = [f"{key}={value}" for key, value in changes.items() if value]
+        chosen = recipes.load_recipe(self.recipe, [*self.overrides, *overrides])
         if self.calibration is not None:
             kind, field = text_kind(self.calibration)
             rows = sum(source.rows for source in chosen.calibration.sources)
