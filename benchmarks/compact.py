@@ -99,17 +99,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = {
+    found: dict[str, Any] = {
         "command": f"python benchmarks/compact.py --windows {options.windows} --prompts {options.prompts}",
         "date": date.today().isoformat(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
-        "models": {name: run(MODELS[name], options) for name in options.models},
+        "models": {},
     }
-    text = json.dumps(found, indent=1) + "\n"
-    print(text)
-    if options.json:
-        options.json.write_text(text)
+    for name in options.models:
+        found["models"][name] = run(MODELS[name], options)
+        print(json.dumps(found["models"][name], indent=1), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

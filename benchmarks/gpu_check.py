@@ -166,8 +166,10 @@ def steps(options: argparse.Namespace, done: dict[str, Figures]) -> Iterator[Ste
     yield Step("guided example", 90, example(guided[0], device, gpu, "guided"), lambda text: release(guided[0]))
     yield Step("guided example again", 90, example(guided[1], device, gpu, "guided"), lambda text: equal(*guided),
                needs="guided example")  # fmt: skip
+    compact = out / "compact"
+    yield Step("compact example", 90, example(compact, device, gpu, "compact"), lambda text: release(compact))
     if gpu:
-        yield Step("links", 60, python("-m", "pytest", *chosen, "tests/quantize/test_link.py"), tests)
+        yield Step("links", 60, python("-m", "pytest", *chosen, "tests/quantize/test_transfer.py"), tests)
 
 
 LAYERS = {
