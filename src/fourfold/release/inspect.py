@@ -109,7 +109,7 @@ def inspect(folder: Path) -> Inspection:
     """
     raw, index = read_config(folder), TensorIndex.open(folder)
     format, unknown = _format(raw, folder)
-    stored = take_stock(index, format)
+    stored = take_stock(index, format, quantization(raw))
     traps = list(_traps_of_files(folder))
     sample = _Sample.of(stored)
     traps += sample.problems
