@@ -45,8 +45,9 @@ class Stored:
     kept: Mapping[str, TensorHeader]
 
     @property
-    def quantized_modules(self) -> list[str]:
-        return sorted(name.rstrip(".") for name in self.projections)
+    def quantized_modules(self) -> dict[str, tuple[int, int]]:
+        """Bits and group size of each, by its name without suffix."""
+        return {name.rstrip("."): (one.bits, one.group_size) for name, one in sorted(self.projections.items())}
 
     @property
     def kept_modules(self) -> list[str]:
