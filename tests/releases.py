@@ -155,7 +155,7 @@ def expert_names(prefix: str, layers: range, experts: int) -> Iterator[tuple[int
 
 
 def unpack_words(words: Tensor, bits: int = 4) -> Tensor:
-    """int32 [N, W] to codes [N, 32 / bits * W] in int64: q + 8 or q + 128, the lowest bits are the lowest input feature."""
+    """int32 [N, W] to codes [N, 32 W / bits] in int64: q + 8 or q + 128, the lowest bits are the lowest input."""
     unsigned, levels = words.to(torch.int64) % 2**32, 2**bits
     parts = torch.stack([unsigned // levels**place % levels for place in range(32 // bits)], dim=-1)
     return parts.reshape(len(words), -1) - levels // 2
@@ -180,7 +180,7 @@ def dequantize(found: dict[str, Tensor], name: str) -> Tensor:
 
 
 def write_twin(out: Path, folder: Path) -> Path:
-    """Write a release as the BF16 checkpoint of the weights that engines multiply by, experts in stacks; return its folder."""
+    """Write a release as a BF16 checkpoint of the weights that engines multiply by, experts in stacks."""
     shutil.copytree(out, folder, ignore=shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json"))
     found = tensors(out)
     codes = ("weight_packed", "qweight")

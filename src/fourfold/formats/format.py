@@ -232,8 +232,8 @@ class Format(ABC):
     def config_problems(
         self, config: Mapping[str, Any], group_size: int, draft: bool, quantized: Collection[str] = ()
     ) -> Iterator[str]:
-        """Yield what engines would take amiss of a quantization_config. group_size: of experts; draft: the release has a
-        draft head; quantized: names of modules with codes.
+        """Yield what engines would take amiss of a quantization_config. group_size: of experts; draft: the release has
+        a draft head; quantized: names of modules with codes.
         """
 
     @abstractmethod

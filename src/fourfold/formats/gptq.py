@@ -131,7 +131,7 @@ class Gptq(Format):
             yield f"dynamic is {found}, expected the modules that are not quantized: vLLM stops at null"
         elif any("mtp" in module for module in quantized):
             if any("mtp" in pattern for pattern in selection.excluded):
-                yield 'dynamic has a key that starts with "-:" and names mtp, so vLLM would build the draft head in BF16'
+                yield 'dynamic has a "-:" key that names mtp, so vLLM would build the whole draft head in BF16'
         elif draft and not any("mtp" in pattern for pattern in selection.excluded):
             yield 'dynamic has no key that starts with "-:" and names mtp, so vLLM would build the draft head quantized'
 

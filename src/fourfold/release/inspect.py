@@ -50,9 +50,10 @@ class GroupRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """How projections are stored. method: config.json's word; by_group: how many are in which group of tensors; by_width:
-    the same of each width, "int4" or "int8"; group_sizes: of inputs that share a scale; looked_at: projections whose values were read; of these: negative, share
-    of scales below zero; rounded, of scales that a BF16 engine rounds.
+    """How projections are stored. method: config.json's word; by_group: how many are in which group of tensors;
+    by_width: the same of each width, "int4" or "int8"; group_sizes: of inputs that share a scale; looked_at:
+    projections whose values were read; of these: negative, share of scales below zero; rounded, of scales that a BF16
+    engine rounds.
     """
 
     method: str

@@ -64,7 +64,9 @@ class Stored:
 
 
 def take_stock(index: TensorIndex, format: Format | None, settings: Mapping[str, Any]) -> Stored:
-    """Sort a checkpoint's tensors. settings: its quantization_config, which has the bits of each module. Raises FourfoldError for a projection whose parts do not fit each other."""
+    """Sort a checkpoint's tensors. settings: its quantization_config, which has the bits of each module. Raises
+    FourfoldError for a projection whose parts do not fit each other.
+    """
     projections: dict[str, Projection] = {}
     if format is not None:
         for name in sorted(index.headers):

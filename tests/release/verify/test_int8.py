@@ -137,18 +137,24 @@ def in_weights(number: int, **values: Any) -> Callable[[dict[str, Any]], object]
     return lambda settings: settings["config_groups"][f"group_{number}"]["weights"].update(values)
 
 
+def without_plus(settings: dict[str, Any]) -> None:
+    settings["dynamic"] = {key: value for key, value in settings["dynamic"].items() if key.startswith("-:")}
+
+
 CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a class beside another group": (CT, in_group(0, targets=["Linear"]), "'Linear' beside another group"),
-    "int4 where int8 is stored": (CT, in_weights(1, num_bits=4), "has 8 bits in groups of 128, quantization_config says 4"),
+    "int4 where int8 is stored": (CT, in_weights(1, num_bits=4), "groups of 128, quantization_config says 4 bits"),
     "another group size": (CT, in_weights(1, group_size=64), "bits in groups of 64"),
     "asymmetric": (CT, in_weights(1, symmetric=False), "symmetric is False"),
     "engines' fused modules are ignored": (
-        CT, lambda q: q["ignore"].append("re:.*in_proj_qkvz$"), "excludes model.language_model.layers.0.linear_attn.in_proj_qkvz",
+        CT, lambda q: q["ignore"].append("re:.*in_proj_qkvz$"), "layers.0.linear_attn.in_proj_qkvz, which is quantized",
     ),
     "a module of no group": (CT, in_group(1, targets=["re:.*lm_head$"]), "targets does not name"),
     "a group without targets": (CT, in_group(1, targets=[]), "targets is []"),
-    "dynamic without int8": (GPTQ, lambda q: [q["dynamic"].pop(key) for key in [*q["dynamic"]] if key[0] == "+"], "says 4"),
-    "a key that makes the draft BF16": (GPTQ, lambda q: q["dynamic"].update({r"-:.*mtp\.fc": {}}), "draft head in BF16"),
+    "dynamic without int8": (GPTQ, without_plus, "says 4 bits"),
+    "a key that makes the draft BF16": (
+        GPTQ, lambda q: q["dynamic"].update({r"-:.*mtp\.fc": {}}), "draft head in BF16",
+    ),
 }  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def quantization(method: str, settings: dict[str, Any]) -> Any:
     if method == "compressed-tensors":
         from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-        CompressedTensorsConfig._check_scheme_supported = lambda *_, **__: True  # of int8: it asks for a GPU's capability
+        CompressedTensorsConfig._check_scheme_supported = lambda *_, **__: (
+            True
+        )  # of int8: it asks for a GPU's capability
         return CompressedTensorsConfig.from_config(settings | {"packed_modules_mapping": FUSED_MODULES})
     from sglang.srt.layers.quantization.gptq.schemes import gptq_marlin
     from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Config

@@ -130,7 +130,9 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     kinds = sorted({*quantized.values()})
     widths = ", ".join(f"int{bits} in groups of {size}" for bits, size in kinds)
     seen = f"{release.format}, {widths}; {len(kept):,} kept modules are excluded"
-    return judge(FILES, "quantization_config", problems, seen + (", the draft head too" if draft and not in_draft else ""))
+    return judge(
+        FILES, "quantization_config", problems, seen + (", the draft head too" if draft and not in_draft else "")
+    )
 
 
 def check_sidecars(release: Release, source: Path | None) -> Check:

@@ -18,8 +18,8 @@ Problem = tuple[str, str]  # name of the check, what is wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """The format of the release, what the recipe promised of scales, and how a projection's codes are stored. solved: not
-    each on its own, so that a code need not be the nearest one.
+    """The format of the release, what the recipe promised of scales, and how a projection's codes are stored. solved:
+    not each on its own, so that a code need not be the nearest one.
     """
 
     format: Format
@@ -33,8 +33,8 @@ class Storage:
 class Inspected:
     """What was seen of one projection. name: with a dot at its end.
 
-    counts: of codes, in the order of fidelity.LEVELS; weight_error: |W - Wq| / |W|; error_over_rtn: |W - Wq| over that of
-    round-to-nearest; codes_off: that are not the nearest, where each was rounded alone. None without a source.
+    counts: of codes, in the order of fidelity.LEVELS; weight_error: |W - Wq| / |W|; error_over_rtn: |W - Wq| over that
+    of round-to-nearest; codes_off: that are not the nearest, where each was rounded alone. None without a source.
     """
 
     name: str

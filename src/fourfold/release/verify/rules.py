@@ -41,7 +41,7 @@ def config_problems(
         problems += _widths(format, settings, in_engines, group_size)
     ends = {name: NEVER.get(name.rpartition(".")[2]) for name in quantized}
     problems += (f"{name} is quantized: {why}" for name, why in ends.items() if why)
-    if tied and (HEAD in quantized or selection and _names_head(selection, settings)):
+    if tied and (HEAD in quantized or (selection and _names_head(selection, settings))):
         problems.append(TIED)
     return problems
 

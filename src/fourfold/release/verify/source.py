@@ -1,4 +1,4 @@
-"""Level 2: OUT beside its source. Nothing missing, nothing extra, kept tensors bit for bit, codes and errors as logged."""
+"""Level 2: OUT beside its source. Nothing missing, nothing extra, kept tensors bit for bit, codes near the weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def open_source(release: Release, folder: Path) -> Source:
 
 
 def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
-    """What a source tensor became that holds no experts of a layer: tensors by name, projections with a dot at its end."""
+    """What a source tensor without experts of a layer became, by name; projections have a dot at its end."""
     quantized = action is Action.QUANTIZE
     if len(header.shape) != 3 or action is Action.COPY:
         name = header.name.removesuffix("weight") if quantized else header.name
@@ -162,7 +162,7 @@ def _check_over_rtn(results: ByteChecks) -> Check:
 
 
 def _check_nearest(release: Release, results: ByteChecks) -> Check:
-    """Weights beside solved experts: with the stored scales each code must be the nearest one to the source's weight."""
+    """Where codes were not solved, each must be the nearest to the source's weight with the stored scale."""
     if rounded := _rounded_scales(release):
         return skip(SOURCE, NEAREST, f"convert rounded {rounded:,} scales: codes were the nearest before that")
     found = [one for one in results.inspected if one.codes_off is not None]
