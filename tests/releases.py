@@ -155,21 +155,19 @@ def expert_names(prefix: str, layers: range, experts: int) -> Iterator[tuple[int
 
 
 def unpack_words(words: Tensor, bits: int = 4) -> Tensor:
-    """int32 [N, W] to codes [N, 32 W / bits] in int64: q + 8 or q + 128, the lowest bits are the lowest input."""
-    unsigned, levels = words.to(torch.int64) % 2**32, 2**bits
-    parts = torch.stack([unsigned // levels**place % levels for place in range(32 // bits)], dim=-1)
-    return parts.reshape(len(words), -1) - levels // 2
+    """int32 [N, W] to codes [N, K] in int64: q + 2^(bits - 1), the lowest bits are the lowest input feature."""
+    unsigned = words.to(torch.int64) % 2**32
+    fields = torch.stack([unsigned >> place * bits & 2**bits - 1 for place in range(32 // bits)], dim=-1)
+    return fields.reshape(len(words), -1) - 2 ** (bits - 1)
 
 
 def codes_and_scales(found: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """A projection's codes [N, K] and scales [N, G] in float64, from whichever storage it is in."""
     if f"{name}weight_packed" in found:
-        words, scales = found[f"{name}weight_packed"], found[f"{name}weight_scale"]
-        inputs = int(found[f"{name}weight_shape"][1])
-    else:
-        words, scales = found[f"{name}qweight"].T, found[f"{name}scales"].T
-        inputs = len(found[f"{name}g_idx"])
-    return unpack_words(words, 32 * words.shape[1] // inputs), scales.double()
+        words, inputs = found[f"{name}weight_packed"], int(found[f"{name}weight_shape"][1])
+        return unpack_words(words, 32 * words.shape[1] // inputs), found[f"{name}weight_scale"].double()
+    words, inputs = found[f"{name}qweight"].T, len(found[f"{name}g_idx"])
+    return unpack_words(words, 32 * words.shape[1] // inputs), found[f"{name}scales"].T.double()
 
 
 def dequantize(found: dict[str, Tensor], name: str) -> Tensor:
