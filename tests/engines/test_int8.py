@@ -43,7 +43,7 @@ def test_vllm_computes_what_the_weights_say(made: Make, twin: Path, python: Find
         for load in answer.content["loads"].values():
             assert load["parameters"] and not load["unwritten"] and not load["zero_scales"], load
         mean, _ = vllm.differences(answer.content["prompt_logprobs"], wanted.content["prompt_logprobs"])
-        assert mean < 0.012, mean  # 0.007: sums of BF16 in another order; a code that is one too high is 0.2 and more
+        assert mean < 0.012, mean  # 0.005 was seen: BF16 sums in another order; 0.024 with all int8 codes one too high
         drafts, others = answer.content["drafts"], wanted.content["drafts"]
         assert drafts["accepted_tokens"] == pytest.approx(others["accepted_tokens"], rel=0.05)
 
