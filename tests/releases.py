@@ -6,12 +6,14 @@ Nothing here that reads a release imports fourfold; reading goes through safeten
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
@@ -152,18 +154,20 @@ def expert_names(prefix: str, layers: range, experts: int) -> Iterator[tuple[int
 # --- the unpacker, written from docs/formats.md ---------------------------------------------------
 
 
-def unpack_words(words: Tensor) -> Tensor:
-    """int32 [N, W] to codes [N, 8 W] in int64: nibble q + 8, the lowest nibble is the lowest input feature."""
+def unpack_words(words: Tensor, bits: int = 4) -> Tensor:
+    """int32 [N, W] to codes [N, K] in int64: q + 2^(bits - 1), the lowest bits are the lowest input feature."""
     unsigned = words.to(torch.int64) % 2**32
-    nibbles = torch.stack([unsigned // 16**place % 16 for place in range(8)], dim=-1)
-    return nibbles.reshape(len(words), -1) - 8
+    fields = torch.stack([unsigned >> place * bits & 2**bits - 1 for place in range(32 // bits)], dim=-1)
+    return fields.reshape(len(words), -1) - 2 ** (bits - 1)
 
 
 def codes_and_scales(found: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """A projection's codes [N, K] and scales [N, G] in float64, from whichever storage it is in."""
     if f"{name}weight_packed" in found:
-        return unpack_words(found[f"{name}weight_packed"]), found[f"{name}weight_scale"].double()
-    return unpack_words(found[f"{name}qweight"].T), found[f"{name}scales"].T.double()
+        words, inputs = found[f"{name}weight_packed"], int(found[f"{name}weight_shape"][1])
+        return unpack_words(words, 32 * words.shape[1] // inputs), found[f"{name}weight_scale"].double()
+    words, inputs = found[f"{name}qweight"].T, len(found[f"{name}g_idx"])
+    return unpack_words(words, 32 * words.shape[1] // inputs), found[f"{name}scales"].T.double()
 
 
 def dequantize(found: dict[str, Tensor], name: str) -> Tensor:
@@ -171,6 +175,29 @@ def dequantize(found: dict[str, Tensor], name: str) -> Tensor:
     codes, scales = codes_and_scales(found, name)
     group = codes.shape[1] // scales.shape[1]
     return codes * scales[:, torch.arange(codes.shape[1]) // group]
+
+
+def write_twin(out: Path, folder: Path) -> Path:
+    """Write a release as a BF16 checkpoint of the weights that engines multiply by, experts in stacks."""
+    shutil.copytree(out, folder, ignore=shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json"))
+    found = tensors(out)
+    codes = ("weight_packed", "qweight")
+    stems = [name[: -len(code)] for name in found for code in codes if name.endswith(f".{code}")]
+    whole = {name: value for name, value in found.items() if not name.startswith(tuple(stems))}
+    whole |= {f"{stem}weight": dequantize(found, stem).bfloat16() for stem in stems}
+    for down in [name for name in whole if name.endswith("experts.0.down_proj.weight")]:
+        prefix = down.removesuffix("0.down_proj.weight")
+        count = sum(name.startswith(prefix) for name in whole) // len(PROJECTIONS)
+        gate, up, last = (
+            torch.stack([whole.pop(f"{prefix}{expert}.{part}.weight") for expert in range(count)])
+            for part in PROJECTIONS
+        )
+        whole |= {f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": last}
+    save_file({name: value.contiguous() for name, value in whole.items()}, folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def raise_codes(words: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ def test_the_worked_example() -> None:
     assert pack.unpack_codes(words).flatten().tolist() == WORKED_EXAMPLE
 
 
+def test_the_worked_example_of_int8() -> None:
+    words = pack.pack_codes(torch.tensor([0, 127, -128, -1], dtype=torch.int8)[None, None], 8)
+    assert words.dtype == torch.int32 and words.flatten().tolist() == [0x7F00FF80]
+    assert pack.unpack_codes(words, 8).flatten().tolist() == [0, 127, -128, -1]
+
+
 def test_a_top_nibble_of_8_or_more_is_a_negative_word() -> None:
     for top in range(-8, 8):
         codes = [*WORKED_EXAMPLE[:7], top]

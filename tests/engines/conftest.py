@@ -46,15 +46,16 @@ def vllm_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def made(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """made(format): the example quantized, once."""
+def made(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """made(format, recipe, *changes): the example quantized, once."""
     folder = tmp_path_factory.mktemp("releases")
 
-    def make(form: str) -> Path:
-        if not (folder / form).exists():
-            recipe = load_recipe("fast", [f"format={form}", SOURCES, *SMALL])
-            quantize(example_model, folder / form, recipe, machine=Machine(memory_bytes=2 * 2**30))
-        return folder / form
+    def make(form: str, recipe: str = "fast", *changes: str) -> Path:
+        out = folder / "-".join([form, recipe, *changes])
+        if not out.exists():
+            loaded = load_recipe(recipe, [f"format={form}", SOURCES, *SMALL, *changes])
+            quantize(example_model, out, loaded, machine=Machine(memory_bytes=2 * 2**30))
+        return out
 
     return make
 

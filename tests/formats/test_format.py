@@ -22,7 +22,7 @@ import reference
 from fourfold import formats
 from fourfold.core import grid, pack
 from fourfold.datatypes import QuantizedGroup
-from fourfold.formats.format import Format
+from fourfold.formats.format import Format, MoreModules
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import split_names
 
@@ -249,6 +249,59 @@ def test_config_is_read_as_the_format_that_wrote_it(format: Format) -> None:
     assert [one for one in FORMATS if one.named_by(config)] == [format]
     assert format.unreadable(config) == "" and not list(format.config_problems(config, 128, True))
     assert formats.named(format.name) is format
+
+
+MORE = MoreModules(
+    group_size=64,
+    dense={
+        **dict.fromkeys((f"self_attn.{part}_proj" for part in "qkvo"), 8),
+        **dict.fromkeys((f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")), 8),
+        **dict.fromkeys((f"linear_attn.{part}" for part in ("in_proj_qkv", "in_proj_z", "out_proj")), 8),
+    },
+    draft={"self_attn.q_proj": 8, "self_attn.k_proj": 8, "self_attn.v_proj": 8},
+    draft_experts=4,
+)
+LAYER = "language_model.model.layers.0."
+WIDTHS = {  # of modules as vLLM and SGLang name them, joined ones too; 16: not quantized
+    f"{LAYER}self_attn.qkv_proj": 8,
+    f"{LAYER}self_attn.o_proj": 8,
+    f"{LAYER}linear_attn.in_proj_qkvz": 8,
+    f"{LAYER}linear_attn.in_proj_ba": 16,
+    f"{LAYER}mlp.shared_expert.gate_up_proj": 8,
+    f"{LAYER}mlp.shared_expert_gate": 16,
+    f"{LAYER}mlp.gate": 16,
+    f"{LAYER}mlp.experts.3.gate_proj": 4,
+    "mtp.layers.0.self_attn.qkv_proj": 8,
+    "mtp.layers.0.mlp.experts.3.gate_proj": 4,
+    "mtp.fc": 16,
+    "language_model.lm_head": 16,
+}
+
+
+@every_format
+def test_config_of_more_modules_by_the_names_of_engines(format: Format) -> None:
+    """vLLM asks for `qkv_proj` before its parts: where that is ignored the layer is built in BF16, and loading dies."""
+    config = format.quantization_config(128, DRAFTS, MORE)
+    selection = format.selection(config)
+    assert selection is not None
+    for name, bits in WIDTHS.items():
+        ignored = any(re.match(pattern, name) for pattern in selection.excluded)
+        assert ignored is (bits == 16), name
+        if bits < 16:
+            assert selection.targets is None or any(re.match(pattern, name) for pattern in selection.targets), name
+            assert (format.bits(config, name), format.settings(config, name)["group_size"]) == (
+                (4, 128) if bits == 4 else (8, 64)
+            )
+
+
+@every_format
+def test_a_pattern_that_is_none_is_no_crash(format: Format) -> None:
+    config = format.quantization_config(128, DRAFTS, MORE)
+    if "dynamic" in config:
+        config["dynamic"] = {"+:(": {"bits": 8}} | config["dynamic"]
+    else:
+        config["config_groups"]["group_1"]["targets"].insert(0, "re:(")
+    assert format.bits(config, f"{LAYER}self_attn.qkv_proj") == 8
 
 
 # ---- stored beside codes and scales

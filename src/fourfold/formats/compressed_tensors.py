@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,6 +16,7 @@ from fourfold.formats.format import (
     Shape,
     differences,
     draft_pattern,
+    matches,
     one_of,
 )
 
@@ -101,42 +102,40 @@ class CompressedTensors(Format):
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         }
 
-    def bits(self, config: Mapping[str, Any], module: str) -> int:
-        """By the first group that names the module, as compressed-tensors and vLLM go by it; by class otherwise."""
-        groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, dict)]
-        by_name = [group for group in groups if any(re.match(entry, module) for entry in _patterns(_targets(group)))]
-        by_class = [group for group in groups if LINEAR in _targets(group)]
-        group = next(iter([*by_name, *by_class]), {})
-        return int((group.get("weights") or {}).get("num_bits") or 4)
+    def settings(self, config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+        """Of the first group that names the module, as compressed-tensors and vLLM go by it; by class otherwise."""
+        groups = _groups(config)
+        if len(groups) > 1:
+            by_name = [group for group in groups if any(matches(one, module) for one in _patterns(_targets(group)))]
+            groups = [*by_name, *(group for group in groups if LINEAR in _targets(group))]
+        return next((group["weights"] for group in groups if isinstance(group.get("weights"), dict)), {})
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         groups = {name: group | {"targets": [LINEAR]} for name, group in config["config_groups"].items()}
         return config | {"ignore": [f"re:{pattern}" for pattern in patterns], "config_groups": groups}
 
-    def config_problems(self, config: Mapping[str, Any], group_size: int, draft: bool) -> Iterator[str]:
+    def config_problems(
+        self, config: Mapping[str, Any], group_size: int, draft: bool, quantized: Collection[str] = ()
+    ) -> Iterator[str]:
         yield from differences(config, {"format": LAYOUT})
-        group = _only_group(config)
-        if group is None:
-            yield f"config_groups is {brief(config.get('config_groups'))}, expected one group with weights"
+        groups = _groups(config)
+        if not groups or not all(isinstance(group.get("weights"), dict) for group in groups):
+            yield f"config_groups is {brief(config.get('config_groups'))}, expected groups with weights"
         else:
-            if not _texts(group.get("targets")):
-                yield f"config_groups: targets is {brief(group.get('targets'))}, expected a list of texts"
-            expected = WEIGHTS | {"group_size": group_size}
-            yield from differences(group["weights"], expected, "config_groups: weights: ")
-            if group.get("input_activations") or group.get("output_activations"):
-                yield "config_groups: activations are quantized, expected weights alone"
+            for group in groups:
+                yield from _group_problems(group, group_size, alone=len(groups) == 1)
         if not isinstance(config.get("ignore"), list):
             yield f"ignore is {brief(config.get('ignore'))}, expected the modules that are not quantized"
 
     def selection(self, config: Mapping[str, Any]) -> Selection | None:
-        ignored, targets = config.get("ignore"), (_only_group(config) or {}).get("targets")
+        ignored, targets = config.get("ignore"), [target for group in _groups(config) for target in _targets(group)]
         if not isinstance(ignored, list):
             return None
         return Selection(
             key="ignore",
             excluded=tuple(entry[3:] for entry in ignored if entry.startswith("re:")),
             exact=tuple(ignored),
-            targets=_patterns(targets) if _texts(targets) and LINEAR not in targets else None,
+            targets=_patterns(targets) if targets and LINEAR not in targets else None,
         )
 
 
@@ -181,10 +180,27 @@ def _targets(group: Mapping[str, Any]) -> list[str]:
     return targets if _texts(targets) else []
 
 
-def _only_group(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = config.get("config_groups")
-    group = next(iter(groups.values()), None) if isinstance(groups, dict) and len(groups) == 1 else None
-    return group if isinstance(group, dict) and isinstance(group.get("weights"), dict) else None
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+
+
+def _group_problems(group: Mapping[str, Any], group_size: int, alone: bool) -> Iterator[str]:
+    """alone: its bits and group size are those of experts; several groups are held against what is stored."""
+    targets = group.get("targets")
+    if not _texts(targets):
+        yield f"config_groups: targets is {brief(targets)}, expected a list of texts"
+    elif not alone and (named := [target for target in targets if not target.startswith("re:")]):
+        yield (
+            f"config_groups: targets has {named[0]!r} beside another group, expected regular expressions alone: SGLang "
+            "and vLLM up to 0.24 take fused modules (qkv_proj) for a class, whichever group names their parts"
+        )
+    of_experts = ("num_bits", "group_size")
+    expected = WEIGHTS | {"group_size": group_size}
+    wanted = {key: value for key, value in expected.items() if alone or key not in of_experts}
+    yield from differences(group["weights"], wanted, "config_groups: weights: ")
+    if group.get("input_activations") or group.get("output_activations"):
+        yield "config_groups: activations are quantized, expected weights alone"
 
 
 def _texts(value: object) -> TypeGuard[list[str]]:

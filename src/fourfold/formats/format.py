@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPERT = r".*\.experts\.\d+\."  # how the name of a routed expert's projection begins, in every engine
+FUSED = {  # modules of engines, by the modules on disk that they join
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+}
 Shape = tuple[int, ...]
 
 
@@ -209,16 +214,27 @@ class Format(ABC):
         """
 
     @abstractmethod
+    def settings(self, config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+        """Return what holds for a module, by its name on disk or in an engine: `group_size`, and bits as `bits` has it.
+        For a checkpoint that has codes for it.
+        """
+
     def bits(self, config: Mapping[str, Any], module: str) -> int:
-        """Return the width of a module's codes, by its name on disk, in a checkpoint that has codes for it."""
+        """Return the width of a module's codes."""
+        found = self.settings(config, module)
+        return int(found.get("num_bits") or found.get("bits") or 4)
 
     @abstractmethod
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         """Return `config` with every linear module quantized that matches no pattern."""
 
     @abstractmethod
-    def config_problems(self, config: Mapping[str, Any], group_size: int, draft: bool) -> Iterator[str]:
-        """Yield what engines would take amiss of a quantization_config. draft: the release has a draft head."""
+    def config_problems(
+        self, config: Mapping[str, Any], group_size: int, draft: bool, quantized: Collection[str] = ()
+    ) -> Iterator[str]:
+        """Yield what engines would take amiss of a quantization_config. group_size: of experts; draft: the release has
+        a draft head; quantized: names of modules with codes.
+        """
 
     @abstractmethod
     def selection(self, config: Mapping[str, Any]) -> Selection | None:
@@ -231,14 +247,36 @@ def module_end(name: str) -> str:
     return f"{parent}.{last}" if parent and not parent.isdecimal() and name.count(".") > 1 else last
 
 
+def fused(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engines' names of modules beside experts that they join, by their parts' name on disk, with what the parts
+    have in common. A quantization_config is asked for these names too, and `ignore` for them first.
+    """
+    found = {}
+    for parent in dict.fromkeys(module.rpartition(".")[0] for module in modules if not matches(EXPERT, module)):
+        for name, parts in FUSED.items():
+            values = [modules.get(f"{parent}.{part}") for part in parts]
+            if values[0] is not None and all(value == values[0] for value in values):
+                found[f"{parent}.{name}"] = values[0]
+    return found
+
+
 def one_of(ends: Iterable[str]) -> str:
-    """Return a regular expression for any of these ends of names."""
-    return f"(?:{'|'.join(map(re.escape, sorted(ends)))})$"
+    """Return a regular expression for any of these ends of names, and for what engines join of them."""
+    plain = dict.fromkeys(ends, True)
+    return f"(?:{'|'.join(map(re.escape, sorted({**plain, **fused(plain)})))})$"
 
 
 def draft_pattern(prefix: str) -> str:
     """Return the regular expression for modules of a draft head. prefix: of its tensors."""
     return f".*{re.escape(prefix.rstrip('.'))}.*"
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Return whether a regular expression matches a name from its start; one that is none matches nothing."""
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str = "") -> Iterator[str]:

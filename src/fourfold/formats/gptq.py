@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from fourfold.formats.format import (
     Shape,
     differences,
     draft_pattern,
+    matches,
     one_of,
 )
 
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHOD, AUTO_ROUND = "gptq", "auto-round"
-FUSED = {  # modules of vLLM, by the modules on disk that they join
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-}
 AUTO_ROUND_PACKING = "auto_round:auto_gptq"
 REQUIRED = {"bits": 4, "sym": True, "desc_act": False}  # with group_size, all that vLLM requires
 # vLLM asks for the fused experts of a layer, `...mlp.experts`, GPTQModel for each projection of each expert.
@@ -114,22 +110,28 @@ class Gptq(Format):
             else {OTHERS: {}, **{f"-:{draft_pattern(prefix)}": {} for prefix in drafts}},
         }
 
-    def bits(self, config: Mapping[str, Any], module: str) -> int:
+    def settings(self, config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         """By the first key of `dynamic` that matches, as vLLM goes by it."""
-        for key, settings in (config.get("dynamic") or {}).items():
-            if re.match(key.removeprefix("+:"), module) and isinstance(settings, dict):
-                return int(settings.get("bits") or config.get("bits") or 4)
-        return int(config.get("bits") or 4)
+        dynamic = config.get("dynamic")
+        for key, settings in dynamic.items() if isinstance(dynamic, dict) else ():
+            if not key.startswith("-:") and isinstance(settings, dict) and matches(key.removeprefix("+:"), module):
+                return {**config, **settings}
+        return config
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         return config | {"dynamic": {f"-:{pattern}": {} for pattern in patterns}}
 
-    def config_problems(self, config: Mapping[str, Any], group_size: int, draft: bool) -> Iterator[str]:
+    def config_problems(
+        self, config: Mapping[str, Any], group_size: int, draft: bool, quantized: Collection[str] = ()
+    ) -> Iterator[str]:
         yield from differences(config, REQUIRED | {"group_size": group_size})
         selection = self.selection(config)
         if selection is None:
             found = brief(config.get("dynamic"))
             yield f"dynamic is {found}, expected the modules that are not quantized: vLLM stops at null"
+        elif any("mtp" in module for module in quantized):
+            if any("mtp" in pattern for pattern in selection.excluded):
+                yield 'dynamic has a "-:" key that names mtp, so vLLM would build the whole draft head in BF16'
         elif draft and not any("mtp" in pattern for pattern in selection.excluded):
             yield 'dynamic has no key that starts with "-:" and names mtp, so vLLM would build the draft head quantized'
 
@@ -145,7 +147,7 @@ def _with_more(drafts: Sequence[str], more: MoreModules) -> dict[str, dict[str, 
     first key that matches counts, and a "-:" key that names mtp makes its whole draft head BF16.
     """
     in_draft = f".*(?:{'|'.join(re.escape(prefix.rstrip('.')) for prefix in drafts)}).*"
-    ends = with_fused({*more.dense, *more.draft})
+    ends = {*more.dense, *more.draft}
     dynamic: dict[str, dict[str, int]] = {}
     if drafts and not more.draft and more.draft_experts == 16:
         dynamic |= {f"-:{draft_pattern(prefix)}": {} for prefix in drafts}
@@ -154,18 +156,9 @@ def _with_more(drafts: Sequence[str], more: MoreModules) -> dict[str, dict[str, 
     dynamic[rf"-:^(?!{EXPERT}|.*\.experts$|.*{one_of(ends)}).*$" if ends else OTHERS] = {}
     for where, found in ((in_draft, more.draft if drafts else {}), (".*", more.dense)):
         for bits in sorted({*found.values()}):
-            named = with_fused({end for end, width in found.items() if width == bits})
-            dynamic[f"+:{where}{one_of(named)}"] = {"bits": bits, "group_size": more.group_size}
+            named = one_of(end for end, width in found.items() if width == bits)
+            dynamic[f"+:{where}{named}"] = {"bits": bits, "group_size": more.group_size}
     return dynamic
-
-
-def with_fused(ends: Set[str]) -> set[str]:
-    """Return the ends of names with those of vLLM's fused modules, all parts of which are among them."""
-    parents = {end.rpartition(".")[0] for end in ends}
-    return {*ends} | {
-        f"{parent}.{fused}" for parent in parents for fused, parts in FUSED.items()
-        if all(f"{parent}.{part}" in ends for part in parts)
-    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)

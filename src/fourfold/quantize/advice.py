@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from fourfold import formats
 from fourfold.datatypes import Event
 from fourfold.distributed.devices import devices_text
-from fourfold.formats.format import Format
+from fourfold.formats.format import EXPERT, Format
 from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 TENSOR_PARALLEL = (2, 4, 8)
 MORE_ROOM = "Try: smaller --samples or --sequence-length, or more devices"
+HEAD = "lm_head"
+QUANTIZED_HEAD = (
+    f"the output head ({HEAD}) is quantized: SGLang makes no drafts with it, it stops at its start (AttributeError: "
+    "'ParallelLMHead' object has no attribute 'weight'). Try: recipe compact-sglang, or serve without MTP"
+)
 HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 
@@ -50,7 +56,8 @@ def start_event(plan: Plan, out: Path) -> Event:
 
 def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
-    yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format))
+    in_int4 = recipe.scheme.rest.draft_experts == "int4"
+    yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format), in_int4)
     width, size = skeleton.widest.width, recipe.scheme.group
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
         yield problem
@@ -69,8 +76,8 @@ def source_advice(index: SourceIndex) -> Iterator[str]:
         yield f"in BF16 the source would be {size(index.added_bytes)} larger than it is on disk"
 
 
-def format_advice(skeleton: Skeleton, draft: bool, format: Format) -> Iterator[str]:
-    """What engines will make of a release. draft: whether it has a draft head."""
+def format_advice(skeleton: Skeleton, draft: bool, format: Format, draft_in_int4: bool = False) -> Iterator[str]:
+    """What engines will make of a release. draft: whether it has a draft head; draft_in_int4: its experts are int4."""
     text = skeleton.text
     if text.hidden_size % 128:
         yield f"hidden_size = {text.hidden_size} is no multiple of 128, as the engines' Marlin kernels need"
@@ -79,10 +86,21 @@ def format_advice(skeleton: Skeleton, draft: bool, format: Format) -> Iterator[s
             "no MTP tensors in the checkpoint: a release of it cannot draft its own tokens; vLLM loads it with MTP "
             "switched on without an error and accepts 0 drafts"
         )
-    if draft and not format.sglang_drafts:
+    if draft and not draft_in_int4 and not format.sglang_drafts:
         yield (
             f"format {format} with MTP: SGLang drops the draft head's experts without a word; for "
             f"drafts in SGLang take format {formats.DRAFTS_IN_SGLANG} (vLLM runs both)"
+        )
+
+
+def width_advice(bits: Mapping[str, int]) -> Iterator[str]:
+    """What engines make of quantized modules beside experts. bits: by the modules' names."""
+    if HEAD in bits:
+        yield f"{QUANTIZED_HEAD}. vLLM reads it from 0.20.2 on (0.19.1 does not)"
+    if any(width == 8 and not re.match(EXPERT, name) for name, width in bits.items()):
+        yield (
+            "int8 linear layers: vLLM has a kernel for them on GPUs only, on a CPU it does not start; `fourfold verify "
+            "--engine vllm` computes them exactly there"
         )
 
 

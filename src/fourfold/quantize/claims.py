@@ -77,6 +77,7 @@ class Wanted:
     tensors_after: int = 1
     bytes_after: int | None = None
     bits: int | None = None
+    group_size: int | None = None
 
     def claim(self, header: TensorHeader) -> TensorClaim:
         return TensorClaim(
@@ -101,6 +102,7 @@ class Wanted:
             tensors_after=count * len(stored),
             bytes_after=count * sum(DTYPES[dtype].itemsize * math.prod(dims) for dtype, dims in stored.values()),
             bits=bits,
+            group_size=group_size,
         )
 
 

@@ -85,10 +85,10 @@ def _candidates(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> Iter
             yield name, shape
     for layer in range(skeleton.layers):
         for name in blueprint.kept_names(layer):
-            if name.endswith(".weight") and len(headers[name].shape) == 2:
-                yield name, headers[name].shape
+            if name.endswith(".weight") and len(blueprint.headers[name].shape) == 2:
+                yield name, blueprint.headers[name].shape
     for name in _head_names(skeleton):
-        yield name, headers[name].shape
+        yield name, blueprint.headers[name].shape
 
 
 def _head_names(skeleton: Skeleton) -> tuple[str, ...]:

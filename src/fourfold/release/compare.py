@@ -16,7 +16,7 @@ from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
-from fourfold.model.config import read_config
+from fourfold.model.config import quantization, read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import CHUNK_BYTES
 from fourfold.model.sources import readable_format
@@ -180,7 +180,8 @@ def _names(stocks: tuple[Stored, Stored]) -> tuple[str | None, str | None]:
 
 
 def _open(folder: Path) -> Stored:
-    return take_stock(TensorIndex.open(folder), readable_format(read_config(folder), folder))
+    raw = read_config(folder)
+    return take_stock(TensorIndex.open(folder), readable_format(raw, folder), quantization(raw))
 
 
 def _pieces(stored: Stored) -> dict[str, Piece]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fourfold.datatypes import Event, FourfoldError, Progress
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.config import quantization, read_config
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.weights import Weights
 from fourfold.quantize.journal import FINISHED, STATE, hold
@@ -68,7 +69,7 @@ def open_job(out: Path, progress: Progress) -> Job:
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
     weights = Weights.open(out)
-    stored = take_stock(weights.index.disk, weights.format)
+    stored = take_stock(weights.index.disk, weights.format, quantization(read_config(out)))
     if not stored.projections:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"

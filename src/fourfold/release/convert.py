@@ -97,7 +97,7 @@ def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
         if (job.index.folder / name).is_file():
             copy_file(job.index.folder / name, folder / name)
     write_text(folder / INDEX_NAME, index_json(index))
-    settings = _settings(job, take_stock(index, job.format))
+    settings = _settings(job, take_stock(index, job.format, {}))
     write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
     converted = Converted(
         fourfold=fourfold.__version__,

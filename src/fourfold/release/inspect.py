@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import group_size_problem, readable_format
-from fourfold.quantize.advice import format_advice, tensor_parallel_advice
+from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
@@ -28,7 +29,6 @@ from fourfold.serve.engines import ENGINES
 from fourfold.serve.machine import Gpu, Machine
 from fourfold.serve.served import Served, open_served
 
-INT4 = "int4"
 DRAFT = "mtp."
 HOST_BYTES = 64 * 2**30
 # Machines that a command is made for, least memory first: (GPUs, GiB of each), with sizes that are sold.
@@ -50,15 +50,17 @@ class GroupRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """How int4 projections are stored. method: config.json's word; by_group: how many are in which group of tensors;
-    group_sizes: of inputs that share a scale; looked_at: projections whose values were read; of these: negative, share
-    of scales below zero; rounded, of scales that a BF16 engine rounds.
+    """How projections are stored. method: config.json's word; by_group: how many are in which group of tensors;
+    by_width: the same of each width, "int4" or "int8"; group_sizes: of inputs that share a scale; looked_at:
+    projections whose values were read; of these: negative, share of scales below zero; rounded, of scales that a BF16
+    engine rounds.
     """
 
     method: str
     format: str
     projections: int
     by_group: Mapping[str, int]
+    by_width: Mapping[str, Mapping[str, int]]
     group_sizes: tuple[int, ...]
     scale_dtypes: tuple[str, ...]
     looked_at: int
@@ -109,7 +111,7 @@ def inspect(folder: Path) -> Inspection:
     """
     raw, index = read_config(folder), TensorIndex.open(folder)
     format, unknown = _format(raw, folder)
-    stored = take_stock(index, format)
+    stored = take_stock(index, format, quantization(raw))
     traps = list(_traps_of_files(folder))
     sample = _Sample.of(stored)
     traps += sample.problems
@@ -184,16 +186,16 @@ def _group(name: str) -> str:
 
 
 def _groups(stored: Stored) -> Iterator[GroupRow]:
-    parts = {name + suffix for name, projection in stored.projections.items() for suffix in projection.suffixes}
+    parts = {name + suffix: f"int{one.bits}" for name, one in stored.projections.items() for suffix in one.suffixes}
     members: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for name, header in stored.index.headers.items():
         group = _group(name)
-        kind = INT4 if name in parts else header.dtype
+        kind = parts.get(name, header.dtype)
         sizes = members.setdefault(group, {})
         sizes[kind] = sizes.get(kind, 0) + header.size_bytes
         counts[group] = counts.get(group, 0) + 1
-    projections = _by_group(stored)
+    projections = _by_group(stored.projections)
     for group in GROUPS:
         if group in members:
             sizes = members[group]
@@ -206,12 +208,8 @@ def _groups(stored: Stored) -> Iterator[GroupRow]:
             )
 
 
-def _by_group(stored: Stored) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name in stored.projections:
-        group = _group(name)
-        found[group] = found.get(group, 0) + 1
-    return found
+def _by_group(projections: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(map(_group, projections)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +258,16 @@ def _first_of_each(stored: Stored) -> list[Projection]:
 def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
-    headers = stored.index.headers
+    headers, widths = stored.index.headers, sorted({one.bits for one in stored.projections.values()})
     return Quantized(
         method=str(quantization(raw).get("quant_method")),
         format=stored.format.name,
         projections=len(stored.projections),
-        by_group=_by_group(stored),
+        by_group=_by_group(stored.projections),
+        by_width={
+            f"int{bits}": _by_group(name for name, one in stored.projections.items() if one.bits == bits)
+            for bits in widths
+        },
         group_sizes=tuple(sorted({projection.group_size for projection in stored.projections.values()})),
         scale_dtypes=tuple(sorted({headers[name + stored.format.scales].dtype for name in stored.projections})),
         looked_at=sample.looked_at,
@@ -331,12 +333,15 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
             quantized=stored.quantized_modules,
             kept=stored.kept_modules,
             draft=bool(draft),
+            tied=bool(skeleton.blueprint.model.all_tied_weights_keys),
         )
         yield from (f"quantization_config: {problem}" for problem in said)
+    in_int4 = any(_in_draft(name) and ".experts." in name and one.bits == 4 for name, one in stored.projections.items())
     if served.group_size:
         yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
-        yield from format_advice(skeleton, bool(draft), stored.format)
-    if draft and not stored.format.sglang_drafts:
+        yield from format_advice(skeleton, bool(draft), stored.format, in_int4)
+    yield from width_advice({name: bits for name, (bits, _) in stored.quantized_modules.items()})
+    if draft and not in_int4 and not stored.format.sglang_drafts:
         fix = f"`fourfold convert OUT NEW --format {formats.DRAFTS_IN_SGLANG}` makes a release whose drafts"
         if draft == "fused":
             yield (

@@ -1,10 +1,11 @@
-"""What a checkpoint stores, by its headers and whoever wrote it: int4 projections, and all other tensors."""
+"""What a checkpoint stores, by its headers and whoever wrote it: projections of codes and scales, all other tensors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,17 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format
 from fourfold.model.checkpoint import TensorIndex
 
-CENTRE = 0  # a zero point of 8, as a code
+CENTRE = 0  # a zero point in the middle of the grid, as a code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """name: without suffix, with a dot at its end; [N, K] = outputs, inputs; suffixes: those that are there."""
+    """name: without suffix, with a dot at its end; [N, K] = outputs, inputs; bits: of a code; suffixes: those that
+    are there.
+    """
 
     name: str
+    bits: int
     outputs: int
     inputs: int
     groups: int
@@ -33,7 +37,7 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """format: None where nothing is int4; projections: by name; kept: every other tensor by name."""
+    """format: None where nothing is quantized; projections: by name; kept: every other tensor by name."""
 
     index: TensorIndex
     format: Format | None
@@ -41,12 +45,13 @@ class Stored:
     kept: Mapping[str, TensorHeader]
 
     @property
-    def quantized_modules(self) -> list[str]:
-        return sorted(name.rstrip(".") for name in self.projections)
+    def quantized_modules(self) -> dict[str, tuple[int, int]]:
+        """Bits and group size of each, by its name without suffix."""
+        return {name.rstrip("."): (one.bits, one.group_size) for name, one in sorted(self.projections.items())}
 
     @property
     def kept_modules(self) -> list[str]:
-        """Linear modules that are not int4, stacks of experts by their names too."""
+        """Linear modules that are not quantized, stacks of experts by their names too."""
         return [
             name.removesuffix(".weight")
             for name, header in sorted(self.kept.items())
@@ -58,20 +63,23 @@ class Stored:
         return {suffix: self.index.read(projection.name + suffix) for suffix in projection.suffixes}
 
 
-def take_stock(index: TensorIndex, format: Format | None) -> Stored:
-    """Sort a checkpoint's tensors. Raises FourfoldError for a projection whose parts do not fit each other."""
+def take_stock(index: TensorIndex, format: Format | None, settings: Mapping[str, Any]) -> Stored:
+    """Sort a checkpoint's tensors. settings: its quantization_config, which has the bits of each module. Raises
+    FourfoldError for a projection whose parts do not fit each other.
+    """
     projections: dict[str, Projection] = {}
     if format is not None:
         for name in sorted(index.headers):
             if name.endswith(f".{format.codes}"):
-                projection = _projection(index, name.removesuffix(format.codes), format)
+                stem = name.removesuffix(format.codes)
+                projection = _projection(index, stem, format, format.bits(settings, stem.rstrip(".")))
                 projections[projection.name] = projection
     parts = {name + suffix for name, projection in projections.items() for suffix in projection.suffixes}
     kept = {name: header for name, header in index.headers.items() if name not in parts}
     return Stored(index=index, format=format, projections=projections, kept=kept)
 
 
-def _projection(index: TensorIndex, name: str, format: Format) -> Projection:
+def _projection(index: TensorIndex, name: str, format: Format, bits: int) -> Projection:
     codes, scales = format.codes, format.scales
     word, scale = index.headers[name + codes], index.headers.get(name + scales)
     if scale is None or len(scale.shape) != 2 or len(word.shape) != 2 or word.dtype != "I32":
@@ -81,29 +89,33 @@ def _projection(index: TensorIndex, name: str, format: Format) -> Projection:
             "int32 words and a scale for each group, both of two dimensions"
         )
     axis = format.inputs_axis
-    outputs, words, groups = word.shape[1 - axis], word.shape[axis], scale.shape[axis]
-    if not groups or words * 8 % groups:
+    outputs, inputs, groups = word.shape[1 - axis], word.shape[axis] * 32 // bits, scale.shape[axis]
+    if not groups or inputs % groups:
         raise FourfoldError(
-            f"{index.folder}: {name}{scales} is {list(scale.shape)}: {groups} groups of {words * 8:,} inputs; wanted a "
+            f"{index.folder}: {name}{scales} is {list(scale.shape)}: {groups} groups of {inputs:,} inputs; wanted a "
             "number of groups that divides them"
         )
-    known = dict.fromkeys([*format.suffixes, *format.tensor_shapes(outputs, words * 8, groups)])
+    known = dict.fromkeys([*format.suffixes, *format.tensor_shapes(outputs, inputs, groups, bits)])
     there = tuple(suffix for suffix in known if name + suffix in index.headers)
-    return Projection(name=name, outputs=outputs, inputs=words * 8, groups=groups, suffixes=there)
+    return Projection(name=name, bits=bits, outputs=outputs, inputs=inputs, groups=groups, suffixes=there)
 
 
 def layout_problems(tensors: Mapping[str, Tensor], projection: Projection, format: Format) -> Iterator[str]:
-    """Why a projection is no plain symmetric one: zero points that are not 8, groups of inputs that do not follow.
+    """Why a projection is no plain symmetric one: zero points off the middle, groups of inputs that do not follow.
 
     tensors: by suffix; what is absent is as it should be.
     """
-    zeros, index = format.zero_points(tensors, projection.outputs), tensors.get(format.index)
+    zeros, index = format.zero_points(tensors, projection.outputs, projection.bits), tensors.get(format.index)
     if zeros is not None and (wrong := int((zeros != CENTRE).sum())):
-        least, most = int(zeros.min()) + 8, int(zeros.max()) + 8
+        middle = 1 << projection.bits - 1
+        least, most = int(zeros.min()) + middle, int(zeros.max()) + middle
         if least == most:
-            yield f"all zero points are {least}, wanted 8: does checkpoint_format say gptq of gptq_v2, or the reverse?"
+            yield (
+                f"all zero points are {least}, wanted {middle}: does checkpoint_format say gptq of gptq_v2, or the "
+                "reverse?"
+            )
             return
-        yield f"{wrong:,} of {zeros.numel():,} zero points are not 8: it was quantized asymmetrically"
+        yield f"{wrong:,} of {zeros.numel():,} zero points are not {middle}: it was quantized asymmetrically"
     if index is not None and not torch.equal(
         index.long().flatten(), torch.arange(projection.inputs) // projection.group_size
     ):

@@ -294,7 +294,7 @@ CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = 
     "activations": (
         CT, lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "activations",
     ),
-    "two groups": (CT, lambda q: q["config_groups"].update(group_1={}), "expected one group"),
+    "two groups": (CT, lambda q: q["config_groups"].update(group_1={}), "expected groups with weights"),
 }  # fmt: skip
 
 

@@ -50,13 +50,14 @@ def show_inspection(console: Console, found: Inspection) -> None:
 
 def _stored_facts(found: Inspection) -> Iterator[tuple[str, str]]:
     if one := found.quantized:
-        where = ", ".join(f"{count:,} in {group}" for group, count in one.by_group.items())
-        yield "int4", f"{one.method}, format {one.format}: {one.projections:,} projections ({where})"
+        for width, by_group in one.by_width.items():
+            where = ", ".join(f"{count:,} in {group}" for group, count in by_group.items())
+            yield width, f"{one.method}, format {one.format}: {sum(by_group.values()):,} projections ({where})"
         sizes, dtypes = ", ".join(map(str, one.group_sizes)), ", ".join(one.scale_dtypes)
         seen = f"in {one.looked_at:,} projections looked at {one.negative:.0%} are negative, {one.rounded:.0%} no BF16"
         yield "scales", f"one for {sizes} inputs, {dtypes}; {seen}"
     else:
-        yield "int4", "nothing that is read as such"
+        yield "int4, int8", "nothing that is read as such"
     yield "draft head (MTP)", f"{found.draft}, {decimal(found.draft_bytes)}" if found.draft else "none"
 
 

@@ -2,7 +2,8 @@
 
     python sglang_loader.py REQUEST.json ANSWER.json
 
-REQUEST: model (folder of a Qwen3_5Moe release), method (of quantization, as SGLang's --quantization names it).
+REQUEST: model (folder of a Qwen3_5Moe release), method (of quantization, as SGLang's --quantization names it), draft
+(whether to load its draft head).
 SGLang's own model classes and load_weights build and load target and draft; what only a CUDA machine has is stubbed.
 It proves loading alone. Seen to work with SGLang 0.5.23.
 """
@@ -98,9 +99,14 @@ def quantization(method: str, settings: dict[str, Any]) -> Any:
     if method == "compressed-tensors":
         from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
+        CompressedTensorsConfig._check_scheme_supported = lambda *_, **__: (
+            True
+        )  # of int8: it asks for a GPU's capability
         return CompressedTensorsConfig.from_config(settings | {"packed_modules_mapping": FUSED_MODULES})
+    from sglang.srt.layers.quantization.gptq.schemes import gptq_marlin
     from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Config
 
+    gptq_marlin.verify_marlin_supported = lambda *_, **__: None  # of int8: it asks for a GPU's capability
     config = MoeWNA16Config.from_config(settings)
     config.use_marlin = True  # as SGLang decides on a CUDA machine
     return config
@@ -133,7 +139,7 @@ def main() -> None:
     config, quant = read_config(raw), quantization(request["method"], settings)
     torch.set_default_dtype(torch.bfloat16)
     loads = {}
-    draft = raw["text_config"].get("mtp_num_hidden_layers", 0)
+    draft = request["draft"]
     for build in (Qwen3_5MoeForConditionalGeneration, *([Qwen3_5ForCausalLMMTP] if draft else [])):
         given = SHARED_WITH_TARGET if build is Qwen3_5ForCausalLMMTP else ()
         loads[build.__name__] = load(build(copy.deepcopy(config), quant), folder, (*DEFAULTED, *given))

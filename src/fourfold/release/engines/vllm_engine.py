@@ -191,8 +191,10 @@ def main() -> None:
     loads: dict[str, Any] = {}
     if vllm.platforms.current_platform.is_cpu():
         import vllm_reference_experts
+        import vllm_reference_linear
 
         vllm_reference_experts.install(only=any(request["exact_experts"] for request in requests))
+        vllm_reference_linear.install()
         registry._run_in_subprocess = lambda look: look()  # it spares this process CUDA
     platform = vllm.platforms.current_platform
     platform.register_triton_kernel_overrides = functools.cache(platform.register_triton_kernel_overrides)

@@ -1,4 +1,4 @@
-"""Exact int4 experts inside vLLM 0.32 for CPUs, for layers that none of its own kernels takes.
+"""Exact experts of int4 or int8 weights inside vLLM 0.32 for CPUs, for layers that none of its own kernels takes.
 
 vLLM's own kernels need AMX, or AMD's AVX-512 with zentorch, and refuse gates other than SiLU and routers other than
 softmax. Only expert matrix products are replaced; reading the config, loading, routing, gates, attention and the draft
@@ -18,12 +18,15 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe, int4_emulation
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 
-SAID = "[fourfold] Using an exact int4 expert kernel of fourfold's: vLLM has none for this CPU and these experts"
+SAID = "[fourfold] Using an exact expert kernel of fourfold's: vLLM has none for this CPU and these experts"
 
 
-def dequantize(packed_NW: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    nibbles_NK = (packed_NW[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)).bitwise_and(15).flatten(-2)
-    grouped = (nibbles_NK - 8).unflatten(-1, (scale_NG.shape[-1], -1)).float() * scale_NG[..., None].float()
+def dequantize(packed_NW: Tensor, scale_NG: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """inputs: K, which tells how many bits a code has."""
+    bits = 32 * packed_NW.shape[-1] // inputs
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    code_NK = (packed_NW[..., None] >> shifts).bitwise_and(2**bits - 1).flatten(-2) - 2 ** (bits - 1)
+    grouped = code_NK.unflatten(-1, (scale_NG.shape[-1], -1)).float() * scale_NG[..., None].float()
     weight_NK: Tensor = grouped.flatten(-2).to(dtype)
     return weight_NK
 
@@ -46,9 +49,10 @@ class ReferenceExperts(cpu_moe.CPUExpertsInt4):  # type: ignore[misc]  # vLLM is
         total_TD = torch.zeros(hidden_states.shape)
         for expert in topk_ids.unique().tolist():
             token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-            inner = F.linear(hidden_states[token], dequantize(w1[expert], self.w1_scale[expert], hidden_states.dtype))
-            down = dequantize(w2[expert], self.w2_scale[expert], hidden_states.dtype)
-            product = F.linear(self._gate(activation, inner), down).float()
+            first = dequantize(w1[expert], self.w1_scale[expert], hidden_states.shape[1], hidden_states.dtype)
+            gated = self._gate(activation, F.linear(hidden_states[token], first))
+            down = dequantize(w2[expert], self.w2_scale[expert], gated.shape[1], hidden_states.dtype)
+            product = F.linear(gated, down).float()
             if not apply_router_weight_on_input:  # or the input was multiplied before
                 product *= topk_weights[token, slot, None].float()
             total_TD.index_add_(0, token, product)

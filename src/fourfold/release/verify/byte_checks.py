@@ -7,7 +7,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.release.verify.byte_reader import Piece, read_blocks
-from fourfold.release.verify.folder import Expected
+from fourfold.release.verify.folder import Expected, is_solved
 from fourfold.release.verify.projection import Inspected, Problem, Storage, inspect
 
 FINITE, KEPT, SPLIT = "finite", "kept tensors", "MTP split"  # names of checks
@@ -152,4 +152,7 @@ class ByteChecker:
             source.read_range(origin.name, origin.start, raw_bytes(weight_NK))
             return weight_NK
 
-        return inspect(projection, tensors, self.storage, read_source if origin and origin.in_rows and source else None)
+        stored = self.expected[projection + self.storage.format.codes]
+        solved = is_solved(projection, stored.bits)
+        storage = replace(self.storage, bits=stored.bits, group_size=stored.group_size, solved=solved)
+        return inspect(projection, tensors, storage, read_source if origin and origin.in_rows and source else None)

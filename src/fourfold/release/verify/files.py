@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -57,11 +58,12 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
         elif header.dtype not in wanted.dtypes or header.shape != wanted.shape:
             expected_text = f"{'/'.join(wanted.dtypes)} {list(wanted.shape)}"
             wrong.append(f"{name} is {header.dtype} {list(header.shape)}, wanted {expected_text}")
-    projections = len({wanted.projection for wanted in expected.values()} - {""})
+    bits = {wanted.projection: wanted.bits for wanted in expected.values() if wanted.projection}
+    kinds = ", ".join(f"{count:,} int{width}" for width, count in sorted(Counter(bits.values()).items()))
     prefix = release.skeleton.family.mtp_prefix
     draft = sum(bool(prefix) and name.startswith(prefix) for name in index.headers)
-    seen = f"{projections:,} int4 projections, {draft:,} tensors of the draft head, all as config.json wants them"
-    return judge(FILES, "tensors", missing + wrong, seen, projections=projections, draft_tensors=draft)
+    seen = f"{kinds} projections, {draft:,} tensors of the draft head, all as config.json wants them"
+    return judge(FILES, "tensors", missing + wrong, seen, projections=len(bits), draft_tensors=draft)
 
 
 def check_bytes(release: Release, expected: Mapping[str, Expected], results: ByteChecks) -> Iterator[Check]:
@@ -83,17 +85,18 @@ def _check_projections(expected: Mapping[str, Expected], results: ByteChecks) ->
     unseen = wanted - {one.name for one in results.inspected}
     missing = [f"{name.rstrip('.')} is not whole" for name in sorted(unseen)]
     if not results.inspected:
-        problems = missing or ["there are no int4 projections"]
+        problems = missing or ["there are no projections"]
         yield from (judge(FILES, name, problems, "") for name in (CODES, SCALES, LAYOUT))
         return
-    poorest = min(results.inspected, key=lambda one: one.entropy_bits)
-    counts = [sum(column) for column in zip(*(one.counts for one in results.inspected), strict=True)]
+    poorest = min(results.inspected, key=lambda one: one.entropy_bits / one.bits)
+    int4 = (one.counts for one in results.inspected if one.bits == 4)
+    counts = [sum(column) for column in zip(*int4, strict=True)]
     yield judge(
         FILES,
         CODES,
         missing + results.problems[CODES],
         f"{len(results.inspected):,} projections, none dead or constant; least entropy "
-        f"{poorest.entropy_bits:.2f} bits, in {poorest.name.rstrip('.')}",
+        f"{poorest.entropy_bits:.2f} of {poorest.bits} bits, in {poorest.name.rstrip('.')}",
         histogram=dict(zip(map(str, grid.INT4), counts, strict=True)),
         least_entropy_bits=poorest.entropy_bits,
     )
@@ -109,15 +112,27 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     if release.format.name != release.recipe.format:
         problems.append(f"config.json: got {release.format}, expected {release.recipe.format} as in recipe.toml")
     prefix = release.skeleton.family.mtp_prefix
-    quantized = {part.projection.rstrip(".") for part in expected.values()} - {""}
+    parts = [part for part in expected.values() if part.projection]
+    quantized = {part.projection.rstrip("."): (part.bits, part.group_size) for part in parts}
     linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]
     kept = [name.removesuffix(".weight") for name in linear if name.endswith(".weight") and "embed" not in name]
     draft = bool(prefix) and any(name.startswith(prefix) for name in expected)
+    in_draft = draft and any(name.startswith(prefix) for name in quantized)
     problems += config_problems(
-        release.format, release.quantization, release.group_size, quantized=sorted(quantized), kept=kept, draft=draft
+        release.format,
+        release.quantization,
+        release.group_size,
+        quantized=quantized,
+        kept=kept,
+        draft=draft,
+        tied=bool(release.skeleton.blueprint.model.all_tied_weights_keys),
     )
-    seen = f"{release.format}, groups of {release.group_size}; {len(kept):,} kept modules are excluded"
-    return judge(FILES, "quantization_config", problems, seen + (", the draft head too" if draft else ""))
+    kinds = sorted({*quantized.values()})
+    widths = ", ".join(f"int{bits} in groups of {size}" for bits, size in kinds)
+    seen = f"{release.format}, {widths}; {len(kept):,} kept modules are excluded"
+    return judge(
+        FILES, "quantization_config", problems, seen + (", the draft head too" if draft and not in_draft else "")
+    )
 
 
 def check_sidecars(release: Release, source: Path | None) -> Check:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError
-from fourfold.formats.format import Format
+from fourfold.formats.format import EXPERT, Format
 from fourfold.model.config import read_config
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import storage_format
@@ -23,12 +24,20 @@ from fourfold.records.release import Reference, State
 class Expected:
     """A tensor that config.json and the recipe require.
 
-    projection: of which it is a part, by its name with a dot at its end; "" for a kept tensor.
+    projection: of which it is a part, by its name with a dot at its end, "" for a kept tensor; bits, group_size: of its
+    codes.
     """
 
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
     projection: str
+    bits: int = 16
+    group_size: int = 0
+
+
+def is_solved(projection: str, bits: int) -> bool:
+    """Return whether codes are solved together, as those of experts in int4 are; all others are rounded to nearest."""
+    return bits == 4 and re.match(EXPERT, projection) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +99,11 @@ class Release:
             return
         outputs, inputs = wanted.shape
         prefix = name.removesuffix("weight")
-        stored = self.format.tensor_shapes(outputs, inputs, inputs // self.group_size)
-        for suffix, (dtype, shape) in stored.items():
-            yield f"{prefix}{suffix}", Expected(dtypes=(dtype,), shape=shape, projection=prefix)
+        bits, size = wanted.bits, wanted.group_size
+        assert bits is not None and size is not None
+        for suffix, (dtype, shape) in self.format.tensor_shapes(outputs, inputs, inputs // size, bits).items():
+            name = f"{prefix}{suffix}"
+            yield name, Expected(dtypes=(dtype,), shape=shape, projection=prefix, bits=bits, group_size=size)
 
 
 def open_release(folder: Path) -> Release:

@@ -1,4 +1,4 @@
-"""One expert projection as it is stored: codes, scales, and what engines read beside them."""
+"""One projection as it is stored: codes, scales, and what engines read beside them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,35 @@ Problem = tuple[str, str]  # name of the check, what is wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """The format of the release, and what the recipe promised of their scales."""
+    """The format of the release, what the recipe promised of scales, and how a projection's codes are stored. solved:
+    not each on its own, so that a code need not be the nearest one.
+    """
 
     format: Format
     scheme: Scheme
+    bits: int = 4
+    group_size: int = 0
+    solved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
     """What was seen of one projection. name: with a dot at its end.
 
-    weight_error: |W - Wq| / |W|; error_over_rtn: |W - Wq| over that of round-to-nearest. None without a source.
+    counts: of codes, in the order of fidelity.LEVELS; weight_error: |W - Wq| / |W|; error_over_rtn: |W - Wq| over that
+    of round-to-nearest; codes_off: that are not the nearest, where each was rounded alone. None without a source.
     """
 
     name: str
-    counts: tuple[int, ...]  # of codes, in the order of grid.INT4
+    bits: int
+    solved: bool
+    counts: tuple[int, ...]
     entropy_bits: float
     scale_least: float
     scale_most: float
     weight_error: float | None
     error_over_rtn: float | None
+    codes_off: int | None
     problems: tuple[Problem, ...]
 
 
@@ -48,34 +57,39 @@ def inspect(
 
     tensors: by suffix, as Format.tensor_shapes has them; read_source: gives the source's weight [N, K].
     """
-    form = storage.format
+    form, bits = storage.format, storage.bits
     words, scales = tensors[form.codes], tensors[form.scales]
-    counts_16 = fidelity.code_counts(words)
+    counts = fidelity.code_counts(words, bits)
     magnitude = scales.float().abs()
-    weight_error, over_rtn, dead_source = None, None, False
+    weight_error, over_rtn, off, dead_source = None, None, None, False
     if read_source is not None:
-        error, rounded, norm = fidelity.squared_errors(read_source(), form.oriented(words), form.oriented(scales))
+        stored = read_source(), form.oriented(words), form.oriented(scales)
+        error, rounded, norm = fidelity.squared_errors(*stored, bits)
         weight_error, dead_source = (error / norm) ** 0.5 if norm else 0.0, norm == 0
         over_rtn = (error / rounded) ** 0.5 if rounded else 0.0
+        off = None if storage.solved else fidelity.codes_off(*stored, bits)
     problems = [
-        *_code_problems(counts_16, dead_source),
+        *_code_problems(counts, bits, dead_source),
         *_scale_problems(scales, magnitude, storage),
-        *((LAYOUT, said) for said in form.companion_problems(tensors, storage.scheme.group)),
+        *((LAYOUT, said) for said in form.companion_problems(tensors, storage.group_size, bits)),
     ]
     return Inspected(
         name=name,
-        counts=tuple(counts_16.tolist()),
-        entropy_bits=fidelity.entropy_bits(counts_16),
+        bits=bits,
+        solved=storage.solved,
+        counts=tuple(counts.tolist()),
+        entropy_bits=fidelity.entropy_bits(counts),
         scale_least=float(magnitude.amin()),
         scale_most=float(magnitude.amax()),
         weight_error=weight_error,
         error_over_rtn=over_rtn,
+        codes_off=off,
         problems=tuple((check, f"{name.rstrip('.')}: {said}") for check, said in problems),
     )
 
 
-def _code_problems(counts_16: Tensor, dead_source: bool) -> Iterator[Problem]:
-    used = counts_16.nonzero().flatten() + grid.INT4[0]
+def _code_problems(counts: Tensor, bits: int, dead_source: bool) -> Iterator[Problem]:
+    used = counts.nonzero().flatten() + fidelity.LEVELS[bits][0]
     if len(used) > 1:
         return
     code = int(used[0])

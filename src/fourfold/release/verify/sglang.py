@@ -7,6 +7,8 @@ from typing import Any
 
 from fourfold import formats
 from fourfold.formats.format import Format
+from fourfold.model.checkpoint import TensorIndex
+from fourfold.quantize.advice import HEAD, QUANTIZED_HEAD
 from fourfold.records.results import Check, Level
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.engine import Engine, load_problems
@@ -15,7 +17,7 @@ from fourfold.release.verify.folder import Release
 SCRIPT = "sglang_loader.py"
 FAMILIES = ("qwen3_5_moe",)  # whose classes the script builds
 DRAFT_CLASS = "Qwen3_5ForCausalLMMTP"
-LOADER, SERVED = "loader", "runs"
+LOADER, DRAFTS, SERVED = "loader", "draft head", "runs"
 DRAFTS_LOST = (
     "SGLang does not load this format's draft experts: it takes them for int4 and skips their BF16 weights without an "
     f"error, so every draft is wrong. Try: a release in format {formats.DRAFTS_IN_SGLANG}, or serve without MTP"
@@ -28,12 +30,16 @@ def checks(engine: Engine, release: Release) -> Iterator[Check]:
     if model_type not in FAMILIES:
         yield skip(Level.ENGINE, LOADER, f"SGLang's loader is watched for {', '.join(FAMILIES)}, this is {model_type}")
         return
-    method = release.format.sglang_method
-    answer = engine.ask(SCRIPT, "loader", {"model": str(release.folder.resolve()), "method": method})
+    names = TensorIndex.open(release.folder).headers
+    draft, quantized_head = release.skeleton.has_draft(names), f"{HEAD}.{release.format.codes}" in names
+    request = {"model": str(release.folder.resolve()), "method": release.format.sglang_method}
+    answer = engine.ask(SCRIPT, "loader", request | {"draft": draft and not quantized_head})
     if answer.failure:
         yield judge(Level.ENGINE, LOADER, [answer.failure], "")
     else:
         yield check_loads(answer.content, release.format)
+    if draft and quantized_head:
+        yield judge(Level.ENGINE, DRAFTS, [QUANTIZED_HEAD], "")
     yield skip(Level.ENGINE, SERVED, "with SGLang no kernel is run, only its loader is watched")
 
 

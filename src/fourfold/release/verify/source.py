@@ -1,4 +1,4 @@
-"""Level 2: OUT beside its source. Nothing missing, nothing extra, kept tensors bit for bit, the log's errors true."""
+"""Level 2: OUT beside its source. Nothing missing, nothing extra, kept tensors bit for bit, codes near the weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from fourfold.release.verify.byte_checks import KEPT, SPLIT, ByteChecks, Origin
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.folder import Expected, Release
 
-ERRORS, OVER_RTN = "weight errors", "weight errors over RTN's"
+ERRORS, OVER_RTN, NEAREST = "weight errors", "weight errors over RTN's", "rounded codes"
 TOLERANCE = 1e-4  # of a logged weight error, relative
 # |W - Wq| over that of RTN. GPTQ moves weights away from the nearest code: on the models that were tried up to 1.6 for
 # gate and up, 3.6 for down with a target that compensates for earlier layers' errors. A destroyed expert had 9 to 37.
 MOST_OVER_RTN = 6.0
+MOST_ROUNDED = 1.2  # the same where each code was rounded alone: scales are searched, so 1.02 at most was seen
 SOURCE = Level.SOURCE
 AFTER_INDEX = ("complete", KEPT, SPLIT, ERRORS, OVER_RTN)  # checks that need a sound index
 
@@ -51,7 +52,8 @@ def open_source(release: Release, folder: Path) -> Source:
         raise FourfoldError(f"{folder}: {problem}. Give the checkpoint that was quantized")
     origins: dict[str, Origin] = {}
     for claim in claim_tensors(skeleton, index, release.recipe):
-        if claim.action is Action.QUANTIZE and claim.layer is not None:
+        if claim.action is Action.QUANTIZE and claim.is_expert:
+            assert claim.layer is not None
             origins.update(_expert_origins(skeleton, claim.header, claim.layer))
         elif claim.action is not Action.DROP:
             origins.update(_origins(claim.header, claim.action))
@@ -59,14 +61,18 @@ def open_source(release: Release, folder: Path) -> Source:
 
 
 def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
-    """What a kept source tensor became, by name."""
-    if action is Action.COPY:
-        yield header.name, Origin(name=header.name, start=0, shape=header.shape)
+    """What a source tensor without experts of a layer became, by name; projections have a dot at its end."""
+    quantized = action is Action.QUANTIZE
+    if len(header.shape) != 3 or action is Action.COPY:
+        name = header.name.removesuffix("weight") if quantized else header.name
+        yield name, Origin(name=header.name, start=0, shape=header.shape)
         return
     _, rows, inputs = header.shape
     for name, expert, place in split_names(header.name, header.shape):
         start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
-        yield name, Origin(name=header.name, start=start, shape=(place.stop - place.start, inputs), split=True)
+        part = name.removesuffix("weight") if quantized else name
+        shape = (place.stop - place.start, inputs)
+        yield part, Origin(name=header.name, start=start, shape=shape, split=not quantized)
 
 
 def _expert_origins(skeleton: Skeleton, header: TensorHeader, layer: int) -> Iterator[tuple[str, Origin]]:
@@ -97,9 +103,11 @@ def check_source(
         seen = f"{split:,} bytes are rows of the source's stacks, bit for bit"
         yield judge(SOURCE, SPLIT, results.problems[SPLIT], seen)
     else:
-        yield skip(SOURCE, SPLIT, "the source has no fused draft experts; what it has is among the kept tensors")
+        yield skip(SOURCE, SPLIT, "no draft expert is a row of a stack of the source that is kept as it is")
     yield _check_errors(release, source, results)
     yield _check_over_rtn(results)
+    if any(not one.solved for one in results.inspected):
+        yield _check_nearest(release, results)
 
 
 def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, Expected]) -> Check:
@@ -120,14 +128,13 @@ def _check_complete(source: Source, index: TensorIndex, expected: Mapping[str, E
 
 def _check_errors(release: Release, source: Source, results: ByteChecks) -> Check:
     """Each projection's recomputed |W - Wq| / |W| against quant_log.csv."""
-    rounded = sum(step.scales.changed for step in release.state.converted)
-    if rounded:
+    if rounded := _rounded_scales(release):
         return skip(SOURCE, ERRORS, f"convert rounded {rounded:,} scales: quant_log.csv has the errors before that")
     in_rows = {name for name, origin in source.origins.items() if origin.in_rows}
     logged = {name: error for name, error in read_log(release).items() if name in in_rows or name not in source.origins}
     if not logged:
         return skip(SOURCE, ERRORS, "the source has its experts in stacks of another order, which are not compared")
-    found = {one.name: one.weight_error for one in results.inspected if one.weight_error is not None}
+    found = {one.name: one.weight_error for one in results.inspected if one.solved and one.weight_error is not None}
     unlogged, uncompared = sorted(found.keys() - logged.keys()), sorted(logged.keys() - found.keys())
     problems = [f"{name.rstrip('.')} is not in quant_log.csv" for name in unlogged]
     problems += [f"{name.rstrip('.')} is logged, but could not be compared" for name in uncompared]
@@ -143,13 +150,35 @@ def _check_errors(release: Release, source: Source, results: ByteChecks) -> Chec
 
 def _check_over_rtn(results: ByteChecks) -> Check:
     """No projection may be destroyed, whatever its log says."""
-    found = {one.name.rstrip("."): one.error_over_rtn for one in results.inspected if one.error_over_rtn is not None}
-    worst = sorted((name for name in found if found[name] > MOST_OVER_RTN), key=lambda name: -found[name])
-    expected = f"expected at most {MOST_OVER_RTN:g}; quantize again"
-    problems = [f"{name}: weight error is {found[name]:.1f} times RTN's, {expected}" for name in worst]
+    compared = [one for one in results.inspected if one.error_over_rtn is not None]
+    found = {one.name.rstrip("."): one.error_over_rtn or 0.0 for one in compared}
+    limits = {one.name.rstrip("."): MOST_OVER_RTN if one.solved else MOST_ROUNDED for one in compared}
+    worst = sorted((name for name in found if found[name] > limits[name]), key=lambda name: -found[name])
+    expected = "weight error is {:.1f} times RTN's, expected at most {:g}; quantize again"
+    problems = [f"{name}: {expected.format(found[name], limits[name])}" for name in worst]
     most = max(found, key=lambda name: found[name], default="")
-    seen = f"at most {found[most]:.2f} times RTN's ({most})" if found else "no projection could be compared"
-    return judge(SOURCE, OVER_RTN, problems, seen)
+    said = f"at most {found[most]:.2f} times RTN's ({most})" if found else "no projection could be compared"
+    return judge(SOURCE, OVER_RTN, problems, said)
+
+
+def _check_nearest(release: Release, results: ByteChecks) -> Check:
+    """Where codes were not solved, each must be the nearest to the source's weight with the stored scale."""
+    if rounded := _rounded_scales(release):
+        return skip(SOURCE, NEAREST, f"convert rounded {rounded:,} scales: codes were the nearest before that")
+    found = [one for one in results.inspected if one.codes_off is not None]
+    problems = [
+        f"{one.name.rstrip('.')}: {one.codes_off:,} of {sum(one.counts):,} codes are not the nearest to the source's "
+        f"weights (weight error {one.weight_error:.2%}); quantize again"
+        for one in found if one.codes_off
+    ]  # fmt: skip
+    most = max((one.weight_error or 0.0 for one in found), default=0.0)
+    kinds = " and ".join(f"int{bits}" for bits in sorted({one.bits for one in found}))
+    seen = f"in {len(found):,} {kinds} projections every code is the nearest; weight error at most {most:.2%}"
+    return judge(SOURCE, NEAREST, problems, seen, projections=len(found), most=most)
+
+
+def _rounded_scales(release: Release) -> int:
+    return sum(step.scales.changed for step in release.state.converted)
 
 
 def read_log(release: Release) -> dict[str, float]:
@@ -160,8 +189,11 @@ def read_log(release: Release) -> dict[str, float]:
         for expert, names in enumerate(release.skeleton.stems(layer))
         for projection, stem in names.items()
     }
+    draft, skeleton = release.skeleton.family.mtp_experts_prefix, release.skeleton
     errors = {}
     for row in log.read_log(release.folder / LOG):
         unknown = f"{row.projection} of expert {row.expert} of layer {row.layer}."
+        if row.layer == skeleton.layers and skeleton.has_mtp:  # the draft head's
+            unknown = f"{draft}{row.expert}.{row.projection}."
         errors[stems.get((row.layer, row.expert, row.projection), unknown)] = row.weight_error
     return errors
