@@ -21,8 +21,13 @@ import families
 import releases
 from command_line import Answer, invoke
 from fourfold.formats import COMPRESSED_TENSORS
+from fourfold.formats.format import MoreModules
 
 EXPERT = re.compile(r"(?!mtp\.|model\.layers\.4\.).*\.experts\.\d+\.\w+\.weight")
+INT8 = re.compile(
+    r"lm_head\.weight|.*(?:self_attn\.(?:q|k|v|o)_proj|linear_attn\.(?:in_proj_qkv|in_proj_qkvz|in_proj_z|out_proj)"
+    r"|mlp\.shared_experts?\.(?:gate|up|down)_proj)\.weight"
+)
 DRAFTS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "layer": "mtp.layers.0.",
@@ -42,10 +47,11 @@ TOKENS = torch.randint(16, 500, (64,), generator=torch.Generator().manual_seed(0
 STACK = re.compile(r"(?!mtp\.)(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 
 
-def release(folder: Path, family: str, group_size: int = 32, **options: Any) -> Path:
+def release(folder: Path, family: str, group_size: int = 32, compact: bool = False, **options: Any) -> Path:
     """Write a release of a small checkpoint of a family, experts by round-to-nearest; return its folder.
 
-    options: of checkpoints.tiny.
+    compact: attention, shared experts and the head in int8, experts of draft heads in int4; options: of
+    checkpoints.tiny.
     """
     if family in checkpoints.CLASSES:
         checkpoints.tiny(folder, family=family, hidden=256, width=128, topk=2, **options)
@@ -64,9 +70,16 @@ def release(folder: Path, family: str, group_size: int = 32, **options: Any) -> 
         checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(sliding_window=None))
     if family == "qwen2_moe":
         checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(norm_topk_prob=False))
-    checkpoints.edit(folder, lambda tensors: _round_experts(tensors, group_size))
+    checkpoints.edit(folder, lambda tensors: _round_experts(tensors, group_size, compact))
     drafts = {"qwen3_5_moe": ["mtp."], "qwen3_next": ["mtp."], "glm4_moe": ["model.layers.4."]}.get(family, [])
-    settings = COMPRESSED_TENSORS.quantization_config(group_size, drafts)
+    bits = {
+        name.removesuffix(".weight_packed"): 32 * words.shape[1] // int(found[f"{name.removesuffix('packed')}shape"][1])
+        for found in [releases.tensors(folder)]
+        for name, words in found.items()
+        if name.endswith(".weight_packed")
+    }
+    more = MoreModules.of(bits, drafts, group_size) if compact else None
+    settings = COMPRESSED_TENSORS.quantization_config(group_size, drafts, more)
     checkpoints.edit_json(folder / "config.json", lambda raw: raw.update(quantization_config=settings))
     return folder
 
@@ -80,25 +93,29 @@ def _add_draft(tensors: dict[str, Tensor], layer: str, ends: str, names: dict[st
         tensors[f"{ends}{name}.weight"] = torch.randn(shape, generator=generator).bfloat16() / 16
 
 
-def _round_experts(tensors: dict[str, Tensor], group_size: int) -> None:
+def _round_experts(tensors: dict[str, Tensor], group_size: int, compact: bool) -> None:
     for name in list(tensors):
-        if EXPERT.fullmatch(name):
+        draft = name.startswith(("mtp.", "model.layers.4.")) and ".experts." in name
+        if EXPERT.fullmatch(name) or (compact and draft and tensors[name].ndim == 2):
             tensors |= _rounded(name.removesuffix("weight"), tensors.pop(name), group_size)
-        elif (match := STACK.fullmatch(name)) and tensors[name].ndim == 3:
+        elif compact and INT8.fullmatch(name):
+            tensors |= _rounded(name.removesuffix("weight"), tensors.pop(name), group_size, bits=8)
+        elif (match := STACK.fullmatch(name.removeprefix("mtp.") if compact else name)) and tensors[name].ndim == 3:
+            prefix = "mtp." if name.startswith("mtp.") else ""
             parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
             for expert, rows in enumerate(tensors.pop(name)):
                 for part, weight in zip(parts, rows.chunk(len(parts)), strict=True):
-                    tensors |= _rounded(f"{match[1]}.{expert}.{part}.", weight, group_size)
+                    tensors |= _rounded(f"{prefix}{match[1]}.{expert}.{part}.", weight, group_size)
 
 
-def _rounded(stem: str, weight_NK: Tensor, group_size: int) -> dict[str, Tensor]:
-    """Scales of both signs: the largest weight of a group has code -8."""
-    weight_NGK = weight_NK.double().unflatten(1, (-1, group_size))
+def _rounded(stem: str, weight_NK: Tensor, group_size: int, bits: int = 4) -> dict[str, Tensor]:
+    """Scales of both signs: the largest weight of a group has the lowest code."""
+    weight_NGK, half = weight_NK.double().unflatten(1, (-1, group_size)), 2 ** (bits - 1)
     largest_NG1 = weight_NGK.gather(2, weight_NGK.abs().argmax(2, keepdim=True))
-    scale_NG1 = (largest_NG1 / -8).bfloat16().double()
-    code_NK = (weight_NGK / scale_NG1).round().clamp(-8, 7).flatten(1).to(torch.int64)
-    nibble_NW8 = (code_NK + 8).unflatten(1, (-1, 8))
-    word_NW = (nibble_NW8 << torch.arange(0, 32, 4)).sum(2)
+    scale_NG1 = (largest_NG1 / -half).bfloat16().double()
+    code_NK = (weight_NGK / scale_NG1).round().clamp(-half, half - 1).flatten(1).to(torch.int64)
+    field_NWF = (code_NK + half).unflatten(1, (-1, 32 // bits))
+    word_NW = (field_NWF << torch.arange(0, 32, bits)).sum(2)
     return {
         f"{stem}weight_packed": torch.where(word_NW >= 2**31, word_NW - 2**32, word_NW).int(),
         f"{stem}weight_scale": scale_NG1[..., 0].bfloat16(),

@@ -1,4 +1,4 @@
-"""GGUF: blocks of ggml's Q4_0 from codes and scales, and files of them. docs/formats.md.
+"""GGUF: blocks of ggml's Q4_0 and Q8_0 from codes and scales, and files of them. docs/formats.md.
 
 The `gguf` package serializes; its tables of names are not used, as they are behind llama.cpp's. Imports torch and gguf
 only inside of functions.
@@ -19,28 +19,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME, TITLE = "gguf", "GGUF"
-BLOCK, BLOCK_BYTES = 32, 18  # weights of a Q4_0 block; its bytes: a scale in fp16 and 16 bytes of nibbles
-BITS = 8 * BLOCK_BYTES / BLOCK  # of a weight
+BLOCK = 32  # weights that have a scale in fp16, then as many codes of 4 or 8 bits
 Q4_0 = "Q4_0"
+KINDS = {4: Q4_0, 8: "Q8_0"}  # by bits of a code
 MOSTLY_Q4_0, QUANTIZATION_VERSION = 2, 2  # general.file_type, general.quantization_version
-RESTS = {"bf16": "", "f16": "F16", "q8_0": "Q8_0"}  # what matrices that are not int4 become; "": as they are
+RESTS = {"bf16": "", "f16": "F16", "q8_0": "Q8_0"}  # what matrices without codes become; "": as they are
 
 
-def q4_0_blocks(word_NW: Tensor, scale_NG: Tensor) -> Tensor:
-    """Return the rows of one projection as blocks, uint8 [N, K / 32 * 18]: bits are moved, nothing is computed.
+def block_bytes(bits: int) -> int:
+    """Return the size of a block with codes of so many bits."""
+    return 2 + BLOCK * bits // 8
 
-    word_NW: int32 [N, K / 8], lowest nibble first; scale_NG: exact in fp16; K / G a multiple of 32. A block has its
-    scale, then 16 bytes: byte j holds weight j in its low nibble, weight j + 16 in its high one.
+
+BITS = 8 * block_bytes(4) / BLOCK  # of a weight in Q4_0
+
+
+def blocks(word_NW: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+    """Return the rows of one projection as blocks, uint8 [N, K / 32 * (2 + 4 bits)]: bits are moved, none is computed.
+
+    word_NW: int32 [N, K * bits / 32], lowest bits first; scale_NG: exact in fp16; K / G a multiple of 32. A block has
+    its scale, then of Q4_0 16 bytes: byte j holds weight j in its low nibble, weight j + 16 in its high one; of Q8_0
+    32 codes, int8.
     """
     import torch
 
-    blocks = word_NW.shape[1] * 8 // BLOCK
-    byte_NBJ = word_NW.contiguous().view(torch.uint8).unflatten(1, (blocks, BLOCK // 2))
-    first, second = byte_NBJ[..., :8], byte_NBJ[..., 8:]
-    pairs = torch.stack([(first & 15) | (second << 4), (first >> 4) | (second & 240)], dim=-1)
-    repeated_NB = scale_NG.half().repeat_interleave(blocks // scale_NG.shape[1], dim=1)
-    scale_bytes = repeated_NB.contiguous().view(torch.uint8).unflatten(1, (blocks, 2))
-    return torch.cat([scale_bytes, pairs.flatten(2)], dim=2).flatten(1)
+    count = word_NW.shape[1] * 32 // bits // BLOCK
+    byte_NBJ = word_NW.contiguous().view(torch.uint8).unflatten(1, (count, BLOCK * bits // 8))
+    if bits == 8:
+        code_NBJ = byte_NBJ ^ 128
+    else:
+        first, second = byte_NBJ[..., :8], byte_NBJ[..., 8:]
+        pairs = torch.stack([(first & 15) | (second << 4), (first >> 4) | (second & 240)], dim=-1)
+        code_NBJ = pairs.flatten(2)
+    repeated_NB = scale_NG.half().repeat_interleave(count // scale_NG.shape[1], dim=1)
+    scale_bytes = repeated_NB.contiguous().view(torch.uint8).unflatten(1, (count, 2))
+    return torch.cat([scale_bytes, code_NBJ], dim=2).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +94,12 @@ def read_files(paths: Sequence[Path]) -> list[Any]:
         raise FourfoldError(f"{paths[0].parent}: cannot be read as GGUF ({error}). Convert the release again") from None
 
 
-def dequantize(tensor: Any, row: int) -> Tensor:
-    """Return one of the matrices of a reader's stack in fp32, by gguf's own arithmetic."""
+def dequantize(tensor: Any, place: int | slice) -> Tensor:
+    """Return one of the matrices of a reader's stack, or rows of its matrix, in fp32, by gguf's own arithmetic."""
     import gguf
     import torch
 
-    return torch.from_numpy(gguf.quants.dequantize(tensor.data[row], tensor.tensor_type))
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data[place], tensor.tensor_type))
 
 
 def write_file(

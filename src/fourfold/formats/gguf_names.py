@@ -72,6 +72,11 @@ class Row:
     name: str
     changes: tuple[Change, ...] = ()
 
+    @property
+    def only_moves(self) -> bool:
+        """Whether every value stays as it is, so that codes and scales can be moved in place of weights."""
+        return not {plus_one, negative_exp}.intersection(self.changes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:

@@ -1,4 +1,4 @@
-"""MLX's affine 4-bit: the words of a release as they are, biases of -8 times the scale. docs/formats.md.
+"""MLX's affine 4 and 8 bits: the words of a release as they are, biases of -8 or -128 scales. docs/formats.md.
 
 Layout: mlx.core.quantize and mlx-lm's SwitchLinear. All other tensors keep Hugging Face's names and shapes: mlx-lm and
 mlx-vlm move convolutions and add one to norms when they load. Imports torch only inside of functions on tensors.
@@ -40,23 +40,47 @@ def stack_name(stem: str, projection: str) -> str:
     return f"{stem.partition('.experts.')[0]}.switch_mlp.{projection}."
 
 
-def tensor_shapes(experts: int, outputs: int, inputs: int, groups: int) -> dict[str, tuple[str, Shape]]:
-    """Return what projections [N, K] of E experts become: suffix -> (safetensors dtype, shape)."""
-    scales = SCALE_DTYPE, (experts, outputs, groups)
-    return {WORDS: ("U32", (experts, outputs, inputs // 8)), SCALES: scales, BIASES: scales}
+def module_path(name: str, raw: Mapping[str, Any]) -> str:
+    """Return what mlx-lm and mlx-vlm call a module, by its name on disk. raw: config.json."""
+    if "text_config" not in raw:
+        return name
+    below = name.removeprefix("model.language_model.")
+    return f"language_model.{'model.' if below != name else ''}{below}"
 
 
-def biases(scale: Tensor) -> Tensor:
-    """Return what MLX adds to nibble * scale: -8 scales, exact in any float dtype that holds the scale."""
-    return scale * -8
+def tensor_shapes(stacked: Shape, outputs: int, inputs: int, groups: int, bits: int) -> dict[str, tuple[str, Shape]]:
+    """Return what projections [N, K] become: suffix -> (safetensors dtype, shape). stacked: (E,) of experts, or ()."""
+    scales = SCALE_DTYPE, (*stacked, outputs, groups)
+    return {WORDS: ("U32", (*stacked, outputs, inputs * bits // 32)), SCALES: scales, BIASES: scales}
 
 
-def config(raw: Mapping[str, Any], text: Any, group_size: int) -> dict[str, Any]:
-    """Return config.json. raw: the release's; text: transformers' config of the text model.
+def biases(scale: Tensor, bits: int) -> Tensor:
+    """Return what MLX adds to (code + 2^(bits - 1)) * scale: exact in any float dtype that holds the scale."""
+    return scale * -(1 << bits - 1)
 
-    Loaders quantize the modules that have scales, so no module is named.
+
+def dequantize(word_NW: Tensor, scale_NG: Tensor, bias_NG: Tensor, bits: int) -> Tensor:
+    """Return weights in fp32 [N, K], as mx.dequantize defines them."""
+    import torch
+
+    byte_NB = word_NW.view(torch.uint8)
+    code_NK = byte_NB if bits == 8 else torch.stack([byte_NB & 15, byte_NB >> 4], dim=-1).flatten(1)
+    code_NGK: Tensor = code_NK.float().unflatten(1, (scale_NG.shape[1], -1))
+    return (code_NGK * scale_NG.float()[..., None] + bias_NG.float()[..., None]).flatten(1)
+
+
+def config(
+    raw: Mapping[str, Any], text: Any, group_size: int, modules: Mapping[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Return config.json. raw: the release's; text: transformers' config of the text model; group_size: of experts;
+    modules: bits and group size of each that has codes, by the name on disk.
+
+    Loaders quantize the modules that have scales. Only those with other bits or groups than routed experts are named.
     """
-    settings = {"group_size": group_size, "bits": 4, "mode": "affine"}
+    settings: dict[str, Any] = {"group_size": group_size, "bits": 4, "mode": "affine"}
+    for name, (bits, size) in modules.items():
+        if (bits, size) != (4, group_size):
+            settings[module_path(name, raw)] = {"group_size": size, "bits": bits, "mode": "affine"}
     kept: dict[str, Any] = {
         key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")
     }

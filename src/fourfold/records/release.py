@@ -169,7 +169,9 @@ class Origin(Struct, frozen=True, kw_only=True):
 
 
 class Export(Record, frozen=True, kw_only=True):
-    """conversion.json of what engines of their own read. release: None if OUT is not fourfold's."""
+    """conversion.json of what engines of their own read. int8: of the projections, int4 all others; group_size: of
+    experts; release: None if OUT is not fourfold's.
+    """
 
     FIX = "Convert the release again"
 
@@ -177,6 +179,7 @@ class Export(Record, frozen=True, kw_only=True):
     before: str
     after: str
     projections: Count
+    int8: Count = 0
     group_size: Count
     content: str
     settings: dict[str, bool | int | str]
@@ -189,7 +192,7 @@ class Export(Record, frozen=True, kw_only=True):
 
     @property
     def rest(self) -> str:
-        """What matrices that are not int4 are stored as: "bf16" as in OUT."""
+        """What matrices without codes are stored as: "bf16" as in OUT."""
         return str(self.settings.get("rest", "bf16"))
 
     @property

@@ -27,16 +27,15 @@ from fourfold.records.results import Metrics
 from fourfold.release.contents import read_export
 from fourfold.release.conversion import open_job
 from fourfold.release.convert import ScaleChanges
-from fourfold.release.stacks import stacks
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
-from fourfold.release.verify.reading import open_reading
+from fourfold.release.verify.reading import count_changes, open_reading
 
 STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Values of a tensor that is not int4, or rows of a stack of experts: bytes of `tensor` from `start` on."""
+    """Values of a tensor without codes, or rows of a stack of experts: bytes of `tensor` from `start` on."""
 
     tensor: str
     start: int
@@ -46,7 +45,7 @@ class Piece:
 
 @dataclass(kw_only=True)
 class WeightErrors:
-    """|W - Wq|_F / |W|_F of projections that are int4 in one checkpoint and not in the other, over all of them.
+    """|W - Wq|_F / |W|_F of projections that have codes in one checkpoint and not in the other, over all of them.
 
     worst_name: of the projection with the largest error, "" without one.
     """
@@ -70,13 +69,13 @@ class WeightErrors:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What two checkpoints have in common. formats: None where nothing is int4.
+    """What two checkpoints have in common. formats: None where nothing is quantized.
 
-    equal: tensors that are not int4 and the same to the bit, stacks of experts counted as a tensor for each; different:
-    those that are not, and int4 ones that cannot be compared code by code; only_first, only_second: by name;
-    projections: int4 in both; codes, codes_changed, projections_changed, scales: of them; errors: of projections that
-    are int4 in one alone; metrics: a figure of metrics.json in both, by name, intervals: its confidence intervals;
-    same_protocol: both were measured alike, None where one was not.
+    equal: tensors without codes that are the same to the bit, stacks of experts counted as a tensor for each;
+    different: those that are not, and those with codes that cannot be compared code by code; only_first, only_second:
+    by name; projections: with codes in both, int8 of them with 8 bits; codes, codes_changed, projections_changed,
+    scales: of them; errors: of projections that have codes in one alone; metrics: a figure of metrics.json in both, by
+    name, intervals: its confidence intervals; same_protocol: both were measured alike, None where one was not.
     """
 
     first: str
@@ -87,6 +86,7 @@ class Comparison:
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
     projections: int = 0
+    int8: int = 0
     codes: int = 0
     codes_changed: int = 0
     projections_changed: int = 0
@@ -158,15 +158,13 @@ def _compare_export(found: Comparison, new: Path, record: Export, out: Path) -> 
     found.only_first, found.only_second = (extra, missing) if found.first == str(new) else (missing, extra)
     if missing:
         return found
-    for stack in stacks(job):
-        for expert, part in enumerate(stack.parts):
-            before, after = _dequantize(job.stored, job.stored.read(part)), reading.weight(stack, expert)
-            changed = int((before != after).sum()) if before.shape == after.shape else before.numel()
-            found.projections += 1
-            found.codes += before.numel()
-            found.codes_changed += changed
-            found.projections_changed += changed > 0
-    for name in sorted(name for name, is_stack in wanted.items() if not is_stack):
+    for one in count_changes(reading).values():
+        found.projections += 1
+        found.int8 += one.bits == 8
+        found.codes += one.weights
+        found.codes_changed += one.changed
+        found.projections_changed += one.changed > 0
+    for name in sorted(name for name, has_codes in wanted.items() if not has_codes):
         if reading.differs(name):
             found.different.append(name)
         else:
@@ -185,7 +183,7 @@ def _open(folder: Path) -> Stored:
 
 
 def _pieces(stored: Stored) -> dict[str, Piece]:
-    """Everything that is not int4, stacks of experts as a piece for each, so that both layouts have the same names."""
+    """Everything without codes, stacks of experts as a piece for each, so that both layouts have the same names."""
     found: dict[str, Piece] = {}
     for name, header in stored.kept.items():
         if not name.endswith(STACKS) or len(header.shape) != 3:
@@ -216,14 +214,14 @@ def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored],
 
 
 def _weight_error(source: Stored, piece: Piece, release: Stored, stem: str) -> float | None:
-    """Of a projection against weights that are not int4; None if these are of another shape or no floats."""
+    """Of a projection against weights without codes; None if these are of another shape or no floats."""
     projection, dtype = release.projections[stem], DTYPES[piece.dtype]
     if piece.shape != (projection.outputs, projection.inputs) or not dtype.is_floating_point:
         return None
     weight_NK = torch.empty(piece.shape, dtype=dtype)
     source.index.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
     wanted_NK = weight_NK.float()
-    stored_NK = _dequantize(release, release.read(projection))
+    stored_NK = _dequantize(release, projection, release.read(projection))
     error, size = float((wanted_NK - stored_NK).norm()), float(wanted_NK.norm())
     return error / size if size else float(error > 0)
 
@@ -234,13 +232,14 @@ def _compare_projections(
     tensors = [stock.read(projection) for stock, projection in zip(stocks, projections, strict=True)]
     (one, other), name = projections, f"{projections[0].name}weight"
     found.projections += 1
-    if (one.outputs, one.inputs, one.groups) != (other.outputs, other.inputs, other.groups):
+    found.int8 += one.bits == 8 == other.bits
+    if (one.bits, one.outputs, one.inputs, one.groups) != (other.bits, other.outputs, other.inputs, other.groups):
         found.different.append(name)
         return
     stored = list(zip(tensors, projections, (_format(stock) for stock in stocks), strict=True))
-    plain = [not any(layout_problems(*one)) for one in stored]
+    plain = [not any(layout_problems(*each)) for each in stored]
     if not all(plain):  # zero points or an order of groups: the weights themselves say whether it is the same
-        weights = [_dequantize(stock, part) for stock, part in zip(stocks, tensors, strict=True)]
+        weights = [_dequantize(*each) for each in zip(stocks, projections, tensors, strict=True)]
         if not torch.equal(*weights):
             found.different.append(name)
         return
@@ -248,19 +247,20 @@ def _compare_projections(
     scales = [format.oriented(part[format.scales]).float() for part, _, format in stored]
     changed = 0
     if not torch.equal(*words):
-        changed = int((unpack_codes(words[0]) != unpack_codes(words[1])).sum())
-    found.codes += words[0].numel() * 8
+        changed = int((unpack_codes(words[0], one.bits) != unpack_codes(words[1], one.bits)).sum())
+    found.codes += one.outputs * one.inputs
     found.codes_changed += changed
     found.projections_changed += changed > 0
     found.scales.add(*scales)
 
 
-def _dequantize(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
-    return _format(stored).dequantize({suffix: value[None] for suffix, value in tensors.items()})[0]
+def _dequantize(stored: Stored, projection: Projection, tensors: Mapping[str, Tensor]) -> Tensor:
+    stacked = {suffix: value[None] for suffix, value in tensors.items()}
+    return _format(stored).dequantize(stacked, projection.bits)[0]
 
 
 def _format(stored: Stored) -> Format:
-    """Of a checkpoint with int4 projections."""
+    """Of a checkpoint with codes."""
     assert stored.format is not None
     return stored.format
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.datatypes import Event, FourfoldError, Progress
-from fourfold.formats.format import Format
+from fourfold.formats.format import EXPERT, Format
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.config import quantization, read_config
 from fourfold.model.skeleton import Skeleton
@@ -43,7 +44,8 @@ class Job:
 
     @property
     def group_size(self) -> int:
-        return next(iter(self.stored.projections.values())).group_size
+        """Of experts, if any are quantized."""
+        return (group_sizes(self.stored, experts=True) or group_sizes(self.stored, experts=False))[0]
 
     @property
     def total_bytes(self) -> int:
@@ -80,14 +82,20 @@ def open_job(out: Path, progress: Progress) -> Job:
     return job
 
 
+def group_sizes(stored: Stored, *, experts: bool) -> list[int]:
+    """Return the group sizes of experts, or of all that is quantized beside them, in order."""
+    found = stored.projections.values()
+    return sorted({one.group_size for one in found if bool(re.match(EXPERT, one.name)) == experts})
+
+
 def _check_groups(out: Path, stored: Stored) -> None:
-    sizes = sorted({projection.group_size for projection in stored.projections.values()})
-    if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
-        found = ", ".join(map(str, sizes))
-        wanted = ", ".join(map(str, GROUP_SIZES))
-        raise FourfoldError(
-            f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
-        )
+    for sizes in (group_sizes(stored, experts=True), group_sizes(stored, experts=False)):
+        if len(sizes) > 1 or not {*sizes} <= {*GROUP_SIZES}:
+            found = ", ".join(map(str, sizes))
+            wanted = ", ".join(map(str, GROUP_SIZES))
+            raise FourfoldError(
+                f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
+            )
 
 
 def _check_layout(job: Job) -> None:

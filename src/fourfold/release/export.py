@@ -33,7 +33,8 @@ from fourfold.records.results import Metrics
 from fourfold.release.contents import CONVERSION, LICENCE, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.gguf_plan import GgufPlan
-from fourfold.release.stacks import Stack, check_scales, read_part, stacks
+from fourfold.release.stacks import Quantized, check_scales, read_part, sort_projections
+from fourfold.release.stored import Projection
 from fourfold.release.verify.folder import Release
 
 
@@ -52,7 +53,7 @@ class Exported(Export, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of a GGUF. rest: what matrices that are not int4 become, a key of gguf.RESTS; mtp: whether the draft head is
+    """Of a GGUF. rest: what matrices without codes become, a key of gguf.RESTS; mtp: whether the draft head is
     kept; shard_bytes: of a file at most, 0 for one file.
     """
 
@@ -68,26 +69,27 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
     """Write the release in `out`, ours or another tool's, into the new folder `new` as `format`, one of EXPORTS.
 
     Memory does not grow with the release: a projection of a layer's experts is held at a time. Raises FourfoldError,
-    before anything is written, if `out` is not read as int4, is asymmetric, has other than routed experts in int4, has
+    before anything is written, if `out` is not read as int4, is asymmetric, has routed experts that are not int4, has
     scales that the format cannot hold, is of an architecture or has a tokenizer that the engine does not have; if `new`
     is there or does not fit the disk.
     """
     started = time.perf_counter()
     check_new(new, out)
     job = open_job(out, progress)
-    layers = stacks(job)
+    quantized = sort_projections(job)
     write: Callable[[Path], None]
     if format == gguf.NAME:
         require_gguf()
-        plan = GgufPlan(job, layers, rest=options.rest, mtp=options.mtp)
+        plan = GgufPlan(job, quantized, rest=options.rest, mtp=options.mtp)
         check_scales(job, torch.float16, gguf.TITLE)
         size, notes, settings = plan.size_bytes, plan.notes(), dataclasses.asdict(options) | {"mtp": plan.drafts > 0}
         write = partial(plan.write, shard_bytes=options.shard_bytes)
+        parts = [part for placed in plan.placed.values() for part in placed.parts]
     else:
         check_mlx(job)
         check_scales(job, torch.bfloat16, mlx.TITLE)
         size, notes, settings = job.total_bytes, (), {}
-        write = partial(write_mlx, job, layers)
+        write, parts = partial(write_mlx, job, quantized), [*job.stored.projections.values()]
     with under_temporary_name(new, size) as folder:
         write(folder)
         if format == gguf.NAME and (out / LICENCE).is_file():  # MLX has it among the sidecars
@@ -100,7 +102,8 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
             new=str(new),
             before=job.before.name,
             after=format,
-            projections=len(job.stored.projections),
+            projections=len(parts),
+            int8=sum(part.bits == 8 for part in parts),
             group_size=job.group_size,
             files={name: File(size, sha256) for name, (sha256, size) in hashes.items()},
             content=job.content,
@@ -145,28 +148,41 @@ def check_mlx(job: Job) -> None:
         raise FourfoldError(f"{folder / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
 
 
-def write_mlx(job: Job, layers: list[Stack], folder: Path) -> None:
+def write_mlx(job: Job, quantized: Quantized, folder: Path) -> None:
     """All files of a folder for mlx-lm and mlx-vlm."""
-    shards = mlx_shards(job, layers)
+    shards = mlx_shards(job, quantized)
     for name, tensors in shards.items():
         write_shard(folder, name, tensors)
     for name in SIDECARS:
         if (job.index.folder / name).is_file():
             copy_file(job.index.folder / name, folder / name)
     write_text(folder / INDEX_NAME, index_json(TensorIndex.open_shards(folder, shards)))
-    write_text(folder / "config.json", dump(mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size)))
+    write_text(folder / "config.json", dump(mlx_config(job, quantized)))
 
 
-def mlx_shards(job: Job, layers: list[Stack]) -> dict[str, list[OutputTensor]]:
+def mlx_config(job: Job, quantized: Quantized) -> dict[str, Any]:
+    """Return config.json for MLX."""
+    parts = {name.rstrip("."): parts[0] for name, parts in mlx_parts(quantized).items()}
+    modules = {name: (part.bits, part.group_size) for name, part in parts.items()}
+    return mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size, modules)
+
+
+def mlx_parts(quantized: Quantized) -> dict[str, tuple[Projection, ...]]:
+    """Return what has codes in NEW, by name with a dot at its end: experts of a stack, or one module."""
+    stacks = {mlx.stack_name(stack.first.name, stack.projection): stack.parts for stack in quantized.stacks}
+    return stacks | {part.name: (part,) for part in quantized.modules}
+
+
+def mlx_shards(job: Job, quantized: Quantized) -> dict[str, list[OutputTensor]]:
     """What the shards of NEW hold, by name: one for each of OUT's, stacks where their first expert was."""
     shards: dict[str, list[OutputTensor]] = {header.shard: [] for header in job.index.headers.values()}
-    for stack in layers:
-        name = mlx.stack_name(stack.parts[0].name, stack.projection)
-        stored = mlx.tensor_shapes(*stack.sizes)
-        for suffix, (dtype, shape) in stored.items():
-            data = partial(_mlx_values, job, stack, suffix)
-            one = OutputTensor(name=name + suffix, dtype=dtype, shape=shape, data=data)
-            shards[job.index.header(stack.parts[0].name + job.before.codes).shard].append(one)
+    modules = {part.name for part in quantized.modules}
+    for name, parts in mlx_parts(quantized).items():
+        one, stacked = parts[0], () if name in modules else (len(parts),)
+        for suffix, (dtype, shape) in mlx.tensor_shapes(stacked, one.outputs, one.inputs, one.groups, one.bits).items():
+            data = partial(_mlx_values, job, parts, suffix)
+            tensor = OutputTensor(name=name + suffix, dtype=dtype, shape=shape, data=data)
+            shards[job.index.header(one.name + job.before.codes).shard].append(tensor)
     for name, header in job.stored.kept.items():
         shards[header.shard].append(
             OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
@@ -175,11 +191,11 @@ def mlx_shards(job: Job, layers: list[Stack]) -> dict[str, list[OutputTensor]]:
     return {f"model-{number:05d}-of-{len(full):05d}.safetensors": shards[shard] for number, shard in enumerate(full, 1)}
 
 
-def _mlx_values(job: Job, stack: Stack, suffix: str) -> Iterator[memoryview]:
+def _mlx_values(job: Job, parts: tuple[Projection, ...], suffix: str) -> Iterator[memoryview]:
     """Expert by expert."""
-    for part in stack.parts:
+    for part in parts:
         words, scale = read_part(job, part, codes=suffix == mlx.WORDS)
-        value = words if suffix == mlx.WORDS else mlx.biases(scale) if suffix == mlx.BIASES else scale
+        value = words if suffix == mlx.WORDS else mlx.biases(scale, part.bits) if suffix == mlx.BIASES else scale
         yield raw_bytes((value if suffix == mlx.WORDS else value.to(torch.bfloat16)).contiguous())
 
 

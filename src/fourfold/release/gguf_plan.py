@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,43 @@ import torch
 from torch import Tensor
 
 import fourfold
-from fourfold.datatypes import FourfoldError
+from fourfold.core.pack import pack_codes, unpack_codes
+from fourfold.datatypes import FourfoldError, shortened
 from fourfold.formats import gguf
 from fourfold.formats.fixed import unsupported
+from fourfold.formats.format import Shape
 from fourfold.formats.gguf import GgufTensor
 from fourfold.formats.gguf_names import ARCHITECTURES, ENDS, EXPERTS, WIDE, Architecture, Row, settings
 from fourfold.formats.gguf_tokenizer import read_tokenizer
 from fourfold.model.config import CONFIG
 from fourfold.model.family import PROJECTIONS
 from fourfold.release.conversion import Job
-from fourfold.release.stacks import Stack, read_part
+from fourfold.release.stacks import Quantized, Stack, dequantized, read_part
+from fourfold.release.stored import Projection
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 FUSED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)")
 MMPROJ = "python convert_hf_to_gguf.py --mmproj {folder} (of llama.cpp, on the release) writes the file for images"
 
 
-class GgufPlan:
-    """Everything about the file but its bytes. Raises FourfoldError for what llama.cpp has no name or code for."""
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """What a tensor of blocks is made from. parts: experts of a stack, or one module, of which it is `row`."""
 
-    def __init__(self, job: Job, layers: list[Stack], *, rest: str, mtp: bool) -> None:
-        self.job, self.rest = job, rest
+    parts: tuple[Projection, ...]
+    row: Row | None
+
+
+class GgufPlan:
+    """Everything about the file but its bytes. Raises FourfoldError for what llama.cpp has no name or code for.
+
+    placed: tensors of the very codes and scales, by name; rounded: modules with codes that cannot be moved exactly.
+    """
+
+    def __init__(self, job: Job, quantized: Quantized, *, rest: str, mtp: bool) -> None:
+        self.job, self.rest, self.mtp = job, rest, mtp
+        self.placed: dict[str, Placed] = {}
+        self.rounded: list[str] = []
         model_type = job.skeleton.family.model_type
         if model_type not in ARCHITECTURES:
             raise FourfoldError(
@@ -41,17 +58,17 @@ class GgufPlan:
             )
         self.architecture = ARCHITECTURES[model_type]
         _check_settings(job, self.architecture)
-        first = layers[0].parts[0].name
+        first = quantized.stacks[0].first.name
         self.prefix = first[: first.index("layers.")]  # of the text model on disk
         kept = [name for name in job.stored.kept if not name.startswith(self.architecture.skipped or ("\0",))]
         self.vision = len(kept) < len(job.stored.kept)
-        tied = bool(job.skeleton.text.tie_word_embeddings)
         self.drafts = len({block for name in kept if (block := self._draft_block(name)) is not None}) if mtp else 0
-        self.tensors = [self._stack(stack) for stack in layers]
+        self.tensors = [self._stack(stack) for stack in quantized.stacks if self._is_wanted(stack.first.name)]
+        for module in quantized.modules:
+            if self._is_wanted(module.name):
+                self.tensors += self._module(module)
         experts: dict[tuple[int, str], dict[int, str]] = {}
-        for name in kept:
-            if (not mtp and self._is_draft(name)) or (tied and name == "lm_head.weight"):
-                continue
+        for name in filter(self._is_wanted, kept):
             if (match := EXPERT.fullmatch(name)) and match[3] in PROJECTIONS:
                 block = self._draft_block(name)
                 assert block is not None, name
@@ -64,6 +81,12 @@ class GgufPlan:
         self.keys = self._keys()
 
     # --- tensors ----------------------------------------------------------------------------------------------------
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a tensor or module on disk is in the file."""
+        tied = self.job.skeleton.text.tie_word_embeddings and name.startswith("lm_head.")
+        skipped = name.startswith(self.architecture.skipped or ("\0",))
+        return not (skipped or tied or (self._is_draft(name) and not self.mtp))
 
     def _is_draft(self, name: str) -> bool:
         one, layers = self.architecture, self.job.skeleton.layers
@@ -81,7 +104,7 @@ class GgufPlan:
         return number + self.job.skeleton.layers if self.architecture.draft else number
 
     def _kept(self, name: str) -> Iterator[GgufTensor]:
-        block, below = self._place(name)
+        block, _ = self._place(name)
         header = self.job.index.header(name)
         if (fused := FUSED.fullmatch(name)) and len(header.shape) == 3:  # of a draft head, as another tool left it
             parts = PROJECTIONS[:2] if fused[1] == "gate_up_proj" else PROJECTIONS[2:]
@@ -91,14 +114,67 @@ class GgufPlan:
                 make = partial(self._rows, name, slice(place * rows, (place + 1) * rows))
                 yield self._matrix(f"blk.{block}.{EXPERTS[part]}.weight", shape, header.dtype, make)
             return
+        for full, row in self._named(name):
+            make = partial(self._changed, partial(self._read, name), row)
+            yield self._float(full, row, self._shape(header.shape, row), header.dtype, make)
+
+    def _module(self, part: Projection) -> Iterator[GgufTensor]:
+        """A module with codes: blocks of them, if what llama.cpp wants otherwise only moves blocks of one scale."""
+        shape = part.outputs, part.inputs
+        for full, row in self._named(f"{part.name}weight"):
+            changed = self._shape(shape, row)
+            if row.name not in WIDE and self._keeps_blocks(part, row):
+                self.placed[full] = Placed(parts=(part,), row=row)
+                yield GgufTensor(
+                    name=full, shape=changed, kind=gguf.KINDS[part.bits], make=partial(self._blocks, part, row)
+                )
+                continue
+            make = partial(self._changed, lambda: torch.cat([*dequantized(self.job, part)]), row)
+            found = self._float(full, row, changed, "BF16", make)
+            if found.kind != "F32":
+                self.rounded.append(part.name.rstrip("."))
+            yield found
+
+    def weights(self, placed: Placed, part: Projection) -> Iterator[Tensor]:
+        """Yield OUT's weights of a part in the order that the file has, fp32; a module's in slabs of rows."""
+        slabs = dequantized(self.job, part)
+        if placed.row is not None and not placed.row.changes:
+            yield from slabs
+            return
+        whole = torch.cat([*slabs])
+        yield whole if placed.row is None else self._changed(lambda: whole, placed.row)
+
+    def _named(self, name: str) -> Iterator[tuple[str, Row]]:
+        """What a tensor on disk becomes, by the names in the file."""
+        block, below = self._place(name)
         for row in self._rows_of(name, block, below):
-            full = row.name if block is None else f"blk.{block}.{row.name}"
-            changed = self._shape(name, row)
-            make = partial(self._changed, name, row)
-            if len(changed) == 1 or row.name in WIDE:
-                yield GgufTensor(name=full, shape=changed, kind="F32", make=partial(_as, full, make, "F32"))
-            else:
-                yield self._matrix(full, changed, header.dtype, make)
+            yield row.name if block is None else f"blk.{block}.{row.name}", row
+
+    def _float(self, name: str, row: Row, shape: Shape, dtype: str, make: Callable[[], Tensor]) -> GgufTensor:
+        if len(shape) == 1 or row.name in WIDE:
+            return GgufTensor(name=name, shape=shape, kind="F32", make=partial(_as, name, make, "F32"))
+        return self._matrix(name, shape, dtype, make)
+
+    def _keeps_blocks(self, part: Projection, row: Row) -> bool:
+        """Whether codes and scales can be moved as weights are: each block of the result has one scale."""
+        if not row.changes:
+            return True
+        if not row.only_moves:
+            return False
+        group_K = torch.arange(part.groups, dtype=torch.int32).repeat_interleave(part.group_size)
+        changed_NK = self._changed(lambda: group_K.expand(part.outputs, -1), row)
+        if changed_NK.shape[1] % gguf.BLOCK:
+            return False
+        block_NBJ = changed_NK.unflatten(1, (-1, gguf.BLOCK))
+        return bool((block_NBJ == block_NBJ[..., :1]).all())
+
+    def _blocks(self, part: Projection, row: Row) -> Tensor:
+        words, scale_NG = read_part(self.job, part)
+        if not row.changes:
+            return gguf.blocks(words, scale_NG, part.bits)
+        codes_NK = self._changed(lambda: unpack_codes(words, part.bits), row)
+        scale_NK = self._changed(lambda: scale_NG.half().repeat_interleave(part.group_size, dim=1), row)
+        return gguf.blocks(pack_codes(codes_NK, part.bits), scale_NK[:, :: gguf.BLOCK], part.bits)
 
     def _place(self, name: str) -> tuple[int | None, str]:
         """The block that a tensor goes to, None for one outside of them, and its name below it."""
@@ -126,13 +202,9 @@ class GgufPlan:
             )
         return rows
 
-    def _shape(self, name: str, row: Row) -> tuple[int, ...]:
+    def _shape(self, shape: Shape, row: Row) -> Shape:
         """Of the changed tensor, from one without values."""
-        header = self.job.index.header(name)
-        value = torch.empty(header.shape, device="meta")
-        for change in row.changes:
-            value = change(value, self.job.skeleton.text)
-        return tuple(value.shape)
+        return tuple(self._changed(lambda: torch.empty(shape, device="meta"), row).shape)
 
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: str, make: Callable[[], Tensor]) -> GgufTensor:
         kind = gguf.RESTS[self.rest] or dtype
@@ -144,8 +216,8 @@ class GgufPlan:
             )
         return GgufTensor(name=name, shape=shape, kind=kind, make=partial(_as, name, make, kind))
 
-    def _changed(self, name: str, row: Row) -> Tensor:
-        value = self._read(name)
+    def _changed(self, read: Callable[[], Tensor], row: Row) -> Tensor:
+        value = read()
         for change in row.changes:
             value = change(value, self.job.skeleton.text)
         return value
@@ -160,9 +232,11 @@ class GgufPlan:
 
     def _stack(self, stack: Stack) -> GgufTensor:
         count, outputs, inputs, _ = stack.sizes
-        name = f"blk.{stack.layer}.{EXPERTS[stack.projection]}.weight"
-        make = partial(_q4_0, self.job, stack)
-        return GgufTensor(name=name, shape=(count, outputs, inputs), kind=gguf.Q4_0, make=make)
+        block, _ = self._place(stack.first.name)
+        name = f"blk.{block}.{EXPERTS[stack.projection]}.weight"
+        self.placed[name] = Placed(parts=stack.parts, row=None)
+        make, kind = partial(_stacked, self.job, stack), gguf.KINDS[stack.first.bits]
+        return GgufTensor(name=name, shape=(count, outputs, inputs), kind=kind, make=make)
 
     def _draft_stack(self, block: int, part: str, names: list[str]) -> GgufTensor:
         header = self.job.index.header(names[0])
@@ -214,7 +288,12 @@ class GgufPlan:
         if self.vision:
             said.append("text only: " + MMPROJ.format(folder=self.job.index.folder))
         if self.rest != "bf16":
-            said.append(f"matrices that are not int4 were rounded to {self.rest}: not exact, experts alone are")
+            said.append(f"matrices without codes were rounded to {self.rest}: not exact, codes and scales alone are")
+        if self.rounded:
+            said.append(
+                f"{len(self.rounded):,} modules with codes were dequantized and rounded to {self.rest}, as llama.cpp's "
+                f"order of their weights divides groups: {shortened(self.rounded)}"
+            )
         if self.job.group_size > gguf.BLOCK:
             said.append(
                 f"a GGUF is no larger with groups of {gguf.BLOCK} than with these of {self.job.group_size}: "
@@ -231,11 +310,12 @@ def _as(name: str, make: Callable[[], Tensor], kind: str) -> Tensor:
     return found
 
 
-def _q4_0(job: Job, stack: Stack) -> Tensor:
+def _stacked(job: Job, stack: Stack) -> Tensor:
     count, outputs, inputs, _ = stack.sizes
-    block_ENB = torch.empty(count, outputs, inputs // gguf.BLOCK * gguf.BLOCK_BYTES, dtype=torch.uint8)
+    row_bytes = inputs // gguf.BLOCK * gguf.block_bytes(stack.first.bits)
+    block_ENB = torch.empty(count, outputs, row_bytes, dtype=torch.uint8)
     for expert, part in enumerate(stack.parts):
-        block_ENB[expert] = gguf.q4_0_blocks(*read_part(job, part))
+        block_ENB[expert] = gguf.blocks(*read_part(job, part), part.bits)
     return block_ENB
 
 

@@ -1,7 +1,9 @@
-"""The routed experts of a release, by layer and projection, as formats with stacks want them."""
+"""The quantized weights of a release as formats with stacks want them: experts by layer and projection, modules."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,42 +11,74 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import require_finite
+from fourfold.model.family import PROJECTIONS
 from fourfold.release.conversion import Job
 from fourfold.release.stored import Projection
+
+DRAFT_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.")
+ROUTED_BITS = 4
+SLAB_ROWS = 4096  # of a module that are dequantized at one time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One projection of all experts of a layer. layer: of the model; parts: by expert."""
+    """One projection of all experts of a layer, draft layers among them. parts: by expert."""
 
-    layer: int
     projection: str
     parts: tuple[Projection, ...]
 
     @property
+    def first(self) -> Projection:
+        return self.parts[0]
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """E, N, K, G."""
-        first = self.parts[0]
-        return len(self.parts), first.outputs, first.inputs, first.groups
+        return len(self.parts), self.first.outputs, self.first.inputs, self.first.groups
 
 
-def stacks(job: Job) -> list[Stack]:
-    """The routed experts, in order of layers. Raises FourfoldError unless they, and nothing else, are int4."""
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """stacks: routed experts in order of layers, then draft experts; modules: everything else that has codes."""
+
+    stacks: tuple[Stack, ...]
+    modules: tuple[Projection, ...]
+
+
+def sort_projections(job: Job) -> Quantized:
+    """Raises FourfoldError unless all routed experts are int4 and the experts of each stack are alike."""
     found: list[Stack] = []
-    projections, remaining = job.stored.projections, set(job.stored.projections)
+    projections, left = job.stored.projections, dict(job.stored.projections)
     for layer in job.skeleton.routed:
         stems = job.skeleton.stems(layer)
         for projection in stems[0]:
             names = [one[projection] for one in stems]
-            if missing := [name for name in names if name not in projections]:
-                problem = f"{missing[0].rstrip('.')} is not int4, expected all routed experts in int4"
-                raise FourfoldError(f"{job.index.folder}: {problem}. Quantize the model anew")
-            found.append(Stack(layer=layer, projection=projection, parts=tuple(projections[name] for name in names)))
-            remaining -= {*names}
-    if remaining:
-        problem = f"{min(remaining).rstrip('.')} is int4 ({len(remaining):,} such), expected routed experts alone"
-        raise FourfoldError(f"{job.index.folder}: {problem}. Quantize the model anew with `fourfold quantize`")
-    return found
+            for name in names:
+                if left.pop(name, None) is None or projections[name].bits != ROUTED_BITS:
+                    raise FourfoldError(
+                        f"{job.index.folder}: {name.rstrip('.')} is not int4, expected all routed experts in int4. "
+                        "Quantize the model anew"
+                    )
+            found.append(Stack(projection=projection, parts=tuple(projections[name] for name in names)))
+    drafts: dict[tuple[str, str], dict[int, Projection]] = {}
+    for name in list(left):
+        if (match := DRAFT_EXPERT.fullmatch(name)) and match[3] in PROJECTIONS:
+            drafts.setdefault((match[1], match[3]), {})[int(match[2])] = left.pop(name)
+    for (_, projection), experts in drafts.items():
+        found.append(Stack(projection=projection, parts=tuple(experts[number] for number in sorted(experts))))
+    for stack in found:
+        _check_alike(job, stack)
+    return Quantized(stacks=tuple(found), modules=tuple(left.values()))
+
+
+def _check_alike(job: Job, stack: Stack) -> None:
+    kinds = {(part.bits, part.outputs, part.inputs, part.groups): part.name for part in stack.parts}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise FourfoldError(
+            f"{job.index.folder}: {one.rstrip('.')} and {other.rstrip('.')} have other bits or shapes, expected "
+            "experts that can be stacked. Quantize the model anew"
+        )
 
 
 def check_scales(job: Job, dtype: torch.dtype, title: str) -> None:
@@ -64,7 +98,7 @@ def check_scales(job: Job, dtype: torch.dtype, title: str) -> None:
 
 
 def read_part(job: Job, part: Projection, *, codes: bool = True) -> tuple[Tensor, Tensor]:
-    """Words int32 [N, K / 8], lowest nibble first, empty without `codes`, and scales [N, G] of one expert."""
+    """Words int32 [N, K * bits / 32], lowest bits first, empty without `codes`, and scales [N, G]."""
     form = job.before
     scale = form.oriented(job.index.read(part.name + form.scales))
     if not codes:
@@ -72,3 +106,16 @@ def read_part(job: Job, part: Projection, *, codes: bool = True) -> tuple[Tensor
     words = job.index.read(part.name + form.codes)
     job.tick(words.nbytes)
     return form.oriented(words).contiguous(), scale
+
+
+def dequantized(job: Job, part: Projection) -> Iterator[Tensor]:
+    """Yield OUT's weights of a projection, fp32 [N, K], in slabs of rows: a head of 248,320 rows is never held whole.
+
+    Zero points and orders of groups are plain, which `open_job` checks.
+    """
+    form = job.before
+    words, scale = (job.index.read(part.name + suffix) for suffix in (form.codes, form.scales))
+    axis = 1 - form.inputs_axis
+    slabs: Sequence[Sequence[Tensor]] = [words.split(SLAB_ROWS, axis), scale.split(SLAB_ROWS, axis)]
+    for word, one in zip(*slabs, strict=True):
+        yield form.dequantize({form.codes: word[None], form.scales: one[None]}, part.bits)[0]

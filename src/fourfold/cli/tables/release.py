@@ -82,7 +82,7 @@ def show_converted(console: Console, found: Converted) -> None:
 def show_exported(console: Console, found: Exported) -> None:
     """Show the result of an export to GGUF or MLX, its notes, and the next command."""
     facts = [
-        ("output", f"{found.new}: {found.before} -> {found.after}, {found.projections:,} projections"),
+        ("output", f"{found.new}: {found.before} -> {found.after}, {count_text(found)}"),
         ("exact", f"codes and scales{', and every other tensor' if found.rest == 'bf16' else ''}"),
         ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
         ("time", clock_text(found.seconds)),
@@ -98,7 +98,7 @@ def show_export(console: Console, folder: str, record: Export) -> None:
     scales = f"one scale for {record.group_size} inputs, as in the release"
     facts = [
         (plain(folder), f"{record.after}, from {record.before}; made by fourfold {record.fourfold}"),
-        ("int4", f"{record.projections:,} projections, {scales}"),
+        ("quantized", f"{count_text(record)}, {scales}"),
         ("size", f"{decimal(record.bytes_after)} in {len(files):,} files"),
     ]
     if record.settings:
@@ -110,6 +110,12 @@ def show_export(console: Console, folder: str, record: Export) -> None:
     show_facts(console, facts)
 
 
+def count_text(found: Comparison | Export) -> str:
+    """Return how many projections have codes of which bits."""
+    int4 = found.projections - found.int8
+    return f"{int4:,} int4 and {found.int8:,} int8 projections" if found.int8 else f"{int4:,} projections"
+
+
 NAMES_SHOWN = 8
 
 
@@ -117,13 +123,13 @@ def show_comparison(console: Console, found: Comparison) -> None:
     """Show equal and different tensors, codes and scales; metrics side by side."""
     scales, errors = found.scales, found.errors
     facts = [
-        ("A", f"{found.first}: {found.formats[0] or 'not int4'}"),
-        ("B", f"{found.second}: {found.formats[1] or 'not int4'}"),
+        ("A", f"{found.first}: {found.formats[0] or 'not quantized'}"),
+        ("B", f"{found.second}: {found.formats[1] or 'not quantized'}"),
         ("other tensors", f"{found.equal:,} equal, {len(found.different):,} different"),
     ]
     if found.projections:
         facts += [
-            ("int4 in both", f"{found.projections:,} projections, {found.projections_changed:,} with other codes"),
+            ("quantized in both", f"{count_text(found)}, {found.projections_changed:,} with other codes"),
             ("codes changed" if scales.total else "weights changed", f"{found.codes_changed:,} of {found.codes:,}"),
         ]
     if scales.total:  # of GGUF and MLX dequantized weights are compared, codes and scales together
@@ -131,7 +137,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
         facts.append(("scales changed", changed))
     if errors.projections:
         facts += [
-            ("int4 in one", f"{errors.projections:,} projections"),
+            ("quantized in one", f"{errors.projections:,} projections"),
             ("weight error", f"mean {errors.mean:.4f}, median {errors.median:.4f}, |W - Wq| / |W|"),
             ("largest", f"{errors.worst:.4f}, {errors.worst_name}"),
         ]

@@ -22,11 +22,10 @@ from fourfold.records.release import Export, Reference
 from fourfold.records.results import Check, Level, Verdict
 from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
-from fourfold.release.stacks import stacks
 from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.verify.check import first_difference, judge, skip, write_verdict
 from fourfold.release.verify.engine import Answer, Engine
-from fourfold.release.verify.reading import Reading, open_reading
+from fourfold.release.verify.reading import Reading, count_changes, open_reading
 from fourfold.release.verify.run import windows
 
 HASHES, COMPLETE, SETTINGS, EXPERTS, OTHERS = "sha256", "complete", "settings", "codes and scales", "other tensors"
@@ -90,7 +89,7 @@ def _check_hashes(record: Export, hashes: Mapping[str, tuple[str, int]]) -> Chec
 
 
 def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Check]:
-    """Every expert dequantized by NEW's layout and by OUT's; every other tensor made again from OUT's."""
+    """All codes dequantized by NEW's layout and by OUT's; every other tensor made again from OUT's."""
     wanted = reading.wanted()
     try:
         names = reading.names()
@@ -105,19 +104,19 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
     if missing:
         yield from (skip(Level.SOURCE, name, "tensors are missing") for name in (EXPERTS, OTHERS))
         return
-    layers, weights, wrong = stacks(job), 0, list[str]()
-    for place, stack in enumerate(layers):
-        for expert, part in enumerate(stack.parts):
-            stored = {suffix: value[None] for suffix, value in job.stored.read(part).items()}
-            before, after = job.before.dequantize(stored)[0], reading.weight(stack, expert)
-            weights += before.numel()
-            if before.shape != after.shape:
-                wrong.append(f"{part.name.rstrip('.')} is {list(after.shape)}, OUT has {list(before.shape)}")
-            elif changed := int((before != after).sum()):
-                wrong.append(f"{part.name.rstrip('.')}: {changed:,} of {before.numel():,} weights are not OUT's")
-        progress(Event(kind="stage", stage="verify", done=place + 1, total=len(layers), unit="stacks"))
+
+    def report(done: int) -> None:
+        progress(Event(kind="stage", stage="verify", done=done, total=len(job.stored.projections), unit="projections"))
+
+    found = count_changes(reading, report)
+    wrong = [
+        f"{name}: {one.changed:,} of {one.weights:,} weights are not OUT's"
+        for name, one in found.items()
+        if one.changed
+    ]
+    weights = sum(one.weights for one in found.values())
     yield judge(Level.SOURCE, EXPERTS, wrong, f"{weights:,} weights dequantized, each exactly OUT's")
-    others = sorted(name for name, is_stack in wanted.items() if not is_stack)
+    others = sorted(name for name, has_codes in wanted.items() if not has_codes)
     different = [f"{name} is not what OUT makes" for name in others if reading.differs(name)]
     yield judge(Level.SOURCE, OTHERS, different, f"{len(others):,} tensors, bit for bit what OUT makes")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,25 @@ from torch import Tensor
 
 from fourfold.formats import gguf, mlx
 from fourfold.formats.format import differences
-from fourfold.formats.gguf_names import EXPERTS
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.model.shards import OutputTensor
 from fourfold.records.release import Export
 from fourfold.release.conversion import Job
-from fourfold.release.export import mlx_shards
+from fourfold.release.export import mlx_config, mlx_parts, mlx_shards
 from fourfold.release.gguf_plan import GgufPlan
-from fourfold.release.stacks import Stack, stacks
+from fourfold.release.stacks import Quantized, dequantized, sort_projections
+from fourfold.release.stored import Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Weights of a projection in OUT and in NEW, fp32 [N, K], or rows of them."""
+
+    part: Projection
+    before: Tensor
+    after: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,48 +40,56 @@ class MlxFolder:
 
     folder: Path
     job: Job
+    quantized: Quantized
 
     @cached_property
     def index(self) -> TensorIndex:
         return TensorIndex.open(self.folder)
 
     @cached_property
+    def parts(self) -> Mapping[str, tuple[Projection, ...]]:
+        return mlx_parts(self.quantized)
+
+    @cached_property
     def made(self) -> Mapping[str, OutputTensor]:
-        shards = mlx_shards(self.job, stacks(self.job))
+        shards = mlx_shards(self.job, self.quantized)
         return {tensor.name: tensor for tensors in shards.values() for tensor in tensors}
 
     def names(self) -> set[str]:
         return {*self.index.headers}
 
     def wanted(self) -> Mapping[str, bool]:
-        """Return the names of the tensors that OUT makes, and whether each is a stack of int4 experts."""
-        return {name: ".switch_mlp." in name for name in self.made}
+        """Return the names of the tensors that OUT makes, and whether `pairs` has each."""
+        return {name: f"{name.rpartition('.')[0]}." in self.parts for name in self.made}
 
     def settings_problems(self) -> list[str]:
         """Return how the settings beside the tensors differ from what OUT makes."""
-        skeleton = self.job.skeleton
-        wanted = mlx.config(skeleton.raw, skeleton.text, self.job.group_size)
-        return list(differences(read_object(self.folder / CONFIG), wanted))
+        return list(differences(read_object(self.folder / CONFIG), mlx_config(self.job, self.quantized)))
 
-    def weight(self, stack: Stack, expert: int) -> Tensor:
-        """Dequantize one expert to fp32 [N, K], as the engine's format defines it."""
-        name = mlx.stack_name(stack.parts[0].name, stack.projection)
+    def pairs(self) -> Iterator[Pair]:
+        """Yield everything with codes: OUT's weights in NEW's order, NEW's as the engine's format defines them."""
+        for name, parts in self.parts.items():
+            for number, part in enumerate(parts):
+                first = number * part.outputs  # row, of all experts' rows
+                for before in dequantized(self.job, part):
+                    after = self._weight(name, part.bits, first, len(before))
+                    yield Pair(part=part, before=before, after=after)
+                    first += len(before)
+
+    def _weight(self, name: str, bits: int, first: int, count: int) -> Tensor:
         word_NW, scale_NG, bias_NG = (
-            self._slice(name + suffix, expert) for suffix in (mlx.WORDS, mlx.SCALES, mlx.BIASES)
+            self._rows(name + suffix, first, count) for suffix in (mlx.WORDS, mlx.SCALES, mlx.BIASES)
         )
-        byte_NB = word_NW.view(torch.uint8)
-        nibble_NK = torch.stack([byte_NB & 15, byte_NB >> 4], dim=-1).flatten(1).float()
-        nibble_NGK: Tensor = nibble_NK.unflatten(1, (scale_NG.shape[1], -1))
-        return (nibble_NGK * scale_NG.float()[..., None] + bias_NG.float()[..., None]).flatten(1)
+        return mlx.dequantize(word_NW, scale_NG, bias_NG, bits)
 
-    def _slice(self, name: str, expert: int) -> Tensor:
+    def _rows(self, name: str, first: int, count: int) -> Tensor:
         header = self.index.header(name)
-        value = torch.empty(header.shape[1:], dtype=DTYPES[header.dtype])
-        self.index.read_range(name, expert * value.nbytes, raw_bytes(value))
+        value = torch.empty(count, header.shape[-1], dtype=DTYPES[header.dtype])
+        self.index.read_range(name, first * value[0].nbytes, raw_bytes(value))
         return value
 
     def differs(self, name: str) -> bool:
-        """Return whether a tensor that is no stack of int4 experts is not what OUT makes."""
+        """Return whether a tensor that `pairs` does not have is not what OUT makes."""
         made, header = self.made[name], self.index.header(name)
         if (made.dtype, made.shape) != (header.dtype, header.shape):
             return True
@@ -107,7 +124,7 @@ class GgufFile:
         return {*self.tensors}
 
     def wanted(self) -> Mapping[str, bool]:
-        return {name: tensor.kind == gguf.Q4_0 for name, tensor in self.made.items()}
+        return {name: name in self.plan.placed for name in self.made}
 
     def settings_problems(self) -> list[str]:
         fields, found = self.readers[0].fields, dict[str, Any]()
@@ -116,8 +133,15 @@ class GgufFile:
             found[key] = fields[key].contents()
         return list(differences(found, wanted))
 
-    def weight(self, stack: Stack, expert: int) -> Tensor:
-        return gguf.dequantize(self.tensors[f"blk.{stack.layer}.{EXPERTS[stack.projection]}.weight"], expert)
+    def pairs(self) -> Iterator[Pair]:
+        for name, placed in self.plan.placed.items():
+            tensor = self.tensors[name]
+            for expert, part in enumerate(placed.parts):
+                first = 0
+                for before in self.plan.weights(placed, part):
+                    after = gguf.dequantize(tensor, expert if placed.row is None else slice(first, first + len(before)))
+                    yield Pair(part=part, before=before, after=after)
+                    first += len(before)
 
     def differs(self, name: str) -> bool:
         one, made = self.tensors[name], self.made[name]
@@ -132,6 +156,28 @@ Reading = MlxFolder | GgufFile
 
 def open_reading(new: Path, job: Job, record: Export) -> Reading:
     """record: conversion.json."""
+    quantized = sort_projections(job)
     if record.after == gguf.NAME:
-        return GgufFile(new, GgufPlan(job, stacks(job), rest=record.rest, mtp=record.has_drafts))
-    return MlxFolder(new, job)
+        return GgufFile(new, GgufPlan(job, quantized, rest=record.rest, mtp=record.has_drafts))
+    return MlxFolder(new, job, quantized)
+
+
+@dataclass(kw_only=True)
+class Changes:
+    """Weights of one projection that are not OUT's. bits: of a code."""
+
+    bits: int
+    weights: int = 0
+    changed: int = 0
+
+
+def count_changes(reading: Reading, report: Callable[[int], None] = lambda done: None) -> dict[str, Changes]:
+    """Return how many weights of each projection differ. report: is given the number of projections so far."""
+    found: dict[str, Changes] = {}
+    for pair in reading.pairs():
+        one = found.setdefault(pair.part.name.rstrip("."), Changes(bits=pair.part.bits))
+        one.weights += pair.before.numel()
+        same = pair.before.shape == pair.after.shape
+        one.changed += int((pair.before != pair.after).sum()) if same else pair.before.numel()
+        report(len(found))
+    return found
