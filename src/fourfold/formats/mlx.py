@@ -6,6 +6,7 @@ mlx-vlm move convolutions and add one to norms when they load. Imports torch onl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,15 @@ def stack_name(stem: str, projection: str) -> str:
 
 
 def module_path(name: str, raw: Mapping[str, Any]) -> str:
-    """Return what mlx-lm and mlx-vlm call a module, by its name on disk. raw: config.json."""
+    """Return what mlx-lm and mlx-vlm call a module, by its name on disk. raw: config.json.
+
+    mlx-vlm looks for a draft head's by the names on disk.
+    """
     if "text_config" not in raw:
         return name
-    below = name.removeprefix("model.language_model.")
-    return f"language_model.{'model.' if below != name else ''}{below}"
+    if name.startswith("lm_head"):
+        return f"language_model.{name}"
+    return re.sub(r"^model\.language_model\.", "language_model.model.", name)
 
 
 def tensor_shapes(stacked: Shape, outputs: int, inputs: int, groups: int, bits: int) -> dict[str, tuple[str, Shape]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor
 import fourfold
 from fourfold import formats
 from fourfold.core import grid
-from fourfold.datatypes import FourfoldError, Progress, ignore
-from fourfold.formats.format import Format
+from fourfold.datatypes import FourfoldError, Progress, ignore, shortened
+from fourfold.formats.format import Format, MoreModules
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
@@ -31,8 +31,8 @@ from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.records.release import Conversion, File, Output, Scales
 from fourfold.release.contents import CONVERSION
-from fourfold.release.conversion import Job, open_job, under_temporary_name
-from fourfold.release.stored import Projection, Stored, generalized, take_stock
+from fourfold.release.conversion import Job, group_sizes, open_job, under_temporary_name
+from fourfold.release.stored import Projection, generalized, linear_modules
 from fourfold.release.verify.folder import Release
 from fourfold.release.verify.rules import config_problems
 
@@ -74,8 +74,10 @@ def convert(out: Path, new: Path, format: str, *, progress: Progress = ignore) -
         raise FourfoldError(f"format {format!r}: wanted one of {', '.join(formats.NAMES)}")
     check_new(new, out)
     job = _Job(**vars(open_job(out, progress)), format=formats.named(format))
+    plan = _plan_shards(job)
+    settings = _settings(job, [tensor for tensors in plan.values() for tensor in tensors])
     with under_temporary_name(new, job.total_bytes) as folder:
-        return _write(job, folder, new, started)
+        return _write(job, plan, settings, folder, new, started)
 
 
 @dataclass(kw_only=True)
@@ -89,15 +91,16 @@ class _Job(Job):
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _write(job: _Job, folder: Path, new: Path, started: float) -> Converted:
+def _write(
+    job: _Job, plan: Mapping[str, list[OutputTensor]], settings: dict[str, Any], folder: Path, new: Path, started: float
+) -> Converted:
     """All files of the converted release; the record of the conversion last."""
-    shards = _write_shards(job, folder)
+    shards = [write_shard(folder, name, tensors) for name, tensors in plan.items()]
     index = TensorIndex.open_shards(folder, [shard.name for shard in shards])
     for name in SIDECARS:
         if (job.index.folder / name).is_file():
             copy_file(job.index.folder / name, folder / name)
     write_text(folder / INDEX_NAME, index_json(index))
-    settings = _settings(job, take_stock(index, job.format, {}))
     write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
     converted = Converted(
         fourfold=fourfold.__version__,
@@ -126,7 +129,7 @@ def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(there - {path.name for path in folder.iterdir()}))
 
 
-def _write_shards(job: _Job, folder: Path) -> list[WrittenShard]:
+def _plan_shards(job: _Job) -> dict[str, list[OutputTensor]]:
     """A shard for each of OUT's, in the same order, numbered; each projection where its codes were."""
     shards: dict[str, list[OutputTensor]] = {}
     for projection in job.stored.projections.values():
@@ -135,12 +138,13 @@ def _write_shards(job: _Job, folder: Path) -> list[WrittenShard]:
     for name, header in job.stored.kept.items():
         shards.setdefault(header.shard, []).extend(_kept(job, name))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    return [write_shard(folder, name, shards[shard]) for name, shard in zip(names, sorted(shards), strict=True)]
+    return {name: shards[shard] for name, shard in zip(names, sorted(shards), strict=True)}
 
 
 def _projection(job: _Job, projection: Projection) -> Iterator[OutputTensor]:
     """A projection's tensors in the other format; codes and scales are read when their turn comes."""
-    before, form, sizes = job.before, job.format, (projection.outputs, projection.inputs, projection.groups)
+    before, form = job.before, job.format
+    sizes = projection.outputs, projection.inputs, projection.groups, projection.bits
     stored = form.tensor_shapes(*sizes)
     for suffix, after, read in ((before.codes, form.codes, _codes), (before.scales, form.scales, _scales)):
         dtype, shape = stored[after]
@@ -195,18 +199,29 @@ def _rows(job: _Job, name: str, start: int, size_bytes: int) -> Iterator[memoryv
 # --- what is said of it -------------------------------------------------------------------------------------------
 
 
-def _settings(job: _Job, after: Stored) -> dict[str, Any]:
-    """quantization_config: as quantize writes it, but where another tool has quantized more or less than experts."""
-    drafts = draft_prefixes(job.skeleton, after.index.headers)
-    settings = job.format.quantization_config(job.group_size, drafts)
-    quantized, kept = after.quantized_modules, after.kept_modules
+def _settings(job: _Job, tensors: Sequence[OutputTensor]) -> dict[str, Any]:
+    """quantization_config: as quantize writes it; exclusions one by one where another tool has chosen other modules.
 
-    def problems() -> list[str]:
+    tensors: all of NEW. Raises FourfoldError for modules that the format cannot tell from each other.
+    """
+    quantized = {name.rstrip("."): (one.bits, one.group_size) for name, one in job.stored.projections.items()}
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    drafts, kept = draft_prefixes(job.skeleton, shapes), linear_modules(shapes)
+
+    def problems(settings: Mapping[str, Any]) -> list[str]:
         return config_problems(job.format, settings, job.group_size, quantized=quantized, kept=kept, draft=bool(drafts))
 
-    if problems():
-        settings = job.format.excluding(settings, _exclusions(quantized, kept))
-    assert not (left := problems()), left
+    beside = group_sizes(job.stored, experts=False) or [job.group_size]
+    more = MoreModules.of({name: bits for name, (bits, _) in quantized.items()}, drafts, beside[0])
+    settings = job.format.quantization_config(job.group_size, drafts, more)
+    if problems(settings):
+        plain = job.format.quantization_config(job.group_size, drafts)
+        settings = job.format.excluding(plain, _exclusions(quantized, kept))
+        if found := problems(settings):
+            raise FourfoldError(
+                f"{job.index.folder}: no quantization_config of {job.format} fits what is quantized in it: "
+                f"{shortened(found)}. Try another --format"
+            )
     return settings
 
 

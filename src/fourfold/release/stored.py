@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.formats.format import Format
+from fourfold.formats.format import Format, Shape
 from fourfold.model.checkpoint import TensorIndex
 
 CENTRE = 0  # a zero point in the middle of the grid, as a code
@@ -51,16 +51,20 @@ class Stored:
 
     @property
     def kept_modules(self) -> list[str]:
-        """Linear modules that are not quantized, stacks of experts by their names too."""
-        return [
-            name.removesuffix(".weight")
-            for name, header in sorted(self.kept.items())
-            if len(header.shape) == 2 and name.endswith(".weight") and "embed" not in name
-        ]
+        return linear_modules({name: header.shape for name, header in self.kept.items()})
 
     def read(self, projection: Projection) -> dict[str, Tensor]:
         """All that is stored of a projection, by suffix."""
         return {suffix: self.index.read(projection.name + suffix) for suffix in projection.suffixes}
+
+
+def linear_modules(shapes: Mapping[str, Shape]) -> list[str]:
+    """Return the linear modules among tensors without codes, stacks of experts by their names too."""
+    return [
+        name.removesuffix(".weight")
+        for name, shape in sorted(shapes.items())
+        if len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+    ]
 
 
 def take_stock(index: TensorIndex, format: Format | None, settings: Mapping[str, Any]) -> Stored:
