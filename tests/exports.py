@@ -97,18 +97,18 @@ def _round_experts(tensors: dict[str, Tensor], group_size: int, compact: bool) -
     for name in list(tensors):
         draft = name.startswith(("mtp.", "model.layers.4.")) and ".experts." in name
         if EXPERT.fullmatch(name) or (compact and draft and tensors[name].ndim == 2):
-            tensors |= _rounded(name.removesuffix("weight"), tensors.pop(name), group_size)
+            tensors |= rounded(name.removesuffix("weight"), tensors.pop(name), group_size)
         elif compact and INT8.fullmatch(name):
-            tensors |= _rounded(name.removesuffix("weight"), tensors.pop(name), group_size, bits=8)
+            tensors |= rounded(name.removesuffix("weight"), tensors.pop(name), group_size, bits=8)
         elif (match := STACK.fullmatch(name.removeprefix("mtp.") if compact else name)) and tensors[name].ndim == 3:
             prefix = "mtp." if name.startswith("mtp.") else ""
             parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
             for expert, rows in enumerate(tensors.pop(name)):
                 for part, weight in zip(parts, rows.chunk(len(parts)), strict=True):
-                    tensors |= _rounded(f"{prefix}{match[1]}.{expert}.{part}.", weight, group_size)
+                    tensors |= rounded(f"{prefix}{match[1]}.{expert}.{part}.", weight, group_size)
 
 
-def _rounded(stem: str, weight_NK: Tensor, group_size: int, bits: int = 4) -> dict[str, Tensor]:
+def rounded(stem: str, weight_NK: Tensor, group_size: int, bits: int = 4) -> dict[str, Tensor]:
     """Scales of both signs: the largest weight of a group has the lowest code."""
     weight_NGK, half = weight_NK.double().unflatten(1, (-1, group_size)), 2 ** (bits - 1)
     largest_NG1 = weight_NGK.gather(2, weight_NGK.abs().argmax(2, keepdim=True))

@@ -32,6 +32,19 @@ def shipped(shipped_source: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return outs
 
 
+REST = ("attention", "linear_attention", "shared_experts", "head", "draft_dense")
+
+
+@pytest.fixture(scope="session")
+def compact(shipped_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shipped_source` with int8 modules and int4 draft experts."""
+    folder = tmp_path_factory.mktemp("compact")
+    rest = [f'scheme.rest.{part}="int8"' for part in REST]
+    settings = [*rest, 'scheme.rest.draft_experts="int4"', "solver.passes=0"]
+    releases.run(shipped_source, folder / "out", load_recipe(str(releases.write_recipe(folder)), settings))
+    return folder / "out"
+
+
 @pytest.fixture(scope="session")
 def gptqmodel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints with GPTQModel's own tensors: "symmetric" (gptq, groups of 64), "asymmetric" (gptq_v2, desc_act)."""

@@ -17,6 +17,7 @@ import releases
 from command_line import invoke
 from fourfold.release.compare import Comparison, compare
 from fourfold.release.convert import convert
+from fourfold.release.export import export
 
 CT, GPTQ, V2 = releases.FORMATS
 NAME = "model.language_model.layers.1.mlp.experts.2.down_proj."
@@ -55,6 +56,50 @@ def test_codes_and_scales(shipped: dict[str, Path], altered: Altered) -> None:
     assert not found.same
     assert (found.codes_changed, found.projections_changed, found.different) == (6, 1, [])
     assert (found.scales.changed, found.scales.largest) == (1, 0.5)
+
+
+def test_int8_codes_and_scales(compact: Path, altered: Altered, tmp_path: Path) -> None:
+    """Counted beside int4 ones, whatever the storage."""
+    stem = "model.language_model.layers.0.linear_attn.in_proj_z."
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{stem}qweight"].view(torch.uint8).view(-1)[:3] ^= 1  # a code of each byte
+        tensors[f"{stem}scales"].view(-1)[7] *= 1.5
+
+    convert(compact, tmp_path / "new", GPTQ)
+    same = compare(compact, tmp_path / "new")
+    assert same.same and same.codes == sum(value.numel() for value in weights(compact).values())
+    found = edited(compact, change, tmp_path / "new")
+    assert (found.projections, found.int8) == (len(weights(compact)), same.int8) and found.int8 > 10
+    assert (found.codes_changed, found.projections_changed, found.different) == (3, 1, [])
+    assert (found.scales.changed, found.scales.largest) == (1, 0.5)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found = releases.tensors(folder)
+    stems = [name.removesuffix("weight_packed") for name in found if name.endswith("weight_packed")]
+    return {stem: releases.dequantize(found, stem) for stem in stems}
+
+
+def test_compact_beside_int4_experts_alone(compact: Path, shipped: dict[str, Path]) -> None:
+    """Modules that are int8 in one and BF16 in the other have a weight error; so have draft experts."""
+    found, plain = compare(compact, shipped[CT]), releases.tensors(shipped[CT])
+    assert (found.projections, found.int8, found.only_first, found.only_second, found.different) == (24, 0, [], [], [])
+    errors = {}
+    for stem, weight in weights(compact).items():
+        if f"{stem}weight" in plain:
+            wanted = plain[f"{stem}weight"].double()
+            errors[stem.rstrip(".")] = float((weight - wanted).norm() / wanted.norm())
+    assert found.errors.projections == len(errors) == len(weights(compact)) - 24
+    assert found.errors.mean == pytest.approx(fmean(errors.values()), rel=1e-5) and "mtp." in found.errors.worst_name
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_exports_of_compact(compact: Path, shipped: dict[str, Path], tmp_path: Path, form: str) -> None:
+    export(compact, tmp_path / "new", form)
+    found = compare(compact, tmp_path / "new")
+    assert found.same and found.projections == len(weights(compact)) and found.int8 > 10
+    assert not compare(tmp_path / "new", shipped[CT]).same
 
 
 def test_names(shipped: dict[str, Path], altered: Altered) -> None:

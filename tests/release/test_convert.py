@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoints
+import exports
 import foreign
 import releases
 from fourfold.datatypes import FourfoldError
@@ -24,6 +26,7 @@ from fourfold.release.convert import convert
 from fourfold.release.verify.run import verify
 
 CT, GPTQ, V2 = releases.FORMATS
+O_PROJ = "model.layers.0.self_attn.o_proj"
 PROJECTION = "model.language_model.layers.0.mlp.experts.1.up_proj."
 Altered = Callable[[Path], Path]
 
@@ -150,11 +153,77 @@ def test_more_than_experts_is_quantized(tmp_path: Path) -> None:
         found = convert(old, tmp_path / form, form)
         assert found.projections == 14
         settings = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
-        excluded = settings.get("ignore") or list(settings["dynamic"])
-        assert not any(r"self_attn\..*" in pattern for pattern in excluded)
-        assert any(r"self_attn\.q_proj" in pattern for pattern in excluded)
-        assert any("mtp" in pattern for pattern in excluded)
-        assert not any(r"mlp\.experts" in pattern for pattern in excluded if "mtp" not in pattern)
+        assert excluded_by(settings, f"{stem}q_proj", "mtp.layers.0.mlp.experts.0.up_proj", "lm_head")
+        assert not excluded_by(settings, f"{stem}k_proj", f"{stem}v_proj", PROJECTION.rstrip("."))
+
+
+def excluded_by(settings: dict[str, Any], *modules: str) -> bool:
+    """Whether exclusions match all of some modules; none if not."""
+    patterns = [one[3:] for one in settings.get("ignore") or ()]
+    patterns += [key[2:] for key in settings.get("dynamic") or () if key.startswith("-:")]
+    found = {any(re.match(pattern, module) for pattern in patterns) for module in modules}
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.mark.parametrize("form", releases.FORMATS)
+def test_one_layer_has_more_than_experts(tmp_path: Path, form: str) -> None:
+    """Names alone cannot tell the module of one layer from that of another: exclusions one by one."""
+    old = exports.release(tmp_path / "old", "qwen3_moe", 64)
+
+    def attention(tensors: dict[str, Tensor]) -> None:
+        tensors |= exports.rounded(f"{O_PROJ}.", tensors.pop(f"{O_PROJ}.weight"), 64)
+
+    checkpoints.edit(old, attention)
+    assert convert(old, tmp_path / "new", form).projections == 25
+    settings = releases.read_json(tmp_path / "new" / "config.json")["quantization_config"]
+    assert excluded_by(settings, O_PROJ.replace("0", "1"), "model.layers.0.self_attn.q_proj", "lm_head")
+    assert not excluded_by(settings, O_PROJ, "model.layers.1.mlp.experts.0.up_proj")
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors |= exports.rounded(f"{O_PROJ}.", releases.dequantize(tensors, f"{O_PROJ}."), 64, bits=8)
+
+    checkpoints.edit(old, widen)
+    group = {"group_1": {"targets": [f"re:{re.escape(O_PROJ)}"], "weights": {"num_bits": 8, "group_size": 64}}}
+    group["group_1"]["weights"] |= {"type": "int", "symmetric": True, "strategy": "group"}
+    checkpoints.edit_json(old / "config.json", lambda raw: raw["quantization_config"]["config_groups"].update(group))
+    assert "no quantization_config of" in refused(old, tmp_path / "int8", form)
+
+
+# --- int8 beside int4 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", releases.FORMATS[1:])
+def test_compact_there_and_back(compact: Path, tmp_path: Path, form: str) -> None:
+    """The same codes of 4 and 8 bits and scales in the other format; the way back gives the same bytes."""
+    found = convert(compact, tmp_path / "new", form)
+    assert found.scales.changed == 0
+    before, after = releases.tensors(compact), releases.tensors(tmp_path / "new")
+    stems = [name.removesuffix("weight_packed") for name in before if name.endswith("weight_packed")]
+    assert found.projections == len(stems) and "lm_head." in stems and any(name.startswith("mtp.") for name in stems)
+    widths = set()
+    for stem in stems:
+        codes, scales = releases.codes_and_scales(before, stem)
+        widths.add(int(codes.min()))
+        assert all(map(torch.equal, (codes, scales), releases.codes_and_scales(after, stem))), stem
+    assert min(widths) < -100 and max(widths) == -8
+    assert verify(tmp_path / "new").passed
+    convert(tmp_path / "new", tmp_path / "back", CT)
+    for name in ("config.json", *(path.name for path in compact.glob("*.safetensors"))):
+        assert (tmp_path / "back" / name).read_bytes() == (compact / name).read_bytes(), name
+
+
+def test_drafts_of_which_vllm_takes_all_or_none(tmp_path: Path) -> None:
+    out = exports.release(tmp_path / "out", "qwen3_5_moe", compact=True)
+    stem = "mtp.layers.0.self_attn.q_proj."
+
+    def keep(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{stem}weight"] = releases.dequantize(tensors, stem).bfloat16()
+        for suffix in ("packed", "scale", "shape"):
+            del tensors[f"{stem}weight_{suffix}"]
+
+    checkpoints.edit(out, keep)
+    assert "mtp" in refused(out, tmp_path / "new", GPTQ)
 
 
 def test_a_projection_over_two_shards(tmp_path: Path) -> None:

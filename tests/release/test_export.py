@@ -203,6 +203,158 @@ def test_what_llama_cpp_has_no_code_for(qwen3: Path, tmp_path: Path, monkeypatch
     assert "the package gguf is not installed" in refused(qwen3, tmp_path / "new", "gguf")
 
 
+# --- int8 beside int4 -----------------------------------------------------------------------------------------------
+
+QKV, Z, OUT_PROJ = (
+    f"model.language_model.layers.0.linear_attn.{name}." for name in ("in_proj_qkv", "in_proj_z", "out_proj")
+)
+
+
+def dequantized(folder: Path) -> dict[str, Tensor]:
+    """Every weight with codes, by name with a dot at its end, in float64."""
+    found = releases.tensors(folder)
+    stems = [name.removesuffix("weight_packed") for name in found if name.endswith("weight_packed")]
+    return {stem: releases.dequantize(found, stem) for stem in stems}
+
+
+def q8_0(data: Any) -> Tensor:
+    """Q8_0 rows in bytes as weights in float64, by docs/formats.md: a scale in fp16, 32 codes in int8."""
+    block = torch.from_numpy(data.copy()).unflatten(-1, (-1, 34))
+    scale = block[..., :2].contiguous().view(torch.float16).double()
+    return (block[..., 2:].contiguous().view(torch.int8).double() * scale).flatten(-2)
+
+
+def tiled(value: Tensor, axis: int = 0) -> Tensor:
+    """Rows or columns of 2 K heads with 2 V heads of 32 each, by V head first."""
+    return value.unflatten(axis, (2, 2, -1)).transpose(axis, axis + 1).flatten(axis, axis + 2)
+
+
+def gguf_tensors(new: Path) -> dict[str, Any]:
+    (path,) = new.glob("*.gguf")
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_mlx_of_compact(compact: Path, tmp_path: Path) -> None:
+    """Words of 8 bits as they are, biases of -128 scales; config.json names each module by its path in MLX."""
+    found = export(compact, tmp_path / "new", "mlx")
+    old, new = releases.tensors(compact), releases.tensors(tmp_path / "new")
+    modules = [stem for stem in dequantized(compact) if ".experts." not in stem]
+    assert (found.int8, found.projections) == (len(modules), len(dequantized(compact)))
+    for stem in modules:
+        assert torch.equal(new[f"{stem}weight"].view(torch.int32), old[f"{stem}weight_packed"])
+        assert torch.equal(new[f"{stem}scales"], old[f"{stem}weight_scale"])
+        assert torch.equal(new[f"{stem}biases"].double(), -128 * old[f"{stem}weight_scale"].double())
+    stem = "mtp.layers.0.mlp.experts.3.up_proj.weight_packed"
+    assert torch.equal(new["mtp.layers.0.mlp.switch_mlp.up_proj.weight"][3].view(torch.int32), old[stem])
+    settings = releases.read_json(tmp_path / "new" / "config.json")["quantization"]
+    paths = {stem.rstrip(".").replace("model.language_model", "language_model.model") for stem in modules}
+    paths = {path.replace("lm_head", "language_model.lm_head") for path in paths}
+    eight = {"group_size": 128, "bits": 8, "mode": "affine"}
+    assert settings == {"group_size": 128, "bits": 4, "mode": "affine"} | dict.fromkeys(paths, eight)
+
+
+@pytest.mark.parametrize("rest", ["bf16", "q8_0"])
+def test_gguf_of_compact(compact: Path, tmp_path: Path, rest: str) -> None:
+    """int8 as Q8_0 without rounding, V heads in llama.cpp's order, whatever becomes of matrices without codes."""
+    found = export(compact, tmp_path / "new", "gguf", options=Options(rest=rest))
+    wanted, new = dequantized(compact), gguf_tensors(tmp_path / "new")
+    assert not any("dequantized" in note for note in found.notes)
+    qkv = torch.cat([wanted[QKV][:128], tiled(wanted[QKV][128:])])
+    names = {
+        "blk.0.attn_qkv": qkv, "blk.0.attn_gate": tiled(wanted[Z]), "blk.0.ssm_out": tiled(wanted[OUT_PROJ], axis=1),
+        "output": wanted["lm_head."], "blk.2.attn_q": wanted["mtp.layers.0.self_attn.q_proj."],
+        "blk.1.ffn_down_shexp": wanted["model.language_model.layers.1.mlp.shared_expert.down_proj."],
+    }  # fmt: skip
+    for name, weight in names.items():
+        tensor = new[f"{name}.weight"]
+        assert tensor.tensor_type.name == "Q8_0" and torch.equal(q8_0(tensor.data), weight), name
+    stack = new["blk.2.ffn_gate_exps.weight"]
+    for expert in range(4):
+        weight = wanted[f"mtp.layers.0.mlp.experts.{expert}.gate_proj."]
+        assert stack.tensor_type.name == "Q4_0" and torch.equal(blocks(stack.data[expert]), weight)
+    assert new["token_embd.weight"].tensor_type.name == ("Q8_0" if rest == "q8_0" else "BF16")
+    assert verify(tmp_path / "new", source=compact).passed
+
+
+def test_gguf_of_compact_without_drafts(compact: Path, tmp_path: Path) -> None:
+    found = export(compact, tmp_path / "new", "gguf", options=Options(mtp=False))
+    drafts = [stem for stem in dequantized(compact) if stem.startswith("mtp.")]
+    assert found.projections == len(dequantized(compact)) - len(drafts)
+    assert not any(name.startswith("blk.2.") for name in gguf_tensors(tmp_path / "new"))
+    assert verify(tmp_path / "new", source=compact).passed
+
+
+def test_heads_that_divide_groups(tmp_path: Path) -> None:
+    """Columns of V heads of 16 leave their groups of 32, which cannot be done with codes and scales."""
+    out = exports.release(tmp_path / "out", "qwen3_5_moe", 32, compact=True)
+    shape = {"linear_value_head_dim": 16, "linear_num_value_heads": 8}
+    checkpoints.edit_json(out / "config.json", lambda raw: raw["text_config"].update(shape))
+
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "linear_attn." in name]:
+            below = name.partition("linear_attn.")[2]
+            if below in ("A_log", "dt_bias", "in_proj_a.weight", "in_proj_b.weight"):
+                tensors[name] = tensors[name].repeat_interleave(2, dim=0)
+            elif below == "norm.weight":
+                tensors[name] = tensors[name][:16]
+
+    checkpoints.edit(out, narrow)
+    found = export(out, tmp_path / "new", "gguf")
+    (note,) = (note for note in found.notes if "dequantized" in note)
+    assert "1 modules with codes were dequantized and rounded to bf16" in note and note.endswith(OUT_PROJ.rstrip("."))
+    tensor = gguf_tensors(tmp_path / "new")["blk.0.ssm_out.weight"]
+    heads = dequantized(out)[OUT_PROJ].unflatten(1, (2, 4, 16)).transpose(1, 2).flatten(1)
+    assert tensor.tensor_type.name == "BF16"
+    assert torch.equal(torch.from_numpy(tensor.data.copy()).view(torch.bfloat16), heads.float().bfloat16())
+    assert verify(tmp_path / "new", source=out).passed
+
+
+def exchange_scales(block: Any) -> None:
+    block[[0, 4], :2] = block[[4, 0], :2]  # of two rows: the four blocks of a group have one
+
+
+def shift_a_code(block: Any) -> None:
+    block[5, 2 + 7] += 1
+
+
+def untile_codes(block: Any) -> None:
+    """V heads of attn_gate as they lie in the release, their scales in llama.cpp's order."""
+    codes = block[:, 2:].reshape(2, 2, -1)
+    block[:, 2:] = codes.swapaxes(0, 1).reshape(block[:, 2:].shape)
+
+
+@pytest.mark.parametrize("change", [exchange_scales, shift_a_code, untile_codes])
+def test_verify_sees_a_wrong_q8_0(compact: Path, tmp_path: Path, change: Callable[[Any], None]) -> None:
+    export(compact, tmp_path / "new", "gguf")
+    (path,) = (tmp_path / "new").glob("*.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_gate.weight")
+    change(tensor.data.reshape(-1, 34))
+    reader.data.flush()
+    checks = verify(tmp_path / "new", source=compact).checks
+    failed = {check.name: check.evidence for check in checks if str(check.status) == "fail"}
+    assert failed.keys() == {"sha256", "codes and scales"}
+    assert Z.rstrip(".") in failed["codes and scales"]
+    assert ("in_proj_z: 1 of" in failed["codes and scales"]) == (change is shift_a_code)
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_verify_sees_a_wrong_module_for_mlx(compact: Path, tmp_path: Path, part: str) -> None:
+    export(compact, tmp_path / "new", "mlx")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        value = tensors[f"{Z}{part}"].view(torch.int32 if part == "weight" else torch.bfloat16)
+        value[3] = value[4]
+
+    checkpoints.edit(tmp_path / "new", change)
+    settings = lambda raw: raw["quantization"].pop("language_model.lm_head")  # noqa: E731
+    checkpoints.edit_json(tmp_path / "new" / "config.json", settings)
+    checks = verify(tmp_path / "new", source=compact).checks
+    failed = {check.name: check.evidence for check in checks if str(check.status) == "fail"}
+    assert failed.keys() == {"sha256", "settings", "codes and scales"}
+    assert "in_proj_z: 128 of 16,384 weights are not OUT's" in failed["codes and scales"]
+
+
 # --- inspect, compare -----------------------------------------------------------------------------------------------
 
 
@@ -240,25 +392,16 @@ def test_scales_that_the_format_cannot_hold(shipped: dict[str, Path], tmp_path: 
     assert "scales are no bfloat16 values" in refused(shipped["fp16"], tmp_path / "new")
 
 
-def test_more_or_less_than_experts(qwen3: Path, tmp_path: Path) -> None:
+def test_experts_that_are_not_int4(qwen3: Path, tmp_path: Path) -> None:
     stem = "model.layers.1.mlp.experts.2.down_proj."
-
-    def attention(tensors: dict[str, Tensor]) -> None:
-        for suffix in ("packed", "scale", "shape"):
-            tensors[f"model.layers.0.self_attn.o_proj.weight_{suffix}"] = tensors[f"{stem}weight_{suffix}"].clone()
-        rows = tensors.pop("model.layers.0.self_attn.o_proj.weight").shape[0]
-        assert rows == 256
-
-    one = edited(qwen3, tmp_path / "one", attention)
-    assert "model.layers.0.self_attn.o_proj is int4" in refused(one, tmp_path / "new")
 
     def less(tensors: dict[str, Tensor]) -> None:
         tensors[f"{stem}weight"] = releases.dequantize(tensors, stem).bfloat16()
         for suffix in ("packed", "scale", "shape"):
             del tensors[f"{stem}weight_{suffix}"]
 
-    two = edited(qwen3, tmp_path / "two", less)
-    assert f"{stem.rstrip('.')} is not int4" in refused(two, tmp_path / "new")
+    out = edited(qwen3, tmp_path / "out", less)
+    assert f"{stem.rstrip('.')} is not int4" in refused(out, tmp_path / "new")
 
 
 @pytest.mark.parametrize(
