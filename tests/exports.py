@@ -124,11 +124,12 @@ def rounded(stem: str, weight_NK: Tensor, group_size: int, bits: int = 4) -> dic
 
 
 def stretch_scales(folder: Path) -> Path:
-    """Give one projection of a release the largest and the smallest scales that are allowed, of both signs."""
+    """Give an expert and another module the largest and the smallest scales that are allowed, of both signs."""
 
     def change(tensors: dict[str, Tensor]) -> None:
-        name = min(name for name in tensors if name.endswith("weight_scale"))
-        tensors[name][:4] = torch.tensor([[65280.0], [-65280.0], [2.0**-17], [-(2.0**-17)]])
+        names = [name for name in tensors if name.endswith("weight_scale")]
+        for name in {min(names), min(name for name in names if ".experts." in name)}:
+            tensors[name][:4] = torch.tensor([[65280.0], [-65280.0], [2.0**-17], [-(2.0**-17)]])
 
     checkpoints.edit(folder, change)
     return folder

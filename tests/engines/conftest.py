@@ -62,12 +62,16 @@ def made(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="session")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor]]:
-    """rounded(family): a small release of it, and what transformers gives for exports.TOKENS in fp32; made once."""
+    """rounded(family): a small release of it, and what transformers gives for exports.TOKENS in fp32; made once.
+
+    "compact FAMILY" has int8 beside the experts.
+    """
     folder, found = tmp_path_factory.mktemp("families"), dict[str, tuple[Path, Tensor]]()
 
     def make(family: str) -> tuple[Path, Tensor]:
         if family not in found:
-            out = exports.release(folder / family, family)
+            kind, compact = family.removeprefix("compact "), family.startswith("compact ")
+            out = exports.release(folder / family, kind, compact=compact)
             found[family] = out, exports.logprobs(out, folder / "fp32")
         return found[family]
 

@@ -81,9 +81,15 @@ def ask(python: Path, model: Path, scratch: Path, **options: Any) -> Answer:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_every_weight_by_gguf_itself(tmp_path: Path, group_size: int) -> None:
     """Scales of both signs, the largest and smallest among them: 0 differences."""
-    out = exports.stretch_scales(exports.release(tmp_path / "out", "qwen3_moe", group_size))
+    out = exports.stretch_scales(exports.release(tmp_path / "out", "qwen3_moe", group_size, compact=True))
     export(out, tmp_path / "new", "gguf")
     wanted, found = exports.dequantized(out), read(only(tmp_path / "new"))
+    modules = {"output": "lm_head", "blk.1.attn_q": "model.layers.1.self_attn.q_proj"}
+    for name, module in modules.items():
+        tensor = found[f"{name}.weight"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        assert torch.equal(weight, wanted[f"{module}.weight"])
     for layer in range(2):
         for part in ("gate", "up", "down"):
             tensor = found[f"blk.{layer}.ffn_{part}_exps.weight"]
@@ -93,7 +99,10 @@ def test_every_weight_by_gguf_itself(tmp_path: Path, group_size: int) -> None:
                 assert torch.equal(torch.from_numpy(weight), wanted[name])
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+COMPACT = [f"compact {family}" for family in ("qwen3_5_moe", "qwen3_next", "glm4_moe")]
+
+
+@pytest.mark.parametrize("family", [*ARCHITECTURES, *COMPACT])
 def test_numbers_are_those_of_transformers(python: Find, rounded: Rounded, tmp_path: Path, family: str) -> None:
     out, wanted = rounded(family)
     export(out, tmp_path / "new", "gguf")

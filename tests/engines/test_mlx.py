@@ -49,20 +49,23 @@ def logprobs(python: Path, engine: str, folders: list[Path], scratch: Path) -> l
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_every_weight_by_mlx_itself(python: Find, tmp_path: Path, group_size: int) -> None:
     """Scales of both signs, the largest and smallest among them: 0 differences."""
-    out = exports.stretch_scales(exports.release(tmp_path / "out", "qwen3_moe", group_size))
+    out = exports.stretch_scales(exports.release(tmp_path / "out", "qwen3_moe", group_size, compact=True))
     export(out, tmp_path / "new", "mlx")
     target = tmp_path / "weights.safetensors"
     dequantize = [str(python("mlx")), str(HERE / "mlx_dequantize.py"), str(tmp_path / "new"), str(target)]
     subprocess.run(dequantize, check=True, timeout=300)
     found, wanted = load_file(target), exports.dequantized(out)
-    assert len(found) == 6
+    modules = [name for name in found if ".switch_mlp." not in name]
+    assert len(modules) == 9 and len(found) == 6 + 9
+    for name in modules:
+        assert torch.equal(found.pop(name), wanted[name])
     for name, stack in found.items():
         before, _, part = name.partition(".switch_mlp.")
         for expert, weight in enumerate(stack):
             assert torch.equal(weight, wanted[f"{before}.experts.{expert}.{part}"])
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", [*MODEL_TYPES, "compact qwen3_5_moe", "compact glm4_moe"])
 def test_numbers_are_those_of_transformers(python: Find, rounded: Rounded, tmp_path: Path, family: str) -> None:
     out, wanted = rounded(family)
     export(out, tmp_path / "new", "mlx")
@@ -70,6 +73,19 @@ def test_numbers_are_those_of_transformers(python: Find, rounded: Rounded, tmp_p
     wide, shipped = logprobs(python("mlx"), "mlx_lm", folders, tmp_path)
     assert exports.divergence(wanted, wide) < 1e-9
     assert exports.divergence(wanted, shipped) < 1e-2
+
+
+def test_int8_in_mlx_vlm(python: Find, rounded: Rounded, tmp_path: Path) -> None:
+    """It goes by config.json's names of modules; so does the drafter that it makes of the draft head."""
+    out, wanted = rounded("compact qwen3_5_moe")
+    export(out, tmp_path / "new", "mlx")
+    (found,) = logprobs(python("mlx"), "mlx_vlm", [widen(tmp_path / "new", tmp_path / "wide")], tmp_path)
+    assert exports.divergence(wanted, found) < 1e-9
+    split = [str(python("mlx")), "-m", "mlx_vlm.split_mtp", "--model", str(tmp_path / "new"), "--output"]
+    subprocess.run([*split, str(tmp_path / "drafter")], check=True, capture_output=True, timeout=300)
+    settings = releases.read_json(tmp_path / "drafter" / "config.json")["quantization"]
+    assert settings["layers.0.self_attn.q_proj"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    assert (settings["bits"], settings["group_size"]) == (4, 32)
 
 
 def run(*arguments: object) -> int:
