@@ -65,3 +65,8 @@ def clock_text(seconds: float) -> str:
 def stages(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
     """Longest first."""
     return sorted(seconds.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def projections_text(count: int, int8: int) -> str:
+    """Return how many projections have codes of which bits. int8: of `count`."""
+    return f"{count - int8:,} int4 and {int8:,} int8 projections" if int8 else f"{count:,} projections"

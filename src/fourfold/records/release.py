@@ -169,8 +169,8 @@ class Origin(Struct, frozen=True, kw_only=True):
 
 
 class Export(Record, frozen=True, kw_only=True):
-    """conversion.json of what engines of their own read. int8: of the projections, int4 all others; group_size: of
-    experts; release: None if OUT is not fourfold's.
+    """conversion.json of what engines of their own read. int8: of the projections, int4 all others; rounded: modules
+    with codes in OUT that could not keep them; group_size: of experts; release: None if OUT is not fourfold's.
     """
 
     FIX = "Convert the release again"
@@ -180,6 +180,7 @@ class Export(Record, frozen=True, kw_only=True):
     after: str
     projections: Count
     int8: Count = 0
+    rounded: Count = 0
     group_size: Count
     content: str
     settings: dict[str, bool | int | str]
@@ -194,6 +195,11 @@ class Export(Record, frozen=True, kw_only=True):
     def rest(self) -> str:
         """What matrices without codes are stored as: "bf16" as in OUT."""
         return str(self.settings.get("rest", "bf16"))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every weight is OUT's."""
+        return self.rest == "bf16" and not self.rounded
 
     @property
     def has_drafts(self) -> bool:

@@ -204,8 +204,7 @@ def _settings(job: _Job, tensors: Sequence[OutputTensor]) -> dict[str, Any]:
 
     tensors: all of NEW. Raises FourfoldError for modules that the format cannot tell from each other.
     """
-    quantized = {name.rstrip("."): (one.bits, one.group_size) for name, one in job.stored.projections.items()}
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    quantized, shapes = job.stored.quantized_modules, {tensor.name: tensor.shape for tensor in tensors}
     drafts, kept = draft_prefixes(job.skeleton, shapes), linear_modules(shapes)
 
     def problems(settings: Mapping[str, Any]) -> list[str]:

@@ -82,14 +82,15 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
         require_gguf()
         plan = GgufPlan(job, quantized, rest=options.rest, mtp=options.mtp)
         check_scales(job, torch.float16, gguf.TITLE)
-        size, notes, settings = plan.size_bytes, plan.notes(), dataclasses.asdict(options) | {"mtp": plan.drafts > 0}
+        size, rounded = plan.size_bytes, len(plan.rounded)
+        notes, settings = plan.notes(), dataclasses.asdict(options) | {"mtp": plan.drafts > 0}
         write = partial(plan.write, shard_bytes=options.shard_bytes)
-        parts = [part for placed in plan.placed.values() for part in placed.parts]
+        parts = {part.name: part for placed in plan.placed.values() for part in placed.parts}
     else:
         check_mlx(job)
         check_scales(job, torch.bfloat16, mlx.TITLE)
-        size, notes, settings = job.total_bytes, (), {}
-        write, parts = partial(write_mlx, job, quantized), [*job.stored.projections.values()]
+        size, rounded, notes, settings = job.total_bytes, 0, (), {}
+        write, parts = partial(write_mlx, job, quantized), {**job.stored.projections}
     with under_temporary_name(new, size) as folder:
         write(folder)
         if format == gguf.NAME and (out / LICENCE).is_file():  # MLX has it among the sidecars
@@ -103,7 +104,8 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
             before=job.before.name,
             after=format,
             projections=len(parts),
-            int8=sum(part.bits == 8 for part in parts),
+            int8=sum(part.bits == 8 for part in parts.values()),
+            rounded=rounded,
             group_size=job.group_size,
             files={name: File(size, sha256) for name, (sha256, size) in hashes.items()},
             content=job.content,

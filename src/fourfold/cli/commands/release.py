@@ -139,7 +139,7 @@ def convert(
         out: int4 release of any maker: local path or Hugging Face model ID.
         new: Folder to write: new or empty.
         format: Format of NEW.
-        rest: gguf: data type of matrices other than experts. Default: bf16, unchanged; the others round.
+        rest: gguf: data type of matrices that are not quantized. Default: bf16, unchanged; the others round.
         mtp: gguf: include the draft (MTP) head. Ollama 0.21 to 0.24 cannot load it: use --no-mtp.
         shard_size: gguf: largest size of a file, as in 40GB. Default: one file.
 

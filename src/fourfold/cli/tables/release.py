@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fourfold.cli.console import grid, paragraphs, plain, say, show_facts, show_table, warn
 from fourfold.formats import EXPORTS
-from fourfold.units import FIGURES, clock_text, figure_text
+from fourfold.units import FIGURES, clock_text, figure_text, projections_text
 
 if TYPE_CHECKING:
     from fourfold.records.release import Export
@@ -82,8 +82,8 @@ def show_converted(console: Console, found: Converted) -> None:
 def show_exported(console: Console, found: Exported) -> None:
     """Show the result of an export to GGUF or MLX, its notes, and the next command."""
     facts = [
-        ("output", f"{found.new}: {found.before} -> {found.after}, {count_text(found)}"),
-        ("exact", f"codes and scales{', and every other tensor' if found.rest == 'bf16' else ''}"),
+        ("output", f"{found.new}: {found.before} -> {found.after}, {projections_text(found.projections, found.int8)}"),
+        ("exact", f"codes and scales{', and every other tensor' if found.is_exact else ''}"),
         ("size", f"{decimal(found.bytes_before)} of tensors -> {decimal(found.bytes_after)} of files"),
         ("time", clock_text(found.seconds)),
         *(("note", note) for note in found.notes),
@@ -98,7 +98,7 @@ def show_export(console: Console, folder: str, record: Export) -> None:
     scales = f"one scale for {record.group_size} inputs, as in the release"
     facts = [
         (plain(folder), f"{record.after}, from {record.before}; made by fourfold {record.fourfold}"),
-        ("quantized", f"{count_text(record)}, {scales}"),
+        ("quantized", f"{projections_text(record.projections, record.int8)}, {scales}"),
         ("size", f"{decimal(record.bytes_after)} in {len(files):,} files"),
     ]
     if record.settings:
@@ -108,12 +108,6 @@ def show_export(console: Console, folder: str, record: Export) -> None:
     facts.append((engine, f"loads it: fourfold serve {plain(folder)} --print"))
     facts.append(("others", "do not load it: vLLM, SGLang and transformers load the release"))
     show_facts(console, facts)
-
-
-def count_text(found: Comparison | Export) -> str:
-    """Return how many projections have codes of which bits."""
-    int4 = found.projections - found.int8
-    return f"{int4:,} int4 and {found.int8:,} int8 projections" if found.int8 else f"{int4:,} projections"
 
 
 NAMES_SHOWN = 8
@@ -129,7 +123,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     ]
     if found.projections:
         facts += [
-            ("quantized in both", f"{count_text(found)}, {found.projections_changed:,} with other codes"),
+            ("quantized in both", f"{projections_text(found.projections, found.int8)}, {found.projections_changed:,} with other codes"),
             ("codes changed" if scales.total else "weights changed", f"{found.codes_changed:,} of {found.codes:,}"),
         ]
     if scales.total:  # of GGUF and MLX dequantized weights are compared, codes and scales together

@@ -26,6 +26,7 @@ from fourfold.units import FIGURES, figure_text, size
 
 ENGINES = {gguf.NAME: "llama.cpp, Ollama and LM Studio", mlx.NAME: "mlx-lm, mlx-vlm and LM Studio"}
 STORED = {gguf.NAME: "GGUF Q4_0, 4.5 bits per weight", mlx.NAME: "MLX affine, 4 bits"}
+STORED_INT8 = {gguf.NAME: "int8 as Q8_0, 8.5 bits per weight", mlx.NAME: "int8 as MLX affine, 8 bits"}
 NOTES = {gguf.NAME: "The file has the text model alone: for images llama.cpp needs an mmproj file of the base model."}
 
 
@@ -95,9 +96,11 @@ def _facts(record: Export, about: About, verdict: Verdict | None) -> Iterator[tu
     """What it is: (name, fact)."""
     recipe = f", recipe {record.release.recipe}" if record.release else ""
     yield "base model", base_link(about) or "not stated"
-    yield "quantized", f"{record.projections:,} expert projections, int4, groups of {record.group_size}{recipe}"
-    yield "stored as", f"{STORED[record.after]}; codes and scales are copied from the release"
-    yield "other tensors", "as in the release" if record.rest == "bf16" else f"matrices are rounded to {record.rest}"
+    int4 = f"{record.projections - record.int8:,} expert projections, int4, groups of {record.group_size}"
+    yield "quantized", f"{int4}{f'; {record.int8:,} others, int8' if record.int8 else ''}{recipe}"
+    stored = f"{STORED[record.after]}{f'; {STORED_INT8[record.after]}' if record.int8 else ''}"
+    yield "stored as", f"{stored}; codes and scales are copied from the release"
+    yield "other tensors", "as in the release" if record.is_exact else f"matrices are rounded to {record.rest}"
     if record.settings:
         yield "draft head (MTP)", "kept" if record.has_drafts else "none"
     yield "converted by", f"fourfold {record.fourfold}, from {record.before}"
@@ -111,7 +114,7 @@ def _facts(record: Export, about: About, verdict: Verdict | None) -> Iterator[tu
 def _quality(record: Export) -> dict[str, Any]:
     """Return the release's figures, if these files have its weights unchanged."""
     found = record.release and record.release.quality
-    if not found or record.rest != "bf16":
+    if not found or not record.is_exact:
         return {"quality": None}
     ends = found.intervals or {}
     rows = [(name, figure_text(key, getattr(found.summary, key), ends.get(key))) for key, (name, _) in FIGURES.items()]
