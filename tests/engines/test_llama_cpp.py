@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
 CT = releases.FORMATS[0]
 VOCABULARY = checkpoints.VOCABULARY
-Made, Find, Rounded = Callable[[str], Path], Callable[[str], Path], Callable[[str], tuple[Path, Tensor]]
+Made, Find, Rounded = Callable[..., Path], Callable[[str], Path], Callable[[str], tuple[Path, Tensor]]
 Change = Callable[[str, numpy.ndarray], numpy.ndarray]
 FLOATS = gguf.GGMLQuantizationType.F32
 
@@ -173,6 +173,14 @@ def test_the_example(verified: tuple[int, dict[str, Any]]) -> None:
     assert checks["KL divergence"]["data"]["mean"] < 1e-3
     drafts = checks["same tokens with MTP"]["data"]
     assert 0 < drafts["accepted"] <= drafts["drafted"]
+
+
+def test_compact(made: Made, python: Find, tmp_path: Path) -> None:
+    """int8 modules and drafts by int4 experts, in the engine."""
+    assert run("convert", made(CT, "compact"), tmp_path / "new", "--format", "gguf") == 0
+    code, checks = verify(tmp_path / "new", made(CT, "compact"), python)
+    assert code == 0 and {check["status"] for check in checks.values()} == {"pass"}
+    assert checks["KL divergence"]["data"]["mean"] < 1e-3 and checks["same tokens with MTP"]["data"]["accepted"]
 
 
 def test_report_and_publish(exported: Path, verified: tuple[int, dict[str, Any]], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
 CT = releases.FORMATS[0]
-Made, Find, Rounded = Callable[[str], Path], Callable[[str], Path], Callable[[str], tuple[Path, Tensor]]
+Made, Find, Rounded = Callable[..., Path], Callable[[str], Path], Callable[[str], tuple[Path, Tensor]]
 
 
 def widen(folder: Path, new: Path) -> Path:
@@ -122,6 +122,13 @@ def test_the_example(
     wanted = exports.logprobs(made(CT), tmp_path / "fp32")
     for found in logprobs(python("mlx"), "mlx_vlm", [exported, made(CT)], tmp_path):
         assert exports.divergence(wanted, found) < 1e-2
+
+
+def test_compact(made: Made, python: Find, tmp_path: Path) -> None:
+    assert run("convert", made(CT, "compact"), tmp_path / "new", "--format", "mlx") == 0
+    code, checks = verify(tmp_path / "new", made(CT, "compact"), python)
+    assert code == 0 and {check["status"] for check in checks.values()} == {"pass"}
+    assert checks["KL divergence"]["data"]["mean"] < 1e-2
 
 
 def test_report_and_publish(exported: Path, verified: tuple[int, dict[str, Any]], tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def show_comparison(console: Console, found: Comparison) -> None:
     ]
     if found.projections:
         facts += [
-            ("quantized in both", f"{projections_text(found.projections, found.int8)}, {found.projections_changed:,} with other codes"),
+            (
+                "quantized in both",
+                f"{projections_text(found.projections, found.int8)}, {found.projections_changed:,} with other codes",
+            ),
             ("codes changed" if scales.total else "weights changed", f"{found.codes_changed:,} of {found.codes:,}"),
         ]
     if scales.total:  # of GGUF and MLX dequantized weights are compared, codes and scales together
