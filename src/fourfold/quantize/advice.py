@@ -30,6 +30,7 @@ QUANTIZED_HEAD = (
     f"the output head ({HEAD}) is quantized: SGLang makes no drafts with it, it stops at its start (AttributeError: "
     "'ParallelLMHead' object has no attribute 'weight'). Try: recipe compact-sglang, or serve without MTP"
 )
+ENOUGH = 64  # tokens per expert and input of gate and up: the learning curve is flat from here on (docs/measured.md)
 HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 
@@ -41,11 +42,19 @@ def headline(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     facts = [
         ("model", f"{model} ({family}, {layers} layers, {plan.projections:,} projections)"),
         ("recipe", f"{recipe.name}: {recipe.format}, group size {recipe.scheme.group}, {samples}"),
+        ("tokens", coverage_text(plan.work)),
         ("devices", devices_text(plan.memory.devices)),
     ]
     if plan.partial:
         facts.append(("layers", f"{layers_text(plan.solve)}: a trial, the output is partial"))
     return facts + ([("output", str(out))] if out else [])
+
+
+def coverage_text(work: Workload) -> str:
+    """Calibration tokens of an expert for each of its inputs, on average, and whether more would help."""
+    inputs = work.tokens_per_expert / work.hidden, work.tokens_per_expert / work.width
+    more = f"; KLD falls with more, up to {ENOUGH}" if inputs[0] < ENOUGH else ""
+    return f"{inputs[0]:.3g} per expert and input of gate and up, {inputs[1]:.3g} of down{more}"
 
 
 def start_event(plan: Plan, out: Path) -> Event:

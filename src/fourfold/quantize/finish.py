@@ -22,6 +22,7 @@ from fourfold.datatypes import ShardRecord, StreamDrift
 from fourfold.distributed.trace import Span, waited
 from fourfold.formats import named
 from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.family import UP
 from fourfold.model.files import SIDECARS, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.hub import hub_name, stated_terms
@@ -166,6 +167,7 @@ def state_record(
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
         },
         projections=methods.total(),
+        tokens_per_input=_tokens_per_input(plan, records),
         methods=dict(sorted(methods.items())),
         seconds=seconds,
         layer_seconds=_layer_seconds(records),
@@ -174,6 +176,13 @@ def state_record(
         workers=_workers(plan, measured),
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+
+
+def _tokens_per_input(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, float]:
+    """Calibration tokens of the layers' experts for each input of gate and up: the mean, and of the coldest tenth."""
+    tokens = sorted(row.tokens / plan.work.hidden for record in records for row in record.projections
+                    if row.projection == UP and record.layer >= 0)  # fmt: skip
+    return {"mean": sum(tokens) / len(tokens), "coldest_tenth": tokens[len(tokens) // 10]} if tokens else {}
 
 
 def _layer_seconds(records: tuple[ShardRecord, ...]) -> dict[str, float]:

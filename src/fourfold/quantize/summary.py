@@ -16,17 +16,30 @@ from fourfold.quantize.journal import FINISHED, RUN, started_identity
 from fourfold.recipe import AUTO, Recipe
 from fourfold.records.release import State, Worker
 
-SAME = ("partial", "projections", "methods", "metrics", "seconds", "peak_memory_bytes", "planned_memory_bytes")
+SAME = ("partial", "projections", "methods", "tokens_per_input", "metrics", "seconds")
+MEMORY = ("peak_memory_bytes", "planned_memory_bytes")
+    "partial",
+    "projections",
+    "methods",
+    "tokens_per_input",
+    "metrics",
+    "seconds",
+    "peak_memory_bytes",
+    "planned_memory_bytes",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run came to. methods: projections by method; metrics: empty for a partial output; seconds: by stage."""
+    """What a run came to. methods: projections by method; tokens_per_input: calibration tokens per expert and input of
+    gate and up, "mean" and "coldest_tenth" of experts; metrics: empty for a partial output; seconds: by stage.
+    """
 
     out: str
     partial: bool
     projections: int
     methods: dict[str, int]
+    tokens_per_input: dict[str, float]
     bytes_before: int
     bytes_after: int
     metrics: dict[str, int | float]
@@ -50,7 +63,7 @@ def read_summary(out: Path) -> Summary:
         bytes_after=state.output.tensor_bytes,
         workers=tuple(state.workers),
         notes=tuple(state.calibration.notes),
-        **{name: getattr(state, name) for name in SAME},
+        **{name: getattr(state, name) for name in (*SAME, *MEMORY)},
     )
 
 

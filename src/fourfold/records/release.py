@@ -231,6 +231,7 @@ class State(Record, frozen=True, kw_only=True, omit_defaults=True):
     versions: dict[str, str]
     projections: Count
     methods: dict[str, Count]
+    tokens_per_input: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float]
     layer_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, Count]

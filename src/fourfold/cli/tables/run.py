@@ -88,6 +88,9 @@ def show_summary(console: Console, summary: Summary, model: str) -> None:
     table = facts_table()
     methods = ", ".join(f"{count:,} {plain(method)}" for method, count in summary.methods.items())
     table.add_row("projections", f"{summary.projections:,}" + (f" ({methods})" if methods else ""))
+    if tokens := summary.tokens_per_input:
+        coldest = f"coldest tenth of experts {tokens['coldest_tenth']:.3g}"
+        table.add_row("tokens per expert", f"{tokens['mean']:.3g} per input of gate and up ({coldest})")
     sizes = f"{decimal(summary.bytes_before)} -> {decimal(summary.bytes_after)}"
     if summary.bytes_before:
         sizes += f" ({summary.bytes_after / summary.bytes_before:.1%})"
