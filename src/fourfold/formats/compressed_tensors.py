@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,10 +106,15 @@ class CompressedTensors(Format):
     def settings(self, config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         """Of the first group that names the module, as compressed-tensors and vLLM go by it; by class otherwise."""
         groups = _groups(config)
-        if len(groups) > 1:
-            by_name = [group for group in groups if any(matches(one, module) for one in _patterns(_targets(group)))]
-            groups = [*by_name, *(group for group in groups if LINEAR in _targets(group))]
-        return next((group["weights"] for group in groups if isinstance(group.get("weights"), dict)), {})
+        named = (group for group in groups if any(matches(one, module) for one in _patterns(_targets(group))))
+        by_class = (group for group in groups if LINEAR in _targets(group))
+        group = groups[0] if len(groups) == 1 else next(itertools.chain(named, by_class), {})
+        weights = group.get("weights")
+        return weights if isinstance(weights, dict) else {}
+
+    def patterns(self, config: Mapping[str, Any]) -> list[str]:
+        groups = _groups(config)
+        return [] if len(groups) == 1 else [one for group in groups for one in _patterns(_targets(group))]
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         groups = {name: group | {"targets": [LINEAR]} for name, group in config["config_groups"].items()}

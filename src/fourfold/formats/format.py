@@ -219,6 +219,10 @@ class Format(ABC):
         For a checkpoint that has codes for it.
         """
 
+    @abstractmethod
+    def patterns(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the regular expressions that `settings` matches, in its order: see formats/patterns.py before use."""
+
     def bits(self, config: Mapping[str, Any], module: str) -> int:
         """Return the width of a module's codes."""
         found = self.settings(config, module)

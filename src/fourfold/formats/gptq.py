@@ -112,11 +112,11 @@ class Gptq(Format):
 
     def settings(self, config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         """By the first key of `dynamic` that matches, as vLLM goes by it."""
-        dynamic = config.get("dynamic")
-        for key, settings in dynamic.items() if isinstance(dynamic, dict) else ():
-            if not key.startswith("-:") and isinstance(settings, dict) and matches(key.removeprefix("+:"), module):
-                return {**config, **settings}
-        return config
+        found = (settings for pattern, settings in _chosen(config) if matches(pattern, module))
+        return {**config, **next(found, {})}
+
+    def patterns(self, config: Mapping[str, Any]) -> list[str]:
+        return [pattern for pattern, _ in _chosen(config)]
 
     def excluding(self, config: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
         return config | {"dynamic": {f"-:{pattern}": {} for pattern in patterns}}
@@ -140,6 +140,14 @@ class Gptq(Format):
         if not isinstance(dynamic, dict):
             return None
         return Selection(key="dynamic", excluded=tuple(key[2:] for key in dynamic if key.startswith("-:")))
+
+
+def _chosen(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Patterns of modules that have settings of their own, with these."""
+    dynamic = config.get("dynamic")
+    for key, settings in dynamic.items() if isinstance(dynamic, dict) else ():
+        if not key.startswith("-:") and isinstance(settings, dict):
+            yield key.removeprefix("+:"), settings
 
 
 def _with_more(drafts: Sequence[str], more: MoreModules) -> dict[str, dict[str, int]]:

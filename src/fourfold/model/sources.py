@@ -21,6 +21,7 @@ from torch import Tensor
 from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader, brief
 from fourfold.formats.format import Format
+from fourfold.formats.patterns import check_patterns
 from fourfold.model.checkpoint import TensorIndex, raw_bytes, require_finite
 from fourfold.model.config import CONFIG, quantization
 from fourfold.model.files import CHUNK_BYTES
@@ -231,6 +232,7 @@ def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -
         stacked = {role: part[None] for role, part in parts.items() if role in format.suffixes}
         return format.dequantize(stacked, bits)[0]
 
+    check_patterns(format, settings, [name.rpartition(".")[0] for name in index.headers])
     for name, header in index.headers.items():
         stem = name.removesuffix(format.codes)
         if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:

@@ -18,15 +18,6 @@ from fourfold.records.release import State, Worker
 
 SAME = ("partial", "projections", "methods", "tokens_per_input", "metrics", "seconds")
 MEMORY = ("peak_memory_bytes", "planned_memory_bytes")
-    "partial",
-    "projections",
-    "methods",
-    "tokens_per_input",
-    "metrics",
-    "seconds",
-    "peak_memory_bytes",
-    "planned_memory_bytes",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format, Shape
+from fourfold.formats.patterns import check_patterns
 from fourfold.model.checkpoint import TensorIndex
 
 CENTRE = 0  # a zero point in the middle of the grid, as a code
@@ -73,11 +74,10 @@ def take_stock(index: TensorIndex, format: Format | None, settings: Mapping[str,
     """
     projections: dict[str, Projection] = {}
     if format is not None:
-        for name in sorted(index.headers):
-            if name.endswith(f".{format.codes}"):
-                stem = name.removesuffix(format.codes)
-                projection = _projection(index, stem, format, format.bits(settings, stem.rstrip(".")))
-                projections[projection.name] = projection
+        stems = [name.removesuffix(format.codes) for name in sorted(index.headers) if name.endswith(f".{format.codes}")]
+        check_patterns(format, settings, [stem.rstrip(".") for stem in stems])
+        for stem in stems:
+            projections[stem] = _projection(index, stem, format, format.bits(settings, stem.rstrip(".")))
     parts = {name + suffix for name, projection in projections.items() for suffix in projection.suffixes}
     kept = {name: header for name, header in index.headers.items() if name not in parts}
     return Stored(index=index, format=format, projections=projections, kept=kept)

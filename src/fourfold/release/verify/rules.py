@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fourfold.formats.format import Format, Selection, fused
+from fourfold.formats.patterns import check_patterns, match_patterns
 from fourfold.quantize.advice import HEAD
 from fourfold.recipe import NEVER_QUANTIZED
-from fourfold.release.patterns import match_patterns
 
 Widths = Mapping[str, tuple[int, int]]  # of modules with codes, by name without suffix: bits, and inputs of a scale
 NEVER = {"embed_tokens": NEVER_QUANTIZED["embeddings"], "fc": NEVER_QUANTIZED["draft_fc"]}  # by the end of a name
@@ -48,6 +48,7 @@ def config_problems(
 
 def _widths(format: Format, settings: Mapping[str, Any], stored: Widths, group_size: int) -> Iterator[str]:
     """Engines unpack by the config, so it must have the bits and the group size that are stored."""
+    check_patterns(format, settings, stored)
     for name, (bits, size) in stored.items():
         found = format.bits(settings, name), format.settings(settings, name).get("group_size")
         if found != (bits, size if group_size > 0 else found[1]):  # -1: a scale for each row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fourfold.release.patterns import match_patterns
+from fourfold.formats.patterns import match_patterns
 
 NAMES = ["model.layers.0.mlp.gate", "model.layers.0.mlp.experts.7.up_proj", "lm_head"]
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fourfold.confined import Confined, ConfinedError, Limits, answer_requests
 from fourfold.datatypes import FourfoldError
+
+if TYPE_CHECKING:
+    from fourfold.formats.format import Format
 
 LIMITS = Limits(cpu_seconds=5, memory_bytes=2**30)
 
@@ -25,6 +29,13 @@ def match_patterns(patterns: Sequence[str], names: Collection[str], where: str) 
             problem = f"a pattern among {len(patterns)} cannot be matched: {error}"
             raise FourfoldError(f"{where}: {problem}. {fix}") from None
     return set(matched), problem
+
+
+def check_patterns(format: Format, settings: Mapping[str, Any], names: Collection[str]) -> None:
+    """Match what decides the bits of modules once, confined. Raises FourfoldError where `format.bits` would not end."""
+    where = "config.json: quantization_config"
+    if (patterns := format.patterns(settings)) and (problem := match_patterns(patterns, names, where)[1]):
+        raise FourfoldError(f"{where}: a pattern is no regular expression: {problem}. Engines stop at it")
 
 
 def _match(request: tuple[list[str], list[str]]) -> tuple[list[str], str]:
