@@ -21,6 +21,7 @@ from fourfold.datatypes import FourfoldError, QuantizedGroup
 from fourfold.distributed.devices import Machine
 from fourfold.model.weights import Weights
 from fourfold.quantize import dense
+from fourfold.quantize import plan as plan_module
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.recipe import Recipe, Rest, load_recipe
 from fourfold.release.evaluate import Protocol, evaluate
@@ -208,7 +209,7 @@ def test_a_server_sees_what_was_planned(source: Path, compact: Path, small: Make
 
 
 def test_no_machine_is_named_where_the_cache_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourfold.quantize.plan._check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(plan_module, "_check_tokenizer", lambda *_: None)
     for family, fits in (("deepseek_v32", 0), ("qwen3_moe", 1)):
         families.tiny(tmp_path / family, family)
         assert len(planned_fits(make_plan(tmp_path / family, load_recipe("best"), memory_bytes=2**33))) == fits
