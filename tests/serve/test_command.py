@@ -165,6 +165,15 @@ def test_sglang_makes_no_drafts_with_a_quantized_head() -> None:
     assert "compact-sglang" in why
 
 
+def test_sglang_needs_room_for_the_states_of_a_request() -> None:
+    wanted = {"engine": SGLANG, "kv_cache": "fp8", "extra": ("--mem-fraction-static", "0.95")}
+    plain = changed(COMPACT, quantized_head=False, weight_bytes=21_016_656_512)
+    (problem,) = make(plain, gpus(1, 24), drafts=3, **wanted).problems
+    assert problem.startswith("2 states of linear attention fit") and "--mtp 0" in problem
+    alone = make(plain, gpus(1, 24), drafts=0, **wanted)
+    assert not alone.problems and alone.forecast.longest == 97_302
+
+
 def test_sglang_does_not_serve_a_quantized_head_in_gptq() -> None:
     (problem,) = make(changed(COMPACT, format=GPTQ), engine=SGLANG).problems
     assert "unwritten" in problem

@@ -162,6 +162,9 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
             "--kv-cache fp8, --mtp 0, more GPUs"
         )
         (problems if exact or most < context else doubts).append(problem)
+    if isinstance(pool, SglangPool) and pool.running == 0:
+        states = f"{pool.slots} states of linear attention fit, a request needs more"
+        problems.append(f"{states}: SGLang would run none. Try: --mtp 0, more GPUs (--tp), or vLLM")
     if cache.engine == SGLANG and cache.old and cache.drafts and not cache.requests:
         doubts.append("SGLang 0.5.10 sets states aside for --max-running-requests when drafting: not subtracted here")
     return Forecast(

@@ -155,14 +155,10 @@ def show_evaluation(console: Console, found: Metrics) -> None:
             table.add_row(f"draft acceptance rate, {rule}", *rates)
             table.add_row("  tokens per step", *(f"{one.mean_length:.2f}" if one else "" for one in rules))
     show_table(console, table)
-    if found.drafts and found.drafts.release and (other := found.drafts.release.source_head):
-        share = f"{other.difference / other.mean_length:+.1%}"
-        ends = [f"{end / other.mean_length:+.1%}" for end in other.interval or ()]
-        of_interval = f" (95%: {' to '.join(ends)})" if ends else ""
-        say(
-            console,
-            f"Quantized draft head: {share}{of_interval} tokens per step against the BF16 head on the same text.",
-        )
+    from fourfold.release.report.quality import draft_head  # here: --help must not wait for it
+
+    if paired := draft_head(found):
+        say(console, paired)
     protocol = found.protocol
     windows = f"{protocol.windows} windows of {protocol.window} tokens"
     say(console, f"{plain(protocol.text)}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")
