@@ -27,12 +27,30 @@ REFERENCE = Served(
     context=262_144,
     weight_bytes=22_710_000_000,
     draft_bytes=1_690_000_000,
+    ends_bytes=2 * 1_017_118_720,
+    int8=False,
+    quantized_head=False,
+    int4_drafts=False,
     geometry=LARGE,
     splits={"attention heads": 16, "key heads of linear attention": 16, "value heads of linear attention": 32},
     template="{% if think %}<think>{% endif %}<function=",
     sampling={"temperature": 1.0, "top_k": 20},
 )
 OURS = replace(REFERENCE, format=COMPRESSED_TENSORS)
+COMPACT = replace(  # the release of recipe compact, from the headers of the same model
+    OURS,
+    weight_bytes=20_516_043_408,
+    draft_bytes=463_983_728,
+    ends_bytes=1_533_624_336,
+    int8=True,
+    quantized_head=True,
+    int4_drafts=True,
+    splits=OURS.splits | {
+        "groups of 128 inputs of linear_attn.out_proj": 32,
+        "groups of 128 inputs of shared_expert.down_proj": 4,
+        "groups of 128 inputs of self_attn.o_proj": 32,
+    },
+)  # fmt: skip
 CPU = Machine(gpus=(), host_bytes=64 * 2**30, no_gpu="there is no nvidia-smi")
 
 

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 import checkpoints
+import deployments
+import families
 import releases
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, QuantizedGroup
 from fourfold.distributed.devices import Machine
 from fourfold.model.weights import Weights
 from fourfold.quantize import dense
+from fourfold.quantize import plan as plan_module
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.recipe import Recipe, Rest, load_recipe
 from fourfold.release.evaluate import Protocol, evaluate
+from fourfold.serve.cards import planned_fits, smallest
+from fourfold.serve.served import open_served, planned_served
 
 MakeRecipe = Callable[..., Recipe]
 COMPACT = load_recipe("compact").scheme.rest
@@ -187,6 +192,34 @@ def test_35b_with_its_draft_head_fits_a_24_gb_card(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] == pytest.approx(3.109e9, rel=1e-3)
     assert sizes[2] - sizes[1] == pytest.approx(0.5006e9, rel=1e-3)
     assert sizes[1] < 21.1e9 and sizes[1] + vision > 20.9e9
+    served = [replace(planned_served(plan), context=262_144) for plan in plans]
+    sizes_of = ("weight_bytes", "draft_bytes", "ends_bytes", "splits", "int8", "quantized_head", "int4_drafts")
+    assert all(getattr(served[1], name) == getattr(deployments.COMPACT, name) for name in sizes_of)
+    fits = [[(fit.gpus, fit.gib) for fit in (smallest(one, 2), smallest(one, 0))] for one in served]
+    assert fits == [[(1, 32), (1, 24)], [(1, 24), (1, 24)], [(1, 24), (1, 24)]]
+    assert str(smallest(served[1], 2)) == "1 x 24 GiB with 2 drafts (context 174,496)"
+
+
+def test_a_server_sees_what_was_planned(source: Path, compact: Path, small: MakeRecipe) -> None:
+    plan = planned_served(make_plan(source, with_rest(small()), memory_bytes=2**33))
+    found = open_served(compact)
+    same = {name: getattr(found, name) for name in ("folder", "name", "template", "sampling")}
+    assert replace(plan, **same) == found
+    assert found.int8 and found.quantized_head and found.int4_drafts
+
+
+def test_no_machine_is_named_where_the_cache_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "_check_tokenizer", lambda *_: None)
+    for family, fits in (("deepseek_v32", 0), ("qwen3_moe", 1)):
+        families.tiny(tmp_path / family, family)
+        assert len(planned_fits(make_plan(tmp_path / family, load_recipe("best"), memory_bytes=2**33))) == fits
+
+
+def test_a_plan_names_bits(source: Path) -> None:
+    rows = {row.group: row for row in planned(source).groups()}
+    what = {group: row.what for group, row in rows.items()}
+    assert (what["experts"], what["attention"], what["MTP"]) == ("int4", "int8 + copy", "int4 + int8 + copy")
+    assert (what["router"], rows["MTP"].action, rows["MTP"].bits) == ("copy", "quantize + copy", (4, 8))
 
 
 def test_a_group_divides_every_dense_width(tmp_path: Path) -> None:

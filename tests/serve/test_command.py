@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from deployments import CPU, OURS, REFERENCE, changed, gpus
+from deployments import COMPACT, CPU, OURS, REFERENCE, changed, gpus
 from fourfold.datatypes import FourfoldError
+from fourfold.formats import GPTQ
 from fourfold.serve import engines
 from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.engines import REFERENCE_MACHINE, SGLANG, VLLM
@@ -125,6 +126,80 @@ def test_parsers_by_family_and_template() -> None:
     coder = changed(plain, template="<think> <function=name>")
     assert flags(make(coder))["--tool-call-parser"] == "qwen3_coder"
     assert flags(make(coder))["--reasoning-parser"] == "qwen3"
+
+
+# --- a release with int8 weights beside the experts ---------------------------------------------------------------
+
+FULL_24_GB: dict[str, Any] = {"kv_cache": "fp8", "extra": ("--gpu-memory-utilization", "0.95")}
+
+
+def test_compact_drafts_on_a_24_gb_card() -> None:
+    found = make(COMPACT, gpus(1, 24), **FULL_24_GB)
+    assert not found.problems and found.forecast.cache.drafts == 2
+    assert found.forecast.longest == 174_496
+    assert found.forecast.memory_bytes == pytest.approx(2.27e9, rel=0.01)
+    assert make(COMPACT, gpus(1, 24), drafts=0, **FULL_24_GB).forecast.longest == pytest.approx(253_616, rel=0.01)
+    assert make(OURS, gpus(1, 24), **FULL_24_GB).problems
+
+
+def test_a_second_embedding_counts_while_loading_alone() -> None:
+    loaded = make(COMPACT, gpus(1, 24), **FULL_24_GB).forecast
+    assert loaded.loading_bytes - COMPACT.weight_bytes - COMPACT.draft_bytes == pytest.approx(1.53e9, rel=0.01)
+    more = changed(COMPACT, ends_bytes=5 * 10**9)
+    (problem,) = make(more, gpus(1, 24), **FULL_24_GB).problems
+    assert problem.startswith("while loading with drafts weights take 26.0 GB on each GPU of 25.8 GB")
+    for wanted in ({"drafts": 0}, {"drafts": 0, "engine": SGLANG}):
+        alone = make(more, gpus(1, 24), **FULL_24_GB | wanted)
+        assert not alone.forecast.loading_bytes and not any("while loading" in one for one in alone.problems)
+    assert make(more, gpus(1, 24), **FULL_24_GB).forecast.memory_bytes == loaded.memory_bytes
+
+
+def test_sglang_makes_no_drafts_with_a_quantized_head() -> None:
+    left = make(COMPACT, engine=SGLANG)
+    assert not left.problems and "--speculative-algorithm" not in flags(left)
+    assert any(note.startswith("no drafts: SGLang 0.5.23") and "ParallelLMHead" in note for note in left.notes)
+    (problem,) = make(COMPACT, engine=SGLANG, drafts=3).problems
+    assert "compact-sglang" in problem and "--mtp 0" in problem
+    assert "--speculative-algorithm" in flags(make(changed(COMPACT, quantized_head=False), engine=SGLANG))
+    (why,) = engines.explain(SGLANG, "AttributeError: 'ParallelLMHead' object has no attribute 'weight'")
+    assert "compact-sglang" in why
+
+
+def test_sglang_needs_room_for_the_states_of_a_request() -> None:
+    wanted = {"engine": SGLANG, "kv_cache": "fp8", "extra": ("--mem-fraction-static", "0.95")}
+    plain = changed(COMPACT, quantized_head=False, weight_bytes=21_016_656_512)
+    (problem,) = make(plain, gpus(1, 24), drafts=3, **wanted).problems
+    assert problem.startswith("2 states of linear attention fit") and "--mtp 0" in problem
+    alone = make(plain, gpus(1, 24), drafts=0, **wanted)
+    assert not alone.problems and alone.forecast.longest == 97_302
+
+
+def test_sglang_does_not_serve_a_quantized_head_in_gptq() -> None:
+    (problem,) = make(changed(COMPACT, format=GPTQ), engine=SGLANG).problems
+    assert "unwritten" in problem
+    plain = make(changed(COMPACT, format=GPTQ, quantized_head=False), engine=SGLANG)
+    assert not plain.problems and "--speculative-algorithm" in flags(plain)
+
+
+def test_an_old_vllm_does_not_load_a_quantized_head() -> None:
+    (problem,) = make(COMPACT, version=(0, 19, 1)).problems
+    assert "vLLM 0.19.1 does not load a quantized output head, 0.20.2 does" in problem
+    assert not make(COMPACT, version=(0, 20, 2)).problems
+    assert not make(changed(COMPACT, quantized_head=False), version=(0, 19, 1)).problems
+
+
+def test_int8_weights_have_no_kernel_on_a_cpu() -> None:
+    (problem,) = make(COMPACT, CPU).problems
+    assert problem == engines.NO_CPU_INT8
+    log = "ValueError: Failed to find a kernel that can implement the WNA16 linear layer. Reasons: ..."
+    assert engines.explain(VLLM, log) == [engines.NO_CPU_INT8]
+
+
+def test_groups_of_modules_beside_the_experts() -> None:
+    problems = make(COMPACT, gpus(8, 80), ranks=8, extra=("--enable-expert-parallel",)).problems
+    assert problems == ("--tp 8 does not divide 4 groups of 128 inputs of shared_expert.down_proj",)
+    assert not any("expert parallel" in problem for problem in make(COMPACT, gpus(8, 80), ranks=8).problems)
+    assert make(COMPACT, gpus(8, 80)).forecast.split.ranks == 4
 
 
 # --- how it is split ----------------------------------------------------------------------------------------------
@@ -341,6 +416,7 @@ TASKS: dict[str, tuple[Machine, dict[str, Any]]] = {
         gpus(1, 24, (8, 9)),
         {"drafts": 0, "kv_cache": "fp8", "extra": ("--gpu-memory-utilization", "0.95", "--max-num-seqs", "16")},
     ),
+    "24 GB card, recipe compact, vLLM": (gpus(1, 24, (8, 9)), FULL_24_GB | {"served": COMPACT}),
     "32 GB card, vLLM": (gpus(1, 32, (12, 0)), {"kv_cache": "fp8"}),
     "4 x 12 GB, vLLM": (gpus(4, 12, (8, 6)), {}),
     "4 x 12 GB, SGLang": (gpus(4, 12, (8, 6)), {"engine": SGLANG, "kv_cache": "fp8"}),
@@ -352,8 +428,9 @@ TASKS: dict[str, tuple[Machine, dict[str, Any]]] = {
 
 def test_tasks_of_the_docs(golden: Callable[[str, str], None]) -> None:
     said = []
-    for task, (machine, wanted) in TASKS.items():
-        command = make(changed(OURS, sampling={}), machine, **wanted)
+    for task, (machine, settings) in TASKS.items():
+        wanted = dict(settings)
+        command = make(changed(wanted.pop("served", OURS), sampling={}), machine, **wanted)
         said += [f"## {task}", command.text(), *command.forecast.lines()]
         said += [*(f"problem: {problem}" for problem in command.problems), *(f"note: {n}" for n in command.notes), ""]
     golden("serve-tasks.txt", "\n".join(said))

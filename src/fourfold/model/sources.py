@@ -266,7 +266,7 @@ def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Forma
     Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
     a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
     """
-    stated = list(_group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    stated = list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
     if format is None or not stated:
         return ""
     codes, scales, axis, settings = format.codes, format.scales, format.inputs_axis, quantization(raw)
@@ -285,12 +285,12 @@ def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Forma
     return ""
 
 
-def _group_sizes(settings: object) -> Iterator[object]:
+def group_sizes(settings: object) -> Iterator[object]:
     """Each value of a key group_size, however deep."""
     for key, value in settings.items() if isinstance(settings, dict) else ():
         if key == "group_size":
             yield value
-        yield from _group_sizes(value)
+        yield from group_sizes(value)
 
 
 def readable_format(raw: Mapping[str, Any], folder: Path) -> Format | None:

@@ -75,14 +75,20 @@ class RestShard:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRow:
-    """One line of the plan's table. action: all that happens in the group, joined by " + "."""
+    """One line of the plan's table. action: all that happens in the group, joined by " + "; bits: of quantized ones."""
 
     group: str
     action: str
+    bits: tuple[int, ...]
     tensors_before: int
     tensors_after: int
     bytes_before: int
     bytes_after: int
+
+    @property
+    def what(self) -> str:
+        """The action with bits: "int4 + int8 + copy"."""
+        return self.action.replace(Action.QUANTIZE, " + ".join(f"int{bits}" for bits in self.bits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,7 @@ def _group_row(group: str, claims: Sequence[TensorClaim]) -> GroupRow:
     return GroupRow(
         group=group,
         action=" + ".join(action for action in Action if any(claim.action is action for claim in claims)),
+        bits=tuple(sorted({claim.bits for claim in claims if claim.bits})),
         tensors_before=len(claims),
         tensors_after=sum(claim.tensors_after for claim in claims),
         bytes_before=sum(claim.header.size_bytes for claim in claims),

@@ -128,14 +128,14 @@ class Command:
 def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     """The command, with every check that needs no start. Raises FourfoldError for what no command can be made of."""
     engine = ENGINES[wanted.engine]
-    by_default = served.has_draft and not (engine.name == SGLANG and _drops_drafts(served))
+    by_default = served.has_draft and not (engine.name == SGLANG and _undrafted(served))
     drafting = by_default if wanted.drafts is None else wanted.drafts > 0
     profile = engines.profile(wanted.profile, engine.name, drafting)
     at = wanted.version or profile.version or engine.known[-1]
     drafts = wanted.drafts if wanted.drafts is not None else engines.DRAFTS[engine.name] if drafting else 0
     if drafts and not served.has_draft:
         raise FourfoldError(f"{served.folder}: has no MTP head, so --mtp {drafts} has nothing to draft with; --mtp 0")
-    problems = list(_problems(served, engine, at, drafts, wanted))
+    problems = list(_problems(served, machine, engine, at, drafts, wanted))
     experts_apart = engine.flag("experts", at) in wanted.extra
     split = Split.choose(served, machine, wanted.ranks or profile.ranks, experts_apart)
     problems += split.problems
@@ -156,9 +156,17 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
 
 
-def _drops_drafts(served: Served) -> bool:
-    """Whether SGLang loads the release without its draft head's experts."""
-    return served.format is not None and not served.format.sglang_drafts
+def _undrafted(served: Served) -> tuple[str, str] | None:
+    """Why SGLang makes no drafts of a release, and what does; None if it makes them."""
+    if served.quantized_head:
+        return engines.NO_DRAFTS_WITH_HEAD, "a release with a BF16 output head (recipe compact-sglang)"
+    if served.format is None or served.format.sglang_drafts or served.int4_drafts:
+        return None
+    cause = (
+        f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without an "
+        "error and every draft is wrong"
+    )
+    return cause, f"a release in format {DRAFTS_IN_SGLANG}"
 
 
 def _cache(
@@ -273,7 +281,9 @@ def _spell(engine: Engine, at: Version, settings: Settings, extra: tuple[str, ..
                 yield value
 
 
-def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: Deployment) -> Iterator[str]:
+def _problems(
+    served: Served, machine: Machine, engine: Engine, at: Version, drafts: int, wanted: Deployment
+) -> Iterator[str]:
     given = {word.partition("=")[0] for word in wanted.extra}
     for setting, option in OPTIONS.items():
         flag = engine.flag(setting, at)
@@ -288,11 +298,17 @@ def _problems(served: Served, engine: Engine, at: Version, drafts: int, wanted: 
     if family is not None and engine.name in family.refuse:
         other = VLLM if engine.name == SGLANG else SGLANG
         yield f"{engine.name} must not serve {family.title}: {family.refuse[engine.name]}. Try: --engine {other}"
-    if engine.name == SGLANG and drafts and _drops_drafts(served):
-        yield (
-            f"SGLang does not load the draft experts of a {served.format} release: it skips their BF16 weights without "
-            f"an error and every draft is wrong. Try: a release in format {DRAFTS_IN_SGLANG}, --mtp 0, or vLLM"
-        )
+    if engine.name == SGLANG and drafts and (found := _undrafted(served)):
+        yield f"{found[0]}. Try: {found[1]}, --mtp 0, or vLLM"
+    if served.quantized_head and engine.name == SGLANG and served.format and not served.format.sglang_drafts:
+        fix = f'format {DRAFTS_IN_SGLANG}, scheme.rest.head = "bf16", or vLLM'
+        cause = f"SGLang leaves the quantized output head of a {served.format} release unwritten, without an error"
+        yield f"{cause}. Try: {fix}"
+    if served.quantized_head and engine.name == VLLM and at < engines.QUANTIZED_HEAD:
+        found_at, since = map(engines.version_text, (at, engines.QUANTIZED_HEAD))
+        yield f"vLLM {found_at} does not load a quantized output head, {since} does. Try: a newer vLLM"
+    if served.int8 and engine.name == VLLM and not machine.gpus:
+        yield engines.NO_CPU_INT8
     yield from _default_problems(engine, at, drafts, wanted)
 
 
@@ -328,8 +344,8 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         yield "below compute capability 8.9 an fp8 cache is stored only: half the bytes, computed in BF16"
         if engine.name == VLLM and not cache.old:
             yield f"if vLLM says `{engines.FP8_CACHE[0]}`: {engines.FP8_CACHE[1]}"
-    if wanted.drafts is None and served.has_draft and not cache.drafts:
-        yield f"no drafts: SGLang does not load a {served.format} release's draft experts; {DRAFTS_IN_SGLANG} has them"
+    if wanted.drafts is None and served.has_draft and not cache.drafts and (why := _undrafted(served)):
+        yield f"no drafts: {why[0]}. Try: {why[1]}, or vLLM"
     if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:
         yield "on a CPU vLLM stops at a request that samples with top_k under MTP: --mtp 0, or temperature 0 in each"
     if engine.name == VLLM and served.format and served.format.vllm_cpu and not machine.gpus:

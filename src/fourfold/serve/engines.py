@@ -108,6 +108,13 @@ PARSERS = {
 }  # fmt: skip
 XML_CALL, XML_PARSER, THINKING = "<function=", "qwen3_coder", "<think>"
 
+QUANTIZED_HEAD: Version = (0, 20, 2)  # the first vLLM read that loads a quantized output head; 0.19.1 does not
+NO_CPU_INT8 = "vLLM has no kernel for int8 weights on a CPU: serve on a GPU, or a release with int4 experts alone"
+NO_DRAFTS_WITH_HEAD = (
+    "SGLang 0.5.23 makes no drafts with a quantized output head: it stops at start with "
+    "\"'ParallelLMHead' object has no attribute 'weight'\""
+)
+
 DRAFTS = {VLLM: 2, SGLANG: 3}  # tokens that the MTP head drafts at a time, as the reference found best
 
 # Bytes of each GPU that are neither weights nor cache: activations, context, NCCL. Derived from the reference's own
@@ -181,6 +188,10 @@ KNOWN_ISSUES = {  # by engine: a regular expression of its log, the cause with w
          "--context, --kv-cache fp8, more GPUs (--tp), or --mtp 0"),
         (r"MoE intermediate size per tensor-parallel partition \(\d+\) to be divisible by group_size",
          "groups do not divide by this many GPUs: fewer (--tp), `-- --enable-expert-parallel`, or smaller groups"),
+        (r"Weight input_size_per_partition ?= ?\d+ is not divisible by group_size",
+         "groups of inputs do not divide by this many GPUs: fewer (--tp), or smaller groups (scheme.group_size)"),
+        (r"Failed to find a kernel that can implement the WNA16 linear layer", NO_CPU_INT8),
+        (r"Marlin does not support weight_bits = uint8b128", NO_CPU_INT8),
         (r"No WNA16 MoE backend supports the deployment configuration",
          "no int4 expert kernel for this CPU (AMD with AVX-512 and zentorch, Intel with AMX) or for this split"),
         (r"TypeError: 'function' object is not subscriptable",
@@ -196,6 +207,8 @@ KNOWN_ISSUES = {  # by engine: a regular expression of its log, the cause with w
     SGLANG: (
         (r"KeyError: 'model\.layers\.0\.mlp\.experts\.w2_weight'",
          "SGLang does not load a gptq release's draft experts: a release in format compressed-tensors, or --mtp 0"),
+        (r"'ParallelLMHead' object has no attribute 'weight'",
+         f"{NO_DRAFTS_WITH_HEAD}: --mtp 0, or a release with scheme.rest.head = \"bf16\" (recipe compact-sglang)"),
         (r"start \(\d+\) \+ length \(\d+\) exceeds dimension size",
          "gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors"),
     ),

@@ -47,10 +47,10 @@ def _undivided(served: Served, ranks: int, experts_apart: bool) -> list[str]:
     if group and not experts_apart and width % (ranks * group):
         part = f"{width} / {ranks} features of an expert on each are not divisible by group size {group}"
         largest = max((n for n in (1, 2, 4, 8, 16) if n < ranks and not width % (n * group)), default=1)
+        apart = "" if found else " expert parallel (`-- --enable-expert-parallel` in vLLM, `-- --ep-size N` in SGLang),"
         problems.append(
             f"--tp {ranks}: {part}; engines refuse, halve the groups or fill scales with zeros. Try: "
-            f"--tp {largest}, expert parallel (`-- --enable-expert-parallel` in vLLM, `-- --ep-size N` in SGLang), or "
-            "a release quantized with smaller groups (scheme.group_size)"
+            f"--tp {largest},{apart} or a release quantized with smaller groups (scheme.group_size)"
         )
     return problems
 
@@ -81,14 +81,16 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """pool: None where weights leave no room; memory_bytes: on each rank; context: of the server; exact: memory_bytes
-    is no estimate; problems, doubts: what does not fit, and what may not.
+    """pool: None where weights leave no room; memory_bytes: on each rank; loading_bytes: of weights on each while they
+    are loaded, 0 if no more than afterwards; context: of the server; exact: memory_bytes is no estimate; problems,
+    doubts: what does not fit, and what may not.
     """
 
     split: Split
     cache: Cache
     pool: VllmPool | SglangPool | None
     memory_bytes: int
+    loading_bytes: int
     context: int
     exact: bool
     problems: tuple[str, ...]
@@ -106,6 +108,9 @@ class Forecast:
         elif pool is not None:
             running = "" if pool.running is None else f", {pool.running:,} running requests"
             lines.append(f"max_total_num_tokens {pool.tokens:,}{running}")
+        if self.loading_bytes:
+            held = f"{self.loading_bytes / 1e9:.1f} of {self.split.smallest_bytes / 1e9:.1f} GB"
+            lines.append(f"while loading: {held}; the draft head has its own embeddings and output head until then")
         return lines
 
     def brief(self) -> str:
@@ -113,6 +118,11 @@ class Forecast:
         if isinstance(self.pool, VllmPool):
             return f"{self.pool.blocks:,} blocks of {self.pool.block_tokens:,}, {self.logged_tokens:,} tokens"
         return f"{self.logged_tokens:,} tokens"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that fits alone."""
+        return _longest(self.pool) if self.pool else 0
 
     @property
     def logged_tokens(self) -> int:
@@ -132,6 +142,12 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
     if room <= 0:
         usable = f"{cache.share:.2f} of the smallest is {cache.share * split.smallest_bytes / 1e9:.1f} GB"
         problems.append(f"weights take {weights / 1e9:.1f} GB on each GPU, {usable}: more GPUs (--tp), or larger ones")
+    loading = 0
+    if cache.engine == VLLM and cache.drafts and split.gpus:  # v1/spec_decode/llm_base_proposer.py:1398 in 0.32
+        loading = weights + served.ends_bytes // split.ranks
+    if room > 0 and loading > split.smallest_bytes:
+        held = f"{loading / 1e9:.1f} GB on each GPU of {split.smallest_bytes / 1e9:.1f} GB"
+        problems.append(f"while loading with drafts weights take {held}. Try: --mtp 0, or more GPUs (--tp)")
     context = cache.context or served.context
     pool = _pool(served, split, cache, memory, context)
     if cache.context is None and pool is not None and _longest(pool) < context:
@@ -146,11 +162,14 @@ def forecast(served: Served, split: Split, cache: Cache) -> Forecast:
             "--kv-cache fp8, --mtp 0, more GPUs"
         )
         (problems if exact or most < context else doubts).append(problem)
+    if isinstance(pool, SglangPool) and pool.running == 0:
+        states = f"{pool.slots} states of linear attention fit, a request needs more"
+        problems.append(f"{states}: SGLang would run none. Try: --mtp 0, more GPUs (--tp), or vLLM")
     if cache.engine == SGLANG and cache.old and cache.drafts and not cache.requests:
         doubts.append("SGLang 0.5.10 sets states aside for --max-running-requests when drafting: not subtracted here")
     return Forecast(
-        split=split, cache=cache, pool=pool, memory_bytes=max(memory, 0), context=context, exact=exact,
-        problems=tuple(problems), doubts=tuple(doubts),
+        split=split, cache=cache, pool=pool, memory_bytes=max(memory, 0), loading_bytes=loading, context=context,
+        exact=exact, problems=tuple(problems), doubts=tuple(doubts),
     )  # fmt: skip
 
 

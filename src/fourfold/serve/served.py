@@ -1,19 +1,25 @@
-"""A checkpoint as a server sees it: what config.json, the headers, the chat template and generation_config.json say."""
+"""A checkpoint as a server sees it: what config.json, the headers, the chat template and generation_config.json say;
+or, before there is one, what a plan says.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fourfold.datatypes import FourfoldError
-from fourfold.formats.format import Format
-from fourfold.model.config import quantization, read_config
+from fourfold.formats import named
+from fourfold.formats.format import Format, module_end
+from fourfold.model.config import read_config
+from fourfold.model.head import input_name, output_name
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.sources import group_sizes
 from fourfold.model.weights import Weights
+from fourfold.quantize.plan import Plan
 from fourfold.serve.kvcache import Geometry
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
@@ -23,12 +29,15 @@ SPLIT = {  # numbers of config.json that the tensor-parallel size must divide
     "key heads of linear attention": "linear_num_key_heads",
     "value heads of linear attention": "linear_num_value_heads",
 }
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # modules whose inputs tensor parallel splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """format: None where nothing is quantized; group_size: 0 without groups; context: the longest of the model;
-    draft_bytes: of the draft head's tensors, 0 without; weight_bytes: of all others; splits: of SPLIT; sampling: of
+    """format: None where nothing is quantized; group_size: of experts, 0 without groups; context: the longest of the
+    model; draft_bytes: of the draft head's tensors, 0 without; weight_bytes: of all others; ends_bytes: of embeddings
+    and output head among these; int8: some weights have 8 bits; quantized_head: the output head is quantized;
+    int4_drafts: draft experts are int4; splits: numbers that the tensor-parallel size must divide; sampling: of
     generation_config.json.
     """
 
@@ -42,6 +51,10 @@ class Served:
     context: int
     weight_bytes: int
     draft_bytes: int
+    ends_bytes: int
+    int8: bool
+    quantized_head: bool
+    int4_drafts: bool
     geometry: Geometry
     splits: Mapping[str, int]
     template: str
@@ -58,27 +71,91 @@ class Served:
         return sizes == ("qwen3_5_moe", 10, 30, 512) and self.format is not None
 
 
+class Part(NamedTuple):
+    """A tensor of a BF16 checkpoint, as it is stored. bits: of its codes, 0 where it is not quantized; inputs: of its
+    module; group: inputs that share a scale, 0 where all of a row do.
+    """
+
+    size_bytes: int
+    bits: int = 0
+    inputs: int = 0
+    group: int = 0
+
+
 def open_served(folder: Path, name: str = "") -> Served:
     """Read any maker's checkpoint but for its weights. name: for clients, by default the folder's own.
 
     Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
-    raw = read_config(folder)
-    weights = Weights.open(folder)
-    skeleton = weights.skeleton
-    prefix = skeleton.family.mtp_prefix
-    sizes = {name: header.size_bytes for name, header in weights.index.disk.headers.items()}
-    draft_bytes = sum(size for name, size in sizes.items() if prefix and name.startswith(prefix))
-    text = skeleton.text
+    raw, weights = read_config(folder), Weights.open(folder)
+    return _served(
+        weights.skeleton, dict(_stored(weights, raw)), weights.format, has_draft=weights.has_draft, folder=folder,
+        name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
+    )  # fmt: skip
+
+
+def planned_served(plan: Plan) -> Served:
+    """Describe the release that a plan makes. Raises UnknownCache."""
+    skeleton, index = plan.skeleton, plan.index
+    parts = {
+        claim.header.name: Part(
+            claim.bytes_after,
+            claim.bits or 0,
+            claim.header.shape[-1] if claim.bits else 0,
+            plan.recipe.scheme.group if ".experts." in claim.header.name else plan.dense.group_size,
+        )
+        for claim in plan.claims
+        if claim.tensors_after
+    }
+    return _served(
+        skeleton, parts, named(plan.recipe.format), has_draft=skeleton.has_draft(index.headers), folder=index.folder,
+        name=index.folder.name, template="", sampling={},
+    )  # fmt: skip
+
+
+def _stored(weights: Weights, raw: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
+    """Every tensor, by its name in a BF16 checkpoint."""
+    form, stated = weights.format, list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    by_row = None in stated or -1 in stated
+    for name, header in weights.index.headers.items():
+        stored = weights.index.stored.get(name)
+        if stored is None or form is None:
+            yield name, Part(stored.size_bytes if stored else header.size_bytes)
+            continue
+        groups, inputs = stored.parts[form.scales].shape[form.inputs_axis], stored.shape[1]
+        yield name, Part(stored.size_bytes, stored.bits, inputs, 0 if groups == 1 and by_row else inputs // groups)
+
+
+def _served(
+    skeleton: Skeleton, parts: Mapping[str, Part], form: Format | None, *, has_draft: bool, **others: Any
+) -> Served:
+    """Describe a checkpoint of these tensors, by name. others: fields that do not depend on them."""
+    text, blueprint, prefix = skeleton.text, skeleton.blueprint, skeleton.family.mtp_prefix
+    draft = {name: part for name, part in parts.items() if prefix and name.startswith(prefix)}
+    draft_bytes = sum(part.size_bytes for part in draft.values())
+    head = blueprint.sources[output_name(blueprint)].all_names
+    ends = {*blueprint.sources[input_name(blueprint)].all_names, *head}
     splits = {title: int(getattr(text, name)) for title, name in SPLIT.items() if getattr(text, name, None)}
     return Served(
-        folder=folder, name=name or folder.resolve().name, model_type=skeleton.family.model_type,
-        format=weights.format, group_size=_group_size(raw), expert_width=skeleton.widest.width,
-        vision="vision_config" in raw, context=int(text.max_position_embeddings),
-        weight_bytes=sum(sizes.values()) - draft_bytes, draft_bytes=draft_bytes if weights.has_draft else 0,
-        geometry=_geometry(skeleton), splits=splits, template=_template(folder),
-        sampling=sampling(folder),
+        model_type=skeleton.family.model_type, format=form,
+        group_size=max((part.group for name, part in parts.items() if part.bits and ".experts." in name), default=0),
+        expert_width=skeleton.widest.width, vision="vision_config" in skeleton.raw,
+        context=int(text.max_position_embeddings), draft_bytes=draft_bytes if has_draft else 0,
+        weight_bytes=sum(part.size_bytes for part in parts.values()) - draft_bytes,
+        ends_bytes=sum(parts[name].size_bytes for name in ends if name in parts),
+        int8=any(part.bits == 8 for part in parts.values()),
+        quantized_head=any(parts[name].bits for name in head if name in parts),
+        int4_drafts=any(part.bits == 4 and ".experts." in name for name, part in draft.items()),
+        geometry=_geometry(skeleton), splits=splits | dict(_split_groups(parts)), **others,
     )  # fmt: skip
+
+
+def _split_groups(parts: Mapping[str, Part]) -> Iterator[tuple[str, int]]:
+    """Groups of inputs of modules beside the experts, whose inputs tensor parallel splits."""
+    for name, part in parts.items():
+        module = module_end(name.removesuffix(".weight"))
+        if part.bits and part.group and ".experts." not in name and module.endswith(ROW_PARALLEL):
+            yield f"groups of {part.group} inputs of {module}", part.inputs // part.group
 
 
 class UnknownCache(FourfoldError):
@@ -112,14 +189,6 @@ def _read_geometry(skeleton: Skeleton) -> Geometry:
         latent=int(latent and latent + text.qk_rope_head_dim),
         **({field: int(getattr(text, name)) for field, name in states.items()} if linear else {}),
     )
-
-
-def _group_size(raw: Mapping[str, Any]) -> int:
-    """Of the one way in which experts are quantized; model/weights.py has looked at the rest of it."""
-    settings = quantization(raw)
-    groups = settings.get("config_groups") or {}
-    sizes = [group["weights"].get("group_size") for group in groups.values()] or [settings.get("group_size")]
-    return max((int(size) for size in sizes if size), default=0)
 
 
 def _template(folder: Path) -> str:

@@ -23,6 +23,7 @@ from fourfold.recipe import load_recipe
 from fourfold.release.contents import named_repo
 from fourfold.release.report.about import About, licence
 from fourfold.release.report.card import card
+from fourfold.release.report.charts import heat_values
 from fourfold.release.report.page import page
 from fourfold.release.report.recommend import recommend
 from fourfold.release.report.records import read_records
@@ -255,9 +256,13 @@ def test_what_is_quantized_beside_the_experts_is_named(tmp_path: Path) -> None:
     """int8 of preset `compact`: by kind and bits, and parameters are those of the source all the same."""
     source = releases.make_source(tmp_path / "model")
     overrides = ["solver.passes=0", 'scheme.rest.attention="int8"', 'scheme.rest.head="int8"']
+    overrides += ['scheme.rest.draft_experts="int4"']
     releases.run(source, tmp_path / "out", load_recipe(str(releases.write_recipe(tmp_path)), overrides))
     text, records = write_card(tmp_path / "out"), read_records(tmp_path / "out")
-    assert "Also quantized: attention (int8), output head (int8).\n\n|" in text
+    assert "Also quantized: attention (int8), output head (int8), draft experts (int4).\n\n|" in text
+    assert "stays BF16: the engines build it unquantized" not in text
+    assert "\n| draft head |" in fold(text, "Layers") and len(records.drafts()) == 12
+    assert records.by_layer().keys() == {0, 1} == {cell["layer"] for cell in heat_values(records)}
     assert "| routed experts | int4 | 72 |" in text and "| output head | int8 | 3 |" in text
     assert records.parameters()[0] == sum(tensor.numel() for tensor in releases.tensors(source).values())
 

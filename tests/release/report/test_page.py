@@ -84,7 +84,7 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
         for expert in range(experts)
         for projection in ("down_proj", "gate_proj", "up_proj")
     ]
-    return dataclasses.replace(records, projections=tuple(found))
+    return dataclasses.replace(records, projections=tuple(found), layers=layers)
 
 
 def test_quiet(release: Path) -> None:

@@ -12,11 +12,11 @@ from msgspec import convert, structs
 
 from fourfold.cli.console import open_console
 from fourfold.cli.tables.run import show_summary
-from fourfold.records.results import Figures, Measured, Metrics, RoundToNearest
+from fourfold.records.results import Drafted, Drafts, Figures, LengthDifference, Measured, Metrics, RoundToNearest
 from fourfold.release.report.about import About
 from fourfold.release.report.card import card
 from fourfold.release.report.page import page
-from fourfold.release.report.quality import figure_grid, verdict
+from fourfold.release.report.quality import draft_head, figure_grid, verdict
 from fourfold.release.report.records import read_records
 
 RTN_ENDS = (0.00312, 0.00340)
@@ -63,6 +63,17 @@ def test_without_round_to_nearest() -> None:
     )
     alone = verdict(measured(intervals=None))
     assert alone == "Mean KLD 0.00100 nats, top-1 agreement 97.00%, on 16 windows."
+
+
+def test_a_quantized_draft_head_is_paired_with_the_sources() -> None:
+    rule = {"by_position": [0.7], "mean_length": 2.7, "interval": None}
+    drafted = convert({"greedy": rule, "sampled": rule}, Drafted)
+    other = LengthDifference(mean_length=2.5, difference=-0.005, interval=(-0.01, 0.0025))
+    found = measured(drafts=Drafts(protocol={}, release=structs.replace(drafted, source_head=other)))
+    assert draft_head(found) == (
+        "Quantized draft head: -0.2% (95%: -0.4% to +0.1%) tokens per step against the BF16 head on the same text."
+    )
+    assert draft_head(measured()) == draft_head(measured(drafts=Drafts(protocol={}, release=drafted))) == ""
 
 
 def test_nothing_measured() -> None:

@@ -46,7 +46,7 @@ def _groups_table(plan: Plan) -> Table:
     for row in rows:
         tensors = f"{row.tensors_before:,}", f"{row.tensors_after:,}"
         sizes = decimal(row.bytes_before), decimal(row.bytes_after)
-        table.add_row(plain(row.group), plain(row.action), *tensors, *sizes)
+        table.add_row(plain(row.group), plain(row.what), *tensors, *sizes)
     tensors = f"{sum(row.tensors_before for row in rows):,}", f"{sum(row.tensors_after for row in rows):,}"
     sizes = decimal(sum(row.bytes_before for row in rows)), decimal(sum(row.bytes_after for row in rows))
     table.add_row("all", "", *tensors, *sizes)
@@ -54,6 +54,8 @@ def _groups_table(plan: Plan) -> Table:
 
 
 def _needs_table(plan: Plan) -> Table:
+    from fourfold.serve.cards import SHARE, planned_fits  # here: --help must not wait for it
+
     memory, disk = plan.memory, plan.disk
     table = facts_table()
     table.add_row("host memory", f"{decimal(memory.host_peak_bytes)} at the peak")
@@ -80,6 +82,8 @@ def _needs_table(plan: Plan) -> Table:
         swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
         table.add_row("of it the sweep's", swept)
     table.add_row("time", f"{clock_text(plan.time.seconds)} (prediction), bound by {plan.time.bound}")
+    if fits := planned_fits(plan):
+        table.add_row("to serve", f"{'; '.join(map(str, fits))}\nprediction: vLLM, fp8 KV cache, {SHARE} of the memory")
     return table
 
 
@@ -154,14 +158,10 @@ def show_evaluation(console: Console, found: Metrics) -> None:
             table.add_row(f"draft acceptance rate, {rule}", *rates)
             table.add_row("  tokens per step", *(f"{one.mean_length:.2f}" if one else "" for one in rules))
     show_table(console, table)
-    if found.drafts and found.drafts.release and (other := found.drafts.release.source_head):
-        share = f"{other.difference / other.mean_length:+.1%}"
-        ends = [f"{end / other.mean_length:+.1%}" for end in other.interval or ()]
-        of_interval = f" (95%: {' to '.join(ends)})" if ends else ""
-        say(
-            console,
-            f"Quantized draft head: {share}{of_interval} tokens per step against the BF16 head on the same text.",
-        )
+    from fourfold.release.report.quality import draft_head  # here: --help must not wait for it
+
+    if paired := draft_head(found):
+        say(console, paired)
     protocol = found.protocol
     windows = f"{protocol.windows} windows of {protocol.window} tokens"
     say(console, f"{plain(protocol.text)}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")

@@ -283,7 +283,7 @@ def heat_map(layers: int) -> Spec:
 def heat_values(records: Records) -> list[dict[str, Any]]:
     """Of each expert the tokens it met and the largest output error of its projections, None where it is 0."""
     cells: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in records.projections:
+    for row in (row for rows in records.by_layer().values() for row in rows):
         cell = cells.setdefault((row.layer, row.expert), {"layer": row.layer, "expert": row.expert, "error": None})
         cell |= {"tokens": row.tokens, "error": max(row.relative_error, cell["error"] or 0.0) or None}
     return list(cells.values())

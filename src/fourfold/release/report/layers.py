@@ -24,13 +24,14 @@ def layers_context(records: Records) -> dict[str, Any]:
     drift = {row.layer: row for row in records.metrics.layers} if records.metrics else {}
     by_layer = records.by_layer()
     layers = sorted(by_layer.keys() | drift.keys())
-    rows = [(_name(records, layer), *_layer_row(by_layer.get(layer, []), drift.get(layer))) for layer in layers]
+    rows = [_layer_row(layer, by_layer.get(layer, []), drift.get(layer)) for layer in layers]
+    rows += [_layer_row("draft head", drafts, None)] if (drafts := records.drafts()) else []
     header = (
         "layer", "drift", "router agreement", "output error, median", "maximum", "loss, mean",
         "tokens per expert, minimum", "median", "not GPTQ",
     )  # fmt: skip
     return {
-        "layers": records.release.skeleton.layers, "by_layer": table(header, rows), "cold": cold_text(records),
+        "layers": len(layers), "by_layer": table(header, rows), "cold": cold_text(records),
         "guidance": _guidance(records), "worst": table(*worst_grid(records)),
     }  # fmt: skip
 
@@ -39,8 +40,9 @@ def worst_grid(records: Records) -> Grid:
     """Return a row for each of the ten worst projections, the worst first."""
     header = ("layer", "expert", "projection", "over RTN's", "output error", "tokens", "effective tokens", "target")
     rows: list[tuple[object, ...]] = [
-        (_name(records, row.layer), row.expert, row.projection, f"{row.error_over_rtn:.2f}",
-         f"{row.relative_error:#.3g}", f"{row.tokens:,}", f"{row.effective_tokens:,.0f}", row.target)
+        (records.layer_name(row).removeprefix("layer "), row.expert, row.projection,
+         f"{row.error_over_rtn:.2f}", f"{row.relative_error:#.3g}", f"{row.tokens:,}",
+         f"{row.effective_tokens:,.0f}", row.target)
         for row in records.worst()
     ]  # fmt: skip
     return Grid(header, rows)
@@ -49,8 +51,8 @@ def worst_grid(records: Records) -> Grid:
 def weakest_text(records: Records) -> str:
     """Return the projection with the largest output error over that of RTN, in one line."""
     row = records.worst()[0]
-    layer = str(_name(records, row.layer)).replace(str(row.layer), f"layer {row.layer}")
-    return f"{layer} expert {row.expert} {row.projection}, {row.error_over_rtn:.2f} of RTN's output error"
+    where = f"{records.layer_name(row)} expert {row.expert} {row.projection}"
+    return f"{where}, {row.error_over_rtn:.2f} of RTN's output error"
 
 
 def drift_grid(records: Records) -> Grid | None:
@@ -78,21 +80,16 @@ def _guidance(records: Records) -> Markdown | None:
     return table(("layer", "down, predicted", "down", "gate and up"), rows)
 
 
-def _name(records: Records, layer: int) -> int | str:
-    """A layer in words: quant_log.csv counts the draft head's, if its experts were solved, after the last."""
-    return layer if layer < records.release.skeleton.layers else "draft head"
-
-
-def _layer_row(rows: Sequence[ProjectionStatistics], drift: StreamDrift | None) -> tuple[object, ...]:
+def _layer_row(layer: int | str, rows: Sequence[ProjectionStatistics], drift: StreamDrift | None) -> tuple[object, ...]:
     cells = _drift_cells(drift) if drift else ("", "")
     if not rows:
-        return (*cells, "no routed experts", "", "", "", "", "")
+        return (layer, *cells, "no routed experts", "", "", "", "", "")
     errors = [row.relative_error for row in rows]
     losses = [row.gptqmodel_loss for row in rows if row.gptqmodel_loss is not None]
     tokens = list({row.expert: row.tokens for row in rows}.values())
     other = sum(row.method != "gptq" for row in rows)
     return (
-        *cells, f"{median(errors):#.3g}", f"{max(errors):#.3g}",
+        layer, *cells, f"{median(errors):#.3g}", f"{max(errors):#.3g}",
         f"{sum(losses) / len(losses):#.3g}" if losses else "",
         f"{min(tokens):,}", f"{median(tokens):,.0f}", other or "",
     )  # fmt: skip

@@ -1,6 +1,7 @@
 // The map, the table and the charts. Text reaches the page through textContent and Vega alone.
 const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.rows, count = rows.layer.length;
+const layerName = (layer) => layer < data.decoder ? String(layer) : "draft head"; // draft experts come after the last layer
 const element = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -40,14 +41,14 @@ const short = (value) => (value === null ? "" : value.toPrecision(3));
 const share = (value) => value.toFixed(2);
 const whole = (value) => Math.round(value).toLocaleString("en");
 const columns = [
-  ["layer", String], ["expert", String], ["projection", (value) => rows.projections[value]],
+  ["layer", layerName], ["expert", String], ["projection", (value) => rows.projections[value]],
   ["error_over_rtn", share], ["relative_error", short], ["method", (value) => rows.methods[value]], ["tokens", whole],
   ["effective_tokens", whole], ["weight_error", short], ["loss", short], ["damping", short], ["passes", String],
 ];
 if (rows.ratio) columns.push(["ratio", short]);
 const ROW = 28, SPARE = 8; // pixels of a row; rows beyond those in sight
 const names = Array.from({ length: count }, (_, row) =>
-  `layer ${rows.layer[row]} expert ${rows.expert[row]} ${rows.projections[rows.projection[row]]} ${rows.methods[rows.method[row]]} `);
+  `${rows.layer[row] < data.decoder ? "layer " : ""}${layerName(rows.layer[row])} expert ${rows.expert[row]} ${rows.projections[rows.projection[row]]} ${rows.methods[rows.method[row]]} `);
 const table = element("table"), head = element("head"), space = element("space");
 let shown = [], order = { column: "error_over_rtn", falling: false };
 
@@ -129,7 +130,7 @@ function search(text) {
 
 // --- the map: axes and legend are Vega's, cells are pixels of a picture laid over it, as 10,000 marks take 0.2 s --------
 
-const layers = [...new Set(rows.layer)].sort((a, b) => a - b), experts = [...new Set(rows.expert)].sort((a, b) => a - b);
+const layers = [...new Set(rows.layer)].filter((layer) => layer < data.decoder).sort((a, b) => a - b), experts = [...new Set(rows.expert)].sort((a, b) => a - b);
 const picture = Object.assign(document.createElement("canvas"), { id: "cells" });
 let map = null; // what is drawn: { view, field, projection, at: row by place of layer and of expert }
 let cursor = null; // [place in layers, place in experts]
@@ -141,7 +142,7 @@ function rowsAt(projection) {
   const down = new Map(layers.map((layer, place) => [layer, place])), across = new Map(experts.map((expert, place) => [expert, place]));
   const at = layers.map(() => new Array(experts.length).fill(null));
   for (let row = 0; row < count; row++) {
-    if (rows.projection[row] === projection) at[down.get(rows.layer[row])][across.get(rows.expert[row])] = row;
+    if (rows.projection[row] === projection && rows.layer[row] < data.decoder) at[down.get(rows.layer[row])][across.get(rows.expert[row])] = row;
   }
   return at;
 }

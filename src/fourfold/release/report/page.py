@@ -15,7 +15,7 @@ from fourfold.release.report.card import parameters_text
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.layers import cold_text, drift_grid, worst_grid
-from fourfold.release.report.quality import draft_grid, figure_grid, protocol_text, task_grid, verdict
+from fourfold.release.report.quality import draft_grid, draft_head, figure_grid, protocol_text, task_grid, verdict
 from fourfold.release.report.records import Records
 from fourfold.units import clock_text, size
 
@@ -31,6 +31,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
     data: dict[str, Any] = {
         "rows": columns(rows, other),
         "charts": charts(records, against),
+        "decoder": records.layers,
         "map": heat_map(len(records.by_layer())),
         "maps": {field: {"title": title, "scale": scale} for field, title, scale in maps},
     }
@@ -45,6 +46,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         quality=figure_grid(metrics, others) if metrics or any(found for _, found in others) else None,
         protocol=metrics and protocol_text(metrics.protocol),
         drafts=metrics and draft_grid(metrics),
+        draft_head=metrics and draft_head(metrics),
         tasks=metrics and task_grid(metrics.tasks),
         checks=records.verdict.checks if records.verdict else (),
         stale=records.stale,

@@ -41,11 +41,12 @@ class Group:
 class Records:
     """release: fourfold.json, config.json, recipe.toml; verdict: of these very bytes, else None and `stale`.
 
-    weights: headers as a BF16 checkpoint has them; stored: the quantized ones; missing: (what was not measured, the
-    command that does it).
+    layers: number of decoder layers; weights: headers as a BF16 checkpoint has them; stored: the quantized ones;
+    missing: (what was not measured, the command that does it).
     """
 
     release: Release
+    layers: int
     weights: Mapping[str, TensorHeader]
     stored: Mapping[str, Stored]
     projections: tuple[ProjectionStatistics, ...]
@@ -71,12 +72,16 @@ class Records:
             group = (
                 EXPERTS if name.startswith(experts) else "output head" if stored and group == "embeddings" else group
             )
+            if stored and group == "MTP" and ".experts." in name:
+                group = "draft experts"
             tensors, taken = (len(stored.parts), stored.size_bytes) if stored else (1, header.size_bytes)
             found.setdefault((group, stored.bits if stored else None), []).append((reason, tensors, taken))
         rows = []
         for (group, bits), weights in sorted(found.items(), key=lambda one: one[0][1] is None):
             reasons, tensors_of, bytes_of = zip(*weights, strict=True) if weights else ((), (), ())
             why = "; ".join(sorted(set(reasons)))
+            if group == "MTP" and any(name in ("MTP", "draft experts") and width for name, width in found):
+                why = "the rest of the draft head stays BF16"
             rows.append(Group(group, bits, why, len(weights), sum(tensors_of), sum(bytes_of)))
         return tuple(row for row in rows if row.weights)
 
@@ -101,10 +106,19 @@ class Records:
         return min((shape[1] for shape in shared if len(shape) == 2 and shape[0] == hidden), default=None)
 
     def by_layer(self) -> dict[int, list[ProjectionStatistics]]:
+        """Return the rows of the decoder layers, in order: those of draft experts are not among them."""
         found = defaultdict(list)
         for row in self.projections:
-            found[row.layer].append(row)
+            if row.layer < self.layers:
+                found[row.layer].append(row)
         return dict(sorted(found.items()))
+
+    def drafts(self) -> list[ProjectionStatistics]:
+        """Return the rows of draft experts: their layer is the number of decoder layers."""
+        return [row for row in self.projections if row.layer >= self.layers]
+
+    def layer_name(self, row: ProjectionStatistics) -> str:
+        return f"layer {row.layer}" if row.layer < self.layers else "draft head"
 
     def pool_tokens(self, row: ProjectionStatistics) -> float:
         """How many tokens the layer's statistics count for in this projection's: the recipe's pool times its inputs."""
@@ -132,6 +146,7 @@ def read_records(folder: Path) -> Records:
     licence, index = folder / "LICENSE", open_source(folder, release.raw)
     return Records(
         release=release,
+        layers=release.skeleton.layers,
         weights=index.headers,
         stored=index.stored,
         projections=read_log(folder / LOG),

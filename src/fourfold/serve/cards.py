@@ -1,0 +1,55 @@
+"""The smallest machine that a release fits, by vLLM's forecast; nothing needs to be here yet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fourfold.quantize.plan import Plan
+from fourfold.serve.engines import DRAFTS, ENGINES, VLLM
+from fourfold.serve.forecast import Cache, Split, forecast
+from fourfold.serve.machine import Gpu, Machine
+from fourfold.serve.served import Served, UnknownCache, planned_served
+
+MACHINES = (*((1, gib) for gib in (12, 16, 24, 32, 48, 80)), (2, 80), (4, 80), (8, 80))  # GPUs, GiB of each
+SHARE = 0.95  # of a GPU's memory, where nothing else uses it
+USEFUL_TOKENS = 32_768  # a shorter context does not count as a fit
+
+
+class Fit(NamedTuple):
+    """gpus, gib: the smallest machine, 0 where none suffices; context: of the longest request there, in tokens."""
+
+    drafts: int
+    gpus: int
+    gib: int
+    context: int
+
+    def __str__(self) -> str:
+        how = f"with {self.drafts} drafts" if self.drafts else "without drafts"
+        if not self.gpus:
+            return f"no machine up to {MACHINES[-1][0]} x {MACHINES[-1][1]} GiB {how}"
+        return f"{self.gpus} x {self.gib} GiB {how} (context {self.context:,})"
+
+
+def planned_fits(plan: Plan) -> list[Fit]:
+    """Return the smallest machines for a plan's release, with and without drafts; none for an unknown kind of cache."""
+    try:
+        served = planned_served(plan)
+    except UnknownCache:
+        return []
+    return [smallest(served, drafts) for drafts in ((DRAFTS[VLLM], 0) if served.has_draft else (0,))]
+
+
+def smallest(served: Served, drafts: int) -> Fit:
+    """Return the first of MACHINES that fits, in the newest vLLM known and with an fp8 cache."""
+    cache = Cache(
+        engine=VLLM, version=ENGINES[VLLM].known[-1], share=SHARE, elements="fp8", drafts=drafts, context=None,
+        prefix_caching=True, requests=0, cpu_gib=0,
+    )  # fmt: skip
+    for gpus, gib in MACHINES:
+        gpu = Gpu(name="", total_bytes=gib * 2**30, free_bytes=gib * 2**30, capability=(9, 0))
+        split = Split.choose(served, Machine(gpus=(gpu,) * gpus, host_bytes=0), gpus, experts_apart=False)
+        found = forecast(served, split, cache)
+        context = min(found.longest, served.context)
+        if not split.problems and not found.problems and context >= min(USEFUL_TOKENS, served.context):
+            return Fit(drafts, gpus, gib, context)
+    return Fit(drafts, 0, 0, 0)
