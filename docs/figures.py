@@ -300,6 +300,44 @@ def gguf() -> str:
     return table([*header, "median KLD", "top-1 agreement", "perplexity"], rows)
 
 
+# --- docs/compact.md -------------------------------------------------------------------------------------------------
+
+COMPACT = {"example": "example, 4 layers", "deep": "16 layers"}
+
+
+@figure
+def compact() -> str:
+    """`compact` beside `best`, and what BF16 arithmetic alone does, in fp32."""
+    titles = {"control": "source, BF16 arithmetic", "best": "`best`", "compact": "`compact`"}
+    rows = []
+    for model, found in result("compact")["models"].items():
+        for name, title in titles.items():
+            row = found["figures"][name]
+            size = f"{found['bytes'][name] / 1e6:.1f}" if name in found["bytes"] else ""
+            of_best = f"{row['kl_median'] / found['figures']['best']['kl_median']:.2f}" if size else ""
+            cells = [kld(row["kl_mean"]), kld(row["kl_median"], 3), of_best, kld(row["kl_p99"], 1)]
+            rows.append([COMPACT[model], title, *cells, percent(row["top1_agreement"]), size])
+    header = ["model", "weights", "mean KLD", "median KLD", "of `best`", "p99 KLD", "top-1 agreement", "tensors (MB)"]
+    return table(header, rows)
+
+
+@figure
+def compact_drafts() -> str:
+    drafts = result("compact")["models"]["example"]["drafts"]
+    share, ends = (drafts["difference"] / drafts["mean_length_bf16"],
+                   [end / drafts["mean_length_bf16"] for end in drafts["interval"]])  # fmt: skip
+    interval = f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} %"
+    lengths = f"{drafts['mean_length']:.3f} tokens per step, {drafts['mean_length_bf16']:.3f} with the BF16 draft head"
+    return f"{lengths} ({100 * share:+.2f} %, 95 % interval {interval}; {drafts['prompts']} prompts)"
+
+
+@figure
+def compact_conditions() -> str:
+    found = next(iter(result("compact")["models"].values()))
+    text = f"{found['windows']} windows of {found['window']} tokens of wikitext-2, KLD in 10^-3 nats, fp32 arithmetic"
+    return f"{text}; `benchmarks/results/compact.json`, {tested_on('compact')}, {result('compact')['date']}"
+
+
 # --- docs/scale.md ---------------------------------------------------------------------------------------------------
 
 
