@@ -32,6 +32,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 from llama_cpp import LlamaCpp
+from msgspec import to_builtins
 from quality import EXAMPLE, ROOT, ROW_TOKENS, Text, cpu_name, mean_of_seeds, shares, shown
 from torch import Tensor, nn
 
@@ -225,7 +226,7 @@ def record(bench: Bench, runs: list[Mapping[str, Any]], means: list[Mapping[str,
         | {"xllamacpp": next(ENGINE.glob("lib/python3*/site-packages/xllamacpp-*.dist-info")).name[10:-10]},
         "model": {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts},
         "protocol": {
-            "heldout": heldout.protocol, "heldout_digest": heldout.digest, "calibration_row_tokens": ROW_TOKENS,
+            "heldout": to_builtins(heldout.protocol), "heldout_digest": heldout.digest, "calibration_row_tokens": ROW_TOKENS,
             "source": "fp32, llama.cpp", "kv_cache": "fp32", "flash_attention": False, "routing": "free",
             "kinds": {one.name: one.kinds for one in FILES if one.kinds},
         },

@@ -46,6 +46,7 @@ from typing import Any
 
 import torch
 from heldout import Judge, bootstrap
+from msgspec import to_builtins
 from rich.console import Console
 from rich.table import Table
 
@@ -376,7 +377,7 @@ def record(bench: Bench, text: Text, runs: list[dict[str, Any]]) -> dict[str, An
         "code": {"quantize": bench.solving, "judge": bench.judging},
         "model": model | {"sha256": bench.model_digest},
         "protocol": {
-            "heldout": text.heldout.protocol,
+            "heldout": to_builtins(text.heldout.protocol),
             "heldout_digest": text.heldout.digest,
             "storage": STORAGE,
             "calibration_row_tokens": ROW_TOKENS,
