@@ -279,6 +279,20 @@ def remeasure() -> str:
 
 
 @figure
+def calibration_tokens() -> str:
+    """Mean KLD with free routing by calibration tokens, from two files of the example model."""
+    found = [row for name in ("quality", "quality_256k") for row in result(name)["means"]]
+    counts = sorted({row["tokens"] for row in found if row["method"] == "guided"})
+    rows = []
+    for method in ("fast", "best", "guided"):
+        values = {row["tokens"]: row["kl_mean"] for row in found if row["method"] == method}
+        rows.append([f"`{method}`", *(kld(values[tokens]) if tokens in values else "" for tokens in counts)])
+    model = result("quality")["model"]
+    per_input = [f"{tokens:,} ({tokens * 2 / model['experts'] / 256:g})" for tokens in counts]
+    return table(["recipe", *per_input], rows)
+
+
+@figure
 def gguf() -> str:
     """Files for llama.cpp that differ in their experts alone."""
     titles = {

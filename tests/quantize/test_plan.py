@@ -478,7 +478,7 @@ def test_the_headline_says_what_runs_where(full: Path, tmp_path: Path) -> None:
     assert str(facts.pop("model")).startswith(str(full)) and facts.pop("output") == str(tmp_path / "out")
     assert facts == {
         "recipe": "best: compressed-tensors, group size 128, 256 samples of 1,024 tokens",
-        "tokens": "4 per expert and input of gate and up, 16 of down; KLD falls with more, up to 64",
+        "tokens": "4 per expert and input of gate and up, 16 of down; KLD falls with more, up to 32",
         "devices": "cuda:0 to cuda:2",
         "layers": "2-3: a trial, the output is partial",
     }

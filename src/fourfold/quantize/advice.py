@@ -30,7 +30,7 @@ QUANTIZED_HEAD = (
     f"the output head ({HEAD}) is quantized: SGLang makes no drafts with it, it stops at its start (AttributeError: "
     "'ParallelLMHead' object has no attribute 'weight'). Try: recipe compact-sglang, or serve without MTP"
 )
-ENOUGH = 64  # tokens per expert and input of gate and up: the learning curve is flat from here on (docs/measured.md)
+ENOUGH = 32  # tokens per expert and input of gate and up: the learning curve is flat from here on (docs/measured.md)
 HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 
 
