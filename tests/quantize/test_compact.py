@@ -149,7 +149,8 @@ def test_the_measured_kld_is_that_of_the_files(source: Path, compact: Path) -> N
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 def test_int8_draft_experts(source: Path, tmp_path: Path, small: MakeRecipe, form: str) -> None:
     recipe = replace(with_rest(small("solver.passes=0"), draft_experts="int8"), format=form)
-    releases.run(source, tmp_path / "out", recipe)
+    machine = Machine(devices="cpu*2" if form == "gptq" else "cpu", memory_bytes=releases.MEMORY_BYTES)
+    releases.run(source, tmp_path / "out", recipe, machine=machine)
     weights = Weights.open(tmp_path / "out")
     stacks = weights.draft_experts(torch.device("cpu"), torch.float32)
     tensors = releases.tensors(source)

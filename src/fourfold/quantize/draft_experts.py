@@ -53,8 +53,8 @@ def quantize_draft_experts(
     """
     weights = SourceWeights(plan.skeleton, plan.index, None, plan)
     if plan.dense.draft_experts == 8:
-        stacks = weights.draft_experts(worker.device, torch.bfloat16) if worker.is_leader else ()
-        return LayerResult(_rounded(plan, stacks), None, None, (), {}, 0)
+        tensors = _rounded(plan, weights.draft_experts(worker.device, torch.bfloat16)) if worker.is_leader else {}
+        return LayerResult(tensors, None, None, (), {}, 0)
     draft = worker.run_once(lambda: read_draft_head(weights, torch.device("cpu"), torch.bfloat16, head))
     layer = dataclasses.replace(draft.layer, index=plan.skeleton.layers)
     parts = draft_inputs(_on(draft, worker.device), rows, worker, tick) if worker.is_leader else ([], [], [])
@@ -131,13 +131,13 @@ def draft_inputs(
     return inputs, choices, weights
 
 
-def _rounded(plan: Plan, stacks: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _rounded(plan: Plan, stacks: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Draft experts rounded to int8, by their final names."""
     tensors: dict[str, Tensor] = {}
     scheme, format = plan.recipe.scheme, named(plan.recipe.format)
     onto = grid.Grid(levels=grid.INT8, group_size=scheme.group, scale_dtype=scheme.scale_dtype)
     for expert, names in enumerate(stems(plan)):
-        gate_NK, up_NK = stacks[0][expert].float().chunk(2) if stacks else ()
+        gate_NK, up_NK = stacks[0][expert].float().chunk(2)
         for projection, weight_NK in zip(names, (gate_NK, up_NK, stacks[1][expert].float()), strict=True):
             one_1K = torch.ones(1, weight_NK.shape[1], device=weight_NK.device)
             scale_1NG = grid.search_scales(weight_NK[None], one_1K, onto, INT8_SEARCH)
