@@ -15,6 +15,7 @@ from torch import Tensor
 import checkpoints
 import deployments
 import families
+import family_releases
 import releases
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, QuantizedGroup
@@ -229,6 +230,28 @@ def test_a_group_divides_every_dense_width(tmp_path: Path) -> None:
     assert plan.dense.group_size == 32 and plan.dense.bits
     shapes = {claim.header.name: claim.header.shape for claim in plan.claims}
     assert all(shapes[name][0] % dense.OUTPUTS == 0 for name in plan.dense.bits)
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("qwen2_moe", {"self_attn.q_proj", "mlp.shared_expert.up_proj"}),
+        (
+            "deepseek_v3",
+            {"self_attn.q_b_proj", "self_attn.kv_b_proj", "self_attn.o_proj", "mlp.shared_experts.up_proj"},
+        ),
+        ("nemotron_h", {"mixer.out_proj", "mixer.q_proj", "mixer.shared_experts.down_proj"}),
+    ],
+)
+def test_other_families(tmp_path: Path, family: str, ends: set[str]) -> None:
+    """What is joined in engines has one width: of deepseek_v3 q_a_proj has 96 outputs, so kv_a_proj stays BF16 too."""
+    model = family_releases.make_source(tmp_path / "model", family)
+    recipe = family_releases.recipe(releases.write_recipe(tmp_path).parent, "fast")
+    releases.run(model, tmp_path / "out", with_rest(recipe, draft_experts="bf16", draft_dense="bf16"))
+    stored = Weights.open(tmp_path / "out").index.stored
+    int8 = {name.removesuffix(".weight").partition("layers.")[2].partition(".")[2]
+            for name, weight in stored.items() if weight.bits == 8 and "layers." in name}  # fmt: skip
+    assert ends <= int8 and "self_attn.kv_a_proj_with_mqa" not in int8
 
 
 # ---- refused

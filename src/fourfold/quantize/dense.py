@@ -12,7 +12,7 @@ from torch import Tensor
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, QuantizedGroup, TensorHeader
 from fourfold.formats import named
-from fourfold.formats.format import MoreModules, Shape
+from fourfold.formats.format import FUSED, MoreModules, Shape
 from fourfold.model.family import kept_group
 from fourfold.model.head import output_name
 from fourfold.model.layer import LayerTensors
@@ -64,6 +64,7 @@ class DenseScheme:
         bits = {name: width for name in shapes if (width := _bits(skeleton, name, rest)) < 16}
         parts = recipe.scheme.tensor_parallel
         fits = {name for name in bits if shapes[name][0] % OUTPUTS == 0 and shapes[name][1] % (32 * parts) == 0}
+        fits = {name for name in fits if _beside(name, shapes) <= fits}
         size = next(size for size in GROUP_SIZES if not any(shapes[name][1] % (size * parts) for name in fits))
         experts = BITS[rest.draft_experts] if has_draft else 16
         kept = {name: width for name, width in bits.items() if name in fits}
@@ -89,6 +90,13 @@ def _candidates(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> Iter
                 yield name, blueprint.headers[name].shape
     for name in _head_names(skeleton):
         yield name, blueprint.headers[name].shape
+
+
+def _beside(name: str, shapes: Mapping[str, Shape]) -> set[str]:
+    """Weights that engines join with this one: they have one width. shapes: of all weights that there are."""
+    parent, _, module = name.removesuffix(".weight").rpartition(".")
+    parts = next((parts for parts in FUSED.values() if module in parts), ())
+    return {f"{parent}.{part}.weight" for part in parts} & shapes.keys()
 
 
 def _head_names(skeleton: Skeleton) -> tuple[str, ...]:
