@@ -6,6 +6,8 @@
         --json benchmarks/results/quality_chat.json
     python benchmarks/quality.py --seeds 0 --methods fast best guided --tokens 262144 \\
         --json benchmarks/results/quality_256k.json
+    python benchmarks/quality.py --model deep-moe --seeds 0 --methods fast best guided --tokens 262144 \\
+        --json benchmarks/results/quality_deep_256k.json
     python benchmarks/quality.py --model deep-moe --tokens 16384 65536 \\
         --methods gptqmodel card fast best guided --json benchmarks/results/quality_deep.json
     python benchmarks/quality.py --model real-moe --methods fast best --tokens 16384 --windows 16
