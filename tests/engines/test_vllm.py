@@ -163,7 +163,7 @@ def test_the_exact_kernel_agrees_with_vllms_own(made: Made, engine: Engine) -> N
     assert reference is not None
     exact = ask(engine, made(GPTQ), "exact", exact_experts=True)
     assert not exact.failure, exact.failure
-    assert any("exact int4 expert kernel" in line for line in vllm.kernels(exact))
+    assert any("exact expert kernel" in line for line in vllm.kernels(exact))
     own = ask(engine, made(GPTQ), "own")
     assert not own.failure, own.failure
     stored = vllm.differences(exact.content["prompt_logprobs"][-1:], [reference.logprobs])
