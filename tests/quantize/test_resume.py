@@ -166,14 +166,14 @@ def record_of(out: Path, shard: str) -> Path:
         ({FIRST: releases.damage}, [rf"layer 0: {FIRST}: sha256 \w{{16}}, expected \w{{16}}; quantized again"]),
         (
             {FIRST: truncate, REST: releases.damage},
-            ["layer 0: .*; quantized again", rf"{REST}: sha256 .*; copied again"],
+            ["layer 0: .*; quantized again", rf"{REST}: sha256 .*; written again"],
         ),
         (
             {FIRST: Path.unlink, SECOND: releases.damage, REST: Path.unlink},
             [
                 f"layer 0: {FIRST}: No such file or directory; quantized again",
                 "layer 1: .*; quantized again",
-                f"{REST}: No such file or directory; copied again",
+                f"{REST}: No such file or directory; written again",
             ],
         ),
     ],
