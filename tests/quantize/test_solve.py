@@ -26,7 +26,7 @@ from grids import int4
 from problems import GROUP, Problem
 
 # What acts before a site is made: see test_solve_layer.py, and of norm_power test_observe.py and test_run.py.
-ELSEWHERE = {"asymmetric", "norm_power", "router_weighted", "pool_rows", "tensor_parallel"}
+ELSEWHERE = {"asymmetric", "norm_power", "router_weighted", "pool_rows", "rest", "tensor_parallel"}
 # Fields of the presets, a value other than that of `best`, and what else must be set for the field to be used.
 OTHER_VALUES: list[tuple[str, object, dict[str, Any]]] = [
     ("pool", 0.1, {}),

@@ -118,8 +118,8 @@ def test_card_page_and_terminal_say_the_same(release: Path, capsys: pytest.Captu
     assert said.replace("'", "&#39;") in shown.partition("<main>")[0]
     assert "RTN (1 window)" in written and "RTN (1 window)" in shown
     summary = types.SimpleNamespace(
-        out=str(release), partial=False, projections=1, methods={}, bytes_before=0, bytes_after=0, metrics={},
-        seconds={}, peak_memory_bytes={}, planned_memory_bytes={}, workers=(), notes=(),
+        out=str(release), partial=False, projections=1, methods={}, tokens_per_input={}, bytes_before=0, bytes_after=0,
+        metrics={}, seconds={}, peak_memory_bytes={}, planned_memory_bytes={}, workers=(), notes=(),
     )  # fmt: skip
     show_summary(open_console(), summary, "model")  # type: ignore[arg-type]
     assert capsys.readouterr().out.splitlines()[-2:-1] == [said]
