@@ -112,7 +112,7 @@ def test_a_killed_run_that_quantizes_the_rest_goes_on(tmp_path: Path) -> None:
     rest = load_recipe("compact").scheme.rest
     more = "\n".join(["[scheme.rest]", *(f'{name} = "{value}"' for name, value in vars(rest).items()), ""])
     undisturbed = run_undisturbed(tmp_path, more)
-    kill_and_go_on(undisturbed, tmp_path / "killed", list(range(4, undisturbed[2], 5)))
+    kill_and_go_on(undisturbed, tmp_path / "killed", list(range(9, undisturbed[2], 9)))
 
 
 def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) -> None:
