@@ -25,7 +25,7 @@ from test_cli import answers
 
 STAGES = ("plan", "quantize", "evaluate", "verify")
 SHOWN = {"json", "quiet", "dry_run"}  # flags of what a terminal shows
-OF_THE_RECIPE = ("overrides", "calibration", "tensor_parallel")
+OF_THE_RECIPE = ("format", "overrides", "calibration", "tensor_parallel")
 CALLED = {"memory": ["memory_bytes", "host_bytes"], **dict.fromkeys(OF_THE_RECIPE, ())}
 
 

@@ -460,6 +460,7 @@ class Work:
             "partial": True,
             "projections": 6,
             "methods": {"gptq": 6},
+            "tokens_per_input": {},
             "bytes_before": 10**9,
             "bytes_after": 10**8,
             "metrics": {},
@@ -605,7 +606,7 @@ def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:
 def test_plan(example_model: Path) -> None:
     shown = invoke("plan", example_model, "--devices", "cpu")
     assert shown.exit_code == 0, shown.output
-    for word in ("experts", "quantize", "MTP", "copy + split", "host memory", "time"):
+    for word in ("experts", "int4", "MTP", "copy + split", "host memory", "time"):
         assert word in shown.stdout
     assert "core, as measured here, idle: " in shown.stdout
 
