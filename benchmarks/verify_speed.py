@@ -104,7 +104,7 @@ def make_release(source: Path, out: Path, preset: str) -> None:
         shards[layer.shard] = {"bytes": written.size_bytes, "sha256": written.sha256}
         rows += own
     for rest in plan.rest:
-        record = output.write_rest(out, rest, plan.index)
+        record = output.write_rest(plan, out, rest)
         shards[rest.shard] = {"bytes": record.size_bytes, "sha256": record.sha256}
     for name in TOKENIZER:
         copy_file(source / name, out / name)

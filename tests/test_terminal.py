@@ -240,6 +240,7 @@ def test_summary(workers: int) -> None:
         partial=False,
         projections=192,
         methods={"gptq": 190, "diag": 2},
+        tokens_per_input={"mean": 32.0, "coldest_tenth": 0.125},
         bytes_before=22_400_000,
         bytes_after=13_000_000,
         metrics=metrics,
@@ -253,6 +254,7 @@ def test_summary(workers: int) -> None:
     busy = ["busy                 cpu 90%, cpu 90%; waited at most 1.0 s for writer"] if workers > 1 else []
     assert printed(to).splitlines() == [
         "projections          192 (190 gptq, 2 diag)",
+        "tokens per expert    32 per input of gate and up (coldest tenth of experts 0.125)",
         "size of tensors      22.4 MB -> 13.0 MB (58.0%)",
         "time                 1 min 02 s",
         "peak memory          host 1.8 GB, cuda:0 2.0 GB (planned host 1.0 MB)",
