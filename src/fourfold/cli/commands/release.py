@@ -49,13 +49,13 @@ def report(
     from fourfold.model.hub import check_repo_id
     from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
 
+    if repo is not None:
+        check_repo_id("--repo", repo)
     record = read_export(out)
     if record is None:
         _require_reportable(out, against)
     elif against:
         raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
-    if repo is not None:
-        check_repo_id("--repo", repo)
 
     from fourfold.release.report.about import About
 
