@@ -86,8 +86,7 @@ def test_everything_else_is_bit_identical(source: Path, stored: dict[str, Tensor
 def test_searched_scales_are_closer_than_absmax() -> None:
     weight_NK = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     weight_NK[:, ::50] *= 6
-    scheme = dense.DenseScheme(bits={}, group_size=128, draft_experts=16)
-    group = dense.round_weight(weight_NK, 8, scheme, load_recipe("compact"))
+    group = dense.round_weight(weight_NK, 8, 128, load_recipe("compact"))
     onto = grid.Grid(levels=grid.INT8, group_size=128, scale_dtype="bf16")
     scale_1NG = grid.absmax_scales(weight_NK.float()[None], onto)
     plain = QuantizedGroup(grid.round_to_nearest(weight_NK.float()[None], scale_1NG, onto), scale_1NG, 8)
@@ -100,10 +99,9 @@ def test_searched_scales_are_closer_than_absmax() -> None:
 
 def test_slabs_change_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_NK = torch.randn(70, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
-    scheme = dense.DenseScheme(bits={}, group_size=32, draft_experts=16)
-    whole = dense.round_weight(weight_NK, 8, scheme, load_recipe("compact"))
+    whole = dense.round_weight(weight_NK, 8, 32, load_recipe("compact"))
     monkeypatch.setattr(dense, "SLAB_ROWS", 13)
-    parts = dense.round_weight(weight_NK, 8, scheme, load_recipe("compact"))
+    parts = dense.round_weight(weight_NK, 8, 32, load_recipe("compact"))
     assert torch.equal(whole.codes_ENK, parts.codes_ENK) and torch.equal(whole.scale_ENG, parts.scale_ENG)
     assert torch.equal(dense.dequantized(whole), dense.dequantized(parts))
 

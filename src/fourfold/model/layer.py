@@ -134,9 +134,9 @@ class DecoderLayer:
         """The same layer with other weights of its experts: what the release stream goes through."""
         return dataclasses.replace(self, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
 
-    def owning(self, owned: tuple[int, ...]) -> DecoderLayer:
-        """The same layer with these of its experts alone, on its device."""
-        gate_up_ENK, down_ENK = (_moved(stack, owned, self.device) for stack in self.stacks)
+    def owning(self, owned: tuple[int, ...], device: torch.device | None = None) -> DecoderLayer:
+        """The same layer with these of its experts alone, on `device`, or on its own."""
+        gate_up_ENK, down_ENK = (_moved(stack, owned, device or self.device) for stack in self.stacks)
         return dataclasses.replace(self, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
 
 

@@ -60,8 +60,10 @@ class DenseScheme:
                 f"scheme.rest: got draft_experts = {rest.draft_experts!r} and draft_dense = {rest.draft_dense!r}, but "
                 f"with format {recipe.format!r} vLLM takes a draft head that is quantized whole, or not at all"
             )
-        shapes = dict(_candidates(skeleton, headers))
-        bits = {name: width for name in shapes if (width := _bits(skeleton, name, rest)) < 16}
+        heads = _head_names(skeleton)
+        shapes = dict(_candidates(skeleton, headers)) | {name: skeleton.blueprint.headers[name].shape for name in heads}
+        widths = {name: BITS[rest.head] if name in heads else _bits(skeleton, name, rest) for name in shapes}
+        bits = {name: width for name, width in widths.items() if width < 16}
         parts = recipe.scheme.tensor_parallel
         fits = {name for name in bits if shapes[name][0] % OUTPUTS == 0 and shapes[name][1] % (32 * parts) == 0}
         fits = {name for name in fits if _beside(name, shapes) <= fits}
@@ -79,7 +81,7 @@ class DenseScheme:
 
 
 def _candidates(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Shape]]:
-    """Weights of linear modules beside the layers' routed experts, by name on disk."""
+    """Weights [N, K] of linear modules in layers and draft head beside their routed experts, by name on disk."""
     blueprint = skeleton.blueprint
     for name, shape in skeleton.draft_tensors() if skeleton.has_draft(headers) else ():
         if len(shape) == 2 and ".experts." not in name:
@@ -88,8 +90,6 @@ def _candidates(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> Iter
         for name in blueprint.kept_names(layer):
             if name.endswith(".weight") and len(blueprint.headers[name].shape) == 2:
                 yield name, blueprint.headers[name].shape
-    for name in _head_names(skeleton):
-        yield name, blueprint.headers[name].shape
 
 
 def _beside(name: str, shapes: Mapping[str, Shape]) -> set[str]:
@@ -104,27 +104,23 @@ def _head_names(skeleton: Skeleton) -> tuple[str, ...]:
 
 
 def _bits(skeleton: Skeleton, name: str, rest: Rest) -> int:
-    """The bits that a recipe has for a weight; 16 for one that stays as it is."""
+    """The bits that a recipe has for a weight of a layer or the draft head; 16 for one that stays as it is."""
     prefix = skeleton.family.mtp_prefix
     in_draft = bool(prefix) and name.startswith(prefix)
     part = PARTS.get(kept_group(name.removeprefix(prefix) if in_draft else name)[0])
     module = name.removesuffix(".weight").rpartition(".")[2]
-    if module in NEVER_QUANTIZED:
-        return 16
-    if name in _head_names(skeleton):
-        return BITS[rest.head]
-    if part is None:
+    if part is None or module in NEVER_QUANTIZED:
         return 16
     return BITS[rest.draft_dense if in_draft else getattr(rest, part)]
 
 
-def round_weight(weight_NK: Tensor, bits: int, scheme: DenseScheme, recipe: Recipe) -> QuantizedGroup:
-    """Round a weight to nearest, each group with the scale of the least squared error: codes and scales [1, N, ...]."""
-    onto = grid.Grid(
-        levels=grid.INT8 if bits == 8 else grid.INT4,
-        group_size=scheme.group_size,
-        scale_dtype=recipe.scheme.scale_dtype,
-    )
+def round_weight(weight_NK: Tensor, bits: int, group_size: int, recipe: Recipe) -> QuantizedGroup:
+    """Round a weight to nearest, each group with the scale of the least squared error.
+
+    Returns codes [1, N, K] of `bits` bits (4 or 8) and scales [1, N, K / group_size].
+    """
+    levels = grid.INT8 if bits == 8 else grid.INT4
+    onto = grid.Grid(levels=levels, group_size=group_size, scale_dtype=recipe.scheme.scale_dtype)
     solver = recipe.solver
     search = INT8_SEARCH
     if bits == 4:
@@ -142,7 +138,7 @@ def round_weight(weight_NK: Tensor, bits: int, scheme: DenseScheme, recipe: Reci
 
 
 def dequantized(group: QuantizedGroup) -> Tensor:
-    """Return the weight [N, K] that engines multiply by, BF16."""
+    """Return the weight [N, K] of a group of one, as engines multiply by it: BF16."""
     slabs = zip(group.codes_ENK[0].split(SLAB_ROWS), group.scale_ENG[0].split(SLAB_ROWS), strict=True)
     return torch.cat([grid.dequantize(codes_NK, scale_NG).bfloat16() for codes_NK, scale_NG in slabs])
 
@@ -165,7 +161,7 @@ def round_weights(tensors: Mapping[str, Tensor], scheme: DenseScheme, recipe: Re
     weights: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
     for name in (name for name in tensors if name in scheme.bits):
-        group = round_weight(tensors[name], scheme.bits[name], scheme, recipe)
+        group = round_weight(tensors[name], scheme.bits[name], scheme.group_size, recipe)
         weights[name] = dequantized(group)
         stem = name.removesuffix("weight")
         stored |= {stem + suffix: value[0] for suffix, value in named(recipe.format).pack(group).items()}

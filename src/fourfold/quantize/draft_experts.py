@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.core import grid
-from fourfold.datatypes import Batches, LayerResult, Placement, QuantizedGroup, Rows, Tick
+from fourfold.datatypes import Batches, LayerResult, Placement, Rows, Tick
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.head import Head
-from fourfold.model.layer import DecoderLayer, Routing, sort_pairs
+from fourfold.model.layer import Routing, sort_pairs
 from fourfold.model.mtp import DraftHead, read_draft_head
 from fourfold.model.weights import Weights
-from fourfold.quantize.dense import INT8_SEARCH, round_weights
+from fourfold.quantize.dense import round_weight, round_weights
 from fourfold.quantize.estimate import DRAFT_TOKENS
 from fourfold.quantize.observe import Observed
 from fourfold.quantize.plan import Plan
@@ -45,23 +44,24 @@ class SourceWeights(Weights):
 
 
 def quantize_draft_experts(
-    plan: Plan, worker: Worker, rows: Rows, head: Head, batches: Batches, tick: Tick
+    plan: Plan, worker: Worker, rows: Rows | None, head: Head, batches: Batches, tick: Tick
 ) -> LayerResult:
     """Return codes and scales of all draft experts, to worker 0, by their final names; log rows where they are solved.
 
-    rows: this worker's calibration rows of the release behind the last layer; head: of the release.
+    rows: this worker's calibration rows of the release behind the last layer, which int4 is solved on; head: of the
+    release.
     """
     weights = SourceWeights(plan.skeleton, plan.index, None, plan)
     if plan.dense.draft_experts == 8:
         tensors = _rounded(plan, weights.draft_experts(worker.device, torch.bfloat16)) if worker.is_leader else {}
         return LayerResult(tensors, None, None, (), {}, 0)
+    assert rows is not None, "the loop keeps calibration rows for int4 draft experts"
     draft = worker.run_once(lambda: read_draft_head(weights, torch.device("cpu"), torch.bfloat16, head))
     layer = dataclasses.replace(draft.layer, index=plan.skeleton.layers)
-    parts = draft_inputs(_on(draft, worker.device), rows, worker, tick) if worker.is_leader else ([], [], [])
+    parts = draft_inputs(_on(draft, worker.device), rows, tick) if worker.is_leader else ([], [], [])
     input_TD, counts = worker.all_gather(parts[0])
     routing = Routing(worker.all_gather(parts[1])[0], worker.all_gather(parts[2])[0]).to(worker.device)
     owned = worker.assigned_experts(torch.bincount(routing.index_TA.flatten().cpu(), minlength=layer.experts))
-    own = dataclasses.replace(_owning(layer, owned, worker.device), index=plan.skeleton.layers)
     place = worker.device if batches.inputs == Placement.DEVICE else torch.device("cpu")
     observed = Observed(
         input_TD=input_TD.to(place),
@@ -73,7 +73,8 @@ def quantize_draft_experts(
         importance_T=torch.ones(len(input_TD), device=worker.device),
     )
     recipe = dataclasses.replace(plan.recipe, guidance=Guidance())
-    result = solve_layer(worker, own, observed, recipe, Chunking(batches.experts, batches.inputs, stems(plan), tick))
+    chunking = Chunking(batches.experts, batches.inputs, stems(plan), tick)
+    result = solve_layer(worker, layer.owning(owned, worker.device), observed, recipe, chunking)
     return join_results(worker.gather_object(dataclasses.replace(result, gate_up_ENK=None, down_ENK=None)) or [result])
 
 
@@ -85,14 +86,9 @@ def _on(draft: DraftHead, device: torch.device) -> DraftHead:
         for value in (*module.parameters(), *module.buffers()):
             if not value.is_meta:  # the experts' own lie in the layer's stacks
                 value.data = value.data.to(device)
-    layer = _owning(draft.layer, draft.layer.owned, device)
+    layer = draft.layer.owning(draft.layer.owned, device)
     fc_DF, embedding_VD = draft.fc_DF.to(device), draft.embedding_VD.to(device)
     return dataclasses.replace(draft, layer=layer, fc_DF=fc_DF, embedding_VD=embedding_VD)
-
-
-def _owning(layer: DecoderLayer, owned: tuple[int, ...], device: torch.device) -> DecoderLayer:
-    gate_up_ENK, down_ENK = (stack_ENK[list(owned)].to(device) for stack_ENK in layer.stacks)
-    return dataclasses.replace(layer, owned=owned, gate_up_ENK=gate_up_ENK, down_ENK=down_ENK)
 
 
 def stems(plan: Plan) -> tuple[Mapping[str, str], ...]:
@@ -104,10 +100,10 @@ def stems(plan: Plan) -> tuple[Mapping[str, str], ...]:
     )
 
 
-def draft_inputs(
-    draft: DraftHead, rows: Rows, worker: Worker, tick: Tick
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return what draft steps 1 and 2 over the text give the experts: inputs [T, D], expert ids and weights [T, A]."""
+def draft_inputs(draft: DraftHead, rows: Rows, tick: Tick) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return what draft steps 1 and 2 over the text give the experts, a piece for each step of a row: inputs [T, D],
+    expert ids and weights [T, A].
+    """
     inputs: list[Tensor] = []
     choices: list[Tensor] = []
     weights: list[Tensor] = []
@@ -126,21 +122,17 @@ def draft_inputs(
         position_1P = torch.arange(0, length - 2, STEP_2, device=device)[None]
         if position_1P.numel():
             drafts.later(drafts.first(position_1P), token_1T.gather(1, position_1P + 2), position_1P)
-        worker.heartbeat()
-        tick(0)
+        tick(0)  # a heartbeat
     return inputs, choices, weights
 
 
 def _rounded(plan: Plan, stacks: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Draft experts rounded to int8, by their final names."""
     tensors: dict[str, Tensor] = {}
-    scheme, format = plan.recipe.scheme, named(plan.recipe.format)
-    onto = grid.Grid(levels=grid.INT8, group_size=scheme.group, scale_dtype=scheme.scale_dtype)
+    format, size = named(plan.recipe.format), plan.recipe.scheme.group
     for expert, names in enumerate(stems(plan)):
-        gate_NK, up_NK = stacks[0][expert].float().chunk(2)
-        for projection, weight_NK in zip(names, (gate_NK, up_NK, stacks[1][expert].float()), strict=True):
-            one_1K = torch.ones(1, weight_NK.shape[1], device=weight_NK.device)
-            scale_1NG = grid.search_scales(weight_NK[None], one_1K, onto, INT8_SEARCH)
-            group = QuantizedGroup(grid.round_to_nearest(weight_NK[None], scale_1NG, onto), scale_1NG, 8)
-            tensors |= {names[projection] + suffix: value[0].cpu() for suffix, value in format.pack(group).items()}
+        gate_NK, up_NK = stacks[0][expert].chunk(2)
+        for projection, weight_NK in zip(names, (gate_NK, up_NK, stacks[1][expert]), strict=True):
+            stored = format.pack(round_weight(weight_NK, 8, size, plan.recipe))
+            tensors |= {names[projection] + suffix: value[0].cpu() for suffix, value in stored.items()}
     return tensors

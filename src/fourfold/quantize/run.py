@@ -429,7 +429,7 @@ def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: H
         return
     drafts, finished = None, worker.all_gather_object(worker.run_once(lambda: quantized_rest_is_finished(job)))
     if plan.dense.draft_experts < 16 and not all(finished):
-        rows = all_streams.release.calibration or all_streams.source.calibration or all_streams.source.heldout
+        rows = all_streams.release.calibration or all_streams.source.calibration
         experts = STEPS * plan.skeleton.widest.count
         with job.stage(worker, "drafts", total=experts) as tick:
             drafts = quantize_draft_experts(plan, worker, rows, head, job.journal.settings.batches, tick)
