@@ -43,7 +43,7 @@ class Placed:
 class GgufPlan:
     """Everything about the file but its bytes. Raises FourfoldError for what llama.cpp has no name or code for.
 
-    placed: tensors of the very codes and scales, by name; rounded: modules with codes that cannot be moved exactly.
+    placed: tensors that hold codes and scales unchanged, by name; rounded: modules whose codes cannot be moved exactly.
     """
 
     def __init__(self, job: Job, quantized: Quantized, *, rest: str, mtp: bool) -> None:

@@ -26,13 +26,11 @@ from fourfold.release.stored import Projection, Stored, layout_problems, take_st
 from fourfold.release.verify.rules import config_problems
 from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.engines import ENGINES
-from fourfold.serve.machine import Gpu, Machine
+from fourfold.serve.machine import MACHINES, Gpu, Machine
 from fourfold.serve.served import Served, open_served
 
 DRAFT = "mtp."
 HOST_BYTES = 64 * 2**30
-# Machines that a command is made for, least memory first: (GPUs, GiB of each), with sizes that are sold.
-MACHINES = ((1, 12), (1, 16), (1, 24), (2, 16), (1, 32), (4, 12), (1, 48), (1, 80), (2, 80), (4, 80), (8, 80), (8, 141))
 CAPABILITY = (8, 6)
 TRANSFORMERS_BF16 = "loads it as any BF16 model; the draft head is ignored"
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from fourfold.quantize.plan import Plan
 from fourfold.serve.engines import DRAFTS, ENGINES, VLLM
 from fourfold.serve.forecast import Cache, Split, forecast
-from fourfold.serve.machine import Gpu, Machine
+from fourfold.serve.machine import MACHINES, Gpu, Machine
 from fourfold.serve.served import Served, UnknownCache, planned_served
 
-MACHINES = (*((1, gib) for gib in (12, 16, 24, 32, 48, 80)), (2, 80), (4, 80), (8, 80))  # GPUs, GiB of each
+COMMON = tuple((gpus, gib) for gpus, gib in MACHINES if gpus == 1 or gib == 80)  # one card, or several of 80 GiB
 SHARE = 0.95  # of a GPU's memory, where nothing else uses it
 USEFUL_TOKENS = 32_768  # a shorter context does not count as a fit
 
@@ -26,7 +26,7 @@ class Fit(NamedTuple):
     def __str__(self) -> str:
         how = f"with {self.drafts} drafts" if self.drafts else "without drafts"
         if not self.gpus:
-            return f"no machine up to {MACHINES[-1][0]} x {MACHINES[-1][1]} GiB {how}"
+            return f"no machine up to {COMMON[-1][0]} x {COMMON[-1][1]} GiB {how}"
         return f"{self.gpus} x {self.gib} GiB {how} (context {self.context:,})"
 
 
@@ -40,12 +40,12 @@ def planned_fits(plan: Plan) -> list[Fit]:
 
 
 def smallest(served: Served, drafts: int) -> Fit:
-    """Return the first of MACHINES that fits, in the newest vLLM known and with an fp8 cache."""
+    """Return the first of COMMON that fits, in the newest vLLM known and with an fp8 cache."""
     cache = Cache(
         engine=VLLM, version=ENGINES[VLLM].known[-1], share=SHARE, elements="fp8", drafts=drafts, context=None,
         prefix_caching=True, requests=0, cpu_gib=0,
     )  # fmt: skip
-    for gpus, gib in MACHINES:
+    for gpus, gib in COMMON:
         gpu = Gpu(name="", total_bytes=gib * 2**30, free_bytes=gib * 2**30, capability=(9, 0))
         split = Split.choose(served, Machine(gpus=(gpu,) * gpus, host_bytes=0), gpus, experts_apart=False)
         found = forecast(served, split, cache)

@@ -13,6 +13,9 @@ QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
 LIMIT_SECONDS = 30
 MIB = 2**20
 
+# Machines with sizes that are sold, least memory first: (GPUs, GiB of each).
+MACHINES = ((1, 12), (1, 16), (1, 24), (2, 16), (1, 32), (4, 12), (1, 48), (1, 80), (2, 80), (4, 80), (8, 80), (8, 141))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:

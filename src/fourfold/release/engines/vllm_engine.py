@@ -40,7 +40,7 @@ DEFAULTED = (
     "q_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
 IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
-LIKELIEST = 20  # ids of the most likely tokens at each place of a prompt; vLLM gives no more by default
+TOP_LOGPROBS = 20  # per prompt position: the most that vLLM returns by default
 CANDIDATES = 2  # log-probabilities of the two most likely tokens: their distance tells near ties
 
 
@@ -85,12 +85,12 @@ def scores(output: Any) -> list[float]:
 
 def likeliest(output: Any) -> list[list[int]]:
     """At each prompt token but the first, the most likely ones, best first. vLLM adds the token that is there."""
-    return [sorted(step, key=lambda token: step[token].rank)[:LIKELIEST] for step in output.prompt_logprobs if step]
+    return [sorted(step, key=lambda token: step[token].rank)[:TOP_LOGPROBS] for step in output.prompt_logprobs if step]
 
 
 def generate(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Score the prompts, then continue each greedily."""
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST)
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
     scored = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=CANDIDATES)
     outputs = llm.generate(prompts(request["prompts"]), sampling, use_tqdm=False)
