@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fourfold.core import widening
 from fourfold.datatypes import (
@@ -23,19 +20,16 @@ from fourfold.datatypes import (
     Progress,
     ShardRecord,
     StreamDrift,
-    Tick,
     ignore,
 )
 from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Team, Worker
-from fourfold.model.head import Head, output_name
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, with_kept
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
 from fourfold.quantize.dense import round_weights
-from fourfold.quantize.draft_experts import quantize_draft_experts
 from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
@@ -50,6 +44,7 @@ from fourfold.quantize.guide import (
 )
 from fourfold.quantize.heap import keep_freed_memory
 from fourfold.quantize.identity import identify, refuse_changes
+from fourfold.quantize.job import Job, Texts
 from fourfold.quantize.journal import (
     FINISHED,
     STATE,
@@ -66,6 +61,7 @@ from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.progress import ProgressReporter
+from fourfold.quantize.rest import rounded_head, solves_drafts, write_quantized_rest, write_rest
 from fourfold.quantize.site import round_experts_
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
 from fourfold.quantize.streams import Stream, Streams
@@ -73,38 +69,7 @@ from fourfold.quantize.summary import Summary, read_summary
 from fourfold.recipe import Recipe
 from fourfold.records.release import Identity, Settings, State
 
-Texts = tuple[calibrate.CalibrationRows, calibrate.HeldoutRows]
-
 DENSE_LAYER = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A planned run with its texts, its journal, its threads for disk work, and who watches."""
-
-    plan: Plan
-    out: Path
-    texts: Texts
-    journal: Journal
-    ahead: ReadAhead
-    writer: Writer
-    reporter: ProgressReporter
-    remaining_sweep: Left | None  # of the sweep before the loop; None without guidance
-
-    @contextmanager
-    def stage(self, worker: Worker, stage: str, layer: int = -1, total: int = 0, unit: str = "") -> Iterator[Tick]:
-        """Run a named stage. Only worker 0 reports progress, scaling its own count by the number of workers."""
-        with worker.span(stage, layer):
-            if not worker.is_leader:
-                yield lambda count: worker.heartbeat()
-                return
-            with self.reporter.stage(stage, layer, total, unit) as tick:
-
-                def tell(count: int) -> None:
-                    worker.heartbeat()
-                    tick(count * worker.size)
-
-                yield tell
 
 
 def quantize(
@@ -407,64 +372,3 @@ def write_layer(job: Job, layer_plan: LayerPlan, tensors: LayerTensors, result: 
         )
     )
     job.reporter.report("recorded", layer_plan.index)
-
-
-def rounded_head(plan: Plan, weight_VD: Tensor) -> Tensor:
-    """The release's output head: the source's own, or what engines make of its codes."""
-    (name,) = plan.skeleton.blueprint.sources[output_name(plan.skeleton.blueprint)].all_names
-    return round_weights({name: weight_VD}, plan.dense, plan.recipe).weights.get(name, weight_VD)
-
-
-def solves_drafts(job: Job) -> bool:
-    """Whether draft experts are still to be quantized on calibration rows behind the last layer."""
-    return not job.plan.partial and job.plan.dense.draft_experts == 4
-
-
-def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: Head) -> None:
-    """Shards outside the layers in which something is quantized: draft experts are solved here. Waits until they are
-    on disk.
-    """
-    plan = job.plan
-    if not any(shard.is_quantized for shard in plan.rest):
-        return
-    drafts, finished = None, worker.all_gather_object(worker.run_once(lambda: quantized_rest_is_finished(job)))
-    if plan.dense.draft_experts < 16 and not all(finished):
-        rows = all_streams.release.calibration or all_streams.source.calibration
-        experts = STEPS * plan.skeleton.widest.count
-        with job.stage(worker, "drafts", total=experts) as tick:
-            drafts = quantize_draft_experts(plan, worker, rows, head, job.journal.settings.batches, tick)
-    if worker.is_leader:
-        job.writer.submit(partial(write_rest, job, quantized=True, drafts=drafts))
-        with worker.span("wait for writer"):
-            job.writer.join()
-
-
-def quantized_rest_is_finished(job: Job) -> bool:
-    """Whether an earlier run wrote these shards and they are what was written then."""
-    shards = [shard.shard for shard in job.plan.rest if shard.is_quantized]
-    written = [job.journal[shard] for shard in shards if shard in job.journal]
-    return len(written) == len(shards) and not any(output.damage(job.out / one.shard, one.sha256) for one in written)
-
-
-def write_rest(job: Job, *, quantized: bool, drafts: LayerResult | None = None) -> None:
-    """On the writer's thread: everything outside the decoder layers. Not in a trial.
-
-    quantized: shards in which something is quantized, or all others; drafts: codes and scales of draft experts.
-    A shard that an earlier run wrote is read again, and so is its source, which must be what it was. A damaged shard is
-    written again.
-    """
-    for shard in () if job.plan.partial else job.plan.rest:
-        if shard.is_quantized is not quantized:
-            continue
-        job.reporter.report("copy")
-        before = job.journal[shard.shard] if shard.shard in job.journal else None
-        problem = before and output.damage(job.out / before.shard, before.sha256)
-        if before and not problem:
-            output.check_source(before, output.rest_digest(shard, job.plan.index))
-            continue
-        if problem:
-            job.reporter.note(f"{problem}; written again")
-        written = output.write_rest(job.plan, job.out, shard, drafts)
-        if before:
-            output.check_source(before, written.source_digest)
-        job.journal.add(written)
