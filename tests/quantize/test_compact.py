@@ -209,7 +209,7 @@ def test_a_server_sees_what_was_planned(source: Path, compact: Path, small: Make
 
 
 def test_no_machine_is_named_where_the_cache_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "_check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(plan_module, "check_tokenizer", lambda *_: None)
     for family, fits in (("deepseek_v32", 0), ("qwen3_moe", 1)):
         families.tiny(tmp_path / family, family)
         assert len(planned_fits(make_plan(tmp_path / family, load_recipe("best"), memory_bytes=2**33))) == fits

@@ -1,15 +1,17 @@
-"""Whether a recipe fits a model: the group size, and what guidance is written for."""
+"""Whether recipe, model and tokenizer fit each other: the group size, what guidance is written for, token ids."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from fourfold.core import widening
-from fourfold.datatypes import FourfoldError
+from fourfold.datatypes import FourfoldError, brief, reason
 from fourfold.model import calls, loader
 from fourfold.model.head import changes_logits
+from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import TAIL_TOKENS, Skeleton
 from fourfold.recipe import AUTO, GROUP_SIZES, Recipe
 
@@ -66,3 +68,25 @@ def check_guidance(skeleton: Skeleton, recipe: Recipe) -> None:
         raise FourfoldError(
             f"{skeleton.blueprint.path}: guidance is not available for {skeleton.family.model_type}: {problem}"
         )
+
+
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Raise FourfoldError unless there is a tokenizer, of tokens that the embedding has."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return
+        raise FourfoldError(
+            f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text "
+            "cannot be tokenized; copy the model's tokenizer files there"
+        )
+    content = read_object(path)
+    try:
+        vocab = content["model"]["vocab"]
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FourfoldError(f"{path}: not a tokenizer ({reason(error)}). Download it again") from None
+    if largest >= vocabulary:
+        what = f"got token id {brief(largest)}, expected less than config.json's vocab_size {vocabulary}"
+        raise FourfoldError(f"{path}: {what}. This is another model's tokenizer")

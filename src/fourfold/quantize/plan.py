@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.datatypes import Action, FourfoldError, brief, reason
+from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.config import read_source_config
 from fourfold.model.files import SIDECARS
-from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex, open_source
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
@@ -25,7 +24,7 @@ from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.dense import DenseScheme
 from fourfold.quantize.estimate import DRAFT_TOKENS, RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
-from fourfold.quantize.fits import check_guidance, choose_group_size
+from fourfold.quantize.fits import check_guidance, check_tokenizer, choose_group_size
 from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
 from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
@@ -245,7 +244,7 @@ def make_plan(
     solve = _layer_range(layers, skeleton.layers)
     recipe = choose_group_size(skeleton, recipe)
     check_guidance(skeleton, recipe)
-    _check_tokenizer(model, skeleton.vocabulary)
+    check_tokenizer(model, skeleton.vocabulary)
     layer_plans, rest = _lay_out(skeleton, index, claim_tensors(skeleton, index, recipe))
     partial = len(solve) < skeleton.layers
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)
@@ -288,28 +287,6 @@ def _layer_range(layers: range | None, count: int) -> range:
             "a last one of them, as in 0-3"
         )
     return layers
-
-
-def _check_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Raise FourfoldError unless there is a tokenizer, of tokens that the embedding has."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return
-        raise FourfoldError(
-            f"{folder}: neither tokenizer.json nor vocab.json and merges.txt, so that calibration text "
-            "cannot be tokenized; copy the model's tokenizer files there"
-        )
-    content = read_object(path)
-    try:
-        vocab = content["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        largest = max(map(int, ids + [token["id"] for token in content.get("added_tokens") or ()]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FourfoldError(f"{path}: not a tokenizer ({reason(error)}). Download it again") from None
-    if largest >= vocabulary:
-        what = f"got token id {brief(largest)}, expected less than config.json's vocab_size {vocabulary}"
-        raise FourfoldError(f"{path}: {what}. This is another model's tokenizer")
 
 
 def _lay_out(

@@ -112,7 +112,7 @@ def _find_benchmark(config: Mapping[str, Any], samples: Mapping[str, int]) -> Be
     try:
         path = Path(hf_hub_download(dataset, LEADERBOARD, repo_type="dataset"))
         tasks = msgspec.yaml.decode(path.read_bytes(), type=Leaderboard).tasks
-    except (OSError, ValueError):
+    except (OSError, msgspec.DecodeError):
         return None
     measured = (config.get("dataset_name") or "default", config.get("test_split"))
     return next((Benchmark(dataset, task.id) for task in tasks if (task.config, task.split) == measured), None)
