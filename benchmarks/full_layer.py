@@ -231,7 +231,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, device: torch.device) -
     chunking = solve.Chunking(batches.experts, batches.inputs, skeleton.stems(0), ignore)
     start = clock.now()
     with clock.watching(), torch.no_grad():
-        moe_inputs = streams.attend(worker, (layer, layer), both, batches, ignore)
+        moe_inputs = streams.attend(worker, layer, None, both, batches, ignore)
         layer = streams.own_experts(worker, layer, moe_inputs)
         seen = observe.observe(worker, layer, *moe_inputs)
         source = streams.advance(worker, layer, moe_inputs[0], both.source, batches, ignore)

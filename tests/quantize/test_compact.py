@@ -35,6 +35,7 @@ DENSE = {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "ou
          "down_proj", "lm_head"}  # fmt: skip
 KEPT = {"gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "fc", "embed_tokens", "conv1d"}
 HALF = 0.51  # of a step: rounding, and the scale in BF16
+SOLVED = 3.0  # steps: a solved code makes up for what others left
 
 
 def with_rest(recipe: Recipe, **parts: str) -> Recipe:
@@ -71,7 +72,9 @@ def test_dense_weights_are_int8_and_close_to_the_source(source: Path, stored: di
         code_NK, scale_NK = int8_weight(stored, stem)
         error_NK = (code_NK * scale_NK - weight.double()).abs()
         clipped = (code_NK == 127) | (code_NK == -128)
-        assert (error_NK <= HALF * scale_NK)[~clipped].all(), name
+        most = HALF if name.startswith("mtp.") else SOLVED
+        assert (error_NK <= most * scale_NK)[~clipped].all(), name
+        assert name.startswith("mtp.") or (error_NK > HALF * scale_NK)[~clipped].any(), name
         assert clipped.double().mean() < 0.02, name
         found.add(stem.rstrip(".").rpartition(".")[2])
     assert found == DENSE

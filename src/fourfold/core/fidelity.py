@@ -39,8 +39,8 @@ def _square(values_NK: Tensor) -> float:
     return float(values_NK.flatten() @ values_NK.flatten())
 
 
-def codes_off(weight_NK: Tensor, words_NW: Tensor, stored_scale_NG: Tensor, bits: int) -> int:
-    """Return how many codes are not the nearest to the weight at their scale. Arguments as of squared_errors."""
+def codes_off(weight_NK: Tensor, words_NW: Tensor, stored_scale_NG: Tensor, bits: int, most: float) -> int:
+    """Return how many codes are more than `most` steps of their scale from the weight. Others as of squared_errors."""
     levels, off = LEVELS[bits], 0
     rows = max(SLAB_ELEMENTS // weight_NK.shape[1], 1)
     for first in range(0, len(weight_NK), rows):
@@ -49,7 +49,7 @@ def codes_off(weight_NK: Tensor, words_NW: Tensor, stored_scale_NG: Tensor, bits
         steps_NGK = weight_NK[place].float().unflatten(-1, (stored_scale_NG.shape[-1], -1)) / scale_NG1
         code_NK = unpack_codes(words_NW[place], bits)
         away_NK = (steps_NGK.clamp_(levels[0], levels[-1]).flatten(-2) - code_NK).abs_()
-        off += int((~(away_NK <= HALF_A_STEP)).sum())
+        off += int((~(away_NK <= most)).sum())
     return off
 
 

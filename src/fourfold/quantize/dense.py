@@ -150,6 +150,15 @@ class RoundedWeights:
     weights: Mapping[str, Tensor]
     stored: Mapping[str, Tensor]
 
+    @classmethod
+    def of(cls, groups: Mapping[str, QuantizedGroup], recipe: Recipe) -> RoundedWeights:
+        """groups: codes and scales of one weight each, by its name on disk."""
+        stored: dict[str, Tensor] = {}
+        for name, group in groups.items():
+            stem, packed = name.removesuffix("weight"), named(recipe.format).pack(group)
+            stored |= {stem + suffix: value[0] for suffix, value in packed.items()}
+        return cls({name: dequantized(group) for name, group in groups.items()}, stored)
+
     def in_place_of(self, tensors: LayerTensors) -> LayerTensors:
         """Return what the layer's shard is made from: codes and scales in place of the weights."""
         kept = {name: value for name, value in tensors.kept.items() if name not in self.weights}
@@ -158,11 +167,7 @@ class RoundedWeights:
 
 def round_weights(tensors: Mapping[str, Tensor], scheme: DenseScheme, recipe: Recipe) -> RoundedWeights:
     """Round those of some tensors (by name on disk) that the scheme quantizes."""
-    weights: dict[str, Tensor] = {}
-    stored: dict[str, Tensor] = {}
-    for name in (name for name in tensors if name in scheme.bits):
-        group = round_weight(tensors[name], scheme.bits[name], scheme.group_size, recipe)
-        weights[name] = dequantized(group)
-        stem = name.removesuffix("weight")
-        stored |= {stem + suffix: value[0] for suffix, value in named(recipe.format).pack(group).items()}
-    return RoundedWeights(weights, stored)
+    names = [name for name in tensors if name in scheme.bits]
+    return RoundedWeights.of(
+        {name: round_weight(tensors[name], scheme.bits[name], scheme.group_size, recipe) for name in names}, recipe
+    )

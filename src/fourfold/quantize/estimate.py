@@ -29,8 +29,8 @@ class Workload:
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers.
     kept_matrix, kept_width: elements and longest side of the largest matrix that is kept in a layer.
-    rounded_weights: elements of the largest layer that are rounded beside its experts; rounded_head: whether the output
-    head is; draft_tokens: that draft experts are solved on, 0 where they are not.
+    int8_weights, int8_squares, int8_inputs: of a layer's weights [N, K] in int8 all N K, all K^2, the largest K;
+    int8_head: whether the output head is in int8; draft_tokens: that draft experts are solved on, 0 where they are not.
     attend_token_bytes: temporaries of one token in attention; layer_bytes, shard_bytes: of the largest layer, read and
     written; expert_bytes: of a layer's routed experts in BF16; read_bytes: of the whole run.
     """
@@ -62,8 +62,10 @@ class Workload:
     kept_parameters: int
     kept_matrix: int
     kept_width: int
-    rounded_weights: int
-    rounded_head: bool
+    int8_weights: int
+    int8_squares: int
+    int8_inputs: int
+    int8_head: bool
     draft_tokens: int
     attend_token_bytes: int
     layer_bytes: int

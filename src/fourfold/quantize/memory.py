@@ -183,10 +183,14 @@ def measure_bytes(work: Workload) -> int:
     return embedding_bytes(work) + columns * (work.model_width + LOGITS * work.heldout_length) * FP32
 
 
-def rounded_bytes(work: Workload) -> int:
-    """Of a layer's dense weights that are rounded: dequantized in BF16 and as stored, and a slab of them in fp32."""
-    slab = 3 * min(SLAB_ROWS * work.kept_width, work.rounded_weights) * FP32
-    return work.rounded_weights * (BF16 + 1) + slab
+def int8_bytes(work: Workload) -> int:
+    """Of a layer's weights in int8: dequantized in BF16 and as stored, moments of their inputs, and one solve."""
+    return work.int8_weights * (BF16 + 1) + work.int8_squares * FP32 + int8_solve_bytes(work.int8_inputs)
+
+
+def int8_solve_bytes(inputs: int) -> int:
+    """Of a slab of rows of one weight, with its damped moments and their factor. fp32."""
+    return (SQUARES * inputs**2 + STACKS * SLAB_ROWS * inputs) * FP32
 
 
 def draft_bytes(work: Workload) -> int:
@@ -390,8 +394,8 @@ def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
     """
     own = work.expert_bytes // len(devices)
     if devices[0] == "cpu":
-        return own * (len(devices) > 1) + widened_bytes(work, "cpu") + rounded_bytes(work)
-    kept = 2 * (work.layer_bytes - work.expert_bytes) + rounded_bytes(work)
+        return own * (len(devices) > 1) + widened_bytes(work, "cpu") + int8_bytes(work)
+    kept = 2 * (work.layer_bytes - work.expert_bytes) + int8_bytes(work)
     return CUDA_CONTEXT_BYTES + kept + own + traffic_bytes(work) - inputs_bytes(work)
 
 
@@ -402,7 +406,7 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     looped = _shared_bytes(work, devices, sizes)
     dealt = looped - (work.expert_bytes if on_cpu and workers > 1 else 0)  # experts are with their owners by then
     own, wide = _own_bytes(work, devices) + exchange_bytes, widened_bytes(work, devices[0])
-    heads = embedding_bytes(work) * (2 if work.rounded_head else 1)
+    heads = embedding_bytes(work) * (2 if work.int8_head else 1)
     if not on_cpu:
         resident = looped  # what was pinned is kept for the next layer
         start += pinned.rounding_bytes(work, workers)
@@ -423,10 +427,12 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
         "write": (resident, own),
         "measure": (start + heads, measure_bytes(work) - embedding_bytes(work) + heads * (not on_cpu)),
     }
-    if work.rounded_head or work.draft_tokens:
-        written = 2 * embedding_bytes(work) if work.rounded_head else 0  # the matrix, its codes, and those packed
+    if work.int8_head or work.draft_tokens:
+        written = 2 * embedding_bytes(work) if work.int8_head else 0  # the matrix, its codes, and those packed
         solved = sizes.chunk * (chunk_bytes(work) + gathered) + work.expert_bytes // workers
-        stages["drafts"] = (start + heads + draft_bytes(work) + written, solved if work.draft_tokens else 0)
+        in_int8 = (work.model_width**2 * FP32 + int8_solve_bytes(work.model_width)) * work.int8_head
+        solving = max(solved if work.draft_tokens else 0, in_int8)
+        stages["drafts"] = (start + heads + draft_bytes(work) + written, solving)
     if work.guidance_tokens:
         lying, batch = sweep_bytes(work, sizes.rows, workers)
         ends = max(2 * work.layer_bytes, embedding_bytes(work))

@@ -111,21 +111,22 @@ def check_source(record: ShardRecord, digest: str) -> None:
         )
 
 
-def write_rest(plan: Plan, out: Path, shard: RestShard, drafts: LayerResult | None = None) -> ShardRecord:
+def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | None = None) -> ShardRecord:
     """Write one shard of tensors outside the decoder layers: copied, rounded, fused MTP experts split bit for bit.
 
-    drafts: codes and scales of the draft experts, where the shard has them.
+    solved: codes and scales of the draft experts and the output head, where the shard has them.
     """
     index = plan.index
     digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
     tensors: list[OutputTensor] = []
-    draft_experts = {} if drafts is None else drafts.tensors
+    given = {} if solved is None else solved.tensors
     for claim in shard.claims:
         header = claim.header
-        if claim.action is Action.QUANTIZE and header.name not in plan.dense.bits:
+        names = _names_of(plan, claim) if claim.action is Action.QUANTIZE else []
+        if names and names[0] in given:
             for chunk in index.chunks(header.name):
                 digests[header.name].update(chunk)
-            tensors += [OutputTensor.of(name, draft_experts[name]) for name in _names_of(plan, claim)]
+            tensors += [OutputTensor.of(name, given[name]) for name in names]
         elif claim.action is Action.QUANTIZE:
             weight_NK = index.read(header.name, sha=digests[header.name])
             require_finite(weight_NK, header.name)
@@ -137,18 +138,19 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, drafts: LayerResult | No
             data = partial(_copied, index, header, digests[header.name])
             tensors.append(_tensor(header, header.name, header.shape, data))
     written = write_shard(out, shard.shard, tensors)
+    experts = plan.skeleton.family.mtp_experts_prefix
     return ShardRecord(
         shard=shard.shard,
         layer=-1,
         size_bytes=written.size_bytes,
         sha256=written.sha256,
         source_digest=_joined(digests),
-        projections=drafts.projections if drafts and any(map(draft_experts.__contains__, written.keys)) else (),
+        projections=solved.projections if solved and any(key.startswith(experts) for key in written.keys) else (),
     )
 
 
 def _names_of(plan: Plan, claim: TensorClaim) -> list[str]:
-    """Names in the release of the quantized draft experts that one source tensor holds."""
+    """Names in the release of the quantized weights that one source tensor holds."""
     name, shape = claim.header.name, claim.header.shape
     weights = [part for part, *_ in split_names(name, shape)] if len(shape) == 3 else [name]
     suffixes = named(plan.recipe.format).tensor_shapes(8, 8, 1)

@@ -323,8 +323,8 @@ def _lay_out(
     )
 
 
-def _rounded_weights(layer: LayerPlan) -> int:
-    return sum(math.prod(claim.header.shape) for claim in layer.claims if claim.bits and not claim.is_expert)
+def _int8_shapes(layer: LayerPlan) -> list[tuple[int, ...]]:
+    return [claim.header.shape for claim in layer.claims if claim.bits and not claim.is_expert]
 
 
 def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
@@ -374,8 +374,10 @@ def _workload(
         kept_parameters=sum(math.prod(shape) for shape in kept if len(shape) == 2),
         kept_matrix=max(map(math.prod, kept)),
         kept_width=max(map(max, kept)),
-        rounded_weights=max(_rounded_weights(layer) for layer in run),
-        rounded_head=any(claim.group == EMBEDDINGS and claim.bits for shard in rest for claim in shard.claims),
+        int8_weights=max(sum(map(math.prod, _int8_shapes(layer))) for layer in run),
+        int8_squares=max(sum(shape[1] ** 2 for shape in _int8_shapes(layer)) for layer in run),
+        int8_inputs=max((shape[1] for layer in run for shape in _int8_shapes(layer)), default=0),
+        int8_head=any(claim.group == EMBEDDINGS and claim.bits for shard in rest for claim in shard.claims),
         draft_tokens=min(rows * length, DRAFT_TOKENS) if dense.draft_experts == 4 and len(solve) == len(layers) else 0,
         attend_token_bytes=attend_token_bytes(skeleton),
         layer_bytes=max(layer.bytes_before for layer in run),

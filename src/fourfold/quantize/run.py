@@ -26,10 +26,9 @@ from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Team, Worker
-from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, with_kept
+from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
-from fourfold.quantize.dense import round_weights
 from fourfold.quantize.finish import Measured
 from fourfold.quantize.guide import (
     Guide,
@@ -56,12 +55,13 @@ from fourfold.quantize.journal import (
     log,
     open_journal,
 )
+from fourfold.quantize.linear import LayerLinear
 from fourfold.quantize.memory import device_budget, sweep_rows
 from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.progress import ProgressReporter
-from fourfold.quantize.rest import rounded_head, solves_drafts, write_quantized_rest, write_rest
+from fourfold.quantize.rest import solves_rest, write_quantized_rest, write_rest
 from fourfold.quantize.site import round_experts_
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
 from fourfold.quantize.streams import Stream, Streams
@@ -227,9 +227,8 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         with worker.span("wait for writer"):
             job.writer.join()
     if not plan.partial:
-        rounded = partial(rounded_head, plan)
-        heads = streams.read_heads(worker, plan.index, plan.skeleton, rounded)
-        write_quantized_rest(job, worker, all_streams, heads[1])
+        head = streams.load_head(worker, plan.index, plan.skeleton)
+        heads = head, write_quantized_rest(job, worker, all_streams, head)
         with job.stage(worker, "measure"):
             statistics, rtn, reference = streams.measure(worker, heads, all_streams)
     spans = worker.gather_object(worker.team.trace.spans if worker.local_rank == 0 else [])
@@ -243,16 +242,17 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
         kept = taken.at(worker)
         layer = build_layer(plan.skeleton, number, kept, worker.device)
-        rounded = round_weights(kept.kept if number in plan.solve else {}, plan.dense, plan.recipe)
-        dense = with_kept(layer, {**kept.kept, **rounded.weights}) if rounded.weights else layer
+    finished, observed = is_finished(job, worker, layer_plan, taken.tensors.digest), None
+    linear = LayerLinear(plan, layer, kept.kept, job.out / layer_plan.shard if finished else None)
+    released = partial(linear.release_layer, worker)
     tokens = worker.size * streams.attended_tokens(all_streams)
     with job.stage(worker, "attend", number, tokens, "tokens") as tick:
-        moe_inputs = streams.attend(worker, (layer, dense), all_streams, batches, tick)
+        with linear.inputs.watched():
+            moe_inputs = streams.attend(worker, layer, released if linear.names else None, all_streams, batches, tick)
         layer = streams.own_experts(worker, layer, moe_inputs)
-        dense = dataclasses.replace(layer, own=dense.own)  # the release's before its experts are quantized
-        tensors = rounded.in_place_of(taken.tensors.without_experts())
-    del taken, kept  # the full stacks of experts; each worker holds its own ones now
-    finished, observed = is_finished(job, worker, layer_plan, tensors), None
+        dense = dataclasses.replace(layer, own=released().own)  # the release's before its experts are quantized
+        tensors = linear.in_place_of(taken.tensors.without_experts())
+    del taken, kept, linear, released  # the full stacks of experts; each worker holds its own ones now
     if layer.is_routed and number in plan.solve and not finished:
         observed = observe(worker, dense, *moe_inputs)
     source, release = all_streams.source, all_streams.release
@@ -264,7 +264,7 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
         release_layer = solve(job, worker, layer_plan, dense, tensors, observed, source)
     else:
         release_layer = layer
-    if number + 1 == plan.solve.stop and not solves_drafts(job):
+    if number + 1 == plan.solve.stop and not solves_rest(job):
         source, release = source.without_calibration(), release.without_calibration()
     tokens = worker.size * (release.calibration_tokens + all_streams.heldout_tokens)
     with job.stage(worker, "advance", number, tokens, "tokens") as tick:
@@ -325,15 +325,15 @@ def solve(
     return layer.with_experts(result.gate_up_ENK, result.down_ENK)  # None, None of a dense layer
 
 
-def is_finished(job: Job, worker: Worker, layer_plan: LayerPlan, tensors: LayerTensors) -> bool:
+def is_finished(job: Job, worker: Worker, layer_plan: LayerPlan, digest: str) -> bool:
     """Whether an earlier run finished a layer and its shard is what was written then. All workers decide alike.
 
-    Raises FourfoldError if the source is not what the shard was made from.
+    digest: of the source's layer. Raises FourfoldError if it is not what the shard was made from.
     """
     if layer_plan.shard not in job.journal:
         return False
     record = job.journal[layer_plan.shard]
-    output.check_source(record, tensors.digest)
+    output.check_source(record, digest)
     with job.stage(worker, "restore", layer_plan.index):
         problems = worker.all_gather_object(
             worker.run_once(lambda: output.damage(job.out / record.shard, record.sha256))

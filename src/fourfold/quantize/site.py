@@ -10,7 +10,7 @@ from torch import Tensor
 from fourfold.core import gptq, grid, guidance, metrics, moments, target
 from fourfold.datatypes import Method, Moments, QuantizedGroup, Target
 from fourfold.model.layer import DecoderLayer
-from fourfold.recipe import Recipe, Scheme
+from fourfold.recipe import Recipe, Scheme, Solver
 
 RETRIES = {"diagonal": (0.1, 0.2, 0.5, 1.0), "mean": tuple(0.01 * step for step in range(6, 101))}
 
@@ -58,6 +58,13 @@ def grid_of(scheme: Scheme) -> grid.Grid:
     return grid.Grid(levels=grid.INT4, group_size=scheme.group, scale_dtype=scheme.scale_dtype)
 
 
+def damping(solver: Solver) -> gptq.Damping:
+    """The damping of a recipe's solver."""
+    return gptq.Damping(
+        delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
+    )
+
+
 def solve_site(site: Site, recipe: Recipe) -> Solved:
     """Codes and scales of one site's stack, by the recipe. docs/numerics.md.
 
@@ -69,10 +76,7 @@ def solve_site(site: Site, recipe: Recipe) -> Solved:
     hessian_EKK, effective_E = moments.shrink(
         site.moments, site.pool_EKK, n0, effective=solver.effective_tokens, trace_matched=solver.trace_matched
     )
-    damping = gptq.Damping(
-        delta=solver.damp, kind=solver.damp_kind, floor=solver.damp_floor, retries=RETRIES[solver.damp_kind]
-    )
-    factor = gptq.factorize_(hessian_EKK, damping, solver.order, onto.group_size)
+    factor = gptq.factorize_(hessian_EKK, damping(solver), solver.order, onto.group_size)
     target_ENK, aim = _target(site, factor, moments.own_share(effective_E, n0))
     objective = _Objective(target_ENK, factor, hessian_EKK, site.rows)
     scale_ENG = _find_scales(objective, recipe)

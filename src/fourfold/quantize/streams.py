@@ -147,24 +147,27 @@ def attended_tokens(streams: Streams) -> int:
 
 
 def attend(
-    worker: Worker, layers: tuple[DecoderLayer, DecoderLayer], streams: Streams, batches: Batches, tick: Tick
-) -> tuple[MoeInputs, MoeInputs | None]:
+    worker: Worker, layer: DecoderLayer, released: Callable[[], DecoderLayer] | None, streams: Streams,
+    batches: Batches, tick: Tick,
+) -> tuple[MoeInputs, MoeInputs | None]:  # fmt: skip
     """Attention and router over the calibration rows of source and release; once where they are still the same.
 
-    layers: of source and release, one where they differ in experts alone.
+    layer: of the source; released: that of the release, asked for when the source's rows are through; None where they
+    differ in experts alone.
     Raises FourfoldError, here and in `advance`, naming the layer whose outputs are NaN or Inf.
     """
     source, release_rows = streams.source.calibration, streams.release.calibration
     assert source is not None
-    if layers[0] is not layers[1] and release_rows is source:
+    if released is not None and release_rows is source:
         release_rows = _copied(worker, source)
-    source_inputs = attend_(worker, layers[0], source, batches, tick)
-    require_finite_states(layers[0], _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
+    source_inputs = attend_(worker, layer, source, batches, tick)
+    require_finite_states(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
     if release_rows is None:
         return source_inputs, None
     if release_rows is not source:
-        release_inputs = attend_(worker, layers[1], release_rows, batches, tick)
-        require_finite_states(layers[1], _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
+        other = layer if released is None else released()
+        release_inputs = attend_(worker, other, release_rows, batches, tick)
+        require_finite_states(other, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
         return source_inputs, release_inputs
     return source_inputs, dataclasses.replace(source_inputs, rows=_copied(worker, source_inputs.rows))
 
@@ -222,21 +225,14 @@ def require_finite_states(layer: DecoderLayer, *states: Tensor | None) -> None:
         )
 
 
-def read_heads(
-    worker: Worker, index: TensorIndex, skeleton: Skeleton, rounded: Callable[[Tensor], Tensor]
-) -> tuple[Head, Head]:
-    """Return the output heads of source and release, on the worker's device; one where `rounded` changes nothing."""
+def load_head(worker: Worker, index: TensorIndex, skeleton: Skeleton) -> Head:
+    """Return the source's output head, on the worker's device."""
 
-    def ends() -> tuple[Ends, Tensor, Tensor]:
+    def ends() -> tuple[Ends, Tensor]:
         worker.transfer.free_pinned_memory()  # what the layers took
-        found, weight_VD = read_head(index, skeleton)
-        return found, weight_VD, rounded(weight_VD)
+        return read_head(index, skeleton)
 
-    found, weight_VD, rounded_VD = worker.run_once(ends)
-    head = build_head(skeleton.blueprint, found, weight_VD, worker.device)
-    if rounded_VD is weight_VD:
-        return head, head
-    return head, dataclasses.replace(head, weight_VD=rounded_VD.to(worker.device))
+    return build_head(skeleton.blueprint, *worker.run_once(ends), worker.device)
 
 
 def measure(

@@ -15,7 +15,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.release.verify.byte_reader import Piece, read_blocks
-from fourfold.release.verify.folder import Expected, is_solved
+from fourfold.release.verify.folder import Expected, codes_of
 from fourfold.release.verify.projection import Inspected, Problem, Storage, inspect
 
 FINITE, KEPT, SPLIT = "finite", "kept tensors", "MTP split"  # names of checks
@@ -153,6 +153,6 @@ class ByteChecker:
             return weight_NK
 
         stored = self.expected[projection + self.storage.format.codes]
-        solved = is_solved(projection, stored.bits)
-        storage = replace(self.storage, bits=stored.bits, group_size=stored.group_size, solved=solved)
+        codes = codes_of(projection, stored.bits, self.storage.draft_prefix)
+        storage = replace(self.storage, bits=stored.bits, group_size=stored.group_size, codes=codes)
         return inspect(projection, tensors, storage, read_source if origin and origin.in_rows and source else None)

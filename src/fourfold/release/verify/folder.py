@@ -18,6 +18,7 @@ from fourfold.quantize.claims import Wanted, wanted_tensors
 from fourfold.quantize.journal import FINISHED, REFERENCE, require_release
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.records.release import Reference, State
+from fourfold.release.verify.projection import Codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,11 @@ class Expected:
     group_size: int = 0
 
 
-def is_solved(projection: str, bits: int) -> bool:
-    """Return whether codes are solved together, as those of experts in int4 are; all others are rounded to nearest."""
-    return bits == 4 and re.match(EXPERT, projection) is not None
+def codes_of(projection: str, bits: int, draft_prefix: str) -> Codes:
+    """Return how a projection's codes came to be. draft_prefix: of the draft head's names, "" where there is none."""
+    if re.match(EXPERT, projection) is not None:
+        return Codes.EXPERT if bits == 4 else Codes.ROUNDED
+    return Codes.ROUNDED if draft_prefix and projection.startswith(draft_prefix) else Codes.LINEAR
 
 
 @dataclass(frozen=True, kw_only=True)

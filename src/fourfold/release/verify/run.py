@@ -69,7 +69,8 @@ def check_bytes(release: Release, origin: Source | None, progress: Progress) -> 
         names = {Level.FILES: files.AFTER_INDEX, Level.SOURCE: source.AFTER_INDEX if origin else ()}
         skipped = [skip(level, name, "the index is not sound") for level in names for name in names[level]]
         return [first, *around, *skipped], 0
-    storage = Storage(format=release.format, scheme=release.recipe.scheme)
+    prefix = release.skeleton.family.mtp_prefix
+    storage = Storage(format=release.format, scheme=release.recipe.scheme, draft_prefix=prefix)
     beside, origins = (None, {}) if origin is None else (origin.index, origin.origins)
     checker = ByteChecker(index=index, expected=expected, storage=storage, source=beside, origins=origins)
     total = sum(header.size_bytes for header in index.headers.values())
