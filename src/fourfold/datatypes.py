@@ -170,7 +170,7 @@ class Rows:
 
 
 class Placement(StrEnum):
-    """Where the expert inputs of a layer are kept until it is solved."""
+    """Where the expert inputs of a layer are kept until it is solved; in files all hidden states lie too."""
 
     DEVICE = "device"  # on every worker's device
     HOST = "host"  # in host memory; each chunk of experts copies its own

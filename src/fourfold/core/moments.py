@@ -103,13 +103,14 @@ def gap(
     return total_ENK, energy_EN
 
 
-def pool(input_TK: Tensor, weight_T: Tensor) -> Tensor:
-    """Weighted sum of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0."""
+def pool(input_TK: Tensor, weight_T: Tensor, beat: Callable[[], None] = lambda: None) -> Tensor:
+    """Weighted sum of x x^T over tokens, fp32 [K, K]. weight_T: fp32, >= 0; beat: called after each piece of them."""
     total_KK = torch.zeros(input_TK.shape[1], input_TK.shape[1], device=input_TK.device)
     add_products_ = _add_products(input_TK)
     for first in range(0, len(input_TK), PAIRS_PER_PIECE):
         token_S = torch.arange(first, min(first + PAIRS_PER_PIECE, len(input_TK)), device=input_TK.device)
         add_products_(total_KK, input_TK, token_S, weight_T[token_S].sqrt())
+        beat()
     return mirror_(total_KK)
 
 

@@ -7,15 +7,12 @@ worker calls the collectives in the same order.
 
 from __future__ import annotations
 
-import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.distributed.ranks import Ranks
+from fourfold.distributed.spill import Spill
 from fourfold.distributed.trace import Trace
 from fourfold.distributed.transfer import Transfer
 
@@ -75,7 +73,7 @@ class Team:
         self.transfers = tuple(map(Transfer, devices))
         self.threads = max(torch.get_num_threads() // len(devices), 1)
         self.trace = Trace()
-        self.spill: Path | None = None  # folder for what is gathered, where host memory is too small for it
+        self.spill: Spill | None = None  # for hidden states, where host memory is too small for them
         self.patience_seconds = patience_seconds
         self._states = [_State() for _ in devices]
         self._looks = self._longest = 0  # in all; within the longest stage that has ended
@@ -93,12 +91,8 @@ class Team:
         self.first, self.size = sum(self.counts[: ranks.rank if ranks else 0]), sum(self.counts)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Allocate host memory for all workers of this process: an unlinked file if `spill` names a folder."""
-        if self.spill is None:
-            return self.transfers[0].host_buffer(shape, dtype)
-        with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".inputs-") as file:
-            flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
-        return flat.view(shape)
+        """Allocate host memory for hidden states, in a file where they are to spill."""
+        return self.transfers[0].host_buffer(shape, dtype) if self.spill is None else self.spill.allocate(shape, dtype)
 
     def destroy(self) -> None:
         """Leave the process group."""
@@ -209,10 +203,12 @@ class Team:
         return f"worker {self.first + place} on {self.devices[place]}"
 
     def heartbeat(self, place: int) -> None:
-        """Record that a worker is alive. Raises Stopped if the run is over."""
+        """Record that a worker is alive. Raises Stopped if the run is over. Spilled hidden states leave memory."""
         if self._failure is not None:
             raise Stopped
         self._states[place].beats += 1
+        if self.spill is not None:
+            self.spill.drop()
 
     def enter(self, place: int, stage: str, layer: int) -> tuple[str, int]:
         """Record that a worker enters a stage, which is a heartbeat too. Returns its previous stage and layer."""

@@ -85,7 +85,8 @@ def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> T
     weight_T = observed.importance_T
     if router_weighted:
         weight_T = weight_T * observed.routing.weight_TA.float().sum(dim=1)
-    total_KK = worker.all_reduce(moments.pool(observed.input_TD[own].to(weight_T.device), weight_T[own]))
+    own_TD = observed.input_TD[own].to(weight_T.device)
+    total_KK = worker.all_reduce(moments.pool(own_TD, weight_T[own], worker.heartbeat))
     return total_KK.div_(weight_T.sum())
 
 

@@ -118,13 +118,15 @@ class DiskPlan:
     """Disk space of OUT.
 
     swept_bytes: hidden states that the guidance sweep has still to keep, deleted before a shard is written;
-    curvature_bytes: what it leaves until the run is finished. tensor_bytes: the index's total_size; output_bytes: with
-    headers, logs and copied files; temp_bytes: the largest shard, written under a temporary name; present_bytes: shards
-    of this plan that OUT holds already; free_bytes: None if OUT is not known.
+    curvature_bytes: what it leaves until the run is finished; spilled_bytes: hidden states for which memory is too
+    small; tensor_bytes: the index's total_size; output_bytes: with headers, logs and copied files; temp_bytes: the
+    largest shard, written under a temporary name; present_bytes: shards of this plan that OUT holds already;
+    free_bytes: None if OUT is not known.
     """
 
     swept_bytes: int
     curvature_bytes: int
+    spilled_bytes: int
     tensor_bytes: int
     output_bytes: int
     temp_bytes: int
@@ -133,7 +135,8 @@ class DiskPlan:
 
     @property
     def needed_bytes(self) -> int:
-        return max(self.output_bytes - self.present_bytes + self.temp_bytes, self.swept_bytes) + self.curvature_bytes
+        loop = self.output_bytes - self.present_bytes + self.temp_bytes + self.spilled_bytes
+        return max(loop, self.swept_bytes) + self.curvature_bytes
 
     @property
     def enough(self) -> bool:
@@ -149,7 +152,7 @@ class DiskPlan:
 
 
 def plan_disk(
-    work: Workload, shard_bytes: dict[str, int], tensors: int, sidecar_bytes: int, out: Path | None
+    work: Workload, shard_bytes: dict[str, int], tensors: int, sidecar_bytes: int, out: Path | None, spilled_bytes: int
 ) -> DiskPlan:
     """shard_bytes: by shard to be written; tensors: in all of them; sidecar_bytes: tokenizer and configs."""
     tensor_bytes = sum(shard_bytes.values())
@@ -158,6 +161,7 @@ def plan_disk(
     return DiskPlan(
         swept_bytes=0 if present else _swept_bytes(work, out),
         curvature_bytes=work.solved_layers * work.hidden**2 * FP32 if work.guidance_tokens else 0,
+        spilled_bytes=spilled_bytes,
         tensor_bytes=tensor_bytes,
         output_bytes=output_bytes,
         temp_bytes=max(shard_bytes.values()),

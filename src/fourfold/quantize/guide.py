@@ -134,7 +134,7 @@ def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
                 passed_RTD, *_ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
                 output_RTD[batch] = passed_RTD.to(output_RTD.device)
                 tick(passed_RTD.shape[0] * passed_RTD.shape[1])
-        require_finite_states(layer, output_RTD)
+        require_finite_states(worker, layer, output_RTD)
         hidden_RTD = output_RTD
         all_RTD, _ = worker.all_gather([hidden_RTD])
         if worker.is_leader:

@@ -55,6 +55,14 @@ def traffic_bytes(work: Workload) -> int:
     return inputs_bytes(work) + work.calibration_streams * work.calibration_tokens * (routing + pairs)
 
 
+def spilled_bytes(work: Workload) -> int:
+    """Hidden states that lie in files where memory is too small for them: of all rows, and what experts are learnt
+    from.
+    """
+    tokens = work.calibration_streams * work.calibration_tokens + work.heldout_passes
+    return inputs_bytes(work) + tokens * work.state_width * BF16
+
+
 def embedding_bytes(work: Workload) -> int:
     """The embedding matrix, or the output head."""
     return work.vocabulary * work.model_width * BF16
@@ -244,7 +252,8 @@ class MemoryPlan:
     devices: one for each worker; budget_bytes: of a device (of the whole process on the CPU, of one worker there if
     host_budget_bytes is given); chunk_experts: experts of a worker whose moments exist at one time; token_batch: tokens
     of an expert evaluation; row_batch: rows of an attention batch; inputs: where the experts' inputs lie until a layer
-    is solved (Batches); widened: whether BF16 products are computed in fp32 (core/widening).
+    is solved (Batches); spilled_bytes: of hidden states in files of OUT; widened: whether BF16 products are computed in
+    fp32 (core/widening).
     """
 
     devices: tuple[str, ...]
@@ -254,6 +263,7 @@ class MemoryPlan:
     token_batch: int
     row_batch: int
     inputs: Placement
+    spilled_bytes: int
     stages: tuple[StageMemory, ...]
     widened: bool
 
@@ -318,9 +328,9 @@ def plan_memory(
         while tokens > pinned.TOKENS_LEAST and pinned.sums_bytes(work, tokens, workers) > pinned.SUMS_BYTES:
             tokens //= 2
         shared = _shared_bytes(work, devices, Sizes(chunk=own, tokens=tokens, rows=1, inputs=inputs))
-    if host_bytes is not None and shared > host_bytes:
-        shared, inputs = shared - inputs_bytes(work), Placement.FILE
     fixed = _own_bytes(work, devices) + exchange_bytes
+    if (shared > host_bytes) if host_bytes is not None else on_cpu and shared + workers * fixed > budget:
+        shared, inputs = shared - spilled_bytes(work), Placement.FILE
     if on_cpu and host_bytes is None:
         left = (budget - shared) // workers - fixed
     else:
@@ -348,6 +358,7 @@ def plan_memory(
         token_batch=tokens,
         row_batch=rows,
         inputs=inputs,
+        spilled_bytes=spilled_bytes(work) if inputs == Placement.FILE else 0,
         stages=_stages(work, devices, sizes, exchange_bytes),
         widened=widening.widens(devices[0]),
     )
@@ -381,11 +392,11 @@ def _shared_bytes(work: Workload, devices: Sequence[str], sizes: Sizes) -> int:
     """On the host while a layer is in work. Beside GPUs memory is pinned, and inputs on a device are not there."""
     whole = _resident_bytes(work) + traffic_bytes(work)
     if devices[0] == "cpu":
-        return whole - (inputs_bytes(work) if sizes.inputs == Placement.FILE else 0)
+        return whole - (spilled_bytes(work) if sizes.inputs == Placement.FILE else 0)
     workers = len(devices)
     beside = pinned.rounding_bytes(work, workers) + pinned.packed_bytes(work, sizes.chunk)
     beside += pinned.sums_bytes(work, sizes.tokens, workers) + pinned.inputs_bytes(work, sizes.inputs)
-    return whole - inputs_bytes(work) + beside
+    return whole - (spilled_bytes(work) if sizes.inputs == Placement.FILE else inputs_bytes(work)) + beside
 
 
 def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
@@ -401,8 +412,9 @@ def _own_bytes(work: Workload, devices: Sequence[str]) -> int:
 
 def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes: int) -> tuple[StageMemory, ...]:
     workers, on_cpu = len(devices), devices[0] == "cpu"
-    start = HOST_BASELINE_BYTES + rows_bytes(work)
-    resident = _resident_bytes(work)
+    spilled = (spilled_bytes(work) - inputs_bytes(work)) * (sizes.inputs == Placement.FILE)
+    start = HOST_BASELINE_BYTES + rows_bytes(work) - spilled
+    resident = _resident_bytes(work) - spilled
     looped = _shared_bytes(work, devices, sizes)
     dealt = looped - (work.expert_bytes if on_cpu and workers > 1 else 0)  # experts are with their owners by then
     own, wide = _own_bytes(work, devices) + exchange_bytes, widened_bytes(work, devices[0])

@@ -88,9 +88,9 @@ def _gap(worker: Worker, tail: float, source: MoeInputs, release: MoeInputs) -> 
     weight_TA = release.routing.weight_TA[own_tokens(worker, release.counts)]
     weight_RT1 = weight_TA.sum(dim=1, keepdim=True, dtype=torch.float32).cpu().view(*source_RTD.shape[:2], 1)
     gap_RTD = room.own_TX.view(source_RTD.shape)
-    torch.sub(source_RTD, release_RTD, out=gap_RTD)
-    for gap_TD, weight_T1 in zip(gap_RTD, weight_RT1, strict=True):  # BF16 by fp32 takes two fp32 copies
-        gap_TD.div_(tail * weight_T1)
+    for row, gap_TD in enumerate(gap_RTD):  # BF16 by fp32 takes two fp32 copies
+        torch.sub(source_RTD[row], release_RTD[row], out=gap_TD).div_(tail * weight_RT1[row])
+        worker.heartbeat()
     return worker.finish_gather(room)[0]
 
 
@@ -104,6 +104,7 @@ def token_importance(worker: Worker, rows: Rows, power: float) -> Tensor:
     length_RT = torch.empty(rows.hidden_RTD.shape[:2])
     for length_T, hidden_TD in zip(length_RT, rows.hidden_RTD, strict=True):  # fp32 of all rows at once may be 2 GB
         torch.norm(hidden_TD.flatten(1).float(), dim=-1, out=length_T)
+        worker.heartbeat()
     length_T, _ = worker.all_gather([length_RT.flatten()])
     return (length_T.median() / length_T).pow_(power).nan_to_num_(1.0).clamp_(max=MOST_IMPORTANT)
 

@@ -259,6 +259,7 @@ def make_plan(
         sum(claim.tensors_after for part in written for claim in part.claims),
         sum((model / name).stat().st_size for name in SIDECARS if (model / name).is_file()),
         out,
+        memory.spilled_bytes,
     )
     return Plan(
         skeleton=skeleton,

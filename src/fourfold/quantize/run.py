@@ -24,6 +24,7 @@ from fourfold.datatypes import (
 )
 from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
+from fourfold.distributed.spill import Spill
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Team, Worker
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
@@ -159,7 +160,7 @@ def _run(plan: Plan, texts: Texts, out: Path, team: Team, watch: ProgressReporte
     for shard in journal.unreadable:
         watch.note(f"{shard}: its record in {STATE} cannot be read; written again")
     team.threads = journal.settings.threads
-    team.spill = out / STATE if journal.settings.batches.inputs == Placement.FILE else None
+    team.spill = Spill(out / STATE) if journal.settings.batches.inputs == Placement.FILE else None
     left = team.broadcast(lambda: find_remaining_sweep(plan, out)) if guided_layers(plan) else None
     if left and left.problem:
         watch.note(f"guidance: {left.problem}; curvatures are computed again")

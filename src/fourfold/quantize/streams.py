@@ -88,7 +88,7 @@ def embed(
     around = worker.run_once(lambda: embeddings(index, skeleton))
     around.require_plain(texts[0][:1])
     calibration, heldout = (
-        Rows(token_RT, embedded(around, token_RT, worker.transfer.host_buffer))
+        Rows(token_RT, embedded(around, token_RT, worker.team.allocate, worker.heartbeat))
         for token_RT in (text_RT[worker.own_samples(len(text_RT))] for text_RT in texts)
     )
     source = Stream(calibration=calibration, heldout=heldout)
@@ -114,18 +114,24 @@ def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
     return Around(blueprint, read_ends(blueprint, read), torch.device("cpu"), embedding_VD=embedding_VD)
 
 
-def embedded(around: Around, token_RT: Tensor, room: Callable[..., Tensor]) -> Tensor:
-    """Rows before the first layer, [R, T, ...]. room: memory for them."""
+def embedded(
+    around: Around, token_RT: Tensor, room: Callable[..., Tensor], beat: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Rows before the first layer, [R, T, ...]. room: memory for them; beat: called after each."""
     first = around.calls(token_RT.new_zeros(1, token_RT.shape[1])).state
     hidden_RTX = room((len(token_RT), *first.shape[1:]), dtype=first.dtype)
     for hidden_TX, token_T in zip(hidden_RTX, token_RT, strict=True):
         hidden_TX.copy_(around.calls(token_T[None]).state[0])
+        beat()
     return hidden_RTX
 
 
 def _copied(worker: Worker, rows: Rows) -> Rows:
-    hidden_RTD = worker.transfer.host_buffer(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
-    return Rows(rows.token_RT, hidden_RTD.copy_(rows.hidden_RTD), list(rows.carried))
+    copied_RTD = worker.team.allocate(tuple(rows.hidden_RTD.shape), rows.hidden_RTD.dtype)
+    for copied_TD, hidden_TD in zip(copied_RTD, rows.hidden_RTD, strict=True):
+        copied_TD.copy_(hidden_TD)
+        worker.heartbeat()
+    return Rows(rows.token_RT, copied_RTD, list(rows.carried))
 
 
 def reader(index: TensorIndex) -> Read:
@@ -161,13 +167,13 @@ def attend(
     if released is not None and release_rows is source:
         release_rows = _copied(worker, source)
     source_inputs = attend_(worker, layer, source, batches, tick)
-    require_finite_states(layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
+    require_finite_states(worker, layer, _own_inputs(worker, source_inputs), source_inputs.rows.hidden_RTD)
     if release_rows is None:
         return source_inputs, None
     if release_rows is not source:
         other = layer if released is None else released()
         release_inputs = attend_(worker, other, release_rows, batches, tick)
-        require_finite_states(other, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
+        require_finite_states(worker, other, _own_inputs(worker, release_inputs), release_inputs.rows.hidden_RTD)
         return source_inputs, release_inputs
     return source_inputs, dataclasses.replace(source_inputs, rows=_copied(worker, source_inputs.rows))
 
@@ -196,7 +202,7 @@ def advance(
     if moe_inputs is None or stream.calibration is None:
         return stream
     rows = advance_(worker, layer, moe_inputs, batches, tick)
-    require_finite_states(layer, rows.hidden_RTD)
+    require_finite_states(worker, layer, rows.hidden_RTD)
     return Stream(rows, stream.heldout)
 
 
@@ -209,16 +215,20 @@ def pass_rows_(
     """
     drifts = pass_heldout_(worker, layers, rows, batches, tick)
     for layer, stream in zip(layers, rows, strict=True):
-        require_finite_states(layer, stream.hidden_RTD)
+        require_finite_states(worker, layer, stream.hidden_RTD)
     return drifts
 
 
-def require_finite_states(layer: DecoderLayer, *states: Tensor | None) -> None:
+def require_finite_states(worker: Worker, layer: DecoderLayer, *states: Tensor | None) -> None:
     """Weights are checked when they are read; what they put out can still be too large for BF16: a FourfoldError."""
-    for state in states:
-        if state is None or not state.numel() or all(math.isfinite(extreme) for extreme in state.aminmax()):
+    for state in (state for state in states if state is not None and state.numel()):
+        bad = 0
+        for slab in state.flatten().split(SLAB_ELEMENTS):
+            if not all(math.isfinite(extreme) for extreme in slab.aminmax()):
+                bad += int(slab.isfinite().logical_not().sum())
+            worker.heartbeat()
+        if not bad:
             continue
-        bad = sum(int(slab.isfinite().logical_not().sum()) for slab in state.flatten().split(SLAB_ELEMENTS))
         raise FourfoldError(
             f"layer {layer.index}: {bad:,} of {state.numel():,} hidden states are NaN or Inf, as its outputs are too "
             "large for BF16; the checkpoint is damaged or not meant for BF16, take the published one"

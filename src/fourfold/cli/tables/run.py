@@ -78,6 +78,8 @@ def _needs_table(plan: Plan) -> Table:
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
     if plan.recipe.scheme.group == gguf.BLOCK and plan.skeleton.family.model_type in ARCHITECTURES:
         table.add_row("as GGUF", f"{gguf.BITS} bits per expert weight: larger groups would not make the file smaller")
+    if disk.spilled_bytes:
+        table.add_row("of it hidden states", f"{decimal(disk.spilled_bytes)} while the run lasts: memory is too small")
     if disk.swept_bytes:
         swept = f"{decimal(disk.swept_bytes)} while it lasts, {decimal(disk.curvature_bytes)} until the run is finished"
         table.add_row("of it the sweep's", swept)
