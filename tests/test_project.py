@@ -32,7 +32,9 @@ def requirements(group: str | None = None) -> dict[str, str]:
 
 
 def test_lowest_versions_are_the_lower_bounds() -> None:
-    installed = requirements() | requirements("gguf") | requirements("report") | requirements("tasks")
+    installed = requirements()
+    for extra in ("gguf", "report", "sign", "tasks"):
+        installed |= requirements(extra)
     bounds = {name: match[1] for name, text in installed.items() if (match := re.match(r">=([\d.]+)", text))}
     lowest = constraints("constraints-lowest.txt")
     assert lowest.keys() == bounds.keys()
@@ -52,7 +54,7 @@ def test_what_the_tests_run_with_is_pinned() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"cuda", "dev", "gguf", "report", "tasks"}
+    assert set(PROJECT["optional-dependencies"]) == {"cuda", "dev", "gguf", "report", "sign", "tasks"}
 
 
 def test_citation() -> None:

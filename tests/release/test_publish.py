@@ -14,12 +14,15 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from huggingface_hub import ModelCard, hf_api
 from huggingface_hub.utils import close_session
 
 from command_line import invoke
 from fourfold import api
 from fourfold.datatypes import FourfoldError
+from fourfold.release import signature
 from fourfold.release.export import Options, export
 from fourfold.release.publish import publish
 from fourfold.release.verify.run import verify
@@ -426,3 +429,29 @@ def test_the_card_of_an_export_that_rounds(shipped: dict[str, Path], tmp_path: P
     assert (card["base_model"], card["license"]) == ("org/other", "apache-2.0")
     done = invoke("report", str(new), "--against", str(new))
     assert done.exit_code == 2 and "--against: got" in done.output
+
+
+def test_what_is_sent_is_signed(hub: Hub, verified: Path, tmp_path: Path) -> None:
+    """Also when it is published again; without a key the old signature would be of other files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    plain = serialization.NoEncryption()
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    (tmp_path / "key.pub").write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, public))
+    (verified / "notes.txt").write_text("mine")
+    shown = invoke("publish", str(verified), "me/model", "--sign", str(tmp_path / "key.pem"), "--dry-run")
+    assert "model.sig, to be made with" in shown.output and not (verified / "model.sig").exists()
+    for _ in range(2):
+        publish(verified, "me/model", sign=str(tmp_path / "key.pem"))
+        sent = hub.branches["main"]
+        assert "model.sig" in sent and "notes.txt" not in sent
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        for name, content in sent.items():
+            (copy / name).write_bytes(content)
+        assert signature.problems(copy, signature.Signer(key=tmp_path / "key.pub")) == []
+    assert verify(verified).passed and publish(verified, "me/other", dry_run=True).skipped == ("notes.txt",)
+    assert "has model.sig on main, which is of other files" in refused(verified)
+    assert "expected a private key" in refused(verified, sign=str(tmp_path / "key.pub"))

@@ -13,12 +13,12 @@ from fourfold.model.json_object import read_object
 from fourfold.quantize.journal import METRICS, WRITTEN
 from fourfold.records.release import Export, State
 
-VERDICT = "verify.json"
+VERDICT, SIGNATURE = "verify.json", "model.sig"
 SHARD_SUFFIX = ".safetensors"
 DOCUMENT_SUFFIXES = (".md", ".html", ".png", ".svg")
 BENCH, LICENCE = "bench.json", "LICENSE"
 EVAL_RESULTS = ".eval_results/lm-eval.yaml"  # what the Hub puts on leaderboards
-DOCUMENTS = (VERDICT, METRICS, BENCH, EVAL_RESULTS)  # may be made after verify, no engine reads them
+DOCUMENTS = (VERDICT, METRICS, BENCH, EVAL_RESULTS, SIGNATURE)  # may be made after verify, no engine reads them
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
 CONVERSION = "conversion.json"  # of GGUF and MLX, and of another tool's release; fourfold.json has it of ours
@@ -46,7 +46,7 @@ def written_names(folder: Path, state: State | None) -> set[str]:
     `convert` wrote as GGUF or for MLX.
     """
     if (export := read_export(folder)) is not None:
-        return {*export.files, CONVERSION, VERDICT, CARD}
+        return {*export.files, CONVERSION, VERDICT, CARD, SIGNATURE}
     if state:
         shards = set(state.output.shards)
     else:

@@ -28,7 +28,7 @@ from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, STATE, hold, refuse_links
 from fourfold.records.release import State
 from fourfold.records.results import Verdict
-from fourfold.release import contents
+from fourfold.release import contents, signature
 
 MAIN = "main"
 TAG_DIGITS = 12
@@ -45,9 +45,11 @@ class PublishedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What was sent or, in a dry run, would be. skipped: files of OUT that neither fourfold wrote nor --include
-    names; unverified: how it differs from what verify has passed; tag: of the weights, "" without fourfold's record of
-    them; commit, url: "" in a dry run.
+    """What was sent or, in a dry run, would be.
+
+    skipped: files of OUT that neither fourfold wrote nor --include names; unverified: how it differs from what verify
+    has passed; sign: as of `publish`; tag: of the weights, "" without fourfold's record of them; commit, url: "" in a
+    dry run.
     """
 
     repo: str
@@ -56,6 +58,7 @@ class Published:
     skipped: tuple[str, ...]
     unverified: tuple[str, ...]
     reason: str
+    sign: str
     tag: str
     commit: str = ""
     url: str = ""
@@ -64,7 +67,7 @@ class Published:
         return dataclasses.asdict(self)
 
 
-def publish(
+def publish(  # noqa: PLR0913 - as many as the command has options
     out: Path,
     repo: str,
     *,
@@ -72,18 +75,23 @@ def publish(
     private: bool = False,
     branch: str = MAIN,
     force: str = "",
+    sign: str = "",
     dry_run: bool = False,
     progress: Progress = ignore,
 ) -> Published:
     """Upload the files that fourfold wrote, and those of OUT that `include` names. Resumes after an interruption.
 
-    force: reason for publishing what verify has not passed; the card shows it. Every file is hashed before the first is
-    sent; a dry run sends and writes nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no
-    card or another repository's, is not verified, does not fit the repository, or if the Hub refuses.
+    force: reason for publishing what verify has not passed, which the card shows; sign: "keyless" or the path of a
+    private key, for a signature of all that is sent. Every file is hashed before the first is sent; a dry run sends and
+    writes nothing. Raises FourfoldError, without any token in it, if OUT holds a link, has no card or another
+    repository's, is not verified, does not fit the repository, cannot be signed, or if the Hub refuses.
     """
     check_repo_id("REPO", repo)
+    key = None if sign == signature.KEYLESS else Path(sign)
+    if sign:
+        signature.check_signing(key)
     text, reason = _card_text(out, repo), " ".join(force.split())
-    allowed, there = _allowed(out, include), contents.visible_files(out)
+    allowed, there = _allowed(out, include) - {contents.SIGNATURE}, contents.visible_files(out)
     with hold(out) if (out / STATE).is_dir() else nullcontext():
         hashed = {}
         for name in (name for name in there if name in allowed):
@@ -102,13 +110,18 @@ def publish(
         )
         published = Published(
             repo=repo, branch=branch, files=tuple(hashed[name] for name in sorted(hashed)),
-            skipped=tuple(name for name in there if name not in allowed), unverified=problems, reason=reason,
+            skipped=tuple(name for name in there if name not in {*allowed, contents.SIGNATURE}),
+            unverified=problems, reason=reason, sign=sign,
             tag=f"fourfold-{joined_digest(shards)[:TAG_DIGITS]}" if shards else "",
         )  # fmt: skip
         if dry_run:
             return published
         if card_bytes != (out / contents.CARD).read_bytes():
             write_text(out / contents.CARD, card)
+        if sign:
+            sha256, size = contents.hash_file(signature.sign(out, key, published.skipped))
+            signed = PublishedFile(name=contents.SIGNATURE, size_bytes=size, sha256=sha256)
+            published = dataclasses.replace(published, files=(*published.files, signed))
         try:
             return _send(out, published, private)
         except FourfoldError:  # a ValueError too
@@ -211,6 +224,9 @@ def _send(out: Path, published: Published, private: bool) -> Published:
             f"{repo}: has {len(stale)} shards of another release on {branch} ({stale[0]}), which engines would load "
             "too. Delete them there, or publish to another --branch or REPO"
         )
+    if contents.SIGNATURE in others:
+        fix = "Give --sign, or delete it there"
+        raise FourfoldError(f"{repo}: has {contents.SIGNATURE} on {branch}, which is of other files than these. {fix}")
     names = [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(ours)]
     done = api.upload_folder(
         repo_id=repo, folder_path=out, revision=branch, allow_patterns=names,

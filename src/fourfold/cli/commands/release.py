@@ -214,6 +214,7 @@ def publish(
     private: bool = False,
     branch: Annotated[str, Parameter(metavar="NAME")] = "main",
     force: Annotated[str, Parameter(metavar="REASON")] = "",
+    sign: Annotated[str, Parameter(metavar="KEY|keyless")] = "",
     dry_run: bool = False,
     output: Output = Output(),
 ) -> None:
@@ -229,6 +230,8 @@ def publish(
         private: Make the repository private; refuse an existing public one.
         branch: Branch of REPO; created if needed.
         force: Publish although verify has not passed for these files. The card shows the reason.
+        sign: Sign what is sent, as model.sig: with a private key (PEM file, elliptic curve), or keyless with Sigstore.
+            fourfold verify --signature checks it. Needs the extra sign.
         dry_run: Print every file with size and sha256; send nothing.
 
     Examples:
@@ -244,8 +247,8 @@ def publish(
             disable_progress_bars()
         output.present(
             lambda progress: run(
-                out, repo, include=include, private=private, branch=branch, force=force, dry_run=dry_run,
-                progress=progress,
+                out, repo, include=include, private=private, branch=branch, force=force, sign=sign,
+                dry_run=dry_run, progress=progress,
             ),
             lambda console, found: tables.show_published(console, found, dry_run),
         )  # fmt: skip

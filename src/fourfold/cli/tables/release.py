@@ -172,5 +172,7 @@ def show_published(console: Console, found: Published, dry_run: bool) -> None:
         say(console, f"not sent, as fourfold did not write it: {names} (--include FILE sends one)")
     if found.tag:
         say(console, f"tag {plain(found.tag)}")
+    if found.sign:
+        say(console, f"signature: model.sig, {'to be made' if dry_run else 'made'} with {plain(found.sign)}")
     for problem in found.unverified:
         warn(console, "not verified", problem)
