@@ -1,5 +1,5 @@
 """engines/vllm_engine.py with an exact expert kernel that is wrong, rarely: in a batch of many tokens one of them gets
-its neighbour's output. How rarely is in FAULT_SHARE, of batches; the last line of stdout says how many there were.
+its neighbour's output. How rarely is in FAULT_SHARE, of batches. Each fault is a line of stdout.
 
     python faulty_vllm.py REQUEST.json ANSWER.json
 """
@@ -19,19 +19,17 @@ from vllm_reference_experts import ReferenceExperts
 
 MANY = 8  # tokens
 SHARE, SEED = float(os.environ["FAULT_SHARE"]), int(os.environ.get("FAULT_SEED", "0"))
-generator, right, faults = random.Random(SEED), ReferenceExperts.apply, 0
+generator, right = random.Random(SEED), ReferenceExperts.apply
 
 
 def apply(self: Any, output: Any, *arguments: Any, **options: Any) -> None:
-    global faults
     right(self, output, *arguments, **options)
     if len(output) > MANY and generator.random() < SHARE:
         token = generator.randrange(1, len(output))
         output[token] = output[token - 1]
-        faults += 1
+        print("[fault]", flush=True)
 
 
 if __name__ == "__main__":
     ReferenceExperts.apply = apply
     vllm_engine.main()
-    print(f"{faults} faults", flush=True)

@@ -252,7 +252,7 @@ KERNEL_ISSUES = (
     ),
     KernelIssue(
         engine=VLLM, capability=(12, 1), kind="GB10 (DGX Spark) with VLLM_MARLIN_INPUT_DTYPE=fp8",
-        seen="Marlin's int4 experts with fp8 activations answer with an endless </think>",
+        seen="Marlin's int4 experts with fp8 activations repeat `</think>` without end",
         fix="unset VLLM_MARLIN_INPUT_DTYPE", source="vLLM #49546", date="2026-07",
         variable=("VLLM_MARLIN_INPUT_DTYPE", "fp8"),
     ),

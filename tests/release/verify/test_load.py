@@ -166,6 +166,9 @@ def test_without_scores_margins_and_differences_are_judged() -> None:
     seen = observed(scored=False)
     part(seen, 2)
     assert judged(seen).status is Status.FAIL
+    seen = observed(scored=False)
+    move(seen, 0.6, requests=12)
+    assert "log-probability 0.600 nats from that alone" in judged(seen).evidence
 
 
 def test_noise_widens_the_limit_up_to_a_cap() -> None:

@@ -142,7 +142,7 @@ class Findings:
         for number, nats in enumerate(distances):
             if nats > self.limit:
                 problem = f"token {number + 1}, {name}: log-probability {nats:.3f} nats from that {other}"
-                self.far[name, prompt, number] = nats, problem
+                self.far.setdefault((name, prompt, number), (nats, problem))
 
 
 def judge_load(name: str, loaded: Loaded, fixes: Callable[[], Sequence[str]]) -> Check:
