@@ -44,6 +44,7 @@ from results import (
 
 from fourfold.model.family import FAMILIES
 from fourfold.model.internals import class_names
+from fourfold.serve.engines import ENGINES, KERNEL_ISSUES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
@@ -112,6 +113,32 @@ def prediction(machine: str, workers: str, key: str) -> str:
 @figure
 def example_seconds() -> str:
     return f"{result('example')['runs'][0]['seconds']:.0f} s"
+
+
+@figure
+def load() -> str:
+    """Of benchmarks/load.py: how often verify --load was right."""
+    found, rows = result("load"), []
+    for name, what in (("sound", "sound, with MTP and without"), ("faulty", "one token wrong in 1 of 50 expert passes")):
+        one = found[name]
+        verdicts = f"{one['passed']} passed" if name == "sound" else f"{one['runs'] - one['passed']} failed"
+        least, most = one["faults"]
+        faults = "none" if not most else f"{least} to {most}"
+        rows.append(
+            [what, f"{one['runs']}", f"{one['tokens']:,}", faults, verdicts, f"{one['largest_regret']:.3f}",
+             f"{one['mean']:.4f}, {one['most']:.3f}"]
+        )  # fmt: skip
+    header = ["vLLM on a CPU, example model", "runs", "tokens under load", "faults in a run", "verdict",
+              "largest regret, nats", "log-probabilities from those alone: mean, most"]  # fmt: skip
+    about = f"{found['at_once']} at once; `benchmarks/results/load.json`, {tested_on('load')}, {found['date']}."
+    return "\n".join([table(header, rows), "", about])
+
+
+@figure
+def kernel_issues() -> str:
+    rows = [[issue.kind, ENGINES[issue.engine].title, issue.seen, issue.fix, f"{issue.source}, {issue.date}"]
+            for issue in KERNEL_ISSUES]  # fmt: skip
+    return table(["GPU", "engine", "seen", "fix", "source"], rows)
 
 
 # --- README.md -------------------------------------------------------------------------------------------------------

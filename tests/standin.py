@@ -51,17 +51,26 @@ Parts = tuple[bytes | float, ...]
 @dataclass
 class StandIn:
     """parts: of each answer to a chat request, bytes to send and seconds to wait; status: of it; metrics: None for a
-    404. seen: bodies of requests.
+    404; plain: what answers all other requests than for chat, by path, body and how many are answered at once, with a
+    status and JSON. seen: bodies of requests.
     """
 
     parts: Callable[[int], Parts] = lambda number: GOOD
     status: int = 200
     model: str = "m"
     metrics: Callable[[int], str] | None = None
+    plain: Callable[[str, Any, int], tuple[int, Any]] | None = None
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
     at_once: int = 0
     most_at_once: int = 0
+
+    def whole(self, path: str, body: Any) -> tuple[int, bytes] | None:
+        """Status and body of an answer that is not streamed."""
+        if self.plain and not path.endswith("/chat/completions"):
+            status, value = self.plain(path, body, self.at_once)
+            return status, json.dumps(value).encode()
+        return None if self.status == 200 else (self.status, b'{"error": "no room [/]"}')
 
 
 def counters(requests: int) -> str:
@@ -107,16 +116,16 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
                 stand_in.at_once += 1
                 stand_in.most_at_once = max(stand_in.most_at_once, stand_in.at_once)
             try:
-                self.stream(number)
+                self.stream(number, body)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # who asked has given up
             finally:
                 with lock:
                     stand_in.at_once -= 1
 
-        def stream(self, number: int) -> None:
-            if stand_in.status != 200:
-                self.answer(stand_in.status, b'{"error": "no room [/]"}')
+        def stream(self, number: int, body: Any) -> None:
+            if whole := stand_in.whole(self.path, body):
+                self.answer(*whole)
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")

@@ -193,22 +193,32 @@ def verify(
     source: str | Path | None = None,
     engine: str | None = None,
     python: Path | None = None,
+    load: int | None = None,
     timeout: float = 60,
     progress: Progress = ignore,
 ) -> Verdict:
     """Check a release: its files, every tensor against the source, a run in an engine. Writes OUT/verify.json.
 
     Args:
-        out: folder of a finished release, or of GGUF or MLX output of `convert`, whose `source` is the release.
-        timeout: minutes for each start of the engine.
+        out: folder of a finished release, or of GGUF or MLX output of `convert`, whose `source` is the release. With
+            `load` also the address of a running server, of which nothing is written.
+        timeout: minutes for each start of the engine, or for all requests to a server.
 
     Returns:
         All checks with their evidence; `passed` is whether all requested checks have passed.
 
     Raises:
         FourfoldError: `out` is not a finished release, is being written, or was not made from `source`; the engine is
-            not installed; `python` is not a Python, or is given without an engine.
+            not installed; `python` is not a Python, or is given without an engine; no server answers at `out`, or one
+            of another model than `source`.
     """
+    at_server = str(out).startswith(("http://", "https://"))
+    if load is not None:
+        from fourfold.release.verify.load import check_size
+
+        check_size(load)
+    if at_server:
+        return _verify_server(str(out), source, engine or python, load, timeout, progress)
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
     from fourfold.formats import EXPORTS
@@ -224,6 +234,9 @@ def verify(
     runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record.after],)
     if engine is not None and engine not in runs_in:
         raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
+    if load is not None and engine != "vllm":
+        got = f"--engine {engine}" if engine else "no --engine"
+        raise FourfoldError(f"--load: got {got}, expected --engine vllm, or a running server: fourfold verify URL")
     if source is not None and record is None:
         check_model(source)
     elif source is not None:
@@ -241,7 +254,23 @@ def verify(
         return verify_export(Path(out), record, out=model, engine=runner, progress=progress)
     from fourfold.release.verify.run import verify as run
 
-    return run(Path(out), model=model, engine=runner, progress=progress)
+    return run(Path(out), model=model, engine=runner, load=load, progress=progress)
+
+
+def _verify_server(
+    url: str, source: str | Path | None, unused: object, load: int | None, timeout: float, progress: Progress
+) -> Verdict:
+    """source: the release that is served."""
+    if load is None or unused is not None:
+        got = "no --load" if load is None else "--engine or --python"
+        raise FourfoldError(f"{url}: got {got}, expected --load N alone: a server that runs is tested under load")
+    if source is not None:
+        from fourfold.quantize.journal import require_release
+
+        require_release(Path(source))
+    from fourfold.release.verify.server import verify_server
+
+    return verify_server(url, load, None if source is None else Path(source), timeout * 60, progress)
 
 
 def _recipe(recipe: Recipe | str | Path, samples: int | None, sequence_length: int | None) -> Recipe:

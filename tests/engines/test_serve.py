@@ -26,6 +26,7 @@ from fourfold.datatypes import ignore
 from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
+from fourfold.release.verify.server import verify_server
 from fourfold.serve.bench import Load
 from fourfold.serve.bench import bench as load_server
 
@@ -149,6 +150,7 @@ def test_one_flow(made: Made, python: Find, example_model: Path, tmp_path: Path)
         assert server.pool() == (4096, 256, 262_144)
         assert "predicted: 4,096 blocks of 256, 262,144 tokens" in server.said
         check_stream(server)
+        check_load(server)
         check_tasks(server, example_model, tmp_path)
         check_bench(server, interpreter, tmp_path, seen)
         process = server.process
@@ -192,6 +194,15 @@ def check_stream(server: Server) -> None:
                 thought += "".join(choice["delta"].get("reasoning") or "" for choice in chunk["choices"])
     assert thought
     assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] <= usage["completion_tokens"] <= 48
+
+
+def check_load(server: Server) -> None:
+    """As many at once as the server runs, on text that it tokenizes and scores; it serves this release."""
+    verdict = verify_server(server.url, 8, server.out, 120, ignore, tokens=24)
+    answers, check = verdict.checks
+    assert verdict.passed, check.evidence
+    assert f"{server.out.name} at {server.url}; vllm; prompts as token ids; scores prompts" in answers.evidence
+    assert (check.data["tokens"], check.data["at_once"]) == (24 * 24, 8) and check.data["alone_most"] > 0
 
 
 def check_tasks(server: Server, source: Path, folder: Path) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec import convert
 from torch import Tensor
 
 import releases
 from broken import Copy
-from fourfold.records.results import Status
+from fourfold.records.results import Check, Status
 from fourfold.release.verify import run as verify
 from fourfold.release.verify import vllm
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.folder import open_release
+from fourfold.release.verify.load import Loaded, judge_load
 
 pytestmark = pytest.mark.engine
 
@@ -89,6 +91,36 @@ def test_a_release_runs_as_its_source_does(made: Made, python: Find, example_mod
     for text in ("every parameter written", "vLLM 0.32.0", "all checks passed"):
         assert text in done.stdout
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(python("vllm")) in (one.info["cmdline"] or ())]
+
+
+def under_load(answer: vllm.Answer) -> Check:
+    assert not answer.failure, answer.failure
+    return judge_load("under load", convert(answer.content["load"], Loaded), list)
+
+
+def test_a_sound_release_under_load_with_drafts_and_without(made: Made, engine: Engine) -> None:
+    out = made(CT)
+    load = verify.load_request(out, 16, tokens=32)
+    prompts = verify.windows(out)[:2]
+    asked = [vllm.request(out, prompts, load=load, tokens=2, draft_tokens=drafts) for drafts in (vllm.DRAFT_TOKENS, 0)]
+    for answer in vllm.ask_each(engine, asked, "sound"):
+        check = under_load(answer)
+        assert check.status is Status.PASS, check.evidence
+        assert (check.data["tokens"], check.data["far"]) == (48 * 32, 0)
+    assert check.data["alone_most"] > 0  # decoded and scored are two ways
+
+
+def test_a_kernel_that_is_rarely_wrong_in_large_batches(
+    made: Made, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made(CT)
+    monkeypatch.setenv("FAULT_SHARE", "0.05")
+    monkeypatch.setattr(vllm, "SCRIPT", str(Path(__file__).parent / "faulty_vllm.py"))
+    load = verify.load_request(out, 16, tokens=32)
+    answer = vllm.ask(engine, out, verify.windows(out)[:2], "faulty", load=load, tokens=2, exact_experts=True)
+    check = under_load(answer)
+    assert answer.log.read_text().count("[fault]") > 10
+    assert check.status is Status.FAIL and check.data["failed_prompts"], check
 
 
 def test_what_vllm_leaves_unwritten_without_an_error(copy: Broken, engine: Engine) -> None:

@@ -15,6 +15,7 @@ import foreign
 from command_line import invoke
 from fourfold.datatypes import FourfoldError
 from fourfold.release.inspect import Inspection, inspect
+from fourfold.serve.engines import DRAFTS_BY_NAME, KERNEL_ISSUES
 
 Altered = Callable[[Path], Path]
 
@@ -45,6 +46,10 @@ def test_our_release(shipped: dict[str, Path]) -> None:
     assert "--speculative-config" in commands["vLLM"] and "EAGLE" in commands["SGLang"]
     assert {row.gpus for row in found.engines[:2]} == {"1 x 12 GiB"}
     assert not trapped(found, "quantization_config")
+    issues = {
+        row.engine.partition(" ")[0]: [note for note in row.notes if "known issue on" in note] for row in found.engines
+    }
+    assert len(issues["vLLM"]) == len(KERNEL_ISSUES) and not issues["SGLang"]
     rows = {row.group: row for row in found.groups}
     assert (rows["experts"].stored, rows["experts"].tensors, rows["experts"].projections) == (("int4",), 72, 24)
     assert rows["MTP"].tensors == 17 + 3 * 4 and rows["MTP"].size_bytes == found.draft_bytes
@@ -52,6 +57,24 @@ def test_our_release(shipped: dict[str, Path]) -> None:
     index = json.loads((shipped["compressed-tensors"] / "model.safetensors.index.json").read_text())
     assert found.size_bytes == index["metadata"]["total_size"]
     json.dumps(found.to_json())
+
+
+def test_drafts_that_are_excluded_by_name(shipped: dict[str, Path], altered: Altered) -> None:
+    folder = altered(shipped["compressed-tensors"])
+    config = json.loads((folder / "config.json").read_text())
+    settings, head = config["quantization_config"], "mtp.layers.0.self_attn."
+    patterns = settings["ignore"]
+    listed = [f"{head}{part}_proj" for part in "qkv"]
+    for ignored, trap in (
+        (listed, True),
+        ([*listed, "re:.*mtp.*"], False),
+        ([*listed, f"{head}qkv_proj"], False),
+        (listed[:2], False),  # these are not fused by name
+        (patterns, False),
+    ):
+        settings["ignore"] = ignored
+        (folder / "config.json").write_text(json.dumps(config))
+        assert (DRAFTS_BY_NAME in inspect(folder).traps) == trap, ignored
 
 
 def test_a_release_of_gptqmodel(tmp_path: Path) -> None:

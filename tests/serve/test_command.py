@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -407,6 +408,37 @@ def test_what_is_known_of_failures() -> None:
     assert "FlashInfer" in why
     assert engines.explain(SGLANG, log) == []
     assert engines.explain(VLLM, "all is well") == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "variable", "said"),
+    [
+        ((12, 0), "NVIDIA GeForce RTX 5090", "", "vLLM PR #43730, 2026-05-27"),
+        ((12, 1), "NVIDIA GB10", "FP8", "vLLM #49546, 2026-07"),
+        ((12, 1), "NVIDIA GB10", "", ""),
+        ((8, 9), "NVIDIA L40S", "", "README of IST-DASLab/GSQ, 2026-07-05"),
+        ((8, 9), "NVIDIA GeForce RTX 4090", "", ""),
+        ((9, 0), "NVIDIA H200", "", "prefers Humming to Marlin"),
+        ((8, 6), "NVIDIA GeForce RTX 3060", "", ""),
+    ],
+)
+def test_known_issues_of_kernels_by_gpu(capability: tuple[int, int], name: str, variable: str, said: str) -> None:
+    gpu = replace(gpus(1, 80, capability).gpus[0], name=name)
+    machine, inherited = replace(gpus(1, 80), gpus=(gpu,)), {"VLLM_MARLIN_INPUT_DTYPE": variable}
+    found = [note for note in make(machine=machine, inherited=inherited).notes if note.startswith("known issue on")]
+    assert [said in note for note in found] == ([True] if said else [])
+    unquantized = make(changed(OURS, format=None, group_size=0), machine, inherited=inherited)
+    for other in (unquantized, make(machine=machine, inherited=inherited, engine=SGLANG)):
+        assert not [note for note in other.notes if note.startswith("known issue on")]
+
+
+def test_drafts_that_a_config_excludes_by_name() -> None:
+    """Of SGLang before 0.5.23, which takes their fused modules for quantized."""
+    named = changed(OURS, drafts_by_name=True)
+    old = {"engine": SGLANG, "version": (0, 5, 10)}
+    assert engines.DRAFTS_BY_NAME in make(named, **old).notes
+    for command in (make(named, engine=SGLANG), make(named, **old, drafts=0), make(**old), make(named)):
+        assert engines.DRAFTS_BY_NAME not in command.notes
 
 
 # --- what docs/serving.md says, by task ---------------------------------------------------------------------------

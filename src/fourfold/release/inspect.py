@@ -25,7 +25,7 @@ from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 from fourfold.release.verify.rules import config_problems
 from fourfold.serve.command import Command, Deployment, build
-from fourfold.serve.engines import ENGINES
+from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
 from fourfold.serve.machine import MACHINES, Gpu, Machine
 from fourfold.serve.served import Served, open_served
 
@@ -286,11 +286,16 @@ def _engines(served: Served) -> Iterator[EngineRow]:
             takes=takes,
             gpus=gpus if takes else "",
             command=command.text() if takes else "",
-            notes=(*command.problems, *command.notes),
+            notes=(*command.problems, *command.notes, *(_kernel_notes(engine.name) if served.format else ())),
         )
     form = served.format
     takes, said = (form.transformers_loads, form.transformers_note) if form else (True, TRANSFORMERS_BF16)
     yield EngineRow(engine="transformers", takes=takes, gpus="", command="", notes=(said,))
+
+
+def _kernel_notes(engine: str) -> list[str]:
+    """Known issues of its int4 expert kernels, of any GPU: the one that will serve may not be here."""
+    return [str(issue) for issue in KERNEL_ISSUES if issue.engine == engine]
 
 
 def _smallest(served: Served, engine: str) -> tuple[Command, str]:
@@ -335,6 +340,8 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
         )
         yield from (f"quantization_config: {problem}" for problem in said)
     in_int4 = any(_in_draft(name) and ".experts." in name and one.bits == 4 for name, one in stored.projections.items())
+    if served.drafts_by_name:
+        yield DRAFTS_BY_NAME
     if served.group_size:
         yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
         yield from format_advice(skeleton, bool(draft), stored.format, in_int4)

@@ -344,6 +344,7 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         yield "below compute capability 8.9 an fp8 cache is stored only: half the bytes, computed in BF16"
         if engine.name == VLLM and not cache.old:
             yield f"if vLLM says `{engines.FP8_CACHE[0]}`: {engines.FP8_CACHE[1]}"
+    yield from _known_issues(served, machine, found, wanted)
     if wanted.drafts is None and served.has_draft and not cache.drafts and (why := _undrafted(served)):
         yield f"no drafts: {why[0]}. Try: {why[1]}, or vLLM"
     if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:
@@ -358,3 +359,12 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
     if served.sampling:
         values = ", ".join(f"{name} {value}" for name, value in served.sampling.items())
         yield f"sampling where a request says nothing, from generation_config.json: {values}"
+
+
+def _known_issues(served: Served, machine: Machine, found: Command, wanted: Deployment) -> Iterator[str]:
+    """Issues of this engine that nothing at its start would show."""
+    if served.format is not None:
+        yield from engines.kernel_issues(found.engine.name, machine.gpus, wanted.inherited)
+    drafting = found.engine.name == SGLANG and found.forecast.cache.drafts
+    if drafting and served.drafts_by_name and found.version < engines.NAMED_DRAFTS:
+        yield engines.DRAFTS_BY_NAME

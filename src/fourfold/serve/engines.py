@@ -7,7 +7,7 @@ not at the known one before it. A new version is added here alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,6 +213,75 @@ KNOWN_ISSUES = {  # by engine: a regular expression of its log, the cause with w
          "gptq_marlin is right on one GPU only: --quantization moe_wna16, which serve passes, or compressed-tensors"),
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelIssue:
+    """Wrong results or a crash of an engine's int4 expert kernels on one kind of GPU. Never seen by fourfold itself.
+
+    capability: of the GPU; gpu: a part of its name, "" for any; variable: of the environment, with the value that
+    brings it on; source, date: of the report.
+    """
+
+    engine: str
+    capability: tuple[int, int]
+    kind: str
+    seen: str
+    fix: str
+    source: str
+    date: str
+    gpu: str = ""
+    variable: tuple[str, str] | None = None
+
+    def applies(self, gpu: Gpu, environment: Mapping[str, str]) -> bool:
+        if self.variable and environment.get(self.variable[0], "").lower() != self.variable[1]:
+            return False
+        return gpu.capability == self.capability and self.gpu in gpu.name
+
+    def __str__(self) -> str:
+        return f"known issue on {self.kind}: {self.seen}. Try: {self.fix} ({self.source}, {self.date})"
+
+
+KERNEL_ISSUES = (
+    KernelIssue(
+        engine=VLLM, capability=(12, 0), kind="compute capability 12.0 (RTX 50, RTX PRO 6000)",
+        seen="Marlin's int4 experts give corrupted text from several thinking requests at once, or stop with an "
+        "illegal memory access; one request at a time is right",
+        fix="a vLLM that has PR #40923 and #43730, or `-- --max-num-seqs 1`; test with `fourfold verify URL --load 16`",
+        source="vLLM PR #43730", date="2026-05-27",
+    ),
+    KernelIssue(
+        engine=VLLM, capability=(12, 1), kind="GB10 (DGX Spark) with VLLM_MARLIN_INPUT_DTYPE=fp8",
+        seen="Marlin's int4 experts with fp8 activations repeat `</think>` without end",
+        fix="unset VLLM_MARLIN_INPUT_DTYPE", source="vLLM #49546", date="2026-07",
+        variable=("VLLM_MARLIN_INPUT_DTYPE", "fp8"),
+    ),
+    KernelIssue(
+        engine=VLLM, capability=(8, 9), gpu="L40S", kind="L40S",
+        seen="vLLM finds no Marlin kernel for compressed-tensors int4 experts and stops in moe_sum of its Triton path",
+        fix="a newer vLLM", source="README of IST-DASLab/GSQ", date="2026-07-05",
+    ),
+    KernelIssue(
+        engine=VLLM, capability=(9, 0), kind="compute capability 9.0 (H100, H200)",
+        seen="vLLM 0.32 prefers Humming to Marlin for int4 experts where the package humming is installed; it was "
+        "read, not run, with negative scales as fourfold writes them",
+        fix="`-- --moe-backend marlin` if `fourfold verify OUT --engine vllm --load 16` fails",
+        source="vLLM 0.32.0, quantization/utils/humming/priority.py", date="2026-11",
+    ),
+)  # fmt: skip
+# Fixed in 0.5.23, which was read; sgl-project/sglang #35797, 2026-08.
+NAMED_DRAFTS: Version = (0, 5, 23)
+DRAFTS_BY_NAME = (
+    "quantization_config.ignore names parts of the draft head's fused modules one by one: SGLang before 0.5.23 takes "
+    "the fused ones for quantized and skips their weights without an error, so drafts are hardly ever accepted "
+    "(sgl-project/sglang #35797, 2026-08). Try: a newer SGLang, or a regular expression as in re:.*mtp.*"
+)
+
+
+def kernel_issues(engine: str, gpus: Sequence[Gpu], environment: Mapping[str, str]) -> list[str]:
+    """Return the known issues of an engine's int4 expert kernels on these GPUs."""
+    known = (issue for issue in KERNEL_ISSUES if issue.engine == engine)
+    return [str(issue) for issue in known if any(issue.applies(gpu, environment) for gpu in gpus)]
 
 
 def explain(engine: str, log: str) -> list[str]:

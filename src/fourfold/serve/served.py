@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from fourfold.datatypes import FourfoldError
 from fourfold.formats import named
-from fourfold.formats.format import Format, module_end
-from fourfold.model.config import read_config
+from fourfold.formats.format import Format, fused, module_end
+from fourfold.formats.patterns import match_patterns
+from fourfold.model.config import quantization, read_config
 from fourfold.model.head import input_name, output_name
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
@@ -38,7 +39,7 @@ class Served:
     model; draft_bytes: of the draft head's tensors, 0 without; weight_bytes: of all others; ends_bytes: of embeddings
     and output head among these; int8: some weights have 8 bits; quantized_head: the output head is quantized;
     int4_drafts: draft experts are int4; splits: numbers that the tensor-parallel size must divide; sampling: of
-    generation_config.json.
+    generation_config.json; drafts_by_name: config.json excludes parts of the draft head's fused modules by name alone.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Served:
     splits: Mapping[str, int]
     template: str
     sampling: Mapping[str, Any]
+    drafts_by_name: bool = False
 
     @property
     def has_draft(self) -> bool:
@@ -91,7 +93,18 @@ def open_served(folder: Path, name: str = "") -> Served:
     return _served(
         weights.skeleton, dict(_stored(weights, raw)), weights.format, has_draft=weights.has_draft, folder=folder,
         name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
+        drafts_by_name=_drafts_by_name(weights, raw),
     )  # fmt: skip
+
+
+def _drafts_by_name(weights: Weights, raw: Mapping[str, Any]) -> bool:
+    selection = weights.format.selection(quantization(raw)) if weights.format else None
+    prefix = weights.skeleton.family.mtp_prefix
+    if selection is None or not prefix:
+        return False
+    joined = fused({name: True for name in selection.exact if name.startswith(prefix)})
+    where = f"config.json: quantization_config.{selection.key}"
+    return bool(joined.keys() - match_patterns(selection.excluded, joined, where)[0] - {*selection.exact})
 
 
 def planned_served(plan: Plan) -> Served:

@@ -197,6 +197,12 @@ def test_a_failed_check_is_said_first(release: Path, change: Change) -> None:
     assert "Verification failed: index" in part(text, "Known limits")
 
 
+def test_requests_at_once_are_said(release: Path, change: Change) -> None:
+    load = {"level": "engine", "name": "under load", "status": "pass", "evidence": "none", "data": {"at_once": 16}}
+    change("verify.json", lambda verdict: verdict["checks"].append(load))
+    assert "| verified | passed: files, source, 16 requests at once |" in write_card(release)
+
+
 def test_bench_and_drafts_are_shown_where_they_were_measured(release: Path, change: Change) -> None:
     (release / "bench.json").write_text(json.dumps(BENCH), encoding="utf-8")
     rule = {"by_position": [0.75, 0.5], "mean_length": 2.25, "interval": [2.1, 2.4]}

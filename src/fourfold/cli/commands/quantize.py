@@ -153,34 +153,42 @@ def evaluate(
 
 
 def verify(
-    out: options.Release,
+    out: Annotated[str, Parameter(help="Folder of a finished release; with --load also the URL of a running server.")],
     /,
     *,
     source: options.ModelId | None = None,
     engine: options.Engine | None = None,
     python: options.EnginePython = None,
+    load: Annotated[int | None, Parameter(metavar="N")] = None,
     timeout: Annotated[float, options.number(float, 0.01, metavar="MINUTES")] = 60,
     output: options.Output = options.Output(),
 ) -> int:
     """Check a release: its files, its source, a run in an engine.
 
-    Writes OUT/verify.json. The files are always checked; --source compares every tensor, --engine loads and runs OUT.
-    Exit code 0 means that all requested checks have passed.
+    Writes OUT/verify.json. The files are always checked; --source compares every tensor, --engine loads and runs OUT,
+    --load tests whether many requests at once get the same answers as one. Exit code 0 means that all requested checks
+    have passed.
 
     Args:
         source: Compare every tensor with this checkpoint: the BF16 model, or for GGUF and MLX the release that was
-            converted. Local path or Hugging Face model ID.
+            converted. Local path or Hugging Face model ID. For a server: folder of the release that it must serve.
         engine: Load and run OUT in this engine (SGLang: load only; llama.cpp and MLX: output of `convert`).
+        load: Send N requests at once, an even number from 2 to 256: with --engine vllm, or to the server at URL. Greedy
+            texts must be those of single requests, up to near ties.
         timeout: Stop the engine if it has not answered after this time.
 
     Examples:
         fourfold verify ./release
         fourfold verify ./release --source Qwen/Qwen3.6-35B-A3B
         fourfold verify ./release --source ./model --engine vllm --python ~/vllm/bin/python
+        fourfold verify ./release --engine vllm --load 16
+        fourfold verify http://localhost:8000 --load 16
     """
 
     def check(progress: Progress) -> Verdict:
-        return api.verify(out, source=source, engine=engine, python=python, timeout=timeout, progress=progress)
+        return api.verify(
+            out, source=source, engine=engine, python=python, load=load, timeout=timeout, progress=progress
+        )
 
     verdict = output.present(check, show_verdict)
     return 0 if verdict.passed else CHECK_FAILED

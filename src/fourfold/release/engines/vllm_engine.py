@@ -4,7 +4,8 @@
 
 REQUEST: a list of runs, each with model (folder), prompts (lists of token ids), tokens (to generate for each),
 draft_tokens (0: no MTP), noise (score what was generated once more, one sequence at a time), image (one more prompt,
-with an image: its tokens before and after; null for none), exact_experts (the reference kernel in any case).
+with an image: its tokens before and after; null for none), exact_experts (the reference kernel in any case), load (of
+vllm_load.run; null for none). With load the engine runs as it is served, otherwise eager and without prefix caching.
 ANSWER: a list with what each run gave. Whatever goes wrong in a single run is a traceback on stderr and an exit code
 other than 0. Of several runs each answers for itself: failure says why it gave no more than its loads.
 Several runs in one process are for small models on a CPU: vLLM does not give all of its memory back.
@@ -30,9 +31,11 @@ import PIL.Image
 import poison
 import torch
 import vllm
+import vllm_load
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import registry
+from vllm_load import CANDIDATES, margin
 
 # Parameters that vLLM registers with a value of its own, whether or not a checkpoint has them.
 DEFAULTED = (
@@ -41,7 +44,6 @@ DEFAULTED = (
 )  # fmt: skip
 IMAGE_SIDE, IMAGE_ROOM = 96, 384  # pixels of noise; tokens, for processors that enlarge small images
 TOP_LOGPROBS = 20  # per prompt position: the most that vLLM returns by default
-CANDIDATES = 2  # log-probabilities of the two most likely tokens: their distance tells near ties
 
 
 def watch_loader(loads: dict[str, Any]) -> None:
@@ -58,18 +60,22 @@ def watch_loader(loads: dict[str, Any]) -> None:
 
 
 def start(request: dict[str, Any]) -> LLM:
-    drafts = request["draft_tokens"]
-    longest = max(map(len, request["prompts"])) + request["tokens"] + (IMAGE_ROOM if request["image"] else 0)
+    drafts, load = request["draft_tokens"], request["load"]
+    longest, most = max(map(len, request["prompts"])) + request["tokens"], len(request["prompts"])
+    longest += IMAGE_ROOM if request["image"] else 0
+    if load:
+        longest = max(longest, max(map(len, load["prompts"])) + vllm_load.text_tokens(load))
+        most = max(most, load["at_once"])
     options: dict[str, Any] = {}
     if drafts:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     if "vision_config" in json.loads(Path(request["model"], "config.json").read_text()):
         options["limit_mm_per_prompt"] = {"image": 1 if request["image"] else 0, "video": 0}
-    # Prefix caching needs Triton for hybrid models, and a prompt must be computed to be scored.
+    if not load or not vllm_load.on_gpu():  # a CPU has no graphs, and no Triton, which hybrid models with drafts need
+        options |= {"enforce_eager": True, "enable_prefix_caching": bool(load) and not drafts}
     return LLM(
         model=request["model"], dtype="bfloat16", max_model_len=-(-(longest + drafts + 1) // 128) * 128,
-        max_num_seqs=len(request["prompts"]), seed=0, enforce_eager=True, enable_prefix_caching=False,
-        disable_log_stats=False, **options,
+        max_num_seqs=most, seed=0, disable_log_stats=False, **options,
     )  # fmt: skip
 
 
@@ -112,12 +118,6 @@ def decode_speed(statistics: list[Any]) -> float:
     """Tokens per second of the whole batch, from the first first token to the last last one."""
     seconds = max(one.last_token_ts for one in statistics) - min(one.first_token_ts for one in statistics)
     return float(sum(one.num_generation_tokens - 1 for one in statistics) / seconds)
-
-
-def margin(step: dict[int, Any]) -> float:
-    """How far the second best token is behind the best."""
-    best = sorted((candidate.logprob for candidate in step.values()), reverse=True)
-    return float(best[0] - best[1])
 
 
 def score_again(llm: LLM, request: dict[str, Any], tokens: list[list[int]]) -> list[list[float]]:
@@ -163,6 +163,8 @@ def run(request: dict[str, Any], loads: dict[str, Any]) -> dict[str, Any]:
         answer["image"] = after_image(llm, request)
     if request["draft_tokens"]:
         answer["drafts"] = draft_counters(llm)
+    if request["load"]:
+        answer["load"] = vllm_load.run(llm, request["load"])
     cache = llm.llm_engine.vllm_config.cache_config
     return answer | {
         "engine": f"vLLM {vllm.__version__}",

@@ -167,7 +167,8 @@ def _brief_verdict(records: Records) -> str:
     verdict = records.verdict
     if verdict is None:
         return "no" if not records.stale else "no: verify.json is for other bytes"
-    run = Markdown(", ".join(verdict.levels))
+    at_once = max((one.data.get("at_once", 0) for one in verdict.checks), default=0)
+    run = Markdown(", ".join(verdict.levels) + (f", {at_once} requests at once" if at_once else ""))
     return f"{'passed' if verdict.passed else 'FAILED'}: {run}"
 
 

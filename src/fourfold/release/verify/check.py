@@ -36,6 +36,6 @@ def write_verdict(folder: Path, source: object, runner: object, checks: Sequence
     return verdict
 
 
-def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+def first_difference(first: Sequence[object], second: Sequence[object]) -> int | None:
     """Return the first place at which two sequences differ, as far as both go; None if there is none."""
     return next((place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)

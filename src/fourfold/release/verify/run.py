@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from msgspec import convert
 
-from fourfold.bundled import HELDOUT_TEXTS, TEXT
-from fourfold.datatypes import Event, FourfoldError, Progress, ignore
+from fourfold.datatypes import Event, Progress, ignore
 from fourfold.model.checkpoint import TensorIndex
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.journal import hold
@@ -21,16 +21,21 @@ from fourfold.release.verify.check import skip, write_verdict
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
+from fourfold.release.verify.load import heldout_text, lengths
+from fourfold.release.verify.load import windows as cut
 from fourfold.release.verify.projection import Storage
 from fourfold.release.verify.source import Source, open_source
 
-PROMPTS, PROMPT_TOKENS, PROMPT_CHARACTERS = 16, 64, 100_000
+PROMPTS, PROMPT_TOKENS = 16, 64
 
 
 def verify(
-    out: Path, *, model: Path | None = None, engine: Engine | None = None, progress: Progress = ignore
-) -> Verdict:
+    out: Path, *, model: Path | None = None, engine: Engine | None = None, load: int | None = None,
+    progress: Progress = ignore,
+) -> Verdict:  # fmt: skip
     """Check a finished release and write verify.json into it. model: its source, for level 2 and comparisons.
+
+    load: requests at once, for vLLM; None to send none.
 
     Raises FourfoldError, before any work, if `out` is no finished release, is being written, or was not made from
     `model`.
@@ -47,7 +52,7 @@ def verify(
             if any(check.status is Status.FAIL for check in checks):
                 ran = [skip(Level.ENGINE, engine.name, "the files are not sound: fix them first")]
             else:
-                ran = list(check_engine(release, model, engine))
+                ran = list(check_engine(release, model, engine, load))
             data = next((check.data for check in ran if check.name == vllm.LOADS and check.data), None)
             facts = None if data is None else convert(data, EngineFacts)
             checks += ran
@@ -94,19 +99,19 @@ def _byte_progress(progress: Progress, total_bytes: int) -> Callable[[int], None
     return tick
 
 
-def check_engine(release: Release, model: Path | None, engine: Engine) -> Iterator[Check]:
+def check_engine(release: Release, model: Path | None, engine: Engine, load: int | None) -> Iterator[Check]:
     """Level 3: the release in a real engine, or in the loader of one."""
     with engine.with_cache() as cached:
         if engine.name == "sglang":
             yield from sglang.checks(cached, release)
         else:
-            yield from check_vllm(cached, release, model)
+            yield from check_vllm(cached, release, model, load)
 
 
-def check_vllm(engine: Engine, release: Release, model: Path | None) -> Iterator[Check]:
+def check_vllm(engine: Engine, release: Release, model: Path | None, load: int | None) -> Iterator[Check]:
     texts = prompts(release)
     draft = release.skeleton.has_draft(TensorIndex.open(release.folder).headers)
-    runs = vllm.run(engine, release, model, texts, draft)
+    runs = vllm.run(engine, release, model, texts, draft, load_request(release.folder, load) if load else None)
     kl_mean = release.state.metrics.get("kl_mean")
     yield from vllm.checks(runs, kl_mean, release.reference)
     if kl_mean is None or runs.plain.failure:
@@ -121,12 +126,15 @@ def prompts(release: Release) -> list[list[int]]:
     return found if release.reference is None else [*found, release.reference.tokens]
 
 
+def load_request(folder: Path, at_once: int, tokens: int = 0) -> dict[str, Any]:
+    """Requests under load, of `vllm.load_request`: held-out text in the tokens of a checkpoint."""
+    return vllm.load_request(cut(_tokens(folder, at_once), lengths(at_once // 2)), at_once, tokens)
+
+
 def windows(folder: Path) -> list[list[int]]:
     """Windows of the bundled held-out text, far from each other, in the tokens of a checkpoint."""
-    tokenizer = load_tokenizer(folder)
-    text = (TEXT / HELDOUT_TEXTS["wikitext-2-test"].file).read_text(encoding="utf-8")[:PROMPT_CHARACTERS]
-    ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) < PROMPTS * PROMPT_TOKENS:
-        raise FourfoldError(f"{folder}: its tokenizer makes {len(ids)} tokens of the held-out text, too few")
-    starts = (place * len(ids) // PROMPTS for place in range(PROMPTS))
-    return [list(ids[start : start + PROMPT_TOKENS]) for start in starts]
+    return cut(_tokens(folder), [PROMPT_TOKENS] * PROMPTS)
+
+
+def _tokens(folder: Path, at_once: int = 0) -> list[int]:
+    return list(load_tokenizer(folder).encode(heldout_text(at_once), add_special_tokens=False))

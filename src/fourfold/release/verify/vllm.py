@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import convert, to_builtins
 
 from fourfold.quantize.journal import REFERENCE
 from fourfold.records.release import Reference
@@ -16,13 +19,18 @@ from fourfold.release.verify.check import first_difference, judge, skip
 from fourfold.release.verify.engine import Answer, Engine, load_problems
 from fourfold.release.verify.folder import Release
 from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images
+from fourfold.release.verify.load import Loaded, judge_load, schedules
+from fourfold.serve.engines import VLLM, kernel_issues
+from fourfold.serve.machine import look
 
 SCRIPT = "vllm_engine.py"
 DRAFT_TOKENS = 2
-DEFAULTS = {"tokens": 32, "draft_tokens": 0, "noise": False, "image": None, "exact_experts": False}
+DEFAULTS = {"tokens": 32, "draft_tokens": 0, "noise": False, "image": None, "exact_experts": False, "load": None}
 LOADS, WRITTEN, IMAGE = "starts", "every parameter written", "image prompt, vLLM"
 TIES, ACCEPTED = "same tokens with MTP", "drafts accepted"
 SCORES, STORED = "log-probabilities", "reference log-probabilities"
+UNDER_LOAD, UNDER_LOAD_MTP = "under load", "under load, with MTP"
+LOAD_BEGINS = "[fourfold] under load"  # in the log, where vllm_load.py begins
 # How far log-probabilities are from the dequantized release's on average where kernels round activations to int8. Seen
 # with the example model: 0.013 there, 0.007 with an exact kernel, 0.14 with zero points read one too low.
 KERNEL_ERROR = 0.02
@@ -40,17 +48,25 @@ class Runs:
     no_image: str = ""
 
 
-def run(engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool) -> Runs:
-    """Run the release with MTP, without, and the source, until one fails. An image that fails it is retried without."""
-    drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS) if draft else None
+def run(
+    engine: Engine, release: Release, source: Path | None, prompts: Sequence[Sequence[int]], draft: bool,
+    load: Mapping[str, Any] | None = None,
+) -> Runs:  # fmt: skip
+    """Run the release with MTP, without, and the source, until one fails. An image that fails it is retried without.
+
+    load: of `load_request`, for the release.
+    """
+    drafting = ask(engine, release.folder, prompts, "mtp", draft_tokens=DRAFT_TOKENS, load=load) if draft else None
     if drafting is not None and drafting.failure:
         return Runs(plain=drafting, drafting=drafting, source=None)
     no_image = "--source is wanted to compare with" if takes_images(release) else NO_IMAGES
     around = prompt_around(prompts) if takes_images(release) and source is not None else None
-    plain = ask(engine, release.folder, prompts, "image", noise=True, image=around)
-    if around is not None and plain.failure:  # it may be the vision path: without it the rest can still be seen
+    plain = ask(engine, release.folder, prompts, "image", noise=True, image=around, load=load)
+    if (
+        around is not None and plain.failure and not _died_under_load(plain)
+    ):  # it may be the vision path: without it the rest can still be seen
         no_image, around = f"vLLM does not run with images here: {plain.failure}", None
-        plain = ask(engine, release.folder, prompts, "plain", noise=True)
+        plain = ask(engine, release.folder, prompts, "plain", noise=True, load=load)
     original = None if source is None or plain.failure else ask(engine, source, prompts, "source", image=around)
     return Runs(plain=plain, drafting=drafting, source=original, no_image="" if around else no_image)
 
@@ -74,14 +90,23 @@ def request(folder: Path, prompts: Sequence[Sequence[int]], **options: Any) -> d
     return {"model": str(folder.resolve()), "prompts": prompts, **DEFAULTS, **options}
 
 
+def load_request(prompts: Sequence[Sequence[int]], at_once: int, tokens: int = 0) -> dict[str, Any]:
+    """Of vllm_load.run. tokens: of each text, 0 for as many as suit the device."""
+    rounds = [to_builtins(each) for each in schedules(at_once)]
+    return {"prompts": prompts, "at_once": at_once, "tokens": tokens, "rounds": rounds}
+
+
 def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> Iterator[Check]:
     """kl_mean: of the release as quantize measured it, None if it did not; reference: its text is the last prompt."""
     first = runs.drafting or runs.plain
     started = next((answer for answer in (first, runs.plain) if answer.failure), None)
     if started is not None:
-        yield judge(ENGINE, LOADS, [started.failure], "")
-        others = (WRITTEN, TIES, ACCEPTED, SCORES, STORED, IMAGE)
-        yield from (skip(ENGINE, name, "the engine did not start") for name in others)
+        name, said = LOADS, "the engine did not start"
+        if _died_under_load(started):
+            name, said = UNDER_LOAD, "the engine ended under load"
+        yield judge(ENGINE, name, ["\n".join([started.failure, *(known_issues() if name != LOADS else ())])], "")
+        others = (LOADS, WRITTEN, TIES, ACCEPTED, SCORES, STORED, IMAGE)
+        yield from (skip(ENGINE, other, said) for other in others if other != name)
         return
     yield judge(ENGINE, LOADS, [], _started(first), **facts(runs))
     yield check_written(first)
@@ -99,6 +124,18 @@ def checks(runs: Runs, kl_mean: float | None, reference: Reference | None) -> It
         yield check_scores(runs.plain.content, runs.source.content, kl_mean)
     yield check_reference(runs.plain.content, reference)
     yield _check_image(runs, kl_mean)
+    for name, answer in ((UNDER_LOAD_MTP, runs.drafting), (UNDER_LOAD, runs.plain)):
+        if answer is not None and "load" in answer.content:
+            yield judge_load(name, convert(answer.content["load"], Loaded), known_issues)
+
+
+def _died_under_load(answer: Answer) -> bool:
+    return bool(answer.failure) and LOAD_BEGINS in answer.log.read_text(encoding="utf-8", errors="replace")
+
+
+def known_issues() -> list[str]:
+    """Of vLLM's int4 expert kernels on this machine's GPUs."""
+    return kernel_issues(VLLM, look().gpus, os.environ)
 
 
 def _check_image(runs: Runs, kl_mean: float | None) -> Check:
