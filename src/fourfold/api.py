@@ -194,6 +194,8 @@ def verify(
     engine: str | None = None,
     python: Path | None = None,
     load: int | None = None,
+    signature: str = "",
+    issuer: str = "",
     timeout: float = 60,
     progress: Progress = ignore,
 ) -> Verdict:
@@ -217,8 +219,11 @@ def verify(
         from fourfold.release.verify.load import check_size
 
         check_size(load)
+    from fourfold.release.signature import find_signer
+
+    signer = find_signer(signature, issuer)
     if at_server:
-        return _verify_server(str(out), source, engine or python, load, timeout, progress)
+        return _verify_server(str(out), source, engine or python or signer, load, timeout, progress)
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
     from fourfold.formats import EXPORTS
@@ -251,10 +256,10 @@ def verify(
     if record is not None:
         from fourfold.release.verify.export import verify_export
 
-        return verify_export(Path(out), record, out=model, engine=runner, progress=progress)
+        return verify_export(Path(out), record, out=model, engine=runner, signer=signer, progress=progress)
     from fourfold.release.verify.run import verify as run
 
-    return run(Path(out), model=model, engine=runner, load=load, progress=progress)
+    return run(Path(out), model=model, engine=runner, load=load, signer=signer, progress=progress)
 
 
 def _verify_server(
@@ -262,7 +267,7 @@ def _verify_server(
 ) -> Verdict:
     """source: the release that is served."""
     if load is None or unused is not None:
-        got = "no --load" if load is None else "--engine or --python"
+        got = "no --load" if load is None else "--engine, --python or --signature"
         raise FourfoldError(f"{url}: got {got}, expected --load N alone: a server that runs is tested under load")
     if source is not None:
         from fourfold.quantize.journal import require_release

@@ -452,6 +452,16 @@ def test_what_is_sent_is_signed(hub: Hub, verified: Path, tmp_path: Path) -> Non
         for name, content in sent.items():
             (copy / name).write_bytes(content)
         assert signature.problems(copy, signature.Signer(key=tmp_path / "key.pub")) == []
+    signed_by = ["--signature", str(tmp_path / "key.pub")]
+    found = invoke("verify", str(copy), *signed_by)
+    assert found.exit_code == 0 and "signature" in found.output, found.output
+    (copy / "modeling.py").write_text("pass")
+    assert invoke("verify", str(copy), *signed_by).exit_code == 1
+    wrong = {"nowhere": "expected the file of a public key", "me@example.org": "--issuer"}
+    for signer, said in wrong.items():
+        shown = invoke("verify", str(copy), "--signature", signer)
+        assert shown.exit_code == 2 and said in " ".join(shown.output.split()), shown.output
+    assert invoke("verify", str(copy), "--issuer", "https://example.org").exit_code == 2
     assert verify(verified).passed and publish(verified, "me/other", dry_run=True).skipped == ("notes.txt",)
     assert "has model.sig on main, which is of other files" in refused(verified)
     assert "expected a private key" in refused(verified, sign=str(tmp_path / "key.pub"))

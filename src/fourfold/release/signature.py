@@ -42,6 +42,24 @@ class Signer:
         return str(self.key) if self.key else f"{self.identity} by {self.issuer}"
 
 
+def find_signer(signature: str, issuer: str) -> Signer | None:
+    """Return the signer of --signature: of a public key's file, or by identity and issuer. None where none is asked for.
+
+    Raises FourfoldError for half of it, a file that is not there, and without model-signing.
+    """
+    if not signature and not issuer:
+        return None
+    if not signature:
+        raise FourfoldError("--issuer is of use with --signature IDENTITY only; wanted both, or neither")
+    _library("verifying", "--signature")
+    if issuer:
+        return Signer(identity=signature, issuer=issuer)
+    if not Path(signature).is_file():
+        keyless = "an identity with --issuer, as of a keyless signature"
+        raise FourfoldError(f"--signature: got {signature!r}, expected the file of a public key, or {keyless}")
+    return Signer(key=Path(signature))
+
+
 def check_signing(key: Path | None) -> None:
     """Raise FourfoldError where `sign` could not sign: without model-signing, with a file that is no private key."""
     _signing_config(key)

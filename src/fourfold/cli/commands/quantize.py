@@ -160,6 +160,8 @@ def verify(
     engine: options.Engine | None = None,
     python: options.EnginePython = None,
     load: Annotated[int | None, Parameter(metavar="N")] = None,
+    signature: Annotated[str, Parameter(metavar="KEY|IDENTITY")] = "",
+    issuer: Annotated[str, Parameter(metavar="URL")] = "",
     timeout: Annotated[float, options.number(float, 0.01, metavar="MINUTES")] = 60,
     output: options.Output = options.Output(),
 ) -> int:
@@ -175,6 +177,9 @@ def verify(
         engine: Load and run OUT in this engine (SGLang: load only; llama.cpp and MLX: output of `convert`).
         load: Send N requests at once, an even number from 2 to 256: with --engine vllm, or to the server at URL. Greedy
             texts must be those of single requests, up to near ties.
+        signature: Require that OUT is as this signer published it: file of a public key, or identity of a keyless
+            signature.
+        issuer: Who confirmed that identity, such as https://github.com/login/oauth.
         timeout: Stop the engine if it has not answered after this time.
 
     Examples:
@@ -187,8 +192,9 @@ def verify(
 
     def check(progress: Progress) -> Verdict:
         return api.verify(
-            out, source=source, engine=engine, python=python, load=load, timeout=timeout, progress=progress
-        )
+            out, source=source, engine=engine, python=python, load=load, signature=signature, issuer=issuer,
+            timeout=timeout, progress=progress,
+        )  # fmt: skip
 
     verdict = output.present(check, show_verdict)
     return 0 if verdict.passed else CHECK_FAILED

@@ -9,6 +9,7 @@ from typing import Any
 from fourfold.datatypes import shortened
 from fourfold.records.results import Check, Level, Status, Verdict
 from fourfold.release.contents import VERDICT
+from fourfold.release.signature import Signer, problems
 
 
 def judge(level: Level, name: str, problems: Sequence[str], seen: str, **data: Any) -> Check:
@@ -26,6 +27,14 @@ def passed(levels: Sequence[Level], checks: Sequence[Check]) -> bool:
     """Return whether each requested level was run, and no check failed."""
     run = {check.level for check in checks if check.status is Status.PASS}
     return set(levels) <= run and not any(check.status is Status.FAIL for check in checks)
+
+
+def check_signature(out: Path, signer: Signer | None) -> list[Check]:
+    """The check of a signature that was asked for."""
+    if signer is None:
+        return []
+    seen = f"all files but {VERDICT} are as {signer} signed them"
+    return [judge(Level.FILES, "signature", problems(out, signer), seen)]
 
 
 def write_verdict(folder: Path, source: object, runner: object, checks: Sequence[Check], **facts: Any) -> Verdict:

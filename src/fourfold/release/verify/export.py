@@ -22,8 +22,9 @@ from fourfold.records.release import Export, Reference
 from fourfold.records.results import Check, Level, Verdict
 from fourfold.release.contents import CONVERSION, DOCUMENT_SUFFIXES, DOCUMENTS, hash_file, visible_files
 from fourfold.release.conversion import Job, open_job
+from fourfold.release.signature import Signer
 from fourfold.release.sweep import Compute, embed, sweep_
-from fourfold.release.verify.check import first_difference, judge, skip, write_verdict
+from fourfold.release.verify.check import check_signature, first_difference, judge, skip, write_verdict
 from fourfold.release.verify.engine import Answer, Engine
 from fourfold.release.verify.reading import Reading, count_changes, open_reading
 from fourfold.release.verify.run import windows
@@ -43,10 +44,11 @@ ODD_TEXT = "नमस्ते दुनिया ก็ดี  \n\n  x\t 123456
 
 
 def verify_export(
-    new: Path, record: Export, *, out: Path | None, engine: Engine | None, progress: Progress = ignore
-) -> Verdict:
+    new: Path, record: Export, *, out: Path | None, engine: Engine | None, signer: Signer | None = None,
+    progress: Progress = ignore,
+) -> Verdict:  # fmt: skip
     """Check what `convert` wrote into `new` and write verify.json into it. record: its conversion.json; out: the
-    release it was made from, which the engine's numbers are compared with.
+    release it was made from, which the engine's numbers are compared with; signer: whose signature `new` must have.
 
     Raises FourfoldError, before any work, if `out` is not that release, or is wanted and not given.
     """
@@ -60,7 +62,7 @@ def verify_export(
     with hold(new):
         seconds, begin = dict[str, float](), time.perf_counter()
         hashes = {name: hash_file(new / name) for name in visible_files(new) if not name.endswith(DOCUMENT_SUFFIXES)}
-        checks = [_check_hashes(record, hashes)]
+        checks = [*check_signature(new, signer), _check_hashes(record, hashes)]
         if job is not None:
             checks += check_source(job, open_reading(new, job, record), progress)
         seconds["files and source"], begin = time.perf_counter() - begin, time.perf_counter()

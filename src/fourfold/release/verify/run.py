@@ -15,9 +15,10 @@ from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.journal import hold
 from fourfold.records.results import Check, EngineFacts, Level, Status, Verdict
 from fourfold.release.contents import hash_file, loaded_files
+from fourfold.release.signature import Signer
 from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.byte_checks import ByteChecker
-from fourfold.release.verify.check import skip, write_verdict
+from fourfold.release.verify.check import check_signature, skip, write_verdict
 from fourfold.release.verify.engine import Engine
 from fourfold.release.verify.folder import Release, open_release
 from fourfold.release.verify.image import IMAGE, check_image
@@ -31,11 +32,11 @@ PROMPTS, PROMPT_TOKENS = 16, 64
 
 def verify(
     out: Path, *, model: Path | None = None, engine: Engine | None = None, load: int | None = None,
-    progress: Progress = ignore,
+    signer: Signer | None = None, progress: Progress = ignore,
 ) -> Verdict:  # fmt: skip
     """Check a finished release and write verify.json into it. model: its source, for level 2 and comparisons.
 
-    load: requests at once, for vLLM; None to send none.
+    load: requests at once, for vLLM; None to send none. signer: whose signature OUT must have; None to look at none.
 
     Raises FourfoldError, before any work, if `out` is no finished release, is being written, or was not made from
     `model`.
@@ -45,6 +46,7 @@ def verify(
     with hold(out):
         seconds, begin = dict[str, float](), time.perf_counter()
         checks, bytes_read = check_bytes(release, origin, progress)
+        checks = [*check_signature(out, signer), *checks]
         seconds["files and source"], begin = time.perf_counter() - begin, time.perf_counter()
         facts = None
         if engine is not None:
