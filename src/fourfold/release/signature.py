@@ -43,7 +43,7 @@ class Signer:
 
 
 def find_signer(signature: str, issuer: str) -> Signer | None:
-    """Return the signer of --signature: of a public key's file, or by identity and issuer. None where none is asked for.
+    """Return the signer of --signature: of a public key's file, or by identity and issuer. None where it is not given.
 
     Raises FourfoldError for half of it, a file that is not there, and without model-signing.
     """
