@@ -474,7 +474,7 @@ def code_alone() -> str:
 def routing() -> str:
     """`guided` with routing over `guided` without, by model, text and calibration tokens."""
     rows = []
-    for name, plain, title in ROUTING:
+    for name, plain, title in (row for row in ROUTING if measured(row[0])):
         for tokens in sizes(name):
             one, other = mean(name, "guided with routing", tokens), mean(plain, "guided", tokens)
             cells = [f"{kld(other[key], 3)} -> {kld(one[key], 3)} ({one[key] / other[key] - 1:+.1%})".replace("%", " %")
