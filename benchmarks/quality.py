@@ -20,7 +20,7 @@
     python benchmarks/quality.py --methods guided "guided with routing" --tokens 16384 65536 \\
         --text wikitext-2-test chat \\
         --json benchmarks/results/quality_routing.json benchmarks/results/quality_routing_chat.json
-    python benchmarks/quality.py --model deep-moe --methods guided "guided with routing" --tokens 16384 65536 \\
+    python benchmarks/quality.py --model deep-moe --methods guided "guided with routing" --tokens 16384 \\
         --text wikitext-2-test chat \\
         --json benchmarks/results/quality_routing_deep.json benchmarks/results/quality_routing_deep_chat.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods "guided with routing" \\
