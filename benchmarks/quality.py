@@ -17,8 +17,16 @@
         --methods guided --tokens 32768 --json benchmarks/results/quality_real_32k_guided.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods fast \\
         --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
+    python benchmarks/quality.py --methods guided "guided with routing" --tokens 16384 65536 \\
+        --text wikitext-2-test chat \\
+        --json benchmarks/results/quality_routing.json benchmarks/results/quality_routing_chat.json
+    python benchmarks/quality.py --model deep-moe --methods guided "guided with routing" --tokens 16384 \\
+        --text wikitext-2-test chat \\
+        --json benchmarks/results/quality_routing_deep.json benchmarks/results/quality_routing_deep_chat.json
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods "guided with routing" \\
+        --tokens 16384 --json benchmarks/results/quality_routing_real.json
 
-The last of them was run at commit 6cab714, before down's target and the importance of tokens (docs/log.md).
+quality_real_before.json was made at commit 6cab714, before down's target and the importance of tokens (docs/log.md).
 A release is judged on every `--text`; each has its own file after `--json`.
 `--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
 Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
@@ -66,7 +74,7 @@ PEERS = HERE / "peers"
 ROW_TOKENS = 512
 STORAGE = "gptq"  # what all methods write: GPTQModel's own
 FALLBACK = 0.16  # experts below this share of the mean load are rounded: GPTQModel's 0.5 % of tokens, with 8 of 256
-PEER, RTN = "gptqmodel", "rtn"
+PEER, RTN, ROUTING = "gptqmodel", "rtn", "guided with routing"
 EXAMPLE, REAL = ROOT / "examples/tiny-qwen3.6-moe", ROOT / ".cache/models/real-moe"
 
 
@@ -91,6 +99,7 @@ METHODS = (
     Method("fast", "fast"),
     Method("best", "best"),
     Method("guided", "guided"),
+    Method(ROUTING, "guided", ("guidance.routing=true",)),
     Method("guided down only", "guided", ("guidance.sites=down",)),
     Method("best on code", "best", code_alone=True),
     Method("guided on code", "guided", code_alone=True),
@@ -403,7 +412,7 @@ def model_path(argument: str) -> Path:
 def main() -> None:
     names = [method.name for method in METHODS]
     ablation = ["best", *(name for name in names if name.startswith("best - "))]
-    standard = [name for name in names if name not in ablation[1:]]
+    standard = [name for name in names if name not in (*ablation[1:], ROUTING)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_path, default=EXAMPLE, help=f"a folder, or {REAL.name}: built if missing")
     parser.add_argument("--methods", nargs="+", choices=names, default=standard, metavar="NAME", help=", ".join(names))

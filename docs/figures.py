@@ -51,6 +51,13 @@ MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end --
 # README's results have columns for each of these, and a row for each method of results.py.
 # Result of benchmarks/quality.py: title.
 MODELS = {"quality": "example model", "quality_real": "model with outliers of a real LLM"}
+ROUTING = (  # result with guidance.routing, result of `guided` without, title
+    ("quality_routing", "quality_routing", "example, prose"),
+    ("quality_routing_chat", "quality_routing_chat", "example, chat"),
+    ("quality_routing_deep", "quality_routing_deep", "16 layers, prose"),
+    ("quality_routing_deep_chat", "quality_routing_deep_chat", "16 layers, chat"),
+    ("quality_routing_real", "quality_real", "outliers of a real LLM, prose"),
+)
 GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
 FIGURES: dict[str, Callable[..., str]] = {}
 
@@ -488,6 +495,21 @@ def code_alone() -> str:
         values = [kld(mean(name, method)[KLD]) for method in ("best on code", "guided on code")]
         rows.append([text, *values, f"{ratio(name, 'guided on code', 'best on code', KLD):.2f}"])
     return table(["measured on", "`best`", "`guided`", "ratio"], rows)
+
+
+@figure
+def routing() -> str:
+    """`guided` with routing over `guided` without, by model, text and calibration tokens."""
+    rows = []
+    for name, plain, title in (row for row in ROUTING if measured(row[0])):
+        for tokens in sizes(name):
+            one, other = mean(name, "guided with routing", tokens), mean(plain, "guided", tokens)
+            cells = [f"{kld(other[key], 3)} -> {kld(one[key], 3)} ({one[key] / other[key] - 1:+.1%})".replace("%", " %")
+                     for key in ("kl_mean", KLD, MEDIAN)]  # fmt: skip
+            changed = [percent(1 - row["router_agreement"]) for row in (other, one)]
+            rows.append([f"{title}, {tokens // 1024}k", *cells, " -> ".join(changed)])
+    header = ["mean KLD, free routing", "mean KLD, routing forced", "median KLD, free routing"]
+    return table(["x 10^-3 nats, calibration tokens", *header, "choices of experts that changed"], rows)
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------

@@ -99,6 +99,14 @@ def test_guidance_that_is_off_is_no_part_of_a_recipe() -> None:
     )
 
 
+def test_routing_is_part_of_a_recipe_where_it_is_on() -> None:
+    """Runs without it keep the digest that they were started with."""
+    plain, routing = (load_recipe("guided", [f"guidance.routing={value}"]) for value in ("false", "true"))
+    assert "guidance.routing" not in plain.values() and routing.values()["guidance.routing"] is True
+    assert plain.digest() != routing.digest()
+    assert load_recipe("best", ["guidance.routing=true"]).digest() == load_recipe("best").digest()
+
+
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
@@ -107,6 +115,8 @@ def test_guidance_that_is_off_is_no_part_of_a_recipe() -> None:
         ("guidance.damp=2", r"guidance.damp.*a number from 0 to 1"),
         ("guidance.tokens=many", r"guidance.tokens.*many"),
         ("guidance.token=1", r"guidance.tokens"),
+        ("guidance.routing=maybe", r"guidance.routing.*'maybe'.*true or false"),
+        ("guidance.routing=1", r"guidance.routing.*1.*true or false"),
     ],
 )
 def test_guidance_that_is_wrong(override: str, wanted: str) -> None:

@@ -60,9 +60,9 @@ def plan(
     sheet = None if machine is None else find_machine(machine)
     folder = _check(model, chosen, devices, out)
     from fourfold.distributed.devices import expand_devices
-    from fourfold.quantize.guide import predicted_shares
     from fourfold.quantize.microbenchmark import measure_rates
     from fourfold.quantize.plan import make_plan
+    from fourfold.quantize.sweep_files import predicted_shares
 
     workers: Sequence[str] = sheet.devices if sheet else expand_devices(devices)
     given = memory_bytes is not None or host_bytes is not None

@@ -201,11 +201,14 @@ class Guidance:
         quantization; 0 is no guidance.
     sites: Projections that are guided: `"both"` is gate, up and down; `"down"` is `down_proj` alone.
     damp: Damping of the metric relative to its diagonal; 0 chooses 0.05, 0.2 or 0.3 by tokens per hidden dimension.
+    routing: Also weigh errors by what they do to the choice of experts of tokens near a tie (docs/numerics.md, section
+        15). Of models whose router logits alone decide that choice.
     """
 
     tokens: Annotated[int, Meta(ge=0, le=2**24)] = 0
     sites: Literal["both", "down"] = "both"
     damp: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    routing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +241,8 @@ class Recipe:
     def _content(self) -> dict[str, Any]:
         left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
         content = {key: value for key, value in asdict(self).items() if key not in left_out}
+        if "guidance" in content and not self.guidance.routing:
+            del content["guidance"]["routing"]
         del content["scheme"]["tensor_parallel"]  # it decides the group size alone
         if self.scheme.rest == Rest():
             del content["scheme"]["rest"]

@@ -29,12 +29,14 @@ from fourfold.distributed.devices import Machine
 from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back, read_layer
+from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, guide
 from fourfold.quantize.determinism import Switches, repeatable
-from fourfold.quantize.guide import Guide, find_remaining_sweep, read_curvature, spread_rows, sweep
+from fourfold.quantize.guide import Guide, find_remaining_sweep, spread_rows, sweep
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.streams import embedded, embeddings, read_head
+from fourfold.quantize.sweep_files import read_curvature
 from fourfold.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -185,9 +187,17 @@ def run_sweep(
     (out / ".fourfold").mkdir(parents=True, exist_ok=True)
     left, team = find_remaining_sweep(plan, out), Team([CPU] * workers)
     token_RT = token_rows(plan.work.guidance_tokens // LENGTH)
+    router = find_router(plan.skeleton) if plan.work.guidance_routing else ""
     with ReadAhead(plan, team.trace, left.layers, team.transfers) as ahead, Writer(team.trace) as writer:
         job = Guide(
-            plan=plan, out=out, token_RT=token_RT, batch_rows=1, remaining_sweep=left, ahead=ahead, writer=writer
+            plan=plan,
+            out=out,
+            token_RT=token_RT,
+            batch_rows=1,
+            remaining_sweep=left,
+            ahead=ahead,
+            writer=writer,
+            router=router,
         )
         team.run(lambda worker: sweep(worker, job, stages(tell if worker.is_leader else lambda *_: None)))
     return plan

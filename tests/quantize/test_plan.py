@@ -28,6 +28,7 @@ from fourfold.quantize.plan import GroupRow, Plan, make_plan
 from fourfold.recipe import Recipe, Source, load_recipe
 
 RECIPE, GUIDED = load_recipe("best"), load_recipe("guided")
+WITH_ROUTING = load_recipe("guided", ["guidance.routing=true"])
 GB = 10**9
 LAYER = "model.language_model.layers."
 Tensors = dict[str, torch.Tensor]
@@ -724,6 +725,23 @@ def test_a_sweep_is_planned(full: Path) -> None:
     assert plan.disk.curvature_bytes == 40 * 2048**2 * 4
     assert plan.disk.needed_bytes == best.disk.needed_bytes + plan.disk.curvature_bytes
     assert (best.disk.swept_bytes, best.disk.curvature_bytes) == (0, 0)
+
+
+def test_margins_take_more_of_everything(full: Path) -> None:
+    """Two fields, the pilot's rows before and behind a layer; twice the time of a sweep, and the same shards."""
+    plan, plain, best = (make_plan(full, recipe) for recipe in (WITH_ROUTING, GUIDED, RECIPE))
+    assert plan.disk.swept_bytes == 65_536 * 2048 * 2 * 45
+    assert plan.disk.output_bytes == plain.disk.output_bytes
+    swept = plain.time.forward_seconds - best.time.forward_seconds
+    assert 1.8 * swept < plan.time.forward_seconds - best.time.forward_seconds < 2.1 * swept
+    assert make_plan(full, load_recipe("best", ["guidance.routing=true"])).work == best.work
+    for workers in (("cpu",), ("cuda:0", "cuda:1")):
+        sweeps = [
+            make_plan(full, recipe, devices=workers, memory_bytes=20 * GB).memory.stages[0]
+            for recipe in (WITH_ROUTING, GUIDED)
+        ]
+        assert sweeps[0].shared_bytes - sweeps[1].shared_bytes == 4 * 65_536 * (2048 * 2 + 8)
+        assert sweeps[0].worker_bytes > sweeps[1].worker_bytes + 2048**2 * 4
 
 
 def test_a_sweep_larger_than_the_release_decides_the_disk(tmp_path: Path) -> None:

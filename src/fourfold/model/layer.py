@@ -348,15 +348,22 @@ def pass_rows(
     it hands on.
     """
     attended = attend(layer, hidden_RTD, beside)
-    output_RTD, input_TD, routing = attended.output_RTD, attended.input_TD, attended.routing
-    if input_TD is None or routing is None:
-        return output_RTD, None, attended.carried
-    experts_TD = run_experts(layer, input_TD, routing).to(output_RTD.dtype)
+    if attended.input_TD is None or attended.routing is None:
+        return attended.output_RTD, None, attended.carried
+    experts_TD = run_experts(layer, attended.input_TD, attended.routing)
     if layer.tail is None:
+        experts_TD = experts_TD.to(attended.output_RTD.dtype)
         output_RTD, handed = with_output(layer, hidden_RTD, experts_TD, beside)
-        return output_RTD, routing, handed
+        return output_RTD, attended.routing, handed
+    return plus_experts(layer, attended, experts_TD), attended.routing, attended.carried
+
+
+def plus_experts(layer: DecoderLayer, attended: Attended, experts_TD: Tensor) -> Tensor:
+    """A layer's output [R, T, D] with that of its routed experts, fp32 [T, D]. Of a layer with a tail."""
+    assert layer.tail is not None
+    experts_TD = experts_TD.to(attended.output_RTD.dtype)
     scaled_TD = experts_TD if layer.tail == 1.0 else experts_TD * layer.tail
-    return output_RTD + scaled_TD.view_as(output_RTD), routing, attended.carried
+    return attended.output_RTD + scaled_TD.view_as(attended.output_RTD)
 
 
 def push_back(layer: DecoderLayer, hidden_RTD: Tensor, gradient_RTD: Tensor) -> tuple[Tensor, Routing | None]:

@@ -14,6 +14,7 @@ from fourfold.quantize.rates import HASH_RATE, RATES, Rates
 START_SECONDS = 8.0  # interpreter, imports and tokenized texts, as seen on two cores of an AMD EPYC
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
 SWEEP_PASSES = 4  # forward; forward again with autograd, whose gradients take as long as two more
+ROUTING_PASSES = 4  # more: the field of router margins, their gradients, two experts near a tie; 1.9 times in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def _forward(work: Workload) -> tuple[float, float]:
     """FLOP of all passes, and bytes of temporaries between the GEMMs."""
     hidden, width, attention = work.hidden, work.width, work.full_attention_layers * work.attention_width
     calibration = work.calibration_streams * work.calibration_tokens
-    swept = SWEEP_PASSES * work.guidance_tokens * work.swept_layers / work.layers
+    sweep_passes = SWEEP_PASSES + ROUTING_PASSES * work.guidance_routing
+    swept = sweep_passes * work.guidance_tokens * work.swept_layers / work.layers
     passes = (calibration + swept, work.calibration_length), (work.heldout_passes, work.heldout_length)
     tokens = sum(count for count, _ in passes)
     head = 2.0 * (work.heldout_tokens + work.rtn_tokens + work.guidance_tokens) * work.vocabulary

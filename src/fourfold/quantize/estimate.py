@@ -25,7 +25,8 @@ class Workload:
     model_width: of embeddings, where experts see another; state_width: values of a token in a stream.
     rtn_tokens: held-out tokens of the stream of rounded experts (`heldout.yardstick`).
     layers: in this run; routed_layers: those with experts; solved_layers: those whose experts are quantized.
-    guidance_tokens: in the sweep before the loop, through all swept_layers of the model; guidance_sites: both or down.
+    guidance_tokens: in the sweep before the loop, through all swept_layers of the model; guidance_sites: both or down;
+    guidance_routing: whether router margins have a part in it.
     full_attention_layers: those whose attention is quadratic, over attention_width = heads x head_dim.
     kept_parameters: matrix elements that every token meets, of all layers.
     kept_matrix, kept_width: elements and longest side of the largest matrix that is kept in a layer.
@@ -53,6 +54,7 @@ class Workload:
     pool_rows: int
     guidance_tokens: int
     guidance_sites: str
+    guidance_routing: bool
     swept_layers: int
     layers: int
     routed_layers: int
@@ -172,7 +174,8 @@ def plan_disk(
 
 def _swept_bytes(work: Workload, out: Path | None) -> int:
     """Hidden states before every layer but the first and behind the last, and gradients, less what is there already."""
-    kept = work.guidance_tokens * work.hidden * BF16 * (work.swept_layers + 1)
+    fields = 4 * work.guidance_routing  # of router margins and of the pilot, each one's next beside it
+    kept = work.guidance_tokens * work.hidden * BF16 * (work.swept_layers + 1 + fields)
     there = sum(path.stat().st_size for path in (out / SWEPT).glob("*")) if out else 0
     return max(kept - there, 0)
 

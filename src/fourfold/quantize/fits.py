@@ -12,6 +12,7 @@ from fourfold.datatypes import FourfoldError, brief, reason
 from fourfold.model import calls, loader
 from fourfold.model.head import changes_logits
 from fourfold.model.json_object import read_object
+from fourfold.model.router import find_router
 from fourfold.model.skeleton import TAIL_TOKENS, Skeleton
 from fourfold.recipe import AUTO, GROUP_SIZES, Recipe
 
@@ -64,6 +65,11 @@ def check_guidance(skeleton: Skeleton, recipe: Recipe) -> None:
             tail = calls.measure_tail(made_up, call, first, state)
         if tail is None:
             problem = "what its experts put out is not added to the residual stream; take a recipe without it, as best"
+    if not problem and guidance.routing and not find_router(skeleton):
+        raise FourfoldError(
+            f"{skeleton.blueprint.path}: guidance.routing is not available for {skeleton.family.model_type}: its "
+            "routers do not choose the experts with the largest router logits; take guidance.routing = false"
+        )
     if problem:
         raise FourfoldError(
             f"{skeleton.blueprint.path}: guidance is not available for {skeleton.family.model_type}: {problem}"

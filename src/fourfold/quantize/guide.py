@@ -1,8 +1,9 @@
 """The sweep before the loop: what the rest of the source makes of a layer's outputs, by the gradient of the end loss.
 
 Guidance rows go forward through the source, every layer's input kept in OUT; then, from the last layer to the first,
-the gradient rows go back through each layer, recomputed from its kept input. What stays is a matrix for each layer with
-routed experts, its curvature: docs/numerics.md, section 13. An interrupted sweep goes on at the layer it reached.
+the gradient rows go back through each layer, recomputed from its kept input; with `guidance.routing` the field of the
+routers' margins beside them (margins.py). What stays is a matrix for each layer with routed experts, its curvature:
+docs/numerics.md, sections 13 and 15. An interrupted sweep goes on at the layer it reached.
 """
 
 from __future__ import annotations
@@ -12,28 +13,52 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fourfold.core import guidance, moments
+from fourfold.core import moments
 from fourfold.datatypes import FourfoldError, Tick
 from fourfold.distributed.workers import Worker
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer, pass_rows, push_back
-from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.quantize.determinism import repeatable
-from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import Journal, sweep_folder
-from fourfold.quantize.output import ReadAhead, Writer, damage
+from fourfold.quantize.margins import (
+    Pilot,
+    RoutingTerm,
+    pass_pilot,
+    pilot_places,
+    push_back_both,
+    random_signs,
+)
+from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.streams import embedded, embeddings, read_head, require_finite_states
-from fourfold.records.record import read_entry, write_entry
-from fourfold.records.release import CurvatureRecord, GuidanceFacts, GuidedLayer
+from fourfold.quantize.sweep_files import (
+    FIELD,
+    GRADIENT,
+    INPUT,
+    ROUNDED,
+    Finished,
+    curvature_damage,
+    curvature_record_path,
+    delete_rows,
+    guided_layers,
+    has_margins,
+    own_rows,
+    read_margin,
+    read_records,
+    read_rows,
+    replace_rows,
+    row_damping,
+    rows_path,
+    write_forward,
+    write_layer,
+)
+from fourfold.records.release import GuidanceFacts, GuidedLayer
 
-INPUT, GRADIENT, CURVATURE = "input", "gradient", "curvature"
-HIDDEN, MATRIX = "hidden_RTD", "curvature_DD"  # tensors in these files
 LONGEST = 10.0  # of a row's median: a token's gradient is made no longer
 
 Stage = Callable[[str, int, int, str], AbstractContextManager[Tick]]  # name, layer, how many, of what
@@ -59,7 +84,9 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class Guide:
-    """A sweep. token_RT: guidance rows, of all workers; batch_rows: that go through a layer at one time."""
+    """A sweep. token_RT: guidance rows, of all workers; batch_rows: that go through a layer at one time; router: see
+    model/router.py, empty where margins have no part.
+    """
 
     plan: Plan
     out: Path
@@ -68,15 +95,21 @@ class Guide:
     remaining_sweep: Left
     ahead: ReadAhead
     writer: Writer
+    router: str = ""
 
     @property
     def folder(self) -> Path:
         return sweep_folder(self.out)
 
 
-def guided_layers(plan: Plan) -> tuple[int, ...]:
-    """Layers whose curvature is wanted: those whose experts are solved. None where the recipe has no guidance."""
-    return tuple(layer for layer in plan.solve if plan.layers[layer].routed and plan.work.guidance_tokens)
+class Pushed(NamedTuple):
+    """Gradients and routing field (or None) at a layer's input; weight_T: what each token weighs in the layer's
+    curvature, the sum of its experts' squared router weights, fp32, None of a dense layer.
+    """
+
+    gradient_RTD: Tensor
+    field_RTD: Tensor | None
+    weight_T: Tensor | None
 
 
 def find_remaining_sweep(plan: Plan, out: Path) -> Left:
@@ -86,20 +119,21 @@ def find_remaining_sweep(plan: Plan, out: Path) -> Left:
     """
     folder, layers, wanted = sweep_folder(out), len(plan.layers), guided_layers(plan)
     folder.mkdir(exist_ok=True)
-    recorded = [layer for layer in wanted if _record_path(folder, layer).is_file()]
-    problems = {layer: problem for layer in recorded if (problem := _damage(out, layer))}
+    recorded = [layer for layer in wanted if curvature_record_path(folder, layer).is_file()]
+    problems = {layer: problem for layer in recorded if (problem := curvature_damage(out, layer))}
     if recorded == list(wanted) and not problems:
         return Left(range(0), range(0), False)
     if problems:
-        for path in [*folder.glob(f"{GRADIENT}-*"), *(_record_path(folder, layer) for layer in problems)]:
+        for path in [*folder.glob(f"{GRADIENT}-*"), *(curvature_record_path(folder, layer) for layer in problems)]:
             path.unlink()  # records last: what is killed in between finds the damage again
     gradients, inputs = (
-        [place for place in range(layers + 1) if _path(folder, kind, place).is_file()] for kind in (GRADIENT, INPUT)
+        [place for place in range(layers + 1) if rows_path(folder, kind, place).is_file()] for kind in (GRADIENT, INPUT)
     )
-    if gradients:
+    margins_known = has_margins(plan, folder, max([*gradients[:1], *inputs[-1:]], default=0))
+    if gradients and margins_known:
         return Left(range(0), range(gradients[0] - 1, wanted[0] - 1, -1), False)
-    forward, backward = range(max(inputs, default=0), layers), range(layers - 1, wanted[0] - 1, -1)
-    return Left(forward, backward, True, "; ".join(problems.values()))
+    first = max(inputs, default=0) if margins_known else 0
+    return Left(range(first, layers), range(layers - 1, wanted[0] - 1, -1), True, "; ".join(problems.values()))
 
 
 def spread_rows(token_RT: Tensor, tokens: int) -> Tensor:
@@ -118,73 +152,115 @@ def sweep(worker: Worker, guide: Guide, stage: Stage) -> None:
     _backward(worker, guide, stage)
     if worker.is_leader:
         guide.writer.join()
-        for path in [*guide.folder.glob(f"{INPUT}-*"), *guide.folder.glob(f"{GRADIENT}-*")]:
-            path.unlink()  # what the last layer to be gone through needed
+        delete_rows(guide.folder)  # what the last layer to be gone through needed
     worker.all_gather_object(None)
 
 
 def _forward(worker: Worker, guide: Guide, stage: Stage) -> None:
-    hidden_RTD = _inputs(worker, guide, guide.remaining_sweep.forward.start) if guide.remaining_sweep.forward else None
+    hidden_RTD, pilot = None, None
+    if guide.remaining_sweep.forward:
+        hidden_RTD = _inputs(worker, guide, guide.remaining_sweep.forward.start)
+        pilot = _pilot(worker, guide, hidden_RTD) if guide.router else None
     for number in guide.remaining_sweep.forward:
         assert hidden_RTD is not None
-        output_RTD = torch.empty_like(hidden_RTD)
+        output_RTD, margin = torch.empty_like(hidden_RTD), None
         with stage("forward", number, guide.token_RT.numel(), "tokens") as tick:
             layer = _take(worker, guide, number)[0]
             for batch in _batches(guide, hidden_RTD):
                 passed_RTD, *_ = pass_rows(layer, hidden_RTD[batch].to(layer.device))
                 output_RTD[batch] = passed_RTD.to(output_RTD.device)
                 tick(passed_RTD.shape[0] * passed_RTD.shape[1])
-        require_finite_states(worker, layer, output_RTD)
+            require_finite_states(worker, layer, output_RTD)
+            if pilot is not None:
+                pilot, margin = pass_pilot(worker, layer, guide.router, guide.plan.recipe, pilot, hidden_RTD)
         hidden_RTD = output_RTD
         all_RTD, _ = worker.all_gather([hidden_RTD])
+        rounded_RTD = None if pilot is None else worker.all_gather([pilot.rounded_RTD])[0]
         if worker.is_leader:
-            guide.writer.submit(partial(_write_rows, guide.folder, INPUT, number + 1, all_RTD))
-        del layer, all_RTD  # or they lie beside the next ones
+            guide.writer.submit(partial(write_forward, guide.folder, number + 1, all_RTD, rounded_RTD, margin))
+        del layer, all_RTD, rounded_RTD  # or they lie beside the next ones
     if worker.is_leader:
         guide.writer.join()
     worker.all_gather_object(None)
 
 
+def _pilot(worker: Worker, guide: Guide, hidden_RTD: Tensor) -> Pilot:
+    """A worker's rows of the pilot before the first layer of a sweep forward: the source's, or kept."""
+    first, rows = guide.remaining_sweep.forward.start, len(guide.token_RT)
+    place_R = pilot_places(worker, rows, guide.token_RT.shape[1])
+    if not first:
+        return Pilot(place_R, hidden_RTD[place_R])
+    counts = worker.all_gather_object(len(place_R))
+    before = sum(counts[: worker.rank])
+    return Pilot(place_R, read_rows(guide.folder, ROUNDED, first, slice(before, before + len(place_R))))
+
+
 def _backward(worker: Worker, guide: Guide, stage: Stage) -> None:
     if not guide.remaining_sweep.backward:
         return
+    behind = guide.remaining_sweep.backward.start + 1
     if guide.remaining_sweep.from_head:
         gradient_RTD = _from_head(worker, guide, stage)
     else:
-        gradient_RTD = _own_rows(worker, guide, GRADIENT, guide.remaining_sweep.backward.start + 1)
+        gradient_RTD = own_rows(worker, guide.folder, GRADIENT, behind)
+    field_RTD = None
+    if guide.router:  # behind the last layer no margin is left
+        last = behind == len(guide.plan.layers)
+        field_RTD = torch.zeros_like(gradient_RTD) if last else own_rows(worker, guide.folder, FIELD, behind)
     for number in guide.remaining_sweep.backward:
         with stage("backward", number, guide.token_RT.numel(), "tokens") as tick, repeatable(worker):
             layer, tensors = _take(worker, guide, number)
             hidden_RTD = _inputs(worker, guide, number)
-            pushed_RTD, weight_T = _through_layer(layer, guide, hidden_RTD, gradient_RTD, tick)
+            term = _routing_term(worker, guide, layer, gradient_RTD)
+            pushed = _through_layer(layer, guide, (hidden_RTD, gradient_RTD, field_RTD), term, tick)
         curvature_DD = None
-        if weight_T is not None and number in guided_layers(guide.plan):
-            curvature_DD = _curvature(worker, layer, gradient_RTD, weight_T)
-        all_RTD, _ = worker.all_gather([pushed_RTD])
+        if pushed.weight_T is not None and number in guided_layers(guide.plan):
+            curvature_DD = _curvature(worker, layer, gradient_RTD, pushed.weight_T, field_RTD)
+        gradient_RTD, field_RTD = pushed.gradient_RTD, pushed.field_RTD
+        all_RTD, _ = worker.all_gather([gradient_RTD])
+        all_field_RTD = None if field_RTD is None else worker.all_gather([field_RTD])[0]
         if worker.is_leader:
-            guide.writer.submit(partial(_write_layer, guide, number, tensors.digest, curvature_DD, all_RTD))
-        gradient_RTD = pushed_RTD
-        del layer, tensors, hidden_RTD, pushed_RTD, all_RTD  # or they lie beside the next ones
+            found = Finished(number, tensors.digest, curvature_DD, all_RTD, all_field_RTD)
+            guide.writer.submit(partial(write_layer, guide.plan, guide.folder, found))
+            del found
+        del layer, tensors, hidden_RTD, pushed, all_RTD, all_field_RTD  # or they lie beside the next ones
 
 
 def _through_layer(
-    layer: DecoderLayer, guide: Guide, hidden_RTD: Tensor, gradient_RTD: Tensor, tick: Tick
-) -> tuple[Tensor, Tensor | None]:
-    """A worker's gradient rows at the input of a layer, from those at its output; and what each token weighs in the
-    layer's curvature: the sum of its experts' squared router weights, fp32 [T]. None of a dense layer.
-    """
-    pushed_RTD = torch.empty_like(gradient_RTD)
-    weights: list[Tensor] = []
+    layer: DecoderLayer, guide: Guide, rows: tuple[Tensor, Tensor, Tensor | None], term: RoutingTerm | None, tick: Tick
+) -> Pushed:
+    """A worker's rows through a layer, backward. rows: the layer's input, gradients and routing field at its output."""
+    hidden_RTD, gradient_RTD, field_RTD = rows
+    pushed_RTD, new_RTD = torch.empty_like(gradient_RTD), None if field_RTD is None else torch.empty_like(field_RTD)
+    weights = [torch.zeros(0, device=layer.device)]
     for batch in _batches(guide, hidden_RTD):
-        rows = hidden_RTD[batch].to(layer.device), gradient_RTD[batch].to(layer.device)
-        batch_RTD, routing = push_back(layer, *rows)
+        input_RTD, output_RTD = hidden_RTD[batch].to(layer.device), gradient_RTD[batch].to(layer.device)
+        if field_RTD is None or new_RTD is None:
+            batch_RTD, routing = push_back(layer, input_RTD, output_RTD)
+        else:
+            both = input_RTD, output_RTD, field_RTD[batch].to(layer.device)
+            batch_RTD, own_RTD, routing = push_back_both(layer, term, both, batch)
+            new_RTD[batch] = own_RTD.to(new_RTD.device)
         pushed_RTD[batch] = clip(batch_RTD).to(pushed_RTD.device)
         if routing is not None:
             weights.append(routing.weight_TA.float().square().sum(dim=1))
         tick(batch_RTD.shape[0] * batch_RTD.shape[1])
-    if not layer.is_routed:
-        return pushed_RTD, None
-    return pushed_RTD, torch.cat(weights) if weights else torch.zeros(0, device=layer.device)
+    return Pushed(pushed_RTD, new_RTD, torch.cat(weights) if layer.is_routed else None)
+
+
+def _routing_term(worker: Worker, guide: Guide, layer: DecoderLayer, gradient_RTD: Tensor) -> RoutingTerm | None:
+    """What a layer's margins add to the field; None of a dense layer, or without a field. gradient_RTD: at the layer's
+    output.
+    """
+    if not guide.router or not layer.is_routed:
+        return None
+    margin = worker.run_once(lambda: read_margin(guide.folder, layer.index))
+    assert margin is not None, f"layer {layer.index}: its margins were not measured"
+    rows, length = guide.token_RT.shape
+    one_T = torch.ones(gradient_RTD.shape[0] * length, device=layer.device)
+    sign_RT = random_signs(guide.plan.recipe.calibration.seed, layer.index, rows, length)
+    curvature_DD = _curvature(worker, layer, gradient_RTD, one_T)
+    return RoutingTerm(guide.router, margin, curvature_DD, sign_RT[worker.own_samples(rows)])
 
 
 def clip(gradient_RTD: Tensor) -> Tensor:
@@ -200,15 +276,18 @@ def clip(gradient_RTD: Tensor) -> Tensor:
     return (gradient_RTD.float() * factor_RT1).to(gradient_RTD.dtype)
 
 
-def _curvature(worker: Worker, layer: DecoderLayer, gradient_RTD: Tensor, weight_T: Tensor) -> Tensor:
-    """Weighted mean of delta delta^T over all workers' tokens, fp32 [D, D].
+def _curvature(
+    worker: Worker, layer: DecoderLayer, gradient_RTD: Tensor, weight_T: Tensor, field_RTD: Tensor | None = None
+) -> Tensor:
+    """Weighted mean of delta delta^T over all workers' tokens, and of the routing field's p p^T: fp32 [D, D].
 
     delta, the gradient at what a MoE block puts out, is the gradient at the layer's output: what comes before the block
     is added to it.
     """
-    gradient_TD = gradient_RTD.flatten(0, 1).to(layer.device)
-    total_DD = worker.all_reduce(moments.pool(gradient_TD, weight_T))
-    curvature_DD = total_DD / worker.all_reduce(weight_T.sum())
+    total_DD = moments.pool(gradient_RTD.flatten(0, 1).to(layer.device), weight_T)
+    if field_RTD is not None:
+        total_DD += moments.pool(field_RTD.flatten(0, 1).to(layer.device), weight_T)
+    curvature_DD = worker.all_reduce(total_DD) / worker.all_reduce(weight_T.sum())
     if not curvature_DD.diagonal().sum().isfinite():
         raise FourfoldError(
             f"layer {layer.index}: gradients of the loss at its output are NaN or Inf, so that it cannot be "
@@ -234,7 +313,7 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
             tick(len(row_TD))
     all_RTD, _ = worker.all_gather([gradient_RTD])
     if worker.is_leader:
-        guide.writer.submit(partial(_replace_rows, guide.folder, place, all_RTD))
+        guide.writer.submit(partial(replace_rows, guide.folder, place, all_RTD))
     return gradient_RTD
 
 
@@ -258,102 +337,10 @@ def _batches(guide: Guide, hidden_RTD: Tensor) -> Iterator[slice]:
 def _inputs(worker: Worker, guide: Guide, place: int) -> Tensor:
     """A worker's rows before layer `place`: embedded, or kept."""
     if place:
-        return _own_rows(worker, guide, INPUT, place)
+        return own_rows(worker, guide.folder, INPUT, place)
     token_RT = guide.token_RT[worker.own_samples(len(guide.token_RT))]
     around = worker.run_once(lambda: embeddings(guide.plan.index, guide.plan.skeleton))
     return embedded(around, token_RT, torch.empty)
-
-
-# ---- files
-
-
-def _path(folder: Path, kind: str, place: int) -> Path:
-    return folder / f"{kind}-{place:05d}.safetensors"
-
-
-def _open(folder: Path, kind: str, place: int) -> TensorIndex:
-    return TensorIndex.open_shards(folder, [_path(folder, kind, place).name])
-
-
-def _record_path(folder: Path, layer: int) -> Path:
-    return _path(folder, CURVATURE, layer).with_suffix(".json")
-
-
-def _own_rows(worker: Worker, guide: Guide, kind: str, place: int) -> Tensor:
-    index, own = _open(guide.folder, kind, place), worker.own_samples(len(guide.token_RT))
-    header = index.header(HIDDEN)
-    rows_RTD = torch.empty(own.stop - own.start, *header.shape[1:], dtype=DTYPES[header.dtype])
-    index.read_range(HIDDEN, own.start * (header.size_bytes // header.shape[0]), raw_bytes(rows_RTD))
-    return rows_RTD
-
-
-def _write_rows(folder: Path, kind: str, place: int, hidden_RTD: Tensor) -> None:
-    write_shard(folder, _path(folder, kind, place).name, [OutputTensor.of(HIDDEN, hidden_RTD)])
-
-
-def _replace_rows(folder: Path, place: int, gradient_RTD: Tensor) -> None:
-    """The gradient before layer `place` takes the place of what it was made from."""
-    _write_rows(folder, GRADIENT, place, gradient_RTD)
-    for path in (_path(folder, INPUT, place), _path(folder, GRADIENT, place + 1)):
-        path.unlink(missing_ok=True)
-
-
-def _write_layer(
-    guide: Guide, number: int, source_digest: str, curvature_DD: Tensor | None, gradient_RTD: Tensor
-) -> None:
-    """On the writer's thread: a layer's curvature, its record when that is durable, then the gradient before it."""
-    if curvature_DD is not None:
-        name = _path(guide.folder, CURVATURE, number).name
-        written = write_shard(guide.folder, name, [OutputTensor.of(MATRIX, curvature_DD)])
-        record = CurvatureRecord(
-            layer=number,
-            sha256=written.sha256,
-            source_digest=source_digest,
-            predicted_share=guidance.predicted_share(curvature_DD, row_damping(guide.plan)),
-        )
-        write_entry(_record_path(guide.folder, number), record)
-    _replace_rows(guide.folder, number, gradient_RTD)
-
-
-def read_records(plan: Plan, out: Path) -> tuple[CurvatureRecord, ...]:
-    """Of guided layers whose curvature is finished and whose record can be read."""
-    return tuple(filter(None, (_read_record(out, layer) for layer in guided_layers(plan))))
-
-
-def predicted_shares(plan: Plan, out: Path | None) -> dict[int, float]:
-    """By layer, what the sweep of an unfinished run in OUT predicts; nothing before it is done."""
-    records = read_records(plan, out) if out else ()
-    shares = {record.layer: record.predicted_share for record in records}
-    return shares if len(shares) == len(guided_layers(plan)) else {}
-
-
-def _read_record(out: Path, layer: int) -> CurvatureRecord | None:
-    return read_entry(_record_path(sweep_folder(out), layer), CurvatureRecord)
-
-
-def _damage(out: Path, layer: int) -> str:
-    """Return why a layer's curvature is not the one that was recorded; empty if it is."""
-    record, folder = _read_record(out, layer), sweep_folder(out)
-    if record is None:
-        return f"{_record_path(folder, layer).name}: cannot be read"
-    return damage(_path(folder, CURVATURE, layer), record.sha256)
-
-
-def read_curvature(out: Path, layer: int, source_digest: str) -> Tensor:
-    """A layer's finished curvature, fp32 [D, D]. source_digest: of the layer as it is now.
-
-    Raises FourfoldError if the file or the source is not what it was.
-    """
-    record, path = _read_record(out, layer), _path(sweep_folder(out), CURVATURE, layer)
-    if problem := _damage(out, layer):
-        raise FourfoldError(f"{path.parent}: {problem}. Rerun the same command: it computes the curvatures again")
-    assert record is not None
-    if source_digest != record.source_digest:
-        raise FourfoldError(
-            f"layer {layer}: the source holds not the bytes that its curvature was made from; bring the first source "
-            "back, or start over with --restart"
-        )
-    return _open(path.parent, CURVATURE, layer).read(MATRIX)
 
 
 # ---- what is said of it
@@ -373,8 +360,3 @@ def facts(plan: Plan, journal: Journal) -> GuidanceFacts | None:
             for one in read_records(plan, journal.out)
         ],
     )
-
-
-def row_damping(plan: Plan) -> float:
-    """What is added to the diagonal of the rows' metric, of itself."""
-    return plan.recipe.guidance.damp or damping_by_rule(plan.work)

@@ -227,7 +227,13 @@ def sweep_bytes(work: Workload, rows: int, workers: int) -> tuple[int, int]:
     pooled += hidden // workers + 2 * work.hidden**2 * FP32
     columns = min(VOCABULARY_CHUNK, work.vocabulary)
     head = columns * (work.hidden + LOGITS * work.calibration_length) * FP32
-    return 4 * hidden, max(through, pooled, head)  # before and behind a layer, gathered, and what is being written
+    lying = 4 * hidden  # before and behind a layer, gathered, and what is being written
+    if work.guidance_routing:  # a field beside the gradients; two experts of each token near a tie, of all at most
+        swapped = expert_batch_bytes(work, _ceil_div(2 * tokens, work.topk))
+        through += swapped + tokens * (4 * work.experts + 3 * work.hidden) * FP32 + work.hidden**2 * FP32
+        pooled += work.hidden**2 * FP32
+        lying *= 2
+    return lying, max(through, pooled, head)
 
 
 @dataclass(frozen=True, kw_only=True)

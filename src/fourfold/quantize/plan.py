@@ -366,6 +366,7 @@ def _workload(
         pool_rows=min(pool_rows(solver.pool_rows, experts.width), rows * length),
         guidance_tokens=guided,
         guidance_sites=recipe.guidance.sites,
+        guidance_routing=bool(guided) and recipe.guidance.routing,
         swept_layers=len(swept),
         layers=len(run),
         routed_layers=sum(layer.routed for layer in run),

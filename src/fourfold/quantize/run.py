@@ -28,6 +28,7 @@ from fourfold.distributed.spill import Spill
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Team, Worker
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
+from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
 from fourfold.quantize.finish import Measured
@@ -35,10 +36,6 @@ from fourfold.quantize.guide import (
     Guide,
     Left,
     find_remaining_sweep,
-    guided_layers,
-    predicted_shares,
-    read_curvature,
-    row_damping,
     spread_rows,
     sweep,
 )
@@ -67,6 +64,7 @@ from fourfold.quantize.site import round_experts_
 from fourfold.quantize.solve import STEPS, Chunking, Curvature, join_results, solve_layer
 from fourfold.quantize.streams import Stream, Streams
 from fourfold.quantize.summary import Summary, read_summary
+from fourfold.quantize.sweep_files import guided_layers, predicted_shares, read_curvature, row_damping
 from fourfold.recipe import Recipe
 from fourfold.records.release import Identity, Settings, State
 
@@ -282,8 +280,10 @@ def run_guidance_sweep(job: Job, worker: Worker, left: Left) -> None:
     """Run the guidance sweep and report the predicted error reduction of each layer."""
     batch_rows = sweep_rows(job.journal.settings.batches.rows)
     token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
+    routing, skeleton = job.plan.work.guidance_routing, job.plan.skeleton
+    router = worker.run_once(lambda: find_router(skeleton) if routing and left.layers else "")
     guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, remaining_sweep=left,
-                  ahead=job.ahead, writer=job.writer)  # fmt: skip
+                  ahead=job.ahead, writer=job.writer, router=router)  # fmt: skip
     sweep(worker, guide, partial(job.stage, worker))
     if worker.is_leader:
         shares = predicted_shares(job.plan, job.out)

@@ -53,6 +53,14 @@ class CurvatureRecord(Struct, frozen=True):
     predicted_share: float
 
 
+class MarginRecord(Struct, frozen=True):
+    """A router's margins, in logits: which are near a tie, and their error after a solve (core/margins)."""
+
+    layer: int
+    near: float
+    error: float
+
+
 class SourceFacts(Struct, frozen=True, kw_only=True):
     """hub: the model ID, None for a folder; weights: their format; headers, content: sha256 of headers, of all read."""
 
