@@ -23,8 +23,8 @@ from fourfold import formats
 from fourfold.core import grid, pack
 from fourfold.datatypes import QuantizedGroup
 from fourfold.formats.format import Format, MoreModules
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import split_names
+from fourfold.model.tensors import TensorIndex
 
 FORMATS, (CT, *GPTQ_FORMATS) = formats.FORMATS, formats.FORMATS
 DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.files import copy_file, write_bytes, write_text
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -16,8 +16,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fourfold.datatypes import FourfoldError, QuantizedGroup
 from fourfold.formats import COMPRESSED_TENSORS
-from fourfold.model.checkpoint import raw_bytes
 from fourfold.model.sources import SourceIndex, open_source
+from fourfold.model.tensors import raw_bytes
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 16]}
 INT4 = {

@@ -84,8 +84,8 @@ def test_every_family_has_a_case() -> None:
 def test_a_plan_claims_every_tensor_once(source: Make, recipe: Recipes, name: str) -> None:
     plan = make_plan(source(name), recipe())
     claimed = [claim.header.name for part in plan.parts for claim in part.claims]
-    assert sorted(claimed) == sorted(plan.index.headers)
-    experts = [one for one in plan.skeleton.blueprint.experts if one is not None]
+    assert sorted(claimed) == sorted(plan.source.headers)
+    experts = [one for one in plan.source.blueprint.experts if one is not None]
     assert plan.projections == sum(one.count * len(one.projections) for one in experts)
 
 
@@ -282,7 +282,7 @@ def test_an_int4_release_can_be_quantized_again(source: Make, recipe: Recipes, t
     quantize(model, tmp_path / "once", recipe())
     plan = make_plan(tmp_path / "once", recipe())
     assert any("quantized a second time" in warning for warning in plan.warnings)
-    assert plan.index.kind == "int4" and plan.index.format is COMPRESSED_TENSORS
+    assert plan.source.kind == "int4" and plan.source.format is COMPRESSED_TENSORS
     assert all(claim.header.dtype == "BF16" for part in plan.parts for claim in part.claims
                if claim.action is Action.QUANTIZE)  # fmt: skip
     told: list[tuple[str, str]] = []

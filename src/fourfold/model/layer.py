@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,8 @@ from fourfold.datatypes import ALONE, Beside
 from fourfold.model import calls, loader
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.calls import Carried
-from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
 from fourfold.model.grouped import grouped_linear
-from fourfold.model.loader import Layer, Room
+from fourfold.model.loader import Layer
 from fourfold.model.skeleton import Skeleton
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
@@ -166,31 +164,6 @@ class LayerTensors:
     def without_experts(self) -> LayerTensors:
         """What the layer's shard is still made from when its experts are with their owners."""
         return dataclasses.replace(self, gate_up_ENK=None, down_ENK=None)
-
-
-def read_layer(
-    index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str], room: Room = torch.empty
-) -> LayerTensors:
-    """Read one layer, once, experts straight into their stacks from either layout on disk.
-
-    kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
-    Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
-    """
-    sha = hashlib.sha256()
-
-    def read(name: str, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            header = index.header(name)
-            out = room(header.shape, dtype=DTYPES[header.dtype])
-        tensor = index.read(name, out=out, sha=sha)
-        require_finite(tensor, name)
-        return tensor
-
-    kept = {name: read(name) for name in sorted(kept_names)}
-    stacks = loader.load_stacks(skeleton.blueprint, read, layer, room)
-    if stacks is None:
-        return LayerTensors(kept, None, None, sha.hexdigest())
-    return LayerTensors(kept, stacks.gate_up_ENK, stacks.down_ENK, sha.hexdigest())
 
 
 def build_layer(

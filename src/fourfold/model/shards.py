@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fourfold.model.checkpoint import DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
 from fourfold.model.files import CHUNK_BYTES, durable, write_all
+from fourfold.model.tensors import DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
 
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 

@@ -22,9 +22,9 @@ from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader, brief
 from fourfold.formats.format import Format
 from fourfold.formats.patterns import check_patterns
-from fourfold.model.checkpoint import TensorIndex, raw_bytes, require_finite
 from fourfold.model.config import CONFIG, quantization
 from fourfold.model.files import CHUNK_BYTES
+from fourfold.model.tensors import TensorIndex, raw_bytes, require_finite
 
 BF16_BYTES = 2
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -70,26 +70,18 @@ class SourceIndex(TensorIndex):
         """As TensorIndex.read. sha: of the bytes on disk, of all parts of a weight that is stored otherwise."""
         if name not in self.stored:
             return super().read(name, out=out, sha=sha)
-        weight = self._dequantized(name, sha).to(torch.bfloat16)
+        weight = self.dequantized(name, sha).to(torch.bfloat16)
         if out is None:
             return weight
         out.view(weight.shape).copy_(weight)
         return out
-
-    def value(self, name: str) -> Tensor:
-        """A tensor; one that is stored otherwise in fp32, not rounded. Raises FourfoldError for NaN or Inf."""
-        if name in self.stored:
-            return self._dequantized(name, None)
-        value = super().read(name)
-        require_finite(value, name)
-        return value
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """As TensorIndex.chunks; a weight that is stored otherwise is held whole."""
         if name not in self.stored:
             yield from super().chunks(name, chunk_bytes)
             return
-        content = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))
+        content = raw_bytes(self.dequantized(name).to(torch.bfloat16))
         for start in range(0, len(content), chunk_bytes):
             yield content[start : start + chunk_bytes]
 
@@ -98,9 +90,9 @@ class SourceIndex(TensorIndex):
         if name not in self.stored:
             super().read_range(name, start, out)
             return
-        out[:] = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))[start : start + len(out)]
+        out[:] = raw_bytes(self.dequantized(name).to(torch.bfloat16))[start : start + len(out)]
 
-    def _dequantized(self, name: str, sha: hashlib._Hash | None) -> Tensor:
+    def dequantized(self, name: str, sha: hashlib._Hash | None = None) -> Tensor:
         weight, parts = self.stored[name], {}
         for role, part in weight.parts.items():
             parts[role] = self.disk.read(part.name, sha=sha)

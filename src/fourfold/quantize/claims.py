@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
 from fourfold.formats import named
-from fourfold.model.checkpoint import DTYPES, TensorIndex
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.family import DOWN, GATE, UP, kept_group
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import DTYPES
 from fourfold.quantize.dense import DenseScheme
 from fourfold.recipe import Recipe
 
@@ -106,17 +107,17 @@ class Wanted:
         )
 
 
-def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tuple[TensorClaim, ...]:
+def claim_tensors(source: Checkpoint, recipe: Recipe) -> tuple[TensorClaim, ...]:
     """Claim every source tensor exactly once, in the order of transformers' own model, drafts and extras last.
 
     Raises FourfoldError naming all that is missing, unexpected, or of another shape or dtype than wanted.
     """
-    left = dict(index.headers)
+    left = dict(source.headers)
     missing: list[str] = []
     shapes: list[str] = []
     dtypes: list[str] = []
     claims: list[TensorClaim] = []
-    for name, wanted in wanted_tensors(skeleton, index.headers, recipe):
+    for name, wanted in wanted_tensors(source, source.headers, recipe):
         header = left.pop(name, None)
         if header is None:
             missing.append(name)
@@ -126,17 +127,17 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
             dtypes.append(f"{name} is {header.dtype}, wanted {' or '.join(wanted.dtypes)}")
         else:
             claims.append(wanted.claim(header))
-    in_memory = set(skeleton.blueprint.missing)
+    in_memory = set(source.blueprint.missing)
     if in_memory.intersection(missing):
-        missing = [*skeleton.blueprint.lacking(), *(name for name in missing if name not in in_memory)]
-    extras = {name: known_extra(skeleton, header) for name, header in left.items()}
+        missing = [*source.blueprint.lacking(), *(name for name in missing if name not in in_memory)]
+    extras = {name: known_extra(source, header) for name, header in left.items()}
     claims += [extra.claim(left[name]) for name, extra in extras.items() if extra]
     unexpected = [name for name, extra in extras.items() if not extra]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "wrong dtype": dtypes}
     problems = "".join(f"\n  {what}: {_listed(names)}" for what, names in found.items() if names)
     if problems:
         raise FourfoldError(
-            f"{index.folder}: the safetensors headers do not fit config.json:{problems}\n"
+            f"{source.folder}: the safetensors headers do not fit config.json:{problems}\n"
             "A whole and unaltered checkpoint is wanted, as published or from save_pretrained"
         )
     return tuple(claims)

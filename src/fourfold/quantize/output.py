@@ -24,10 +24,10 @@ from fourfold.distributed.trace import READER, WRITER, Trace
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
-from fourfold.model.layer import LayerTensors, read_layer
+from fourfold.model.layer import LayerTensors
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.quantize.claims import TensorClaim
 from fourfold.quantize.dense import round_weights
 from fourfold.quantize.plan import Plan, RestShard
@@ -73,7 +73,7 @@ def write_tensors(out: Path, shard: str, tensors: Mapping[str, Tensor]) -> Writt
 def read_experts(plan: Plan, out: Path, record: ShardRecord, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Some of a finished layer's experts, gate_up and down, dequantized in BF16 from its shard."""
     index = TensorIndex.open_shards(out, [record.shard])
-    stems, format = plan.skeleton.stems(record.layer), named(plan.recipe.format)
+    stems, format = plan.source.stems(record.layer), named(plan.recipe.format)
 
     def stack(projection: str) -> Tensor:
         stacks: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
 
     solved: codes and scales of the draft experts and the output head, where the shard has them.
     """
-    index = plan.index
+    index = plan.source
     digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
     tensors: list[OutputTensor] = []
     given = {} if solved is None else solved.tensors
@@ -138,7 +138,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
             data = partial(_copied, index, header, digests[header.name])
             tensors.append(_tensor(header, header.name, header.shape, data))
     written = write_shard(out, shard.shard, tensors)
-    experts = plan.skeleton.family.mtp_experts_prefix
+    experts = plan.source.family.mtp_experts_prefix
     return ShardRecord(
         shard=shard.shard,
         layer=-1,
@@ -248,7 +248,7 @@ class ReadAhead:
 
     def _run(self, layer: int, kept: list[str]) -> Taken:
         start = time.time()
-        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept, self._links[0].host_buffer)
+        tensors = self._plan.source.read_layer(layer, kept, self._links[0].host_buffer)
         self._trace.add("read", READER, start, time.time(), layer)
         return Taken(tensors, tuple(self._send(tensors, link) for link in self._links))
 

@@ -123,7 +123,7 @@ def quantize(
 def read_texts(plan: Plan, watch: ProgressReporter) -> Texts:
     """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
     with watch.stage("calibrate"):
-        tokenizer = calibrate.load_tokenizer(plan.index.folder)
+        tokenizer = calibrate.load_tokenizer(plan.source.folder)
         heldout = calibrate.heldout(plan.recipe, tokenizer)
         return calibrate.collect(plan.recipe, tokenizer, progress=watch.progress), heldout
 
@@ -216,7 +216,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
-        all_streams = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
+        all_streams = streams.embed(worker, plan.source, token_ids, asymmetric=asymmetric, rtn=yardstick)
     if worker.is_leader:
         job.writer.submit(partial(write_rest, job, quantized=False))
     for layer_plan in plan.layers[: plan.solve.stop]:
@@ -228,7 +228,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         with worker.span("wait for writer"):
             job.writer.join()
     if not plan.partial:
-        head = streams.load_head(worker, plan.index, plan.skeleton)
+        head = streams.load_head(worker, plan.source)
         heads = head, write_quantized_rest(job, worker, all_streams, head)
         with job.stage(worker, "measure"):
             statistics, rtn, reference = streams.measure(worker, heads, all_streams)
@@ -242,7 +242,7 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
         kept = taken.at(worker)
-        layer = build_layer(plan.skeleton, number, kept, worker.device)
+        layer = build_layer(plan.source, number, kept, worker.device)
     finished, observed = is_finished(job, worker, layer_plan, taken.tensors.digest), None
     linear = LayerLinear(plan, layer, kept.kept, job.out / layer_plan.shard if finished else None)
     released = partial(linear.release_layer, worker)
@@ -302,9 +302,8 @@ def solve(
     result = DENSE_LAYER
     if observed is not None:
         assert source.calibration is not None
-        skeleton = job.plan.skeleton
-        stems, batches = skeleton.stems(layer_plan.index), job.journal.settings.batches
-        with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
+        stems, batches = job.plan.source.stems(layer_plan.index), job.journal.settings.batches
+        with job.stage(worker, "solve", layer_plan.index, STEPS * job.plan.source.experts) as tick:
             chunking = Chunking(batches.experts, batches.inputs, stems, tick)
             if power := job.plan.recipe.solver.norm_power:
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)

@@ -15,11 +15,11 @@ from torch import Tensor
 from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import split_names
 from fourfold.model.files import CHUNK_BYTES
 from fourfold.model.sources import readable_format
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.quantize.journal import METRICS
 from fourfold.records.record import Ends
 from fourfold.records.release import Export

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from fourfold.datatypes import Event, FourfoldError, Progress
 from fourfold.formats.format import EXPERT, Format
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.journal import FINISHED, STATE, hold
 from fourfold.release.stored import Stored, layout_problems, take_stock
 from fourfold.release.verify.folder import Release, open_release
@@ -27,7 +26,7 @@ SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
 class Job:
     """A release that is converted. release: what OUT says of itself, None if it is not ours."""
 
-    skeleton: Skeleton
+    checkpoint: Checkpoint
     stored: Stored
     release: Release | None
     progress: Progress
@@ -70,13 +69,13 @@ def open_job(out: Path, progress: Progress) -> Job:
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
     release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
-    weights = Weights.open(out)
-    stored = take_stock(weights.index.disk, weights.format, quantization(read_config(out)))
+    checkpoint = Checkpoint.open(out)
+    stored = take_stock(checkpoint.disk, checkpoint.format, quantization(read_config(out)))
     if not stored.projections:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
         )
-    job = Job(skeleton=weights.skeleton, stored=stored, release=release, progress=progress)
+    job = Job(checkpoint=checkpoint, stored=stored, release=release, progress=progress)
     _check_groups(out, stored)
     _check_layout(job)
     return job

@@ -19,11 +19,11 @@ from fourfold import formats
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, Progress, ignore, shortened
 from fourfold.formats.format import Format, MoreModules
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.model.family import split_names
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
@@ -101,7 +101,7 @@ def _write(
         if (job.index.folder / name).is_file():
             copy_file(job.index.folder / name, folder / name)
     write_text(folder / INDEX_NAME, index_json(index))
-    write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
+    write_text(folder / "config.json", dump({**job.checkpoint.raw, "quantization_config": settings}))
     converted = Converted(
         fourfold=fourfold.__version__,
         out=str(job.index.folder),
@@ -171,7 +171,7 @@ def _scales(job: _Job, name: str) -> Iterator[memoryview]:
 
 def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
     """A tensor as it is, or a stack of draft experts as a tensor for each: rows of it, bit for bit."""
-    header, prefix = job.index.header(name), job.skeleton.family.mtp_prefix
+    header, prefix = job.index.header(name), job.checkpoint.family.mtp_prefix
     if not (prefix and name.startswith(prefix) and len(header.shape) == 3 and ".mlp.experts." in name):
         yield OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
         return
@@ -205,7 +205,7 @@ def _settings(job: _Job, tensors: Sequence[OutputTensor]) -> dict[str, Any]:
     tensors: all of NEW. Raises FourfoldError for modules that the format cannot tell from each other.
     """
     quantized, shapes = job.stored.quantized_modules, {tensor.name: tensor.shape for tensor in tensors}
-    drafts, kept = draft_prefixes(job.skeleton, shapes), linear_modules(shapes)
+    drafts, kept = draft_prefixes(job.checkpoint, shapes), linear_modules(shapes)
 
     def problems(settings: Mapping[str, Any]) -> list[str]:
         return config_problems(job.format, settings, job.group_size, quantized=quantized, kept=kept, draft=bool(drafts))

@@ -21,11 +21,11 @@ from fourfold.datatypes import FourfoldError, Progress, ignore
 from fourfold.formats import gguf, mlx
 from fourfold.formats.fixed import unsupported
 from fourfold.install import pip_install
-from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.model.tensors import TensorIndex, raw_bytes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.journal import METRICS
 from fourfold.records.release import Export, File, Origin, Quality
@@ -142,11 +142,11 @@ def require_gguf() -> None:
 
 def check_mlx(job: Job) -> None:
     """Raise FourfoldError for a model that mlx-lm does not load from this layout, or computes otherwise."""
-    folder, model_type = job.index.folder, job.skeleton.family.model_type
+    folder, model_type = job.index.folder, job.checkpoint.family.model_type
     if model_type not in mlx.MODEL_TYPES:
         known = ", ".join(mlx.MODEL_TYPES)
         raise FourfoldError(f"{folder}: model_type: got {model_type!r}, expected one that --format mlx knows: {known}")
-    if problem := unsupported(job.skeleton.text, mlx.MODEL_TYPES[model_type]):
+    if problem := unsupported(job.checkpoint.text, mlx.MODEL_TYPES[model_type]):
         raise FourfoldError(f"{folder / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
 
 
@@ -166,7 +166,7 @@ def mlx_config(job: Job, quantized: Quantized) -> dict[str, Any]:
     """Return config.json for MLX."""
     parts = {name.rstrip("."): parts[0] for name, parts in mlx_parts(quantized).items()}
     modules = {name: (part.bits, part.group_size) for name, part in parts.items()}
-    return mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size, modules)
+    return mlx.config(job.checkpoint.raw, job.checkpoint.text, job.group_size, modules)
 
 
 def mlx_parts(quantized: Quantized) -> dict[str, tuple[Projection, ...]]:

@@ -50,7 +50,7 @@ class GgufPlan:
         self.job, self.rest, self.mtp = job, rest, mtp
         self.placed: dict[str, Placed] = {}
         self.rounded: list[str] = []
-        model_type = job.skeleton.family.model_type
+        model_type = job.checkpoint.family.model_type
         if model_type not in ARCHITECTURES:
             raise FourfoldError(
                 f"{job.index.folder}: model_type: got {model_type!r}, expected one that --format gguf has a table of "
@@ -84,12 +84,12 @@ class GgufPlan:
 
     def _is_wanted(self, name: str) -> bool:
         """Whether a tensor or module on disk is in the file."""
-        tied = self.job.skeleton.text.tie_word_embeddings and name.startswith("lm_head.")
+        tied = self.job.checkpoint.text.tie_word_embeddings and name.startswith("lm_head.")
         skipped = name.startswith(self.architecture.skipped or ("\0",))
         return not (skipped or tied or (self._is_draft(name) and not self.mtp))
 
     def _is_draft(self, name: str) -> bool:
-        one, layers = self.architecture, self.job.skeleton.layers
+        one, layers = self.architecture, self.job.checkpoint.layers
         if one.draft:
             return name.startswith(one.draft)
         match = re.match(rf"{re.escape(self.prefix)}layers\.(\d+)\.", name)
@@ -101,7 +101,7 @@ class GgufPlan:
             return None
         match = re.search(r"layers\.(\d+)\.", name)
         number = int(match[1]) if match else 0
-        return number + self.job.skeleton.layers if self.architecture.draft else number
+        return number + self.job.checkpoint.layers if self.architecture.draft else number
 
     def _kept(self, name: str) -> Iterator[GgufTensor]:
         block, _ = self._place(name)
@@ -179,11 +179,11 @@ class GgufPlan:
     def _place(self, name: str) -> tuple[int | None, str]:
         """The block that a tensor goes to, None for one outside of them, and its name below it."""
         one = self.architecture
-        for prefix, shift in ((f"{self.prefix}layers.", 0), (f"{one.draft}layers.", self.job.skeleton.layers)):
+        for prefix, shift in ((f"{self.prefix}layers.", 0), (f"{one.draft}layers.", self.job.checkpoint.layers)):
             if prefix != "layers." and (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.*)", name)):
                 return int(match[1]) + shift, match[2]
         if one.draft and name.startswith(one.draft):
-            return self.job.skeleton.layers, name.removeprefix(one.draft)
+            return self.job.checkpoint.layers, name.removeprefix(one.draft)
         return None, name.removeprefix(self.prefix)
 
     def _rows_of(self, name: str, block: int | None, below: str) -> tuple[Row, ...]:
@@ -198,7 +198,7 @@ class GgufPlan:
         if not rows:
             raise FourfoldError(
                 f"{self.job.index.folder}: {name}: llama.cpp has no name for it in {one.name}, expected the tensors of "
-                f"a plain {self.job.skeleton.family.model_type}. This model cannot be written as GGUF"
+                f"a plain {self.job.checkpoint.family.model_type}. This model cannot be written as GGUF"
             )
         return rows
 
@@ -219,7 +219,7 @@ class GgufPlan:
     def _changed(self, read: Callable[[], Tensor], row: Row) -> Tensor:
         value = read()
         for change in row.changes:
-            value = change(value, self.job.skeleton.text)
+            value = change(value, self.job.checkpoint.text)
         return value
 
     def _read(self, name: str) -> Tensor:
@@ -252,7 +252,7 @@ class GgufPlan:
         """Metadata, and the tokenizer's special tokens. Raises FourfoldError for a tokenizer that
         llama.cpp does not have.
         """
-        job, skeleton, one = self.job, self.job.skeleton, self.architecture
+        job, skeleton, one = self.job, self.job.checkpoint, self.architecture
         described = settings(
             one,
             skeleton.text,
@@ -326,7 +326,7 @@ def _order(name: str) -> tuple[int, int, str]:
 
 
 def _check_settings(job: Job, one: Architecture) -> None:
-    path, skeleton = job.index.folder / CONFIG, job.skeleton
+    path, skeleton = job.index.folder / CONFIG, job.checkpoint
     fixed = one.fixed if one.grouped else {**one.fixed, "num_key_value_heads": skeleton.text.num_attention_heads}
     if problem := unsupported(skeleton.text, fixed):
         raise FourfoldError(f"{path}: {problem}: llama.cpp computes {one.name} in this way alone")

@@ -14,11 +14,11 @@ import torch
 from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import group_size_problem, readable_format
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import require_finite
 from fourfold.model.family import PROJECTIONS
+from fourfold.model.tensors import require_finite
 from fourfold.release.conversion import Job
 from fourfold.release.stored import Projection
 
@@ -49,8 +49,8 @@ def sort_projections(job: Job) -> Quantized:
     """Raises FourfoldError unless all routed experts are int4 and the experts of each stack are alike."""
     found: list[Stack] = []
     projections, left = job.stored.projections, dict(job.stored.projections)
-    for layer in job.skeleton.routed:
-        stems = job.skeleton.stems(layer)
+    for layer in job.checkpoint.routed:
+        stems = job.checkpoint.stems(layer)
         for projection in stems[0]:
             names = [one[projection] for one in stems]
             for name in names:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.formats.format import Format, Shape
 from fourfold.formats.patterns import check_patterns
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.tensors import TensorIndex
 
 CENTRE = 0  # a zero point in the middle of the grid, as a code
 

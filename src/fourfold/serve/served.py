@@ -14,12 +14,12 @@ from fourfold.datatypes import FourfoldError
 from fourfold.formats import named
 from fourfold.formats.format import Format, fused, module_end
 from fourfold.formats.patterns import match_patterns
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.head import input_name, output_name
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import group_sizes
-from fourfold.model.weights import Weights
 from fourfold.quantize.plan import Plan
 from fourfold.serve.kvcache import Geometry
 
@@ -85,21 +85,21 @@ class Part(NamedTuple):
 
 
 def open_served(folder: Path, name: str = "") -> Served:
-    """Read any maker's checkpoint but for its weights. name: for clients, by default the folder's own.
+    """Read any maker's checkpoint but for its checkpoint. name: for clients, by default the folder's own.
 
     Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
-    raw, weights = read_config(folder), Weights.open(folder)
+    checkpoint = Checkpoint.open(folder)
     return _served(
-        weights.skeleton, dict(_stored(weights, raw)), weights.format, has_draft=weights.has_draft, folder=folder,
+        checkpoint, dict(_stored(checkpoint)), checkpoint.format, has_draft=checkpoint.has_draft_head, folder=folder,
         name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
-        drafts_by_name=_drafts_by_name(weights, raw),
+        drafts_by_name=_drafts_by_name(checkpoint),
     )  # fmt: skip
 
 
-def _drafts_by_name(weights: Weights, raw: Mapping[str, Any]) -> bool:
-    selection = weights.format.selection(quantization(raw)) if weights.format else None
-    prefix = weights.skeleton.family.mtp_prefix
+def _drafts_by_name(checkpoint: Checkpoint) -> bool:
+    selection = checkpoint.format.selection(quantization(read_config(checkpoint.folder))) if checkpoint.format else None
+    prefix = checkpoint.family.mtp_prefix
     if selection is None or not prefix:
         return False
     joined = fused({name: True for name in selection.exact if name.startswith(prefix)})
@@ -109,7 +109,7 @@ def _drafts_by_name(weights: Weights, raw: Mapping[str, Any]) -> bool:
 
 def planned_served(plan: Plan) -> Served:
     """Describe the release that a plan makes. Raises UnknownCache."""
-    skeleton, index = plan.skeleton, plan.index
+    source = plan.source
     parts = {
         claim.header.name: Part(
             claim.bytes_after,
@@ -121,17 +121,17 @@ def planned_served(plan: Plan) -> Served:
         if claim.tensors_after
     }
     return _served(
-        skeleton, parts, named(plan.recipe.format), has_draft=skeleton.has_draft(index.headers), folder=index.folder,
-        name=index.folder.name, template="", sampling={},
+        source, parts, named(plan.recipe.format), has_draft=source.has_draft_head, folder=source.folder,
+        name=source.folder.name, template="", sampling={},
     )  # fmt: skip
 
 
-def _stored(weights: Weights, raw: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
     """Every tensor, by its name in a BF16 checkpoint."""
-    form, stated = weights.format, list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    form, stated = checkpoint.format, list(group_sizes(quantization(read_config(checkpoint.folder))))
     by_row = None in stated or -1 in stated
-    for name, header in weights.index.headers.items():
-        stored = weights.index.stored.get(name)
+    for name, header in checkpoint.headers.items():
+        stored = checkpoint.stored.get(name)
         if stored is None or form is None:
             yield name, Part(stored.size_bytes if stored else header.size_bytes)
             continue

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 
 BLOCK_BYTES = 8 * 2**20  # read and hashed at a time
 AHEAD_BLOCKS = 8

@@ -13,7 +13,6 @@ import torch
 
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import hold
@@ -181,13 +180,12 @@ def check_drafts(content: Mapping[str, Any]) -> Check:
 
 def made_reference(job: Job) -> Reference:
     """What OUT gives for a text, where it has no reference.json: layer by layer, in BF16."""
-    folder, compute = job.index.folder, Compute(torch.device("cpu"), torch.bfloat16)
-    weights = Weights.open(folder)
-    token_RT = torch.tensor(windows(folder)[:1])
+    compute = Compute(torch.device("cpu"), torch.bfloat16)
+    token_RT = torch.tensor(windows(job.index.folder)[:1])
     with torch.no_grad():
-        rows = embed(weights, token_RT, compute)
-        sweep_([weights], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
-        head = weights.head(compute.device, compute.dtype)
+        rows = embed(job.checkpoint, token_RT, compute)
+        sweep_([job.checkpoint], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
+        head = job.checkpoint.head(compute.device, compute.dtype)
         return make_reference(head, token_RT[0], rows.hidden_RTD[0])
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.json_object import read_object
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.claims import known_extra
 from fourfold.records.results import Check, Level
 from fourfold.release.verify.byte_checks import FINITE, ByteChecks

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fourfold.formats import gguf, mlx
 from fourfold.formats.format import differences
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.model.shards import OutputTensor
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.records.release import Export
 from fourfold.release.conversion import Job
 from fourfold.release.export import mlx_config, mlx_parts, mlx_shards

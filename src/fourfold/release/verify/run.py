@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import convert
 
 from fourfold.datatypes import Event, Progress, ignore
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.journal import hold
 from fourfold.records.results import Check, EngineFacts, Level, Status, Verdict

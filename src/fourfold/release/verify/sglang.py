@@ -7,7 +7,7 @@ from typing import Any
 
 from fourfold import formats
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.advice import HEAD, QUANTIZED_HEAD
 from fourfold.records.results import Check, Level
 from fourfold.release.verify.check import judge, skip

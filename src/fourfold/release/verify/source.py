@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
-from fourfold.model import sources
-from fourfold.model.checkpoint import DTYPES, TensorIndex
-from fourfold.model.config import read_source_config
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.family import split_names
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import DTYPES, TensorIndex
 from fourfold.quantize.claims import claim_tensors
 from fourfold.quantize.identity import short, source_digest, source_parts
 from fourfold.quantize.journal import LOG
@@ -43,22 +42,21 @@ class Source:
 
 def open_source(release: Release, folder: Path) -> Source:
     """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
-    index = sources.open_source(folder, read_source_config(folder))
-    skeleton = Skeleton.open(folder, index.headers)
+    checkpoint = Checkpoint.open_source(folder)
     identity = release.state.identity
-    if source_digest(index) != identity.source:
-        found, wanted = {k: short(sha) for k, sha in source_parts(index).items()}, identity.parts.get("source", {})
+    if source_digest(checkpoint) != identity.source:
+        found, wanted = {k: short(sha) for k, sha in source_parts(checkpoint).items()}, identity.parts.get("source", {})
         other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
         problem = f"{release.folder} was not made from this source: other digests of {', '.join(other)}"
         raise FourfoldError(f"{folder}: {problem}. Give the checkpoint that was quantized")
     origins: dict[str, Origin] = {}
-    for claim in claim_tensors(skeleton, index, release.recipe):
+    for claim in claim_tensors(checkpoint, release.recipe):
         if claim.action is Action.QUANTIZE and claim.is_expert:
             assert claim.layer is not None
-            origins.update(_expert_origins(skeleton, claim.header, claim.layer))
+            origins.update(_expert_origins(checkpoint, claim.header, claim.layer))
         elif claim.action is not Action.DROP:
             origins.update(_origins(claim.header, claim.action))
-    return Source(index=index, origins=origins)
+    return Source(index=checkpoint, origins=origins)
 
 
 def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
