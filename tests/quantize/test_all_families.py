@@ -26,10 +26,10 @@ from fourfold.model.family import FAMILIES, TRANSFORMERS, Family
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe
+from fourfold.release.release import Release
 from fourfold.release.report.about import About
 from fourfold.release.report.recommend import recommend
 from fourfold.release.report.write import write
-from fourfold.release.verify.folder import open_release
 from fourfold.release.verify.source import OVER_RTN
 from nextn import with_nextn
 
@@ -128,7 +128,7 @@ def test_transformers_loads_a_release_or_the_card_says_why_not(release: Make, tm
     """Through its own decompression. The families are those that docs/models.md names, no more and no less."""
     out, (model_class, _) = release(name), families.settings(name)
     equal = transformers_equals(out, family_releases.make_twin(tmp_path / "twin", out), model_class)
-    problem = open_release(out).transformers_problem
+    problem = Release.open(out).transformers_problem
     assert equal == (not problem) == (TRANSFORMERS in FAMILIES[name.partition("+")[0]].proven), problem
     assert TRANSFORMERS.endswith(transformers.__version__.rpartition(".")[0])
 

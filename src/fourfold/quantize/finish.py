@@ -31,7 +31,7 @@ from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, RECIPE, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.recipe import dump_recipe
@@ -73,7 +73,7 @@ def finish(
     more = plan.dense.more_modules(plan.source, drafts)
     settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts, more)
     texts_by_name = {
-        "recipe.toml": dump_recipe(plan.recipe),
+        RECIPE: dump_recipe(plan.recipe),
         INDEX_NAME: index_json(index),
         "config.json": dump({**plan.source.raw, "quantization_config": settings}),
     }

@@ -15,8 +15,8 @@ from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.journal import FINISHED, STATE, hold
+from fourfold.release.release import Release
 from fourfold.release.stored import Stored, layout_problems, take_stock
-from fourfold.release.verify.folder import Release, open_release
 
 GROUP_SIZES = (32, 64, 128)
 SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
@@ -68,7 +68,7 @@ def open_job(out: Path, progress: Progress) -> Job:
     """
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
-    release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
+    release = Release.open(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
     checkpoint = Checkpoint.open(out)
     stored = take_stock(checkpoint.disk, checkpoint.format, quantization(read_config(out)))
     if not stored.projections:

@@ -27,16 +27,14 @@ from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finit
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, RECIPE, REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.records.release import Conversion, File, Output, Scales
 from fourfold.release.contents import CONVERSION
 from fourfold.release.conversion import Job, group_sizes, open_job, under_temporary_name
+from fourfold.release.release import Release
 from fourfold.release.stored import Projection, generalized, linear_modules
-from fourfold.release.verify.folder import Release
 from fourfold.release.verify.rules import config_problems
-
-RECIPE = "recipe.toml"
 
 
 class ScaleChanges(Scales):

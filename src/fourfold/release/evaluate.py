@@ -46,18 +46,6 @@ class Protocol:
     replace: bool = False
 
 
-@dataclass(frozen=True)
-class Release:
-    """A release that is measured. state: its fourfold.json, None for another maker's."""
-
-    checkpoint: Checkpoint
-    state: State | None
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint.folder.resolve().name
-
-
 def evaluate(
     out: Path,
     source: Path,
@@ -80,12 +68,14 @@ def evaluate(
     refuse_links(out)
     read_source_config(source)
     original = Checkpoint.open(source)
-    releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
+    folders = [out] if against is None else [out, against]
+    states = [read_state(folder) for folder in folders]
+    releases = [open_release(folder, state, original) for folder, state in zip(folders, states, strict=True)]
     before, text = Metrics.find(out / METRICS), read_text(protocol, source)
     if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
     rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
-    overlaps = [refuse_overlap(release, text) for release in releases]
+    overlaps = [refuse_overlap(folder, state, text) for folder, state in zip(folders, states, strict=True)]
     if tasks is not None:
         check_tasks(tasks)
     reporter, compute = ProgressReporter(progress, original.layers), Compute(torch.device(device), dtype)
@@ -94,8 +84,9 @@ def evaluate(
         drafted: list[Drafted | None] | None = None  # each on what it writes itself after the same prompts
         if protocol.drafts:
             prompt_RT = drafts.cut_prompts(text.token_RT)
-            checkpoints = (original, *(release.checkpoint for release in releases))
-            drafted = [drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in checkpoints]
+            drafted = [
+                drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in (original, *releases)
+            ]
     found = Metrics.of(
         *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
         source={"name": source.resolve().name, "headers": original.digest},
@@ -107,7 +98,7 @@ def evaluate(
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
     for second, values, overlap in zip(releases[1:], figures[1:], overlaps[1:], strict=True):
         kept = drafted[2] if drafted else None
-        other = Against.of(*values, name=second.name, calibration_overlap=overlap, drafts=kept)
+        other = Against.of(*values, name=second.folder.resolve().name, calibration_overlap=overlap, drafts=kept)
         found = structs.replace(found, against=other)
     found.write(out / METRICS)
     if tasks is not None:
@@ -118,28 +109,29 @@ def evaluate(
     return found
 
 
-def open_release(folder: Path, source: Checkpoint) -> Release:
-    """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
-    state = read_state(folder)
+def open_release(folder: Path, state: State | None, source: Checkpoint) -> Checkpoint:
+    """A finished release of this source, all its headers checked. state: its fourfold.json, None for another maker's.
+
+    Raises FourfoldError for anything else.
+    """
     if state is None:
-        return Release(Checkpoint.open(folder, source), None)
-    headers = state.source.headers
-    if headers != source.digest:
+        return Checkpoint.open(folder, source)
+    if (headers := state.source.headers) != source.digest:
         digests = f"got headers {source.digest[:16]}..., expected {headers[:16]}..."
         raise FourfoldError(f"{folder}: made from another source than {source.folder}: {digests}. {NAME_SOURCE}")
-    release = Release(Checkpoint.open(folder, source), state)
+    release = Checkpoint.open(folder, source)
     _check_kept(release, source)
     return release
 
 
-def _check_kept(release: Release, source: Checkpoint) -> None:
+def _check_kept(release: Checkpoint, source: Checkpoint) -> None:
     """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
     for name in (*source.embedding_names, *source.router_names()):
         if name not in source.headers:
             continue
-        if not torch.equal(release.checkpoint.value(name), source.value(name)):
+        if not torch.equal(release.value(name), source.value(name)):
             cause = f"{name} is not that of {source.folder}: made from another checkpoint, or altered"
-            raise FourfoldError(f"{release.checkpoint.folder}: {cause}. {NAME_SOURCE}")
+            raise FourfoldError(f"{release.folder}: {cause}. {NAME_SOURCE}")
 
 
 def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
@@ -153,12 +145,12 @@ def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
     return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
 
-def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
+def refuse_overlap(folder: Path, state: State | None, text: HeldoutRows) -> float | None:
     """Share of the text that the release was calibrated on, None where it is not known. Raises FourfoldError."""
-    calibrated = release.state.calibration.shingles if release.state else None
+    calibrated = state.calibration.shingles if state else None
     if calibrated is None:
         return None
-    return refuse_calibrated(text.token_RT, calibrated, str(text.protocol.text), release.checkpoint.folder / FINISHED)
+    return refuse_calibrated(text.token_RT, calibrated, str(text.protocol.text), folder / FINISHED)
 
 
 def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
@@ -175,10 +167,10 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
 
 
 def _measure(
-    source: Checkpoint, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
+    source: Checkpoint, releases: list[Checkpoint], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
 ) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
-    checkpoints = (source, *(release.checkpoint for release in releases))
+    checkpoints = (source, *releases)
     with reporter.stage("embed"):
         rows = [embed(checkpoint, text.token_RT, compute) for checkpoint in checkpoints]
     tokens = sum(stream.token_RT.numel() for stream in rows)
@@ -197,7 +189,7 @@ def _measure(
     return figures
 
 
-def _head(release: Release, head: Head, compute: Compute) -> Head:
+def _head(release: Checkpoint, head: Head, compute: Compute) -> Head:
     """The release's own head; its matrix is the source's where both are equal, so that one is held."""
-    own = release.checkpoint.head(compute.device, compute.dtype)
+    own = release.head(compute.device, compute.dtype)
     return dataclasses.replace(own, weight_VD=head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own

@@ -33,9 +33,9 @@ from fourfold.records.results import Metrics
 from fourfold.release.contents import CONVERSION, LICENCE, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.gguf_plan import GgufPlan
+from fourfold.release.release import Release
 from fourfold.release.stacks import Quantized, check_scales, read_part, sort_projections
 from fourfold.release.stored import Projection
-from fourfold.release.verify.folder import Release
 
 
 class Exported(Export, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ def recommend(records: Records, about: About) -> list[Serving]:
     The engine that verify ran is first, in that version; other engines are in the newest version known.
     """
     try:
-        served = replace(open_served(records.release.folder, about.name), folder=Path(about.name))
+        served = replace(open_served(records.folder, about.name), folder=Path(about.name))
     except UnknownCache:
         return []  # the card then has no commands
     found = []

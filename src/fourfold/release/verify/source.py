@@ -17,9 +17,10 @@ from fourfold.quantize.identity import short, source_digest, source_parts
 from fourfold.quantize.journal import LOG
 from fourfold.records import log
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.byte_checks import KEPT, SPLIT, ByteChecks, Origin
 from fourfold.release.verify.check import judge, skip
-from fourfold.release.verify.folder import Expected, Release
+from fourfold.release.verify.expected import Expected
 from fourfold.release.verify.projection import MOST_STEPS, Codes
 
 ERRORS, OVER_RTN, NEAREST = "weight errors", "weight errors over RTN's", "int8 codes"
@@ -191,15 +192,15 @@ def read_log(release: Release) -> dict[str, float]:
     """quant_log.csv: projection (with a dot) -> weight error. Raises FourfoldError for a log of another kind."""
     stems = {
         (layer, expert, projection): stem
-        for layer in release.skeleton.routed
-        for expert, names in enumerate(release.skeleton.stems(layer))
+        for layer in release.routed
+        for expert, names in enumerate(release.stems(layer))
         for projection, stem in names.items()
     }
-    draft, skeleton = release.skeleton.family.mtp_experts_prefix, release.skeleton
+    draft = release.family.mtp_experts_prefix
     errors = {}
     for row in log.read_log(release.folder / LOG):
         unknown = f"{row.projection} of expert {row.expert} of layer {row.layer}."
-        if row.layer == skeleton.layers and skeleton.has_mtp:  # the draft head's
+        if row.layer == release.layers and release.has_mtp:  # the draft head's
             unknown = f"{draft}{row.expert}.{row.projection}."
         errors[stems.get((row.layer, row.expert, row.projection), unknown)] = row.weight_error
     return errors
