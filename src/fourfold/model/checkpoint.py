@@ -187,7 +187,7 @@ class Checkpoint(SourceIndex, Skeleton):
                     yield from self._problem(part, (place.stop - place.start, shape[2]))
 
     def _problem(self, name: str, shape: Shape) -> Iterator[str]:
-        headers, disk, form = self.headers, self.disk.headers, self.format
+        headers, form = self.headers, self.format
         if name not in headers:
             yield f"{name} is missing"
             return
@@ -195,15 +195,14 @@ class Checkpoint(SourceIndex, Skeleton):
             if headers[name].shape != shape:
                 yield f"{name} is {list(headers[name].shape)}, wanted {list(shape)}"
             return
-        stem = name.removesuffix("weight")
-        found = {suffix: disk[stem + suffix].shape for suffix in form.suffixes if stem + suffix in disk}
+        stored = self.stored[name]
+        stem, found = stored.name, {suffix: part.shape for suffix, part in stored.parts.items()}
         if len(found[form.scales]) != 2:
             yield f"{stem}{form.scales} is {list(found[form.scales])}, wanted two dimensions"
             return
-        groups = found[form.scales][form.inputs_axis]
+        groups, bits = stored.groups, stored.bits
         if not groups or shape[1] % groups:
             yield f"{stem}{form.scales} is {list(found[form.scales])}, {groups} groups of {shape[1]} inputs"
-        bits = self.stored[name].bits
         for suffix, wanted in form.read_shapes(shape[0], shape[1], groups, bits).items():
             if suffix in found and found[suffix] != wanted:
                 yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for {bits} bits"

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,29 @@ E8M0_BIAS = 127
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How one weight lies on disk. parts: its tensors by role; dequantize: from their values, by role, to fp32; bits:
-    of its codes.
+class StoredWeight:
+    """How one weight lies on disk. name: that its tensors' names begin with; parts: these tensors by role, of integers
+    by suffix; dequantize: from their values, by role, to fp32; bits: of its codes; groups: of inputs, of integers.
     """
 
+    name: str
     parts: Mapping[str, TensorHeader]
     shape: tuple[int, ...]
     dequantize: Callable[[Mapping[str, Tensor]], Tensor]
     bits: int
+    groups: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.inputs // self.groups
 
     @property
     def size_bytes(self) -> int:
@@ -57,9 +71,49 @@ class SourceIndex(TensorIndex):
     """
 
     disk: TensorIndex
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredWeight]
     kind: str
     format: Format | None
+
+    @cached_property
+    def projections(self) -> Mapping[str, StoredWeight]:
+        """Weights of integers by their name, a dot at its end. Raises FourfoldError for parts that do not fit."""
+        codes = self.format.codes if self.format else ""
+        names = sorted(name for name in self.disk.headers if codes and name.endswith(f".{codes}"))
+        return {stem: self._projection(stem) for stem in (name.removesuffix(codes) for name in names)}
+
+    def _projection(self, stem: str) -> StoredWeight:
+        assert self.format is not None
+        codes, scales, headers = self.format.codes, self.format.scales, self.disk.headers
+        word, scale = headers[stem + codes], headers.get(stem + scales)
+        if scale is None or len(scale.shape) != 2 or len(word.shape) != 2 or word.dtype != "I32":
+            found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
+            raise FourfoldError(
+                f"{self.folder}: {stem}{codes} is {word.dtype} {list(word.shape)} and {stem}{scales} is {found}; "
+                "wanted int32 words and a scale for each group, both of two dimensions"
+            )
+        one = self.stored[f"{stem}weight"]
+        if not one.groups or one.inputs % one.groups:
+            raise FourfoldError(
+                f"{self.folder}: {stem}{scales} is {list(scale.shape)}: {one.groups} groups of {one.inputs:,} inputs; "
+                "wanted a number of groups that divides them"
+            )
+        return one
+
+    @cached_property
+    def kept(self) -> Mapping[str, TensorHeader]:
+        """All other tensors."""
+        parts = {part.name for weight in self.projections.values() for part in weight.parts.values()}
+        return {name: header for name, header in self.disk.headers.items() if name not in parts}
+
+    @property
+    def quantized_modules(self) -> dict[str, tuple[int, int]]:
+        """Bits and group size of each, by its name without suffix."""
+        return {name.rstrip("."): (one.bits, one.group_size) for name, one in self.projections.items()}
+
+    def read_parts(self, weight: StoredWeight) -> dict[str, Tensor]:
+        """All that is stored of a weight, by role."""
+        return {role: self.disk.read(part.name) for role, part in weight.parts.items()}
 
     @property
     def added_bytes(self) -> int:
@@ -134,7 +188,7 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
 # ---- FP8 with a scale for each block (DeepSeek V3, MiniMax-M2, GLM-5)
 
 
-def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
     """Weights `X.weight` in FP8 beside `X.weight_scale_inv`, one scale for each block."""
     block = settings.get("weight_block_size") or [BLOCK, BLOCK]
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
@@ -156,7 +210,7 @@ def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str,
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_blocks(parts["weight"], parts["scales"], (rows, columns))
 
-        yield name, Stored({"weight": header, "scales": scales}, header.shape, dequantize, 8)
+        yield name, StoredWeight(name, {"weight": header, "scales": scales}, header.shape, dequantize, 8)
 
 
 def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> Tensor:
@@ -176,7 +230,7 @@ def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int
 # ---- MXFP4 stacks (gpt-oss)
 
 
-def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
+def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
     """Stacks `X_blocks` [E, N, G, 16] of two codes a byte beside `X_scales` [E, N, G], as `X` [E, K, N], K = 32 G."""
     for name, blocks in index.headers.items():
         if not name.endswith("_blocks"):
@@ -197,7 +251,8 @@ def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_mxfp4(parts["blocks"], parts["scales"]).mT
 
-        yield stem, Stored({"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs), dequantize, 4)
+        parts, shape = {"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs)
+        yield stem, StoredWeight(stem, parts, shape, dequantize, 4)
 
 
 def dequantize_mxfp4(block_ENGB: Tensor, scale_ENG: Tensor) -> Tensor:
@@ -216,9 +271,9 @@ def exponents(byte_X: Tensor) -> Tensor:
 # ---- int4, int8
 
 
-def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
     """Weights that are stored as codes and scales in a format that releases have too."""
-    beside = {*format.suffixes, *format.tensor_shapes(8, 8, 1)} - {format.codes}
+    beside = dict.fromkeys([format.codes, *format.suffixes, *format.tensor_shapes(8, 8, 1)])
 
     def dequantize(parts: Mapping[str, Tensor], bits: int) -> Tensor:
         stacked = {role: part[None] for role, part in parts.items() if role in format.suffixes}
@@ -230,9 +285,32 @@ def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -
         if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:
             continue
         found = {suffix: index.headers[stem + suffix] for suffix in beside if stem + suffix in index.headers}
-        axis, bits = format.inputs_axis, format.bits(settings, stem.removesuffix("."))
+        axis, bits, scale = format.inputs_axis, format.bits(settings, stem.removesuffix(".")), found[format.scales]
         shape = (header.shape[1 - axis], 32 // bits * header.shape[axis])
-        yield f"{stem}weight", Stored({format.codes: header} | found, shape, partial(dequantize, bits=bits), bits)
+        groups = scale.shape[axis] if len(scale.shape) == 2 else 0
+        yield f"{stem}weight", StoredWeight(stem, found, shape, partial(dequantize, bits=bits), bits, groups)
+
+
+def layout_problems(tensors: Mapping[str, Tensor], projection: StoredWeight, format: Format) -> Iterator[str]:
+    """Why a projection is no plain symmetric one: zero points off the middle, groups of inputs that do not follow.
+
+    tensors: by suffix; what is absent is as it should be.
+    """
+    zeros, index = format.zero_points(tensors, projection.outputs, projection.bits), tensors.get(format.index)
+    if zeros is not None and (wrong := int((zeros != 0).sum())):
+        middle = 1 << projection.bits - 1
+        least, most = int(zeros.min()) + middle, int(zeros.max()) + middle
+        if least == most:
+            yield (
+                f"all zero points are {least}, wanted {middle}: does checkpoint_format say gptq of gptq_v2, or the "
+                "reverse?"
+            )
+            return
+        yield f"{wrong:,} of {zeros.numel():,} zero points are not {middle}: it was quantized asymmetrically"
+    if index is not None and not torch.equal(
+        index.long().flatten(), torch.arange(projection.inputs) // projection.group_size
+    ):
+        yield "its groups are not of inputs that follow each other: it was quantized in an order of its own (desc_act)"
 
 
 def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:

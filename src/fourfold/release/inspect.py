@@ -17,13 +17,18 @@ from fourfold.formats.format import Format
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.sources import group_size_problem, readable_format
-from fourfold.model.tensors import TensorIndex
+from fourfold.model.sources import (
+    SourceIndex,
+    StoredWeight,
+    group_size_problem,
+    layout_problems,
+    open_source,
+    readable_format,
+)
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
-from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
-from fourfold.release.verify.rules import config_problems
+from fourfold.release.verify.rules import config_problems, linear_modules
 from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
 from fourfold.serve.machine import MACHINES, Gpu, Machine
@@ -107,9 +112,10 @@ def inspect(folder: Path) -> Inspection:
     Raises FourfoldError for a folder that holds no safetensors checkpoint; what is unusual about one that does, a model
     or a quantization that is not known too, is said in the result.
     """
-    raw, index = read_config(folder), TensorIndex.open(folder)
+    raw = read_config(folder)
     format, unknown = _format(raw, folder)
-    stored = take_stock(index, format, quantization(raw))
+    stored = open_source(folder, {} if unknown else raw)
+    index = stored.disk
     traps = list(_traps_of_files(folder))
     sample = _Sample.of(stored)
     traps += sample.problems
@@ -183,11 +189,11 @@ def _group(name: str) -> str:
     return kept_group(name)[0]
 
 
-def _groups(stored: Stored) -> Iterator[GroupRow]:
-    parts = {name + suffix: f"int{one.bits}" for name, one in stored.projections.items() for suffix in one.suffixes}
+def _groups(stored: SourceIndex) -> Iterator[GroupRow]:
+    parts = {part.name: f"int{one.bits}" for one in stored.projections.values() for part in one.parts.values()}
     members: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
-    for name, header in stored.index.headers.items():
+    for name, header in stored.disk.headers.items():
         group = _group(name)
         kind = parts.get(name, header.dtype)
         sizes = members.setdefault(group, {})
@@ -221,12 +227,12 @@ class _Sample:
     problems: tuple[str, ...]
 
     @classmethod
-    def of(cls, stored: Stored) -> _Sample:
+    def of(cls, stored: SourceIndex) -> _Sample:
         looked_at = scales = negative = rounded = 0
         odd: list[str] = []
         for projection in _first_of_each(stored):
             assert stored.format is not None
-            tensors = stored.read(projection)
+            tensors = stored.read_parts(projection)
             scale = tensors[stored.format.scales].float()
             scales += scale.numel()
             negative += int((scale < 0).sum())
@@ -244,19 +250,19 @@ class _Sample:
         return cls(looked_at=looked_at, scales=scales, negative=negative, rounded=rounded, problems=tuple(found))
 
 
-def _first_of_each(stored: Stored) -> list[Projection]:
+def _first_of_each(stored: SourceIndex) -> list[StoredWeight]:
     """One projection for each name that is left without numbers of experts."""
-    seen: dict[str, Projection] = {}
+    seen: dict[str, StoredWeight] = {}
     for name, projection in stored.projections.items():
         head, mark, tail = name.partition(".experts.")
         seen.setdefault(head + mark + tail.partition(".")[2] if mark else name, projection)
     return list(seen.values())
 
 
-def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample) -> Quantized | None:
+def _quantized(raw: Mapping[str, Any], stored: SourceIndex, sample: _Sample) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
-    headers, widths = stored.index.headers, sorted({one.bits for one in stored.projections.values()})
+    headers, widths = stored.disk.headers, sorted({one.bits for one in stored.projections.values()})
     return Quantized(
         method=str(quantization(raw).get("quant_method")),
         format=stored.format.name,
@@ -321,7 +327,9 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
         yield "no tokenizer: engines do not start without one"
 
 
-def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Skeleton, draft: str) -> Iterator[str]:
+def _traps(
+    raw: Mapping[str, Any], stored: SourceIndex, served: Served, skeleton: Skeleton, draft: str
+) -> Iterator[str]:
     """Of how it is quantized, for engines that would load it."""
     settings = quantization(raw)
     if skeleton.has_mtp and not draft and stored.format is None:
@@ -334,7 +342,7 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
             settings,
             served.group_size,
             quantized=stored.quantized_modules,
-            kept=stored.kept_modules,
+            kept=linear_modules({name: header.shape for name, header in stored.kept.items()}),
             draft=bool(draft),
             tied=bool(skeleton.blueprint.model.all_tied_weights_keys),
         )

@@ -135,8 +135,8 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
         if stored is None or form is None:
             yield name, Part(stored.size_bytes if stored else header.size_bytes)
             continue
-        groups, inputs = stored.parts[form.scales].shape[form.inputs_axis], stored.shape[1]
-        yield name, Part(stored.size_bytes, stored.bits, inputs, 0 if groups == 1 and by_row else inputs // groups)
+        group = 0 if stored.groups == 1 and by_row else stored.group_size
+        yield name, Part(stored.size_bytes, stored.bits, stored.inputs, group)
 
 
 def _served(

@@ -105,7 +105,7 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
         return
 
     def report(done: int) -> None:
-        progress(Event(kind="stage", stage="verify", done=done, total=len(job.stored.projections), unit="projections"))
+        progress(Event(kind="stage", stage="verify", done=done, total=len(job.out.projections), unit="projections"))
 
     found = count_changes(reading, report)
     wrong = [
@@ -129,7 +129,7 @@ def check_engine(new: Path, job: Job, engine: Engine, record: Export) -> Iterato
         "tokens": reference.tokens,
         "likeliest": reference.likeliest,
     }
-    texts = _texts(job.index.folder) if files else {}
+    texts = _texts(job.out.folder) if files else {}
     if files:
         request |= {"texts": [*texts], "drafts": record.has_drafts, "candidates": CANDIDATES, "wide": False}
     with engine.with_cache() as cached:
@@ -181,11 +181,11 @@ def check_drafts(content: Mapping[str, Any]) -> Check:
 def made_reference(job: Job) -> Reference:
     """What OUT gives for a text, where it has no reference.json: layer by layer, in BF16."""
     compute = Compute(torch.device("cpu"), torch.bfloat16)
-    token_RT = torch.tensor(windows(job.index.folder)[:1])
+    token_RT = torch.tensor(windows(job.out.folder)[:1])
     with torch.no_grad():
-        rows = embed(job.checkpoint, token_RT, compute)
-        sweep_([job.checkpoint], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
-        head = job.checkpoint.head(compute.device, compute.dtype)
+        rows = embed(job.out, token_RT, compute)
+        sweep_([job.out], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
+        head = job.out.head(compute.device, compute.dtype)
         return make_reference(head, token_RT[0], rows.hidden_RTD[0])
 
 

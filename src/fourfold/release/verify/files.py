@@ -19,7 +19,7 @@ from fourfold.release.verify.byte_checks import FINITE, ByteChecks
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.expected import Expected
 from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
-from fourfold.release.verify.rules import config_problems
+from fourfold.release.verify.rules import config_problems, linear_modules
 
 FILES = Level.FILES
 AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # checks that need a sound index
@@ -115,8 +115,7 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     prefix = release.family.mtp_prefix
     parts = [part for part in expected.values() if part.projection]
     quantized = {part.projection.rstrip("."): (part.bits, part.group_size) for part in parts}
-    linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]
-    kept = [name.removesuffix(".weight") for name in linear if name.endswith(".weight") and "embed" not in name]
+    kept = linear_modules({name: part.shape for name, part in expected.items() if not part.projection})
     draft = bool(prefix) and any(name.startswith(prefix) for name in expected)
     in_draft = draft and any(name.startswith(prefix) for name in quantized)
     problems += config_problems(
