@@ -18,7 +18,7 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError, brief, shortened
 from fourfold.model import loader
 from fourfold.model.config import CONFIG, read_config, read_source_config
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
 from fourfold.model.head import Around, Head, build_head, input_name, output_name, read_ends, read_matrix
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.loader import Room
@@ -183,8 +183,8 @@ class Checkpoint(SourceIndex, Skeleton):
                 if len(shape) < 3 or name in self.headers:
                     yield from self._problem(name, shape)
                     continue
-                for part, _, place in split_names(name, shape):
-                    yield from self._problem(part, (place.stop - place.start, shape[2]))
+                for part, _, rows in split_stack(name, shape):
+                    yield from self._problem(part, rows)
 
     def _problem(self, name: str, shape: Shape) -> Iterator[str]:
         headers, form = self.headers, self.format

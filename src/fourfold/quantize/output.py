@@ -24,7 +24,7 @@ from fourfold.distributed.trace import READER, WRITER, Trace
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
 from fourfold.model.layer import LayerTensors
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
@@ -152,7 +152,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
 def _names_of(plan: Plan, claim: TensorClaim) -> list[str]:
     """Names in the release of the quantized weights that one source tensor holds."""
     name, shape = claim.header.name, claim.header.shape
-    weights = [part for part, *_ in split_names(name, shape)] if len(shape) == 3 else [name]
+    weights = [part for part, *_ in split_stack(name, shape)] if len(shape) == 3 else [name]
     suffixes = named(plan.recipe.format).tensor_shapes(8, 8, 1)
     return [weight.removesuffix("weight") + suffix for weight in weights for suffix in suffixes]
 
@@ -194,23 +194,21 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
     """A fused stack [E, N, K] as one tensor per expert and projection. It is read once to be hashed, when the first of
     them is written, and once more by them: as a whole it takes more memory than all that is written beside it.
     """
-    _, outputs, inputs = header.shape
-    row_bytes = header.size_bytes // math.prod(header.shape[:2])
 
     @functools.cache
     def hashed() -> None:
         for _ in _copied(index, header, sha):
             pass
 
-    def rows(expert: int, place: slice) -> Iterator[memoryview]:
+    def rows(start: int, shape: tuple[int, int]) -> Iterator[memoryview]:
         hashed()
-        rows_NK = torch.empty(place.stop - place.start, inputs, dtype=DTYPES[header.dtype])
-        index.read_range(header.name, (expert * outputs + place.start) * row_bytes, raw_bytes(rows_NK))
+        rows_NK = torch.empty(shape, dtype=DTYPES[header.dtype])
+        index.read_range(header.name, start, raw_bytes(rows_NK))
         yield raw_bytes(rows_NK)
 
     return [
-        _tensor(header, name, (place.stop - place.start, header.shape[2]), partial(rows, expert, place))
-        for name, expert, place in split_names(header.name, header.shape)
+        _tensor(header, name, shape, partial(rows, start, shape))
+        for name, start, shape in split_stack(header.name, header.shape, DTYPES[header.dtype].itemsize)
     ]
 
 

@@ -15,7 +15,7 @@ from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
 from fourfold.formats.format import Format
 from fourfold.model.config import read_config
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
 from fourfold.model.files import CHUNK_BYTES
 from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
 from fourfold.model.tensors import DTYPES, raw_bytes
@@ -188,10 +188,7 @@ def _pieces(stored: SourceIndex) -> dict[str, Piece]:
         if not name.endswith(STACKS) or len(header.shape) != 3:
             found[name] = Piece(tensor=name, start=0, shape=header.shape, dtype=header.dtype)
             continue
-        _, rows, inputs = header.shape
-        row_bytes = inputs * DTYPES[header.dtype].itemsize
-        for part, expert, place in split_names(name, header.shape):
-            start, shape = (expert * rows + place.start) * row_bytes, (place.stop - place.start, inputs)
+        for part, start, shape in split_stack(name, header.shape, DTYPES[header.dtype].itemsize):
             found[part] = Piece(tensor=name, start=start, shape=shape, dtype=header.dtype)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from fourfold import formats
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, Progress, ignore, shortened
 from fourfold.formats.format import Format, MoreModules
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
 from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
@@ -173,12 +174,10 @@ def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
     if not (prefix and name.startswith(prefix) and len(header.shape) == 3 and ".mlp.experts." in name):
         yield OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
         return
-    _, rows, inputs = header.shape
-    row_bytes = inputs * DTYPES[header.dtype].itemsize
-    for part, expert, place in split_names(name, header.shape):
-        count = place.stop - place.start
-        data = partial(_rows, job, name, (expert * rows + place.start) * row_bytes, count * row_bytes)
-        yield OutputTensor(name=part, dtype=header.dtype, shape=(count, inputs), data=data)
+    itemsize = DTYPES[header.dtype].itemsize
+    for part, start, shape in split_stack(name, header.shape, itemsize):
+        data = partial(_rows, job, name, start, math.prod(shape) * itemsize)
+        yield OutputTensor(name=part, dtype=header.dtype, shape=shape, data=data)
 
 
 def _copied(job: _Job, name: str) -> Iterator[memoryview]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
 from fourfold.model.checkpoint import Checkpoint
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.tensors import DTYPES, TensorIndex
 from fourfold.quantize.claims import claim_tensors
@@ -67,11 +67,8 @@ def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin
         name = header.name.removesuffix("weight") if quantized else header.name
         yield name, Origin(name=header.name, start=0, shape=header.shape)
         return
-    _, rows, inputs = header.shape
-    for name, expert, place in split_names(header.name, header.shape):
-        start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
+    for name, start, shape in split_stack(header.name, header.shape, DTYPES[header.dtype].itemsize):
         part = name.removesuffix("weight") if quantized else name
-        shape = (place.stop - place.start, inputs)
         yield part, Origin(name=header.name, start=start, shape=shape, split=not quantized)
 
 
