@@ -135,8 +135,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
         elif claim.action is Action.SPLIT:
             tensors += _split(index, header, digests[header.name])
         elif claim.action is Action.COPY:
-            data = partial(_copied, index, header, digests[header.name])
-            tensors.append(_tensor(header, header.name, header.shape, data))
+            tensors.append(OutputTensor.copied(header, partial(_copied, index, header, digests[header.name])))
     written = write_shard(out, shard.shard, tensors)
     experts = plan.source.family.mtp_experts_prefix
     return ShardRecord(
@@ -176,12 +175,6 @@ def _joined(digests: Mapping[str, hashlib._Hash]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _tensor(
-    header: TensorHeader, name: str, shape: tuple[int, ...], data: Callable[[], Iterator[memoryview]]
-) -> OutputTensor:
-    return OutputTensor(name=name, dtype=header.dtype, shape=shape, data=data)
-
-
 def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memoryview]:
     for chunk in index.chunks(header.name):
         sha.update(chunk)
@@ -207,7 +200,7 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
         yield raw_bytes(rows_NK)
 
     return [
-        _tensor(header, name, shape, partial(rows, start, shape))
+        OutputTensor.copied(header, partial(rows, start, shape), name, shape)
         for name, start, shape in split_stack(header.name, header.shape, DTYPES[header.dtype].itemsize)
     ]
 

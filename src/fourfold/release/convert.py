@@ -172,18 +172,12 @@ def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
     """A tensor as it is, or a stack of draft experts as a tensor for each: rows of it, bit for bit."""
     header, prefix = job.out.disk.header(name), job.out.family.mtp_prefix
     if not (prefix and name.startswith(prefix) and len(header.shape) == 3 and ".mlp.experts." in name):
-        yield OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
+        yield OutputTensor.copied(header, partial(job.chunks, name))
         return
     itemsize = DTYPES[header.dtype].itemsize
     for part, start, shape in split_stack(name, header.shape, itemsize):
         data = partial(_rows, job, name, start, math.prod(shape) * itemsize)
-        yield OutputTensor(name=part, dtype=header.dtype, shape=shape, data=data)
-
-
-def _copied(job: _Job, name: str) -> Iterator[memoryview]:
-    for chunk in job.out.disk.chunks(name):
-        job.tick(len(chunk))
-        yield chunk
+        yield OutputTensor.copied(header, data, part, shape)
 
 
 def _rows(job: _Job, name: str, start: int, size_bytes: int) -> Iterator[memoryview]:

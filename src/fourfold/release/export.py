@@ -186,9 +186,7 @@ def mlx_shards(job: Job, quantized: Quantized) -> dict[str, list[OutputTensor]]:
             tensor = OutputTensor(name=name + suffix, dtype=dtype, shape=shape, data=data)
             shards[job.out.disk.header(one.name + job.before.codes).shard].append(tensor)
     for name, header in job.out.kept.items():
-        shards[header.shard].append(
-            OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
-        )
+        shards[header.shard].append(OutputTensor.copied(header, partial(job.chunks, name)))
     full = [shard for shard in sorted(shards) if shards[shard]]
     return {f"model-{number:05d}-of-{len(full):05d}.safetensors": shards[shard] for number, shard in enumerate(full, 1)}
 
@@ -199,9 +197,3 @@ def _mlx_values(job: Job, parts: tuple[StoredWeight, ...], suffix: str) -> Itera
         words, scale = read_part(job, part, codes=suffix == mlx.WORDS)
         value = words if suffix == mlx.WORDS else mlx.biases(scale, part.bits) if suffix == mlx.BIASES else scale
         yield raw_bytes((value if suffix == mlx.WORDS else value.to(torch.bfloat16)).contiguous())
-
-
-def _copied(job: Job, name: str) -> Iterator[memoryview]:
-    for chunk in job.out.disk.chunks(name):
-        job.tick(len(chunk))
-        yield chunk
