@@ -23,7 +23,7 @@ from fourfold.model.head import Around, Head, build_head, input_name, output_nam
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.loader import Room
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.sources import SourceIndex, group_size_problem, open_source
+from fourfold.model.sources import SourceIndex, open_source
 from fourfold.model.tensors import DTYPES, require_finite
 
 Shape = tuple[int, ...]
@@ -61,7 +61,7 @@ class Checkpoint(SourceIndex, Skeleton):
             raise FourfoldError(
                 f"{folder}: {shortened(problems)}. A whole release of the source is wanted, as it was written"
             )
-        if problem := group_size_problem(raw, checkpoint.disk, checkpoint.format):
+        if problem := checkpoint.group_size_problem():
             raise FourfoldError(
                 f"{folder / 'config.json'}: {problem}. Bring back the config.json that was written with these shards"
             )

@@ -66,11 +66,12 @@ class StoredWeight:
 @dataclass(frozen=True)
 class SourceIndex(TensorIndex):
     """A checkpoint as a source. headers: as a BF16 checkpoint has them; of a weight that is stored otherwise the
-    offsets only say how large it is in BF16. disk: what lies there; stored: those weights; kind: what they are, "" of
-    BF16; format: of int4.
+    offsets only say how large it is in BF16. disk: what lies there; settings: its quantization_config; stored: those
+    weights; kind: what they are, "" of BF16; format: of int4.
     """
 
     disk: TensorIndex
+    settings: Mapping[str, Any]
     stored: Mapping[str, StoredWeight]
     kind: str
     format: Format | None
@@ -114,6 +115,25 @@ class SourceIndex(TensorIndex):
     def read_parts(self, weight: StoredWeight) -> dict[str, Tensor]:
         """All that is stored of a weight, by role."""
         return {role: self.disk.read(part.name) for role, part in weight.parts.items()}
+
+    def group_size_problem(self) -> str:
+        """How config.json's group size differs from what the scales have; "" if it does not, or names none.
+
+        Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null
+        are a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
+        """
+        stated = list(group_sizes(self.settings))
+        if self.format is None or not stated:
+            return ""
+        for _, one in sorted(self.stored.items()):
+            by_row = one.groups == 1 and any(size in (-1, None) for size in stated)
+            if one.groups and one.inputs % one.groups == 0 and one.group_size not in stated and not by_row:
+                scale, found = one.parts[self.format.scales], ", ".join(map(brief, stated))
+                return (
+                    f"quantization_config.group_size: got {found}, expected {one.group_size}, as {scale.name} "
+                    f"{list(scale.shape)} has it for {one.inputs:,} inputs"
+                )
+        return ""
 
     @property
     def added_bytes(self) -> int:
@@ -181,7 +201,14 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
             name=name, dtype="BF16", shape=weight.shape, shard=shard, start_byte=0, end_byte=size
         )
     return SourceIndex(
-        folder=folder, headers=headers, digest=index.digest, disk=index, stored=stored, kind=kind, format=format
+        folder=folder,
+        headers=headers,
+        digest=index.digest,
+        disk=index,
+        settings=settings,
+        stored=stored,
+        kind=kind,
+        format=format,
     )
 
 
@@ -328,31 +355,6 @@ def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
     found = brief(config.get("quant_method")) + (f" with {brief(detail)}" if detail else "")
     wanted = ", ".join(form.read_as for form in formats.FORMATS)
     raise FourfoldError(f"{folder / CONFIG}: quantized by {found}, which is not read; expected 4 bits by {wanted}")
-
-
-def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Format | None) -> str:
-    """How config.json's group size differs from what the scales have; "" if it does not, or names none.
-
-    Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
-    a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
-    """
-    stated = list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
-    if format is None or not stated:
-        return ""
-    codes, scales, axis, settings = format.codes, format.scales, format.inputs_axis, quantization(raw)
-    for name, header in sorted(index.headers.items()):
-        word = index.headers.get(name.removesuffix(scales) + codes)
-        if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
-            continue
-        bits = format.bits(settings, name.removesuffix(f".{scales}"))
-        groups, inputs = header.shape[axis], 32 // bits * word.shape[axis]
-        by_row = groups == 1 and any(size in (-1, None) for size in stated)
-        if groups and inputs % groups == 0 and inputs // groups not in stated and not by_row:
-            return (
-                f"quantization_config.group_size: got {', '.join(map(brief, stated))}, expected {inputs // groups}, as "
-                f"{name} {list(header.shape)} has it for {inputs:,} inputs"
-            )
-    return ""
 
 
 def group_sizes(settings: object) -> Iterator[object]:

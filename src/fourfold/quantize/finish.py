@@ -22,7 +22,7 @@ from fourfold.datatypes import ShardRecord, StreamDrift
 from fourfold.distributed.trace import Span, waited
 from fourfold.formats import named
 from fourfold.model.family import UP
-from fourfold.model.files import SIDECARS, copy_file, dump, write_text
+from fourfold.model.files import copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.hub import hub_name, stated_terms
 from fourfold.model.tensors import TensorIndex
@@ -77,10 +77,9 @@ def finish(
         INDEX_NAME: index_json(index),
         "config.json": dump({**plan.source.raw, "quantization_config": settings}),
     }
-    for name in SIDECARS:
-        if (plan.source.folder / name).is_file():
-            tell("finish", text=name)
-            copy_file(plan.source.folder / name, out / name)
+    for path in sidecars(plan.source.folder):
+        tell("finish", text=path.name)
+        copy_file(path, out / path.name)
     for name, text in texts_by_name.items():
         tell("finish", text=name)
         write_text(out / name, text)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.model.checkpoint import Checkpoint
-from fourfold.model.files import SIDECARS
+from fourfold.model.files import sidecars
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
 from fourfold.quantize.claims import EMBEDDINGS, GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
@@ -253,7 +253,7 @@ def make_plan(
         work,
         {part.shard: part.bytes_after for part in written},
         sum(claim.tensors_after for part in written for claim in part.claims),
-        sum((model / name).stat().st_size for name in SIDECARS if (model / name).is_file()),
+        sum(path.stat().st_size for path in sidecars(model)),
         out,
         memory.spilled_bytes,
     )

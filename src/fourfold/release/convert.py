@@ -21,7 +21,7 @@ from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, Progress, ignore, shortened
 from fourfold.formats.format import Format, MoreModules
 from fourfold.model.family import split_stack
-from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.model.sources import StoredWeight
@@ -96,9 +96,8 @@ def _write(
     """All files of the converted release; the record of the conversion last."""
     shards = [write_shard(folder, name, tensors) for name, tensors in plan.items()]
     index = TensorIndex.open_shards(folder, [shard.name for shard in shards])
-    for name in SIDECARS:
-        if (job.out.folder / name).is_file():
-            copy_file(job.out.folder / name, folder / name)
+    for path in sidecars(job.out.folder):
+        copy_file(path, folder / path.name)
     write_text(folder / INDEX_NAME, index_json(index))
     write_text(folder / "config.json", dump({**job.out.raw, "quantization_config": settings}))
     converted = Converted(

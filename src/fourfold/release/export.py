@@ -22,7 +22,7 @@ from fourfold.formats import gguf, mlx
 from fourfold.formats.fixed import unsupported
 from fourfold.install import pip_install
 from fourfold.model.config import CONFIG
-from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.sources import StoredWeight
@@ -155,9 +155,8 @@ def write_mlx(job: Job, quantized: Quantized, folder: Path) -> None:
     shards = mlx_shards(job, quantized)
     for name, tensors in shards.items():
         write_shard(folder, name, tensors)
-    for name in SIDECARS:
-        if (job.out.folder / name).is_file():
-            copy_file(job.out.folder / name, folder / name)
+    for path in sidecars(job.out.folder):
+        copy_file(path, folder / path.name)
     write_text(folder / INDEX_NAME, index_json(TensorIndex.open_shards(folder, shards)))
     write_text(folder / "config.json", dump(mlx_config(job, quantized)))
 

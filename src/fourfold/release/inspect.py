@@ -13,14 +13,12 @@ import torch
 
 from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.formats.format import Format
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
-from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import (
     SourceIndex,
     StoredWeight,
-    group_size_problem,
     layout_problems,
     open_source,
     readable_format,
@@ -32,7 +30,7 @@ from fourfold.release.verify.rules import config_problems, linear_modules
 from fourfold.serve.command import Command, Deployment, build
 from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
 from fourfold.serve.machine import MACHINES, Gpu, Machine
-from fourfold.serve.served import Served, open_served
+from fourfold.serve.served import Served, describe
 
 DRAFT = "mtp."
 HOST_BYTES = 64 * 2**30
@@ -113,7 +111,7 @@ def inspect(folder: Path) -> Inspection:
     or a quantization that is not known too, is said in the result.
     """
     raw = read_config(folder)
-    format, unknown = _format(raw, folder)
+    unknown = _why_unread(raw, folder)
     stored = open_source(folder, {} if unknown else raw)
     index = stored.disk
     traps = list(_traps_of_files(folder))
@@ -121,18 +119,18 @@ def inspect(folder: Path) -> Inspection:
     traps += sample.problems
     draft = _draft_layout(index.headers)
     engines: tuple[EngineRow, ...] = ()
-    if problem := group_size_problem(raw, index, format):
+    if problem := stored.group_size_problem():
         traps.append(f"{problem}: engines stop, or multiply by the wrong scales")
         unknown = "config.json does not fit the scales"
     if not unknown:
         try:
-            served = open_served(folder)
-            skeleton = Skeleton.of(raw, folder / "config.json")
+            checkpoint = Checkpoint.open(folder)
+            served = describe(checkpoint)
         except FourfoldError as error:
             unknown = str(error)
         else:
             engines = tuple(_engines(served))
-            traps += _traps(raw, stored, served, skeleton, draft)
+            traps += _traps(checkpoint, served, draft)
     return Inspection(
         folder=str(folder),
         model_type=str(raw.get("model_type")),
@@ -140,7 +138,7 @@ def inspect(folder: Path) -> Inspection:
         shards=len({header.shard for header in index.headers.values()}),
         size_bytes=sum(header.size_bytes for header in index.headers.values()),
         groups=tuple(_groups(stored)),
-        quantized=_quantized(raw, stored, sample),
+        quantized=_quantized(stored, sample),
         draft=draft,
         draft_bytes=sum(header.size_bytes for name, header in index.headers.items() if _in_draft(name)),
         made_by=_maker(folder, raw),
@@ -150,12 +148,13 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _format(raw: Mapping[str, Any], folder: Path) -> tuple[Format | None, str]:
-    """The format that is read, and why it is not."""
+def _why_unread(raw: Mapping[str, Any], folder: Path) -> str:
+    """Why its format is not read; "" where it is."""
     try:
-        return readable_format(raw, folder), ""
+        readable_format(raw, folder)
     except FourfoldError as error:
-        return None, str(error)
+        return str(error)
+    return ""
 
 
 def _maker(folder: Path, raw: Mapping[str, Any]) -> str:
@@ -259,12 +258,12 @@ def _first_of_each(stored: SourceIndex) -> list[StoredWeight]:
     return list(seen.values())
 
 
-def _quantized(raw: Mapping[str, Any], stored: SourceIndex, sample: _Sample) -> Quantized | None:
+def _quantized(stored: SourceIndex, sample: _Sample) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
     headers, widths = stored.disk.headers, sorted({one.bits for one in stored.projections.values()})
     return Quantized(
-        method=str(quantization(raw).get("quant_method")),
+        method=str(stored.settings.get("quant_method")),
         format=stored.format.name,
         projections=len(stored.projections),
         by_group=_by_group(stored.projections),
@@ -327,24 +326,21 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
         yield "no tokenizer: engines do not start without one"
 
 
-def _traps(
-    raw: Mapping[str, Any], stored: SourceIndex, served: Served, skeleton: Skeleton, draft: str
-) -> Iterator[str]:
+def _traps(stored: Checkpoint, served: Served, draft: str) -> Iterator[str]:
     """Of how it is quantized, for engines that would load it."""
-    settings = quantization(raw)
-    if skeleton.has_mtp and not draft and stored.format is None:
+    if stored.has_mtp and not draft and stored.format is None:
         yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
     if stored.format is None or not stored.projections:
         return
-    if settings.get("quant_method") == stored.format.method:
+    if stored.settings.get("quant_method") == stored.format.method:
         said = config_problems(
             stored.format,
-            settings,
+            stored.settings,
             served.group_size,
             quantized=stored.quantized_modules,
             kept=linear_modules({name: header.shape for name, header in stored.kept.items()}),
             draft=bool(draft),
-            tied=bool(skeleton.blueprint.model.all_tied_weights_keys),
+            tied=bool(stored.blueprint.model.all_tied_weights_keys),
         )
         yield from (f"quantization_config: {problem}" for problem in said)
     in_int4 = any(_in_draft(name) and ".experts." in name and one.bits == 4 for name, one in stored.projections.items())
@@ -352,7 +348,7 @@ def _traps(
         yield DRAFTS_BY_NAME
     if served.group_size:
         yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
-        yield from format_advice(skeleton, bool(draft), stored.format, in_int4)
+        yield from format_advice(stored, bool(draft), stored.format, in_int4)
     yield from width_advice({name: bits for name, (bits, _) in stored.quantized_modules.items()})
     if draft and not in_int4 and not stored.format.sglang_drafts:
         fix = f"`fourfold convert OUT NEW --format {formats.DRAFTS_IN_SGLANG}` makes a release whose drafts"

@@ -15,7 +15,6 @@ from fourfold.formats import named
 from fourfold.formats.format import Format, fused, module_end
 from fourfold.formats.patterns import match_patterns
 from fourfold.model.checkpoint import Checkpoint
-from fourfold.model.config import quantization, read_config
 from fourfold.model.head import input_name, output_name
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
@@ -89,7 +88,12 @@ def open_served(folder: Path, name: str = "") -> Served:
 
     Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
-    checkpoint = Checkpoint.open(folder)
+    return describe(Checkpoint.open(folder), name)
+
+
+def describe(checkpoint: Checkpoint, name: str = "") -> Served:
+    """Describe a checkpoint. Raises UnknownCache."""
+    folder = checkpoint.folder
     return _served(
         checkpoint, dict(_stored(checkpoint)), checkpoint.format, has_draft=checkpoint.has_draft_head, folder=folder,
         name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
@@ -128,7 +132,7 @@ def planned_served(plan: Plan) -> Served:
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
     """Every tensor, by its name in a BF16 checkpoint."""
-    form, stated = checkpoint.format, list(group_sizes(quantization(read_config(checkpoint.folder))))
+    form, stated = checkpoint.format, list(group_sizes(checkpoint.settings))
     by_row = None in stated or -1 in stated
     for name, header in checkpoint.headers.items():
         stored = checkpoint.stored.get(name)
