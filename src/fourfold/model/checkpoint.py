@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -112,9 +112,7 @@ class Checkpoint(SourceIndex, Skeleton):
 
         kept = {name: read(name) for name in sorted(kept_names)}
         stacks = loader.load_stacks(self.blueprint, read, layer, room)
-        if stacks is None:
-            return LayerTensors(kept, None, None, sha.hexdigest())
-        return LayerTensors(kept, stacks.gate_up_ENK, stacks.down_ENK, sha.hexdigest())
+        return LayerTensors.of(kept, stacks, sha.hexdigest())
 
     def layer(
         self, layer: int, device: torch.device, dtype: torch.dtype, taken_from: int | None = None
@@ -132,10 +130,7 @@ class Checkpoint(SourceIndex, Skeleton):
             return value if place is None else place.copy_(value)
 
         kept = {name: self.value(named(name)) for name in self.blueprint.kept_names(layer)}
-        stacks = loader.load_stacks(self.blueprint, read, layer, room)
-        tensors = LayerTensors(kept, None, None, digest="")
-        if stacks is not None:
-            tensors = replace(tensors, gate_up_ENK=stacks.gate_up_ENK, down_ENK=stacks.down_ENK)
+        tensors = LayerTensors.of(kept, loader.load_stacks(self.blueprint, read, layer, room))
         return build_layer(self, layer, tensors, device, dtype)
 
     def draft_experts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

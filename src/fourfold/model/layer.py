@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 from fourfold.core import widening
 from fourfold.datatypes import ALONE, Beside
 from fourfold.model import calls, loader
-from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.arithmetic import Arithmetic, Stacks
 from fourfold.model.calls import Carried
 from fourfold.model.grouped import grouped_linear
 from fourfold.model.loader import Layer
@@ -157,9 +157,14 @@ class LayerTensors:
     """
 
     kept: dict[str, Tensor]
-    gate_up_ENK: Tensor | None
-    down_ENK: Tensor | None
-    digest: str
+    gate_up_ENK: Tensor | None = None
+    down_ENK: Tensor | None = None
+    digest: str = ""
+
+    @classmethod
+    def of(cls, kept: dict[str, Tensor], stacks: Stacks | None, digest: str = "") -> LayerTensors:
+        gate_up_ENK, down_ENK = (None, None) if stacks is None else (stacks.gate_up_ENK, stacks.down_ENK)
+        return cls(kept, gate_up_ENK, down_ENK, digest)
 
     def without_experts(self) -> LayerTensors:
         """What the layer's shard is still made from when its experts are with their owners."""

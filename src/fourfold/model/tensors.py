@@ -91,24 +91,26 @@ class TensorIndex(Headers):
             os.close(descriptor)
 
     def _fill(self, part: memoryview, descriptor: int, start: int, header: TensorHeader) -> None:
-        """Fill `part` with the file's bytes from `start` on; one pread may give fewer than were asked for."""
-        filled = 0
-        while filled < len(part):
-            try:
-                count = os.preadv(descriptor, [part[filled:]], start + filled)
-            except OSError as error:
-                raise self._lost(header, error.strerror) from None
-            if count == 0:
-                raise self._lost(
-                    header, f"the file ends at byte {start + filled:,} instead of after {header.end_byte:,}"
-                )
-            filled += count
+        try:
+            filled = fill(descriptor, part, start)
+        except OSError as error:
+            raise self._lost(header, error.strerror) from None
+        if filled < len(part):
+            raise self._lost(header, f"the file ends at byte {start + filled:,} instead of after {header.end_byte:,}")
 
     def _lost(self, header: TensorHeader, reason: str | None) -> FourfoldError:
         return FourfoldError(
             f"{self.folder / header.shard}: tensor {header.name!r} could not be read: "
             f"{reason}. Was the file truncated or the disk lost?"
         )
+
+
+def fill(descriptor: int, part: memoryview, start: int) -> int:
+    """Fill `part` with a file's bytes from `start` on; return how many there were, fewer only at the file's end."""
+    filled = 0
+    while filled < len(part) and (count := os.preadv(descriptor, [part[filled:]], start + filled)):
+        filled += count
+    return filled
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -38,36 +38,12 @@ DRAFT_PREFIX = re.compile(r".*?(layers\.\d+|mtp[^.]*)\.")  # a layer past the en
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorClaim:
-    """What happens to one source tensor, and why.
-
-    layer: its decoder layer, None outside of them (MTP, vision, head); tensors_after, bytes_after: what is
-    written in its place; bits: of each weight there, where it is quantized.
-    """
-
-    header: TensorHeader
-    action: Action
-    reason: str
-    group: str
-    layer: int | None
-    tensors_after: int
-    bytes_after: int
-    bits: int | None
-
-    @property
-    def is_expert(self) -> bool:
-        """Whether it holds routed experts of a layer."""
-        return self.group == EXPERTS
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether it is a weight beside the layers' experts, copied or rounded."""
-        return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A tensor that must be there, and what is done with it. bytes_after None: as many as before."""
+    """A tensor that must be there, what is done with it, and why.
+
+    layer: its decoder layer, None outside of them (MTP, vision, head); tensors_after, bytes_after: what is written in
+    its place, None: as many bytes as before; bits: of each weight there, where it is quantized.
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -81,16 +57,8 @@ class Wanted:
     group_size: int | None = None
 
     def claim(self, header: TensorHeader) -> TensorClaim:
-        return TensorClaim(
-            header=header,
-            action=self.action,
-            reason=self.reason,
-            group=self.group,
-            layer=self.layer,
-            tensors_after=self.tensors_after,
-            bytes_after=header.size_bytes if self.bytes_after is None else self.bytes_after,
-            bits=self.bits,
-        )
+        size = header.size_bytes if self.bytes_after is None else self.bytes_after
+        return TensorClaim(**{**vars(self), "bytes_after": size}, header=header)
 
     def quantized(self, bits: int, group_size: int, recipe: Recipe, reason: str, count: int = 1) -> Wanted:
         """Return the same tensor, of `count` projections of its `shape`, stored as codes of `bits` bits and scales."""
@@ -105,6 +73,24 @@ class Wanted:
             bits=bits,
             group_size=group_size,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorClaim(Wanted):
+    """One source tensor that is there."""
+
+    header: TensorHeader
+    bytes_after: int
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds routed experts of a layer."""
+        return self.group == EXPERTS
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is a weight beside the layers' experts, copied or rounded."""
+        return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
 
 
 def claim_tensors(source: Checkpoint, recipe: Recipe) -> tuple[TensorClaim, ...]:

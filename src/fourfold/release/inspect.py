@@ -27,14 +27,13 @@ from fourfold.quantize.advice import format_advice, tensor_parallel_advice, widt
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
 from fourfold.release.verify.rules import config_problems, linear_modules
-from fourfold.serve.command import Command, Deployment, build
+from fourfold.serve.command import Deployment, smallest
 from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
-from fourfold.serve.machine import MACHINES, Gpu, Machine
+from fourfold.serve.machine import MACHINES, Machine
 from fourfold.serve.served import Served, describe
 
 DRAFT = "mtp."
-HOST_BYTES = 64 * 2**30
-CAPABILITY = (8, 6)
+SOLD = [Machine.of(count, gib, (8, 6), 64 * 2**30) for count, gib in MACHINES]
 TRANSFORMERS_BF16 = "loads it as any BF16 model; the draft head is ignored"
 
 
@@ -284,12 +283,12 @@ def _quantized(stored: SourceIndex, sample: _Sample) -> Quantized | None:
 
 def _engines(served: Served) -> Iterator[EngineRow]:
     for engine in ENGINES.values():
-        command, gpus = _smallest(served, engine.name)
+        machine, command = smallest(served, SOLD, Deployment(engine=engine.name))
         takes = not command.problems
         yield EngineRow(
             engine=f"{engine.title} {'.'.join(map(str, command.version))}",
             takes=takes,
-            gpus=gpus if takes else "",
+            gpus=f"{len(machine.gpus)} x {machine.gpus[0].total_bytes >> 30} GiB" if takes else "",
             command=command.text() if takes else "",
             notes=(*command.problems, *command.notes, *(_kernel_notes(engine.name) if served.format else ())),
         )
@@ -301,17 +300,6 @@ def _engines(served: Served) -> Iterator[EngineRow]:
 def _kernel_notes(engine: str) -> list[str]:
     """Known issues of its int4 expert kernels, of any GPU: the one that will serve may not be here."""
     return [str(issue) for issue in KERNEL_ISSUES if issue.engine == engine]
-
-
-def _smallest(served: Served, engine: str) -> tuple[Command, str]:
-    """The command on the smallest machine that it has no problems on, or on the last one."""
-    for count, gib in MACHINES:
-        size = gib * 2**30
-        gpu = Gpu(name=f"{gib} GiB", total_bytes=size, free_bytes=size, capability=CAPABILITY)
-        command = build(served, Machine(gpus=(gpu,) * count, host_bytes=HOST_BYTES), Deployment(engine=engine))
-        if not command.problems:
-            break
-    return command, f"{count} x {gib} GiB"
 
 
 # --- traps --------------------------------------------------------------------------------------------------------
