@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +85,9 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
         for expert in range(experts)
         for projection in ("down_proj", "gate_proj", "up_proj")
     ]
-    return dataclasses.replace(records, projections=tuple(found), layers=layers)
+    decoder = SimpleNamespace(layers=range(layers), config=records.text)
+    blueprint = dataclasses.replace(records.blueprint, decoder=decoder)
+    return dataclasses.replace(records, projections=tuple(found), blueprint=blueprint)
 
 
 def test_quiet(release: Path) -> None:
