@@ -22,7 +22,6 @@ from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_link
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
-from fourfold.records.release import State
 from fourfold.records.results import Against, Drafted, Drafts, Metrics
 from fourfold.release import drafts
 from fourfold.release.sweep import Compute, embed, sweep_
@@ -68,14 +67,12 @@ def evaluate(
     refuse_links(out)
     read_source_config(source)
     original = Checkpoint.open(source)
-    folders = [out] if against is None else [out, against]
-    states = [read_state(folder) for folder in folders]
-    releases = [open_release(folder, state, original) for folder, state in zip(folders, states, strict=True)]
+    releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
     before, text = Metrics.find(out / METRICS), read_text(protocol, source)
     if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
     rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
-    overlaps = [refuse_overlap(folder, state, text) for folder, state in zip(folders, states, strict=True)]
+    overlaps = [refuse_overlap(release.folder, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
     reporter, compute = ProgressReporter(progress, original.layers), Compute(torch.device(device), dtype)
@@ -109,11 +106,9 @@ def evaluate(
     return found
 
 
-def open_release(folder: Path, state: State | None, source: Checkpoint) -> Checkpoint:
-    """A finished release of this source, all its headers checked. state: its fourfold.json, None for another maker's.
-
-    Raises FourfoldError for anything else.
-    """
+def open_release(folder: Path, source: Checkpoint) -> Checkpoint:
+    """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
+    state = read_state(folder)
     if state is None:
         return Checkpoint.open(folder, source)
     if (headers := state.source.headers) != source.digest:
@@ -145,8 +140,9 @@ def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
     return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
 
-def refuse_overlap(folder: Path, state: State | None, text: HeldoutRows) -> float | None:
+def refuse_overlap(folder: Path, text: HeldoutRows) -> float | None:
     """Share of the text that the release was calibrated on, None where it is not known. Raises FourfoldError."""
+    state = read_state(folder)
     calibrated = state.calibration.shingles if state else None
     if calibrated is None:
         return None
