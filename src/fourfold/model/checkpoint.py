@@ -19,12 +19,12 @@ from fourfold.datatypes import FourfoldError, brief, shortened
 from fourfold.model import loader
 from fourfold.model.config import CONFIG, read_config, read_source_config
 from fourfold.model.family import split_stack
-from fourfold.model.head import Around, Head, build_head, input_name, output_name, read_ends, read_matrix
+from fourfold.model.head import Around, Head, Read, build_head, input_name, output_name, read_ends, read_matrix
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.loader import Room
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex, open_source
-from fourfold.model.tensors import DTYPES, require_finite
+from fourfold.model.tensors import DTYPES
 
 Shape = tuple[int, ...]
 HOST = torch.device("cpu")
@@ -106,9 +106,7 @@ class Checkpoint(SourceIndex, Skeleton):
             if out is None:
                 header = self.header(name)
                 out = room(header.shape, dtype=DTYPES[header.dtype])
-            tensor = self.read(name, out=out, sha=sha)
-            require_finite(tensor, name)
-            return tensor
+            return self.read_finite(name, out=out, sha=sha)
 
         kept = {name: read(name) for name in sorted(kept_names)}
         stacks = loader.load_stacks(self.blueprint, read, layer, room)
@@ -152,10 +150,11 @@ class Checkpoint(SourceIndex, Skeleton):
         """Token embeddings [V, D]."""
         return read_matrix(self.blueprint, lambda name: self.value(name, device), input_name(self.blueprint)).to(dtype)
 
-    def around(self, device: torch.device, dtype: torch.dtype) -> Around:
-        """What stands before the layers."""
-        ends = read_ends(self.blueprint, lambda name: self.value(name, device))
-        return Around(self.blueprint, ends, device, dtype, self.embedding(device, dtype))
+    def around(self, device: torch.device, dtype: torch.dtype, read: Read | None = None) -> Around:
+        """What stands before the layers. read: as `value` does, by default."""
+        read = read or (lambda name: self.value(name, device))
+        embedding_VD = read_matrix(self.blueprint, read, input_name(self.blueprint)).to(dtype)
+        return Around(self.blueprint, read_ends(self.blueprint, read), device, dtype, embedding_VD)
 
     def head(self, device: torch.device, dtype: torch.dtype) -> Head:
         """Last norm and output head."""

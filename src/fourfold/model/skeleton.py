@@ -127,8 +127,7 @@ class Skeleton:
     def router_names(self) -> Iterator[str]:
         """Of all routers' matrices on disk: E rows, beside the experts."""
         for layer in self.routed:
-            experts = self.blueprint.experts[layer]
-            assert experts is not None
+            experts = self.experts_of(layer)
             beside = f"{self.blueprint.prefix(layer)}{experts.module.rpartition('.')[0]}"
             for _, source in self.blueprint.within(beside):
                 shape = self.blueprint.headers[source.all_names[0]].shape
@@ -190,10 +189,15 @@ class Skeleton:
                     self._tails.append(calls.measure_tail(layer, call, index, state))
             return self._tails[0]
 
+    def experts_of(self, layer: int) -> Experts:
+        """The routed experts of a layer that has them."""
+        experts = self.blueprint.experts[layer]
+        assert experts is not None, f"layer {layer} has no routed experts"
+        return experts
+
     def stems(self, layer: int) -> tuple[Mapping[str, str], ...]:
         """By expert, what a release's tensors of each projection are named, with a dot at the end."""
-        experts = self.blueprint.experts[layer]
-        assert experts is not None
+        experts = self.experts_of(layer)
         if experts.separate:
             return tuple({part: name.removesuffix("weight") for part, name in names.items()}
                          for names in experts.separate)  # fmt: skip
@@ -203,8 +207,7 @@ class Skeleton:
 
     def experts_prefix(self, layer: int) -> str:
         """What the names of a layer's experts begin with in a release."""
-        experts = self.blueprint.experts[layer]
-        assert experts is not None
+        experts = self.experts_of(layer)
         if experts.stacked:
             return release_prefix(experts.stacked[DOWN])
         return experts.separate[0][DOWN].rpartition(".0.")[0] + "."

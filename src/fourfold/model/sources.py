@@ -24,7 +24,7 @@ from fourfold.formats.format import Format
 from fourfold.formats.patterns import check_patterns
 from fourfold.model.config import CONFIG, quantization
 from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.tensors import TensorIndex, raw_bytes, require_finite
+from fourfold.model.tensors import TensorIndex, raw_bytes
 
 BF16_BYTES = 2
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -167,10 +167,8 @@ class SourceIndex(TensorIndex):
         out[:] = raw_bytes(self.dequantized(name).to(torch.bfloat16))[start : start + len(out)]
 
     def dequantized(self, name: str, sha: hashlib._Hash | None = None) -> Tensor:
-        weight, parts = self.stored[name], {}
-        for role, part in weight.parts.items():
-            parts[role] = self.disk.read(part.name, sha=sha)
-            require_finite(parts[role], part.name)
+        weight = self.stored[name]
+        parts = {role: self.disk.read_finite(part.name, sha=sha) for role, part in weight.parts.items()}
         return weight.dequantize(parts).contiguous()
 
 

@@ -51,9 +51,9 @@ class TensorIndex(Headers):
                     sha.update(part)
         return out
 
-    def read_finite(self, name: str) -> Tensor:
+    def read_finite(self, name: str, *, out: Tensor | None = None, sha: hashlib._Hash | None = None) -> Tensor:
         """As `read`. Raises FourfoldError for NaN or Inf, too."""
-        value = self.read(name)
+        value = self.read(name, out=out, sha=sha)
         require_finite(value, name)
         return value
 

@@ -203,8 +203,7 @@ def _quantized_draft(wanted: Wanted, stack: tuple[int, ...], dense: DenseScheme,
 
 def _wanted_experts(skeleton: Skeleton, name: str, layer: int, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
     """What makes one tensor of the experts in memory: a stack on disk, or the projections one by one."""
-    experts = skeleton.blueprint.experts[layer]
-    assert experts is not None
+    experts = skeleton.experts_of(layer)
     projections = (DOWN,) if name.endswith("down_proj") else experts.projections[:-1]
     if experts.separate:
         for names in experts.separate:

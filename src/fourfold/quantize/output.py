@@ -128,8 +128,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
                 digests[header.name].update(chunk)
             tensors += [OutputTensor.of(name, given[name]) for name in names]
         elif claim.action is Action.QUANTIZE:
-            weight_NK = index.read(header.name, sha=digests[header.name])
-            require_finite(weight_NK, header.name)
+            weight_NK = index.read_finite(header.name, sha=digests[header.name])
             stored = round_weights({header.name: weight_NK}, plan.dense, plan.recipe).stored
             tensors += [OutputTensor.of(name, value) for name, value in stored.items()]
         elif claim.action is Action.SPLIT:

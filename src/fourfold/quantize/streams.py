@@ -19,7 +19,6 @@ from fourfold.model.head import (
     Ends,
     Head,
     build_head,
-    input_name,
     output_name,
     read_ends,
     read_matrix,
@@ -107,10 +106,8 @@ def embeddings(checkpoint: Checkpoint) -> Around:
 
     Raises FourfoldError for NaN or Inf in them.
     """
-    blueprint, read = checkpoint.blueprint, checkpoint.read_finite
-    checkpoint.read_buffers(read)
-    embedding_VD = read_matrix(blueprint, read, input_name(blueprint))
-    return Around(blueprint, read_ends(blueprint, read), torch.device("cpu"), embedding_VD=embedding_VD)
+    checkpoint.read_buffers(checkpoint.read_finite)
+    return checkpoint.around(torch.device("cpu"), torch.bfloat16, checkpoint.read_finite)
 
 
 def embedded(

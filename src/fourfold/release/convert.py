@@ -25,7 +25,7 @@ from fourfold.model.files import check_new, copy_file, dump, sidecars, write_tex
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
 from fourfold.model.sources import StoredWeight
-from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
@@ -159,8 +159,7 @@ def _codes(job: _Job, name: str) -> Iterator[memoryview]:
 
 
 def _scales(job: _Job, name: str) -> Iterator[memoryview]:
-    before = job.out.disk.read(name)
-    require_finite(before, name)
+    before = job.out.disk.read_finite(name)
     job.tick(before.nbytes)
     after = grid.stored(before.float(), "bf16")
     job.scales.add(before.float(), after)

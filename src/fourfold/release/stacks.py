@@ -12,7 +12,6 @@ from torch import Tensor
 from fourfold.datatypes import FourfoldError
 from fourfold.model.family import PROJECTIONS
 from fourfold.model.sources import StoredWeight
-from fourfold.model.tensors import require_finite
 from fourfold.release.conversion import Job
 
 DRAFT_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.")
@@ -85,8 +84,7 @@ def check_scales(job: Job, dtype: torch.dtype, title: str) -> None:
     """Raise FourfoldError unless a dtype holds every scale. Scales are small, so all are read before work begins."""
     for projection in job.out.projections.values():
         name = projection.name + job.before.scales
-        scale = job.out.disk.read(name)
-        require_finite(scale, name)
+        scale = job.out.disk.read_finite(name)
         wrong = scale.to(dtype).double() != scale.double()
         if wrong.any():
             kind = str(dtype).removeprefix("torch.")

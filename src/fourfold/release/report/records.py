@@ -90,8 +90,7 @@ class Records(Release):
         """Return the source's parameters, and those that one token uses in the text model without its draft head."""
         weights, shares = self.tensors.headers, dict[str, float]()
         for layer in self.routed:
-            if (experts := self.blueprint.experts[layer]) is not None:
-                shares[self.experts_prefix(layer)] = min(1.0, self.topk / experts.count)
+            shares[self.experts_prefix(layer)] = min(1.0, self.topk / self.experts_of(layer).count)
         apart, count, used = set(self.blueprint.drafts_among(weights)), 0, 0.0
         for name, header in weights.items():
             share = next((share for prefix, share in shares.items() if name.startswith(prefix)), None)

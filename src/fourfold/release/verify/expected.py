@@ -57,11 +57,9 @@ def _stored(release: Release, name: str, wanted: Wanted) -> Iterator[tuple[str, 
         return
     if len(wanted.shape) == 3:  # the source has a stack; the release a tensor for each expert
         assert wanted.layer is not None
-        experts = release.blueprint.experts[wanted.layer]
-        assert experts is not None
         for names in release.stems(wanted.layer):
             for part, stem in names.items():
-                one = dataclasses.replace(wanted, shape=experts.shape(part))
+                one = dataclasses.replace(wanted, shape=release.experts_of(wanted.layer).shape(part))
                 yield from _stored(release, f"{stem}weight", one)
         return
     outputs, inputs = wanted.shape

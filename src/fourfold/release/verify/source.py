@@ -74,8 +74,7 @@ def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin
 
 def _expert_origins(skeleton: Skeleton, header: TensorHeader, layer: int) -> Iterator[tuple[str, Origin]]:
     """What a tensor of routed experts became: projections by their name with a dot at its end."""
-    experts, stems = skeleton.blueprint.experts[layer], skeleton.stems(layer)
-    assert experts is not None
+    experts, stems = skeleton.experts_of(layer), skeleton.stems(layer)
     if experts.separate:
         yield header.name.removesuffix("weight"), Origin(name=header.name, start=0, shape=header.shape)
         return
