@@ -45,17 +45,7 @@ from fourfold.quantize.guide import (
 from fourfold.quantize.heap import keep_freed_memory
 from fourfold.quantize.identity import identify, refuse_changes
 from fourfold.quantize.job import Job, Texts
-from fourfold.quantize.journal import (
-    FINISHED,
-    STATE,
-    Journal,
-    check_out,
-    clear,
-    close,
-    hold,
-    log,
-    open_journal,
-)
+from fourfold.quantize.journal import FINISHED, STATE, Journal, check_out, clear, close, hold, log, open_journal
 from fourfold.quantize.linear import LayerLinear
 from fourfold.quantize.memory import device_budget, sweep_rows
 from fourfold.quantize.observe import Observed, observe, token_importance

@@ -14,15 +14,7 @@ from fourfold.core import metrics
 from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import Worker
 from fourfold.model.checkpoint import Checkpoint
-from fourfold.model.head import (
-    Around,
-    Ends,
-    Head,
-    build_head,
-    output_name,
-    read_ends,
-    read_matrix,
-)
+from fourfold.model.head import Around, Ends, Head, build_head, output_name, read_ends, read_matrix
 from fourfold.model.layer import DecoderLayer
 from fourfold.model.tensors import SLAB_ELEMENTS
 from fourfold.quantize.estimate import RTN_STEP

@@ -16,13 +16,7 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
-from fourfold.model.sources import (
-    SourceIndex,
-    StoredWeight,
-    layout_problems,
-    open_source,
-    readable_format,
-)
+from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE

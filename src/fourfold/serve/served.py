@@ -95,14 +95,13 @@ def describe(checkpoint: Checkpoint, name: str = "") -> Served:
     """Describe a checkpoint. Raises UnknownCache."""
     folder = checkpoint.folder
     return _served(
-        checkpoint, dict(_stored(checkpoint)), checkpoint.format, has_draft=checkpoint.has_draft_head, folder=folder,
-        name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
-        drafts_by_name=_drafts_by_name(checkpoint),
+        checkpoint, dict(_stored(checkpoint)), checkpoint.format, name=name or folder.resolve().name,
+        template=_template(folder), sampling=sampling(folder), drafts_by_name=_drafts_by_name(checkpoint),
     )  # fmt: skip
 
 
 def _drafts_by_name(checkpoint: Checkpoint) -> bool:
-    selection = checkpoint.format.selection(quantization(read_config(checkpoint.folder))) if checkpoint.format else None
+    selection = checkpoint.format.selection(checkpoint.settings) if checkpoint.format else None
     prefix = checkpoint.family.mtp_prefix
     if selection is None or not prefix:
         return False
@@ -113,7 +112,6 @@ def _drafts_by_name(checkpoint: Checkpoint) -> bool:
 
 def planned_served(plan: Plan) -> Served:
     """Describe the release that a plan makes. Raises UnknownCache."""
-    source = plan.source
     parts = {
         claim.header.name: Part(
             claim.bytes_after,
@@ -124,10 +122,8 @@ def planned_served(plan: Plan) -> Served:
         for claim in plan.claims
         if claim.tensors_after
     }
-    return _served(
-        source, parts, named(plan.recipe.format), has_draft=source.has_draft_head, folder=source.folder,
-        name=source.folder.name, template="", sampling={},
-    )  # fmt: skip
+    name = plan.source.folder.name
+    return _served(plan.source, parts, named(plan.recipe.format), name=name, template="", sampling={})
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
@@ -143,27 +139,25 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
         yield name, Part(stored.size_bytes, stored.bits, stored.inputs, group)
 
 
-def _served(
-    skeleton: Skeleton, parts: Mapping[str, Part], form: Format | None, *, has_draft: bool, **others: Any
-) -> Served:
-    """Describe a checkpoint of these tensors, by name. others: fields that do not depend on them."""
-    text, blueprint, prefix = skeleton.text, skeleton.blueprint, skeleton.family.mtp_prefix
+def _served(checkpoint: Checkpoint, parts: Mapping[str, Part], form: Format | None, **others: Any) -> Served:
+    """Describe a checkpoint with these tensors instead, by name. others: fields that do not depend on them."""
+    text, blueprint, prefix = checkpoint.text, checkpoint.blueprint, checkpoint.family.mtp_prefix
     draft = {name: part for name, part in parts.items() if prefix and name.startswith(prefix)}
     draft_bytes = sum(part.size_bytes for part in draft.values())
     head = blueprint.sources[output_name(blueprint)].all_names
     ends = {*blueprint.sources[input_name(blueprint)].all_names, *head}
     splits = {title: int(getattr(text, name)) for title, name in SPLIT.items() if getattr(text, name, None)}
     return Served(
-        model_type=skeleton.family.model_type, format=form,
+        folder=checkpoint.folder, model_type=checkpoint.family.model_type, format=form,
         group_size=max((part.group for name, part in parts.items() if part.bits and ".experts." in name), default=0),
-        expert_width=skeleton.widest.width, vision="vision_config" in skeleton.raw,
-        context=int(text.max_position_embeddings), draft_bytes=draft_bytes if has_draft else 0,
+        expert_width=checkpoint.widest.width, vision="vision_config" in checkpoint.raw,
+        context=int(text.max_position_embeddings), draft_bytes=draft_bytes if checkpoint.has_draft_head else 0,
         weight_bytes=sum(part.size_bytes for part in parts.values()) - draft_bytes,
         ends_bytes=sum(parts[name].size_bytes for name in ends if name in parts),
         int8=any(part.bits == 8 for part in parts.values()),
         quantized_head=any(parts[name].bits for name in head if name in parts),
         int4_drafts=any(part.bits == 4 and ".experts." in name for name, part in draft.items()),
-        geometry=_geometry(skeleton), splits=splits | dict(_split_groups(parts)), **others,
+        geometry=_geometry(checkpoint), splits=splits | dict(_split_groups(parts)), **others,
     )  # fmt: skip
 
 
