@@ -84,7 +84,7 @@ class Part(NamedTuple):
 
 
 def open_served(folder: Path, name: str = "") -> Served:
-    """Read any maker's checkpoint but for its checkpoint. name: for clients, by default the folder's own.
+    """Read any maker's checkpoint but for its weights. name: for clients, by default the folder's own.
 
     Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
