@@ -25,7 +25,7 @@ from quality import cpu_name
 from fourfold.core import metrics
 from fourfold.datatypes import Rows
 from fourfold.distributed.devices import Machine
-from fourfold.model.weights import Weights
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize import calibrate
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.run import quantize
@@ -41,13 +41,13 @@ WINDOW = 512
 FIGURES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement")
 
 
-def behind_layers(weights: Weights, token_RT: torch.Tensor, compute: Compute) -> Rows:
+def behind_layers(weights: Checkpoint, token_RT: torch.Tensor, compute: Compute) -> Rows:
     rows = embed(weights, token_RT, compute)
     sweep_((weights,), (rows,), compute, lambda layer: nullcontext(lambda count: None))
     return Rows(token_RT, rows.hidden_RTD.float())
 
 
-def measure(source: Weights, releases: dict[str, Weights], token_RT: torch.Tensor) -> dict[str, Any]:
+def measure(source: Checkpoint, releases: dict[str, Checkpoint], token_RT: torch.Tensor) -> dict[str, Any]:
     """Figures of each release, and of the source in BF16, against the source in fp32."""
     exact, head = Compute(CPU, FP32), source.head(CPU, FP32)
     reference = behind_layers(source, token_RT, exact)
@@ -66,13 +66,13 @@ def run(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, recipe in recipes.items():
             quantize(model, Path(folder) / name, recipe, machine=Machine(memory_bytes=2**33))
-        source = Weights.open(model)
-        releases = {name: Weights.open(Path(folder) / name, source.skeleton) for name in recipes}
+        source = Checkpoint.open(model)
+        releases = {name: Checkpoint.open(Path(folder) / name, source) for name in recipes}
         heldout = Heldout(windows=options.windows, length=WINDOW)
         text = calibrate.heldout_windows(heldout, calibrate.load_tokenizer(model), fewer=True, sizes="--windows")
         figures = measure(source, releases, text.token_RT)
         bytes_by_release = {
-            name: sum(header.size_bytes for header in weights.index.disk.headers.values())
+            name: sum(header.size_bytes for header in weights.disk.headers.values())
             for name, weights in releases.items()
         }
         result = {"figures": figures, "bytes": bytes_by_release, "windows": len(text.token_RT), "window": WINDOW}

@@ -37,7 +37,7 @@ from quality import EXAMPLE, ROOT, ROW_TOKENS, Text, cpu_name, mean_of_seeds, sh
 from torch import Tensor, nn
 
 from fourfold.core import metrics
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe, load_recipe
@@ -147,7 +147,7 @@ class Bench:
         self.llama, self.source = LlamaCpp(ENGINE), Source.open(model)
         self.text = Text(model, "wikitext-2-test", windows)
         self.tokenizer = calibrate.load_tokenizer(model)
-        self.head_VV = torch.eye(Skeleton.open(model).vocabulary)  # logits are compared as they are
+        self.head_VV = torch.eye(Checkpoint.open_source(model).vocabulary)  # logits are compared as they are
         self.base: list[Tensor] = []
 
     def recipe(self, preset: str, seed: int) -> Recipe:
@@ -217,7 +217,7 @@ class Bench:
 
 
 def record(bench: Bench, runs: list[Mapping[str, Any]], means: list[Mapping[str, Any]]) -> dict[str, Any]:
-    heldout, skeleton = bench.text.heldout, Skeleton.open(bench.model)
+    heldout, skeleton = bench.text.heldout, Checkpoint.open_source(bench.model)
     return {
         "command": shlex.join(["python", "benchmarks/gguf_quality.py", *map(shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from fourfold.core import gptq, grid, metrics, moments
 from fourfold.datatypes import Event
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize import guide, site, solve, streams
 from fourfold.quantize.run import quantize
 

@@ -63,7 +63,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.datatypes import Event
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
 from fourfold.recipe import GROUP_SIZES, HELDOUT_TEXTS, Recipe, load_recipe
@@ -181,7 +181,7 @@ class Bench:
 
     def __init__(self, model: Path, cache: Path, texts: Sequence[Text], fallback_share: float | None = None) -> None:
         self.model, self.cache, self.texts = model, cache, texts
-        self.skeleton = Skeleton.open(model)
+        self.skeleton = Checkpoint.open_source(model)
         mean_load = self.skeleton.topk / self.skeleton.experts
         self.fallback_share = FALLBACK * mean_load if fallback_share is None else fallback_share
         widths = self.skeleton.widest.hidden, self.skeleton.widest.width

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from gemm_rate import machine
 
-from fourfold.model.checkpoint import raw_bytes
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import raw_bytes
 from fourfold.recipe import load_recipe
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen3.6-moe"

@@ -33,13 +33,12 @@ from fourfold.core import fidelity, grid
 from fourfold.datatypes import Method, ProjectionStatistics, QuantizedGroup
 from fourfold.formats import named
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.files import copy_file, dump, write_text
 from fourfold.model.headers import INDEX_NAME
-from fourfold.model.layer import read_layer
 from fourfold.model.shards import OutputTensor, write_shard
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import TensorIndex, raw_bytes
 from fourfold.quantize import output
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json, peak_memory
@@ -108,22 +107,22 @@ def make_release(source: Path, out: Path, preset: str) -> None:
         shards[rest.shard] = {"bytes": record.size_bytes, "sha256": record.sha256}
     for name in TOKENIZER:
         copy_file(source / name, out / name)
-    drafts = draft_prefixes(plan.skeleton, plan.index.headers)
+    drafts = draft_prefixes(plan.source, plan.source.headers)
     settings = {"quantization_config": named(recipe.format).quantization_config(recipe.scheme.group, drafts)}
-    write_text(out / "config.json", dump({**plan.skeleton.raw, **settings}))
+    write_text(out / "config.json", dump({**plan.source.raw, **settings}))
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_log(out / "quant_log.csv", rows)
     write_text(out / INDEX_NAME, index_json(TensorIndex.open_shards(out, shards)))
-    identity = {"recipe": recipe.digest(), "source": source_digest(plan.index), "calibration": "", "heldout": "",
+    identity = {"recipe": recipe.digest(), "source": source_digest(plan.source), "calibration": "", "heldout": "",
                 "layers": f"0-{len(plan.layers) - 1}"}  # fmt: skip
     state = {
         "fourfold": fourfold.__version__,
         "partial": False,
-        "identity": identity | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.index)}},
+        "identity": identity | {"parts": {"recipe": recipe.values(), "source": source_parts(plan.source)}},
         "recipe": recipe.name,
         "format": recipe.format,
-        "source": {"headers": plan.index.digest, "content": ""},
-        "source_tensor_bytes": sum(header.size_bytes for header in plan.index.headers.values()),
+        "source": {"headers": plan.source.digest, "content": ""},
+        "source_tensor_bytes": sum(header.size_bytes for header in plan.source.headers.values()),
         "output": {"content": "", "shards": shards, "tensor_bytes": plan.disk.tensor_bytes},
         "calibration": {"rows": 0, "length": 0, "sources": [], "notes": []},
         "projections": len(rows),
@@ -135,12 +134,12 @@ def make_release(source: Path, out: Path, preset: str) -> None:
 
 def write_layer(plan: Plan, layer: LayerPlan, out: Path) -> tuple[Any, list[ProjectionStatistics]]:
     names = [claim.header.name for claim in layer.claims if ".experts." not in claim.header.name]
-    read = read_layer(plan.index, plan.skeleton, layer.index, names)
-    stems, scheme, form = plan.skeleton.stems(layer.index), plan.recipe.scheme, named(plan.recipe.format)
+    read = plan.source.read_layer(layer.index, names)
+    stems, scheme, form = plan.source.stems(layer.index), plan.recipe.scheme, named(plan.recipe.format)
     tensors = dict(read.kept)
     assert read.gate_up_ENK is not None and read.down_ENK is not None
     rows = []
-    for expert in range(plan.skeleton.experts):
+    for expert in range(plan.source.experts):
         gate_NK, up_NK = read.gate_up_ENK[expert].chunk(2)
         for projection, weight_NK in ((GATE, gate_NK), (UP, up_NK), (DOWN, read.down_ENK[expert])):
             stored, error = round_projection(weight_NK, grid_of(scheme), form)

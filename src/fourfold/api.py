@@ -326,11 +326,11 @@ def _require_derived(folder: Path, derived: bool) -> None:
 def _rehearse(folder: Path, progress: Progress) -> None:
     """Run a small copy of an architecture without tests. Raises FourfoldError if it differs from transformers."""
     if _family(folder).derived:
+        from fourfold.model.checkpoint import Checkpoint
         from fourfold.model.rehearsal import rehearse
-        from fourfold.model.skeleton import Skeleton
 
         progress(Event(kind="stage", stage="rehearse"))
-        rehearse(Skeleton.open(folder))
+        rehearse(Checkpoint.open_source(folder))
 
 
 def follows() -> bool:

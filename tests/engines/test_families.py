@@ -20,9 +20,9 @@ import family_releases
 import releases
 from fourfold.model.family import FAMILIES, VLLM, VLLM_LOADS
 from fourfold.records.results import Status
+from fourfold.release.release import Release
 from fourfold.release.verify import vllm
 from fourfold.release.verify.engine import Engine, environment
-from fourfold.release.verify.folder import open_release
 
 pytestmark = pytest.mark.engine
 
@@ -92,7 +92,7 @@ def ran(folders: dict[str, Path], python: Find, tmp_path_factory: pytest.TempPat
     engine = Engine(
         name="vllm", python=python("vllm"), logs=logs, limit_seconds=1800, environment=environment(logs / "cache")
     )
-    stored = {name: open_release(path).reference for name, path in folders.items() if "twin" not in name}
+    stored = {name: Release.open(path).reference for name, path in folders.items() if "twin" not in name}
     for name in TWINS:
         stored[f"{name} twin"] = stored[name]
     requests = [

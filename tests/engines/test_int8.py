@@ -12,10 +12,10 @@ import transformers
 
 import releases
 from command_line import invoke
+from fourfold.release.release import Release
 from fourfold.release.verify import run as verify
 from fourfold.release.verify import vllm
 from fourfold.release.verify.engine import Engine, environment
-from fourfold.release.verify.folder import open_release
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def test_vllm_computes_what_the_weights_say(made: Make, twin: Path, python: Find
     cache = environment(tmp_path / "cache")
     engine = Engine(name="vllm", python=python("vllm"), logs=tmp_path, limit_seconds=900, environment=cache)
     outs = [made(CT, "compact"), made(GPTQ, "compact"), made(CT, "compact", INT8_DRAFT)]
-    prompts = verify.prompts(open_release(outs[0]))
+    prompts = verify.prompts(Release.open(outs[0]))
     asked = [vllm.request(one, prompts, draft_tokens=vllm.DRAFT_TOKENS, exact_experts=True) for one in [*outs, twin]]
     *answers, wanted = vllm.ask_each(engine, asked, "int8")
     assert not wanted.failure, wanted.failure
@@ -65,7 +65,7 @@ def test_sglang_loads_it_and_drafts_with_a_bf16_head_alone(made: Make, python: F
 @torch.no_grad()
 def test_transformers_gives_the_same_bits(made: Make, twin: Path) -> None:
     release = made(CT, "compact")
-    token_1T = torch.tensor(verify.prompts(open_release(release))[:1])
+    token_1T = torch.tensor(verify.prompts(Release.open(release))[:1])
     kind = transformers.AutoModelForImageTextToText
     models = [kind.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in (release, twin)]
     first, second = (model(input_ids=token_1T, use_cache=False).logits for model in models)

@@ -18,10 +18,10 @@ from torch import Tensor
 import releases
 from broken import Copy
 from fourfold.records.results import Check, Status
+from fourfold.release.release import Release
 from fourfold.release.verify import run as verify
 from fourfold.release.verify import vllm
 from fourfold.release.verify.engine import Engine, environment
-from fourfold.release.verify.folder import open_release
 from fourfold.release.verify.load import Loaded, judge_load
 
 pytestmark = pytest.mark.engine
@@ -41,7 +41,7 @@ def engine(python: Find, tmp_path: Path) -> Engine:
 
 
 def ask(engine: Engine, folder: Path, title: str, **options: Any) -> vllm.Answer:
-    return vllm.ask(engine, folder, verify.prompts(open_release(folder)), title, **options)
+    return vllm.ask(engine, folder, verify.prompts(Release.open(folder)), title, **options)
 
 
 def failed(out: Path) -> set[str]:
@@ -139,7 +139,7 @@ def test_what_vllm_leaves_unwritten_without_an_error(copy: Broken, engine: Engin
     out = copy(CT).tensors(change).folder
     answer = ask(engine, out, "broken", draft_tokens=vllm.DRAFT_TOKENS, noise=True)
     assert not answer.failure, answer.failure  # it loads, and runs
-    stored = vllm.check_reference(answer.content, open_release(out).reference)
+    stored = vllm.check_reference(answer.content, Release.open(out).reference)
     assert stored.status is Status.FAIL and stored.data["mean"] > 1.5 * stored.data["limit"], stored
     check = vllm.check_written(answer)
     assert check.status is Status.FAIL
@@ -158,7 +158,7 @@ def test_dynamic_without_the_mtp_rule(copy: Broken, engine: Engine) -> None:
     out = release.folder
     answer = ask(engine, out, "broken", draft_tokens=vllm.DRAFT_TOKENS)
     runs = vllm.Runs(plain=answer, drafting=answer, source=None)
-    (check, *rest) = vllm.checks(runs, 0.001, open_release(out).reference)
+    (check, *rest) = vllm.checks(runs, 0.001, Release.open(out).reference)
     assert check.status is Status.FAIL
     assert "has no parameter 'w2_weight'" in check.evidence
     assert {other.status for other in rest} == {Status.NOT_RUN}
@@ -191,7 +191,7 @@ def test_a_truncated_shard(copy: Broken, python: Find, example_model: Path) -> N
 
 def test_the_exact_kernel_agrees_with_vllms_own(made: Made, engine: Engine) -> None:
     """The one that stands in where vLLM has no int4 kernel for the CPU."""
-    reference = open_release(made(GPTQ)).reference
+    reference = Release.open(made(GPTQ)).reference
     assert reference is not None
     exact = ask(engine, made(GPTQ), "exact", exact_experts=True)
     assert not exact.failure, exact.failure

@@ -23,8 +23,8 @@ from fourfold import formats
 from fourfold.core import grid, pack
 from fourfold.datatypes import QuantizedGroup
 from fourfold.formats.format import Format, MoreModules
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.family import split_names
+from fourfold.model.family import split_stack
+from fourfold.model.tensors import TensorIndex
 
 FORMATS, (CT, *GPTQ_FORMATS) = formats.FORMATS, formats.FORMATS
 DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -224,7 +224,7 @@ def test_config_selects_routed_experts_alone(format: Format, example_model: Path
     names = {name.removesuffix(".weight") for name in index.headers}
     for stack in [name for name in names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         names.remove(stack)
-        names |= {part.removesuffix(".weight") for part, *_ in split_names(stack, index.headers[stack].shape)}
+        names |= {part.removesuffix(".weight") for part, *_ in split_stack(stack, index.headers[stack].shape)}
     routed = {name for name in names if name.startswith("model.language_model.layers.") and ".mlp.experts." in name}
     kept = ("self_attn", "linear_attn", "shared_expert.", "mlp.gate", "lm_head", "visual", "mtp.layers.0.mlp.experts")
     for part in kept:

@@ -19,9 +19,9 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model import calls, internals, loader, rehearsal
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.blueprint import Blueprint
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.family import DOWN, GATE, UP
-from fourfold.model.weights import Weights
+from fourfold.model.tensors import TensorIndex
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROWS, TOKENS = 3, 24  # tokens: more than an indexer's or a window's size
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Tiny:
     """A tiny checkpoint on disk."""
 
     index: TensorIndex
@@ -45,15 +45,15 @@ class Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Checkpoint]]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tiny]]:
     """The tiny checkpoint of a family, made once."""
-    made: dict[str, Checkpoint] = {}
+    made: dict[str, Tiny] = {}
 
-    def make(family: str) -> Checkpoint:
+    def make(family: str) -> Tiny:
         if family not in made:
             folder = tiny(tmp_path_factory.mktemp(family), family)
             raw = json.loads((folder / "config.json").read_text())
-            made[family] = Checkpoint(TensorIndex.open(folder), raw)
+            made[family] = Tiny(TensorIndex.open(folder), raw)
         return made[family]
 
     yield make
@@ -74,7 +74,7 @@ class Pass:
 
 
 @torch.no_grad()
-def layer_by_layer(checkpoint: Checkpoint, blueprint: Blueprint, tail: bool = False, dtype: torch.dtype = BF16) -> Pass:
+def layer_by_layer(checkpoint: Tiny, blueprint: Blueprint, tail: bool = False, dtype: torch.dtype = BF16) -> Pass:
     """From the files, one layer in memory at a time. tail: measure it as well."""
     layerwise.load_surroundings_(blueprint, checkpoint.read, CPU, dtype)
     recorded = calls.record(blueprint, tokens())
@@ -97,7 +97,7 @@ def layer_by_layer(checkpoint: Checkpoint, blueprint: Blueprint, tail: bool = Fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_is_the_whole_model(family: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_layer_by_layer_is_the_whole_model(family: str, checkpoint: Callable[[str], Tiny]) -> None:
     case, source = FAMILIES[family], checkpoint(family)
     blueprint = source.blueprint
     layerwise.require_whole(blueprint)
@@ -116,7 +116,7 @@ def test_layer_by_layer_is_the_whole_model(family: str, checkpoint: Callable[[st
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "glm5_next"])
-def test_fp32_is_the_whole_model_in_fp32(family: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_fp32_is_the_whole_model_in_fp32(family: str, checkpoint: Callable[[str], Tiny]) -> None:
     source = checkpoint(family)
     expected = rehearsal.run_whole(source.blueprint, tokens(), torch.float32)
     ours = layer_by_layer(source, source.blueprint, dtype=torch.float32)
@@ -135,13 +135,13 @@ ALONE = ("gpt_oss",)  # that `quantize` refuses: biases
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALONE])
-def test_experts_in_one_batch_are_the_whole_models(family: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_experts_in_one_batch_are_the_whole_models(family: str, checkpoint: Callable[[str], Tiny]) -> None:
     """What `quantize` runs, one layer after the other, each from the whole model's own state before it: BF16 noise.
 
     The experts' output is added last, where transformers adds it to that of shared experts first.
     """
-    weights = Weights.open(checkpoint(family).index.folder)
-    expected = rehearsal.run_whole(weights.skeleton.blueprint, tokens())
+    weights = Checkpoint.open(checkpoint(family).index.folder)
+    expected = rehearsal.run_whole(weights.blueprint, tokens())
     for off, place in rehearsal.differences(weights, expected, tokens()):
         assert off < rehearsal.NOISE, place
 
@@ -149,7 +149,7 @@ def test_experts_in_one_batch_are_the_whole_models(family: str, checkpoint: Call
 # --- what a blueprint says --------------------------------------------------------------------------------------------
 
 
-def test_experts_are_placed_by_the_converter(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_experts_are_placed_by_the_converter(checkpoint: Callable[[str], Tiny]) -> None:
     mixtral, inkling, step = (
         checkpoint(name).blueprint.experts[-1] for name in ("mixtral", "inkling_mm_model", "step3p7")
     )
@@ -164,7 +164,7 @@ def test_experts_are_placed_by_the_converter(checkpoint: Callable[[str], Checkpo
     }
 
 
-def test_experts_without_gate_have_two_projections(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_experts_without_gate_have_two_projections(checkpoint: Callable[[str], Tiny]) -> None:
     experts = checkpoint("nemotron_h+latent").blueprint.experts
     assert [one is not None for one in experts] == [False, True, False, True, False, True]
     one = experts[1]
@@ -173,7 +173,7 @@ def test_experts_without_gate_have_two_projections(checkpoint: Callable[[str], C
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-def test_experts_are_read_into_their_place(dtype: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_experts_are_read_into_their_place(dtype: str, checkpoint: Callable[[str], Tiny]) -> None:
     """Without a copy where the dtype on disk is the model's."""
     source = checkpoint("qwen3_moe")
     names = layerwise.disk_names(source.blueprint, "model.layers.1.mlp.experts.")
@@ -192,7 +192,7 @@ def test_experts_are_read_into_their_place(dtype: str, checkpoint: Callable[[str
     assert len(places) == 24 and all((out is not None) == (dtype == "BF16") for out in places)
 
 
-def test_the_class_is_found_without_architectures(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_the_class_is_found_without_architectures(checkpoint: Callable[[str], Tiny]) -> None:
     source = checkpoint("qwen3_5_moe")
     raw = {key: value for key, value in source.raw.items() if key != "architectures"}
     found = Blueprint.of(raw, source.index.headers, source.index.folder / "config.json")
@@ -232,9 +232,7 @@ def test_a_layer_like_the_others_is_no_draft() -> None:
         assert (blueprint.drafts, blueprint.unknown) == (drafts, unknown)
 
 
-def test_calls_with_token_ids_are_found(
-    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_with_token_ids_are_found(checkpoint: Callable[[str], Tiny], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the ids are handed on as they are; where they are not, calls vary with the text."""
     for family, ids in (("deepseek_v4", {"input_ids"}), ("qwen4_exp", {"ple_input_ids"}), ("qwen3_moe", set())):
         source = checkpoint(family)
@@ -248,7 +246,7 @@ def test_calls_with_token_ids_are_found(
             assert calls.varies(blueprint, tokens(rows=1)) is bool(ids), family
 
 
-def test_one_row_gives_the_same_calls(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_one_row_gives_the_same_calls(checkpoint: Callable[[str], Tiny]) -> None:
     """A state of one row unpacks neither as a pair nor as three values."""
     for family in ("qwen3_moe", "glm_moe_dsa", "zaya"):
         source = checkpoint(family)
@@ -288,7 +286,7 @@ def header(name: str, shape: tuple[int, ...]) -> TensorHeader:
     return TensorHeader(name=name, dtype="BF16", shape=shape, shard="model.safetensors", start_byte=0, end_byte=size)
 
 
-def changed(source: Checkpoint, more: Mapping[str, tuple[int, ...]], without: str = "") -> Blueprint:
+def changed(source: Tiny, more: Mapping[str, tuple[int, ...]], without: str = "") -> Blueprint:
     """The blueprint of a checkpoint with other headers."""
     headers = {name: value for name, value in source.index.headers.items() if name != without}
     headers |= {name: header(name, shape) for name, shape in more.items()}
@@ -309,7 +307,7 @@ def test_families_with_code_of_their_own_are_refused(family: str, expected: str)
         Blueprint.of(settings(family)[1], {}, Path("config.json"))
 
 
-def test_state_that_skips_layers_is_refused(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_state_that_skips_layers_is_refused(checkpoint: Callable[[str], Tiny]) -> None:
     source = checkpoint("inkling2")
     blueprint = source.blueprint
     layerwise.load_surroundings_(blueprint, source.read, CPU)
@@ -337,7 +335,7 @@ def test_state_that_skips_layers_is_refused(checkpoint: Callable[[str], Checkpoi
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(
-    more: Mapping[str, tuple[int, ...]], without: str, expected: str, checkpoint: Callable[[str], Checkpoint]
+    more: Mapping[str, tuple[int, ...]], without: str, expected: str, checkpoint: Callable[[str], Tiny]
 ) -> None:
     with pytest.raises(FourfoldError, match=expected):
         layerwise.require_whole(changed(checkpoint("qwen3_moe"), more, without))
@@ -375,7 +373,7 @@ def stack_alone(headers: dict[str, TensorHeader]) -> None:
     ids=["one expert", "one projection", "all experts", "one stack"],
 )
 def test_missing_experts_are_named(
-    change: Callable[[dict[str, TensorHeader]], object], expected: str, checkpoint: Callable[[str], Checkpoint]
+    change: Callable[[dict[str, TensorHeader]], object], expected: str, checkpoint: Callable[[str], Tiny]
 ) -> None:
     source = checkpoint("qwen3_moe")
     headers = dict(source.index.headers)
@@ -397,7 +395,7 @@ def test_missing_experts_are_named(
     ],
 )
 def test_a_config_of_another_size_is_refused(
-    settings: Mapping[str, int], expected: str, checkpoint: Callable[[str], Checkpoint]
+    settings: Mapping[str, int], expected: str, checkpoint: Callable[[str], Tiny]
 ) -> None:
     source = checkpoint("qwen3_moe")
     with pytest.raises(FourfoldError, match=expected):
@@ -405,7 +403,7 @@ def test_a_config_of_another_size_is_refused(
 
 
 def test_too_many_layers_are_refused_before_one_is_built(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]
 ) -> None:
     source = checkpoint("qwen3_5_moe")
     raw = json.loads(json.dumps(source.raw))
@@ -441,23 +439,21 @@ def swap_halves(gate_up_SN: Tensor) -> Tensor:
     return torch.cat(gate_up_SN.chunk(2, dim=-1)[::-1], dim=-1)
 
 
-def test_a_swapped_gate_and_up_is_seen(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]
-) -> None:
+def test_a_swapped_gate_and_up_is_seen(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]) -> None:
     hidden = Arithmetic.hidden
     monkeypatch.setattr(Arithmetic, "hidden", lambda self, rows: hidden(self, swap_halves(rows)))
     assert differs(checkpoint("qwen3_moe"))
 
 
 def test_swapped_names_of_gate_and_up_are_seen(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]
 ) -> None:
     monkeypatch.setattr("fourfold.model.experts.Experts.projections", (UP, GATE, DOWN))
     assert differs(checkpoint("mixtral"))
 
 
 def test_an_interleaved_stack_read_as_concatenated_is_seen(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]
 ) -> None:
     def canonical(self: Arithmetic, name: str, stack: Tensor) -> Tensor:
         return stack if name.endswith("_bias") else stack.transpose(1, 2)
@@ -466,14 +462,12 @@ def test_an_interleaved_stack_read_as_concatenated_is_seen(
     assert differs(checkpoint("gpt_oss"))
 
 
-def test_a_router_bias_cast_to_bf16_is_seen(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]
-) -> None:
+def test_a_router_bias_cast_to_bf16_is_seen(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]) -> None:
     monkeypatch.setattr(internals.Mapper, "dtype", lambda self, name: torch.bfloat16)
     assert differs(checkpoint("lfm2_moe"))
 
 
-def test_a_dropped_carry_is_seen(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_a_dropped_carry_is_seen(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Tiny]) -> None:
     pass_layer, first = calls.pass_layer, []
 
     def stale(*given: Any) -> tuple[Tensor, calls.Carried]:
@@ -486,7 +480,7 @@ def test_a_dropped_carry_is_seen(monkeypatch: pytest.MonkeyPatch, checkpoint: Ca
 
 
 @torch.no_grad()
-def differs(source: Checkpoint) -> bool:
+def differs(source: Tiny) -> bool:
     """Whether logits layer by layer are others than the whole model's."""
     blueprint = source.blueprint
     ours = layer_by_layer(source, blueprint).logits
@@ -494,7 +488,7 @@ def differs(source: Checkpoint) -> bool:
 
 
 @torch.no_grad()
-def test_a_constant_taken_as_one_is_seen(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_a_constant_taken_as_one_is_seen(checkpoint: Callable[[str], Tiny]) -> None:
     source = checkpoint("cohere2_moe")
     blueprint = source.blueprint
     layerwise.load_surroundings_(blueprint, source.read, CPU)

@@ -25,8 +25,8 @@ from safetensors.torch import save
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model import hub
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.hub import resolve_model
+from fourfold.model.tensors import TensorIndex
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"

@@ -11,9 +11,8 @@ from torch import Tensor
 import checkpoints
 import releases
 from fourfold.datatypes import FourfoldError
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.mtp import Drafts, read_draft_head
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_DIM, TOPK, EXPERTS = 4, 2, 32, 2, 4  # of checkpoints.tiny
@@ -94,8 +93,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.tiny(tmp_path_factory.mktemp("mtp") / "model")
 
 
-def opened(folder: Path) -> Weights:
-    return Weights.open(folder, Skeleton.open(folder))
+def opened(folder: Path) -> Checkpoint:
+    return Checkpoint.open(folder)
 
 
 @torch.no_grad()
@@ -146,8 +145,8 @@ def test_experts_fused_or_one_by_one_are_the_same_head(model: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_without_a_draft_head_says_so(tmp_path: Path) -> None:
-    assert not opened(checkpoints.tiny(tmp_path / "bare", mtp=None)).has_draft
-    assert not opened(checkpoints.tiny(tmp_path / "text", family="qwen3_moe")).has_draft
+    assert not opened(checkpoints.tiny(tmp_path / "bare", mtp=None)).has_draft_head
+    assert not opened(checkpoints.tiny(tmp_path / "text", family="qwen3_moe")).has_draft_head
 
 
 def test_half_a_draft_head_is_an_error(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.nextn import nextn_names, read_nextn_head
-from fourfold.model.weights import Weights
 from nextn import LAYERS, with_nextn
 
 CPU = torch.device("cpu")
@@ -49,8 +49,8 @@ def by_hand(whole: Any, joined: Mapping[str, Tensor], hidden_TD: Tensor, token_T
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 def test_the_step_is_that_of_the_report(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = with_nextn(tmp_path, family, monkeypatch)
-    weights = Weights.open(tmp_path)
-    names = nextn_names(weights.skeleton)
+    weights = Checkpoint.open(tmp_path)
+    names = nextn_names(weights)
     head = read_nextn_head(weights, names, CPU, torch.float32)
     generator = torch.Generator().manual_seed(3)
     token_RT = torch.randint(3, 480, (2, 20), generator=generator)
@@ -68,10 +68,10 @@ def test_heads_that_are_built_otherwise_are_not_run(tmp_path: Path, monkeypatch:
     with_nextn(tmp_path, "glm4_moe", monkeypatch)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    assert nextn_names(Weights.open(tmp_path).skeleton)
+    assert nextn_names(Checkpoint.open(tmp_path))
     for name in ("enorm.weight", "shared_head.norm.weight"):
         save_file({key: value for key, value in tensors.items() if not key.endswith(f"4.{name}")}, path)
-        assert not nextn_names(Weights.open(tmp_path).skeleton), name
+        assert not nextn_names(Checkpoint.open(tmp_path)), name
     second = {"model.layers.5.eh_proj.weight": tensors["model.layers.4.eh_proj.weight"].clone()}
     save_file(tensors | second, path)
-    assert not nextn_names(Weights.open(tmp_path).skeleton)  # two heads
+    assert not nextn_names(Checkpoint.open(tmp_path))  # two heads

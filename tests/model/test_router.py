@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import families
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.router import decides, find_router
-from fourfold.model.skeleton import Skeleton
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from fourfold.model.skeleton import Skeleton
     ],
 )
 def test_routers_are_found_by_what_they_choose(tmp_path: Path, family: str, router: str) -> None:
-    found = find_router(Skeleton.open(families.tiny(tmp_path, family)))
+    found = find_router(Checkpoint.open_source(families.tiny(tmp_path, family)))
     assert found.endswith(router) if router else not found
 
 
@@ -38,7 +38,7 @@ def test_a_router_with_groups_of_experts_is_none(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1, "num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config | groups), encoding="utf-8")
-    assert find_router(Skeleton.open(folder)) == ""
+    assert find_router(Checkpoint.open_source(folder)) == ""
 
 
 def softmax_router(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.files import copy_file, write_bytes, write_text
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -94,7 +95,11 @@ def test_tensors_stream_from_another_checkpoint(tmp_path: Path) -> None:
     write_shard(
         out,
         "x.safetensors",
-        [OutputTensor.copied(index, "a", "new.a"), OutputTensor.copied(index, "b"), OutputTensor.copied(index, "c")],
+        [
+            OutputTensor.copied(index.header("a"), partial(index.chunks, "a"), "new.a"),
+            OutputTensor.copied(index.header("b"), partial(index.chunks, "b")),
+            OutputTensor.copied(index.header("c"), partial(index.chunks, "c")),
+        ],
     )
     copied = load_file(out / "x.safetensors")
     assert raw_bytes(copied["new.a"]) == raw_bytes(values["a"])
@@ -251,7 +256,7 @@ def test_failing_source_leaves_nothing(tmp_path: Path) -> None:
     index = TensorIndex.open(source)
     os.truncate(source / "model.safetensors", 500)
     with pytest.raises(FourfoldError, match=r"source/model\.safetensors: tensor 'a' could not be read"):
-        write_shard(out, "x.safetensors", [OutputTensor.copied(index, "a")])
+        write_shard(out, "x.safetensors", [OutputTensor.copied(index.header("a"), partial(index.chunks, "a"))])
     assert not list(out.iterdir())
 
 

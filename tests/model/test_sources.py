@@ -16,8 +16,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fourfold.datatypes import FourfoldError, QuantizedGroup
 from fourfold.formats import COMPRESSED_TENSORS
-from fourfold.model.checkpoint import raw_bytes
 from fourfold.model.sources import SourceIndex, open_source
+from fourfold.model.tensors import raw_bytes
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 16]}
 INT4 = {
@@ -83,7 +83,10 @@ def test_int4_is_codes_times_scales(tmp_path: Path) -> None:
     index = source(tmp_path, stored, INT4)
     assert list(index.headers) == ["a.weight"]
     wanted = codes[0].double() * scales[0].double().repeat_interleave(8, dim=1)
-    assert torch.equal(index.read("a.weight"), wanted.float().to(torch.bfloat16))
+    sha = hashlib.sha256()
+    assert torch.equal(index.read("a.weight", sha=sha), wanted.float().to(torch.bfloat16))
+    parts = [stored[f"a.{name}"] for name in ("weight_packed", "weight_scale", "weight_shape")]
+    assert sha.digest() == hashlib.sha256(b"".join(map(raw_bytes, parts))).digest()  # in every process
 
 
 def test_every_way_of_reading_gives_the_same(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from fourfold.model.family import FAMILIES, TRANSFORMERS, Family
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.run import quantize
 from fourfold.recipe import Recipe
+from fourfold.release.release import Release
 from fourfold.release.report.about import About
 from fourfold.release.report.recommend import recommend
 from fourfold.release.report.write import write
-from fourfold.release.verify.folder import open_release
 from fourfold.release.verify.source import OVER_RTN
 from nextn import with_nextn
 
@@ -84,8 +84,8 @@ def test_every_family_has_a_case() -> None:
 def test_a_plan_claims_every_tensor_once(source: Make, recipe: Recipes, name: str) -> None:
     plan = make_plan(source(name), recipe())
     claimed = [claim.header.name for part in plan.parts for claim in part.claims]
-    assert sorted(claimed) == sorted(plan.index.headers)
-    experts = [one for one in plan.skeleton.blueprint.experts if one is not None]
+    assert sorted(claimed) == sorted(plan.source.headers)
+    experts = [one for one in plan.source.blueprint.experts if one is not None]
     assert plan.projections == sum(one.count * len(one.projections) for one in experts)
 
 
@@ -128,7 +128,7 @@ def test_transformers_loads_a_release_or_the_card_says_why_not(release: Make, tm
     """Through its own decompression. The families are those that docs/models.md names, no more and no less."""
     out, (model_class, _) = release(name), families.settings(name)
     equal = transformers_equals(out, family_releases.make_twin(tmp_path / "twin", out), model_class)
-    problem = open_release(out).transformers_problem
+    problem = Release.open(out).transformers_problem
     assert equal == (not problem) == (TRANSFORMERS in FAMILIES[name.partition("+")[0]].proven), problem
     assert TRANSFORMERS.endswith(transformers.__version__.rpartition(".")[0])
 
@@ -282,7 +282,7 @@ def test_an_int4_release_can_be_quantized_again(source: Make, recipe: Recipes, t
     quantize(model, tmp_path / "once", recipe())
     plan = make_plan(tmp_path / "once", recipe())
     assert any("quantized a second time" in warning for warning in plan.warnings)
-    assert plan.index.kind == "int4" and plan.index.format is COMPRESSED_TENSORS
+    assert plan.source.kind == "int4" and plan.source.format is COMPRESSED_TENSORS
     assert all(claim.header.dtype == "BF16" for part in plan.parts for claim in part.claims
                if claim.action is Action.QUANTIZE)  # fmt: skip
     told: list[tuple[str, str]] = []

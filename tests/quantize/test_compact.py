@@ -20,7 +20,7 @@ import releases
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, QuantizedGroup
 from fourfold.distributed.devices import Machine
-from fourfold.model.weights import Weights
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize import dense
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.plan import Plan, make_plan
@@ -153,7 +153,7 @@ def test_int8_draft_experts(source: Path, tmp_path: Path, small: MakeRecipe, for
     recipe = replace(with_rest(small("solver.passes=0"), draft_experts="int8"), format=form)
     machine = Machine(devices="cpu*2" if form == "gptq" else "cpu", memory_bytes=releases.MEMORY_BYTES)
     releases.run(source, tmp_path / "out", recipe, machine=machine)
-    weights = Weights.open(tmp_path / "out")
+    weights = Checkpoint.open(tmp_path / "out")
     stacks = weights.draft_experts(torch.device("cpu"), torch.float32)
     tensors = releases.tensors(source)
     for stack, name in zip(stacks, ("gate_up_proj", "down_proj"), strict=True):
@@ -249,7 +249,7 @@ def test_other_families(tmp_path: Path, family: str, ends: set[str]) -> None:
     model = family_releases.make_source(tmp_path / "model", family)
     recipe = family_releases.recipe(releases.write_recipe(tmp_path).parent, "fast")
     releases.run(model, tmp_path / "out", with_rest(recipe, draft_experts="bf16", draft_dense="bf16"))
-    stored = Weights.open(tmp_path / "out").index.stored
+    stored = Checkpoint.open(tmp_path / "out").stored
     int8 = {name.removesuffix(".weight").partition("layers.")[2].partition(".")[2]
             for name, weight in stored.items() if weight.bits == 8 and "layers." in name}  # fmt: skip
     assert ends <= int8 and "self_attn.kv_a_proj_with_mqa" not in int8

@@ -83,7 +83,7 @@ def test_temporaries_take_time_beside_operations(folder: Path, full: Plan) -> No
     # Rounded experts take half of the held-out samples: two and a half streams, and logits of the source once more.
     calibration, heldout, logits = 2 * 256 * 1024, 2.5 * work.heldout_tokens, 3 * work.heldout_tokens
     pair_bytes, again_bytes = (3 * 2048 + 4 * 512) * 2, (2048 + 4 * 512) * 2
-    expected = 40 * (calibration + heldout) * (attend_token_bytes(full.skeleton) + 8 * pair_bytes)
+    expected = 40 * (calibration + heldout) * (attend_token_bytes(full.source) + 8 * pair_bytes)
     expected += 40 * calibration * 8 * again_bytes + logits * 248_320 * 6 * 4
     assert found * torch.get_num_threads() == pytest.approx(expected)
 

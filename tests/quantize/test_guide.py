@@ -28,7 +28,7 @@ from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.distributed.devices import Machine
 from fourfold.distributed.workers import Team, Worker, alone
 from fourfold.model.head import build_head, sampled_gradient
-from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back, read_layer
+from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back
 from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, guide
 from fourfold.quantize.determinism import Switches, repeatable
@@ -98,16 +98,16 @@ def whole_model(folder: Path, token_RT: Tensor, uniform_RT: Tensor, dtype: torch
 def through_layers(folder: Path, token_RT: Tensor, uniform_RT: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
     """The gradient behind each layer, all rows at once, layer by layer: [T, D]."""
     plan = make_plan(folder, load_recipe("best"))
-    index, skeleton = plan.index, plan.skeleton
+    source = plan.source
     layers = []
     for layer in plan.layers:
         kept = [claim.header.name for claim in layer.claims if claim.action is Action.COPY]
-        layers.append(build_layer(skeleton, layer.index, read_layer(index, skeleton, layer.index, kept), CPU, dtype))
-    hidden = [embedded(embeddings(index, skeleton), token_RT, torch.empty).to(dtype)]
+        layers.append(build_layer(source, layer.index, source.read_layer(layer.index, kept), CPU, dtype))
+    hidden = [embedded(embeddings(source), token_RT, torch.empty).to(dtype)]
     with torch.no_grad():
         for each in layers:
             hidden.append(pass_rows(each, hidden[-1])[0])
-        head = build_head(skeleton.blueprint, *read_head(index, skeleton), CPU, dtype)
+        head = build_head(source.blueprint, *read_head(source), CPU, dtype)
         gradient_ND = sampled_gradient(head, hidden[-1].flatten(0, 1), uniform_RT.flatten())
         gradients = {len(layers) - 1: gradient_ND.view(hidden[-1].shape)}
         for place in range(len(layers) - 1, 0, -1):
@@ -140,7 +140,7 @@ def test_labels_come_from_the_whole_vocabulary_however_it_is_cut(
 ) -> None:
     """The last token can be a label too: nothing is rounded away at the end."""
     plan = make_plan(checkpoints.tiny(tmp_path), load_recipe("best"))
-    head = build_head(plan.skeleton.blueprint, *read_head(plan.index, plan.skeleton), CPU, torch.float32)
+    head = build_head(plan.source.blueprint, *read_head(plan.source), CPU, torch.float32)
     hidden_ND = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))
     uniform_N = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-53], dtype=torch.float64)
     whole_ND = sampled_gradient(head, hidden_ND, uniform_N)
@@ -187,7 +187,7 @@ def run_sweep(
     (out / ".fourfold").mkdir(parents=True, exist_ok=True)
     left, team = find_remaining_sweep(plan, out), Team([CPU] * workers)
     token_RT = token_rows(plan.work.guidance_tokens // LENGTH)
-    router = find_router(plan.skeleton) if plan.work.guidance_routing else ""
+    router = find_router(plan.source) if plan.work.guidance_routing else ""
     with ReadAhead(plan, team.trace, left.layers, team.transfers) as ahead, Writer(team.trace) as writer:
         job = Guide(
             plan=plan,

@@ -21,8 +21,8 @@ import releases
 from fourfold.core import margins as core_margins
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.distributed.workers import alone
-from fourfold.model.layer import DecoderLayer, build_layer, read_layer
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.layer import DecoderLayer, build_layer
 from fourfold.quantize import margins
 from fourfold.quantize.fits import check_guidance
 from fourfold.quantize.margins import RoutingTerm, pilot_places, push_back_both, random_signs
@@ -126,8 +126,8 @@ def layers_of(folder: Path) -> tuple[list[DecoderLayer], Any]:
     layers = []
     for layer in plan.layers:
         names = [claim.header.name for claim in layer.claims if claim.action is Action.COPY]
-        tensors = read_layer(plan.index, plan.skeleton, layer.index, names)
-        layers.append(build_layer(plan.skeleton, layer.index, tensors, CPU, torch.float32))
+        tensors = plan.source.read_layer(layer.index, names)
+        layers.append(build_layer(plan.source, layer.index, tensors, CPU, torch.float32))
     return layers, plan
 
 
@@ -317,7 +317,7 @@ def test_a_run_with_routing_changes_what_lies_before_a_router(
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "lfm2_moe"])
 def test_other_routers_are_refused(tmp_path: Path, family: str) -> None:
-    skeleton = Skeleton.open(families.tiny(tmp_path, family))
+    skeleton = Checkpoint.open_source(families.tiny(tmp_path, family))
     check_guidance(skeleton, load_recipe("guided", ["guidance.routing=false"]))
     wanted = rf"guidance.routing is not available for {family}: its routers .* take guidance.routing = false"
     with pytest.raises(FourfoldError, match=wanted):

@@ -17,8 +17,8 @@ from fourfold.core.kernels import cuda
 from fourfold.datatypes import Action, FourfoldError
 from fourfold.distributed.devices import expand_devices
 from fourfold.formats import named
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize import advice, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.claims import claim_tensors
@@ -48,7 +48,7 @@ def grouped(size: int, storage: str = "compressed-tensors") -> Recipe:
 
 
 def claimed_once(plan: Plan) -> bool:
-    return Counter(claim.header.name for claim in plan.claims) == Counter(list(plan.index.headers))
+    return Counter(claim.header.name for claim in plan.claims) == Counter(list(plan.source.headers))
 
 
 # --- the full shape: FORMAT.md's arithmetic -------------------------------------------------------
@@ -336,10 +336,10 @@ def test_a_stack_that_transformers_transposes_has_as_many_values(tmp_path: Path)
     families.tiny(tmp_path, "qwen3_vl_moe")
     stack = f"{LAYER}1.mlp.experts.gate_up_proj"
     recipe = load_recipe("best", ["scheme.group_size=128"])
-    claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), recipe)
+    claim_tensors(Checkpoint.open_source(tmp_path), recipe)
     checkpoints.edit(tmp_path, change(stack, lambda t: t[:7].clone()))
     with pytest.raises(FourfoldError, match=r"1\.mlp\.experts\.gate_up_proj is \[7, 256, 256\], wanted \[8, "):
-        claim_tensors(Skeleton.open(tmp_path), TensorIndex.open(tmp_path), recipe)
+        claim_tensors(Checkpoint.open_source(tmp_path), recipe)
 
 
 def test_mtp_that_config_does_not_announce(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_mtp_that_config_does_not_announce(tmp_path: Path) -> None:
     checkpoints.tiny(tmp_path)
     checkpoints.edit_json(tmp_path / "config.json", lambda config: config["text_config"].pop("mtp_num_hidden_layers"))
     plan = make_plan(tmp_path, RECIPE)
-    assert claimed_once(plan) and not plan.skeleton.has_draft(plan.index.headers)
+    assert claimed_once(plan) and not plan.source.has_draft(plan.source.headers)
     assert (rows(plan)["MTP"].tensors_before, rows(plan)["MTP"].action) == (19, "copy")
 
 
@@ -819,4 +819,4 @@ def test_json_says_the_same(tmp_path: Path) -> None:
 
 def test_json_of_the_full_shape_names_each_tensor(full: Path) -> None:
     plan = make_plan(full, RECIPE)
-    assert {entry["name"] for entry in plan.to_json()["tensors"]} == set(plan.index.headers)
+    assert {entry["name"] for entry in plan.to_json()["tensors"]} == set(plan.source.headers)

@@ -22,8 +22,7 @@ import whole
 from fourfold.bundled import CALIBRATION_TEXTS
 from fourfold.distributed.devices import Machine
 from fourfold.distributed.workers import Team, Worker, alone
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize.streams import embed, embedded, embeddings
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.records.release import Reference
@@ -161,21 +160,21 @@ def test_an_engine_that_reads_zero_points_as_another_format_fails(compared: Comp
 
 def test_workers_embed_by_one_matrix_at_the_same_time(source: Path) -> None:
     """A forward puts stubs in the place of layers: those of two workers at once would meet."""
-    index, skeleton, token_RT = TensorIndex.open(source), Skeleton.open(source), torch.randint(100, 2000, (64, 8))
+    checkpoint, token_RT = Checkpoint.open_source(source), torch.randint(100, 2000, (64, 8))
 
     def job(worker: Worker) -> Tensor:
-        around = worker.run_once(lambda: embeddings(index, skeleton))
+        around = worker.run_once(lambda: embeddings(checkpoint))
         own_RTD = embedded(around, token_RT[worker.own_samples(len(token_RT))], torch.empty)
         return worker.all_gather([own_RTD])[0]
 
-    expected_RTD = index.read(f"{PREFIX}embed_tokens.weight")[token_RT]
+    expected_RTD = checkpoint.read(f"{PREFIX}embed_tokens.weight")[token_RT]
     assert torch.equal(Team([torch.device("cpu")] * 4).run(job), expected_RTD)
 
 
 def test_the_embedding_matrix_is_gone_before_the_first_layer(source: Path) -> None:
     """With the last reference to it: it is large, and garbage is collected late."""
-    index, skeleton, token_RT = TensorIndex.open(source), Skeleton.open(source), torch.randint(100, 2000, (2, 8))
-    shape = index.headers[f"{PREFIX}embed_tokens.weight"].shape
+    checkpoint, token_RT = Checkpoint.open_source(source), torch.randint(100, 2000, (2, 8))
+    shape = checkpoint.headers[f"{PREFIX}embed_tokens.weight"].shape
 
     def matrices() -> int:
         tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
@@ -185,7 +184,7 @@ def test_the_embedding_matrix_is_gone_before_the_first_layer(source: Path) -> No
     gc.disable()
     try:
         before = matrices()
-        streams = embed(alone(torch.device("cpu")), index, skeleton, (token_RT, token_RT), asymmetric=True, rtn=True)
+        streams = embed(alone(torch.device("cpu")), checkpoint, (token_RT, token_RT), asymmetric=True, rtn=True)
         assert matrices() == before and streams.source.heldout.hidden_RTD.shape == (2, 8, shape[1])
     finally:
         gc.enable()

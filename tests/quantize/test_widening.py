@@ -21,10 +21,10 @@ from fourfold.cli.tables.run import show_plan
 from fourfold.core import widening
 from fourfold.datatypes import Action
 from fourfold.distributed import workers
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import build_head, logits, sampled_gradient
-from fourfold.model.layer import build_layer, pass_rows, push_back, read_layer
+from fourfold.model.layer import build_layer, pass_rows, push_back
 from fourfold.model.mtp import Drafts, read_draft_head
-from fourfold.model.weights import Weights
 from fourfold.quantize.plan import make_plan
 from fourfold.quantize.streams import embedded, embeddings, read_head
 from fourfold.recipe import Recipe, load_recipe
@@ -161,22 +161,22 @@ def outputs(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     given the same inputs, whatever the others put out.
     """
     plan, generator = make_plan(folder, load_recipe("best")), torch.Generator().manual_seed(0)
-    index, skeleton = plan.index, plan.skeleton
+    source = plan.source
     token_RT = torch.randint(100, 2000, (3, 40), generator=generator)
-    hidden_RTD = embedded(embeddings(index, skeleton), token_RT, torch.empty).to(dtype)
+    hidden_RTD = embedded(embeddings(source), token_RT, torch.empty).to(dtype)
     gradient_RTD = torch.randn(hidden_RTD.shape, generator=generator).bfloat16().to(dtype)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for each in plan.layers:
             kept = [claim.header.name for claim in each.claims if claim.action is Action.COPY]
-            layer = build_layer(skeleton, each.index, read_layer(index, skeleton, each.index, kept), CPU, dtype)
+            layer = build_layer(source, each.index, source.read_layer(each.index, kept), CPU, dtype)
             found[f"layer {each.index}"] = pass_rows(layer, hidden_RTD)[0]
             found[f"gradient of layer {each.index}"] = push_back(layer, hidden_RTD, gradient_RTD)[0]
-        head = build_head(skeleton.blueprint, *read_head(index, skeleton), CPU, dtype)
+        head = build_head(source.blueprint, *read_head(source), CPU, dtype)
         found["head"] = logits(head, head.norm(hidden_RTD).flatten(0, 1))
         uniform_N = torch.rand(token_RT.numel(), dtype=torch.float64, generator=generator)
         found["gradient of head"] = sampled_gradient(head, hidden_RTD.flatten(0, 1), uniform_N)
-        drafted = Drafts(read_draft_head(Weights.open(folder), CPU, dtype), hidden_RTD, token_RT)
+        drafted = Drafts(read_draft_head(Checkpoint.open(folder), CPU, dtype), hidden_RTD, token_RT)
         position_RP = torch.arange(4, 36).expand(3, -1)
         found["first draft"] = drafted.first(position_RP)
         found["later draft"] = drafted.later(hidden_RTD[:, 4:36], token_RT[:, 5:37], position_RP)

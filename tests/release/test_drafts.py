@@ -11,10 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.core import metrics
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import logits
 from fourfold.model.mtp import Drafts, read_draft_head
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
 from fourfold.release import drafts
 from fourfold.release.sweep import Compute
 
@@ -33,7 +32,7 @@ def prompt_RT(example_model: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def speaker(example_model: Path) -> drafts.Speaker:
-    weights = Weights.open(example_model, Skeleton.open(example_model))
+    weights = Checkpoint.open(example_model)
     head = weights.head(COMPUTE.device, COMPUTE.dtype)
     return drafts.Speaker(weights, head, read_draft_head(weights, COMPUTE.device, COMPUTE.dtype), COMPUTE)
 

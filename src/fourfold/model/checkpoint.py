@@ -1,133 +1,202 @@
-"""A checkpoint on disk: every header is checked before a weight is read (headers.py), then tensors one by one."""
+"""A checkpoint: its model (skeleton.py) and its tensors (sources.py). Layers and what stands around them are read as an
+engine multiplies by them: BF16 as it is, int4 dequantized.
+
+Reads what fourfold, GPTQModel, llm-compressor and AutoRound write for the families that fourfold knows.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.headers import STORED, Headers
+from fourfold.datatypes import FourfoldError, brief, shortened
+from fourfold.model import loader
+from fourfold.model.config import CONFIG, read_config, read_source_config
+from fourfold.model.family import split_stack
+from fourfold.model.head import Around, Head, Read, build_head, input_name, output_name, read_ends, read_matrix
+from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
+from fourfold.model.loader import Room
+from fourfold.model.skeleton import Skeleton
+from fourfold.model.sources import SourceIndex, open_source
+from fourfold.model.tensors import DTYPES
 
-DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, stored) for name, (stored, _) in STORED.items()}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-SLAB_ELEMENTS = 2**20
+Shape = tuple[int, ...]
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class TensorIndex(Headers):
-    """Headers whose tensors are read. Holds no open file; may be shared by threads."""
+class Checkpoint(SourceIndex, Skeleton):
+    """One checkpoint, quantized or not.
 
-    def read(self, name: str, *, out: Tensor | None = None, sha: hashlib._Hash | None = None) -> Tensor:
-        """The tensor's values, read straight into `out` (returned) or into new memory on the host.
-
-        out: contiguous, on the CPU, the tensor's dtype and byte size; its shape may differ (a slice of a
-        stack, say). sha: is updated with the bytes as they are on disk.
-        Raises FourfoldError if the file cannot give all bytes or `out` does not fit.
-        """
-        header = self.header(name)
-        dtype = DTYPES[header.dtype]
-        if out is None:
-            out = torch.empty(header.shape, dtype=dtype)
-        elif (out.dtype, out.nbytes) != (dtype, header.size_bytes) or not out.is_contiguous() or not out.is_cpu:
-            raise FourfoldError(
-                f"{self.folder / header.shard}: tensor {name!r} is {header.dtype} "
-                f"{list(header.shape)}; wanted for a place of {out.dtype} {list(out.shape)}, "
-                f"strides {out.stride()}, on {out.device}"
-            )
-        target = raw_bytes(out)
-        with self._opened(header) as descriptor:
-            for start in range(0, len(target), CHUNK_BYTES):
-                part = target[start : start + CHUNK_BYTES]
-                self._fill(part, descriptor, header.start_byte + start, header)
-                if sha is not None:
-                    sha.update(part)
-        return out
-
-    def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """The tensor's bytes in order, for copies that must not hold it. A chunk is valid until the next one.
-
-        Raises FourfoldError if the file cannot give all bytes.
-        """
-        header = self.header(name)
-        buffer = memoryview(bytearray(min(chunk_bytes, header.size_bytes)))
-        with self._opened(header) as descriptor:
-            for start in range(header.start_byte, header.end_byte, chunk_bytes):
-                part = buffer[: header.end_byte - start]
-                self._fill(part, descriptor, start, header)
-                yield part
-
-    def read_range(self, name: str, start: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from byte `start` of its data on.
-
-        Raises FourfoldError if the file cannot give all of them.
-        """
-        header = self.header(name)
-        with self._opened(header) as descriptor:
-            self._fill(out, descriptor, header.start_byte + start, header)
-
-    @contextmanager
-    def _opened(self, header: TensorHeader) -> Iterator[int]:
-        try:
-            descriptor = os.open(self.folder / header.shard, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._lost(header, error.strerror) from None
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _fill(self, part: memoryview, descriptor: int, start: int, header: TensorHeader) -> None:
-        """Fill `part` with the file's bytes from `start` on; one pread may give fewer than were asked for."""
-        filled = 0
-        while filled < len(part):
-            try:
-                count = os.preadv(descriptor, [part[filled:]], start + filled)
-            except OSError as error:
-                raise self._lost(header, error.strerror) from None
-            if count == 0:
-                raise self._lost(
-                    header, f"the file ends at byte {start + filled:,} instead of after {header.end_byte:,}"
-                )
-            filled += count
-
-    def _lost(self, header: TensorHeader, reason: str | None) -> FourfoldError:
-        return FourfoldError(
-            f"{self.folder / header.shard}: tensor {header.name!r} could not be read: "
-            f"{reason}. Was the file truncated or the disk lost?"
-        )
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, not a copy."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
-
-
-def require_finite(tensor: Tensor, name: str) -> None:
-    """Raise FourfoldError, with counts, if a tensor of floats holds NaN or infinity.
-
-    Makes no big temporary of a contiguous tensor.
+    change: of a value by its name, as it is read by `value`; None for none.
     """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    # NaN passes through a minimum, so one pass without temporaries clears a good tensor: 40 GB/s of BF16 on
-    # two cores, where isfinite makes 1 GB/s. torch has no aminmax of one-byte floats.
-    if tensor.itemsize > 1 and all(math.isfinite(extreme) for extreme in tensor.aminmax()):
-        return
-    nan = infinite = 0
-    for slab in tensor.reshape(-1).split(SLAB_ELEMENTS):
-        values = slab.float() if slab.itemsize == 1 else slab
-        nan += int(values.isnan().sum())
-        infinite += int(values.isinf().sum())
-    if nan or infinite:
-        raise FourfoldError(
-            f"tensor {name!r}: {nan:,} NaN and {infinite:,} infinite values among "
-            f"{tensor.numel():,}, wanted none; the checkpoint is damaged, download it again"
-        )
+
+    change: Callable[[str, Tensor], Tensor] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, source: Skeleton | None = None) -> Self:
+        """Check config.json and all headers. source: whose release it is. Raises FourfoldError for a checkpoint of
+        another model, a quantization that is not read, and tensors that are missing or of another shape, all in one
+        message.
+        """
+        raw = read_config(folder)
+        if source is not None and raw.get("model_type") != source.family.model_type:
+            raise FourfoldError(
+                f"{folder / CONFIG}: model_type is {brief(raw.get('model_type'))}, the source's is "
+                f"{source.family.model_type!r}; a release of the source is wanted"
+            )
+        checkpoint = cls._of(folder, raw)
+        if source is not None and checkpoint.layers != source.layers:
+            raise FourfoldError(
+                f"{folder / CONFIG}: num_hidden_layers: got {checkpoint.layers}, expected {source.layers} as the "
+                "source has. Bring back the config.json that was written with these shards"
+            )
+        if problems := list(checkpoint._problems()):
+            raise FourfoldError(
+                f"{folder}: {shortened(problems)}. A whole release of the source is wanted, as it was written"
+            )
+        if problem := checkpoint.group_size_problem():
+            raise FourfoldError(
+                f"{folder / 'config.json'}: {problem}. Bring back the config.json that was written with these shards"
+            )
+        checkpoint.read_buffers(checkpoint.value)
+        return checkpoint
+
+    @classmethod
+    def open_source(cls, folder: Path) -> Self:
+        """Read config.json and headers of a checkpoint to be quantized, whose tensors are still to be claimed
+        (quantize/claims.py). Raises FourfoldError for a folder that holds none.
+        """
+        return cls._of(folder, read_source_config(folder))
+
+    @classmethod
+    def _of(cls, folder: Path, raw: Mapping[str, Any]) -> Self:
+        tensors = open_source(folder, raw)
+        return cls(**vars(Skeleton.of(raw, folder / CONFIG, tensors.headers)), **vars(tensors))
+
+    @property
+    def has_draft_head(self) -> bool:
+        """Whether there is a draft head that can be run."""
+        return self.has_draft(self.headers)
+
+    def value(self, name: str, device: torch.device = HOST) -> Tensor:
+        """A tensor by its name in a BF16 checkpoint; fp32 where it had to be dequantized from the scales as stored.
+
+        Raises FourfoldError for NaN or Inf.
+        """
+        value = self.dequantized(name) if name in self.stored else self.read_finite(name)
+        value = value.to(device)
+        return value if self.change is None else self.change(name, value)
+
+    def read_layer(self, layer: int, kept_names: Iterable[str], room: Room = torch.empty) -> LayerTensors:
+        """Read one layer, once, experts straight into their stacks from either layout on disk, all in BF16.
+
+        kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
+        Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
+        """
+        sha = hashlib.sha256()
+
+        def read(name: str, out: Tensor | None = None) -> Tensor:
+            if out is None:
+                header = self.header(name)
+                out = room(header.shape, dtype=DTYPES[header.dtype])
+            return self.read_finite(name, out=out, sha=sha)
+
+        kept = {name: read(name) for name in sorted(kept_names)}
+        stacks = loader.load_stacks(self.blueprint, read, layer, room)
+        return LayerTensors.of(kept, stacks, sha.hexdigest())
+
+    def layer(
+        self, layer: int, device: torch.device, dtype: torch.dtype, taken_from: int | None = None
+    ) -> DecoderLayer:
+        """One decoder layer, its routed experts dequantized. taken_from: with the weights of a layer of that number."""
+
+        def named(name: str) -> str:
+            return name if taken_from is None else name.replace(f"layers.{layer}.", f"layers.{taken_from}.", 1)
+
+        def room(shape: Shape, **_: object) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def read(name: str, place: Tensor | None) -> Tensor:
+            value = self.value(named(name), device)
+            return value if place is None else place.copy_(value)
+
+        kept = {name: self.value(named(name)) for name in self.blueprint.kept_names(layer)}
+        tensors = LayerTensors.of(kept, loader.load_stacks(self.blueprint, read, layer, room))
+        return build_layer(self, layer, tensors, device, dtype)
+
+    def draft_experts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, D] and down [E, D, I] of the draft head's experts, from either layout on disk."""
+        prefix = self.family.mtp_experts_prefix
+        if f"{prefix}gate_up_proj" in self.headers:
+            fused = (self.value(prefix + name, device).to(dtype) for name in ("gate_up_proj", "down_proj"))
+            return next(fused), next(fused)
+        experts = self.widest
+        gate_up_ENK = torch.empty(experts.count, 2 * experts.width, experts.hidden, dtype=dtype, device=device)
+        down_ENK = torch.empty(experts.count, experts.output, experts.width, dtype=dtype, device=device)
+        for expert in range(experts.count):
+            gate_up_ENK[expert, : experts.width] = self.value(f"{prefix}{expert}.gate_proj.weight", device)
+            gate_up_ENK[expert, experts.width :] = self.value(f"{prefix}{expert}.up_proj.weight", device)
+            down_ENK[expert] = self.value(f"{prefix}{expert}.down_proj.weight", device)
+        return gate_up_ENK, down_ENK
+
+    def embedding(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Token embeddings [V, D]."""
+        return read_matrix(self.blueprint, lambda name: self.value(name, device), input_name(self.blueprint)).to(dtype)
+
+    def around(self, device: torch.device, dtype: torch.dtype, read: Read | None = None) -> Around:
+        """What stands before the layers. read: as `value` does, by default."""
+        read = read or (lambda name: self.value(name, device))
+        embedding_VD = read_matrix(self.blueprint, read, input_name(self.blueprint)).to(dtype)
+        return Around(self.blueprint, read_ends(self.blueprint, read), device, dtype, embedding_VD)
+
+    def head(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """Last norm and output head."""
+
+        def read(name: str) -> Tensor:
+            return self.value(name, device)
+
+        weight_VD = read_matrix(self.blueprint, read, output_name(self.blueprint))
+        return build_head(self.blueprint, read_ends(self.blueprint, read), weight_VD, device, dtype)
+
+    def _problems(self) -> Iterator[str]:
+        """What is missing or has another shape, of all that this checkpoint is read for: no vision tower."""
+        blueprint = self.blueprint
+        inside = (blueprint.layers_path.rpartition("layers")[0], output_name(blueprint).rpartition("weight")[0])
+        yield from (f"{name} is missing" for name in blueprint.lacking(inside))
+        for name, shape in blueprint.shapes(inside):
+            yield from self._problem(name, shape)
+        if self.has_draft_head:
+            for name, shape in self.draft_tensors():
+                if len(shape) < 3 or name in self.headers:
+                    yield from self._problem(name, shape)
+                    continue
+                for part, _, rows in split_stack(name, shape):
+                    yield from self._problem(part, rows)
+
+    def _problem(self, name: str, shape: Shape) -> Iterator[str]:
+        headers, form = self.headers, self.format
+        if name not in headers:
+            yield f"{name} is missing"
+            return
+        if name not in self.stored or form is None:
+            if headers[name].shape != shape:
+                yield f"{name} is {list(headers[name].shape)}, wanted {list(shape)}"
+            return
+        stored = self.stored[name]
+        stem, found = stored.name, {suffix: part.shape for suffix, part in stored.parts.items()}
+        if len(found[form.scales]) != 2:
+            yield f"{stem}{form.scales} is {list(found[form.scales])}, wanted two dimensions"
+            return
+        groups, bits = stored.groups, stored.bits
+        if not groups or shape[1] % groups:
+            yield f"{stem}{form.scales} is {list(found[form.scales])}, {groups} groups of {shape[1]} inputs"
+        for suffix, wanted in form.read_shapes(shape[0], shape[1], groups, bits).items():
+            if suffix in found and found[suffix] != wanted:
+                yield f"{stem}{suffix} is {list(found[suffix])}, wanted {list(wanted)} for {bits} bits"

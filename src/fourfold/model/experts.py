@@ -41,11 +41,6 @@ class Experts:
     stacked: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def is_placed(self) -> bool:
-        """Whether the checkpoint has them."""
-        return bool(self.separate or self.stacked)
-
-    @property
     def projections(self) -> tuple[str, ...]:
         return (GATE, UP, DOWN) if self.arithmetic.gated else (UP, DOWN)
 

@@ -149,18 +149,15 @@ FAMILIES = {
 }
 
 
-def split_names(fused: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]:
-    """Where the rows of a fused expert stack go: (name of the projection's weight, expert, its rows).
+def split_stack(stack: str, shape: tuple[int, ...], itemsize: int = 1) -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """What a stack of experts holds, in order: (name of a projection's weight, its first byte in the stack, its shape).
 
-    fused: `...mlp.experts.gate_up_proj` [E, 2I, D], gate rows before up rows, or `...mlp.experts.down_proj` [E, D, I].
+    stack: `...mlp.experts.gate_up_proj` [E, 2I, D], gate rows before up rows, or `...mlp.experts.down_proj` [E, D, I].
     """
-    prefix, _, name = fused.rpartition(".")
-    experts, rows = shape[0], shape[1]
-    parts = (
-        ((GATE, slice(0, rows // 2)), (UP, slice(rows // 2, rows)))
-        if name == "gate_up_proj"
-        else ((DOWN, slice(0, rows)),)
-    )
+    prefix, _, name = stack.rpartition(".")
+    experts, rows, inputs = shape
+    parts = [(GATE, 0, rows // 2), (UP, rows // 2, rows)] if name == "gate_up_proj" else [(DOWN, 0, rows)]
     for expert in range(experts):
-        for projection, place in parts:
-            yield f"{prefix}.{expert}.{projection}.weight", expert, place
+        for projection, first, last in parts:
+            start = (expert * rows + first) * inputs * itemsize
+            yield f"{prefix}.{expert}.{projection}.weight", start, (last - first, inputs)

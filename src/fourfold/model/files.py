@@ -35,6 +35,11 @@ SIDECARS = (
 )
 
 
+def sidecars(folder: Path) -> list[Path]:
+    """Those of SIDECARS that a folder has."""
+    return [folder / name for name in SIDECARS if (folder / name).is_file()]
+
+
 def check_place(folder: Path, name: str, source: Path | None, source_name: str) -> None:
     """Raise FourfoldError unless `folder` is one, or can be made, that may be written and is not in `source`.
 

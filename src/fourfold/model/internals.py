@@ -29,7 +29,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fourfold.datatypes import TensorHeader
-from fourfold.model.checkpoint import DTYPE_NAMES
+from fourfold.model.tensors import DTYPE_NAMES
 
 MARK = "_is_hf_initialized"
 # Classes with an output head, the ones with other inputs than text first.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,10 @@ from torch.nn.functional import embedding_bag
 from fourfold.core import widening
 from fourfold.datatypes import ALONE, Beside
 from fourfold.model import calls, loader
-from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.arithmetic import Arithmetic, Stacks
 from fourfold.model.calls import Carried
-from fourfold.model.checkpoint import DTYPES, TensorIndex, require_finite
 from fourfold.model.grouped import grouped_linear
-from fourfold.model.loader import Layer, Room
+from fourfold.model.loader import Layer
 from fourfold.model.skeleton import Skeleton
 
 PAIRS_PER_BATCH = 65_536  # (token, expert) pairs whose gathered inputs exist at one time
@@ -159,38 +157,18 @@ class LayerTensors:
     """
 
     kept: dict[str, Tensor]
-    gate_up_ENK: Tensor | None
-    down_ENK: Tensor | None
-    digest: str
+    gate_up_ENK: Tensor | None = None
+    down_ENK: Tensor | None = None
+    digest: str = ""
+
+    @classmethod
+    def of(cls, kept: dict[str, Tensor], stacks: Stacks | None, digest: str = "") -> LayerTensors:
+        gate_up_ENK, down_ENK = (None, None) if stacks is None else (stacks.gate_up_ENK, stacks.down_ENK)
+        return cls(kept, gate_up_ENK, down_ENK, digest)
 
     def without_experts(self) -> LayerTensors:
         """What the layer's shard is still made from when its experts are with their owners."""
         return dataclasses.replace(self, gate_up_ENK=None, down_ENK=None)
-
-
-def read_layer(
-    index: TensorIndex, skeleton: Skeleton, layer: int, kept_names: Iterable[str], room: Room = torch.empty
-) -> LayerTensors:
-    """Read one layer, once, experts straight into their stacks from either layout on disk.
-
-    kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
-    Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
-    """
-    sha = hashlib.sha256()
-
-    def read(name: str, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            header = index.header(name)
-            out = room(header.shape, dtype=DTYPES[header.dtype])
-        tensor = index.read(name, out=out, sha=sha)
-        require_finite(tensor, name)
-        return tensor
-
-    kept = {name: read(name) for name in sorted(kept_names)}
-    stacks = loader.load_stacks(skeleton.blueprint, read, layer, room)
-    if stacks is None:
-        return LayerTensors(kept, None, None, sha.hexdigest())
-    return LayerTensors(kept, stacks.gate_up_ENK, stacks.down_ENK, sha.hexdigest())
 
 
 def build_layer(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fourfold.model import internals
 from fourfold.model.arithmetic import BIAS, DOWN_NAME, GATE_UP_NAMES, Arithmetic, Stacks
 from fourfold.model.blueprint import Blueprint
-from fourfold.model.checkpoint import DTYPES
 from fourfold.model.experts import Experts
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.internals import Source
+from fourfold.model.tensors import DTYPES
 
 Read = Callable[[str, Tensor | None], Tensor]  # a tensor by its name on disk, into a place that fits where one is given
 Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)

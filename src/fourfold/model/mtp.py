@@ -18,11 +18,11 @@ from transformers import DynamicCache
 from fourfold.core import widening
 from fourfold.model import internals
 from fourfold.model.arithmetic import Arithmetic
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.experts import find_experts
 from fourfold.model.head import Head
 from fourfold.model.layer import DecoderLayer, Routing, run_experts
 from fourfold.model.loader import Layer, Tap
-from fourfold.model.weights import Weights
 
 Keep = Callable[[Tensor, Routing], None]
 
@@ -46,24 +46,25 @@ class DraftHead:
         return Drafts(self, hidden_RTD, token_RT, keep)
 
 
-def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, head: Head | None = None) -> DraftHead:
+def read_draft_head(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, head: Head | None = None
+) -> DraftHead:
     """The draft head of a checkpoint that has one, its experts fused or one by one on disk. head: the model's own."""
-    skeleton, prefix = weights.skeleton, weights.skeleton.family.mtp_prefix
-    decoder, module = skeleton.blueprint.decoder, skeleton.empty_draft_layer()
+    prefix, decoder, module = checkpoint.family.mtp_prefix, checkpoint.blueprint.decoder, checkpoint.empty_draft_layer()
     experts = find_experts(module, "the draft head")
     assert experts is not None
     tap = Tap(experts.output)
     names = [name for name in module.state_dict() if not name.startswith(f"{experts.module}.")]
-    kept = {name: weights.read(f"{prefix}layers.0.{name}", device).to(dtype) for name in names}
+    kept = {name: checkpoint.value(f"{prefix}layers.0.{name}", device).to(dtype) for name in names}
     module.load_state_dict(kept, strict=False, assign=True)
     expert_module = module.get_submodule(experts.module)
     expert_module.__dict__["forward"] = tap
     own = Layer(module.eval().requires_grad_(False), experts, Arithmetic.of(expert_module, "the draft head"), tap)
-    gate_up_ENK, down_ENK = weights.draft_experts(device, dtype)
+    gate_up_ENK, down_ENK = checkpoint.draft_experts(device, dtype)
     layer = DecoderLayer(
         index=0,  # its place in the cache of keys, not among the model's layers
         own=own,
-        skeleton=skeleton,
+        skeleton=checkpoint,
         tail=1.0,
         dtype=dtype,
         owned=tuple(range(experts.count)),
@@ -72,26 +73,26 @@ def read_draft_head(weights: Weights, device: torch.device, dtype: torch.dtype, 
     )
 
     def norm(name: str) -> nn.Module:
-        return read_norm(weights, f"{prefix}{name}.weight", device, dtype)
+        return read_norm(checkpoint, f"{prefix}{name}.weight", device, dtype)
 
     rotary = copy.deepcopy(decoder.rotary_emb)
     internals.make_buffers(decoder, rotary, device)
     return DraftHead(
         layer=layer,
         rotary=rotary,
-        fc_DF=weights.read(f"{prefix}fc.weight", device).to(dtype),
+        fc_DF=checkpoint.value(f"{prefix}fc.weight", device).to(dtype),
         norm_embedding=norm("pre_fc_norm_embedding"),
         norm_hidden=norm("pre_fc_norm_hidden"),
         norm=norm("norm"),
-        embedding_VD=weights.embedding(device, dtype),
-        head=weights.head(device, dtype) if head is None else head,
+        embedding_VD=checkpoint.embedding(device, dtype),
+        head=checkpoint.head(device, dtype) if head is None else head,
     )
 
 
-def read_norm(weights: Weights, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def read_norm(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A norm like the decoder's last one, its weight [D] by the name on disk."""
-    made: nn.Module = copy.deepcopy(weights.skeleton.blueprint.decoder.norm)
-    made.load_state_dict({"weight": weights.read(name, device).to(dtype)}, assign=True)
+    made: nn.Module = copy.deepcopy(checkpoint.blueprint.decoder.norm)
+    made.load_state_dict({"weight": checkpoint.value(name, device).to(dtype)}, assign=True)
     return made.requires_grad_(False)
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fourfold.core import widening
 from fourfold.datatypes import Beside
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import Head, build_head, output_name, read_ends
 from fourfold.model.layer import DecoderLayer, pass_rows
 from fourfold.model.mtp import at_positions, read_norm
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
 
 JOINED, EMBEDDING, HIDDEN = "eh_proj.weight", "enorm.weight", "hnorm.weight"
 NORMS = ("shared_head.norm.weight", "final_layernorm.weight")
@@ -62,31 +62,33 @@ def nextn_names(skeleton: Skeleton) -> Mapping[str, str]:
     return names if skeleton.state_width == width else {}
 
 
-def read_nextn_head(weights: Weights, names: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> NextnHead:
+def read_nextn_head(
+    checkpoint: Checkpoint, names: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> NextnHead:
     """names: of `nextn_names`. The layer is read as the model's last, whose names it has under another number.
 
     Raises FourfoldError for a tensor of it that is missing.
     """
-    blueprint = weights.skeleton.blueprint
+    blueprint = checkpoint.blueprint
 
     def read(name: str) -> Tensor:
-        return weights.read(names[name], device).to(dtype)
+        return checkpoint.value(names[name], device).to(dtype)
 
     def norm(name: str) -> nn.Module:
-        return read_norm(weights, names[name], device, dtype)
+        return read_norm(checkpoint, names[name], device, dtype)
 
-    last = weights.skeleton.layers - 1
-    layer = weights.layer(last, device, dtype, taken_from=last + 1)
+    last = checkpoint.layers - 1
+    layer = checkpoint.layer(last, device, dtype, taken_from=last + 1)
     head_name = names.get(OWN_HEAD) or blueprint.sources[output_name(blueprint)].all_names[0]
-    ends = read_ends(blueprint, lambda name: weights.read(name, device))
+    ends = read_ends(blueprint, lambda name: checkpoint.value(name, device))
     return NextnHead(
         layer=layer.owning(layer.owned),
         joined_DF=read(JOINED),
         norm_embedding=norm(EMBEDDING),
         norm_hidden=norm(HIDDEN),
         norm=norm(next(name for name in NORMS if name in names)),
-        embedding_VD=read(OWN_EMBEDDING) if OWN_EMBEDDING in names else weights.embedding(device, dtype),
-        head=build_head(blueprint, ends, weights.read(head_name, device), device, dtype),
+        embedding_VD=read(OWN_EMBEDDING) if OWN_EMBEDDING in names else checkpoint.embedding(device, dtype),
+        head=build_head(blueprint, ends, checkpoint.value(head_name, device), device, dtype),
     )
 
 

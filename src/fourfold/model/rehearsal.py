@@ -20,12 +20,12 @@ from transformers.utils import logging
 from fourfold.datatypes import Beside, FourfoldError, reason
 from fourfold.model import internals
 from fourfold.model.blueprint import Blueprint
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import CONFIG
 from fourfold.model.head import Head, logits
 from fourfold.model.layer import pass_rows
 from fourfold.model.loader import MADE_UP
 from fourfold.model.skeleton import TOPK, Skeleton
-from fourfold.model.weights import Weights
 
 ROWS, TOKENS = 2, 24
 EXPERTS, CHOSEN, WIDTH, VOCABULARY = 4, 2, 256, 512
@@ -57,8 +57,8 @@ def rehearse(skeleton: Skeleton) -> None:
         with tempfile.TemporaryDirectory(prefix="fourfold-rehearsal-") as name, torch.no_grad():
             write_copy(skeleton, Path(name))
             token_RT = torch.randint(3, VOCABULARY - 32, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-            weights = Weights.open(Path(name))
-            worst, place = max(differences(weights, run_whole(weights.skeleton.blueprint, token_RT), token_RT))
+            small = Checkpoint.open(Path(name))
+            worst, place = max(differences(small, run_whole(small.blueprint, token_RT), token_RT))
     except Exception as error:  # transformers' own code on settings that nobody tried
         why = str(error).rpartition(f"{CONFIG}: ")[2] if isinstance(error, FourfoldError) else reason(error)
         raise FourfoldError(
@@ -75,20 +75,20 @@ def rehearse(skeleton: Skeleton) -> None:
         )
 
 
-def differences(weights: Weights, whole: Whole, token_RT: Tensor) -> Iterator[tuple[float, str]]:
+def differences(checkpoint: Checkpoint, whole: Whole, token_RT: Tensor) -> Iterator[tuple[float, str]]:
     """How far off each layer's output is, from the whole model's own state before it, and the logits: relative norm of
     the difference, and what of. Layers run as `quantize` runs them. Raises FourfoldError as `Around.require_plain`.
     """
-    around = weights.around(CPU, BF16)
+    around = checkpoint.around(CPU, BF16)
     around.require_plain(token_RT)
     state, beside = around.calls(token_RT).state, Beside(token_RT, ())
     for index, expected in enumerate(whole.states):
-        layer = weights.layer(index, CPU, BF16)
+        layer = checkpoint.layer(index, CPU, BF16)
         layer = layer.owning(layer.owned) if layer.is_routed else layer
         output, _, carried = pass_rows(layer, state, beside)
         yield _off(output, expected), f"layer {index}"
         state, beside = expected, Beside(token_RT, tuple(carried))
-    head = weights.head(CPU, BF16)
+    head = checkpoint.head(CPU, BF16)
     yield _off(_logits(head, state), whole.logits), "the logits"
 
 

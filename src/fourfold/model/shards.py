@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -12,9 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fourfold.model.checkpoint import DTYPE_NAMES, DTYPES, TensorIndex, raw_bytes
+from fourfold.datatypes import TensorHeader
 from fourfold.model.files import CHUNK_BYTES, durable, write_all
+from fourfold.model.tensors import DTYPE_NAMES, DTYPES, raw_bytes
 
+Chunks = Callable[[], Iterable[bytes | memoryview]]
+Shape = tuple[int, ...]
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
@@ -28,19 +30,16 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: Tensor | Callable[[], Iterable[bytes | memoryview]]
+    data: Tensor | Chunks
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> OutputTensor:
         return cls(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=tensor)
 
     @classmethod
-    def copied(cls, index: TensorIndex, source: str, name: str | None = None) -> OutputTensor:
-        """A tensor of another checkpoint, streamed from it when its turn comes, perhaps under a new name."""
-        header = index.header(source)
-        return cls(
-            name=name or source, dtype=header.dtype, shape=header.shape, data=functools.partial(index.chunks, source)
-        )
+    def copied(cls, header: TensorHeader, data: Chunks, name: str = "", shape: Shape | None = None) -> OutputTensor:
+        """A tensor of another checkpoint, streamed from it when its turn comes, or rows of it under another name."""
+        return cls(name=name or header.name, dtype=header.dtype, shape=shape or header.shape, data=data)
 
     @property
     def size_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A checkpoint by its config.json and headers: its family, transformers' own model without weights, names on disk."""
+"""A model by its config.json and headers: its family, transformers' own model without weights, names on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from fourfold.model import calls, internals
 from fourfold.model.arithmetic import BIAS
 from fourfold.model.blueprint import Blueprint
 from fourfold.model.calls import Calls
-from fourfold.model.config import CONFIG, check_values, find_family, read_source_config
+from fourfold.model.config import check_values, find_family
 from fourfold.model.experts import Experts, release_prefix
 from fourfold.model.family import DOWN, Family
 from fourfold.model.head import Around, Read, blank_ends, input_name, read_buffers
-from fourfold.model.headers import Headers
 from fourfold.model.loader import Layer
 
 TOPK = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")  # keys of configs, as they differ
@@ -33,7 +32,7 @@ TAIL_TOKENS = 4  # that a tail is measured on
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Everything about a checkpoint that its config.json and headers decide, with no weight read.
+    """Everything about a model that config.json and headers decide, with no weight read.
 
     raw: config.json as it is, without its quantization. What a run finds out about calls and tails is kept, for all
     threads; the few values on disk that calls depend on must be read before (`read_buffers`).
@@ -42,21 +41,14 @@ class Skeleton:
     family: Family
     raw: Mapping[str, Any]
     blueprint: Blueprint
+    _: KW_ONLY
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _recorded: dict[Any, Calls] = field(default_factory=dict, repr=False, compare=False)
     _tails: list[float | None] = field(default_factory=list, repr=False, compare=False)
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @classmethod
-    def open(cls, folder: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
-        """Read `config.json` of a folder. headers: of its weights, where they were read already. Raises FourfoldError
-        for a folder that is no checkpoint fourfold can quantize.
-        """
-        raw = read_source_config(folder)
-        return cls.of(raw, folder / CONFIG, Headers.open(folder).headers if headers is None else headers)
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Any], path: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
+    @staticmethod
+    def of(raw: Mapping[str, Any], path: Path, headers: Mapping[str, TensorHeader] | None = None) -> Skeleton:
         """The skeleton of a config.json that was read already, from `path`. headers: as a BF16 checkpoint has them;
         None: those that transformers would write, a tensor for each expert.
 
@@ -71,7 +63,7 @@ class Skeleton:
                 f"{path}: experts of {family.model_type} have biases, which no engine applies to int4 experts: SGLang "
                 "leaves them out, vLLM leaves the experts unwritten. This family cannot be quantized"
             )
-        return cls(family=family, raw=raw, blueprint=blueprint)
+        return Skeleton(family=family, raw=raw, blueprint=blueprint)
 
     @property
     def text(self) -> Any:
@@ -135,8 +127,7 @@ class Skeleton:
     def router_names(self) -> Iterator[str]:
         """Of all routers' matrices on disk: E rows, beside the experts."""
         for layer in self.routed:
-            experts = self.blueprint.experts[layer]
-            assert experts is not None
+            experts = self.experts_of(layer)
             beside = f"{self.blueprint.prefix(layer)}{experts.module.rpartition('.')[0]}"
             for _, source in self.blueprint.within(beside):
                 shape = self.blueprint.headers[source.all_names[0]].shape
@@ -198,10 +189,15 @@ class Skeleton:
                     self._tails.append(calls.measure_tail(layer, call, index, state))
             return self._tails[0]
 
+    def experts_of(self, layer: int) -> Experts:
+        """The routed experts of a layer that has them."""
+        experts = self.blueprint.experts[layer]
+        assert experts is not None, f"layer {layer} has no routed experts"
+        return experts
+
     def stems(self, layer: int) -> tuple[Mapping[str, str], ...]:
         """By expert, what a release's tensors of each projection are named, with a dot at the end."""
-        experts = self.blueprint.experts[layer]
-        assert experts is not None
+        experts = self.experts_of(layer)
         if experts.separate:
             return tuple({part: name.removesuffix("weight") for part, name in names.items()}
                          for names in experts.separate)  # fmt: skip
@@ -211,8 +207,7 @@ class Skeleton:
 
     def experts_prefix(self, layer: int) -> str:
         """What the names of a layer's experts begin with in a release."""
-        experts = self.blueprint.experts[layer]
-        assert experts is not None
+        experts = self.experts_of(layer)
         if experts.stacked:
             return release_prefix(experts.stacked[DOWN])
         return experts.separate[0][DOWN].rpartition(".0.")[0] + "."

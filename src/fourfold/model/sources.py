@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader, brief
 from fourfold.formats.format import Format
 from fourfold.formats.patterns import check_patterns
-from fourfold.model.checkpoint import TensorIndex, raw_bytes, require_finite
 from fourfold.model.config import CONFIG, quantization
 from fourfold.model.files import CHUNK_BYTES
+from fourfold.model.tensors import TensorIndex, raw_bytes
 
 BF16_BYTES = 2
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -34,15 +34,29 @@ E8M0_BIAS = 127
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How one weight lies on disk. parts: its tensors by role; dequantize: from their values, by role, to fp32; bits:
-    of its codes.
+class StoredWeight:
+    """How one weight lies on disk. name: that its tensors' names begin with; parts: these tensors by role, of integers
+    by suffix; dequantize: from their values, by role, to fp32; bits: of its codes; groups: of inputs, of integers.
     """
 
+    name: str
     parts: Mapping[str, TensorHeader]
     shape: tuple[int, ...]
     dequantize: Callable[[Mapping[str, Tensor]], Tensor]
     bits: int
+    groups: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.inputs // self.groups
 
     @property
     def size_bytes(self) -> int:
@@ -52,14 +66,74 @@ class Stored:
 @dataclass(frozen=True)
 class SourceIndex(TensorIndex):
     """A checkpoint as a source. headers: as a BF16 checkpoint has them; of a weight that is stored otherwise the
-    offsets only say how large it is in BF16. disk: what lies there; stored: those weights; kind: what they are, "" of
-    BF16; format: of int4.
+    offsets only say how large it is in BF16. disk: what lies there; settings: its quantization_config; stored: those
+    weights; kind: what they are, "" of BF16; format: of int4.
     """
 
     disk: TensorIndex
-    stored: Mapping[str, Stored]
+    settings: Mapping[str, Any]
+    stored: Mapping[str, StoredWeight]
     kind: str
     format: Format | None
+
+    @cached_property
+    def projections(self) -> Mapping[str, StoredWeight]:
+        """Weights of integers by their name, a dot at its end. Raises FourfoldError for parts that do not fit."""
+        codes = self.format.codes if self.format else ""
+        names = sorted(name for name in self.disk.headers if codes and name.endswith(f".{codes}"))
+        return {stem: self._projection(stem) for stem in (name.removesuffix(codes) for name in names)}
+
+    def _projection(self, stem: str) -> StoredWeight:
+        assert self.format is not None
+        codes, scales, headers = self.format.codes, self.format.scales, self.disk.headers
+        word, scale = headers[stem + codes], headers.get(stem + scales)
+        if scale is None or len(scale.shape) != 2 or len(word.shape) != 2 or word.dtype != "I32":
+            found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
+            raise FourfoldError(
+                f"{self.folder}: {stem}{codes} is {word.dtype} {list(word.shape)} and {stem}{scales} is {found}; "
+                "wanted int32 words and a scale for each group, both of two dimensions"
+            )
+        one = self.stored[f"{stem}weight"]
+        if not one.groups or one.inputs % one.groups:
+            raise FourfoldError(
+                f"{self.folder}: {stem}{scales} is {list(scale.shape)}: {one.groups} groups of {one.inputs:,} inputs; "
+                "wanted a number of groups that divides them"
+            )
+        return one
+
+    @cached_property
+    def kept(self) -> Mapping[str, TensorHeader]:
+        """All other tensors."""
+        parts = {part.name for weight in self.projections.values() for part in weight.parts.values()}
+        return {name: header for name, header in self.disk.headers.items() if name not in parts}
+
+    @property
+    def quantized_modules(self) -> dict[str, tuple[int, int]]:
+        """Bits and group size of each, by its name without suffix."""
+        return {name.rstrip("."): (one.bits, one.group_size) for name, one in self.projections.items()}
+
+    def read_parts(self, weight: StoredWeight) -> dict[str, Tensor]:
+        """All that is stored of a weight, by role."""
+        return {role: self.disk.read(part.name) for role, part in weight.parts.items()}
+
+    def group_size_problem(self) -> str:
+        """How config.json's group size differs from what the scales have; "" if it does not, or names none.
+
+        Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null
+        are a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
+        """
+        stated = list(group_sizes(self.settings))
+        if self.format is None or not stated:
+            return ""
+        for _, one in sorted(self.stored.items()):
+            by_row = one.groups == 1 and any(size in (-1, None) for size in stated)
+            if one.groups and one.inputs % one.groups == 0 and one.group_size not in stated and not by_row:
+                scale, found = one.parts[self.format.scales], ", ".join(map(brief, stated))
+                return (
+                    f"quantization_config.group_size: got {found}, expected {one.group_size}, as {scale.name} "
+                    f"{list(scale.shape)} has it for {one.inputs:,} inputs"
+                )
+        return ""
 
     @property
     def added_bytes(self) -> int:
@@ -70,26 +144,18 @@ class SourceIndex(TensorIndex):
         """As TensorIndex.read. sha: of the bytes on disk, of all parts of a weight that is stored otherwise."""
         if name not in self.stored:
             return super().read(name, out=out, sha=sha)
-        weight = self._dequantized(name, sha).to(torch.bfloat16)
+        weight = self.dequantized(name, sha).to(torch.bfloat16)
         if out is None:
             return weight
         out.view(weight.shape).copy_(weight)
         return out
-
-    def value(self, name: str) -> Tensor:
-        """A tensor; one that is stored otherwise in fp32, not rounded. Raises FourfoldError for NaN or Inf."""
-        if name in self.stored:
-            return self._dequantized(name, None)
-        value = super().read(name)
-        require_finite(value, name)
-        return value
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """As TensorIndex.chunks; a weight that is stored otherwise is held whole."""
         if name not in self.stored:
             yield from super().chunks(name, chunk_bytes)
             return
-        content = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))
+        content = raw_bytes(self.dequantized(name).to(torch.bfloat16))
         for start in range(0, len(content), chunk_bytes):
             yield content[start : start + chunk_bytes]
 
@@ -98,13 +164,11 @@ class SourceIndex(TensorIndex):
         if name not in self.stored:
             super().read_range(name, start, out)
             return
-        out[:] = raw_bytes(self._dequantized(name, None).to(torch.bfloat16))[start : start + len(out)]
+        out[:] = raw_bytes(self.dequantized(name).to(torch.bfloat16))[start : start + len(out)]
 
-    def _dequantized(self, name: str, sha: hashlib._Hash | None) -> Tensor:
-        weight, parts = self.stored[name], {}
-        for role, part in weight.parts.items():
-            parts[role] = self.disk.read(part.name, sha=sha)
-            require_finite(parts[role], part.name)
+    def dequantized(self, name: str, sha: hashlib._Hash | None = None) -> Tensor:
+        weight = self.stored[name]
+        parts = {role: self.disk.read_finite(part.name, sha=sha) for role, part in weight.parts.items()}
         return weight.dequantize(parts).contiguous()
 
 
@@ -135,14 +199,21 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
             name=name, dtype="BF16", shape=weight.shape, shard=shard, start_byte=0, end_byte=size
         )
     return SourceIndex(
-        folder=folder, headers=headers, digest=index.digest, disk=index, stored=stored, kind=kind, format=format
+        folder=folder,
+        headers=headers,
+        digest=index.digest,
+        disk=index,
+        settings=settings,
+        stored=stored,
+        kind=kind,
+        format=format,
     )
 
 
 # ---- FP8 with a scale for each block (DeepSeek V3, MiniMax-M2, GLM-5)
 
 
-def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
     """Weights `X.weight` in FP8 beside `X.weight_scale_inv`, one scale for each block."""
     block = settings.get("weight_block_size") or [BLOCK, BLOCK]
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
@@ -164,7 +235,7 @@ def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str,
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_blocks(parts["weight"], parts["scales"], (rows, columns))
 
-        yield name, Stored({"weight": header, "scales": scales}, header.shape, dequantize, 8)
+        yield name, StoredWeight(name, {"weight": header, "scales": scales}, header.shape, dequantize, 8)
 
 
 def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> Tensor:
@@ -184,7 +255,7 @@ def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int
 # ---- MXFP4 stacks (gpt-oss)
 
 
-def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
+def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
     """Stacks `X_blocks` [E, N, G, 16] of two codes a byte beside `X_scales` [E, N, G], as `X` [E, K, N], K = 32 G."""
     for name, blocks in index.headers.items():
         if not name.endswith("_blocks"):
@@ -205,7 +276,8 @@ def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, Stored]]:
         def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
             return dequantize_mxfp4(parts["blocks"], parts["scales"]).mT
 
-        yield stem, Stored({"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs), dequantize, 4)
+        parts, shape = {"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs)
+        yield stem, StoredWeight(stem, parts, shape, dequantize, 4)
 
 
 def dequantize_mxfp4(block_ENGB: Tensor, scale_ENG: Tensor) -> Tensor:
@@ -224,9 +296,9 @@ def exponents(byte_X: Tensor) -> Tensor:
 # ---- int4, int8
 
 
-def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
     """Weights that are stored as codes and scales in a format that releases have too."""
-    beside = {*format.suffixes, *format.tensor_shapes(8, 8, 1)} - {format.codes}
+    beside = dict.fromkeys([format.codes, *format.suffixes, *format.tensor_shapes(8, 8, 1)])
 
     def dequantize(parts: Mapping[str, Tensor], bits: int) -> Tensor:
         stacked = {role: part[None] for role, part in parts.items() if role in format.suffixes}
@@ -238,9 +310,32 @@ def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -
         if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:
             continue
         found = {suffix: index.headers[stem + suffix] for suffix in beside if stem + suffix in index.headers}
-        axis, bits = format.inputs_axis, format.bits(settings, stem.removesuffix("."))
+        axis, bits, scale = format.inputs_axis, format.bits(settings, stem.removesuffix(".")), found[format.scales]
         shape = (header.shape[1 - axis], 32 // bits * header.shape[axis])
-        yield f"{stem}weight", Stored({format.codes: header} | found, shape, partial(dequantize, bits=bits), bits)
+        groups = scale.shape[axis] if len(scale.shape) == 2 else 0
+        yield f"{stem}weight", StoredWeight(stem, found, shape, partial(dequantize, bits=bits), bits, groups)
+
+
+def layout_problems(tensors: Mapping[str, Tensor], projection: StoredWeight, format: Format) -> Iterator[str]:
+    """Why a projection is no plain symmetric one: zero points off the middle, groups of inputs that do not follow.
+
+    tensors: by suffix; what is absent is as it should be.
+    """
+    zeros, index = format.zero_points(tensors, projection.outputs, projection.bits), tensors.get(format.index)
+    if zeros is not None and (wrong := int((zeros != 0).sum())):
+        middle = 1 << projection.bits - 1
+        least, most = int(zeros.min()) + middle, int(zeros.max()) + middle
+        if least == most:
+            yield (
+                f"all zero points are {least}, wanted {middle}: does checkpoint_format say gptq of gptq_v2, or the "
+                "reverse?"
+            )
+            return
+        yield f"{wrong:,} of {zeros.numel():,} zero points are not {middle}: it was quantized asymmetrically"
+    if index is not None and not torch.equal(
+        index.long().flatten(), torch.arange(projection.inputs) // projection.group_size
+    ):
+        yield "its groups are not of inputs that follow each other: it was quantized in an order of its own (desc_act)"
 
 
 def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
@@ -258,31 +353,6 @@ def storage_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
     found = brief(config.get("quant_method")) + (f" with {brief(detail)}" if detail else "")
     wanted = ", ".join(form.read_as for form in formats.FORMATS)
     raise FourfoldError(f"{folder / CONFIG}: quantized by {found}, which is not read; expected 4 bits by {wanted}")
-
-
-def group_size_problem(raw: Mapping[str, Any], index: TensorIndex, format: Format | None) -> str:
-    """How config.json's group size differs from what the scales have; "" if it does not, or names none.
-
-    Engines take the size from config.json: with another one they stop, or multiply by the wrong scales. -1 and null are
-    a scale for each row; a size for some modules alone (`dynamic`, `config_groups`) counts as one of several.
-    """
-    stated = list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
-    if format is None or not stated:
-        return ""
-    codes, scales, axis, settings = format.codes, format.scales, format.inputs_axis, quantization(raw)
-    for name, header in sorted(index.headers.items()):
-        word = index.headers.get(name.removesuffix(scales) + codes)
-        if not name.endswith(f".{scales}") or word is None or len(header.shape) != 2 or len(word.shape) != 2:
-            continue
-        bits = format.bits(settings, name.removesuffix(f".{scales}"))
-        groups, inputs = header.shape[axis], 32 // bits * word.shape[axis]
-        by_row = groups == 1 and any(size in (-1, None) for size in stated)
-        if groups and inputs % groups == 0 and inputs // groups not in stated and not by_row:
-            return (
-                f"quantization_config.group_size: got {', '.join(map(brief, stated))}, expected {inputs // groups}, as "
-                f"{name} {list(header.shape)} has it for {inputs:,} inputs"
-            )
-    return ""
 
 
 def group_sizes(settings: object) -> Iterator[object]:

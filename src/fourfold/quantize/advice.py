@@ -11,9 +11,9 @@ from fourfold import formats
 from fourfold.datatypes import Event
 from fourfold.distributed.devices import devices_text
 from fourfold.formats.format import EXPERT, Format
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.hub import hub_name
 from fourfold.model.skeleton import Skeleton
-from fourfold.model.sources import SourceIndex
 from fourfold.quantize.estimate import ROW_DAMPING, DiskPlan, Workload, damping_by_rule
 from fourfold.quantize.identity import layers_text
 from fourfold.quantize.memory import MemoryPlan
@@ -37,7 +37,7 @@ HARDLY = 0.95  # of the error is predicted to stay: guidance will not pay
 def headline(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     """What is quantized, by what recipe, on what, into what: (name, fact)."""
     recipe, layers, calibration = plan.recipe, len(plan.layers), plan.recipe.calibration
-    model, family = hub_name(plan.index.folder) or str(plan.index.folder), plan.skeleton.family.model_type
+    model, family = hub_name(plan.source.folder) or str(plan.source.folder), plan.source.family.model_type
     samples = f"{sum(source.rows for source in calibration.sources):,} samples of {calibration.length:,} tokens"
     facts = [
         ("model", f"{model} ({family}, {layers} layers, {plan.projections:,} projections)"),
@@ -63,26 +63,26 @@ def start_event(plan: Plan, out: Path) -> Event:
     return Event(kind="start", text="\n".join(f"{name:9}{fact}" for name, fact in facts), data=dict(facts))
 
 
-def release_advice(skeleton: Skeleton, index: SourceIndex, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
+def release_advice(source: Checkpoint, recipe: Recipe, devices: Sequence[str]) -> Iterator[str]:
     """About the release: what engines will make of it (docs/formats.md). devices: the run's, taken for a server's."""
     in_int4 = recipe.scheme.rest.draft_experts == "int4"
-    yield from format_advice(skeleton, skeleton.has_draft(index.headers), formats.named(recipe.format), in_int4)
-    width, size = skeleton.widest.width, recipe.scheme.group
+    yield from format_advice(source, source.has_draft_head, formats.named(recipe.format), in_int4)
+    width, size = source.widest.width, recipe.scheme.group
     if problem := tensor_parallel_problem(width, size, len({device for device in devices if device != "cpu"})):
         yield problem
 
 
-def source_advice(index: SourceIndex) -> Iterator[str]:
+def source_advice(source: Checkpoint) -> Iterator[str]:
     """About a source that is not BF16; said before the run."""
-    if index.kind == "int4":
+    if source.kind == "int4":
         yield (
             "the source is int4: its experts are quantized a second time, which costs quality; meant for models that "
             "are published in nothing else. To change the format, take `fourfold convert`"
         )
-    elif index.kind:
-        yield f"the source is {index.kind}: dequantized while it is read; what is not quantized is written in BF16"
-    if index.kind:
-        yield f"in BF16 the source would be {size(index.added_bytes)} larger than it is on disk"
+    elif source.kind:
+        yield f"the source is {source.kind}: dequantized while it is read; what is not quantized is written in BF16"
+    if source.kind:
+        yield f"in BF16 the source would be {size(source.added_bytes)} larger than it is on disk"
 
 
 def format_advice(skeleton: Skeleton, draft: bool, format: Format, draft_in_int4: bool = False) -> Iterator[str]:

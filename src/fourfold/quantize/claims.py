@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
 from fourfold.formats import named
-from fourfold.model.checkpoint import DTYPES, TensorIndex
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.family import DOWN, GATE, UP, kept_group
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import DTYPES
 from fourfold.quantize.dense import DenseScheme
 from fourfold.recipe import Recipe
 
@@ -37,36 +38,12 @@ DRAFT_PREFIX = re.compile(r".*?(layers\.\d+|mtp[^.]*)\.")  # a layer past the en
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorClaim:
-    """What happens to one source tensor, and why.
-
-    layer: its decoder layer, None outside of them (MTP, vision, head); tensors_after, bytes_after: what is
-    written in its place; bits: of each weight there, where it is quantized.
-    """
-
-    header: TensorHeader
-    action: Action
-    reason: str
-    group: str
-    layer: int | None
-    tensors_after: int
-    bytes_after: int
-    bits: int | None
-
-    @property
-    def is_expert(self) -> bool:
-        """Whether it holds routed experts of a layer."""
-        return self.group == EXPERTS
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether it is a weight beside the layers' experts, copied or rounded."""
-        return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A tensor that must be there, and what is done with it. bytes_after None: as many as before."""
+    """A tensor that must be there, what is done with it, and why.
+
+    layer: its decoder layer, None outside of them (MTP, vision, head); tensors_after, bytes_after: what is written in
+    its place, None: as many bytes as before; bits: of each weight there, where it is quantized.
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -80,16 +57,8 @@ class Wanted:
     group_size: int | None = None
 
     def claim(self, header: TensorHeader) -> TensorClaim:
-        return TensorClaim(
-            header=header,
-            action=self.action,
-            reason=self.reason,
-            group=self.group,
-            layer=self.layer,
-            tensors_after=self.tensors_after,
-            bytes_after=header.size_bytes if self.bytes_after is None else self.bytes_after,
-            bits=self.bits,
-        )
+        size = header.size_bytes if self.bytes_after is None else self.bytes_after
+        return TensorClaim(**{**vars(self), "bytes_after": size}, header=header)
 
     def quantized(self, bits: int, group_size: int, recipe: Recipe, reason: str, count: int = 1) -> Wanted:
         """Return the same tensor, of `count` projections of its `shape`, stored as codes of `bits` bits and scales."""
@@ -106,17 +75,35 @@ class Wanted:
         )
 
 
-def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tuple[TensorClaim, ...]:
+@dataclass(frozen=True, kw_only=True)
+class TensorClaim(Wanted):
+    """One source tensor that is there."""
+
+    header: TensorHeader
+    bytes_after: int
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds routed experts of a layer."""
+        return self.group == EXPERTS
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is a weight beside the layers' experts, copied or rounded."""
+        return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
+
+
+def claim_tensors(source: Checkpoint, recipe: Recipe) -> tuple[TensorClaim, ...]:
     """Claim every source tensor exactly once, in the order of transformers' own model, drafts and extras last.
 
     Raises FourfoldError naming all that is missing, unexpected, or of another shape or dtype than wanted.
     """
-    left = dict(index.headers)
+    left = dict(source.headers)
     missing: list[str] = []
     shapes: list[str] = []
     dtypes: list[str] = []
     claims: list[TensorClaim] = []
-    for name, wanted in wanted_tensors(skeleton, index.headers, recipe):
+    for name, wanted in wanted_tensors(source, source.headers, recipe):
         header = left.pop(name, None)
         if header is None:
             missing.append(name)
@@ -126,17 +113,17 @@ def claim_tensors(skeleton: Skeleton, index: TensorIndex, recipe: Recipe) -> tup
             dtypes.append(f"{name} is {header.dtype}, wanted {' or '.join(wanted.dtypes)}")
         else:
             claims.append(wanted.claim(header))
-    in_memory = set(skeleton.blueprint.missing)
+    in_memory = set(source.blueprint.missing)
     if in_memory.intersection(missing):
-        missing = [*skeleton.blueprint.lacking(), *(name for name in missing if name not in in_memory)]
-    extras = {name: known_extra(skeleton, header) for name, header in left.items()}
+        missing = [*source.blueprint.lacking(), *(name for name in missing if name not in in_memory)]
+    extras = {name: known_extra(source, header) for name, header in left.items()}
     claims += [extra.claim(left[name]) for name, extra in extras.items() if extra]
     unexpected = [name for name, extra in extras.items() if not extra]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "wrong dtype": dtypes}
     problems = "".join(f"\n  {what}: {_listed(names)}" for what, names in found.items() if names)
     if problems:
         raise FourfoldError(
-            f"{index.folder}: the safetensors headers do not fit config.json:{problems}\n"
+            f"{source.folder}: the safetensors headers do not fit config.json:{problems}\n"
             "A whole and unaltered checkpoint is wanted, as published or from save_pretrained"
         )
     return tuple(claims)
@@ -216,8 +203,7 @@ def _quantized_draft(wanted: Wanted, stack: tuple[int, ...], dense: DenseScheme,
 
 def _wanted_experts(skeleton: Skeleton, name: str, layer: int, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
     """What makes one tensor of the experts in memory: a stack on disk, or the projections one by one."""
-    experts = skeleton.blueprint.experts[layer]
-    assert experts is not None
+    experts = skeleton.experts_of(layer)
     projections = (DOWN,) if name.endswith("down_proj") else experts.projections[:-1]
     if experts.separate:
         for names in experts.separate:

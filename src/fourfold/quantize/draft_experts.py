@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.head import Head
 from fourfold.model.layer import Routing, sort_pairs
 from fourfold.model.mtp import DraftHead, read_draft_head
-from fourfold.model.weights import Weights
 from fourfold.quantize.dense import round_weight, round_weights
 from fourfold.quantize.estimate import DRAFT_TOKENS
 from fourfold.quantize.observe import Observed
@@ -31,18 +29,6 @@ from fourfold.recipe import Guidance
 STEP_2 = 4  # every so many positions go through step 2
 
 
-@dataclass(frozen=True)
-class SourceWeights(Weights):
-    """The source's weights, those beside experts as the release stores them."""
-
-    plan: Plan
-
-    def read(self, name: str, device: torch.device) -> Tensor:
-        value = super().read(name, device)
-        rounded = round_weights({name: value}, self.plan.dense, self.plan.recipe).weights
-        return rounded.get(name, value)
-
-
 def quantize_draft_experts(
     plan: Plan, worker: Worker, rows: Rows | None, head: Head, batches: Batches, tick: Tick
 ) -> LayerResult:
@@ -51,13 +37,17 @@ def quantize_draft_experts(
     rows: this worker's calibration rows of the release behind the last layer, which int4 is solved on; head: of the
     release.
     """
-    weights = SourceWeights(plan.skeleton, plan.index, None, plan)
+
+    def as_stored(name: str, value: Tensor) -> Tensor:
+        return round_weights({name: value}, plan.dense, plan.recipe).weights.get(name, value)
+
+    source = dataclasses.replace(plan.source, change=as_stored)
     if plan.dense.draft_experts == 8:
-        tensors = _rounded(plan, weights.draft_experts(worker.device, torch.bfloat16)) if worker.is_leader else {}
+        tensors = _rounded(plan, source.draft_experts(worker.device, torch.bfloat16)) if worker.is_leader else {}
         return LayerResult(tensors, None, None, (), {}, 0)
     assert rows is not None, "the loop keeps calibration rows for int4 draft experts"
-    draft = worker.run_once(lambda: read_draft_head(weights, torch.device("cpu"), torch.bfloat16, head))
-    layer = dataclasses.replace(draft.layer, index=plan.skeleton.layers)
+    draft = worker.run_once(lambda: read_draft_head(source, torch.device("cpu"), torch.bfloat16, head))
+    layer = dataclasses.replace(draft.layer, index=plan.source.layers)
     parts = draft_inputs(_on(draft, worker.device), rows, tick) if worker.is_leader else ([], [], [])
     input_TD, counts = worker.all_gather(parts[0])
     routing = Routing(worker.all_gather(parts[1])[0], worker.all_gather(parts[2])[0]).to(worker.device)
@@ -93,10 +83,10 @@ def _on(draft: DraftHead, device: torch.device) -> DraftHead:
 
 def stems(plan: Plan) -> tuple[Mapping[str, str], ...]:
     """Prefixes of the draft experts' tensors in the release, by expert and projection."""
-    prefix = plan.skeleton.family.mtp_experts_prefix
+    prefix = plan.source.family.mtp_experts_prefix
     return tuple(
         {projection: f"{prefix}{expert}.{projection}." for projection in (GATE, UP, DOWN)}
-        for expert in range(plan.skeleton.widest.count)
+        for expert in range(plan.source.widest.count)
     )
 
 

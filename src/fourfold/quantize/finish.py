@@ -21,17 +21,17 @@ from fourfold.core import metrics
 from fourfold.datatypes import ShardRecord, StreamDrift
 from fourfold.distributed.trace import Span, waited
 from fourfold.formats import named
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.family import UP
-from fourfold.model.files import SIDECARS, copy_file, dump, write_text
+from fourfold.model.files import copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.hub import hub_name, stated_terms
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize import guide
 from fourfold.quantize.calibrate import CalibrationRows, HeldoutRows
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE, Journal, close
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, RECIPE, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.recipe import dump_recipe
@@ -69,18 +69,17 @@ def finish(
     """
     out, records = journal.out, journal.records
     index = TensorIndex.open_shards(out, [record.shard for record in records])
-    drafts = draft_prefixes(plan.skeleton, index.headers)
-    more = plan.dense.more_modules(plan.skeleton, drafts)
+    drafts = draft_prefixes(plan.source, index.headers)
+    more = plan.dense.more_modules(plan.source, drafts)
     settings = named(plan.recipe.format).quantization_config(plan.recipe.scheme.group, drafts, more)
     texts_by_name = {
-        "recipe.toml": dump_recipe(plan.recipe),
+        RECIPE: dump_recipe(plan.recipe),
         INDEX_NAME: index_json(index),
-        "config.json": dump({**plan.skeleton.raw, "quantization_config": settings}),
+        "config.json": dump({**plan.source.raw, "quantization_config": settings}),
     }
-    for name in SIDECARS:
-        if (plan.index.folder / name).is_file():
-            tell("finish", text=name)
-            copy_file(plan.index.folder / name, out / name)
+    for path in sidecars(plan.source.folder):
+        tell("finish", text=path.name)
+        copy_file(path, out / path.name)
     for name, text in texts_by_name.items():
         tell("finish", text=name)
         write_text(out / name, text)
@@ -141,12 +140,12 @@ def state_record(
         identity=journal.identity,
         recipe=plan.recipe.name,
         format=plan.recipe.format,
-        model_type=plan.skeleton.family.model_type,
+        model_type=plan.source.family.model_type,
         source=SourceFacts(
-            hub=hub_name(plan.index.folder),
-            weights=plan.index.kind or "BF16",
-            terms=stated_terms(plan.index.folder),
-            headers=plan.index.digest,
+            hub=hub_name(plan.source.folder),
+            weights=plan.source.kind or "BF16",
+            terms=stated_terms(plan.source.folder),
+            headers=plan.source.digest,
             content=joined_digest({record.shard: record.source_digest for record in records}),
         ),
         calibration=calibration.facts(),

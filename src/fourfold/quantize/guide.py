@@ -305,8 +305,8 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
     uniform_RT = torch.rand(guide.token_RT.shape, dtype=torch.float64, generator=generator)
     uniform_RT = uniform_RT[worker.own_samples(len(uniform_RT))]
     with stage("backward", -1, guide.token_RT.numel(), "tokens") as tick:
-        ends, head_VD = worker.run_once(lambda: read_head(plan.index, plan.skeleton))
-        head = build_head(plan.skeleton.blueprint, ends, head_VD, worker.device)
+        ends, head_VD = worker.run_once(lambda: read_head(plan.source))
+        head = build_head(plan.source.blueprint, ends, head_VD, worker.device)
         for row, uniform_T in enumerate(uniform_RT):
             row_TD = sampled_gradient(head, hidden_RTD[row].to(worker.device), uniform_T.to(worker.device))
             gradient_RTD[row] = clip(row_TD).to(gradient_RTD.device)
@@ -320,7 +320,7 @@ def _from_head(worker: Worker, guide: Guide, stage: Stage) -> Tensor:
 def _take(worker: Worker, guide: Guide, number: int) -> tuple[DecoderLayer, LayerTensors]:
     """The next layer with all its experts, on the worker's device."""
     taken = guide.ahead.take(worker, number)
-    layer = build_layer(guide.plan.skeleton, number, taken.at(worker), worker.device)
+    layer = build_layer(guide.plan.source, number, taken.at(worker), worker.device)
     if layer.tail is None or not layer.skeleton.is_plain(worker.device):
         raise FourfoldError(
             f"{layer.skeleton.blueprint.path}: guidance is not available for {layer.skeleton.family.model_type}: what "
@@ -339,7 +339,7 @@ def _inputs(worker: Worker, guide: Guide, place: int) -> Tensor:
     if place:
         return own_rows(worker, guide.folder, INPUT, place)
     token_RT = guide.token_RT[worker.own_samples(len(guide.token_RT))]
-    around = worker.run_once(lambda: embeddings(guide.plan.index, guide.plan.skeleton))
+    around = worker.run_once(lambda: embeddings(guide.plan.source))
     return embedded(around, token_RT, torch.empty)
 
 

@@ -59,7 +59,7 @@ def identify(plan: Plan, calibration: CalibrationRows, heldout: HeldoutRows) -> 
     }
     digests = {"calibration": calibration.digest, "heldout": heldout.digest}
     tokens = Identity(**digests, recipe="", source="", layers="", parts=parts)
-    return identify_without_tokens(plan.recipe, plan.index, layers_text(plan.solve), tokens)
+    return identify_without_tokens(plan.recipe, plan.source, layers_text(plan.solve), tokens)
 
 
 def identify_without_tokens(recipe: Recipe, index: Headers, layers: str, tokens: Identity) -> Identity:

@@ -24,8 +24,8 @@ from fourfold.records.release import Identity, Run, Settings, State
 STATE = ".fourfold"
 RUN = f"{STATE}/run.json"  # until the run is finished
 FINISHED = "fourfold.json"  # written last: its presence says that the release is whole
-REFERENCE, LOG, METRICS = "reference.json", "quant_log.csv", "metrics.json"
-WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", LOG, METRICS, "recipe.toml", REFERENCE,
+RECIPE, REFERENCE, LOG, METRICS = "recipe.toml", "reference.json", "quant_log.csv", "metrics.json"
+WRITTEN = (FINISHED, "config.json", "model.safetensors.index.json", LOG, METRICS, RECIPE, REFERENCE,
            *SIDECARS)  # fmt: skip  # by quantize, beside the shards
 
 

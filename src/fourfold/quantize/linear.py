@@ -17,8 +17,8 @@ from fourfold.core import gptq, grid, metrics, moments
 from fourfold.datatypes import QuantizedGroup
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.layer import DecoderLayer, LayerTensors, with_kept
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.dense import INT8_SEARCH, SLAB_ROWS, RoundedWeights, dequantized, round_weight
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.site import damping

@@ -24,10 +24,10 @@ from fourfold.distributed.trace import READER, WRITER, Trace
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
-from fourfold.model.family import split_names
-from fourfold.model.layer import LayerTensors, read_layer
+from fourfold.model.family import split_stack
+from fourfold.model.layer import LayerTensors
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.quantize.claims import TensorClaim
 from fourfold.quantize.dense import round_weights
 from fourfold.quantize.plan import Plan, RestShard
@@ -73,7 +73,7 @@ def write_tensors(out: Path, shard: str, tensors: Mapping[str, Tensor]) -> Writt
 def read_experts(plan: Plan, out: Path, record: ShardRecord, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Some of a finished layer's experts, gate_up and down, dequantized in BF16 from its shard."""
     index = TensorIndex.open_shards(out, [record.shard])
-    stems, format = plan.skeleton.stems(record.layer), named(plan.recipe.format)
+    stems, format = plan.source.stems(record.layer), named(plan.recipe.format)
 
     def stack(projection: str) -> Tensor:
         stacks: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
 
     solved: codes and scales of the draft experts and the output head, where the shard has them.
     """
-    index = plan.index
+    index = plan.source
     digests = {header.name: hashlib.sha256() for header in _read_of(shard)}
     tensors: list[OutputTensor] = []
     given = {} if solved is None else solved.tensors
@@ -128,17 +128,15 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
                 digests[header.name].update(chunk)
             tensors += [OutputTensor.of(name, given[name]) for name in names]
         elif claim.action is Action.QUANTIZE:
-            weight_NK = index.read(header.name, sha=digests[header.name])
-            require_finite(weight_NK, header.name)
+            weight_NK = index.read_finite(header.name, sha=digests[header.name])
             stored = round_weights({header.name: weight_NK}, plan.dense, plan.recipe).stored
             tensors += [OutputTensor.of(name, value) for name, value in stored.items()]
         elif claim.action is Action.SPLIT:
             tensors += _split(index, header, digests[header.name])
         elif claim.action is Action.COPY:
-            data = partial(_copied, index, header, digests[header.name])
-            tensors.append(_tensor(header, header.name, header.shape, data))
+            tensors.append(OutputTensor.copied(header, partial(_copied, index, header, digests[header.name])))
     written = write_shard(out, shard.shard, tensors)
-    experts = plan.skeleton.family.mtp_experts_prefix
+    experts = plan.source.family.mtp_experts_prefix
     return ShardRecord(
         shard=shard.shard,
         layer=-1,
@@ -152,7 +150,7 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
 def _names_of(plan: Plan, claim: TensorClaim) -> list[str]:
     """Names in the release of the quantized weights that one source tensor holds."""
     name, shape = claim.header.name, claim.header.shape
-    weights = [part for part, *_ in split_names(name, shape)] if len(shape) == 3 else [name]
+    weights = [part for part, *_ in split_stack(name, shape)] if len(shape) == 3 else [name]
     suffixes = named(plan.recipe.format).tensor_shapes(8, 8, 1)
     return [weight.removesuffix("weight") + suffix for weight in weights for suffix in suffixes]
 
@@ -176,12 +174,6 @@ def _joined(digests: Mapping[str, hashlib._Hash]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _tensor(
-    header: TensorHeader, name: str, shape: tuple[int, ...], data: Callable[[], Iterator[memoryview]]
-) -> OutputTensor:
-    return OutputTensor(name=name, dtype=header.dtype, shape=shape, data=data)
-
-
 def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memoryview]:
     for chunk in index.chunks(header.name):
         sha.update(chunk)
@@ -194,23 +186,21 @@ def _split(index: TensorIndex, header: TensorHeader, sha: Any) -> list[OutputTen
     """A fused stack [E, N, K] as one tensor per expert and projection. It is read once to be hashed, when the first of
     them is written, and once more by them: as a whole it takes more memory than all that is written beside it.
     """
-    _, outputs, inputs = header.shape
-    row_bytes = header.size_bytes // math.prod(header.shape[:2])
 
     @functools.cache
     def hashed() -> None:
         for _ in _copied(index, header, sha):
             pass
 
-    def rows(expert: int, place: slice) -> Iterator[memoryview]:
+    def rows(start: int, shape: tuple[int, int]) -> Iterator[memoryview]:
         hashed()
-        rows_NK = torch.empty(place.stop - place.start, inputs, dtype=DTYPES[header.dtype])
-        index.read_range(header.name, (expert * outputs + place.start) * row_bytes, raw_bytes(rows_NK))
+        rows_NK = torch.empty(shape, dtype=DTYPES[header.dtype])
+        index.read_range(header.name, start, raw_bytes(rows_NK))
         yield raw_bytes(rows_NK)
 
     return [
-        _tensor(header, name, (place.stop - place.start, header.shape[2]), partial(rows, expert, place))
-        for name, expert, place in split_names(header.name, header.shape)
+        OutputTensor.copied(header, partial(rows, start, shape), name, shape)
+        for name, start, shape in split_stack(header.name, header.shape, DTYPES[header.dtype].itemsize)
     ]
 
 
@@ -248,7 +238,7 @@ class ReadAhead:
 
     def _run(self, layer: int, kept: list[str]) -> Taken:
         start = time.time()
-        tensors = read_layer(self._plan.index, self._plan.skeleton, layer, kept, self._links[0].host_buffer)
+        tensors = self._plan.source.read_layer(layer, kept, self._links[0].host_buffer)
         self._trace.add("read", READER, start, time.time(), layer)
         return Taken(tensors, tuple(self._send(tensors, link) for link in self._links))
 

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError
-from fourfold.model.config import read_source_config
-from fourfold.model.files import SIDECARS
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.sources import SourceIndex, open_source
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.files import sidecars
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
 from fourfold.quantize.claims import EMBEDDINGS, GROUPS, TensorClaim, claim_tensors
 from fourfold.quantize.contamination import check_sources
@@ -99,8 +97,7 @@ class Plan:
     predicted_shares: of down's error that guidance is predicted to leave, by layer, where a sweep in OUT has told it.
     """
 
-    skeleton: Skeleton
-    index: SourceIndex
+    source: Checkpoint
     recipe: Recipe
     dense: DenseScheme
     layers: tuple[LayerPlan, ...]
@@ -143,7 +140,7 @@ class Plan:
     @property
     def projections(self) -> int:
         """Expert projections that this run solves."""
-        experts = (self.skeleton.blueprint.experts[index] for index in self.solve)
+        experts = (self.source.blueprint.experts[index] for index in self.solve)
         return sum(one.count * len(one.projections) for one in experts if one is not None)
 
     def groups(self) -> tuple[GroupRow, ...]:
@@ -172,9 +169,9 @@ class Plan:
         """The same as JSON types: bytes and seconds as numbers, an entry for each source tensor."""
         memory, disk, time = self.memory, self.disk, self.time
         return {
-            "model": str(self.index.folder),
-            "model_type": self.skeleton.family.model_type,
-            "source_digest": self.index.digest,
+            "model": str(self.source.folder),
+            "model_type": self.source.family.model_type,
+            "source_digest": self.source.digest,
             "recipe": self.recipe.name,
             "format": self.recipe.format,
             "group_size": self.recipe.scheme.group,
@@ -239,31 +236,29 @@ def make_plan(
     set, or `layers` do not exist. Too little disk or memory is a warning; `Plan.require_disk` makes it an error.
     """
     check_sources(recipe)
-    index = open_source(model, read_source_config(model))
-    skeleton = Skeleton.open(model, index.headers)
-    solve = _layer_range(layers, skeleton.layers)
-    recipe = choose_group_size(skeleton, recipe)
-    check_guidance(skeleton, recipe)
-    check_tokenizer(model, skeleton.vocabulary)
-    layer_plans, rest = _lay_out(skeleton, index, claim_tensors(skeleton, index, recipe))
-    partial = len(solve) < skeleton.layers
+    source = Checkpoint.open_source(model)
+    solve = _layer_range(layers, source.layers)
+    recipe = choose_group_size(source, recipe)
+    check_guidance(source, recipe)
+    check_tokenizer(model, source.vocabulary)
+    layer_plans, rest = _lay_out(source, claim_tensors(source, recipe))
+    partial = len(solve) < source.layers
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)
     if partial:
         written = layer_plans[solve.start : solve.stop]
-    dense = DenseScheme.of(skeleton, index.headers, recipe)
-    work = _workload(skeleton, recipe, dense, layer_plans, rest, solve)
+    dense = DenseScheme.of(source, source.headers, recipe)
+    work = _workload(source, recipe, dense, layer_plans, rest, solve)
     memory = plan_memory(work, devices, memory_bytes, host_bytes, exchange_bytes)
     disk = plan_disk(
         work,
         {part.shard: part.bytes_after for part in written},
         sum(claim.tensors_after for part in written for claim in part.claims),
-        sum((model / name).stat().st_size for name in SIDECARS if (model / name).is_file()),
+        sum(path.stat().st_size for path in sidecars(model)),
         out,
         memory.spilled_bytes,
     )
     return Plan(
-        skeleton=skeleton,
-        index=index,
+        source=source,
         recipe=recipe,
         dense=dense,
         layers=layer_plans,
@@ -274,8 +269,8 @@ def make_plan(
         memory=memory,
         disk=disk,
         time=estimate_time(work, devices, inputs=memory.inputs),
-        run_warnings=(*source_advice(index), *run_advice(recipe, work, memory, disk)),
-        release_warnings=tuple(release_advice(skeleton, index, recipe, devices)),
+        run_warnings=(*source_advice(source), *run_advice(recipe, work, memory, disk)),
+        release_warnings=tuple(release_advice(source, recipe, devices)),
     )
 
 
@@ -290,11 +285,9 @@ def _layer_range(layers: range | None, count: int) -> range:
     return layers
 
 
-def _lay_out(
-    skeleton: Skeleton, index: SourceIndex, claims: Sequence[TensorClaim]
-) -> tuple[tuple[LayerPlan, ...], tuple[RestShard, ...]]:
+def _lay_out(source: Checkpoint, claims: Sequence[TensorClaim]) -> tuple[tuple[LayerPlan, ...], tuple[RestShard, ...]]:
     """One shard for each decoder layer, in order, then the rest in transformers' order, up to 5 GB each."""
-    by_layer: list[list[TensorClaim]] = [[] for _ in range(skeleton.layers)]
+    by_layer: list[list[TensorClaim]] = [[] for _ in range(source.layers)]
     rest: list[list[TensorClaim]] = [[]]
     filled = 0
     for claim in claims:
@@ -306,14 +299,14 @@ def _lay_out(
             filled = 0
         rest[-1].append(claim)
         filled += claim.bytes_after
-    total = skeleton.layers + len(rest)
+    total = source.layers + len(rest)
     shards = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     layers = tuple(
         LayerPlan(
             index=layer,
-            kind=skeleton.layer_kind(layer),
+            kind=source.layer_kind(layer),
             routed=any(claim.is_expert for claim in own),
-            fused=skeleton.is_fused(layer),
+            fused=source.is_fused(layer),
             claims=tuple(own),
             shard=shards[layer],
         )
@@ -333,33 +326,33 @@ def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
 
 
 def _workload(
-    skeleton: Skeleton,
+    source: Checkpoint,
     recipe: Recipe,
     dense: DenseScheme,
     layers: Sequence[LayerPlan],
     rest: Sequence[RestShard],
     solve: range,
 ) -> Workload:
-    text, experts, solver, run = skeleton.text, skeleton.widest, recipe.solver, layers[: solve.stop]
+    text, experts, solver, run = source.text, source.widest, recipe.solver, layers[: solve.stop]
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
     copied = (claim.header.shape for layer in run for claim in layer.claims if claim.is_kept)
     kept = [shape for shape in copied if len(shape) > 1]  # what a token is multiplied by besides its experts
-    ends_bytes = 2 * skeleton.vocabulary * text.hidden_size * BF16  # embeddings, output head
+    ends_bytes = 2 * source.vocabulary * text.hidden_size * BF16  # embeddings, output head
     return Workload(
         hidden=experts.hidden,
         model_width=text.hidden_size,
-        state_width=skeleton.state_width,
+        state_width=source.state_width,
         width=experts.width,
-        experts=skeleton.experts,
-        topk=skeleton.topk,
-        vocabulary=skeleton.vocabulary,
+        experts=source.experts,
+        topk=source.topk,
+        vocabulary=source.vocabulary,
         calibration_tokens=rows * length,
         calibration_length=length,
         heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
-        rtn_tokens=_rtn_windows(recipe, partial=len(solve) < skeleton.layers) * recipe.heldout.length,
+        rtn_tokens=_rtn_windows(recipe, partial=len(solve) < source.layers) * recipe.heldout.length,
         asymmetric=solver.asymmetric,
         passes=solver.passes,
         pooled=solver.pool > 0,
@@ -372,7 +365,7 @@ def _workload(
         routed_layers=sum(layer.routed for layer in run),
         solved_layers=sum(layers[index].routed for index in solve),
         full_attention_layers=sum(layer.kind != "linear_attention" for layer in run),
-        attention_width=skeleton.attention_width,
+        attention_width=source.attention_width,
         kept_parameters=sum(math.prod(shape) for shape in kept if len(shape) == 2),
         kept_matrix=max(map(math.prod, kept)),
         kept_width=max(map(max, kept)),
@@ -381,9 +374,9 @@ def _workload(
         int8_inputs=max((shape[1] for layer in run for shape in _int8_shapes(layer)), default=0),
         int8_head=any(claim.group == EMBEDDINGS and claim.bits for shard in rest for claim in shard.claims),
         draft_tokens=min(rows * length, DRAFT_TOKENS) if dense.draft_experts == 4 and len(solve) == len(layers) else 0,
-        attend_token_bytes=attend_token_bytes(skeleton),
+        attend_token_bytes=attend_token_bytes(source),
         layer_bytes=max(layer.bytes_before for layer in run),
-        expert_bytes=skeleton.expert_bytes,
+        expert_bytes=source.expert_bytes,
         shard_bytes=max(layer.bytes_after for layer in run),
         read_bytes=sum(layer.bytes_before for layer in run) + ends_bytes + 2 * sum(swept) + ends_bytes * bool(swept),
     )

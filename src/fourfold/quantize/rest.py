@@ -26,7 +26,7 @@ def solves_rest(job: Job) -> bool:
 
 def head_name(plan: Plan) -> str:
     """The output head's name on disk."""
-    (name,) = plan.skeleton.blueprint.sources[output_name(plan.skeleton.blueprint)].all_names
+    (name,) = plan.source.blueprint.sources[output_name(plan.source.blueprint)].all_names
     return name
 
 
@@ -54,7 +54,7 @@ def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: H
         released = dataclasses.replace(head, weight_VD=made.weights[name].to(worker.device))
     solved = LayerResult(tensors, None, None, (), {}, 0)
     if plan.dense.draft_experts < 16 and not all(done):
-        experts = STEPS * plan.skeleton.widest.count
+        experts = STEPS * plan.source.widest.count
         with job.stage(worker, "drafts", total=experts) as tick:
             drafts = quantize_draft_experts(plan, worker, rows, released, job.journal.settings.batches, tick)
         solved = dataclasses.replace(drafts, tensors=drafts.tensors | tensors)
@@ -96,7 +96,7 @@ def write_rest(job: Job, *, quantized: bool, solved: LayerResult | None = None) 
         before = job.journal[shard.shard] if shard.shard in job.journal else None
         problem = before and output.damage(job.out / before.shard, before.sha256)
         if before and not problem:
-            output.check_source(before, output.rest_digest(shard, job.plan.index))
+            output.check_source(before, output.rest_digest(shard, job.plan.source))
             continue
         if problem:
             job.reporter.note(f"{problem}; written again")

@@ -42,17 +42,7 @@ from fourfold.quantize.guide import (
 from fourfold.quantize.heap import keep_freed_memory
 from fourfold.quantize.identity import identify, refuse_changes
 from fourfold.quantize.job import Job, Texts
-from fourfold.quantize.journal import (
-    FINISHED,
-    STATE,
-    Journal,
-    check_out,
-    clear,
-    close,
-    hold,
-    log,
-    open_journal,
-)
+from fourfold.quantize.journal import FINISHED, STATE, Journal, check_out, clear, close, hold, log, open_journal
 from fourfold.quantize.linear import LayerLinear
 from fourfold.quantize.memory import device_budget, sweep_rows
 from fourfold.quantize.observe import Observed, observe, token_importance
@@ -121,7 +111,7 @@ def quantize(
 def read_texts(plan: Plan, watch: ProgressReporter) -> Texts:
     """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
     with watch.stage("calibrate"):
-        tokenizer = calibrate.load_tokenizer(plan.index.folder)
+        tokenizer = calibrate.load_tokenizer(plan.source.folder)
         heldout = calibrate.heldout(plan.recipe, tokenizer)
         return calibrate.collect(plan.recipe, tokenizer, progress=watch.progress), heldout
 
@@ -214,7 +204,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     with job.stage(worker, "embed"):
         token_ids = job.texts[0].token_RT, job.texts[1].token_RT
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
-        all_streams = streams.embed(worker, plan.index, plan.skeleton, token_ids, asymmetric=asymmetric, rtn=yardstick)
+        all_streams = streams.embed(worker, plan.source, token_ids, asymmetric=asymmetric, rtn=yardstick)
     if worker.is_leader:
         job.writer.submit(partial(write_rest, job, quantized=False))
     for layer_plan in plan.layers[: plan.solve.stop]:
@@ -226,7 +216,7 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         with worker.span("wait for writer"):
             job.writer.join()
     if not plan.partial:
-        head = streams.load_head(worker, plan.index, plan.skeleton)
+        head = streams.load_head(worker, plan.source)
         heads = head, write_quantized_rest(job, worker, all_streams, head)
         with job.stage(worker, "measure"):
             statistics, rtn, reference = streams.measure(worker, heads, all_streams)
@@ -240,7 +230,7 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
         kept = taken.at(worker)
-        layer = build_layer(plan.skeleton, number, kept, worker.device)
+        layer = build_layer(plan.source, number, kept, worker.device)
     finished, observed = is_finished(job, worker, layer_plan, taken.tensors.digest), None
     linear = LayerLinear(plan, layer, kept.kept, job.out / layer_plan.shard if finished else None)
     released = partial(linear.release_layer, worker)
@@ -280,8 +270,8 @@ def run_guidance_sweep(job: Job, worker: Worker, left: Left) -> None:
     """Run the guidance sweep and report the predicted error reduction of each layer."""
     batch_rows = sweep_rows(job.journal.settings.batches.rows)
     token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
-    routing, skeleton = job.plan.work.guidance_routing, job.plan.skeleton
-    router = worker.run_once(lambda: find_router(skeleton) if routing and left.layers else "")
+    routing, source = job.plan.work.guidance_routing, job.plan.source
+    router = worker.run_once(lambda: find_router(source) if routing and left.layers else "")
     guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, remaining_sweep=left,
                   ahead=job.ahead, writer=job.writer, router=router)  # fmt: skip
     sweep(worker, guide, partial(job.stage, worker))
@@ -302,9 +292,8 @@ def solve(
     result = DENSE_LAYER
     if observed is not None:
         assert source.calibration is not None
-        skeleton = job.plan.skeleton
-        stems, batches = skeleton.stems(layer_plan.index), job.journal.settings.batches
-        with job.stage(worker, "solve", layer_plan.index, STEPS * skeleton.experts) as tick:
+        stems, batches = job.plan.source.stems(layer_plan.index), job.journal.settings.batches
+        with job.stage(worker, "solve", layer_plan.index, STEPS * job.plan.source.experts) as tick:
             chunking = Chunking(batches.experts, batches.inputs, stems, tick)
             if power := job.plan.recipe.solver.norm_power:
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)

@@ -13,20 +13,10 @@ from torch import Tensor
 from fourfold.core import metrics
 from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import Worker
-from fourfold.model.checkpoint import SLAB_ELEMENTS, TensorIndex, require_finite
-from fourfold.model.head import (
-    Around,
-    Ends,
-    Head,
-    Read,
-    build_head,
-    input_name,
-    output_name,
-    read_ends,
-    read_matrix,
-)
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.head import Around, Ends, Head, build_head, output_name, read_ends, read_matrix
 from fourfold.model.layer import DecoderLayer
-from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import SLAB_ELEMENTS
 from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.heap import give_back_free_memory
 from fourfold.quantize.observe import MoeInputs, advance_, attend_, own_tokens, pass_heldout_
@@ -76,7 +66,7 @@ class Streams:
 
 
 def embed(
-    worker: Worker, index: TensorIndex, skeleton: Skeleton, texts: tuple[Tensor, Tensor], *, asymmetric: bool, rtn: bool
+    worker: Worker, checkpoint: Checkpoint, texts: tuple[Tensor, Tensor], *, asymmetric: bool, rtn: bool
 ) -> Streams:
     """A worker's rows before the first layer, equal in all streams: calibration rows are shared until they differ.
 
@@ -85,7 +75,7 @@ def embed(
 
     Raises FourfoldError for a model whose layers are given more than their own rows.
     """
-    around = worker.run_once(lambda: embeddings(index, skeleton))
+    around = worker.run_once(lambda: embeddings(checkpoint))
     around.require_plain(texts[0][:1])
     calibration, heldout = (
         Rows(token_RT, embedded(around, token_RT, worker.team.allocate, worker.heartbeat))
@@ -103,15 +93,13 @@ def _rtn_baseline(worker: Worker, heldout: Rows, count: int) -> RtnBaseline:
     return RtnBaseline(_copied(worker, rows), place)
 
 
-def embeddings(index: TensorIndex, skeleton: Skeleton) -> Around:
+def embeddings(checkpoint: Checkpoint) -> Around:
     """Return the modules before the decoder layers, with the embeddings, on the host.
 
     Raises FourfoldError for NaN or Inf in them.
     """
-    blueprint, read = skeleton.blueprint, reader(index)
-    skeleton.read_buffers(read)
-    embedding_VD = read_matrix(blueprint, read, input_name(blueprint))
-    return Around(blueprint, read_ends(blueprint, read), torch.device("cpu"), embedding_VD=embedding_VD)
+    checkpoint.read_buffers(checkpoint.read_finite)
+    return checkpoint.around(torch.device("cpu"), torch.bfloat16, checkpoint.read_finite)
 
 
 def embedded(
@@ -132,17 +120,6 @@ def _copied(worker: Worker, rows: Rows) -> Rows:
         copied_TD.copy_(hidden_TD)
         worker.heartbeat()
     return Rows(rows.token_RT, copied_RTD, list(rows.carried))
-
-
-def reader(index: TensorIndex) -> Read:
-    """Tensors by name. Raises FourfoldError for NaN or Inf in one."""
-
-    def read(name: str) -> Tensor:
-        value = index.read(name)
-        require_finite(value, name)
-        return value
-
-    return read
 
 
 def attended_tokens(streams: Streams) -> int:
@@ -235,14 +212,14 @@ def require_finite_states(worker: Worker, layer: DecoderLayer, *states: Tensor |
         )
 
 
-def load_head(worker: Worker, index: TensorIndex, skeleton: Skeleton) -> Head:
+def load_head(worker: Worker, checkpoint: Checkpoint) -> Head:
     """Return the source's output head, on the worker's device."""
 
     def ends() -> tuple[Ends, Tensor]:
         worker.transfer.free_pinned_memory()  # what the layers took
-        return read_head(index, skeleton)
+        return read_head(checkpoint)
 
-    return build_head(skeleton.blueprint, *worker.run_once(ends), worker.device)
+    return build_head(checkpoint.blueprint, *worker.run_once(ends), worker.device)
 
 
 def measure(
@@ -265,12 +242,12 @@ def measure(
     return against_source(heads[1], release, slice(None)), rtn, reference
 
 
-def read_head(index: TensorIndex, skeleton: Skeleton) -> tuple[Ends, Tensor]:
+def read_head(checkpoint: Checkpoint) -> tuple[Ends, Tensor]:
     """Return the modules outside the decoder layers, such as the final norm, and the output head [V, D].
 
     Raises FourfoldError for NaN or Inf in them.
     """
-    blueprint, read = skeleton.blueprint, reader(index)
+    blueprint, read = checkpoint.blueprint, checkpoint.read_finite
     return read_ends(blueprint, read), read_matrix(blueprint, read, output_name(blueprint))
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from fourfold.core import guidance
 from fourfold.datatypes import FourfoldError
 from fourfold.distributed.workers import Worker
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.quantize.estimate import damping_by_rule
 from fourfold.quantize.journal import sweep_folder
 from fourfold.quantize.output import damage

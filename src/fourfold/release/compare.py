@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from msgspec import structs, to_builtins
-from torch import Tensor
 
 from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
-from fourfold.model.config import quantization, read_config
-from fourfold.model.family import split_names
+from fourfold.model.config import read_config
+from fourfold.model.family import split_stack
 from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.sources import readable_format
+from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
+from fourfold.model.tensors import DTYPES, raw_bytes
 from fourfold.quantize.journal import METRICS
 from fourfold.records.record import Ends
 from fourfold.records.release import Export
@@ -27,7 +26,6 @@ from fourfold.records.results import Metrics
 from fourfold.release.contents import read_export
 from fourfold.release.conversion import open_job
 from fourfold.release.convert import ScaleChanges
-from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
 from fourfold.release.verify.reading import count_changes, open_reading
 
 STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
@@ -172,32 +170,32 @@ def _compare_export(found: Comparison, new: Path, record: Export, out: Path) -> 
     return found
 
 
-def _names(stocks: tuple[Stored, Stored]) -> tuple[str | None, str | None]:
+def _names(stocks: tuple[SourceIndex, SourceIndex]) -> tuple[str | None, str | None]:
     one, other = (stock.format.name if stock.format else None for stock in stocks)
     return one, other
 
 
-def _open(folder: Path) -> Stored:
+def _open(folder: Path) -> SourceIndex:
     raw = read_config(folder)
-    return take_stock(TensorIndex.open(folder), readable_format(raw, folder), quantization(raw))
+    readable_format(raw, folder)
+    return open_source(folder, raw)
 
 
-def _pieces(stored: Stored) -> dict[str, Piece]:
+def _pieces(stored: SourceIndex) -> dict[str, Piece]:
     """Everything without codes, stacks of experts as a piece for each, so that both layouts have the same names."""
     found: dict[str, Piece] = {}
     for name, header in stored.kept.items():
         if not name.endswith(STACKS) or len(header.shape) != 3:
             found[name] = Piece(tensor=name, start=0, shape=header.shape, dtype=header.dtype)
             continue
-        _, rows, inputs = header.shape
-        row_bytes = inputs * DTYPES[header.dtype].itemsize
-        for part, expert, place in split_names(name, header.shape):
-            start, shape = (expert * rows + place.start) * row_bytes, (place.stop - place.start, inputs)
+        for part, start, shape in split_stack(name, header.shape, DTYPES[header.dtype].itemsize):
             found[part] = Piece(tensor=name, start=start, shape=shape, dtype=header.dtype)
     return found
 
 
-def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored], pieces: tuple[Piece, Piece]) -> None:
+def _compare_pieces(
+    found: Comparison, name: str, stocks: tuple[SourceIndex, SourceIndex], pieces: tuple[Piece, Piece]
+) -> None:
     one, other = pieces
     same = (one.shape, one.dtype) == (other.shape, other.dtype)
     size = torch.Size(one.shape).numel() * DTYPES[one.dtype].itemsize
@@ -205,7 +203,7 @@ def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored],
         count = min(CHUNK_BYTES, size - start)
         parts = [torch.empty(count, dtype=torch.uint8) for _ in stocks]
         for stock, piece, part in zip(stocks, pieces, parts, strict=True):
-            stock.index.read_range(piece.tensor, piece.start + start, raw_bytes(part))
+            stock.disk.read_range(piece.tensor, piece.start + start, raw_bytes(part))
         same = same and torch.equal(*parts)
     if same:
         found.equal += 1
@@ -213,23 +211,23 @@ def _compare_pieces(found: Comparison, name: str, stocks: tuple[Stored, Stored],
         found.different.append(name)
 
 
-def _weight_error(source: Stored, piece: Piece, release: Stored, stem: str) -> float | None:
+def _weight_error(source: SourceIndex, piece: Piece, release: SourceIndex, stem: str) -> float | None:
     """Of a projection against weights without codes; None if these are of another shape or no floats."""
     projection, dtype = release.projections[stem], DTYPES[piece.dtype]
     if piece.shape != (projection.outputs, projection.inputs) or not dtype.is_floating_point:
         return None
     weight_NK = torch.empty(piece.shape, dtype=dtype)
-    source.index.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
+    source.disk.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
     wanted_NK = weight_NK.float()
-    stored_NK = _dequantize(release, projection, release.read(projection))
+    stored_NK = projection.dequantize(release.read_parts(projection))
     error, size = float((wanted_NK - stored_NK).norm()), float(wanted_NK.norm())
     return error / size if size else float(error > 0)
 
 
 def _compare_projections(
-    found: Comparison, stocks: tuple[Stored, Stored], projections: tuple[Projection, Projection]
+    found: Comparison, stocks: tuple[SourceIndex, SourceIndex], projections: tuple[StoredWeight, StoredWeight]
 ) -> None:
-    tensors = [stock.read(projection) for stock, projection in zip(stocks, projections, strict=True)]
+    tensors = [stock.read_parts(projection) for stock, projection in zip(stocks, projections, strict=True)]
     (one, other), name = projections, f"{projections[0].name}weight"
     found.projections += 1
     found.int8 += one.bits == 8 == other.bits
@@ -239,7 +237,7 @@ def _compare_projections(
     stored = list(zip(tensors, projections, (_format(stock) for stock in stocks), strict=True))
     plain = [not any(layout_problems(*each)) for each in stored]
     if not all(plain):  # zero points or an order of groups: the weights themselves say whether it is the same
-        weights = [_dequantize(*each) for each in zip(stocks, projections, tensors, strict=True)]
+        weights = [one.dequantize(parts) for one, parts in zip(projections, tensors, strict=True)]
         if not torch.equal(*weights):
             found.different.append(name)
         return
@@ -254,12 +252,7 @@ def _compare_projections(
     found.scales.add(*scales)
 
 
-def _dequantize(stored: Stored, projection: Projection, tensors: Mapping[str, Tensor]) -> Tensor:
-    stacked = {suffix: value[None] for suffix, value in tensors.items()}
-    return _format(stored).dequantize(stacked, projection.bits)[0]
-
-
-def _format(stored: Stored) -> Format:
+def _format(stored: SourceIndex) -> Format:
     """Of a checkpoint with codes."""
     assert stored.format is not None
     return stored.format

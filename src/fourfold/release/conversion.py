@@ -11,13 +11,10 @@ from pathlib import Path
 
 from fourfold.datatypes import Event, FourfoldError, Progress
 from fourfold.formats.format import EXPERT, Format
-from fourfold.model.checkpoint import TensorIndex
-from fourfold.model.config import quantization, read_config
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.weights import Weights
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.sources import layout_problems
 from fourfold.quantize.journal import FINISHED, STATE, hold
-from fourfold.release.stored import Stored, layout_problems, take_stock
-from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.release import Release
 
 GROUP_SIZES = (32, 64, 128)
 SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
@@ -25,36 +22,37 @@ SPARE_BYTES = 64 * 2**20  # index, config, tokenizer
 
 @dataclass(kw_only=True)
 class Job:
-    """A release that is converted. release: what OUT says of itself, None if it is not ours."""
+    """A release that is converted. release: OUT by its records, None if it is not ours."""
 
-    skeleton: Skeleton
-    stored: Stored
+    out: Checkpoint
     release: Release | None
     progress: Progress
     done_bytes: int = 0
 
     @property
     def before(self) -> Format:
-        assert self.stored.format is not None
-        return self.stored.format
-
-    @property
-    def index(self) -> TensorIndex:
-        return self.stored.index
+        assert self.out.format is not None
+        return self.out.format
 
     @property
     def group_size(self) -> int:
         """Of experts, if any are quantized."""
-        return (group_sizes(self.stored, experts=True) or group_sizes(self.stored, experts=False))[0]
+        return (group_sizes(self.out, experts=True) or group_sizes(self.out, experts=False))[0]
 
     @property
     def total_bytes(self) -> int:
-        return sum(header.size_bytes for header in self.index.headers.values())
+        return sum(header.size_bytes for header in self.out.disk.headers.values())
 
     @property
     def content(self) -> str:
         """Digest of OUT's shards as its fourfold.json has it, "" if it is not ours."""
         return self.release.state.output.content if self.release else ""
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes as they are."""
+        for chunk in self.out.disk.chunks(name):
+            self.tick(len(chunk))
+            yield chunk
 
     def tick(self, count: int) -> None:
         self.done_bytes += count
@@ -69,43 +67,43 @@ def open_job(out: Path, progress: Progress) -> Job:
     """
     if not out.is_dir():
         raise FourfoldError(f"{out}: no such folder; the folder of a release is wanted")
-    release = open_release(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
-    weights = Weights.open(out)
-    stored = take_stock(weights.index.disk, weights.format, quantization(read_config(out)))
-    if not stored.projections:
+    release = Release.open(out) if (out / FINISHED).is_file() or (out / STATE).is_dir() else None
+    checkpoint = Checkpoint.open(out)
+    if not checkpoint.projections:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
         )
-    job = Job(skeleton=weights.skeleton, stored=stored, release=release, progress=progress)
-    _check_groups(out, stored)
+    job = Job(out=checkpoint, release=release, progress=progress)
+    _check_groups(checkpoint)
     _check_layout(job)
     return job
 
 
-def group_sizes(stored: Stored, *, experts: bool) -> list[int]:
+def group_sizes(checkpoint: Checkpoint, *, experts: bool) -> list[int]:
     """Return the group sizes of experts, or of all that is quantized beside them, in order."""
-    found = stored.projections.values()
+    found = checkpoint.projections.values()
     return sorted({one.group_size for one in found if bool(re.match(EXPERT, one.name)) == experts})
 
 
-def _check_groups(out: Path, stored: Stored) -> None:
-    for sizes in (group_sizes(stored, experts=True), group_sizes(stored, experts=False)):
+def _check_groups(checkpoint: Checkpoint) -> None:
+    for sizes in (group_sizes(checkpoint, experts=True), group_sizes(checkpoint, experts=False)):
         if len(sizes) > 1 or not {*sizes} <= {*GROUP_SIZES}:
             found = ", ".join(map(str, sizes))
             wanted = ", ".join(map(str, GROUP_SIZES))
             raise FourfoldError(
-                f"{out}: its groups are of {found} inputs; engines take one size for all, {wanted}. Quantize it anew"
+                f"{checkpoint.folder}: its groups are of {found} inputs; engines take one size for all, {wanted}. "
+                "Quantize it anew"
             )
 
 
 def _check_layout(job: Job) -> None:
     """Zero points and orders of groups: small, so all are read before anything is written."""
-    for projection in job.stored.projections.values():
-        beside = [suffix for suffix in projection.suffixes if suffix not in (job.before.codes, job.before.scales)]
-        tensors = {suffix: job.index.read(projection.name + suffix) for suffix in beside}
+    for projection in job.out.projections.values():
+        beside = projection.parts.keys() - {job.before.codes, job.before.scales}
+        tensors = {suffix: job.out.disk.read(projection.name + suffix) for suffix in beside}
         for problem in layout_problems(tensors, projection, job.before):
             raise FourfoldError(
-                f"{job.index.folder}: {projection.name.rstrip('.')}: {problem}. In a symmetric format with plain "
+                f"{job.out.folder}: {projection.name.rstrip('.')}: {problem}. In a symmetric format with plain "
                 "groups the same codes would be other weights, so it cannot be converted; quantize it anew"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,24 +20,22 @@ from fourfold import formats
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError, Progress, ignore, shortened
 from fourfold.formats.format import Format, MoreModules
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
-from fourfold.model.family import split_names
-from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.family import split_stack
+from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
+from fourfold.model.sources import StoredWeight
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.identity import joined_digest
-from fourfold.quantize.journal import FINISHED, LOG, METRICS, REFERENCE
+from fourfold.quantize.journal import FINISHED, LOG, METRICS, RECIPE, REFERENCE
 from fourfold.recipe import Recipe, dump_recipe
 from fourfold.records.release import Conversion, File, Output, Scales
 from fourfold.release.contents import CONVERSION
 from fourfold.release.conversion import Job, group_sizes, open_job, under_temporary_name
-from fourfold.release.stored import Projection, generalized, linear_modules
-from fourfold.release.verify.folder import Release
-from fourfold.release.verify.rules import config_problems
-
-RECIPE = "recipe.toml"
+from fourfold.release.release import Release
+from fourfold.release.verify.rules import config_problems, linear_modules
 
 
 class ScaleChanges(Scales):
@@ -97,19 +96,18 @@ def _write(
     """All files of the converted release; the record of the conversion last."""
     shards = [write_shard(folder, name, tensors) for name, tensors in plan.items()]
     index = TensorIndex.open_shards(folder, [shard.name for shard in shards])
-    for name in SIDECARS:
-        if (job.index.folder / name).is_file():
-            copy_file(job.index.folder / name, folder / name)
+    for path in sidecars(job.out.folder):
+        copy_file(path, folder / path.name)
     write_text(folder / INDEX_NAME, index_json(index))
-    write_text(folder / "config.json", dump({**job.skeleton.raw, "quantization_config": settings}))
+    write_text(folder / "config.json", dump({**job.out.raw, "quantization_config": settings}))
     converted = Converted(
         fourfold=fourfold.__version__,
-        out=str(job.index.folder),
+        out=str(job.out.folder),
         new=str(new),
         before=job.before.name,
         after=job.format.name,
-        projections=len(job.stored.projections),
-        split=sum(name not in index.headers for name in job.stored.kept),
+        projections=len(job.out.projections),
+        split=sum(name not in index.headers for name in job.out.kept),
         scales=job.scales,
         bytes_before=job.total_bytes,
         bytes_after=sum(header.size_bytes for header in index.headers.values()),
@@ -120,7 +118,7 @@ def _write(
         converted.part(Conversion).write(folder / CONVERSION)
     else:
         _write_ours(job.release, folder, shards, converted)
-    return structs.replace(converted, left_out=_left_out(job.index.folder, folder))
+    return structs.replace(converted, left_out=_left_out(job.out.folder, folder))
 
 
 def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
@@ -132,16 +130,16 @@ def _left_out(out: Path, folder: Path) -> tuple[str, ...]:
 def _plan_shards(job: _Job) -> dict[str, list[OutputTensor]]:
     """A shard for each of OUT's, in the same order, numbered; each projection where its codes were."""
     shards: dict[str, list[OutputTensor]] = {}
-    for projection in job.stored.projections.values():
-        shard = job.index.header(projection.name + job.before.codes).shard
+    for projection in job.out.projections.values():
+        shard = job.out.disk.header(projection.name + job.before.codes).shard
         shards.setdefault(shard, []).extend(_projection(job, projection))
-    for name, header in job.stored.kept.items():
+    for name, header in job.out.kept.items():
         shards.setdefault(header.shard, []).extend(_kept(job, name))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     return {name: shards[shard] for name, shard in zip(names, sorted(shards), strict=True)}
 
 
-def _projection(job: _Job, projection: Projection) -> Iterator[OutputTensor]:
+def _projection(job: _Job, projection: StoredWeight) -> Iterator[OutputTensor]:
     """A projection's tensors in the other format; codes and scales are read when their turn comes."""
     before, form = job.before, job.format
     sizes = projection.outputs, projection.inputs, projection.groups, projection.bits
@@ -155,14 +153,13 @@ def _projection(job: _Job, projection: Projection) -> Iterator[OutputTensor]:
 
 
 def _codes(job: _Job, name: str) -> Iterator[memoryview]:
-    words = job.index.read(name)
+    words = job.out.disk.read(name)
     job.tick(words.nbytes)
     yield raw_bytes(job.format.oriented(job.before.oriented(words)).contiguous())
 
 
 def _scales(job: _Job, name: str) -> Iterator[memoryview]:
-    before = job.index.read(name)
-    require_finite(before, name)
+    before = job.out.disk.read_finite(name)
     job.tick(before.nbytes)
     after = grid.stored(before.float(), "bf16")
     job.scales.add(before.float(), after)
@@ -171,27 +168,19 @@ def _scales(job: _Job, name: str) -> Iterator[memoryview]:
 
 def _kept(job: _Job, name: str) -> Iterator[OutputTensor]:
     """A tensor as it is, or a stack of draft experts as a tensor for each: rows of it, bit for bit."""
-    header, prefix = job.index.header(name), job.skeleton.family.mtp_prefix
+    header, prefix = job.out.disk.header(name), job.out.family.mtp_prefix
     if not (prefix and name.startswith(prefix) and len(header.shape) == 3 and ".mlp.experts." in name):
-        yield OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
+        yield OutputTensor.copied(header, partial(job.chunks, name))
         return
-    _, rows, inputs = header.shape
-    row_bytes = inputs * DTYPES[header.dtype].itemsize
-    for part, expert, place in split_names(name, header.shape):
-        count = place.stop - place.start
-        data = partial(_rows, job, name, (expert * rows + place.start) * row_bytes, count * row_bytes)
-        yield OutputTensor(name=part, dtype=header.dtype, shape=(count, inputs), data=data)
-
-
-def _copied(job: _Job, name: str) -> Iterator[memoryview]:
-    for chunk in job.index.chunks(name):
-        job.tick(len(chunk))
-        yield chunk
+    itemsize = DTYPES[header.dtype].itemsize
+    for part, start, shape in split_stack(name, header.shape, itemsize):
+        data = partial(_rows, job, name, start, math.prod(shape) * itemsize)
+        yield OutputTensor.copied(header, data, part, shape)
 
 
 def _rows(job: _Job, name: str, start: int, size_bytes: int) -> Iterator[memoryview]:
     content = memoryview(bytearray(size_bytes))
-    job.index.read_range(name, start, content)
+    job.out.disk.read_range(name, start, content)
     job.tick(size_bytes)
     yield content
 
@@ -204,13 +193,13 @@ def _settings(job: _Job, tensors: Sequence[OutputTensor]) -> dict[str, Any]:
 
     tensors: all of NEW. Raises FourfoldError for modules that the format cannot tell from each other.
     """
-    quantized, shapes = job.stored.quantized_modules, {tensor.name: tensor.shape for tensor in tensors}
-    drafts, kept = draft_prefixes(job.skeleton, shapes), linear_modules(shapes)
+    quantized, shapes = job.out.quantized_modules, {tensor.name: tensor.shape for tensor in tensors}
+    drafts, kept = draft_prefixes(job.out, shapes), linear_modules(shapes)
 
     def problems(settings: Mapping[str, Any]) -> list[str]:
         return config_problems(job.format, settings, job.group_size, quantized=quantized, kept=kept, draft=bool(drafts))
 
-    beside = group_sizes(job.stored, experts=False) or [job.group_size]
+    beside = group_sizes(job.out, experts=False) or [job.group_size]
     more = MoreModules.of({name: bits for name, (bits, _) in quantized.items()}, drafts, beside[0])
     settings = job.format.quantization_config(job.group_size, drafts, more)
     if problems(settings):
@@ -218,7 +207,7 @@ def _settings(job: _Job, tensors: Sequence[OutputTensor]) -> dict[str, Any]:
         settings = job.format.excluding(plain, _exclusions(quantized, kept))
         if found := problems(settings):
             raise FourfoldError(
-                f"{job.index.folder}: no quantization_config of {job.format} fits what is quantized in it: "
+                f"{job.out.folder}: no quantization_config of {job.format} fits what is quantized in it: "
                 f"{shortened(found)}. Try another --format"
             )
     return settings
@@ -245,9 +234,14 @@ def _patterns(module: str) -> Iterator[str]:
     for block in blocks:
         if not block.isdecimal():
             yield rf".*{re.escape(block)}\..*"
-    yield rf".*{generalized('.'.join([*blocks[-1:], last]))}$"
-    yield f"{generalized(module)}$"
+    yield rf".*{_generalized('.'.join([*blocks[-1:], last]))}$"
+    yield f"{_generalized(module)}$"
     yield f"{re.escape(module)}$"
+
+
+def _generalized(module: str) -> str:
+    """A regular expression for a module in each layer: numbers between dots are any."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
 
 
 def _write_ours(release: Release, folder: Path, shards: list[WrittenShard], converted: Converted) -> None:

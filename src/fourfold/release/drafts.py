@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fourfold.core import metrics
 from fourfold.datatypes import Tick
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import Head, logits
 from fourfold.model.mtp import DraftHead, Drafts, at_positions, read_draft_head
 from fourfold.model.nextn import NextnHead, nextn_names, read_nextn_head
-from fourfold.model.weights import Weights
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.records.results import Drafted
 from fourfold.release.sweep import Compute, embed, sweep_
@@ -33,7 +33,7 @@ HEAD_ROWS = 256  # positions whose logits over the whole vocabulary exist at one
 class Speaker:
     """A checkpoint that writes and drafts."""
 
-    weights: Weights
+    checkpoint: Checkpoint
     head: Head
     draft: DraftHead | NextnHead
     compute: Compute
@@ -51,7 +51,7 @@ class Written:
     sweeps: int
 
 
-def protocol(weights: Weights, token_RT: Tensor) -> dict[str, Any]:
+def protocol(checkpoint: Checkpoint, token_RT: Tensor) -> dict[str, Any]:
     """How acceptance of a checkpoint's drafts was measured on prompts from this text, for metrics.json."""
     rows, length = cut_prompts(token_RT).shape
     return {
@@ -59,7 +59,7 @@ def protocol(weights: Weights, token_RT: Tensor) -> dict[str, Any]:
         "prompts": rows,
         "prompt_tokens": length,
         "written_tokens": WRITTEN_TOKENS,
-        "steps": NextnHead.steps if nextn_names(weights.skeleton) else DraftHead.steps,
+        "steps": NextnHead.steps if nextn_names(checkpoint) else DraftHead.steps,
         "sampled": "sum min(p, d) at temperature 1 on the same text",
     }
 
@@ -73,7 +73,7 @@ def cut_prompts(token_RT: Tensor) -> Tensor:
 
 
 def measure_drafts(
-    weights: Weights, source: Weights, prompt_RT: Tensor, compute: Compute, watch: ProgressReporter
+    checkpoint: Checkpoint, source: Checkpoint, prompt_RT: Tensor, compute: Compute, watch: ProgressReporter
 ) -> Drafted | None:
     """Acceptance of a checkpoint's drafts (core/metrics.acceptance), None if it has no draft head.
 
@@ -82,17 +82,17 @@ def measure_drafts(
     `consistent` is the share of written tokens that the model chooses again when it reads the finished text: below 1
     where two tokens were as good as equal and another batch of rows rounded otherwise.
     """
-    names = nextn_names(weights.skeleton)
-    if not weights.has_draft and not names:
+    names = nextn_names(checkpoint)
+    if not checkpoint.has_draft_head and not names:
         return None
     with watch.stage("draft") as tick:
-        head, where = weights.head(compute.device, compute.dtype), (compute.device, compute.dtype)
-        draft = read_nextn_head(weights, names, *where) if names else read_draft_head(weights, *where, head)
-        speaker = Speaker(weights, head, draft, compute)
+        head, where = checkpoint.head(compute.device, compute.dtype), (compute.device, compute.dtype)
+        draft = read_nextn_head(checkpoint, names, *where) if names else read_draft_head(checkpoint, *where, head)
+        speaker = Speaker(checkpoint, head, draft, compute)
         written = write(speaker, prompt_RT, tick)
         hit_RPS, overlap_RPS, chosen_RPS = judge(speaker, written)
         more: dict[str, Any] = {"consistent": chosen_RPS.double().mean().item(), "sweeps": written.sweeps}
-        if any(name.startswith(weights.skeleton.family.mtp_prefix or "?") for name in weights.index.stored):
+        if any(name.startswith(checkpoint.family.mtp_prefix or "?") for name in checkpoint.stored):
             other = replace(speaker, draft=read_draft_head(source, *where, head))
             more["source_head"] = metrics.length_difference(hit_RPS, judge(other, written)[0])
     return convert(metrics.acceptance(hit_RPS, overlap_RPS) | more, Drafted)
@@ -120,8 +120,8 @@ def write(speaker: Speaker, prompt_RT: Tensor, tick: Tick) -> Written:
 
 def _read(speaker: Speaker, token_RT: Tensor, tick: Tick) -> Tensor:
     """States after the last norm, on the host. What comes after a position does not matter to it."""
-    rows = embed(speaker.weights, token_RT, speaker.compute)
-    sweep_((speaker.weights,), (rows,), speaker.compute, lambda layer: nullcontext(tick))
+    rows = embed(speaker.checkpoint, token_RT, speaker.compute)
+    sweep_((speaker.checkpoint,), (rows,), speaker.compute, lambda layer: nullcontext(tick))
     for part_TD in rows.hidden_RTD:
         part_TD.copy_(speaker.head.norm(part_TD.to(speaker.compute.device)))
     return rows.hidden_RTD

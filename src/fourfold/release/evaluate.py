@@ -13,16 +13,15 @@ from msgspec import structs
 from fourfold.core import metrics
 from fourfold.datatypes import Event, FourfoldError, Progress, StreamDrift, ignore
 from fourfold.distributed.devices import check_device
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import read_source_config
 from fourfold.model.head import Head
-from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import HeldoutRows, heldout_windows, load_tokenizer
 from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_links
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
-from fourfold.records.release import State
 from fourfold.records.results import Against, Drafted, Drafts, Metrics
 from fourfold.release import drafts
 from fourfold.release.sweep import Compute, embed, sweep_
@@ -46,18 +45,6 @@ class Protocol:
     replace: bool = False
 
 
-@dataclass(frozen=True)
-class Release:
-    """A release that is measured. state: its fourfold.json, None for another maker's."""
-
-    weights: Weights
-    state: State | None
-
-    @property
-    def name(self) -> str:
-        return self.weights.folder.resolve().name
-
-
 def evaluate(
     out: Path,
     source: Path,
@@ -79,27 +66,27 @@ def evaluate(
     check_device(device)
     refuse_links(out)
     read_source_config(source)
-    original = Weights.open(source)
-    skeleton = original.skeleton
+    original = Checkpoint.open(source)
     releases = [open_release(folder, original) for folder in (out, against) if folder is not None]
     before, text = Metrics.find(out / METRICS), read_text(protocol, source)
     if before is not None and not protocol.replace:
         _refuse_smaller(out, before, text)
     rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
-    overlaps = [refuse_overlap(release, text) for release in releases]
+    overlaps = [refuse_overlap(release.folder, text) for release in releases]
     if tasks is not None:
         check_tasks(tasks)
-    reporter, compute = ProgressReporter(progress, skeleton.layers), Compute(torch.device(device), dtype)
+    reporter, compute = ProgressReporter(progress, original.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, reporter)
         drafted: list[Drafted | None] | None = None  # each on what it writes itself after the same prompts
         if protocol.drafts:
             prompt_RT = drafts.cut_prompts(text.token_RT)
-            checkpoints = (original, *(release.weights for release in releases))
-            drafted = [drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in checkpoints]
+            drafted = [
+                drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in (original, *releases)
+            ]
     found = Metrics.of(
         *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
-        source={"name": source.resolve().name, "headers": original.index.digest},
+        source={"name": source.resolve().name, "headers": original.digest},
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
         drafts=before.drafts if before else None, tasks=before.tasks if before else None, rtn=rtn,
     )  # fmt: skip
@@ -108,40 +95,38 @@ def evaluate(
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
     for second, values, overlap in zip(releases[1:], figures[1:], overlaps[1:], strict=True):
         kept = drafted[2] if drafted else None
-        other = Against.of(*values, name=second.name, calibration_overlap=overlap, drafts=kept)
+        other = Against.of(*values, name=second.folder.resolve().name, calibration_overlap=overlap, drafts=kept)
         found = structs.replace(found, against=other)
     found.write(out / METRICS)
     if tasks is not None:
         with reporter.stage("tasks"):
             found = structs.replace(found, tasks=run_tasks(tasks, out))
         found.write(out / METRICS)
-    progress(Event(kind="done", layers=skeleton.layers, data=structs.asdict(found.figures)))
+    progress(Event(kind="done", layers=original.layers, data=structs.asdict(found.figures)))
     return found
 
 
-def open_release(folder: Path, source: Weights) -> Release:
+def open_release(folder: Path, source: Checkpoint) -> Checkpoint:
     """A finished release of this source, all its headers checked. Raises FourfoldError for anything else."""
     state = read_state(folder)
     if state is None:
-        return Release(Weights.open(folder, source.skeleton), None)
-    headers = state.source.headers
-    if headers != source.index.digest:
-        digests = f"got headers {source.index.digest[:16]}..., expected {headers[:16]}..."
+        return Checkpoint.open(folder, source)
+    if (headers := state.source.headers) != source.digest:
+        digests = f"got headers {source.digest[:16]}..., expected {headers[:16]}..."
         raise FourfoldError(f"{folder}: made from another source than {source.folder}: {digests}. {NAME_SOURCE}")
-    release = Release(Weights.open(folder, source.skeleton), state)
+    release = Checkpoint.open(folder, source)
     _check_kept(release, source)
     return release
 
 
-def _check_kept(release: Release, source: Weights) -> None:
+def _check_kept(release: Checkpoint, source: Checkpoint) -> None:
     """Headers are alike in all fine-tunes of a model; routers and embeddings are not, and were copied bit for bit."""
-    skeleton, device = source.skeleton, torch.device("cpu")
-    for name in (*skeleton.embedding_names, *skeleton.router_names()):
-        if name not in source.index.headers:
+    for name in (*source.embedding_names, *source.router_names()):
+        if name not in source.headers:
             continue
-        if not torch.equal(release.weights.read(name, device), source.read(name, device)):
+        if not torch.equal(release.value(name), source.value(name)):
             cause = f"{name} is not that of {source.folder}: made from another checkpoint, or altered"
-            raise FourfoldError(f"{release.weights.folder}: {cause}. {NAME_SOURCE}")
+            raise FourfoldError(f"{release.folder}: {cause}. {NAME_SOURCE}")
 
 
 def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
@@ -155,12 +140,13 @@ def read_text(protocol: Protocol, source: Path) -> HeldoutRows:
     return heldout_windows(wanted, load_tokenizer(source), fewer=fewer, sizes="--windows or --length")
 
 
-def refuse_overlap(release: Release, text: HeldoutRows) -> float | None:
+def refuse_overlap(folder: Path, text: HeldoutRows) -> float | None:
     """Share of the text that the release was calibrated on, None where it is not known. Raises FourfoldError."""
-    calibrated = release.state.calibration.shingles if release.state else None
+    state = read_state(folder)
+    calibrated = state.calibration.shingles if state else None
     if calibrated is None:
         return None
-    return refuse_calibrated(text.token_RT, calibrated, str(text.protocol.text), release.weights.folder / FINISHED)
+    return refuse_calibrated(text.token_RT, calibrated, str(text.protocol.text), folder / FINISHED)
 
 
 def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
@@ -177,10 +163,10 @@ def _refuse_smaller(out: Path, before: Metrics, text: HeldoutRows) -> None:
 
 
 def _measure(
-    source: Weights, releases: list[Release], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
+    source: Checkpoint, releases: list[Checkpoint], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
 ) -> list[Figures]:
     """Each release's figures on the text, from one pass of the source."""
-    checkpoints = (source, *(release.weights for release in releases))
+    checkpoints = (source, *releases)
     with reporter.stage("embed"):
         rows = [embed(checkpoint, text.token_RT, compute) for checkpoint in checkpoints]
     tokens = sum(stream.token_RT.numel() for stream in rows)
@@ -199,7 +185,7 @@ def _measure(
     return figures
 
 
-def _head(release: Release, head: Head, compute: Compute) -> Head:
+def _head(release: Checkpoint, head: Head, compute: Compute) -> Head:
     """The release's own head; its matrix is the source's where both are equal, so that one is held."""
-    own = release.weights.head(compute.device, compute.dtype)
+    own = release.head(compute.device, compute.dtype)
     return dataclasses.replace(own, weight_VD=head.weight_VD) if torch.equal(own.weight_VD, head.weight_VD) else own

@@ -21,11 +21,12 @@ from fourfold.datatypes import FourfoldError, Progress, ignore
 from fourfold.formats import gguf, mlx
 from fourfold.formats.fixed import unsupported
 from fourfold.install import pip_install
-from fourfold.model.checkpoint import TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
-from fourfold.model.files import SIDECARS, check_new, copy_file, dump, write_text
+from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
+from fourfold.model.sources import StoredWeight
+from fourfold.model.tensors import TensorIndex, raw_bytes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.journal import METRICS
 from fourfold.records.release import Export, File, Origin, Quality
@@ -33,9 +34,8 @@ from fourfold.records.results import Metrics
 from fourfold.release.contents import CONVERSION, LICENCE, hash_file
 from fourfold.release.conversion import Job, open_job, under_temporary_name
 from fourfold.release.gguf_plan import GgufPlan
+from fourfold.release.release import Release
 from fourfold.release.stacks import Quantized, check_scales, read_part, sort_projections
-from fourfold.release.stored import Projection
-from fourfold.release.verify.folder import Release
 
 
 class Exported(Export, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ def export(out: Path, new: Path, format: str, *, options: Options = DEFAULTS, pr
         check_mlx(job)
         check_scales(job, torch.bfloat16, mlx.TITLE)
         size, rounded, notes, settings = job.total_bytes, 0, (), {}
-        write, parts = partial(write_mlx, job, quantized), {**job.stored.projections}
+        write, parts = partial(write_mlx, job, quantized), {**job.out.projections}
     with under_temporary_name(new, size) as folder:
         write(folder)
         if format == gguf.NAME and (out / LICENCE).is_file():  # MLX has it among the sidecars
@@ -142,11 +142,11 @@ def require_gguf() -> None:
 
 def check_mlx(job: Job) -> None:
     """Raise FourfoldError for a model that mlx-lm does not load from this layout, or computes otherwise."""
-    folder, model_type = job.index.folder, job.skeleton.family.model_type
+    folder, model_type = job.out.folder, job.out.family.model_type
     if model_type not in mlx.MODEL_TYPES:
         known = ", ".join(mlx.MODEL_TYPES)
         raise FourfoldError(f"{folder}: model_type: got {model_type!r}, expected one that --format mlx knows: {known}")
-    if problem := unsupported(job.skeleton.text, mlx.MODEL_TYPES[model_type]):
+    if problem := unsupported(job.out.text, mlx.MODEL_TYPES[model_type]):
         raise FourfoldError(f"{folder / CONFIG}: {problem}: mlx-lm computes {model_type} in this way alone")
 
 
@@ -155,9 +155,8 @@ def write_mlx(job: Job, quantized: Quantized, folder: Path) -> None:
     shards = mlx_shards(job, quantized)
     for name, tensors in shards.items():
         write_shard(folder, name, tensors)
-    for name in SIDECARS:
-        if (job.index.folder / name).is_file():
-            copy_file(job.index.folder / name, folder / name)
+    for path in sidecars(job.out.folder):
+        copy_file(path, folder / path.name)
     write_text(folder / INDEX_NAME, index_json(TensorIndex.open_shards(folder, shards)))
     write_text(folder / "config.json", dump(mlx_config(job, quantized)))
 
@@ -166,10 +165,10 @@ def mlx_config(job: Job, quantized: Quantized) -> dict[str, Any]:
     """Return config.json for MLX."""
     parts = {name.rstrip("."): parts[0] for name, parts in mlx_parts(quantized).items()}
     modules = {name: (part.bits, part.group_size) for name, part in parts.items()}
-    return mlx.config(job.skeleton.raw, job.skeleton.text, job.group_size, modules)
+    return mlx.config(job.out.raw, job.out.text, job.group_size, modules)
 
 
-def mlx_parts(quantized: Quantized) -> dict[str, tuple[Projection, ...]]:
+def mlx_parts(quantized: Quantized) -> dict[str, tuple[StoredWeight, ...]]:
     """Return what has codes in NEW, by name with a dot at its end: experts of a stack, or one module."""
     stacks = {mlx.stack_name(stack.first.name, stack.projection): stack.parts for stack in quantized.stacks}
     return stacks | {part.name: (part,) for part in quantized.modules}
@@ -177,31 +176,23 @@ def mlx_parts(quantized: Quantized) -> dict[str, tuple[Projection, ...]]:
 
 def mlx_shards(job: Job, quantized: Quantized) -> dict[str, list[OutputTensor]]:
     """What the shards of NEW hold, by name: one for each of OUT's, stacks where their first expert was."""
-    shards: dict[str, list[OutputTensor]] = {header.shard: [] for header in job.index.headers.values()}
+    shards: dict[str, list[OutputTensor]] = {header.shard: [] for header in job.out.disk.headers.values()}
     modules = {part.name for part in quantized.modules}
     for name, parts in mlx_parts(quantized).items():
         one, stacked = parts[0], () if name in modules else (len(parts),)
         for suffix, (dtype, shape) in mlx.tensor_shapes(stacked, one.outputs, one.inputs, one.groups, one.bits).items():
             data = partial(_mlx_values, job, parts, suffix)
             tensor = OutputTensor(name=name + suffix, dtype=dtype, shape=shape, data=data)
-            shards[job.index.header(one.name + job.before.codes).shard].append(tensor)
-    for name, header in job.stored.kept.items():
-        shards[header.shard].append(
-            OutputTensor(name=name, dtype=header.dtype, shape=header.shape, data=partial(_copied, job, name))
-        )
+            shards[job.out.disk.header(one.name + job.before.codes).shard].append(tensor)
+    for name, header in job.out.kept.items():
+        shards[header.shard].append(OutputTensor.copied(header, partial(job.chunks, name)))
     full = [shard for shard in sorted(shards) if shards[shard]]
     return {f"model-{number:05d}-of-{len(full):05d}.safetensors": shards[shard] for number, shard in enumerate(full, 1)}
 
 
-def _mlx_values(job: Job, parts: tuple[Projection, ...], suffix: str) -> Iterator[memoryview]:
+def _mlx_values(job: Job, parts: tuple[StoredWeight, ...], suffix: str) -> Iterator[memoryview]:
     """Expert by expert."""
     for part in parts:
         words, scale = read_part(job, part, codes=suffix == mlx.WORDS)
         value = words if suffix == mlx.WORDS else mlx.biases(scale, part.bits) if suffix == mlx.BIASES else scale
         yield raw_bytes((value if suffix == mlx.WORDS else value.to(torch.bfloat16)).contiguous())
-
-
-def _copied(job: Job, name: str) -> Iterator[memoryview]:
-    for chunk in job.index.chunks(name):
-        job.tick(len(chunk))
-        yield chunk

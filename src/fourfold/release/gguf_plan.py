@@ -23,9 +23,9 @@ from fourfold.formats.gguf_names import ARCHITECTURES, ENDS, EXPERTS, WIDE, Arch
 from fourfold.formats.gguf_tokenizer import read_tokenizer
 from fourfold.model.config import CONFIG
 from fourfold.model.family import PROJECTIONS
+from fourfold.model.sources import StoredWeight
 from fourfold.release.conversion import Job
 from fourfold.release.stacks import Quantized, Stack, dequantized, read_part
-from fourfold.release.stored import Projection
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 FUSED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)")
@@ -36,7 +36,7 @@ MMPROJ = "python convert_hf_to_gguf.py --mmproj {folder} (of llama.cpp, on the r
 class Placed:
     """What a tensor of blocks is made from. parts: experts of a stack, or one module, of which it is `row`."""
 
-    parts: tuple[Projection, ...]
+    parts: tuple[StoredWeight, ...]
     row: Row | None
 
 
@@ -50,18 +50,18 @@ class GgufPlan:
         self.job, self.rest, self.mtp = job, rest, mtp
         self.placed: dict[str, Placed] = {}
         self.rounded: list[str] = []
-        model_type = job.skeleton.family.model_type
+        model_type = job.out.family.model_type
         if model_type not in ARCHITECTURES:
             raise FourfoldError(
-                f"{job.index.folder}: model_type: got {model_type!r}, expected one that --format gguf has a table of "
+                f"{job.out.folder}: model_type: got {model_type!r}, expected one that --format gguf has a table of "
                 f"names for: {', '.join(ARCHITECTURES)}"
             )
         self.architecture = ARCHITECTURES[model_type]
         _check_settings(job, self.architecture)
         first = quantized.stacks[0].first.name
         self.prefix = first[: first.index("layers.")]  # of the text model on disk
-        kept = [name for name in job.stored.kept if not name.startswith(self.architecture.skipped or ("\0",))]
-        self.vision = len(kept) < len(job.stored.kept)
+        kept = [name for name in job.out.kept if not name.startswith(self.architecture.skipped or ("\0",))]
+        self.vision = len(kept) < len(job.out.kept)
         self.drafts = len({block for name in kept if (block := self._draft_block(name)) is not None}) if mtp else 0
         self.tensors = [self._stack(stack) for stack in quantized.stacks if self._is_wanted(stack.first.name)]
         for module in quantized.modules:
@@ -84,12 +84,12 @@ class GgufPlan:
 
     def _is_wanted(self, name: str) -> bool:
         """Whether a tensor or module on disk is in the file."""
-        tied = self.job.skeleton.text.tie_word_embeddings and name.startswith("lm_head.")
+        tied = self.job.out.text.tie_word_embeddings and name.startswith("lm_head.")
         skipped = name.startswith(self.architecture.skipped or ("\0",))
         return not (skipped or tied or (self._is_draft(name) and not self.mtp))
 
     def _is_draft(self, name: str) -> bool:
-        one, layers = self.architecture, self.job.skeleton.layers
+        one, layers = self.architecture, self.job.out.layers
         if one.draft:
             return name.startswith(one.draft)
         match = re.match(rf"{re.escape(self.prefix)}layers\.(\d+)\.", name)
@@ -101,11 +101,11 @@ class GgufPlan:
             return None
         match = re.search(r"layers\.(\d+)\.", name)
         number = int(match[1]) if match else 0
-        return number + self.job.skeleton.layers if self.architecture.draft else number
+        return number + self.job.out.layers if self.architecture.draft else number
 
     def _kept(self, name: str) -> Iterator[GgufTensor]:
         block, _ = self._place(name)
-        header = self.job.index.header(name)
+        header = self.job.out.disk.header(name)
         if (fused := FUSED.fullmatch(name)) and len(header.shape) == 3:  # of a draft head, as another tool left it
             parts = PROJECTIONS[:2] if fused[1] == "gate_up_proj" else PROJECTIONS[2:]
             for place, part in enumerate(parts):
@@ -118,7 +118,7 @@ class GgufPlan:
             make = partial(self._changed, partial(self._read, name), row)
             yield self._float(full, row, self._shape(header.shape, row), header.dtype, make)
 
-    def _module(self, part: Projection) -> Iterator[GgufTensor]:
+    def _module(self, part: StoredWeight) -> Iterator[GgufTensor]:
         """A module with codes: blocks of them, if what llama.cpp wants otherwise only moves blocks of one scale."""
         shape = part.outputs, part.inputs
         for full, row in self._named(f"{part.name}weight"):
@@ -135,7 +135,7 @@ class GgufPlan:
                 self.rounded.append(part.name.rstrip("."))
             yield found
 
-    def weights(self, placed: Placed, part: Projection) -> Iterator[Tensor]:
+    def weights(self, placed: Placed, part: StoredWeight) -> Iterator[Tensor]:
         """Yield OUT's weights of a part in the order that the file has, fp32; a module's in slabs of rows."""
         slabs = dequantized(self.job, part)
         if placed.row is not None and not placed.row.changes:
@@ -155,7 +155,7 @@ class GgufPlan:
             return GgufTensor(name=name, shape=shape, kind="F32", make=partial(_as, name, make, "F32"))
         return self._matrix(name, shape, dtype, make)
 
-    def _keeps_blocks(self, part: Projection, row: Row) -> bool:
+    def _keeps_blocks(self, part: StoredWeight, row: Row) -> bool:
         """Whether codes and scales can be moved as weights are: each block of the result has one scale."""
         if not row.changes:
             return True
@@ -168,7 +168,7 @@ class GgufPlan:
         block_NBJ = changed_NK.unflatten(1, (-1, gguf.BLOCK))
         return bool((block_NBJ == block_NBJ[..., :1]).all())
 
-    def _blocks(self, part: Projection, row: Row) -> Tensor:
+    def _blocks(self, part: StoredWeight, row: Row) -> Tensor:
         words, scale_NG = read_part(self.job, part)
         if not row.changes:
             return gguf.blocks(words, scale_NG, part.bits)
@@ -179,11 +179,11 @@ class GgufPlan:
     def _place(self, name: str) -> tuple[int | None, str]:
         """The block that a tensor goes to, None for one outside of them, and its name below it."""
         one = self.architecture
-        for prefix, shift in ((f"{self.prefix}layers.", 0), (f"{one.draft}layers.", self.job.skeleton.layers)):
+        for prefix, shift in ((f"{self.prefix}layers.", 0), (f"{one.draft}layers.", self.job.out.layers)):
             if prefix != "layers." and (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.*)", name)):
                 return int(match[1]) + shift, match[2]
         if one.draft and name.startswith(one.draft):
-            return self.job.skeleton.layers, name.removeprefix(one.draft)
+            return self.job.out.layers, name.removeprefix(one.draft)
         return None, name.removeprefix(self.prefix)
 
     def _rows_of(self, name: str, block: int | None, below: str) -> tuple[Row, ...]:
@@ -197,8 +197,8 @@ class GgufPlan:
             rows = (one.draft_ends if beside else one.layer).get(below, ())
         if not rows:
             raise FourfoldError(
-                f"{self.job.index.folder}: {name}: llama.cpp has no name for it in {one.name}, expected the tensors of "
-                f"a plain {self.job.skeleton.family.model_type}. This model cannot be written as GGUF"
+                f"{self.job.out.folder}: {name}: llama.cpp has no name for it in {one.name}, expected the tensors of "
+                f"a plain {self.job.out.family.model_type}. This model cannot be written as GGUF"
             )
         return rows
 
@@ -209,7 +209,7 @@ class GgufPlan:
     def _matrix(self, name: str, shape: tuple[int, ...], dtype: str, make: Callable[[], Tensor]) -> GgufTensor:
         kind = gguf.RESTS[self.rest] or dtype
         if kind not in ("BF16", "F16", "F32", "Q8_0"):
-            raise FourfoldError(f"{self.job.index.folder}: {name} is {dtype}, expected BF16, F16 or F32")
+            raise FourfoldError(f"{self.job.out.folder}: {name} is {dtype}, expected BF16, F16 or F32")
         if kind == "Q8_0" and shape[-1] % gguf.BLOCK:
             raise FourfoldError(
                 f"--rest: got q8_0, expected bf16: {name} has {shape[-1]} inputs, no multiple of {gguf.BLOCK}"
@@ -219,11 +219,11 @@ class GgufPlan:
     def _changed(self, read: Callable[[], Tensor], row: Row) -> Tensor:
         value = read()
         for change in row.changes:
-            value = change(value, self.job.skeleton.text)
+            value = change(value, self.job.out.text)
         return value
 
     def _read(self, name: str) -> Tensor:
-        value = self.job.index.read(name)
+        value = self.job.out.disk.read(name)
         self.job.tick(value.nbytes)
         return value
 
@@ -239,7 +239,7 @@ class GgufPlan:
         return GgufTensor(name=name, shape=(count, outputs, inputs), kind=kind, make=make)
 
     def _draft_stack(self, block: int, part: str, names: list[str]) -> GgufTensor:
-        header = self.job.index.header(names[0])
+        header = self.job.out.disk.header(names[0])
 
         def make() -> Tensor:
             return torch.stack([self._read(name) for name in names])
@@ -252,7 +252,7 @@ class GgufPlan:
         """Metadata, and the tokenizer's special tokens. Raises FourfoldError for a tokenizer that
         llama.cpp does not have.
         """
-        job, skeleton, one = self.job, self.job.skeleton, self.architecture
+        job, skeleton, one = self.job, self.job.out, self.architecture
         described = settings(
             one,
             skeleton.text,
@@ -262,7 +262,7 @@ class GgufPlan:
             dense=skeleton.routed[0],
             drafts=self.drafts,
         )
-        tokens, special = read_tokenizer(job.index.folder, skeleton.vocabulary, one.special)
+        tokens, special = read_tokenizer(job.out.folder, skeleton.vocabulary, one.special)
         return _general(job, self.name) | {
             "fourfold.rest": self.rest, **{f"{one.name}.{key}": value for key, value in described.items()}, **tokens,
         }, special  # fmt: skip
@@ -281,12 +281,12 @@ class GgufPlan:
     def name(self) -> str:
         """Of the model, as general.name and in the file's name."""
         hub = self.job.release and self.job.release.state.source.hub
-        return str(hub).partition("@")[0].rpartition("/")[2] if hub else self.job.index.folder.resolve().name
+        return str(hub).partition("@")[0].rpartition("/")[2] if hub else self.job.out.folder.resolve().name
 
     def notes(self) -> tuple[str, ...]:
         said = []
         if self.vision:
-            said.append("text only: " + MMPROJ.format(folder=self.job.index.folder))
+            said.append("text only: " + MMPROJ.format(folder=self.job.out.folder))
         if self.rest != "bf16":
             said.append(f"matrices without codes were rounded to {self.rest}: not exact, codes and scales alone are")
         if self.rounded:
@@ -326,7 +326,7 @@ def _order(name: str) -> tuple[int, int, str]:
 
 
 def _check_settings(job: Job, one: Architecture) -> None:
-    path, skeleton = job.index.folder / CONFIG, job.skeleton
+    path, skeleton = job.out.folder / CONFIG, job.out
     fixed = one.fixed if one.grouped else {**one.fixed, "num_key_value_heads": skeleton.text.num_attention_heads}
     if problem := unsupported(skeleton.text, fixed):
         raise FourfoldError(f"{path}: {problem}: llama.cpp computes {one.name} in this way alone")

@@ -13,25 +13,21 @@ import torch
 
 from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
-from fourfold.model.skeleton import Skeleton
-from fourfold.model.sources import group_size_problem, readable_format
+from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
-from fourfold.release.stored import Projection, Stored, layout_problems, take_stock
-from fourfold.release.verify.rules import config_problems
-from fourfold.serve.command import Command, Deployment, build
+from fourfold.release.verify.rules import config_problems, linear_modules
+from fourfold.serve.command import Deployment, smallest
 from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
-from fourfold.serve.machine import MACHINES, Gpu, Machine
-from fourfold.serve.served import Served, open_served
+from fourfold.serve.machine import MACHINES, Machine
+from fourfold.serve.served import Served, describe
 
 DRAFT = "mtp."
-HOST_BYTES = 64 * 2**30
-CAPABILITY = (8, 6)
+SOLD = [Machine.of(count, gib, (8, 6), 64 * 2**30) for count, gib in MACHINES]
 TRANSFORMERS_BF16 = "loads it as any BF16 model; the draft head is ignored"
 
 
@@ -107,26 +103,27 @@ def inspect(folder: Path) -> Inspection:
     Raises FourfoldError for a folder that holds no safetensors checkpoint; what is unusual about one that does, a model
     or a quantization that is not known too, is said in the result.
     """
-    raw, index = read_config(folder), TensorIndex.open(folder)
-    format, unknown = _format(raw, folder)
-    stored = take_stock(index, format, quantization(raw))
+    raw = read_config(folder)
+    unknown = _why_unread(raw, folder)
+    stored = open_source(folder, {} if unknown else raw)
+    index = stored.disk
     traps = list(_traps_of_files(folder))
     sample = _Sample.of(stored)
     traps += sample.problems
     draft = _draft_layout(index.headers)
     engines: tuple[EngineRow, ...] = ()
-    if problem := group_size_problem(raw, index, format):
+    if problem := stored.group_size_problem():
         traps.append(f"{problem}: engines stop, or multiply by the wrong scales")
         unknown = "config.json does not fit the scales"
     if not unknown:
         try:
-            served = open_served(folder)
-            skeleton = Skeleton.of(raw, folder / "config.json")
+            checkpoint = Checkpoint.open(folder)
+            served = describe(checkpoint)
         except FourfoldError as error:
             unknown = str(error)
         else:
             engines = tuple(_engines(served))
-            traps += _traps(raw, stored, served, skeleton, draft)
+            traps += _traps(checkpoint, served, draft)
     return Inspection(
         folder=str(folder),
         model_type=str(raw.get("model_type")),
@@ -134,7 +131,7 @@ def inspect(folder: Path) -> Inspection:
         shards=len({header.shard for header in index.headers.values()}),
         size_bytes=sum(header.size_bytes for header in index.headers.values()),
         groups=tuple(_groups(stored)),
-        quantized=_quantized(raw, stored, sample),
+        quantized=_quantized(stored, sample),
         draft=draft,
         draft_bytes=sum(header.size_bytes for name, header in index.headers.items() if _in_draft(name)),
         made_by=_maker(folder, raw),
@@ -144,12 +141,13 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _format(raw: Mapping[str, Any], folder: Path) -> tuple[Format | None, str]:
-    """The format that is read, and why it is not."""
+def _why_unread(raw: Mapping[str, Any], folder: Path) -> str:
+    """Why its format is not read; "" where it is."""
     try:
-        return readable_format(raw, folder), ""
+        readable_format(raw, folder)
     except FourfoldError as error:
-        return None, str(error)
+        return str(error)
+    return ""
 
 
 def _maker(folder: Path, raw: Mapping[str, Any]) -> str:
@@ -183,11 +181,11 @@ def _group(name: str) -> str:
     return kept_group(name)[0]
 
 
-def _groups(stored: Stored) -> Iterator[GroupRow]:
-    parts = {name + suffix: f"int{one.bits}" for name, one in stored.projections.items() for suffix in one.suffixes}
+def _groups(stored: SourceIndex) -> Iterator[GroupRow]:
+    parts = {part.name: f"int{one.bits}" for one in stored.projections.values() for part in one.parts.values()}
     members: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
-    for name, header in stored.index.headers.items():
+    for name, header in stored.disk.headers.items():
         group = _group(name)
         kind = parts.get(name, header.dtype)
         sizes = members.setdefault(group, {})
@@ -221,12 +219,12 @@ class _Sample:
     problems: tuple[str, ...]
 
     @classmethod
-    def of(cls, stored: Stored) -> _Sample:
+    def of(cls, stored: SourceIndex) -> _Sample:
         looked_at = scales = negative = rounded = 0
         odd: list[str] = []
         for projection in _first_of_each(stored):
             assert stored.format is not None
-            tensors = stored.read(projection)
+            tensors = stored.read_parts(projection)
             scale = tensors[stored.format.scales].float()
             scales += scale.numel()
             negative += int((scale < 0).sum())
@@ -244,21 +242,21 @@ class _Sample:
         return cls(looked_at=looked_at, scales=scales, negative=negative, rounded=rounded, problems=tuple(found))
 
 
-def _first_of_each(stored: Stored) -> list[Projection]:
+def _first_of_each(stored: SourceIndex) -> list[StoredWeight]:
     """One projection for each name that is left without numbers of experts."""
-    seen: dict[str, Projection] = {}
+    seen: dict[str, StoredWeight] = {}
     for name, projection in stored.projections.items():
         head, mark, tail = name.partition(".experts.")
         seen.setdefault(head + mark + tail.partition(".")[2] if mark else name, projection)
     return list(seen.values())
 
 
-def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample) -> Quantized | None:
+def _quantized(stored: SourceIndex, sample: _Sample) -> Quantized | None:
     if not stored.projections or stored.format is None:
         return None
-    headers, widths = stored.index.headers, sorted({one.bits for one in stored.projections.values()})
+    headers, widths = stored.disk.headers, sorted({one.bits for one in stored.projections.values()})
     return Quantized(
-        method=str(quantization(raw).get("quant_method")),
+        method=str(stored.settings.get("quant_method")),
         format=stored.format.name,
         projections=len(stored.projections),
         by_group=_by_group(stored.projections),
@@ -279,12 +277,12 @@ def _quantized(raw: Mapping[str, Any], stored: Stored, sample: _Sample) -> Quant
 
 def _engines(served: Served) -> Iterator[EngineRow]:
     for engine in ENGINES.values():
-        command, gpus = _smallest(served, engine.name)
+        machine, command = smallest(served, SOLD, Deployment(engine=engine.name))
         takes = not command.problems
         yield EngineRow(
             engine=f"{engine.title} {'.'.join(map(str, command.version))}",
             takes=takes,
-            gpus=gpus if takes else "",
+            gpus=f"{len(machine.gpus)} x {machine.gpus[0].total_bytes >> 30} GiB" if takes else "",
             command=command.text() if takes else "",
             notes=(*command.problems, *command.notes, *(_kernel_notes(engine.name) if served.format else ())),
         )
@@ -296,17 +294,6 @@ def _engines(served: Served) -> Iterator[EngineRow]:
 def _kernel_notes(engine: str) -> list[str]:
     """Known issues of its int4 expert kernels, of any GPU: the one that will serve may not be here."""
     return [str(issue) for issue in KERNEL_ISSUES if issue.engine == engine]
-
-
-def _smallest(served: Served, engine: str) -> tuple[Command, str]:
-    """The command on the smallest machine that it has no problems on, or on the last one."""
-    for count, gib in MACHINES:
-        size = gib * 2**30
-        gpu = Gpu(name=f"{gib} GiB", total_bytes=size, free_bytes=size, capability=CAPABILITY)
-        command = build(served, Machine(gpus=(gpu,) * count, host_bytes=HOST_BYTES), Deployment(engine=engine))
-        if not command.problems:
-            break
-    return command, f"{count} x {gib} GiB"
 
 
 # --- traps --------------------------------------------------------------------------------------------------------
@@ -321,22 +308,21 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
         yield "no tokenizer: engines do not start without one"
 
 
-def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Skeleton, draft: str) -> Iterator[str]:
+def _traps(stored: Checkpoint, served: Served, draft: str) -> Iterator[str]:
     """Of how it is quantized, for engines that would load it."""
-    settings = quantization(raw)
-    if skeleton.has_mtp and not draft and stored.format is None:
+    if stored.has_mtp and not draft and stored.format is None:
         yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
     if stored.format is None or not stored.projections:
         return
-    if settings.get("quant_method") == stored.format.method:
+    if stored.settings.get("quant_method") == stored.format.method:
         said = config_problems(
             stored.format,
-            settings,
+            stored.settings,
             served.group_size,
             quantized=stored.quantized_modules,
-            kept=stored.kept_modules,
+            kept=linear_modules({name: header.shape for name, header in stored.kept.items()}),
             draft=bool(draft),
-            tied=bool(skeleton.blueprint.model.all_tied_weights_keys),
+            tied=bool(stored.blueprint.model.all_tied_weights_keys),
         )
         yield from (f"quantization_config: {problem}" for problem in said)
     in_int4 = any(_in_draft(name) and ".experts." in name and one.bits == 4 for name, one in stored.projections.items())
@@ -344,7 +330,7 @@ def _traps(raw: Mapping[str, Any], stored: Stored, served: Served, skeleton: Ske
         yield DRAFTS_BY_NAME
     if served.group_size:
         yield from tensor_parallel_advice(served.expert_width, served.group_size, stored.format)
-        yield from format_advice(skeleton, bool(draft), stored.format, in_int4)
+        yield from format_advice(stored, bool(draft), stored.format, in_int4)
     yield from width_advice({name: bits for name, (bits, _) in stored.quantized_modules.items()})
     if draft and not in_int4 and not stored.format.sglang_drafts:
         fix = f"`fourfold convert OUT NEW --format {formats.DRAFTS_IN_SGLANG}` makes a release whose drafts"

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import require_finite
 from fourfold.model.family import PROJECTIONS
+from fourfold.model.sources import StoredWeight
 from fourfold.release.conversion import Job
-from fourfold.release.stored import Projection
 
 DRAFT_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.")
 ROUTED_BITS = 4
@@ -25,10 +24,10 @@ class Stack:
     """One projection of all experts of a layer, draft layers among them. parts: by expert."""
 
     projection: str
-    parts: tuple[Projection, ...]
+    parts: tuple[StoredWeight, ...]
 
     @property
-    def first(self) -> Projection:
+    def first(self) -> StoredWeight:
         return self.parts[0]
 
     @property
@@ -42,25 +41,25 @@ class Quantized:
     """stacks: routed experts in order of layers, then draft experts; modules: everything else that has codes."""
 
     stacks: tuple[Stack, ...]
-    modules: tuple[Projection, ...]
+    modules: tuple[StoredWeight, ...]
 
 
 def sort_projections(job: Job) -> Quantized:
     """Raises FourfoldError unless all routed experts are int4 and the experts of each stack are alike."""
     found: list[Stack] = []
-    projections, left = job.stored.projections, dict(job.stored.projections)
-    for layer in job.skeleton.routed:
-        stems = job.skeleton.stems(layer)
+    projections, left = job.out.projections, dict(job.out.projections)
+    for layer in job.out.routed:
+        stems = job.out.stems(layer)
         for projection in stems[0]:
             names = [one[projection] for one in stems]
             for name in names:
                 if left.pop(name, None) is None or projections[name].bits != ROUTED_BITS:
                     raise FourfoldError(
-                        f"{job.index.folder}: {name.rstrip('.')} is not int4, expected all routed experts in int4. "
+                        f"{job.out.folder}: {name.rstrip('.')} is not int4, expected all routed experts in int4. "
                         "Quantize the model anew"
                     )
             found.append(Stack(projection=projection, parts=tuple(projections[name] for name in names)))
-    drafts: dict[tuple[str, str], dict[int, Projection]] = {}
+    drafts: dict[tuple[str, str], dict[int, StoredWeight]] = {}
     for name in list(left):
         if (match := DRAFT_EXPERT.fullmatch(name)) and match[3] in PROJECTIONS:
             drafts.setdefault((match[1], match[3]), {})[int(match[2])] = left.pop(name)
@@ -76,45 +75,44 @@ def _check_alike(job: Job, stack: Stack) -> None:
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
         raise FourfoldError(
-            f"{job.index.folder}: {one.rstrip('.')} and {other.rstrip('.')} have other bits or shapes, expected "
+            f"{job.out.folder}: {one.rstrip('.')} and {other.rstrip('.')} have other bits or shapes, expected "
             "experts that can be stacked. Quantize the model anew"
         )
 
 
 def check_scales(job: Job, dtype: torch.dtype, title: str) -> None:
     """Raise FourfoldError unless a dtype holds every scale. Scales are small, so all are read before work begins."""
-    for projection in job.stored.projections.values():
+    for projection in job.out.projections.values():
         name = projection.name + job.before.scales
-        scale = job.index.read(name)
-        require_finite(scale, name)
+        scale = job.out.disk.read_finite(name)
         wrong = scale.to(dtype).double() != scale.double()
         if wrong.any():
             kind = str(dtype).removeprefix("torch.")
             raise FourfoldError(
-                f"{job.index.folder}: {name}: {int(wrong.sum()):,} of {scale.numel():,} scales are no {kind} values, "
+                f"{job.out.folder}: {name}: {int(wrong.sum()):,} of {scale.numel():,} scales are no {kind} values, "
                 f"as {float(scale[wrong][0]):.6g}; {title} stores {kind}. `fourfold convert OUT NEW --format "
                 "compressed-tensors` rounds them, which changes the weights; convert its NEW then"
             )
 
 
-def read_part(job: Job, part: Projection, *, codes: bool = True) -> tuple[Tensor, Tensor]:
+def read_part(job: Job, part: StoredWeight, *, codes: bool = True) -> tuple[Tensor, Tensor]:
     """Words int32 [N, K * bits / 32], lowest bits first, empty without `codes`, and scales [N, G]."""
     form = job.before
-    scale = form.oriented(job.index.read(part.name + form.scales))
+    scale = form.oriented(job.out.disk.read(part.name + form.scales))
     if not codes:
         return torch.empty(0), scale
-    words = job.index.read(part.name + form.codes)
+    words = job.out.disk.read(part.name + form.codes)
     job.tick(words.nbytes)
     return form.oriented(words).contiguous(), scale
 
 
-def dequantized(job: Job, part: Projection) -> Iterator[Tensor]:
+def dequantized(job: Job, part: StoredWeight) -> Iterator[Tensor]:
     """Yield OUT's weights of a projection, fp32 [N, K], in slabs of rows: a head of 248,320 rows is never held whole.
 
     Zero points and orders of groups are plain, which `open_job` checks.
     """
     form = job.before
-    words, scale = (job.index.read(part.name + suffix) for suffix in (form.codes, form.scales))
+    words, scale = (job.out.disk.read(part.name + suffix) for suffix in (form.codes, form.scales))
     axis = 1 - form.inputs_axis
     slabs: Sequence[Sequence[Tensor]] = [words.split(SLAB_ROWS, axis), scale.split(SLAB_ROWS, axis)]
     for word, one in zip(*slabs, strict=True):

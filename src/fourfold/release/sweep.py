@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import alone
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.layer import DecoderLayer
-from fourfold.model.weights import Weights
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
 from fourfold.quantize.streams import embedded, pass_rows_
 
@@ -26,14 +26,14 @@ class Compute:
     dtype: torch.dtype
 
 
-def embed(weights: Weights, token_RT: Tensor, compute: Compute) -> Rows:
+def embed(checkpoint: Checkpoint, token_RT: Tensor, compute: Compute) -> Rows:
     """Rows of one checkpoint before its first layer; they lie on the host."""
-    around = weights.around(torch.device("cpu"), compute.dtype)
+    around = checkpoint.around(torch.device("cpu"), compute.dtype)
     return Rows(token_RT, embedded(around, token_RT, torch.empty))
 
 
 def sweep_(
-    weights: Sequence[Weights],
+    checkpoints: Sequence[Checkpoint],
     rows: Sequence[Rows],
     compute: Compute,
     stage: Callable[[int], AbstractContextManager[Tick]],
@@ -44,11 +44,11 @@ def sweep_(
     stage: entered for each layer, its tick receives tokens; finished: receives a layer's drifts.
     Returns by layer the drift of each checkpoint after the first.
     """
-    layers, worker = weights[0].skeleton.layers, alone(compute.device)
+    layers, worker = checkpoints[0].layers, alone(compute.device)
     batches = Batches(rows=max(ATTEND_TOKENS // rows[0].token_RT.shape[1], 1), tokens=EXPERT_TOKENS, experts=1)
 
     def read(layer: int) -> list[DecoderLayer]:
-        modules = [checkpoint.layer(layer, compute.device, compute.dtype) for checkpoint in weights]
+        modules = [checkpoint.layer(layer, compute.device, compute.dtype) for checkpoint in checkpoints]
         return [module.owning(module.owned) if module.is_routed else module for module in modules]
 
     drifts = []

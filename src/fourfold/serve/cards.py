@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fourfold.quantize.plan import Plan
 from fourfold.serve.engines import DRAFTS, ENGINES, VLLM
 from fourfold.serve.forecast import Cache, Split, forecast
-from fourfold.serve.machine import MACHINES, Gpu, Machine
+from fourfold.serve.machine import MACHINES, Machine
 from fourfold.serve.served import Served, UnknownCache, planned_served
 
 COMMON = tuple((gpus, gib) for gpus, gib in MACHINES if gpus == 1 or gib == 80)  # one card, or several of 80 GiB
@@ -46,8 +46,7 @@ def smallest(served: Served, drafts: int) -> Fit:
         prefix_caching=True, requests=0, cpu_gib=0,
     )  # fmt: skip
     for gpus, gib in COMMON:
-        gpu = Gpu(name="", total_bytes=gib * 2**30, free_bytes=gib * 2**30, capability=(9, 0))
-        split = Split.choose(served, Machine(gpus=(gpu,) * gpus, host_bytes=0), gpus, experts_apart=False)
+        split = Split.choose(served, Machine.of(gpus, gib, (9, 0)), gpus, experts_apart=False)
         found = forecast(served, split, cache)
         context = min(found.longest, served.context)
         if not split.problems and not found.problems and context >= min(USEFUL_TOKENS, served.context):

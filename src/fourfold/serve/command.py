@@ -6,7 +6,7 @@ import ipaddress
 import json
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -123,6 +123,15 @@ class Command:
             problem = f"got a machine without a GPU ({machine}), for which {engine.title} publishes no image"
             raise FourfoldError(f"--docker: {problem}. {fix}")
         return image.format(version=engines.version_text(self.version), arch=IMAGE_ARCHITECTURES.get(machine))
+
+
+def smallest(served: Served, machines: Iterable[Machine], wanted: Deployment) -> tuple[Machine, Command]:
+    """The first machine on which the command has no problem, or else the last one, and the command there."""
+    for machine in machines:
+        command = build(served, machine, wanted)
+        if not command.problems:
+            break
+    return machine, command
 
 
 def build(served: Served, machine: Machine, wanted: Deployment) -> Command:

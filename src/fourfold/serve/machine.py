@@ -33,6 +33,12 @@ class Machine:
     host_bytes: int
     no_gpu: str = ""
 
+    @classmethod
+    def of(cls, count: int, gib: int, capability: tuple[int, int], host_bytes: int = 0) -> Machine:
+        """Return a machine with `count` empty GPUs of `gib` GiB each, which is not this one."""
+        gpu = Gpu(name=f"{gib} GB GPU", total_bytes=gib * 2**30, free_bytes=gib * 2**30, capability=capability)
+        return cls(gpus=(gpu,) * count, host_bytes=host_bytes)
+
     def describe(self) -> str:
         if not self.gpus:
             return f"no GPU ({self.no_gpu}), {self.host_bytes / 2**30:.0f} GiB of memory"

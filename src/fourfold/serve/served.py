@@ -14,12 +14,11 @@ from fourfold.datatypes import FourfoldError
 from fourfold.formats import named
 from fourfold.formats.format import Format, fused, module_end
 from fourfold.formats.patterns import match_patterns
-from fourfold.model.config import quantization, read_config
+from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import input_name, output_name
 from fourfold.model.json_object import read_object
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import group_sizes
-from fourfold.model.weights import Weights
 from fourfold.quantize.plan import Plan
 from fourfold.serve.kvcache import Geometry
 
@@ -89,17 +88,21 @@ def open_served(folder: Path, name: str = "") -> Served:
 
     Raises FourfoldError for a folder that is no whole checkpoint or is quantized in an unknown way.
     """
-    raw, weights = read_config(folder), Weights.open(folder)
+    return describe(Checkpoint.open(folder), name)
+
+
+def describe(checkpoint: Checkpoint, name: str = "") -> Served:
+    """Describe a checkpoint. Raises UnknownCache."""
+    folder = checkpoint.folder
     return _served(
-        weights.skeleton, dict(_stored(weights, raw)), weights.format, has_draft=weights.has_draft, folder=folder,
-        name=name or folder.resolve().name, template=_template(folder), sampling=sampling(folder),
-        drafts_by_name=_drafts_by_name(weights, raw),
+        checkpoint, dict(_stored(checkpoint)), checkpoint.format, name=name or folder.resolve().name,
+        template=_template(folder), sampling=sampling(folder), drafts_by_name=_drafts_by_name(checkpoint),
     )  # fmt: skip
 
 
-def _drafts_by_name(weights: Weights, raw: Mapping[str, Any]) -> bool:
-    selection = weights.format.selection(quantization(raw)) if weights.format else None
-    prefix = weights.skeleton.family.mtp_prefix
+def _drafts_by_name(checkpoint: Checkpoint) -> bool:
+    selection = checkpoint.format.selection(checkpoint.settings) if checkpoint.format else None
+    prefix = checkpoint.family.mtp_prefix
     if selection is None or not prefix:
         return False
     joined = fused({name: True for name in selection.exact if name.startswith(prefix)})
@@ -109,7 +112,6 @@ def _drafts_by_name(weights: Weights, raw: Mapping[str, Any]) -> bool:
 
 def planned_served(plan: Plan) -> Served:
     """Describe the release that a plan makes. Raises UnknownCache."""
-    skeleton, index = plan.skeleton, plan.index
     parts = {
         claim.header.name: Part(
             claim.bytes_after,
@@ -120,46 +122,42 @@ def planned_served(plan: Plan) -> Served:
         for claim in plan.claims
         if claim.tensors_after
     }
-    return _served(
-        skeleton, parts, named(plan.recipe.format), has_draft=skeleton.has_draft(index.headers), folder=index.folder,
-        name=index.folder.name, template="", sampling={},
-    )  # fmt: skip
+    name = plan.source.folder.name
+    return _served(plan.source, parts, named(plan.recipe.format), name=name, template="", sampling={})
 
 
-def _stored(weights: Weights, raw: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Part]]:
     """Every tensor, by its name in a BF16 checkpoint."""
-    form, stated = weights.format, list(group_sizes(raw.get("quantization_config") or raw.get("compression_config")))
+    form, stated = checkpoint.format, list(group_sizes(checkpoint.settings))
     by_row = None in stated or -1 in stated
-    for name, header in weights.index.headers.items():
-        stored = weights.index.stored.get(name)
+    for name, header in checkpoint.headers.items():
+        stored = checkpoint.stored.get(name)
         if stored is None or form is None:
             yield name, Part(stored.size_bytes if stored else header.size_bytes)
             continue
-        groups, inputs = stored.parts[form.scales].shape[form.inputs_axis], stored.shape[1]
-        yield name, Part(stored.size_bytes, stored.bits, inputs, 0 if groups == 1 and by_row else inputs // groups)
+        group = 0 if stored.groups == 1 and by_row else stored.group_size
+        yield name, Part(stored.size_bytes, stored.bits, stored.inputs, group)
 
 
-def _served(
-    skeleton: Skeleton, parts: Mapping[str, Part], form: Format | None, *, has_draft: bool, **others: Any
-) -> Served:
-    """Describe a checkpoint of these tensors, by name. others: fields that do not depend on them."""
-    text, blueprint, prefix = skeleton.text, skeleton.blueprint, skeleton.family.mtp_prefix
+def _served(checkpoint: Checkpoint, parts: Mapping[str, Part], form: Format | None, **others: Any) -> Served:
+    """Describe a checkpoint with these tensors instead, by name. others: fields that do not depend on them."""
+    text, blueprint, prefix = checkpoint.text, checkpoint.blueprint, checkpoint.family.mtp_prefix
     draft = {name: part for name, part in parts.items() if prefix and name.startswith(prefix)}
     draft_bytes = sum(part.size_bytes for part in draft.values())
     head = blueprint.sources[output_name(blueprint)].all_names
     ends = {*blueprint.sources[input_name(blueprint)].all_names, *head}
     splits = {title: int(getattr(text, name)) for title, name in SPLIT.items() if getattr(text, name, None)}
     return Served(
-        model_type=skeleton.family.model_type, format=form,
+        folder=checkpoint.folder, model_type=checkpoint.family.model_type, format=form,
         group_size=max((part.group for name, part in parts.items() if part.bits and ".experts." in name), default=0),
-        expert_width=skeleton.widest.width, vision="vision_config" in skeleton.raw,
-        context=int(text.max_position_embeddings), draft_bytes=draft_bytes if has_draft else 0,
+        expert_width=checkpoint.widest.width, vision="vision_config" in checkpoint.raw,
+        context=int(text.max_position_embeddings), draft_bytes=draft_bytes if checkpoint.has_draft_head else 0,
         weight_bytes=sum(part.size_bytes for part in parts.values()) - draft_bytes,
         ends_bytes=sum(parts[name].size_bytes for name in ends if name in parts),
         int8=any(part.bits == 8 for part in parts.values()),
         quantized_head=any(parts[name].bits for name in head if name in parts),
         int4_drafts=any(part.bits == 4 and ".experts." in name for name, part in draft.items()),
-        geometry=_geometry(skeleton), splits=splits | dict(_split_groups(parts)), **others,
+        geometry=_geometry(checkpoint), splits=splits | dict(_split_groups(parts)), **others,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from fourfold.release.report.card import card
 from fourfold.release.report.charts import heat_values
 from fourfold.release.report.page import page
 from fourfold.release.report.recommend import recommend
-from fourfold.release.report.records import read_records
+from fourfold.release.report.records import Records
 from hostile import HOSTILE, Change
 
 ABOUT = About(name="me/small-int4", base_model="Qwen/Small")
@@ -46,7 +46,7 @@ BENCH = {
 
 
 def write_card(folder: Path, about: About = ABOUT) -> str:
-    records = read_records(folder)
+    records = Records.open(folder)
     return card(
         records, about.of(records.state.source.hub), recommend(records, about), {"figures/errors.png": "errors"}
     )
@@ -99,7 +99,7 @@ def test_it_says_what_guidance_left_of_the_error(release: Path, change: Change) 
     assert re.search(r"\| 0 \| 0.70 \| 0.66 \| +\|", said) and re.search(r"\| 1 \| 0.70 \| 0.61 \| 0.7[23] \|", said)
     change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": [{"layer": 0}]}))
     with pytest.raises(FourfoldError, match=r"fourfold.json: guidance.layers.0.predicted: missing"):
-        read_records(release)
+        Records.open(release)
 
 
 def test_it_has_what_the_records_say(finished: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_first_screen_answers(finished: Path) -> None:
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         "Quality", "Run it", "What is quantized", "Known limits", "Details", "Licence",
     ]  # fmt: skip
-    row = max(read_records(finished).projections, key=lambda row: row.error_over_rtn)
+    row = max(Records.open(finished).projections, key=lambda row: row.error_over_rtn)
     weakest = f"layer {row.layer} expert {row.expert} {row.projection}, {row.error_over_rtn:.2f} of RTN's output error"
     assert f"| weakest | {weakest} |" in text.partition("## Quality")[0]
     folded = part(text, "Details")
@@ -236,7 +236,7 @@ def test_a_licence_is_read_and_not_guessed(release: Path, change: Change, text: 
     (release / "LICENSE").unlink()
     if text is not None:
         (release / "LICENSE").write_text(text, encoding="utf-8")
-    assert licence(read_records(release), ABOUT).name == name
+    assert licence(Records.open(release), ABOUT).name == name
     assert ModelCard(write_card(release)).data.to_dict()["license"] == name
 
 
@@ -264,7 +264,7 @@ def test_what_is_quantized_beside_the_experts_is_named(tmp_path: Path) -> None:
     overrides = ["solver.passes=0", 'scheme.rest.attention="int8"', 'scheme.rest.head="int8"']
     overrides += ['scheme.rest.draft_experts="int4"']
     releases.run(source, tmp_path / "out", load_recipe(str(releases.write_recipe(tmp_path)), overrides))
-    text, records = write_card(tmp_path / "out"), read_records(tmp_path / "out")
+    text, records = write_card(tmp_path / "out"), Records.open(tmp_path / "out")
     assert "Also quantized: attention (int8), output head (int8), draft experts (int4).\n\n|" in text
     assert "stays BF16: the engines build it unquantized" not in text
     assert "\n| draft head |" in fold(text, "Layers") and len(records.drafts()) == 12
@@ -281,7 +281,7 @@ def test_parameters_and_experts_are_those_of_the_source(finished: Path) -> None:
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name and not name.startswith("mtp."))
     apart = sum(size for name, size in sizes.items() if name.startswith(("mtp.", "model.visual.")))
     total = sum(sizes.values())
-    records = read_records(finished)
+    records = Records.open(finished)
     assert routed and apart and records.parameters() == (total, total - apart - routed // 2)
     said = f"{total / 1e6:.3g}M total, {(total - apart - routed // 2) / 1e3:.3g}K active per token"
     assert f"| parameters | {said} |" in write_card(finished) and f"<dd>{said}</dd>" in page(records, ABOUT)
@@ -406,12 +406,12 @@ def test_no_number_is_anything_else(release: Path, value: object) -> None:
             if isinstance(value, float):  # what JSON does not have
                 said = f"{name}: not JSON (JSON is malformed: invalid "
             with pytest.raises(FourfoldError, match=re.escape(said)) as raised:
-                read_records(release)
+                Records.open(release)
             if isinstance(value, float):
                 assert f'"{last}": ' in str(raised.value) or last == 0
             assert len(str(raised.value).splitlines()) == 1
         (release / name).write_text(text, encoding="utf-8")
-    read_records(release)
+    Records.open(release)
 
 
 @pytest.mark.parametrize(
@@ -430,5 +430,5 @@ def test_a_file_not_as_written_is_named(release: Path, name: str, edit: Callable
     path = release / name
     path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(FourfoldError, match=re.escape(said)) as raised:
-        read_records(release)
+        Records.open(release)
     assert str(path) in str(raised.value)

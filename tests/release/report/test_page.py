@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from fourfold.release.report.card import card
 from fourfold.release.report.charts import RATIO
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
-from fourfold.release.report.records import Records, read_records
+from fourfold.release.report.records import Records
 from hostile import HOSTILE, Change
 
 ABOUT = About(name="me/small-int4")
@@ -84,7 +85,9 @@ def many(records: Records, layers: int = 40, experts: int = 256) -> Records:
         for expert in range(experts)
         for projection in ("down_proj", "gate_proj", "up_proj")
     ]
-    return dataclasses.replace(records, projections=tuple(found), layers=layers)
+    decoder = SimpleNamespace(layers=range(layers), config=records.text)
+    blueprint = dataclasses.replace(records.blueprint, decoder=decoder)
+    return dataclasses.replace(records, projections=tuple(found), blueprint=blueprint)
 
 
 def test_quiet(release: Path) -> None:
@@ -94,7 +97,7 @@ def test_quiet(release: Path) -> None:
 
 
 def test_it_is_one_file_that_asks_no_one(finished: Path) -> None:
-    text = page(read_records(finished), ABOUT)
+    text = page(Records.open(finished), ABOUT)
     found = Page(text)
     assert not [tag for tag, _ in found.elements if tag in ("link", "iframe", "img", "object", "base")]
     assert not [attributes for tag, attributes in found.elements if tag == "script" and "src" in attributes]
@@ -105,7 +108,7 @@ def test_it_is_one_file_that_asks_no_one(finished: Path) -> None:
 
 
 def test_every_projection_is_in_it(finished: Path) -> None:
-    records = read_records(finished)
+    records = Records.open(finished)
     rows = Page(page(records, ABOUT)).data["rows"]
     for place, row in enumerate(records.projections):
         assert (rows["layer"][place], rows["expert"][place]) == (row.layer, row.expert)
@@ -116,7 +119,7 @@ def test_every_projection_is_in_it(finished: Path) -> None:
 
 
 def test_each_chart_is_a_specification_that_vega_lite_takes(finished: Path) -> None:
-    records = read_records(finished)
+    records = Records.open(finished)
     charts = Page(page(records, ABOUT, records)).data["charts"]
     assert set(charts) == {
         "errors", "coverage", "drift", "routers", "divergence", "distribution", "entropy", "seconds", "memory",
@@ -135,9 +138,9 @@ def test_it_begins_with_quality_and_weak_spots(release: Path, change: Change) ->
     drafts = {"protocol": {}, "release": {"greedy": rule, "sampled": rule}}
     tasks = {"lm_eval": "0.4.12", "tasks": {"arc": {"figures": {"acc,none": 0.5, "acc_stderr,none": 0.01}}}}
     titles = ["Weak spots", "Experts by layer", "Charts", "Projections", "Verified", "Not measured"]
-    assert re.findall("<h2 id=.*?>(.*?)</h2>", page(read_records(release), ABOUT)) == ["Quality", *titles]
+    assert re.findall("<h2 id=.*?>(.*?)</h2>", page(Records.open(release), ABOUT)) == ["Quality", *titles]
     change("metrics.json", lambda metrics: metrics.update(drafts=drafts, tasks=tasks))
-    records = read_records(release)
+    records = Records.open(release)
     text = page(records, ABOUT)
     assert re.findall("<h2 id=.*?>(.*?)</h2>", text) == ["Quality", titles[0], "Drafts", "Tasks", *titles[1:]]
     for cells in (["greedy", "75.0% / 50.0%", "2.250", "2.100 to 2.400"], ["arc", "acc,none", "0.5000 ± 0.0100"]):
@@ -155,7 +158,7 @@ def test_it_begins_with_quality_and_weak_spots(release: Path, change: Change) ->
 def guide(release: Path, change: Change) -> Records:
     layers = [{"layer": layer, "predicted": 0.7, "measured": {"gate_up": 0.72, "down": 0.66}} for layer in range(2)]
     change("fourfold.json", lambda state: state.update(guidance={"tokens": 512, "layers": layers}))
-    return read_records(release)
+    return Records.open(release)
 
 
 @pytest.mark.slow
@@ -168,7 +171,7 @@ def test_guidance_has_a_chart(release: Path, change: Change) -> None:
 
 
 def test_a_second_release_is_shown_beside(finished: Path) -> None:
-    records = read_records(finished)
+    records = Records.open(finished)
     halves = tuple(dataclasses.replace(row, relative_error=row.relative_error / 2) for row in records.projections[:-1])
     data = Page(page(records, ABOUT, dataclasses.replace(records, projections=halves))).data
     assert data["rows"]["ratio"] == [*[pytest.approx(2, rel=1e-5)] * 23, None], "no row of its own, no ratio"
@@ -184,7 +187,7 @@ def test_a_ratio_below_one_has_its_interval(release: Path, change: Change) -> No
         metrics["intervals"]["perplexity_ratio"] = [0.99731, 1.00151]
 
     def both() -> tuple[str, str]:
-        records = read_records(release)
+        records = Records.open(release)
         return page(records, ABOUT), card(records, ABOUT, (), {})
 
     change("metrics.json", below)
@@ -197,7 +200,7 @@ def test_a_ratio_below_one_has_its_interval(release: Path, change: Change) -> No
 
 
 def test_without_metrics_there_is_no_chart_of_them(finished: Path) -> None:
-    records = dataclasses.replace(read_records(finished), metrics=None)
+    records = dataclasses.replace(Records.open(finished), metrics=None)
     text = page(records, ABOUT)
     assert set(Page(text).data["charts"]) == {"errors", "coverage", "seconds", "memory"}
     assert '<p class="verdict">Not measured.</p>' in text and "top-1" not in text
@@ -206,7 +209,7 @@ def test_without_metrics_there_is_no_chart_of_them(finished: Path) -> None:
 @pytest.mark.slow
 def test_nothing_can_be_smuggled_into_a_page(release: Path, change: Change) -> None:
     change("verify.json", lambda verdict: verdict["checks"][0].update(name=HOSTILE, evidence=HOSTILE))
-    records = read_records(release)
+    records = Records.open(release)
     row = dataclasses.replace(records.projections[0], projection=HOSTILE, method=HOSTILE)
     hostile = dataclasses.replace(records, projections=(row, *records.projections[1:]))
     plain, found = Page(page(records, ABOUT)), Page(page(hostile, About(name=HOSTILE)))
@@ -217,7 +220,7 @@ def test_nothing_can_be_smuggled_into_a_page(release: Path, change: Change) -> N
 
 @pytest.mark.slow
 def test_the_same_inputs_give_the_same_page_and_plots(finished: Path) -> None:
-    records = read_records(finished)
+    records = Records.open(finished)
     assert page(records, ABOUT) == page(records, ABOUT)
     first, second = list(plots(records)), list(plots(records))
     assert first == second
@@ -227,7 +230,7 @@ def test_the_same_inputs_give_the_same_page_and_plots(finished: Path) -> None:
 
 def test_a_map_has_whole_pixels_for_each_expert_and_marks_within_its_range(finished: Path) -> None:
     """Of 256 experts 2 device pixels each, of 384 as well; a legend of decades where there are many."""
-    records = read_records(finished)
+    records = Records.open(finished)
     for experts in (16, 256, 384):
         found = plots_module._map(many(records, 4, experts), "error", "output error")
         assert found["width"] % experts == 0 and found["width"] >= experts
@@ -240,7 +243,7 @@ def test_a_map_has_whole_pixels_for_each_expert_and_marks_within_its_range(finis
 
 
 def test_a_plot_of_nothing_is_not_drawn(finished: Path) -> None:
-    names = [name for name, _, _ in plots(dataclasses.replace(read_records(finished), metrics=None))]
+    names = [name for name, _, _ in plots(dataclasses.replace(Records.open(finished), metrics=None))]
     assert names == ["errors.png", "experts.png"]
 
 
@@ -262,7 +265,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def big(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    records = read_records(finished)
+    records = Records.open(finished)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page(many(records), ABOUT, many(records)), encoding="utf-8")
     return path
@@ -409,7 +412,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Any, big: Path, sc
 @pytest.mark.browser
 @pytest.mark.slow
 def test_hostile_names_are_text_in_a_browser(browser: Any, finished: Path, tmp_path: Path) -> None:
-    records = read_records(finished)
+    records = Records.open(finished)
     row = dataclasses.replace(records.projections[0], projection=HOSTILE, method=HOSTILE, error_over_rtn=9.0)
     path = tmp_path / "report.html"
     path.write_text(page(dataclasses.replace(records, projections=(row, *records.projections[1:])), ABOUT), "utf-8")

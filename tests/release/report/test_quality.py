@@ -17,7 +17,7 @@ from fourfold.release.report.about import About
 from fourfold.release.report.card import card
 from fourfold.release.report.page import page
 from fourfold.release.report.quality import draft_head, figure_grid, verdict
-from fourfold.release.report.records import read_records
+from fourfold.release.report.records import Records
 
 RTN_ENDS = (0.00312, 0.00340)
 
@@ -109,7 +109,7 @@ def test_the_table_has_a_column_for_it() -> None:
 
 
 def test_card_page_and_terminal_say_the_same(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = read_records(release)
+    records = Records.open(release)
     said = verdict(records.metrics)
     assert re.search(r"\(1 window\), \d+% of round-to-nearest's", said)
     about = About(name="x")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import TensorIndex
+from fourfold.model.tensors import TensorIndex
 from fourfold.release.verify import byte_reader
 
 NAMES = ("wide", "long", "tiny", "bytes", "empty", "last")

@@ -76,7 +76,7 @@ def _needs_table(plan: Plan) -> Table:
         table.add_row("calibration text", f"read, not tokenized{looked}: quantize counts its tokens")
     free = "" if disk.free_bytes is None else f", {decimal(disk.free_bytes)} are free"
     table.add_row("disk", f"{decimal(disk.needed_bytes)}{free}")
-    if plan.recipe.scheme.group == gguf.BLOCK and plan.skeleton.family.model_type in ARCHITECTURES:
+    if plan.recipe.scheme.group == gguf.BLOCK and plan.source.family.model_type in ARCHITECTURES:
         table.add_row("as GGUF", f"{gguf.BITS} bits per expert weight: larger groups would not make the file smaller")
     if disk.spilled_bytes:
         table.add_row("of it hidden states", f"{decimal(disk.spilled_bytes)} while the run lasts: memory is too small")

@@ -84,7 +84,7 @@ def find_licence(about: About, stated: Mapping[str, Any], text: str | None) -> L
 
 def card_data(records: Records, about: About) -> ModelCardData:
     """The front matter. What is not known is left out, but for the licence, which is then named unknown."""
-    vision = "vision_config" in records.release.raw
+    vision = "vision_config" in records.raw
     found, metrics = licence(records, about), records.metrics
     results = [*eval_results(metrics)] if metrics else []
     english = metrics and (_is_wikitext(metrics.protocol) or metrics.protocol.text in TITLES)
@@ -105,9 +105,9 @@ def card_data(records: Records, about: About) -> ModelCardData:
 
 
 def tags(records: Records) -> list[str]:
-    names = [*TAGS, records.release.format.method, *(["gptq"] if set(records.state.methods) - {"rtn"} else [])]
+    names = [*TAGS, records.format.method, *(["gptq"] if set(records.state.methods) - {"rtn"} else [])]
     names += ["vllm", "sglang"]
-    names += ["conversational"] if (records.release.folder / "chat_template.jinja").is_file() else []
+    names += ["conversational"] if (records.folder / "chat_template.jinja").is_file() else []
     return list(dict.fromkeys(names))
 
 

@@ -25,6 +25,7 @@ from fourfold.release.report.escape import Markdown, block, code, finalize, pros
 from fourfold.release.report.layers import layers_context, method_shares, weakest_text
 from fourfold.release.report.quality import quality
 from fourfold.release.report.records import EXPERTS, Records
+from fourfold.serve.served import sampling
 from fourfold.units import clock_text, count_text, size, stages
 
 METHODS = (
@@ -97,20 +98,19 @@ def _command(command: Serving) -> dict[str, Any]:
 
 
 def _head(records: Records, about: About) -> dict[str, Any]:
-    state, scheme = records.state, records.release.recipe.scheme
+    state, scheme = records.state, records.recipe.scheme
     base = base_link(about)
     before, after = state.source_tensor_bytes, state.output.tensor_bytes
-    skeleton, text = records.release.skeleton, records.release.skeleton.text
     rows: list[tuple[object, ...]] = [
         ("base model", base or "not stated"),
         *_source_weights(state.source.weights),
-        ("architecture", f"{skeleton.architecture}, {skeleton.layers} layers"),
+        ("architecture", f"{records.architecture}, {records.layers} layers"),
         ("parameters", parameters_text(records)),
         ("experts", _experts(records)),
-        *([("support", DERIVED)] if skeleton.family.derived else []),
-        ("context", f"{text.max_position_embeddings:,} tokens"),
+        *([("support", DERIVED)] if records.family.derived else []),
+        ("context", f"{records.text.max_position_embeddings:,} tokens"),
         ("quantized", f"{state.projections:,} expert projections, {', '.join(method_shares(state.methods))}"),
-        ("format", f"{records.release.format}, int4, groups of {scheme.group}, symmetric"),
+        ("format", f"{records.format}, int4, groups of {scheme.group}, symmetric"),
         ("size", f"{size(before)} → {size(after)} ({after / before:.1%})"),
         ("weakest", weakest_text(records)),
         ("verified", _brief_verdict(records)),
@@ -130,7 +130,7 @@ def _head(records: Records, about: About) -> dict[str, Any]:
         ),
         "group_size": scheme.group,
         "signed": ", signed scales" if scheme.signed else "",
-        "format": records.release.format.name,
+        "format": records.format.name,
         "scale_dtype": scheme.scale_dtype.upper(),
         "stale": records.stale,
     }
@@ -143,9 +143,8 @@ def parameters_text(records: Records) -> str:
 
 def _experts(records: Records) -> str:
     """Counts and widths (intermediate sizes) of experts."""
-    skeleton, shared = records.release.skeleton, records.shared_width()
-    one, layers = skeleton.widest, len(tuple(skeleton.routed))
-    said = f"{one.count} in each of {layers} layers, {skeleton.topk} active per token, width {one.width:,}"
+    one, layers, shared = records.widest, len(records.routed), records.shared_width()
+    said = f"{one.count} in each of {layers} layers, {records.topk} active per token, width {one.width:,}"
     return said + (f"; shared expert: width {shared:,}" if shared else "; no shared expert")
 
 
@@ -193,7 +192,7 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
     ]
     return {
         "calibration": f"{calibration.rows:,} samples of {calibration.length:,} tokens, seed "
-        f"{records.release.recipe.calibration.seed}.",
+        f"{records.recipe.calibration.seed}.",
         "sources": table(("source", "licence", "samples", "documents", "tokens available"), sources),
         "made": _made(state),
         "reproduce": _reproduce(records, about),
@@ -201,10 +200,10 @@ def _origin(records: Records, about: About) -> dict[str, Any]:
         "methods": [Markdown(f"{what}: [arXiv {paper}](https://arxiv.org/abs/{paper})") for what, paper in METHODS],
         "licence": found.name,
         "licence_origin": found.origin,
-        "transformers": _transformers(about, "vision_config" in records.release.raw),
-        "transformers_problem": records.release.transformers_problem,
+        "transformers": _transformers(about, "vision_config" in records.raw),
+        "transformers_problem": records.transformers_problem,
         "other_formats": _other_formats(records, about),
-        "sampling": _sampling(records.sampling),
+        "sampling": _sampling(sampling(records.folder)),
     }
 
 
@@ -246,13 +245,12 @@ def _transformers(about: About, vision: bool) -> Markdown:
 
 def _other_formats(records: Records, about: About) -> Markdown | None:
     """Commands that make a file for each engine of its own that has this architecture; None if none has."""
-    skeleton = records.release.skeleton
     known = {"gguf": ARCHITECTURES, "mlx": MODEL_TYPES}
     lines = [f"hf download {shlex.quote(about.name)} --local-dir ./release"]
     for form, engine in EXPORTS.items():
         model_types: Mapping[str, Any] = known[form]
-        one = model_types.get(skeleton.family.model_type)
-        if one is not None and not unsupported(skeleton.text, getattr(one, "fixed", one)):
+        one = model_types.get(records.family.model_type)
+        if one is not None and not unsupported(records.text, getattr(one, "fixed", one)):
             lines += [
                 f"fourfold convert ./release ./release-{form} --format {form}",
                 f"fourfold verify ./release-{form} --source ./release --engine {engine}",
@@ -309,9 +307,9 @@ def _bench(bench: Bench | None) -> dict[str, Any]:
 
 def _limits(records: Records) -> Iterator[object]:
     yield from records.state.calibration.notes
-    if not records.release.format.sglang_drafts:
+    if not records.format.sglang_drafts:
         yield (
-            f"SGLang skips the draft experts of a {records.release.format} release without an error. Serve it there "
+            f"SGLang skips the draft experts of a {records.format} release without an error. Serve it there "
             "without drafts, or use vLLM."
         )
     if records.verdict and not records.verdict.passed:

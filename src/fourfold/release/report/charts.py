@@ -46,8 +46,8 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
 
 def other_name(records: Records, against: Records) -> str:
     """What the second release is called beside the first."""
-    name = against.release.folder.resolve().name
-    return f"{name} (the other)" if name == records.release.folder.resolve().name else name
+    name = against.folder.resolve().name
+    return f"{name} (the other)" if name == records.folder.resolve().name else name
 
 
 def _spec(title: str, says: str, values: Sequence[dict[str, Any]], **rest: Any) -> Spec:

@@ -99,7 +99,7 @@ def cold_text(records: Records) -> str:
     """Return how many experts had few calibration tokens, and how those were quantized."""
     experts = {(row.layer, row.expert): row.tokens for row in records.projections}
     never = sum(tokens == 0 for tokens in experts.values())
-    solver = records.release.recipe.solver
+    solver = records.recipe.solver
     said = (
         f"{never:,} of {len(experts):,} experts received no calibration token; the median received "
         f"{median(experts.values()):,.0f}. "

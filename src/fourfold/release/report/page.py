@@ -50,7 +50,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         tasks=metrics and task_grid(metrics.tasks),
         checks=records.verdict.checks if records.verdict else (),
         stale=records.stale,
-        missing=records.missing,
+        missing=[*records.missing],
         worst=worst_grid(records),
         cold=cold_text(records),
         drift=drift_grid(records),
@@ -76,7 +76,7 @@ def _facts(records: Records, about: About) -> list[tuple[str, str]]:
     verdict = records.verdict
     return [
         ("base model", about.base_model or "not stated"),
-        ("format", f"{records.release.format}, int4, groups of {records.release.group_size}"),
+        ("format", f"{records.format}, int4, groups of {records.recipe.scheme.group}"),
         ("size", f"{size(state.source_tensor_bytes)} \N{RIGHTWARDS ARROW} {size(state.output.tensor_bytes)}"),
         ("parameters", parameters_text(records)),
         ("projections", f"{state.projections:,}"),

@@ -8,13 +8,12 @@ from pathlib import Path
 from fourfold.release.report.about import About
 from fourfold.release.report.card import Serving
 from fourfold.release.report.records import Records
-from fourfold.serve.command import Command, Deployment, build
+from fourfold.serve.command import Deployment, smallest
 from fourfold.serve.engines import ENGINES, Engine, Version, version, version_text
-from fourfold.serve.machine import Gpu, Machine
-from fourfold.serve.served import Served, UnknownCache, open_served
+from fourfold.serve.machine import Machine
+from fourfold.serve.served import UnknownCache, open_served
 
-GPU_COUNTS = (1, 2, 4, 8)
-GPU = Gpu(name="24 GB GPU", total_bytes=24 * 2**30, free_bytes=24 * 2**30, capability=(8, 9))
+MACHINES = [Machine.of(count, 24, (8, 9)) for count in (1, 2, 4, 8)]
 
 
 def recommend(records: Records, about: About) -> list[Serving]:
@@ -23,13 +22,14 @@ def recommend(records: Records, about: About) -> list[Serving]:
     The engine that verify ran is first, in that version; other engines are in the newest version known.
     """
     try:
-        served = replace(open_served(records.release.folder, about.name), folder=Path(about.name))
+        served = replace(open_served(records.folder, about.name), folder=Path(about.name))
     except UnknownCache:
         return []  # the card then has no commands
     found = []
     for engine in sorted(ENGINES.values(), key=lambda engine: _verified(records, engine) is None):
         for drafts in (None, 0) if served.has_draft else (0,):
-            machine, command = _fewest(served, engine, drafts, _verified(records, engine))
+            wanted = Deployment(engine=engine.name, drafts=drafts, version=_verified(records, engine))
+            machine, command = smallest(served, MACHINES, wanted)
             drafting = command.forecast.cache.drafts
             if drafts is None and not drafting:
                 continue  # `serve` leaves drafts out where they do not work
@@ -43,17 +43,6 @@ def recommend(records: Records, about: About) -> list[Serving]:
                 )
             )
     return found
-
-
-def _fewest(served: Served, engine: Engine, drafts: int | None, at: Version | None) -> tuple[Machine, Command]:
-    """The smallest machine without a problem, or else the largest, whose command names its problems."""
-    wanted = Deployment(engine=engine.name, drafts=drafts, version=at)
-    for count in GPU_COUNTS:
-        machine = Machine(gpus=(GPU,) * count, host_bytes=0)
-        command = build(served, machine, wanted)
-        if not command.problems:
-            break
-    return machine, command
 
 
 def _verified(records: Records, engine: Engine) -> Version | None:

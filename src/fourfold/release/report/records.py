@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 from fourfold.bundled import HELDOUT_TEXTS
-from fourfold.datatypes import FourfoldError, ProjectionStatistics, TensorHeader
+from fourfold.datatypes import FourfoldError, ProjectionStatistics
 from fourfold.model.family import kept_group
-from fourfold.model.sources import Stored, open_source
 from fourfold.quantize.journal import LOG, METRICS
 from fourfold.recipe import Heldout
 from fourfold.records.log import read_log
-from fourfold.records.release import State
 from fourfold.records.results import Bench, Metrics, Verdict
-from fourfold.release.contents import BENCH, VERDICT
-from fourfold.release.verify.folder import Release, open_release
-from fourfold.serve.served import sampling
+from fourfold.release.contents import BENCH, LICENCE, VERDICT
+from fourfold.release.release import Release
 
 EXPERTS = "routed experts"
 
@@ -38,37 +35,41 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Records:
-    """release: fourfold.json, config.json, recipe.toml; verdict: of these very bytes, else None and `stale`.
+class Records(Release):
+    """A release with its results. verdict: of these very bytes, else None and `stale`."""
 
-    layers: number of decoder layers; weights: headers as a BF16 checkpoint has them; stored: the quantized ones;
-    missing: (what was not measured, the command that does it).
-    """
-
-    release: Release
-    layers: int
-    weights: Mapping[str, TensorHeader]
-    stored: Mapping[str, Stored]
     projections: tuple[ProjectionStatistics, ...]
     metrics: Metrics | None
     verdict: Verdict | None
     stale: bool
     bench: Bench | None
-    sampling: Mapping[str, Any]
-    licence_text: str | None
-    missing: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Raises FourfoldError for a folder that is no finished release, and for damaged files."""
+        release = Release.open(folder)
+        metrics, verdict = Metrics.find(folder / METRICS), Verdict.find(folder / VERDICT)
+        if metrics is not None and metrics.summary is None:
+            raise FourfoldError(
+                f"{folder / METRICS}: summary: got null, as of a trial, expected figures. {metrics.FIX}"
+            )
+        stale = verdict is not None and verdict.content != release.state.output.content
+        return cls(
+            **vars(release), projections=read_log(folder / LOG), metrics=metrics, verdict=None if stale else verdict,
+            stale=stale, bench=Bench.find(folder / BENCH),
+        )  # fmt: skip
 
     @property
-    def state(self) -> State:
-        return self.release.state
+    def licence_text(self) -> str | None:
+        path = self.folder / LICENCE
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     def groups(self) -> tuple[Group, ...]:
         """All weights of the release by kind and bits; the routed experts' first."""
-        skeleton = self.release.skeleton
-        experts = tuple(skeleton.experts_prefix(layer) for layer in skeleton.routed)
+        experts = tuple(self.experts_prefix(layer) for layer in self.routed)
         found: dict[tuple[str, int | None], list[tuple[str, int, int]]] = {(EXPERTS, 4): []}
-        for name, header in self.weights.items():
-            stored, (group, reason) = self.stored.get(name), kept_group(name)
+        for name, header in self.tensors.headers.items():
+            stored, (group, reason) = self.tensors.stored.get(name), kept_group(name)
             group = (
                 EXPERTS if name.startswith(experts) else "output head" if stored and group == "embeddings" else group
             )
@@ -87,12 +88,11 @@ class Records:
 
     def parameters(self) -> tuple[int, int]:
         """Return the source's parameters, and those that one token uses in the text model without its draft head."""
-        skeleton, shares = self.release.skeleton, dict[str, float]()
-        for layer in skeleton.routed:
-            if (experts := skeleton.blueprint.experts[layer]) is not None:
-                shares[skeleton.experts_prefix(layer)] = min(1.0, skeleton.topk / experts.count)
-        apart, count, used = set(skeleton.blueprint.drafts_among(self.weights)), 0, 0.0
-        for name, header in self.weights.items():
+        weights, shares = self.tensors.headers, dict[str, float]()
+        for layer in self.routed:
+            shares[self.experts_prefix(layer)] = min(1.0, self.topk / self.experts_of(layer).count)
+        apart, count, used = set(self.blueprint.drafts_among(weights)), 0, 0.0
+        for name, header in weights.items():
             share = next((share for prefix, share in shares.items() if name.startswith(prefix)), None)
             if share is None:
                 share = float(name not in apart and kept_group(name)[0] not in ("MTP", "vision"))
@@ -101,8 +101,8 @@ class Records:
 
     def shared_width(self) -> int | None:
         """Return the intermediate size of the shared experts, by the shape of their matrix down; None without any."""
-        shared = (one.shape for name, one in self.weights.items() if kept_group(name)[0] == "shared experts")
-        hidden = self.release.skeleton.widest.hidden
+        shared = (one.shape for name, one in self.tensors.headers.items() if kept_group(name)[0] == "shared experts")
+        hidden = self.widest.hidden
         return min((shape[1] for shape in shared if len(shape) == 2 and shape[0] == hidden), default=None)
 
     def by_layer(self) -> dict[int, list[ProjectionStatistics]]:
@@ -122,9 +122,9 @@ class Records:
 
     def pool_tokens(self, row: ProjectionStatistics) -> float:
         """How many tokens the layer's statistics count for in this projection's: the recipe's pool times its inputs."""
-        experts = self.release.skeleton.widest
+        experts = self.widest
         inputs = experts.width if row.projection == "down_proj" else experts.hidden
-        return float(self.release.recipe.solver.pool * inputs)
+        return float(self.recipe.solver.pool * inputs)
 
     def cold(self) -> list[ProjectionStatistics]:
         """Projections whose statistics are more the layer's than their own tokens'."""
@@ -134,46 +134,22 @@ class Records:
         """The ten projections with the largest output error over that of RTN, the worst first."""
         return sorted(self.projections, key=lambda row: -row.error_over_rtn)[:10]
 
-
-def read_records(folder: Path) -> Records:
-    """Raises FourfoldError for a folder that is no finished release, or a file that is not as fourfold writes it."""
-    release = open_release(folder)
-    metrics, verdict = Metrics.find(folder / METRICS), Verdict.find(folder / VERDICT)
-    bench = Bench.find(folder / BENCH)
-    if metrics is not None and metrics.summary is None:
-        raise FourfoldError(f"{folder / METRICS}: summary: got null, as of a trial, expected figures. {metrics.FIX}")
-    stale = verdict is not None and verdict.content != release.state.output.content
-    licence, index = folder / "LICENSE", open_source(folder, release.raw)
-    return Records(
-        release=release,
-        layers=release.skeleton.layers,
-        weights=index.headers,
-        stored=index.stored,
-        projections=read_log(folder / LOG),
-        metrics=metrics,
-        verdict=None if stale else verdict,
-        stale=stale,
-        bench=bench,
-        sampling=sampling(folder),
-        licence_text=licence.read_text(encoding="utf-8", errors="replace") if licence.is_file() else None,
-        missing=tuple(_missing(metrics, None if stale else verdict, bench)),
-    )
-
-
-def _missing(metrics: Metrics | None, verdict: Verdict | None, bench: Bench | None) -> Iterator[tuple[str, str]]:
-    """What was not measured, and the command that measures it."""
-    if metrics is None or metrics.measured_by != "evaluate":
-        yield "quality on more text than quantize's", "fourfold evaluate OUT --source MODEL"
-    if metrics is None or metrics.protocol.text == HELDOUT_TEXTS[Heldout.builtin].title:
-        command = "fourfold evaluate OUT --source MODEL --text wikitext-2-raw-test.parquet"
-        yield "perplexity on wikitext-2-raw, as in published tables", command
-    if metrics is None or not metrics.drafts:
-        yield "acceptance rate of the draft head", "fourfold evaluate OUT --source MODEL"
-    if metrics is None or not metrics.tasks:
-        yield "lm-eval tasks", "fourfold evaluate OUT --source MODEL --tasks NAMES --url URL"
-    levels = () if verdict is None else verdict.levels
-    for level, words in (("files", ""), ("source", " --source MODEL"), ("engine", " --engine vllm")):
-        if level not in levels:
-            yield f"verification, level {level}", f"fourfold verify OUT{words}"
-    if bench is None:
-        yield "serving speed", "fourfold bench URL --out OUT/bench.json"
+    @property
+    def missing(self) -> Iterator[tuple[str, str]]:
+        """What was not measured, and the command that measures it."""
+        metrics = self.metrics
+        if metrics is None or metrics.measured_by != "evaluate":
+            yield "quality on more text than quantize's", "fourfold evaluate OUT --source MODEL"
+        if metrics is None or metrics.protocol.text == HELDOUT_TEXTS[Heldout.builtin].title:
+            command = "fourfold evaluate OUT --source MODEL --text wikitext-2-raw-test.parquet"
+            yield "perplexity on wikitext-2-raw, as in published tables", command
+        if metrics is None or not metrics.drafts:
+            yield "acceptance rate of the draft head", "fourfold evaluate OUT --source MODEL"
+        if metrics is None or not metrics.tasks:
+            yield "lm-eval tasks", "fourfold evaluate OUT --source MODEL --tasks NAMES --url URL"
+        levels = () if self.verdict is None else self.verdict.levels
+        for level, words in (("files", ""), ("source", " --source MODEL"), ("engine", " --engine vllm")):
+            if level not in levels:
+                yield f"verification, level {level}", f"fourfold verify OUT{words}"
+        if self.bench is None:
+            yield "serving speed", "fourfold bench URL --out OUT/bench.json"

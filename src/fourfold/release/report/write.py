@@ -15,7 +15,7 @@ from fourfold.release.report.about import About, leaderboard_entries
 from fourfold.release.report.card import Serving, card
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
-from fourfold.release.report.records import Records, read_records
+from fourfold.release.report.records import Records
 
 Recommend = Callable[[Records, About], Sequence[Serving]]
 
@@ -27,8 +27,8 @@ def write(out: Path, about: About, recommend: Recommend, against: Path | None = 
     not as fourfold writes them, and names that the Hub does not take.
     """
     refuse_links(out)
-    records = read_records(out)
-    other = None if against is None else read_records(against)
+    records = Records.open(out)
+    other = None if against is None else Records.open(against)
     about = about.of(records.state.source.hub)
     drawn = list(plots(records))
     text = card(records, about, recommend(records, about), {f"{FIGURES}/{name}": words for name, words, _ in drawn})

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, Tick
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
 from fourfold.release.verify.byte_reader import Piece, read_blocks
-from fourfold.release.verify.folder import Expected, codes_of
+from fourfold.release.verify.expected import Expected, codes_of
 from fourfold.release.verify.projection import Inspected, Problem, Storage, inspect
 
 FINITE, KEPT, SPLIT = "finite", "kept tensors", "MTP split"  # names of checks

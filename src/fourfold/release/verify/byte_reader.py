@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import FourfoldError, TensorHeader
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
+from fourfold.model.tensors import DTYPES, TensorIndex, fill, raw_bytes
 
 BLOCK_BYTES = 8 * 2**20  # read and hashed at a time
 AHEAD_BLOCKS = 8
@@ -78,23 +77,16 @@ def _shard_blocks(path: Path, headers: list[TensorHeader], whole: Container[str]
         for place, (start, end, parts) in enumerate(ranges):
             buffer = torch.empty(end - start, dtype=torch.uint8)
             memory = raw_bytes(buffer)
-            _fill(file.fileno(), memory, path)
+            try:
+                filled = fill(file.fileno(), memory, start)
+            except OSError as error:
+                raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
+            if filled < len(memory):
+                raise FourfoldError(f"{path}: ends before its header says; is someone writing it?")
             sha.update(memory)
             pieces = tuple(Piece(one, a - one.start_byte, buffer[a - start : b - start]) for one, a, b in parts)
             final = place == len(ranges) - 1
             yield Block(path.name, end - start, pieces, sha.hexdigest() if final else "")
-
-
-def _fill(descriptor: int, memory: memoryview, path: Path) -> None:
-    filled = 0
-    while filled < len(memory):
-        try:
-            count = os.readv(descriptor, [memory[filled:]])
-        except OSError as error:
-            raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
-        if count == 0:
-            raise FourfoldError(f"{path}: ends before its header says; is someone writing it?")
-        filled += count
 
 
 Part = tuple[TensorHeader, int, int]  # a tensor, first and last byte of it in the file

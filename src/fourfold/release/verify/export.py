@@ -13,7 +13,6 @@ import torch
 
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
-from fourfold.model.weights import Weights
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import hold
@@ -108,7 +107,7 @@ def check_source(job: Job, reading: Reading, progress: Progress) -> Iterator[Che
         return
 
     def report(done: int) -> None:
-        progress(Event(kind="stage", stage="verify", done=done, total=len(job.stored.projections), unit="projections"))
+        progress(Event(kind="stage", stage="verify", done=done, total=len(job.out.projections), unit="projections"))
 
     found = count_changes(reading, report)
     wrong = [
@@ -132,7 +131,7 @@ def check_engine(new: Path, job: Job, engine: Engine, record: Export) -> Iterato
         "tokens": reference.tokens,
         "likeliest": reference.likeliest,
     }
-    texts = _texts(job.index.folder) if files else {}
+    texts = _texts(job.out.folder) if files else {}
     if files:
         request |= {"texts": [*texts], "drafts": record.has_drafts, "candidates": CANDIDATES, "wide": False}
     with engine.with_cache() as cached:
@@ -183,13 +182,12 @@ def check_drafts(content: Mapping[str, Any]) -> Check:
 
 def made_reference(job: Job) -> Reference:
     """What OUT gives for a text, where it has no reference.json: layer by layer, in BF16."""
-    folder, compute = job.index.folder, Compute(torch.device("cpu"), torch.bfloat16)
-    weights = Weights.open(folder)
-    token_RT = torch.tensor(windows(folder)[:1])
+    compute = Compute(torch.device("cpu"), torch.bfloat16)
+    token_RT = torch.tensor(windows(job.out.folder)[:1])
     with torch.no_grad():
-        rows = embed(weights, token_RT, compute)
-        sweep_([weights], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
-        head = weights.head(compute.device, compute.dtype)
+        rows = embed(job.out, token_RT, compute)
+        sweep_([job.out], [rows], compute, lambda _: contextlib.nullcontext(lambda count: None))
+        head = job.out.head(compute.device, compute.dtype)
         return make_reference(head, token_RT[0], rows.hidden_RTD[0])
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from fourfold.core import grid
 from fourfold.datatypes import FourfoldError
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.model.files import SIDECARS
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.json_object import read_object
+from fourfold.model.tensors import TensorIndex
 from fourfold.quantize.claims import known_extra
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.byte_checks import FINITE, ByteChecks
 from fourfold.release.verify.check import judge, skip
-from fourfold.release.verify.folder import Expected, Release
+from fourfold.release.verify.expected import Expected
 from fourfold.release.verify.projection import CODES, LAYOUT, SCALES
-from fourfold.release.verify.rules import config_problems
+from fourfold.release.verify.rules import config_problems, linear_modules
 
 FILES = Level.FILES
 AFTER_INDEX = ("tensors", "sha256", FINITE, CODES, SCALES, LAYOUT)  # checks that need a sound index
@@ -53,14 +54,14 @@ def check_tensors(release: Release, index: TensorIndex, expected: Mapping[str, E
     for name, header in index.headers.items():
         wanted = expected.get(name)
         if wanted is None:
-            if known_extra(release.skeleton, header) is None:
+            if known_extra(release, header) is None:
                 wrong.append(f"{name} is not wanted by config.json")
         elif header.dtype not in wanted.dtypes or header.shape != wanted.shape:
             expected_text = f"{'/'.join(wanted.dtypes)} {list(wanted.shape)}"
             wrong.append(f"{name} is {header.dtype} {list(header.shape)}, wanted {expected_text}")
     bits = {wanted.projection: wanted.bits for wanted in expected.values() if wanted.projection}
     kinds = ", ".join(f"{count:,} int{width}" for width, count in sorted(Counter(bits.values()).items()))
-    prefix = release.skeleton.family.mtp_prefix
+    prefix = release.family.mtp_prefix
     draft = sum(bool(prefix) and name.startswith(prefix) for name in index.headers)
     seen = f"{kinds} projections, {draft:,} tensors of the draft head, all as config.json wants them"
     return judge(FILES, "tensors", missing + wrong, seen, projections=len(bits), draft_tensors=draft)
@@ -111,21 +112,20 @@ def check_config(release: Release, expected: Mapping[str, Expected]) -> Check:
     problems = []
     if release.format.name != release.recipe.format:
         problems.append(f"config.json: got {release.format}, expected {release.recipe.format} as in recipe.toml")
-    prefix = release.skeleton.family.mtp_prefix
+    prefix = release.family.mtp_prefix
     parts = [part for part in expected.values() if part.projection]
     quantized = {part.projection.rstrip("."): (part.bits, part.group_size) for part in parts}
-    linear = [name for name, part in expected.items() if not part.projection and len(part.shape) == 2]
-    kept = [name.removesuffix(".weight") for name in linear if name.endswith(".weight") and "embed" not in name]
+    kept = linear_modules({name: part.shape for name, part in expected.items() if not part.projection})
     draft = bool(prefix) and any(name.startswith(prefix) for name in expected)
     in_draft = draft and any(name.startswith(prefix) for name in quantized)
     problems += config_problems(
         release.format,
-        release.quantization,
-        release.group_size,
+        release.settings,
+        release.recipe.scheme.group,
         quantized=quantized,
         kept=kept,
         draft=draft,
-        tied=bool(release.skeleton.blueprint.model.all_tied_weights_keys),
+        tied=bool(release.blueprint.model.all_tied_weights_keys),
     )
     kinds = sorted({*quantized.values()})
     widths = ", ".join(f"int{bits} in groups of {size}" for bits, size in kinds)

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.check import first_difference, judge, skip
 from fourfold.release.verify.engine import Engine
-from fourfold.release.verify.folder import Release
 
 IMAGE = "image prompt, transformers"
 NO_IMAGES = "the model takes no images"

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from fourfold.formats import gguf, mlx
 from fourfold.formats.format import differences
-from fourfold.model.checkpoint import DTYPES, TensorIndex, raw_bytes
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.model.shards import OutputTensor
+from fourfold.model.sources import StoredWeight
+from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.records.release import Export
 from fourfold.release.conversion import Job
 from fourfold.release.export import mlx_config, mlx_parts, mlx_shards
 from fourfold.release.gguf_plan import GgufPlan
 from fourfold.release.stacks import Quantized, dequantized, sort_projections
-from fourfold.release.stored import Projection
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Weights of a projection in OUT and in NEW, fp32 [N, K], or rows of them."""
 
-    part: Projection
+    part: StoredWeight
     before: Tensor
     after: Tensor
 
@@ -47,7 +47,7 @@ class MlxFolder:
         return TensorIndex.open(self.folder)
 
     @cached_property
-    def parts(self) -> Mapping[str, tuple[Projection, ...]]:
+    def parts(self) -> Mapping[str, tuple[StoredWeight, ...]]:
         return mlx_parts(self.quantized)
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fourfold.formats.format import Format, Selection, fused
+from fourfold.formats.format import Format, Selection, Shape, fused
 from fourfold.formats.patterns import check_patterns, match_patterns
 from fourfold.quantize.advice import HEAD
 from fourfold.recipe import NEVER_QUANTIZED
@@ -44,6 +44,15 @@ def config_problems(
     if tied and (HEAD in quantized or (selection and _names_head(selection, settings))):
         problems.append(TIED)
     return problems
+
+
+def linear_modules(shapes: Mapping[str, Shape]) -> list[str]:
+    """Return the linear modules among tensors without codes, stacks of experts by their names too."""
+    return [
+        name.removesuffix(".weight")
+        for name, shape in sorted(shapes.items())
+        if len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+    ]
 
 
 def _widths(format: Format, settings: Mapping[str, Any], stored: Widths, group_size: int) -> Iterator[str]:

@@ -10,17 +10,17 @@ from typing import Any
 from msgspec import convert
 
 from fourfold.datatypes import Event, Progress, ignore
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.journal import hold
 from fourfold.records.results import Check, EngineFacts, Level, Status, Verdict
 from fourfold.release.contents import hash_file, loaded_files
+from fourfold.release.release import Release
 from fourfold.release.signature import Signer
 from fourfold.release.verify import files, sglang, source, vllm
 from fourfold.release.verify.byte_checks import ByteChecker
 from fourfold.release.verify.check import check_signature, skip, write_verdict
 from fourfold.release.verify.engine import Engine
-from fourfold.release.verify.folder import Release, open_release
+from fourfold.release.verify.expected import expected_tensors
 from fourfold.release.verify.image import IMAGE, check_image
 from fourfold.release.verify.load import heldout_text, lengths
 from fourfold.release.verify.load import windows as cut
@@ -41,7 +41,7 @@ def verify(
     Raises FourfoldError, before any work, if `out` is no finished release, is being written, or was not made from
     `model`.
     """
-    release = open_release(out)
+    release = Release.open(out)
     origin = None if model is None else open_source(release, model)
     with hold(out):
         seconds, begin = dict[str, float](), time.perf_counter()
@@ -70,13 +70,13 @@ def check_bytes(release: Release, origin: Source | None, progress: Progress) -> 
     """Levels 1 and 2, in one pass over all bytes. Returns how many were read, the source's too."""
     model = None if origin is None else origin.index.folder
     first, index = files.check_index(release)
-    expected = release.expected({} if index is None else index.headers)
+    expected = expected_tensors(release, {} if index is None else index.headers)
     around = [files.check_config(release, expected), files.check_sidecars(release, model)]
     if index is None:
         names = {Level.FILES: files.AFTER_INDEX, Level.SOURCE: source.AFTER_INDEX if origin else ()}
         skipped = [skip(level, name, "the index is not sound") for level in names for name in names[level]]
         return [first, *around, *skipped], 0
-    prefix = release.skeleton.family.mtp_prefix
+    prefix = release.family.mtp_prefix
     storage = Storage(format=release.format, scheme=release.recipe.scheme, draft_prefix=prefix)
     beside, origins = (None, {}) if origin is None else (origin.index, origin.origins)
     checker = ByteChecker(index=index, expected=expected, storage=storage, source=beside, origins=origins)
@@ -112,7 +112,7 @@ def check_engine(release: Release, model: Path | None, engine: Engine, load: int
 
 def check_vllm(engine: Engine, release: Release, model: Path | None, load: int | None) -> Iterator[Check]:
     texts = prompts(release)
-    draft = release.skeleton.has_draft(TensorIndex.open(release.folder).headers)
+    draft = release.has_draft(release.tensors.headers)
     runs = vllm.run(engine, release, model, texts, draft, load_request(release.folder, load) if load else None)
     kl_mean = release.state.metrics.get("kl_mean")
     yield from vllm.checks(runs, kl_mean, release.reference)

@@ -7,12 +7,11 @@ from typing import Any
 
 from fourfold import formats
 from fourfold.formats.format import Format
-from fourfold.model.checkpoint import TensorIndex
 from fourfold.quantize.advice import HEAD, QUANTIZED_HEAD
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.check import judge, skip
 from fourfold.release.verify.engine import Engine, load_problems
-from fourfold.release.verify.folder import Release
 
 SCRIPT = "sglang_loader.py"
 FAMILIES = ("qwen3_5_moe",)  # whose classes the script builds
@@ -26,12 +25,12 @@ DRAFTS_LOST = (
 
 def checks(engine: Engine, release: Release) -> Iterator[Check]:
     """Target and draft are built and loaded by SGLang's own classes, as for one GPU."""
-    model_type = release.skeleton.family.model_type
+    model_type = release.family.model_type
     if model_type not in FAMILIES:
         yield skip(Level.ENGINE, LOADER, f"SGLang's loader is watched for {', '.join(FAMILIES)}, this is {model_type}")
         return
-    names = TensorIndex.open(release.folder).headers
-    draft, quantized_head = release.skeleton.has_draft(names), f"{HEAD}.{release.format.codes}" in names
+    draft = release.has_draft(release.tensors.headers)
+    quantized_head = f"{HEAD}.weight" in release.tensors.stored
     request = {"model": str(release.folder.resolve()), "method": release.format.sglang_method}
     answer = engine.ask(SCRIPT, "loader", request | {"draft": draft and not quantized_head})
     if answer.failure:

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.datatypes import Action, FourfoldError, TensorHeader
-from fourfold.model import sources
-from fourfold.model.checkpoint import DTYPES, TensorIndex
-from fourfold.model.config import read_source_config
-from fourfold.model.family import split_names
+from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.family import split_stack
 from fourfold.model.skeleton import Skeleton
+from fourfold.model.tensors import DTYPES, TensorIndex
 from fourfold.quantize.claims import claim_tensors
 from fourfold.quantize.identity import short, source_digest, source_parts
 from fourfold.quantize.journal import LOG
 from fourfold.records import log
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.byte_checks import KEPT, SPLIT, ByteChecks, Origin
 from fourfold.release.verify.check import judge, skip
-from fourfold.release.verify.folder import Expected, Release
+from fourfold.release.verify.expected import Expected
 from fourfold.release.verify.projection import MOST_STEPS, Codes
 
 ERRORS, OVER_RTN, NEAREST = "weight errors", "weight errors over RTN's", "int8 codes"
@@ -43,22 +43,21 @@ class Source:
 
 def open_source(release: Release, folder: Path) -> Source:
     """Raises FourfoldError, before any weight is read, unless the release was made from this checkpoint."""
-    index = sources.open_source(folder, read_source_config(folder))
-    skeleton = Skeleton.open(folder, index.headers)
+    checkpoint = Checkpoint.open_source(folder)
     identity = release.state.identity
-    if source_digest(index) != identity.source:
-        found, wanted = {k: short(sha) for k, sha in source_parts(index).items()}, identity.parts.get("source", {})
+    if source_digest(checkpoint) != identity.source:
+        found, wanted = {k: short(sha) for k, sha in source_parts(checkpoint).items()}, identity.parts.get("source", {})
         other = [name for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
         problem = f"{release.folder} was not made from this source: other digests of {', '.join(other)}"
         raise FourfoldError(f"{folder}: {problem}. Give the checkpoint that was quantized")
     origins: dict[str, Origin] = {}
-    for claim in claim_tensors(skeleton, index, release.recipe):
+    for claim in claim_tensors(checkpoint, release.recipe):
         if claim.action is Action.QUANTIZE and claim.is_expert:
             assert claim.layer is not None
-            origins.update(_expert_origins(skeleton, claim.header, claim.layer))
+            origins.update(_expert_origins(checkpoint, claim.header, claim.layer))
         elif claim.action is not Action.DROP:
             origins.update(_origins(claim.header, claim.action))
-    return Source(index=index, origins=origins)
+    return Source(index=checkpoint, origins=origins)
 
 
 def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin]]:
@@ -68,18 +67,14 @@ def _origins(header: TensorHeader, action: Action) -> Iterator[tuple[str, Origin
         name = header.name.removesuffix("weight") if quantized else header.name
         yield name, Origin(name=header.name, start=0, shape=header.shape)
         return
-    _, rows, inputs = header.shape
-    for name, expert, place in split_names(header.name, header.shape):
-        start = (expert * rows + place.start) * inputs * DTYPES[header.dtype].itemsize
+    for name, start, shape in split_stack(header.name, header.shape, DTYPES[header.dtype].itemsize):
         part = name.removesuffix("weight") if quantized else name
-        shape = (place.stop - place.start, inputs)
         yield part, Origin(name=header.name, start=start, shape=shape, split=not quantized)
 
 
 def _expert_origins(skeleton: Skeleton, header: TensorHeader, layer: int) -> Iterator[tuple[str, Origin]]:
     """What a tensor of routed experts became: projections by their name with a dot at its end."""
-    experts, stems = skeleton.blueprint.experts[layer], skeleton.stems(layer)
-    assert experts is not None
+    experts, stems = skeleton.experts_of(layer), skeleton.stems(layer)
     if experts.separate:
         yield header.name.removesuffix("weight"), Origin(name=header.name, start=0, shape=header.shape)
         return
@@ -193,15 +188,15 @@ def read_log(release: Release) -> dict[str, float]:
     """quant_log.csv: projection (with a dot) -> weight error. Raises FourfoldError for a log of another kind."""
     stems = {
         (layer, expert, projection): stem
-        for layer in release.skeleton.routed
-        for expert, names in enumerate(release.skeleton.stems(layer))
+        for layer in release.routed
+        for expert, names in enumerate(release.stems(layer))
         for projection, stem in names.items()
     }
-    draft, skeleton = release.skeleton.family.mtp_experts_prefix, release.skeleton
+    draft = release.family.mtp_experts_prefix
     errors = {}
     for row in log.read_log(release.folder / LOG):
         unknown = f"{row.projection} of expert {row.expert} of layer {row.layer}."
-        if row.layer == skeleton.layers and skeleton.has_mtp:  # the draft head's
+        if row.layer == release.layers and release.has_mtp:  # the draft head's
             unknown = f"{draft}{row.expert}.{row.projection}."
         errors[stems.get((row.layer, row.expert, row.projection), unknown)] = row.weight_error
     return errors

@@ -15,9 +15,9 @@ from msgspec import convert, to_builtins
 from fourfold.quantize.journal import REFERENCE
 from fourfold.records.release import Reference
 from fourfold.records.results import Check, Level
+from fourfold.release.release import Release
 from fourfold.release.verify.check import first_difference, judge, skip
 from fourfold.release.verify.engine import Answer, Engine, load_problems
-from fourfold.release.verify.folder import Release
 from fourfold.release.verify.image import NO_IMAGES, compare, prompt_around, takes_images
 from fourfold.release.verify.load import Loaded, judge_load, schedules
 from fourfold.serve.engines import VLLM, kernel_issues
