@@ -126,7 +126,8 @@ def example_seconds() -> str:
 def load() -> str:
     """Of benchmarks/load.py: how often verify --load was right."""
     found, rows = result("load"), []
-    for name, what in (("sound", "sound, with MTP and without"), ("faulty", "a token wrong in 1 of 50 expert passes")):
+    kinds = {"sound": "sound, with MTP and without", "faulty": "one token wrong in 1 of 50 expert passes"}
+    for name, what in kinds.items():
         one = found[name]
         verdicts = f"{one['passed']} passed" if name == "sound" else f"{one['runs'] - one['passed']} failed"
         least, most = one["faults"]

@@ -204,7 +204,7 @@ def verify(
     Args:
         out: folder of a finished release, or of GGUF or MLX output of `convert`, whose `source` is the release. With
             `load` also the address of a running server, of which nothing is written.
-        timeout: minutes for each start of the engine, or for all requests to a server.
+        timeout: minutes for each start of the engine, or for each request to a server.
 
     Returns:
         All checks with their evidence; `passed` is whether all requested checks have passed.

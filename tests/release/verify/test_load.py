@@ -64,7 +64,7 @@ def test_the_same_texts_pass_with_figures() -> None:
     check = judged(observed())
     assert check.status is Status.PASS
     assert "48 tokens of 12 requests, 4 at once; none is more than 0.100 nats worse than the best" in check.evidence
-    assert "0 texts part" in check.evidence and "2 s" in check.evidence
+    assert "0 of 12 texts part" in check.evidence and "2 s" in check.evidence
     data = check.data
     assert (data["tokens"], data["parted"], data["twins"], data["failed_prompts"]) == (48, 0, 0.0, [])
     assert (data["limit"], data["alone_most"], data["alone_regret"]) == pytest.approx((0.25, 0.05, 0.1))
@@ -77,7 +77,7 @@ def test_a_near_tie_may_part() -> None:
     check = judged(seen)
     assert (check.status, check.data["parted"]) == (Status.PASS, 1)
     assert check.data["largest_margin"] == pytest.approx(0.03)
-    assert "1 texts part from their text alone, where the two best are at most 0.030 apart" in check.evidence
+    assert "1 of 12 texts part from the text alone, where the two best are at most 0.030 apart" in check.evidence
 
 
 Change = Callable[[dict[str, Any]], None]

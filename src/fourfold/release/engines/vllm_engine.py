@@ -69,10 +69,12 @@ def start(request: dict[str, Any]) -> LLM:
     options: dict[str, Any] = {}
     if drafts:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
-    if "vision_config" in json.loads(Path(request["model"], "config.json").read_text()):
+    config = json.loads(Path(request["model"], "config.json").read_text())
+    if "vision_config" in config:
         options["limit_mm_per_prompt"] = {"image": 1 if request["image"] else 0, "video": 0}
-    if not load or not vllm_load.on_gpu():  # a CPU has no graphs, and no Triton, which hybrid models with drafts need
-        options |= {"enforce_eager": True, "enable_prefix_caching": bool(load) and not drafts}
+    if not load or not vllm_load.on_gpu():  # a CPU has no graphs; prefix caching was seen to run in these models alone
+        hybrid = "linear_attention" in config.get("text_config", config).get("layer_types", ())
+        options |= {"enforce_eager": True, "enable_prefix_caching": bool(load) and hybrid and not drafts}
     return LLM(
         model=request["model"], dtype="bfloat16", max_model_len=-(-(longest + drafts + 1) // 128) * 128,
         max_num_seqs=most, seed=0, disable_log_stats=False, **options,

@@ -274,10 +274,9 @@ def _seen(loaded: Loaded, data: Mapping[str, Any]) -> str:
         said.append(f"none is more than {worse} ({data['limit']:.2f} allowed)")
     if data["parted"]:
         apart = f", where the two best are at most {data['largest_margin']:.3f} apart"
-    said.append(f"{data['parted']} texts part from their text alone{apart}")
-    same = (
-        f"its log-probabilities before are {data['mean']:.4f} from those alone on average, {data['most']:.3f} at most"
-    )
+    said.append(f"{data['parted']} of {replies} texts part from the text alone{apart}")
+    far = f"{data['mean']:.4f} from those alone on average, {data['most']:.3f} at most"
+    same = f"log-probabilities of the same text are {far}"
     if data["alone_mean"] is not None:
         same += f" (decoded and scored alone: {data['alone_mean']:.4f}, {data['alone_most']:.3f})"
     return "; ".join([*said, same, f"{sum(data['seconds'].values()):.0f} s"])
