@@ -23,8 +23,8 @@
     python benchmarks/quality.py --model deep-moe --methods guided "guided with routing" --tokens 16384 \\
         --text wikitext-2-test chat \\
         --json benchmarks/results/quality_routing_deep.json benchmarks/results/quality_routing_deep_chat.json
-    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods "guided with routing" \\
-        --tokens 16384 --json benchmarks/results/quality_routing_real.json
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 \\
+        --methods "guided with routing" --tokens 16384 --json benchmarks/results/quality_routing_real.json
 
 quality_real_before.json was made at commit 6cab714, before down's target and the importance of tokens (docs/log.md).
 A release is judged on every `--text`; each has its own file after `--json`.

@@ -13,6 +13,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 from results import (
     KLD,
@@ -56,7 +57,7 @@ ROUTING = (  # result with guidance.routing, result of `guided` without, title
     ("quality_routing_chat", "quality_routing_chat", "example, chat"),
     ("quality_routing_deep", "quality_routing_deep", "16 layers, prose"),
     ("quality_routing_deep_chat", "quality_routing_deep_chat", "16 layers, chat"),
-    ("quality_routing_real", "quality_real", "outliers of a real LLM, prose"),
+    ("quality_routing_real", "quality_real", "outliers of a real LLM, prose, one seed"),
 )
 GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
 FIGURES: dict[str, Callable[..., str]] = {}
@@ -504,7 +505,10 @@ def routing() -> str:
     rows = []
     for name, plain, title in (row for row in ROUTING if measured(row[0])):
         for tokens in sizes(name):
-            one, other = mean(name, "guided with routing", tokens), mean(plain, "guided", tokens)
+            one = mean(name, "guided with routing", tokens)
+            runs = [run for run in result(plain)["runs"] if (run["method"], run["tokens"]) == ("guided", tokens)]
+            other = {key: fmean(run[key] for run in runs if run["seed"] in one["seeds"])
+                     for key in ("kl_mean", KLD, MEDIAN, "router_agreement")}  # fmt: skip
             cells = [f"{kld(other[key], 3)} -> {kld(one[key], 3)} ({one[key] / other[key] - 1:+.1%})".replace("%", " %")
                      for key in ("kl_mean", KLD, MEDIAN)]  # fmt: skip
             changed = [percent(1 - row["router_agreement"]) for row in (other, one)]
