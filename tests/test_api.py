@@ -166,7 +166,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(example_model: Path, tmp_path: 
         (lambda: fourfold.verify("out", python=Path("python")), "wanted both, or neither"),
         (lambda: fourfold.verify("out", engine="vllm", load=3), "--load: got 3, expected an even number from 2 to 256"),
         (lambda: fourfold.verify("http://localhost:1"), "http://localhost:1: got no --load, expected --load N alone"),
-        (lambda: fourfold.verify("http://localhost:1", engine="vllm", load=2), "got --engine or --python"),
+        (lambda: fourfold.verify("http://localhost:1", engine="vllm", load=2), "got --engine, --python or --signature"),
         (lambda: fourfold.verify("http://localhost:1", source="nowhere", load=2), "nowhere: no such folder"),
     ],
 )
