@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -352,7 +353,8 @@ def test_verify_sees_a_wrong_module_for_mlx(compact: Path, tmp_path: Path, part:
     checks = verify(tmp_path / "new", source=compact).checks
     failed = {check.name: check.evidence for check in checks if str(check.status) == "fail"}
     assert failed.keys() == {"sha256", "settings", "codes and scales"}
-    assert "in_proj_z: 128 of 16,384 weights are not OUT's" in failed["codes and scales"]
+    differing = re.search(r"in_proj_z: (\d+) of 16,384 weights are not OUT's", failed["codes and scales"])
+    assert differing is not None and int(differing[1]) > 120, failed  # of a row of 128, but for equal codes
 
 
 # --- inspect, compare -----------------------------------------------------------------------------------------------
