@@ -149,8 +149,8 @@ def test_chunks_of_experts_give_the_same_bytes(
 def test_smallest_batches_give_the_same_release_but_for_rounding(
     source: Path, release: Path, small: MakeRecipe, tmp_path: Path
 ) -> None:
-    """A budget that nothing fits: a row, an expert, 256 tokens at a time, hidden states in files; BF16 products may then
-    differ by a bit.
+    """A budget that nothing fits: a row, an expert, 256 tokens at a time, hidden states in files. BF16
+    products may then differ by a bit.
     """
     summary = releases.run(source, tmp_path / "out", small(), machine=Machine(memory_bytes=1))
     batches = releases.read_json(tmp_path / "out/fourfold.json")["settings"]["batches"]
