@@ -41,7 +41,8 @@ from fourfold.quantize import chunk, observe, site, solve, streams
 from fourfold.quantize.estimate import pool_rows
 from fourfold.quantize.finish import peak_memory
 from fourfold.quantize.fits import choose_group_size
-from fourfold.quantize.memory import ATTEND_TOKENS, CPU_ATTEND_TOKENS
+from fourfold.quantize.footprint import CPU_ATTEND_TOKENS
+from fourfold.quantize.memory import ATTEND_TOKENS
 from fourfold.recipe import Recipe, load_recipe
 
 ROW = 1024  # tokens

@@ -14,7 +14,7 @@ import checkpoints
 from fourfold.datatypes import FourfoldError
 from fourfold.quantize.cost import estimate_time, moments_flop, solve_flop
 from fourfold.quantize.estimate import Workload
-from fourfold.quantize.memory import attend_token_bytes
+from fourfold.quantize.footprint import attend_token_bytes
 from fourfold.quantize.microbenchmark import measure_rates
 from fourfold.quantize.plan import Plan, make_plan
 from fourfold.quantize.rates import MACHINES, RATES, Rates, find_machine

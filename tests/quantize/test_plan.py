@@ -19,7 +19,7 @@ from fourfold.distributed.devices import expand_devices
 from fourfold.formats import named
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.tensors import TensorIndex
-from fourfold.quantize import advice, memory, pinned
+from fourfold.quantize import advice, footprint, memory, pinned
 from fourfold.quantize import plan as plan_module
 from fourfold.quantize.claims import claim_tensors
 from fourfold.quantize.estimate import Workload
@@ -580,13 +580,13 @@ def test_memory_of_an_expert_is_that_by_hand(full: Path) -> None:
     pool = 2048 * 512 * (3 * 2 + 4) + 2 * 512**2 * 4  # 2,560 rows, 2,048 at one time; and sums of these and of all
     assert best.work.pool_rows == 5 * 512
     for plan, streams in ((best, 2), (fast, 1)):
-        assert memory.gap_bytes(plan.work) == (gap if plan is best else 0)
-        assert memory.activation_bytes(plan.work) == streams * 12_288 * 512 * 2 + pool
+        assert footprint.gap_bytes(plan.work) == (gap if plan is best else 0)
+        assert footprint.activation_bytes(plan.work) == streams * 12_288 * 512 * 2 + pool
     stages = {stage.stage: stage.worker_bytes for stage in best.memory.stages}
     down = 512**2 * 4 + 2 * 12_288 * 512 * 2 + pool + gap
     assert down > square, "the dearer site of the moments"
-    solve = best.memory.chunk_experts * (memory.chunk_bytes(best.work) - down)
-    assert stages["solve"] - stages["moments"] == solve - memory.gather_bytes(best.work)
+    solve = best.memory.chunk_experts * (footprint.chunk_bytes(best.work) - down)
+    assert stages["solve"] - stages["moments"] == solve - footprint.gather_bytes(best.work)
 
 
 def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,14 +599,14 @@ def test_chunks_are_even_and_as_few_as_fit(full: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(plan_module, "plan_memory", spy)
     make_plan(full, RECIPE)
     (work,) = works
-    assert memory.chunk_bytes(work) == (4 * 2048**2 + 6 * 1024 * 2048) * 4
+    assert footprint.chunk_bytes(work) == (4 * 2048**2 + 6 * 1024 * 2048) * 4
     for budget in range(15, 38):
         found = memory.plan_memory(work, ["cuda"], budget * GB)
         chunks = -(-256 // found.chunk_experts)
         assert found.chunk_experts == -(-256 // chunks)
         solve = next(stage for stage in found.stages if stage.stage == "solve").device_bytes
         one_chunk_less = -(-256 // (chunks - 1))
-        more = (one_chunk_less - found.chunk_experts) * memory.chunk_bytes(work) + memory.gather_bytes(work)
+        more = (one_chunk_less - found.chunk_experts) * footprint.chunk_bytes(work) + footprint.gather_bytes(work)
         assert solve + more > budget * GB
 
 
@@ -636,7 +636,7 @@ def test_four_small_gpus_keep_to_their_budgets(full: Path) -> None:
     whole, on_device = 2**30, held.stages[1].shared_bytes
     packed = (pinned.packed_bytes(work, plan.chunk_experts) for plan in (held, found))
     # BF16 inputs of 256 x 1024 tokens, one stream on its way; and results, as chunks are larger.
-    rows = memory.spilled_bytes(work) - memory.inputs_bytes(work)
+    rows = footprint.spilled_bytes(work) - memory.inputs_bytes(work)
     assert on_device - found.stages[1].shared_bytes == whole + rows + next(packed) - next(packed)
     assert memory.plan_memory(work, devices, 3 * 2**30).inputs == "host"
     assert pinned.inputs_bytes(work, "host") == 3 * whole  # of both streams, and the gap between them
@@ -762,9 +762,9 @@ def test_memory_of_a_guided_run(full: Path) -> None:
         assert guided.fits and [stage.stage for stage in guided.stages] == ["sweep", *(s.stage for s in best.stages)]
         assert guided.chunk_experts <= best.chunk_experts
     work = plans[1].work
-    gate_up, down = memory.row_metric_bytes(work)
-    assert gate_up > 5 * 1024**2 * 4 + down and memory.row_metric_bytes(plans[0].work) == (0, 0)
-    assert memory.curvature_bytes(work) == 5 * 2048**2 * 4 and memory.curvature_bytes(plans[0].work) == 0
+    gate_up, down = footprint.row_metric_bytes(work)
+    assert gate_up > 5 * 1024**2 * 4 + down and footprint.row_metric_bytes(plans[0].work) == (0, 0)
+    assert footprint.curvature_bytes(work) == 5 * 2048**2 * 4 and footprint.curvature_bytes(plans[0].work) == 0
 
 
 @pytest.mark.parametrize(

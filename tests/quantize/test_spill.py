@@ -17,7 +17,7 @@ from fourfold.datatypes import FourfoldError
 from fourfold.distributed.devices import Machine
 from fourfold.distributed.spill import Spill
 from fourfold.distributed.workers import Team
-from fourfold.quantize import memory
+from fourfold.quantize import footprint
 from fourfold.quantize.plan import make_plan
 
 MEGABYTE = 2**20
@@ -84,8 +84,8 @@ def test_too_little_memory_for_all_tokens_is_a_plan_with_files(source: Path, sma
     least = make_plan(source, many, memory_bytes=1, out=tmp_path).memory.host_peak_bytes
     spilled = make_plan(source, many, memory_bytes=least * 11 // 10, out=tmp_path)
     assert spilled.memory.inputs == "file" and spilled.memory.fits
-    assert spilled.disk.needed_bytes == plan.disk.needed_bytes + memory.spilled_bytes(plan.work)
-    assert spilled.memory.host_peak_bytes < plan.memory.host_peak_bytes - memory.spilled_bytes(plan.work) // 2
+    assert spilled.disk.needed_bytes == plan.disk.needed_bytes + footprint.spilled_bytes(plan.work)
+    assert spilled.memory.host_peak_bytes < plan.memory.host_peak_bytes - footprint.spilled_bytes(plan.work) // 2
 
 
 def test_a_run_with_files_gives_the_same_release(source: Path, release: Path, small: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fourfold.model.calls import Calls
 
 Read = Callable[[str], Tensor]  # a tensor by its name on disk, on the host
 Ends = Mapping[str, Tensor]  # by name in memory
-LOGITS_KEPT = 3  # chunks of the vocabulary: half of what the comparison of two models takes (quantize/memory.LOGITS)
+LOGITS_KEPT = 3  # chunks of the vocabulary: half of what the comparison of two models takes (quantize/footprint.LOGITS)
 PROBE = 3  # tokens, and columns of logits, that show whether logits are changed behind the output head
 
 

@@ -23,7 +23,8 @@ from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.dense import DenseScheme
 from fourfold.quantize.estimate import DRAFT_TOKENS, RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.fits import check_guidance, check_tokenizer, choose_group_size
-from fourfold.quantize.memory import BF16, MemoryPlan, attend_token_bytes, plan_memory
+from fourfold.quantize.footprint import BF16, attend_token_bytes
+from fourfold.quantize.memory import MemoryPlan, plan_memory
 from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
 

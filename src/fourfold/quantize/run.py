@@ -32,6 +32,7 @@ from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
 from fourfold.quantize.finish import Measured
+from fourfold.quantize.footprint import sweep_rows
 from fourfold.quantize.guide import (
     Guide,
     Left,
@@ -44,7 +45,7 @@ from fourfold.quantize.identity import identify, refuse_changes
 from fourfold.quantize.job import Job, Texts
 from fourfold.quantize.journal import FINISHED, STATE, Journal, check_out, clear, close, hold, log, open_journal
 from fourfold.quantize.linear import LayerLinear
-from fourfold.quantize.memory import device_budget, sweep_rows
+from fourfold.quantize.memory import device_budget
 from fourfold.quantize.observe import Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
