@@ -34,7 +34,7 @@ from torch import Tensor
 from fourfold.core import gptq, grid, guidance, metrics, moments, widening
 from fourfold.core.kernels import bf16
 from fourfold.datatypes import Batches, Rows
-from fourfold.distributed.workers import alone
+from fourfold.distributed.team import alone
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import chunk, observe, site, solve, streams

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import blocks
-from fourfold.distributed import workers
+from fourfold.distributed import team as teams
 from fourfold.distributed.devices import Machine
 from fourfold.quantize import run
 from fourfold.recipe import load_recipe
@@ -34,8 +34,8 @@ def main() -> None:
         return original(worker, layer, *rest)
 
     if dying[1:]:
-        workers.GRACE_SECONDS, workers.LONGEST_STAGES = 1.0, 0
-        run.Team = partial(workers.Team, patience_seconds=10.0)  # type: ignore[misc, assignment]
+        teams.GRACE_SECONDS, teams.LONGEST_STAGES = 1.0, 0
+        run.Team = partial(teams.Team, patience_seconds=10.0)  # type: ignore[misc, assignment]
     run.solve_layer = solve_layer  # type: ignore[assignment]
     torch.set_num_threads(1)
     run.quantize(Path(model), Path(out), load_recipe(recipe), machine=Machine(memory_bytes=2 * 2**30))

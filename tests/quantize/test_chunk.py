@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fourfold.core import moments
 from fourfold.datatypes import Rows
-from fourfold.distributed.workers import Team, Worker, alone
+from fourfold.distributed.team import Team, alone
+from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, Routing
 from fourfold.quantize import chunk
 from fourfold.quantize.chunk import (

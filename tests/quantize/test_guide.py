@@ -26,7 +26,8 @@ import fourfold
 import releases
 from fourfold.datatypes import Action, Event, FourfoldError, Tick
 from fourfold.distributed.devices import Machine
-from fourfold.distributed.workers import Team, Worker, alone
+from fourfold.distributed.team import Team, alone
+from fourfold.distributed.workers import Worker
 from fourfold.model.head import build_head, sampled_gradient
 from fourfold.model.layer import DecoderLayer, build_layer, pass_rows, push_back
 from fourfold.model.router import find_router

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import reference
 from fourfold.core import gptq
 from fourfold.datatypes import QuantizedGroup
-from fourfold.distributed.workers import Team, Worker, alone
+from fourfold.distributed.team import Team, alone
+from fourfold.distributed.workers import Worker
 from fourfold.quantize import dense, linear
 from fourfold.quantize.linear import InputMoments, LinearInputs, solve_weight
 from fourfold.quantize.site import damping

@@ -20,7 +20,7 @@ import families
 import releases
 from fourfold.core import margins as core_margins
 from fourfold.datatypes import Action, FourfoldError
-from fourfold.distributed.workers import alone
+from fourfold.distributed.team import alone
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.layer import DecoderLayer, build_layer
 from fourfold.quantize import margins

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import reference
 from fourfold.datatypes import Rows
-from fourfold.distributed.workers import Team, Worker, alone
+from fourfold.distributed.team import Team, alone
+from fourfold.distributed.workers import Worker
 from fourfold.quantize.observe import MOST_IMPORTANT, token_importance
 
 ROWS, LENGTH, HIDDEN = 5, 13, 37

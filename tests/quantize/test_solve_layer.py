@@ -17,7 +17,7 @@ import problems
 import reference
 from fourfold.core import guidance
 from fourfold.datatypes import FourfoldError, LayerResult, Method, Moments, ProjectionStatistics, Rows, Target
-from fourfold.distributed.workers import alone
+from fourfold.distributed.team import alone
 from fourfold.formats import named
 from fourfold.model.arithmetic import Arithmetic
 from fourfold.model.experts import Experts

@@ -16,7 +16,7 @@ import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.distributed.devices import Machine
 from fourfold.distributed.spill import Spill
-from fourfold.distributed.workers import Team
+from fourfold.distributed.team import Team
 from fourfold.quantize import footprint
 from fourfold.quantize.plan import make_plan
 

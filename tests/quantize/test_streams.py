@@ -21,7 +21,8 @@ import releases
 import whole
 from fourfold.bundled import CALIBRATION_TEXTS
 from fourfold.distributed.devices import Machine
-from fourfold.distributed.workers import Team, Worker, alone
+from fourfold.distributed.team import Team, alone
+from fourfold.distributed.workers import Worker
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize.streams import embed, embedded, embeddings
 from fourfold.recipe import Recipe, load_recipe

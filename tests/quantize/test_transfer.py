@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fourfold.distributed.team import Team
 from fourfold.distributed.transfer import PENDING, Transfer, pinned_bytes
-from fourfold.distributed.workers import Team, Worker
+from fourfold.distributed.workers import Worker
 
 CPU = torch.device("cpu")
 

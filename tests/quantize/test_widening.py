@@ -20,7 +20,7 @@ import releases
 from fourfold.cli.tables.run import show_plan
 from fourfold.core import widening
 from fourfold.datatypes import Action
-from fourfold.distributed import workers
+from fourfold.distributed import team as teams
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.head import build_head, logits, sampled_gradient
 from fourfold.model.layer import build_layer, pass_rows, push_back
@@ -60,13 +60,13 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
 @pytest.fixture
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Products of BF16 on every worker's thread and on this one."""
-    spy, work = Spy(set()), workers.Team._work
+    spy, work = Spy(set()), teams.Team._work
 
     def spied(*arguments: Any) -> None:
         with Spy(spy.seen):
             work(*arguments)
 
-    monkeypatch.setattr(workers.Team, "_work", spied)
+    monkeypatch.setattr(teams.Team, "_work", spied)
     with spy:
         yield spy.seen
 

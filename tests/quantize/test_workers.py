@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.datatypes import FourfoldError
-from fourfold.distributed import workers
+from fourfold.distributed import team as teams
 from fourfold.distributed.devices import expand_devices, one_device
 from fourfold.distributed.ranks import Ranks
+from fourfold.distributed.spill import Spill
+from fourfold.distributed.team import LONGEST_STAGES, LOOKS, Team, alone
 from fourfold.distributed.trace import Trace, waited
-from fourfold.distributed.workers import LONGEST_STAGES, LOOKS, Team, Worker, alone, assign_experts
+from fourfold.distributed.workers import Worker, assign_experts
 
 CPU = torch.device("cpu")
 
@@ -79,7 +81,7 @@ def test_gather_is_in_order_of_rank_and_in_one_piece(size: int) -> None:
 
 def test_a_file_stands_in_for_memory_and_leaves_none_behind(tmp_path: Path) -> None:
     team = Team([CPU, CPU])
-    team.spill = tmp_path
+    team.spill = Spill(tmp_path)
     gathered = team.run(lambda worker: worker.all_gather([torch.full((2, 3), worker.rank, dtype=torch.bfloat16)])[0])
     assert gathered.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
     assert not list(tmp_path.iterdir())
@@ -163,7 +165,7 @@ def test_a_worker_alone_needs_no_name_in_its_errors() -> None:
 
 
 def test_a_worker_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(teams, "GRACE_SECONDS", 0.1)
     release = threading.Event()
 
     def job(worker: Worker) -> None:
@@ -180,7 +182,7 @@ def test_a_worker_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_alone_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(teams, "GRACE_SECONDS", 0.1)
     release = threading.Event()
     with pytest.raises(FourfoldError, match=r"worker 0 on cpu hangs: no sign of life for 0 s in start"):
         Team([CPU], patience_seconds=0.2).run(lambda worker: release.wait(30))

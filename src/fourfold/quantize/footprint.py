@@ -20,7 +20,7 @@ ROW_STACKS = 2  # fp32 [N, K] beside STACKS: what earlier rows leave over, and o
 KEPT = 2  # times what an attention batch has at one time: what autograd keeps of it, of linear attention (full: less)
 SKEW = 1.5  # pairs of a chunk's busiest experts over an even share
 DEALT = 1.1  # pairs of the busiest worker's experts over an even share: they are dealt by tokens
-CPU_ATTEND_TOKENS = 2_048  # of an attention batch on a CPU: of four times as many a third of the time went into new pages
+CPU_ATTEND_TOKENS = 2_048  # of an attention batch on a CPU: four times as many took a third more, for new pages
 
 
 def rows_bytes(work: Workload) -> int:

@@ -25,8 +25,9 @@ from fourfold.datatypes import (
 from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
 from fourfold.distributed.spill import Spill
+from fourfold.distributed.team import Team
 from fourfold.distributed.trace import write_trace
-from fourfold.distributed.workers import Team, Worker
+from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, finish, output, streams

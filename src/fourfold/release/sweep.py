@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourfold.datatypes import Batches, Rows, StreamDrift, Tick
-from fourfold.distributed.workers import alone
+from fourfold.distributed.team import alone
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.layer import DecoderLayer
 from fourfold.quantize.memory import ATTEND_TOKENS, EXPERT_TOKENS
