@@ -26,7 +26,7 @@ SMALL = {
     "model.head": {"VOCABULARY_CHUNK": 157},
     "model.layer": {"PAIRS_PER_BATCH": 101},
     "model.shards": {"CHUNK_BYTES": 8 * 3001},
-    "quantize.chunk": {"POOL_PIECE": 211},
+    "quantize.chunk": {"POOL_PIECE": 211, "GATHERED": 37},
     "distributed.ranks": {"PIECE_BYTES": 10_007},
     "quantize.reference": {"POSITIONS": 3},
     "quantize.streams": {"SLAB_ELEMENTS": 1009},

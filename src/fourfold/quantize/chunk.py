@@ -18,6 +18,7 @@ from fourfold.quantize.heap import give_back_free_memory
 from fourfold.quantize.observe import Observed, own_tokens
 
 POOL_PIECE = 2_048  # random tokens that go through all experts of a chunk at one time
+GATHERED = 16_384  # tokens that are brought from the host at one time
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,25 @@ class Chunk:
         return slice(self.experts.start, self.experts.stop)
 
 
-def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs: Placement) -> Chunk:
-    """inputs: see Batches; from the host each pair's own input is brought."""
+def make_chunk(
+    observed: Observed,
+    experts: range,
+    router_weighted: bool,
+    inputs: Placement,
+    beat: Callable[[], None] = lambda: None,
+) -> Chunk:
+    """inputs: see Batches; from the host each pair's own input is brought. beat: called after each piece of these."""
     pairs = observed.pairs.of_experts(experts)
     input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
     importance_S = observed.importance_T[pairs.token_S]
     if inputs != Placement.DEVICE:
         device, token_S = pairs.token_S.device, pairs.token_S.cpu()
         same = target_TD is input_TD
-        input_TD = input_TD[token_S].to(device)
+        input_TD = _gathered(input_TD, token_S, beat).to(device)
         if target_TD is not None:
-            target_TD = input_TD if same else target_TD[token_S].to(device)
+            target_TD = input_TD if same else _gathered(target_TD, token_S, beat).to(device)
         if gap_TD is not None:
-            gap_TD = gap_TD[token_S].to(device)
+            gap_TD = _gathered(gap_TD, token_S, beat).to(device)
         pairs = dataclasses.replace(pairs, token_S=torch.arange(len(token_S), device=device))
     return Chunk(
         experts=experts,
@@ -73,6 +80,16 @@ def make_chunk(observed: Observed, experts: range, router_weighted: bool, inputs
         target_TD=target_TD,
         gap_TD=gap_TD,
     )
+
+
+def _gathered(value_TD: Tensor, token_S: Tensor, beat: Callable[[], None]) -> Tensor:
+    """The rows of some tokens, on the host. What lies in a file is then in memory a piece at a time."""
+    found_SD = value_TD.new_empty(len(token_S), *value_TD.shape[1:])
+    for first in range(0, len(token_S), GATHERED):
+        place = slice(first, first + GATHERED)
+        torch.index_select(value_TD, 0, token_S[place], out=found_SD[place])
+        beat()
+    return found_SD
 
 
 def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> Tensor:

@@ -179,7 +179,8 @@ def _halved(size: int, worker: Worker, layer: int) -> int:
 
 def _solve_chunk(job: _Job, experts: range) -> Part:
     """Codes and scales of a chunk of experts: gate_up first, as down is solved on the outputs of the quantized one."""
-    chunk = make_chunk(job.observed, experts, job.recipe.solver.router_weighted, job.chunking.inputs)
+    beat = job.clock.worker.heartbeat
+    chunk = make_chunk(job.observed, experts, job.recipe.solver.router_weighted, job.chunking.inputs, beat)
     return solve_gate_up(job, chunk) + solve_down(job, chunk)
 
 
