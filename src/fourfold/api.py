@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
+    from fourfold.records.release import Export
     from fourfold.records.results import Metrics, Verdict
+    from fourfold.release.verify.engine import Engine
 
 
 def plan(
@@ -226,32 +228,21 @@ def verify(
         return _verify_server(str(out), source, engine or python or signer, load, timeout, progress)
     if python is not None and engine is None:
         raise FourfoldError("--python is of use with --engine only; wanted both, or neither")
-    from fourfold.formats import EXPORTS
-    from fourfold.interpreter import require_python
     from fourfold.model.config import check_model, read_config
-    from fourfold.quantize.journal import STATE, check_checkpoint, require_release
+    from fourfold.quantize.journal import check_checkpoint, require_release
     from fourfold.release.contents import read_export
 
     record = read_export(Path(out))
     if record is None:
         require_release(Path(out))
         read_config(Path(out))
-    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record.after],)
-    if engine is not None and engine not in runs_in:
-        raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
-    if load is not None and engine != "vllm":
-        got = f"--engine {engine}" if engine else "no --engine"
-        raise FourfoldError(f"--load: got {got}, expected --engine vllm, or a running server: fourfold verify URL")
+    _check_engine(Path(out), record, engine, load)
     if source is not None and record is None:
         check_model(source)
     elif source is not None:
         check_checkpoint(source, whole=True)
-    from fourfold.release.verify.engine import Engine
-
-    runner = None
-    if engine is not None:  # looked for first: a missing engine must cost neither a download nor a read
-        found = require_python(engine, python)
-        runner = Engine(name=engine, python=found, logs=Path(out) / STATE, limit_seconds=timeout * 60)
+    # Looked for first: a missing engine must cost neither a download nor a read.
+    runner = None if engine is None else _find_engine(engine, python, Path(out), timeout)
     model = None if source is None else _download(source, progress)
     if record is not None:
         from fourfold.release.verify.export import verify_export
@@ -260,6 +251,28 @@ def verify(
     from fourfold.release.verify.run import verify as run
 
     return run(Path(out), model=model, engine=runner, load=load, signer=signer, progress=progress)
+
+
+def _check_engine(out: Path, record: Export | None, engine: str | None, load: int | None) -> None:
+    """record: of what `convert` wrote for one engine."""
+    from fourfold.formats import EXPORTS
+
+    runs_in = ("vllm", "sglang") if record is None else (EXPORTS[record.after],)
+    if engine is not None and engine not in runs_in:
+        raise FourfoldError(f"--engine: got {engine}, expected {' or '.join(runs_in)} for {out}")
+    if load is not None and engine != "vllm":
+        got = f"--engine {engine}" if engine else "no --engine"
+        raise FourfoldError(f"--load: got {got}, expected --engine vllm, or a running server: fourfold verify URL")
+
+
+def _find_engine(engine: str, python: Path | None, out: Path, timeout: float) -> Engine:
+    """timeout: in minutes."""
+    from fourfold.interpreter import require_python
+    from fourfold.quantize.journal import STATE
+    from fourfold.release.verify.engine import Engine
+
+    found = require_python(engine, python)
+    return Engine(name=engine, python=found, logs=out / STATE, limit_seconds=timeout * 60)
 
 
 def _verify_server(

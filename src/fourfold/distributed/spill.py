@@ -32,9 +32,8 @@ class Spill:
             return torch.empty(shape, dtype=dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, count * dtype.itemsize
-                )  # a full disk is seen here, not in a signal
+                # A full disk is seen here: later it would be a signal that ends the process.
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
                 room = mmap.mmap(file.fileno(), count * dtype.itemsize)
         except OSError as error:
             wanted = size(count * dtype.itemsize)

@@ -144,14 +144,14 @@ def dequantized(group: QuantizedGroup) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RoundedWeights:
+class QuantizedWeights:
     """Quantized weights of a layer or shard. weights: dequantized, by name on disk; stored: as the release has them."""
 
     weights: Mapping[str, Tensor]
     stored: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, groups: Mapping[str, QuantizedGroup], recipe: Recipe) -> RoundedWeights:
+    def of(cls, groups: Mapping[str, QuantizedGroup], recipe: Recipe) -> QuantizedWeights:
         """groups: codes and scales of one weight each, by its name on disk."""
         stored: dict[str, Tensor] = {}
         for name, group in groups.items():
@@ -165,9 +165,9 @@ class RoundedWeights:
         return dataclasses.replace(tensors, kept=kept | {name: value.cpu() for name, value in self.stored.items()})
 
 
-def round_weights(tensors: Mapping[str, Tensor], scheme: DenseScheme, recipe: Recipe) -> RoundedWeights:
+def round_weights(tensors: Mapping[str, Tensor], scheme: DenseScheme, recipe: Recipe) -> QuantizedWeights:
     """Round those of some tensors (by name on disk) that the scheme quantizes."""
     names = [name for name in tensors if name in scheme.bits]
-    return RoundedWeights.of(
+    return QuantizedWeights.of(
         {name: round_weight(tensors[name], scheme.bits[name], scheme.group_size, recipe) for name in names}, recipe
     )

@@ -19,7 +19,7 @@ from fourfold.distributed.workers import Worker
 from fourfold.formats import named
 from fourfold.model.layer import DecoderLayer, LayerTensors, with_kept
 from fourfold.model.tensors import TensorIndex
-from fourfold.quantize.dense import INT8_SEARCH, SLAB_ROWS, RoundedWeights, dequantized, round_weight
+from fourfold.quantize.dense import INT8_SEARCH, SLAB_ROWS, QuantizedWeights, dequantized, round_weight
 from fourfold.quantize.plan import Plan
 from fourfold.quantize.site import damping
 from fourfold.recipe import Recipe
@@ -146,7 +146,7 @@ def _cost(weight_1NK: Tensor, codes_1NK: Tensor, scale_1NG: Tensor, hessian_1KK:
 
 def solve_weights(
     tensors: Mapping[str, Tensor], inputs: LinearInputs, plan: Plan, beat: Callable[[], None]
-) -> RoundedWeights:
+) -> QuantizedWeights:
     """Quantize weights (by name on disk) for what their modules were given; one that was given nothing is rounded."""
     size, recipe = plan.dense.group_size, plan.recipe
     made = {name: round_weight(tensors[name], plan.dense.bits[name], size, recipe)
@@ -157,10 +157,10 @@ def solve_weights(
         for name in (name for name, first in inputs.first.items() if first == owner):
             made[name] = solve_weight(tensors[name], hessian_1KK, factor, size, recipe)
             beat()
-    return RoundedWeights.of(made, recipe)
+    return QuantizedWeights.of(made, recipe)
 
 
-def read_weights(plan: Plan, shard: Path, names: Sequence[str]) -> RoundedWeights:
+def read_weights(plan: Plan, shard: Path, names: Sequence[str]) -> QuantizedWeights:
     """Quantized weights of a finished shard, dequantized."""
     index, format = TensorIndex.open_shards(shard.parent, [shard.name]), named(plan.recipe.format)
     weights: dict[str, Tensor] = {}
@@ -168,7 +168,7 @@ def read_weights(plan: Plan, shard: Path, names: Sequence[str]) -> RoundedWeight
         stem = name.removesuffix("weight")
         packed = {suffix: index.read(stem + suffix)[None] for suffix in (format.codes, format.scales)}
         weights[name] = dequantized(format.unpack(packed, plan.dense.bits[name]))
-    return RoundedWeights(weights, {})
+    return QuantizedWeights(weights, {})
 
 
 @dataclass
@@ -182,7 +182,7 @@ class LayerLinear:
     layer: DecoderLayer
     kept: Mapping[str, Tensor]
     shard: Path | None
-    made: RoundedWeights | None = None
+    made: QuantizedWeights | None = None
 
     def __post_init__(self) -> None:
         in_run = self.layer.index in self.plan.solve
@@ -197,12 +197,12 @@ class LayerLinear:
             self.made = self._read(worker) if self.shard else self._solve(worker)
         return with_kept(self.layer, {**self.kept, **self.made.weights})
 
-    def _read(self, worker: Worker) -> RoundedWeights:
+    def _read(self, worker: Worker) -> QuantizedWeights:
         assert self.shard is not None
         shard = self.shard
         return worker.run_once(lambda: read_weights(self.plan, shard, self.names))
 
-    def _solve(self, worker: Worker) -> RoundedWeights:
+    def _solve(self, worker: Worker) -> QuantizedWeights:
         tensors = {name: self.kept[name] for name in self.names}
         inputs = self.inputs.of_all(worker, {name: value.shape[1] for name, value in tensors.items()})
         with worker.span("solve linear", self.layer.index):

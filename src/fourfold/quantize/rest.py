@@ -9,7 +9,7 @@ from fourfold.datatypes import LayerResult, Rows
 from fourfold.distributed.workers import Worker
 from fourfold.model.head import Head, output_name
 from fourfold.quantize import output
-from fourfold.quantize.dense import RoundedWeights
+from fourfold.quantize.dense import QuantizedWeights
 from fourfold.quantize.draft_experts import quantize_draft_experts
 from fourfold.quantize.job import Job
 from fourfold.quantize.linear import InputMoments, LinearInputs, read_weights, solve_weights
@@ -65,7 +65,7 @@ def write_quantized_rest(job: Job, worker: Worker, all_streams: Streams, head: H
     return released
 
 
-def solve_head(plan: Plan, worker: Worker, rows: Rows, head: Head, name: str) -> RoundedWeights:
+def solve_head(plan: Plan, worker: Worker, rows: Rows, head: Head, name: str) -> QuantizedWeights:
     """Quantize the output head for this and all other workers' calibration rows behind the last norm."""
     sums = InputMoments.zeros(head.weight_VD.shape[1], worker.device)
     for hidden_TD in rows.hidden_RTD:

@@ -95,8 +95,7 @@ def publish(  # noqa: PLR0913 - as many as the command has options
     with hold(out) if (out / STATE).is_dir() else nullcontext():
         hashed = {}
         for name in (name for name in there if name in allowed):
-            sha256, size = contents.hash_file(out / name)
-            hashed[name] = PublishedFile(name=name, size_bytes=size, sha256=sha256)
+            hashed[name] = _hashed(out, name)
             progress(Event(kind="stage", stage="publish", text=name))
         problems = tuple(_unverified(out, {file.name: file.sha256 for file in hashed.values()}, allowed))
         if problems and not reason:
@@ -119,8 +118,8 @@ def publish(  # noqa: PLR0913 - as many as the command has options
         if card_bytes != (out / contents.CARD).read_bytes():
             write_text(out / contents.CARD, card)
         if sign:
-            sha256, size = contents.hash_file(signature.sign(out, key, published.skipped))
-            signed = PublishedFile(name=contents.SIGNATURE, size_bytes=size, sha256=sha256)
+            signature.sign(out, key, published.skipped)
+            signed = _hashed(out, contents.SIGNATURE)
             published = dataclasses.replace(published, files=(*published.files, signed))
         try:
             return _send(out, published, private)
@@ -128,6 +127,11 @@ def publish(  # noqa: PLR0913 - as many as the command has options
             raise
         except (OSError, RuntimeError, ValueError, HTTPError) as error:  # RuntimeError: hf_xet's
             raise FourfoldError(f"{repo}: {SECRET.sub('…', _explain(error, repo))}") from None
+
+
+def _hashed(out: Path, name: str) -> PublishedFile:
+    sha256, size = contents.hash_file(out / name)
+    return PublishedFile(name=name, size_bytes=size, sha256=sha256)
 
 
 def _card_text(out: Path, repo: str) -> str:

@@ -65,8 +65,8 @@ def check_signing(key: Path | None) -> None:
     _signing_config(key)
 
 
-def sign(out: Path, key: Path | None, without: Iterable[str]) -> Path:
-    """Sign OUT's files and return the signature. without: files of OUT that are not published.
+def sign(out: Path, key: Path | None, without: Iterable[str]) -> None:
+    """Write the signature of OUT's files. without: those that are not published.
 
     key: a private one (PEM, elliptic curve); None for Sigstore's keyless way, which opens a browser or takes a CI job's
     identity.
@@ -80,7 +80,6 @@ def sign(out: Path, key: Path | None, without: Iterable[str]) -> Path:
     except Exception as error:  # noqa: BLE001 - sigstore, its HTTP library and cryptography raise what they like
         path.unlink(missing_ok=True)
         raise FourfoldError(f"{out}: not signed: {_reason(error)}") from None
-    return path
 
 
 def problems(out: Path, signer: Signer) -> list[str]:
