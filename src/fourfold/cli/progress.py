@@ -28,6 +28,7 @@ STAGES = {  # what a stage is called where its own name says too little
     "backward": "guidance, backward",
     "embed": "embedding rows",
     "restore": "reading back",
+    "head": "quantizing the output head",
     "drafts": "quantizing draft experts",
     "measure": "measuring on held-out text",
     "draft": "drafting on text that the model writes",

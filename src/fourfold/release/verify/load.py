@@ -206,7 +206,7 @@ def _noise(alone: Sequence[Reply]) -> tuple[float | None, float | None, float | 
 
 
 def _alone_problems(mean: float | None, most: float | None, regret: float | None, limit: float) -> Iterator[str]:
-    """The noise seen alone decides what is allowed under load, and a fault in prefills raises it: it has a limit too."""
+    """The noise seen alone decides what is allowed under load, and faulty prefills raise it: it has a limit too."""
     if mean is None or most is None or regret is None:
         return
     if mean > MOST_MEAN or most > MOST_LIMIT:
