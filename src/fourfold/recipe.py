@@ -223,7 +223,7 @@ class Recipe:
 
     name: str = "best"
     description: str = ""
-    format: Literal["compressed-tensors", "gptq", "gptq_v2"] = "compressed-tensors"
+    format: formats.Name = "compressed-tensors"
     scheme: Scheme = field(default_factory=Scheme)
     solver: Solver = field(default_factory=Solver)
     guidance: Guidance = field(default_factory=Guidance)

@@ -141,7 +141,7 @@ class RecipeOptions:
     overrides: Annotated[tuple[str, ...], Parameter(name="--set", metavar="KEY=VALUE")] = ()
     """Change one value of the recipe, as in solver.passes=3. Repeatable."""
     format: Annotated[str | None, choice("FORMAT", *formats.NAMES)] = None
-    """Storage of the release: compressed-tensors, gptq or gptq_v2. Default: the recipe's."""
+    """Storage of the release. Default: the recipe's."""
     calibration: ExistingFile | None = None
     """Calibrate on this file instead of the recipe's sources: .txt, or .jsonl or .parquet with a field `text` (plain
     text) or `messages` (conversations, rendered with the model's chat template)."""

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fourfold.datatypes import QuantizedGroup, brief
 
@@ -84,7 +84,7 @@ class Format(ABC):
     group.
     """
 
-    name: Literal["compressed-tensors", "gptq", "gptq_v2"]
+    name: str
     methods: tuple[str, ...]
     read_as: str
     codes: str
