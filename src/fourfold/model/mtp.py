@@ -8,6 +8,7 @@ output head, predicts the token after that.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,6 +111,8 @@ class Drafts:
     def __init__(self, head: DraftHead, hidden_RTD: Tensor, token_RT: Tensor, keep: Keep | None = None) -> None:
         """hidden_RTD: after the model's last norm; token_RT: the text. What comes after a position is nothing to it."""
         self._head, self._cache, self._keep = head, DynamicCache(), keep
+        takes = inspect.signature(type(head.layer.own.module).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         rows, self._length = token_RT.shape[0], token_RT.shape[1] - 1
         position_RT = torch.arange(self._length, device=token_RT.device).expand(rows, -1)
         self._first_RTD = self._step(hidden_RTD[:, :-1], token_RT[:, 1:], position_RT, None)
@@ -146,7 +149,7 @@ class Drafts:
                 position_embeddings=head.rotary(joined_RTD, position_RT.expand(3, -1, -1)),
                 attention_mask=mask_R1TT,  # None: causal
                 position_ids=position_RT,
-                past_key_values=self._cache,
+                **{self._cache_name: self._cache},
             )
         assert layer.own.tap is not None
         input_TD, index_TA, weight_TA = layer.own.tap.take()
