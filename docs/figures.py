@@ -59,7 +59,7 @@ ROUTING = (  # result with guidance.routing, result of `guided` without, title
     ("quality_routing_deep_chat", "quality_routing_deep_chat", "16 layers, chat"),
     ("quality_routing_real", "quality_real", "outliers of a real LLM, prose, one seed"),
 )
-GPUS = {"rtx3060x4": "RTX 3060", "h200": "H200", "a100x8": "A100"}
+GPUS = {"4x3060": "RTX 3060", "h200": "H200", "8xa100": "A100"}
 FIGURES: dict[str, Callable[..., str]] = {}
 
 
@@ -195,7 +195,7 @@ def count_of_families() -> str:
 def hardware() -> str:
     """Predictions for one model by machine."""
     rows = []
-    for sheet, workers in (("rtx3060x4", 1), ("rtx3060x4", 4), ("h200", 1), ("a100x8", 8)):
+    for sheet, workers in (("4x3060", 1), ("4x3060", 4), ("h200", 1), ("8xa100", 8)):
         row = predicted(sheet, workers)
         cells = [f"{row['seconds'] / 60:.1f}", gigabytes(row["device_peak_bytes"]), gigabytes(row["host_peak_bytes"])]
         rows.append([f"{workers} x {GPUS[sheet]}", *cells])

@@ -88,7 +88,7 @@ def test_arguments_are_the_flags(name: str) -> None:
 def test_plan_for_another_machine(example_model: Path) -> None:
     """Nothing is measured, so nothing is told."""
     told: list[fourfold.Event] = []
-    planned = fourfold.plan(example_model, recipe="fast", machine="rtx3060x4", layers=range(2), progress=told.append)
+    planned = fourfold.plan(example_model, recipe="fast", machine="4x3060", layers=range(2), progress=told.append)
     assert (planned.recipe.name, planned.solve, planned.partial) == ("fast", range(2), True)
     assert len(planned.memory.devices) == 4
     assert told == []

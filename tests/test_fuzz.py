@@ -154,7 +154,7 @@ def test_tampered_json_is_answered_or_refused(stock: tuple[Checkpoint, ...], cas
     recipe = load_recipe("best")
     for checkpoint in stock:
         inspect(checkpoint.folder)
-    api.plan(stock[0].folder, recipe=recipe, machine="rtx3060x4")
+    api.plan(stock[0].folder, recipe=recipe, machine="4x3060")
 
     @settings(
         max_examples=cases, deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
@@ -167,6 +167,6 @@ def test_tampered_json_is_answered_or_refused(stock: tuple[Checkpoint, ...], cas
         text = as_text(data.draw(tampered(checkpoint.parts[name])))
         with checkpoint.with_part(name, text) as folder:
             ask(lambda: inspect(folder))
-            ask(lambda: api.plan(folder, recipe=recipe, machine="rtx3060x4"))
+            ask(lambda: api.plan(folder, recipe=recipe, machine="4x3060"))
 
     check()

@@ -17,7 +17,7 @@ from fourfold.quantize.estimate import Workload
 from fourfold.quantize.footprint import attend_token_bytes
 from fourfold.quantize.microbenchmark import measure_rates
 from fourfold.quantize.plan import Plan, make_plan
-from fourfold.quantize.rates import MACHINES, RATES, Rates, find_machine
+from fourfold.quantize.rates import GPUS, RATES, Rates, find_machine
 from fourfold.recipe import load_recipe
 
 RECIPE = load_recipe("best")
@@ -160,27 +160,36 @@ def test_exchange_of_four_gpus(small: Workload) -> None:
 # --- machines ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(MACHINES))
+@pytest.mark.parametrize("name", [*GPUS, "4x3090"])
 def test_machines_by_data_sheet(full: Plan, name: str) -> None:
     sheet = find_machine(name)
     found = full.timed(sheet.rates).time
     assert f"{sheet.rates.unit}, by data sheet, not measured" in found.basis
-    assert sheet.devices == tuple(gpus(sheet.count))
+    assert sheet.devices == tuple(gpus(4 if "x30" in name else 1))
 
 
 def test_shares_and_margins_of_a_data_sheet() -> None:
-    sheet = MACHINES["h200"]
+    sheet = find_machine("H200")
     assert (sheet.rates.bf16, sheet.rates.solve) == (pytest.approx(0.5 * 989e12), pytest.approx(0.4 * 67e12))
     assert (sheet.budget_bytes, sheet.host_budget_bytes) == (int(0.9 * 141e9), int(0.9 * 256 * 2**30))
 
 
-def test_a_machine_that_is_not_known() -> None:
-    with pytest.raises(FourfoldError, match=r"got 'rtx3060', expected one of rtx3060x4, h200, a100x8"):
-        find_machine("rtx3060")
+@pytest.mark.parametrize(
+    ("name", "hint"), [("rtx3091", r"Did you mean '3090'\?"), ("0x3090", "up to 16"), ("x", "as in 4x3090")]
+)
+def test_a_machine_that_is_not_known(name: str, hint: str) -> None:
+    with pytest.raises(FourfoldError, match=rf"got '{name}', expected one of 3060, 3090, .*{hint}"):
+        find_machine(name)
+
+
+def test_names_of_machines_as_users_write_them() -> None:
+    assert find_machine("RTX 3090") == find_machine("1x3090") == find_machine("rtx3090")
+    half = find_machine("dgx-spark")
+    assert half.budget_bytes == half.host_budget_bytes == int(0.9 * 64e9)  # one memory, of which each takes half
 
 
 def test_json_has_the_time_at_the_rates_given(full: Plan) -> None:
-    plan = full.timed(MACHINES["h200"].rates)
+    plan = full.timed(find_machine("H200").rates)
     data = json.loads(json.dumps(plan.to_json()["time"]))
     parts = ("forward_seconds", "solve_seconds", "exchange_seconds")
     assert data["seconds"] == data["start_seconds"] + max(sum(data[part] for part in parts), data["read_seconds"])

@@ -14,13 +14,15 @@ from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.progress import choose_mode, show_progress
 from fourfold.cli.tables.run import show_evaluation, show_plan, show_summary, show_verdict
 from fourfold.datatypes import Progress
-from fourfold.quantize.rates import MACHINES
+from fourfold.quantize.rates import GPUS
 
 if TYPE_CHECKING:
     from fourfold.quantize.summary import Summary
     from fourfold.records.results import Metrics, Verdict
 
-MACHINE_HELP = f"Predict for another machine from its data sheet: {', '.join(MACHINES)}. Default: this machine."
+MACHINE_HELP = (
+    f"Predict for another machine from data sheets: {', '.join(GPUS)}, or several, as in 4x3090. Default: this machine."
+)
 
 
 def plan(
@@ -46,7 +48,7 @@ def plan(
     Examples:
         fourfold plan Qwen/Qwen3.6-35B-A3B --devices cuda:0 --memory 10GiB
         fourfold plan ./model --recipe fast --json
-        fourfold plan ./model --machine rtx3060x4    # predicted for that machine
+        fourfold plan ./model --machine 4x3060    # predicted for that machine
     """
     errors = open_console(stderr=True)  # stdout has only the plan
     with show_progress(errors, choose_mode(errors)) as progress:
