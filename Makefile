@@ -34,11 +34,13 @@ demo: $(INSTALLED)  ## plan and quantize the example model into demo/; a second 
 test: $(INSTALLED)  ## the tests that take a few minutes without a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu and not engine" $(ARGS)
 
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile  # a process for a core; a file of tests in one of them
+
 test-slow: $(INSTALLED)  ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu and not engine" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu and not engine" $(ARGS)
 
 test-all: $(INSTALLED)  ## both, in one run: what CI runs
-	$(BIN)/python -m pytest -m "not gpu and not engine" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not engine" $(ARGS)
 
 test-engine: $(INSTALLED)  ## real vLLM, llama.cpp, mistral.rs, MLX, and SGLang's loader: built once into .engines (4 GB, some minutes), then their tests
 	PYTHON=$(BIN)/python TORCH_INDEX=$(TORCH_INDEX) tests/engines/make_vllm.sh $(ENGINES)/vllm

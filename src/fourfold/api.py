@@ -291,6 +291,67 @@ def _verify_server(
     return verify_server(url, load, None if source is None else Path(source), timeout * 60, progress)
 
 
+def report(
+    out: str | Path,
+    *,
+    against: str | Path | None = None,
+    repo: str | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+) -> tuple[dict[Path, str], list[str]]:
+    """Write a release's model card, its plots and report.html; of GGUF and MLX the card alone.
+
+    Args:
+        repo: Repository of the release on the Hub; None: the folder's name.
+
+    Returns:
+        What each path that was written is, and lines on what was not measured.
+
+    Raises:
+        FourfoldError: `out` or `against` is no finished release; a name that the Hub does not take; the extra `report`
+            is not installed.
+    """
+    from fourfold.model.hub import check_repo_id
+    from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
+
+    out, against = Path(out), None if against is None else Path(against)
+    if repo is not None:
+        check_repo_id("--repo", repo)
+    record = read_export(out)
+    if record is None:
+        _require_reportable(out, against)
+    elif against:
+        raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
+    from fourfold.release.report.about import About
+
+    about, written = (
+        About(name=repo or out.resolve().name, base_model=base_model, licence=licence),
+        {out / CARD: "model card"},
+    )
+    if record is not None:
+        from fourfold.release.report.export_card import write as write_card
+
+        write_card(out, record, about)
+        return written, []
+    from fourfold.release.report.recommend import recommend
+    from fourfold.release.report.write import write
+
+    records = write(out, about, recommend, against)
+    written |= {out / FIGURES: "its plots", out / PAGE: "every projection, for a browser"}
+    return written, [f"not measured: {what} ({way})" for what, way in records.missing]
+
+
+def _require_reportable(out: Path, against: Path | None) -> None:
+    from fourfold.install import require_extra
+    from fourfold.model.config import read_config
+    from fourfold.quantize.journal import require_release
+
+    for folder in filter(None, (out, against)):
+        require_release(folder)
+        read_config(folder)
+    require_extra("report", "report")
+
+
 def _recipe(recipe: Recipe | str | Path, samples: int | None, sequence_length: int | None) -> Recipe:
     from fourfold.recipe import Recipe, load_recipe, resize_calibration
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shlex
+from importlib.util import find_spec
 from typing import Any
 
+from fourfold.datatypes import FourfoldError
+
 NAME = "fourfold"
+EXTRAS = {"report": "vl_convert", "gguf": "gguf"}  # what a command imports of an extra
+
+
+def require_extra(extra: str, command: str) -> None:
+    """Raise FourfoldError, with what installs it, if an extra that a command needs is not there."""
+    if find_spec(EXTRAS[extra]) is None:
+        raise FourfoldError(f"{command} needs {EXTRAS[extra]}. Try: {pip_install(extra)}")
 
 
 def pip_install(extra: str = "", option: str = "") -> str:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import huggingface_hub.constants
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from huggingface_hub import ModelCard, hf_api
-from huggingface_hub.utils import close_session
+from huggingface_hub import ModelCard
 
 from command_line import invoke
 from fourfold import api
@@ -26,148 +20,16 @@ from fourfold.release import signature
 from fourfold.release.export import Options, export
 from fourfold.release.publish import publish
 from fourfold.release.verify.run import verify
+from hub import TOKEN, Hub, serving
 
-TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
 CARD = "---\nlicense: apache-2.0\n---\n\n# A release\n"
 Altered = Callable[[Path], Path]
 
 
-class Hub(ThreadingHTTPServer):
-    """Branches with files, kept as the Hub keeps them: small ones in commits, shards by their sha256 (LFS)."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.branches: dict[str, dict[str, bytes]] = {}
-        self.commits: dict[str, dict[str, bytes]] = {}
-        self.large: dict[str, bytes] = {}
-        self.tags: dict[str, str] = {}
-        self.private = False
-        self.asked: list[str] = []
-        self.refuse = 0
-        self.lose = ""
-
-    def tree(self, revision: str) -> list[dict[str, Any]]:
-        files = self.branches.get(revision, self.commits.get(revision, {}))
-        entries = []
-        for name, content in files.items():
-            if name == self.lose:
-                continue
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-            if name.endswith(".safetensors"):
-                sha256 = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 1}
-            entries.append(entry)
-        return entries
-
-    def commit(self, revision: str, lines: list[dict[str, Any]]) -> str:
-        files = dict(self.branches[revision])
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.large[value["oid"]]
-        self.branches[revision] = files
-        oid = hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
-        self.commits[oid] = files
-        return oid
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def _answer(self, status: int, content: object) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_PUT(self) -> None:
-        content = self._body()
-        self.server.large[self.path.rpartition("/")[2]] = content
-        self._answer(200, {})
-
-    def do_GET(self) -> None:
-        path, hub = unquote(urlsplit(self.path).path), self.server
-        hub.asked.append(f"GET {path}")
-        if path.startswith("/api/models/me/model/tree/"):
-            self._answer(200, hub.tree(path.rpartition("/tree/")[2]))
-        elif path.startswith("/api/models/me/model"):
-            revision = path.partition("/revision/")[2] or "main"
-            names = [{"rfilename": entry["path"]} for entry in hub.tree(revision)]
-            self._answer(200, {"id": "me/model", "sha": "a" * 40, "private": hub.private, "siblings": names})
-        else:
-            self._answer(404, {})
-
-    def do_POST(self) -> None:
-        path, body, hub = unquote(urlsplit(self.path).path), self._body(), self.server
-        hub.asked.append(f"POST {path}")
-        if hub.refuse:
-            self._answer(hub.refuse, {"error": f"refused, said with Bearer {TOKEN}"})
-        elif path == "/api/repos/create":
-            if hub.branches:
-                self._answer(409, {"error": "there already", "url": f"http://{self.headers['Host']}/me/model"})
-                return
-            hub.branches, hub.private = {"main": {}}, json.loads(body).get("visibility") == "private"
-            self._answer(200, {"url": f"http://{self.headers['Host']}/me/model"})
-        elif path == "/api/validate-yaml":
-            self._answer(200, {"errors": [], "warnings": []})
-        elif "/branch/" in path:
-            hub.branches.setdefault(path.rpartition("/branch/")[2], dict(hub.branches["main"]))
-            self._answer(200, {})
-        elif "/tag/" in path:
-            hub.tags[json.loads(body)["tag"]] = path.rpartition("/tag/")[2]
-            self._answer(200, {})
-        elif "/preupload/" in path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
-            files = [
-                {"path": name, "uploadMode": mode, "shouldIgnore": False}
-                for name, mode in zip(names, modes, strict=True)
-            ]
-            self._answer(200, {"files": files})
-        elif path.endswith("/info/lfs/objects/batch"):
-            self._answer(
-                200, {"transfer": "basic", "objects": [self._place(one) for one in json.loads(body)["objects"]]}
-            )
-        elif "/commit/" in path:
-            revision = path.rpartition("/commit/")[2]
-            oid = hub.commit(revision, [json.loads(line) for line in body.splitlines()])
-            self._answer(200, {"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{oid}", "commitOid": oid})
-        else:
-            self._answer(404, {})
-
-    def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        if wanted["oid"] in self.server.large:
-            return wanted
-        href = f"http://{self.headers['Host']}/large/{wanted['oid']}"
-        return {**wanted, "actions": {"upload": {"href": href, "header": {}}}}
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(hf_api.constants, "ENDPOINT", address)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # large files by LFS, which we speak
-        monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits before it asks again
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        close_session()
+    with serving(monkeypatch) as server:
         yield server
-        server.shutdown()
-        close_session()
 
 
 @pytest.fixture
@@ -286,7 +148,7 @@ def test_the_hub_says_no(hub: Hub, verified: Path) -> None:
     hub.refuse = 500
     assert "the Hub answered 500" in refused(verified)
     hub.refuse = 0
-    hub.lose = "tokenizer.json"
+    hub.repos["me/model"].lose = "tokenizer.json"
     assert "tokenizer.json is not there after the upload" in refused(verified)
     assert hub.tags == {}
 
@@ -343,9 +205,9 @@ def test_a_card_for_another_repository(hub: Hub, verified: Path) -> None:
 
 
 def test_what_is_there_already(hub: Hub, verified: Path) -> None:
-    hub.branches = {"main": {"model-00001-of-00009.safetensors": b"of another release"}}
+    hub.repos["me/model"].branches = {"main": {"model-00001-of-00009.safetensors": b"of another release"}}
     assert "has 1 shards of another release on main" in refused(verified)
-    hub.branches = {"main": {}}
+    hub.repos["me/model"].branches = {"main": {}}
     assert "expected a private one" in refused(verified, private=True)
     assert hub.branches == {"main": {}}
 

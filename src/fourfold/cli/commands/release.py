@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from fourfold import api
 from fourfold.cli.console import open_console, plain, say
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.options import Output, Release, RepoId, choice, read_size, value
@@ -16,8 +16,6 @@ from fourfold.datatypes import FourfoldError
 from fourfold.formats import EXPORTS, NAMES
 from fourfold.formats.gguf import NAME as GGUF
 from fourfold.formats.gguf import RESTS
-
-LIBRARIES = ("vl_convert",)  # of the extra `report`
 
 
 def report(
@@ -46,48 +44,10 @@ def report(
         fourfold report ./release --repo me/Qwen3.6-35B-A3B-int4 --base-model Qwen/Qwen3.6-35B-A3B
         fourfold report ./release --against ./other
     """
-    from fourfold.model.hub import check_repo_id
-    from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
-
-    if repo is not None:
-        check_repo_id("--repo", repo)
-    record = read_export(out)
-    if record is None:
-        _require_reportable(out, against)
-    elif against:
-        raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
-
-    from fourfold.release.report.about import About
-
-    about = About(name=repo or out.resolve().name, base_model=base_model, licence=license)
-    lines = [f"{plain(out / CARD)}: model card"]
-    if record is not None:
-        from fourfold.release.report.export_card import write as write_card
-
-        write_card(out, record, about)
-    else:
-        from fourfold.release.report.recommend import recommend
-        from fourfold.release.report.write import write
-
-        records = write(out, about, recommend, against)
-        lines += [f"{plain(out / FIGURES)}: its plots", f"{plain(out / PAGE)}: every projection, for a browser"]
-        lines += [f"not measured: {what} ({way})" for what, way in records.missing]
+    written, missing = api.report(out, against=against, repo=repo, base_model=base_model, licence=license)
     console = open_console()
-    for line in lines if not quiet else ():
+    for line in [*(f"{plain(path)}: {what}" for path, what in written.items()), *missing] if not quiet else ():
         say(console, line)
-
-
-def _require_reportable(out: Path, against: Path | None) -> None:
-    from fourfold.model.config import read_config
-    from fourfold.quantize.journal import require_release
-
-    for folder in filter(None, (out, against)):
-        require_release(folder)
-        read_config(folder)
-    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-        from fourfold.install import pip_install
-
-        raise FourfoldError(f"report needs {' and '.join(missing)}. Try: {pip_install('report')}")
 
 
 def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = False) -> None:
