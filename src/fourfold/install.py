@@ -11,7 +11,7 @@ from typing import Any
 from fourfold.datatypes import FourfoldError
 
 NAME = "fourfold"
-EXTRAS = {"report": "vl_convert", "gguf": "gguf"}  # what a command imports of an extra
+EXTRAS = {"report": "vl_convert", "gguf": "gguf", "sign": "model_signing", "tasks": "lm_eval"}  # what is imported of it
 
 
 def require_extra(extra: str, command: str) -> None:

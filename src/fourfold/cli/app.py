@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions
 from fourfold import __version__
 from fourfold.cli import errors
 from fourfold.cli.commands import recipe
-from fourfold.cli.commands.pipeline import release
+from fourfold.cli.commands.pipeline import doctor, release
 from fourfold.cli.commands.quantize import evaluate, plan, quantize, verify
 from fourfold.cli.commands.recipe import list_recipes, show_recipe
 from fourfold.cli.commands.release import compare, convert, inspect, publish, report
@@ -31,6 +31,7 @@ Command = Callable[..., int | None]
 Shell = Literal["bash", "zsh", "fish"]
 COMMANDS: tuple[Command, ...] = (
     plan, quantize, evaluate, verify, report, serve, bench, inspect, convert, compare, publish, release,
+    doctor,
 )  # fmt: skip
 LABEL_WIDTH = 26  # columns: a longer label has a line of its own
 EXIT_CODES = textwrap.fill(errors.EXIT_CODES, 79)

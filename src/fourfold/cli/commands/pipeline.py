@@ -1,4 +1,4 @@
-"""The command that makes a release from beginning to end: release."""
+"""The commands around all others: release, from beginning to end, and doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fourfold.cli import options
-from fourfold.cli.console import grid, open_console, paragraphs, plain, say, show_table
+from fourfold.cli.console import facts_table, grid, open_console, paragraphs, plain, say, show_table
 from fourfold.cli.errors import CHECK_FAILED, when_stopped
 from fourfold.cli.progress import choose_mode, show_progress
 from fourfold.cli.tables.run import show_plan
@@ -17,6 +17,7 @@ from fourfold.units import clock_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fourfold.doctor import Findings
     from fourfold.pipeline import Released
 
 
@@ -36,10 +37,11 @@ def release(
     dry_run: bool = False,
     output: options.EventOutput = options.EventOutput(),
 ) -> int:
-    """Make a release of MODEL and publish it as REPO: quantize, evaluate, verify, report, convert, publish.
+    """Make a release of MODEL and publish it as REPO.
 
-    Resumable: rerun the same command; finished steps are not repeated. verify runs the engines that are installed. A
-    failed check stops it before anything is published, with the report written and exit code 1.
+    Quantizes, evaluates, verifies, writes the card, converts and publishes. Resumable: rerun the same command; finished
+    steps are not repeated. verify runs the engines that are installed. A failed check stops it before anything is
+    published, with the report written and exit code 1.
 
     Args:
         repo: Repository on the Hub, as org/name. GGUF and MLX go to REPO-GGUF and REPO-MLX.
@@ -84,3 +86,32 @@ def show(console: Console, found: Released) -> None:
     show_table(console, table)
     if found.failed:
         say(console, f"Not published, a check failed. {paragraphs(found.failed)}")
+
+
+def doctor(
+    folder: Annotated[Path, Parameter(name="DIR")] = Path(), /, *, output: options.Output = options.Output()
+) -> int:
+    """Show what this machine has, and what to fix.
+
+    Python, torch, GPUs and driver, memory, disk, the Hub's token, engines, extras. Exit code 1 if something is broken;
+    what is merely not installed is not.
+
+    Args:
+        folder: Where releases are to go: its disk is looked at.
+
+    Examples:
+        fourfold doctor
+        fourfold doctor /data --json
+    """
+    from fourfold.doctor import examine
+
+    found = output.present(lambda _: examine(folder), show_findings)
+    return 0 if found.sound else CHECK_FAILED
+
+
+def show_findings(console: Console, found: Findings) -> None:
+    table = facts_table()
+    for one in found.findings:
+        table.add_row(plain(one.name), plain(one.found) + (f"\n-> {plain(one.fix)}" if one.fix else ""))
+    show_table(console, table)
+    say(console, "Nothing is broken." if found.sound else "Something is broken: see the arrows.")
