@@ -1,4 +1,4 @@
-"""Pages of docs/reference, written from the code: the command line, recipe dataclasses and docstrings.
+"""Pages written from the code: docs/reference (command line, recipes, docstrings), examples/SKILL.md.
 
     python docs/make_reference.py            # write the pages; `make reference`
     python docs/make_reference.py --check    # exit code 1 if a page is not what the code gives; part of `make check`
@@ -227,13 +227,47 @@ def docstring(thing: Any) -> Iterator[str]:
         yield cell(body) if title == "Returns:" else named
 
 
+# --- a skill for coding agents -------------------------------------------------------------------------------------
+
+SKILL = """---
+name: fourfold
+description: >-
+  Quantize Mixture-of-Experts language models to int4 and publish the result: plan, quantize, evaluate, verify, convert
+  to GGUF or MLX, serve, benchmark. Use it for requests to quantize a MoE model, or to check or serve an int4 release.
+---
+"""
+RULES = (
+    "Begin with `fourfold doctor`, then `fourfold plan MODEL`: it reads headers alone and says what a run needs.",
+    "`quantize`, `release`, `publish` go on where they were stopped: run the same command again, never delete OUT.",
+    "Nearly every command takes `--json`; an error is one line on stderr.",
+    "A release is good if `fourfold verify OUT --source MODEL` ends with exit code 0. Do not publish with --force.",
+)
+
+
+def skill_page() -> str:
+    """What an agent needs to choose a command: rules, a line and the examples of each."""
+    parts = [SKILL.strip(), "# fourfold", GENERATED, "\n".join(f"- {rule}" for rule in RULES), EXIT_CODES]
+    for name, command, _ in list(commands())[1:]:
+        lines = [line.strip() for line in command.help_epilogue.splitlines() if line.startswith("  ")]
+        if lines:
+            parts += [f"## {name}", cell(command.help), "\n".join(["```bash", *lines, f"{name} --help", "```"])]
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES = {
+    FOLDER / "cli.md": cli_page,
+    FOLDER / "recipe.md": recipe_page,
+    FOLDER / "python.md": python_page,
+    FOLDER.parents[1] / "examples" / "SKILL.md": skill_page,
+}
+
 if __name__ == "__main__":
     stale = []
-    for name, page in (("cli", cli_page), ("recipe", recipe_page), ("python", python_page)):
-        path, text = FOLDER / f"{name}.md", page()
+    for path, page in PAGES.items():
+        text = page()
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(f"docs/reference/{name}.md")
+            stale.append(path.relative_to(FOLDER.parents[1]).as_posix())
     if stale:
         sys.exit(f"{', '.join(stale)}: not what the code says. Run: make reference")
