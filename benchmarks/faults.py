@@ -7,7 +7,7 @@ of every stage of every worker: kill -9, SIGTERM, a clock that jumps, memory tha
 run, at its first and its last read, write, sync and rename: a full disk, an I/O error, a write that is cut short; and
 each file of an unfinished run cut in half, as a crash of the machine may leave it. Then the same command runs again. A
 fault is survived if the release is byte-identical to an undisturbed run's, or if the command says in one error why it
-cannot be. 
+cannot be.
 --every N takes every Nth fault, so that each stage and file meets one kind or another; all of them take hours. A file
 keeps the suites that this call does not run.
 """
@@ -64,15 +64,15 @@ def main() -> None:
                 "every": options.every, "kinds": {kind: dict(counts) for kind, counts in results.items() if counts},
                 "failures": failures,
             }  # fmt: skip
-    result = {
-        "suites": found,
-        "seconds": time.perf_counter() - begin,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        result = {
+            "suites": found,
+            "seconds": time.perf_counter() - begin,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: result[key] for key in ("suites", "seconds")}, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(one["failures"] for one in found.values()))
 
 

@@ -74,11 +74,13 @@ class Outcome:
     said: list[str]
 
 
-def compile_faults(folder: Path) -> Path:
-    """The library of faults.c."""
+def compile_faults(folder: Path) -> dict[str, str]:
+    """The library of faults.c, as a variable of the environment; none without a C compiler."""
+    if shutil.which("cc") is None:
+        return {}
     library = folder / "faults.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, HERE / "faults.c", "-ldl"], check=True)
-    return library
+    return {"LD_PRELOAD": str(library)}
 
 
 class Suite:
@@ -88,13 +90,12 @@ class Suite:
         """recipe: added to that of releases.py."""
         self.folder, self.ranks, self.devices = folder.resolve(), ranks, devices
         folder.mkdir(exist_ok=True)
-        library = compile_faults(folder)
-        self.model, recipe_path = folder / "model", releases.write_recipe(folder)
-        recipe_path.write_text(recipe_path.read_text(encoding="utf-8") + recipe, encoding="utf-8")
+        self.model, self.recipe = self.folder / "model", releases.write_recipe(self.folder)
+        self.recipe.write_text(self.recipe.read_text(encoding="utf-8") + recipe, encoding="utf-8")
         checkpoints.tiny(self.model, layers=2)
-        self.options = ["--recipe", str(recipe_path), "--devices", devices, "--memory", "2GiB", "--quiet"]
-        environment = os.environ | {
-            "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error",
+        self.options = ["--recipe", str(self.recipe), "--devices", devices, "--memory", "2GiB", "--quiet"]
+        environment = os.environ | compile_faults(folder) | {
+            "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE), *sys.path]),
         }  # fmt: skip

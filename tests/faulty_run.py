@@ -34,7 +34,7 @@ from fourfold.quantize import run
 
 HOW = {"full": "f", "fail": "e", "short": "s", "torn": "t"}
 AGENT_SECONDS = 5.0  # torchrun is faster: a rank that notices by itself should have the time to say so
-system = ctypes.CDLL(os.environ["LD_PRELOAD"])
+system = ctypes.CDLL(os.environ.get("LD_PRELOAD"))  # without a library: kill and term alone
 
 
 def strike(fault: dict[str, Any], came: Path) -> None:
@@ -50,7 +50,7 @@ def strike(fault: dict[str, Any], came: Path) -> None:
 
 def at_points(meet: Callable[[int, str], None]) -> None:
     """meet(worker, name): is called at every point, where another run of the same command has it, too."""
-    quantize, enter = run.quantize, Team.enter
+    quantize, enter, seen = run.quantize, Team.enter, set[tuple[int, str]]()
 
     def report(*arguments: Any, progress: Callable[[Event], None], **named: Any) -> Any:
         def tell(event: Event) -> None:
@@ -61,8 +61,10 @@ def at_points(meet: Callable[[int, str], None]) -> None:
         return quantize(*arguments, progress=tell, **named)
 
     def arrive(team: Team, place: int, stage: str, layer: int) -> tuple[str, int]:
-        if (worker := team.first + place) and stage not in ("start", "wait"):
-            meet(worker, f"{stage} {layer if layer >= 0 else ''}".strip())
+        name = f"{stage} {layer if layer >= 0 else ''}".strip()
+        if (worker := team.first + place) and stage not in ("start", "wait") and (worker, name) not in seen:
+            seen.add((worker, name))
+            meet(worker, name)
         return enter(team, place, stage, layer)
 
     run.quantize, Team.enter = report, arrive  # type: ignore[assignment, method-assign]
@@ -78,7 +80,8 @@ def start(job: dict[str, Any], rank: int) -> None:
     fault, lock, met = job["fault"], threading.Lock(), dict[int, int]()
     if job["record"]:
         record = os.open(f"{job['record']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        system.fault_record(job["below"].encode(), record)
+        if "LD_PRELOAD" in os.environ:
+            system.fault_record(job["below"].encode(), record)
     elif fault and fault["op"] and fault["rank"] == rank:
         how = ord(HOW[fault["kind"]])
         system.fault_arm(ord(fault["op"]), fault["path"].encode(), ctypes.c_long(fault["at"]), how)
@@ -104,7 +107,7 @@ def start(job: dict[str, Any], rank: int) -> None:
     threading._shutdown()  # type: ignore[attr-defined]
     for printed in (sys.stdout, sys.stderr):
         printed.flush()
-    if system.fault_fired():
+    if "LD_PRELOAD" in os.environ and system.fault_fired():
         Path(f"{job['log']}.came").touch()
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""Checkpoints as other quantizers write them, experts packed by compressed-tensors' own code, or in AutoAWQ's layout."""
+"""Checkpoints as other quantizers write them: experts packed by compressed-tensors, or in AutoAWQ's layout."""
 
 from __future__ import annotations
 

@@ -111,13 +111,8 @@ def inspect(folder: Path) -> Inspection:
     traps = list(_traps_of_files(folder))
     sample = _Sample.of(stored)
     traps += sample.problems
-    traps += filter(None, (*index_faults(folder), rounded_norms(stored), zero_experts(stored.projections, stored)))
-    text = raw.get("text_config") or raw
-    if text.get("mtp_num_hidden_layers") and not draft:
-        traps.append(NO_DRAFT)
-    if not (folder / FINISHED).is_file():
-        traps += filter(None, [quantized_draft(stored)])
     draft = _draft_layout(index.headers)
+    traps += filter(None, _traps_of_quantizers(folder, raw, stored, draft))
     engines: tuple[EngineRow, ...] = ()
     if problem := stored.group_size_problem():
         traps.append(f"{problem}: engines stop, or multiply by the wrong scales")
@@ -323,6 +318,17 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
         yield f"{pickles[0]} lies beside the safetensors: loading a pickle can run any code; nothing here reads it"
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         yield "no tokenizer: engines do not start without one"
+
+
+def _traps_of_quantizers(folder: Path, raw: Mapping[str, Any], stored: SourceIndex, draft: str) -> Iterator[str]:
+    """Known faults of other makers' files. "" for none."""
+    yield from index_faults(folder)
+    yield rounded_norms(stored)
+    yield zero_experts(stored.projections, stored)
+    if (raw.get("text_config") or raw).get("mtp_num_hidden_layers") and not draft:
+        yield NO_DRAFT
+    if not (folder / FINISHED).is_file():
+        yield quantized_draft(stored)
 
 
 def _traps(stored: Checkpoint, served: Served, draft: str) -> Iterator[str]:

@@ -54,7 +54,7 @@ def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = Fa
     """Show how a checkpoint is quantized and what loads it.
 
     Names known issues, too. Reads the headers, and the values of one expert per layer, of any maker's checkpoint:
-    fourfold, GPTQModel, llm-compressor, AutoRound, or the BF16 original.
+    fourfold, GPTQModel, llm-compressor, AutoAWQ, AutoRound, or the BF16 original.
 
     Args:
         folder: Any checkpoint: local path or Hugging Face model ID.
