@@ -151,7 +151,7 @@ def float_kind(config: Mapping[str, Any]) -> str:
     kinds = []
     for group in _groups(config):
         layout, weights = group.get("format") or config.get("format"), group.get("weights") or {}
-        kinds.append(FLOATS.get(layout, "") if weights.get("type") == "float" else "int" * (layout == LAYOUT))
+        kinds.append(FLOATS.get(str(layout), "") if weights.get("type") == "float" else "int" * (layout == LAYOUT))
     return "" if "" in kinds else next((kind for kind in ("NVFP4", "FP8") if kind in kinds), "")
 
 

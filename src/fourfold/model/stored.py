@@ -95,7 +95,7 @@ def _fp8(index: TensorIndex, block: tuple[int, int]) -> Iterator[tuple[str, Stor
         scales, (rows, columns) = index.headers.get(scale_name), block
         if len(header.shape) == 2 and scales is not None:
             outputs, inputs = header.shape
-            blocks = {(-(-outputs // rows), -(-inputs // columns)): block}
+            blocks: dict[tuple[int, ...], tuple[int, int]] = {(-(-outputs // rows), -(-inputs // columns)): block}
             blocks |= dict.fromkeys([(outputs,), (outputs, 1)], (1, inputs))
             blocks |= dict.fromkeys([(), (1,), (1, 1)], (outputs, inputs))
         if len(header.shape) != 2 or scales is None or scales.shape not in blocks:
@@ -142,8 +142,15 @@ def _nvfp4(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
             continue
         scale_name, global_name = f"{stem}weight_scale", f"{stem}weight_global_scale"
         scales, whole = index.headers.get(scale_name), index.headers.get(global_name)
-        wanted = (*codes.shape[:1], codes.shape[-1] // 8)
-        if scales is None or whole is None or scales.shape != wanted or scales.dtype != FP8[0] or whole.shape != (1,):
+        wanted = (*codes.shape[:1], codes.shape[-1] // 8) if len(codes.shape) == 2 else ()
+        if (
+            not wanted
+            or scales is None
+            or whole is None
+            or scales.shape != wanted
+            or scales.dtype != FP8[0]
+            or whole.shape != (1,)
+        ):
             raise FourfoldError(
                 f"{index.folder}: {', '.join(_part(index, one) for one in (name, scale_name, global_name))}; wanted "
                 f"{FP8[0]} {list(wanted)} scales and one for all. Download the checkpoint again"
@@ -156,7 +163,8 @@ def _nvfp4(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
 def dequantize_nvfp4(parts: Mapping[str, Tensor]) -> Tensor:
     """fp32 [N, K]. parts: codes, scales, global."""
     scale_NG = parts["scales"].float() / parts["global"].float()
-    return (fp4_values(parts["codes"]).unflatten(1, (scale_NG.shape[1], -1)) * scale_NG[..., None]).flatten(1)
+    weight_NK: Tensor = fp4_values(parts["codes"]) * scale_NG.repeat_interleave(16, dim=1)
+    return weight_NK
 
 
 # ---- AWQ, and AutoRound in AWQ's layout
@@ -168,19 +176,24 @@ def _awq(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
         stem = name.removesuffix(AWQ_PARTS["codes"])
         if stem == name:
             continue
-        parts = {role: index.headers.get(stem + suffix) for role, suffix in AWQ_PARTS.items()}
-        scales, zeros = parts["scales"], parts["zeros"]
-        fits = scales and zeros and len(codes.shape) == len(scales.shape) == 2 and codes.dtype == zeros.dtype == "I32"
-        if not fits or scales.shape[1] != 8 * codes.shape[1] or zeros.shape != (scales.shape[0], codes.shape[1]):
-            found = ", ".join(_part(index, stem + suffix) for suffix in AWQ_PARTS.values())
+        names = {role: stem + suffix for role, suffix in AWQ_PARTS.items()}
+        parts = {role: index.headers[part] for role, part in names.items() if part in index.headers}
+        if not _is_awq(parts):
+            found = ", ".join(_part(index, part) for part in names.values())
             raise FourfoldError(
                 f"{index.folder}: {found}; wanted I32 [K, N / 8], I32 [G, N / 8] and [G, N], AWQ's GEMM layout. "
                 "Download the checkpoint again"
             )
-        yield (
-            f"{stem}weight",
-            StoredWeight(stem, parts, (scales.shape[1], codes.shape[0]), dequantize_awq, 4, scales.shape[0]),
-        )
+        (inputs, _), (groups, outputs) = codes.shape, parts["scales"].shape
+        yield f"{stem}weight", StoredWeight(stem, parts, (outputs, inputs), dequantize_awq, 4, groups)
+
+
+def _is_awq(parts: Mapping[str, TensorHeader]) -> bool:
+    if len(parts) < len(AWQ_PARTS) or any(len(part.shape) != 2 for part in parts.values()):
+        return False
+    (inputs, words), (groups, outputs) = parts["codes"].shape, parts["scales"].shape
+    fits = outputs == 8 * words and parts["zeros"].shape == (groups, words) and groups and inputs % groups == 0
+    return bool(fits) and parts["codes"].dtype == parts["zeros"].dtype == "I32"
 
 
 def dequantize_awq(parts: Mapping[str, Tensor]) -> Tensor:
@@ -191,7 +204,8 @@ def dequantize_awq(parts: Mapping[str, Tensor]) -> Tensor:
     )
     size = len(code_KN) // len(zero_GN)
     zero_KN, scale_KN = (value.repeat_interleave(size, dim=0) for value in (zero_GN, parts["scales"].float()))
-    return ((code_KN - zero_KN) * scale_KN).T
+    weight_KN: Tensor = (code_KN - zero_KN) * scale_KN
+    return weight_KN.T
 
 
 # ---- MXFP4 stacks (gpt-oss)

@@ -16,7 +16,8 @@ from fourfold.datatypes import Event, Progress, ignore
 from fourfold.model.config import read_config
 from fourfold.model.family import split_stack
 from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source
+from fourfold.model.sources import SourceIndex, layout_problems, open_source
+from fourfold.model.stored import StoredWeight
 from fourfold.model.tensors import DTYPES, raw_bytes
 from fourfold.quantize.journal import FINISHED, METRICS
 from fourfold.records.record import Ends

@@ -16,7 +16,8 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
-from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, weights_kind
+from fourfold.model.sources import SourceIndex, layout_problems, open_source, weights_kind
+from fourfold.model.stored import StoredWeight
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fourfold.formats.format import Format
 from fourfold.model.headers import INDEX_NAME
-from fourfold.model.sources import SourceIndex, StoredWeight
+from fourfold.model.sources import SourceIndex
+from fourfold.model.stored import StoredWeight
 
 PROBED_BYTES = 512  # of a weight that may be zeros, before all of it is read
 DISTINCT = 8  # values of a norm that tell rounding from chance: half of them are lost with each
