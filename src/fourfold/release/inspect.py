@@ -100,7 +100,7 @@ class Inspection:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Look at a checkpoint: config.json, all headers, and the values of one expert in each layer.
+    """Look at a checkpoint: config.json, headers, norms, one expert of each layer, a few bytes of every expert.
 
     Raises FourfoldError for a folder that holds no safetensors checkpoint; what is unusual about one that does, a model
     or a quantization that is not known too, is said in the result.
