@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _brief = Repr()  # what strangers wrote goes into messages, but not at any length
 _brief.maxstring = _brief.maxother = 200
 brief = _brief.repr
-NO_MEMORY = re.compile("(?:can't allocate|not enough|out of) memory")
+NO_MEMORY = re.compile("OutOfMemoryError|(?:can't allocate|not enough|out of) memory")
 SYSTEM_FAULTS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENOMEM}
 PROBLEMS_SHOWN = 5  # of one message
 
@@ -47,7 +47,8 @@ def system_fault(error: BaseException) -> str:
     torch reports a CPU without memory as a plain RuntimeError.
     """
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", ())[:1])
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+    said = f"{type(error).__name__} {error}" if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or NO_MEMORY.search(said):
         return f"out of memory{where}. End other programs, or limit this one with --memory; rerun the command to resume"
     if isinstance(error, OSError) and error.errno in SYSTEM_FAULTS:
         return f"{error.filename or 'a file'}: {error.strerror}{where}. Check the disk; rerun the command to resume"
