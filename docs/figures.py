@@ -143,6 +143,41 @@ def load() -> str:
     return "\n".join([table(header, rows), "", about])
 
 
+FAULTS = {  # of tests/faults.py
+    "kill": "`kill -9`",
+    "term": "SIGTERM",
+    "memory": "out of memory: the next tensor's memory is not to be had",
+    "clock": "clock jumps by ten years, forwards or backwards",
+    "full": "disk full (ENOSPC) at a write",
+    "fail": "I/O error (EIO) at a read, write, sync or rename",
+    "short": "a write is cut short, the process lives",
+    "torn": "a write is cut short, then `kill -9`",
+    "lost": "a file is half as long after a crash",
+}
+FATES = {"unharmed": "run went on", "resumed": "resumed", "refused": "refused", "failed": "not survived"}
+
+
+@figure
+def faults() -> str:
+    """Of benchmarks/faults.py: what came of each kind, in all suites together."""
+    suites, rows = result("faults")["suites"], []
+    for kind, title in FAULTS.items():
+        counts = [sum(one["kinds"].get(kind, {}).get(key, 0) for one in suites.values()) for key in ("tried", *FATES)]
+        rows.append([title, *(f"{count}" for count in counts)])
+    return table(["fault", "tried", *FATES.values()], rows)
+
+
+@figure
+def faults_tried() -> str:
+    """How many, by suite, and how many were survived."""
+    said = []
+    for title, one in result("faults")["suites"].items():
+        tried, failed = (sum(kind.get(key, 0) for kind in one["kinds"].values()) for key in ("tried", "failed"))
+        places = f"{one['stages']} stages, {one['files']} files, every {one['every']}th fault"
+        said.append(f"{title}: {tried} faults tried, {tried - failed} survived ({places})")
+    return f"{'; '.join(said)}. `benchmarks/results/faults.json`, {tested_on('faults')}, {result('faults')['date']}."
+
+
 @figure
 def kernel_issues() -> str:
     rows = [[issue.kind, ENGINES[issue.engine].title, issue.seen, issue.fix, f"{issue.source}, {issue.date}"]

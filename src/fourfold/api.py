@@ -155,7 +155,7 @@ def evaluate(
 ) -> Metrics:
     """Measure a release against its source on held-out text, layer by layer. Writes OUT/metrics.json.
 
-    Reads releases of GPTQModel, llm-compressor and AutoRound too.
+    Reads int4, FP8 and NVFP4 releases of GPTQModel, llm-compressor, AutoAWQ and AutoRound too.
 
     Args:
         tasks: names of lm-eval tasks, for the server at `url`; both or neither.

@@ -13,6 +13,8 @@ Plain names are scalars. `_bytes`, `_seconds`, `_tokens` are units.
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _brief = Repr()  # what strangers wrote goes into messages, but not at any length
 _brief.maxstring = _brief.maxother = 200
 brief = _brief.repr
+NO_MEMORY = re.compile("OutOfMemoryError|(?:can't allocate|not enough|out of) memory")
+SYSTEM_FAULTS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENOMEM}
 PROBLEMS_SHOWN = 5  # of one message
 
 
@@ -35,6 +39,20 @@ class FourfoldError(ValueError):
 
     The message names the thing, the value found, the value wanted and the way out.
     """
+
+
+def system_fault(error: BaseException) -> str:
+    """Return what an error says of the machine: memory or a disk that failed. "" for any other error, such as a bug.
+
+    torch reports a CPU without memory as a plain RuntimeError.
+    """
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ())[:1])
+    said = f"{type(error).__name__} {error}" if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or NO_MEMORY.search(said):
+        return f"out of memory{where}. End other programs, or limit this one with --memory; rerun the command to resume"
+    if isinstance(error, OSError) and error.errno in SYSTEM_FAULTS:
+        return f"{error.filename or 'a file'}: {error.strerror}{where}. Check the disk; rerun the command to resume"
+    return ""
 
 
 def reason(error: Exception) -> str:

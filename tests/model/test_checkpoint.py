@@ -16,7 +16,7 @@ import checkpoints
 import releases
 from fourfold.datatypes import FourfoldError
 from fourfold.model.checkpoint import Checkpoint
-from fourfold.model.sources import readable_format
+from fourfold.model.sources import weights_kind
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[1] / "data"
@@ -103,13 +103,12 @@ def compressed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quantized by 'awq', which is not read; expected 4 bits by"),
-        ({"quant_method": "fp8"}, "'fp8'"),
+        ({"quant_method": "quip", "bits": 4}, "quantized by 'quip', which is not read; expected 4 bits by"),
         ({"bits": 4}, "quantized by None"),
         ({"quant_method": "gptq", "bits": 8}, "8 bits packed in 'int32'; expected 4"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int8"}, "4 bits packed in 'int8'"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'gptq' with 'marlin'"),
-        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_quip"}, "auto_round:auto_quip"),
         (compressed(num_bits=3), "with 3 bits"),
         (compressed(type="float"), "of type 'float'"),
         (compressed(strategy="tensor"), "by 'tensor'"),
@@ -119,7 +118,7 @@ def compressed(**changes: Any) -> dict[str, Any]:
 )
 def test_what_is_not_read_is_named(config: object, message: str) -> None:
     with pytest.raises(FourfoldError, match=message):
-        readable_format({"quantization_config": config}, Path("release"))
+        weights_kind({"quantization_config": config}, Path("release"))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +132,8 @@ def test_what_is_not_read_is_named(config: object, message: str) -> None:
     ],
 )
 def test_what_is_read(config: dict[str, Any], format: str) -> None:
-    assert str(readable_format({"quantization_config": config}, Path("release"))) == format
-    assert readable_format({}, Path("release")) is None
+    assert list(map(str, weights_kind({"quantization_config": config}, Path("release")))) == ["int4", format]
+    assert weights_kind({}, Path("release")) == ("", None)
 
 
 Change = Callable[[dict[str, Tensor]], object]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -209,44 +207,7 @@ def test_states_that_overflow_are_an_error(model: Path, small: MakeRecipe, tmp_p
         releases.run(model, tmp_path / "out", small())
 
 
-# --- a disk that is full --------------------------------------------------------------------------
-
-
-class FullDisk:
-    """os.write fails once, with ENOSPC, after so many bytes of a file whose name holds `part`."""
-
-    def __init__(self, part: str, after_bytes: int) -> None:
-        self.part, self.left, self.failed = part, after_bytes, False
-        self.write = os.write
-
-    def __call__(self, descriptor: int, content: Any) -> int:
-        if not self.failed and self.part in os.readlink(f"/proc/self/fd/{descriptor}"):
-            self.left -= len(content)
-            if self.left < 0:
-                self.failed = True
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.write(descriptor, content)
-
-
-@pytest.mark.parametrize(
-    ("part", "after_bytes"),
-    [(f".{SECOND_SHARD}.tmp", 20_000), ("model-00003", 0), (f"{FIRST_SHARD}.json", 0), ("config.json", 0),
-     ("fourfold.json", 0), ("run.json", 0)],
-)  # fmt: skip
-def test_full_disk_says_so_and_the_same_command_goes_on(
-    source: Path, release: Path, small: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    part: str, after_bytes: int,
-) -> None:  # fmt: skip
-    """A layer's shard, the rest, a record, the last files: whatever was being written."""
-    disk, threads = FullDisk(part, after_bytes), set(threading.enumerate())
-    monkeypatch.setattr(os, "write", disk)
-    with pytest.raises(FourfoldError, match=r"the disk is full .* it goes on from here"):
-        releases.run(source, tmp_path / "out", small())
-    assert disk.failed
-    assert set(threading.enumerate()) <= threads
-    assert not [path for path in (tmp_path / "out").rglob("*.tmp")]
-    releases.run(source, tmp_path / "out", small())
-    assert releases.tree(tmp_path / "out") == releases.tree(release)
+# --- a disk that is full (more: test_faults.py) ---------------------------------------------------
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(

@@ -3,15 +3,13 @@
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 import checkpoints
+import faults
 import releases
 from fourfold.datatypes import Event, FourfoldError
 from fourfold.quantize.journal import clear, hold
@@ -19,91 +17,51 @@ from fourfold.quantize.run import quantize
 from fourfold.quantize.summary import finished_already
 from fourfold.recipe import load_recipe
 
-CHILD = Path(__file__).with_name("killed_run.py")
-Undisturbed = tuple[Path, Path, int, dict[str, bytes]]
-
-
-def run_children(model: Path, recipe: Path, jobs: list[tuple[Path, int]]) -> list[tuple[int, str]]:
-    """Run jobs (OUT, event to be killed at, 0 for none) one after the other: how each ended, and events seen."""
-    command = [sys.executable, str(CHILD), str(model), str(recipe), *(f"{out}={limit}" for out, limit in jobs)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    ends = [line.split() for line in done.stdout.splitlines()]
-    assert len(ends) == len(jobs), done.stderr
-    return [(int(ended), events) for _, ended, events in ends]
+Undisturbed = tuple[Path, Path, dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """A model of two layers, its recipe, the number of events of a run, and the tree that it leaves."""
-    return run_undisturbed(tmp_path_factory.mktemp("resume"))
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Suite]:
+    """A model of two layers, an undisturbed run, and what a run leaves that was killed before its last files."""
+    with faults.suite(tmp_path_factory.mktemp("resume") / "plain") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def guided(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Suite]:
     """The same with guidance."""
-    return run_undisturbed(tmp_path_factory.mktemp("guided"), "[guidance]\ntokens = 512\n")
-
-
-def run_undisturbed(folder: Path, more: str = "") -> Undisturbed:
-    """more: what is added to the recipe."""
-    model, recipe, out = folder / "model", releases.write_recipe(folder), folder / "whole"
-    recipe.write_text(recipe.read_text(encoding="utf-8") + more, encoding="utf-8")
-    checkpoints.tiny(model, layers=2)
-    ((ended, events),) = run_children(model, recipe, [(out, 0)])
-    assert ended == 0
-    return model, recipe, int(events), releases.tree(out)
-
-
-@pytest.fixture(scope="module")
-def killed(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that was killed while it wrote its last files, all shards finished."""
-    return kill_late(undisturbed, tmp_path_factory.mktemp("killed") / "out")
-
-
-def kill_late(undisturbed: Undisturbed, out: Path) -> Path:
-    model, recipe, events, _ = undisturbed
-    assert run_children(model, recipe, [(out, int(events * 0.97))])[0][0] == -signal.SIGKILL
-    return out
+    with faults.suite(tmp_path_factory.mktemp("guided") / "guided", recipe="[guidance]\ntokens = 512\n") as made:
+        yield made
 
 
 @pytest.fixture
-def begun(killed: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return shutil.copytree(killed, tmp_path / "out")
+def undisturbed(suite: faults.Suite) -> Undisturbed:
+    """The model, its recipe, and the tree that an undisturbed run leaves."""
+    return suite.model, suite.recipe, suite.wanted
 
 
-def kill_and_go_on(undisturbed: Undisturbed, folder: Path, limits: list[int]) -> None:
-    """For each limit: a run killed there, and the same command again."""
-    model, recipe, events, wanted = undisturbed
-    assert all(0 < limit <= events for limit in limits)
-    jobs = [job for limit in limits for job in ((folder / str(limit), limit), (folder / str(limit), 0))]
-    ends = [ended for ended, _ in run_children(model, recipe, jobs)]
-    assert ends == [-signal.SIGKILL, 0] * len(limits)
-    for limit in limits:
-        assert releases.tree(folder / str(limit)) == wanted, f"killed at event {limit}"
+@pytest.fixture
+def begun(suite: faults.Suite, tmp_path: Path) -> Path:
+    """A copy of what the killed run left, all shards finished."""
+    return shutil.copytree(suite.late, tmp_path / "out")
 
 
-def test_killed_run_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    kill_and_go_on(undisturbed, tmp_path, [int(undisturbed[2] * part) for part in (0.2, 0.4, 0.6, 0.8, 0.97)])
+def kill_and_go_on(suite: faults.Suite, places: Iterable[int]) -> None:
+    """For each of a run's points: a run killed there, and the same command again."""
+    for at in places:
+        outcome = suite.attempt(faults.Fault(kind="kill", name=suite.points[0, 0][at - 1], at=at))
+        assert outcome.result == "resumed", outcome
 
 
-@pytest.mark.slow
-def test_killed_sweep_goes_on(guided: Undisturbed, tmp_path: Path) -> None:
-    """On the way back: the last layer has been passed; events 4 to 9 are the sweep's."""
-    kill_and_go_on(guided, tmp_path, [8])
+def test_killed_run_goes_on(suite: faults.Suite) -> None:
+    count = len(suite.points[0, 0])
+    kill_and_go_on(suite, [int(count * part) for part in (0.2, 0.5, 0.8)])
 
 
 @pytest.mark.slow
-def test_killed_at_every_event_of_a_sweep(guided: Undisturbed, tmp_path: Path) -> None:
-    """And of the loop's first layer, which needs what the sweep left."""
-    kill_and_go_on(guided, tmp_path, list(range(3, 16)))
-
-
-@pytest.mark.slow
-def test_killed_at_every_event(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Every stage of every layer, of both threads, and every file of the finish."""
-    kill_and_go_on(undisturbed, tmp_path, list(range(1, undisturbed[2])))
+def test_killed_in_a_sweep(guided: faults.Suite) -> None:
+    """Forwards and on the way back, and in the loop's first layer, which needs what the sweep left."""
+    kill_and_go_on(guided, range(4, 16, 2))
 
 
 @pytest.mark.slow
@@ -111,12 +69,12 @@ def test_a_killed_run_that_quantizes_the_rest_goes_on(tmp_path: Path) -> None:
     """Also while draft experts are solved and while their shard is written."""
     rest = load_recipe("compact").scheme.rest
     more = "\n".join(["[scheme.rest]", *(f'{name} = "{value}"' for name, value in vars(rest).items()), ""])
-    undisturbed = run_undisturbed(tmp_path, more)
-    kill_and_go_on(undisturbed, tmp_path / "killed", list(range(9, undisturbed[2], 9)))
+    with faults.suite(tmp_path / "suite", recipe=more) as made:
+        kill_and_go_on(made, range(9, len(made.points[0, 0]), 9))
 
 
 def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     assert refusal(model, begun, recipe, "solver.damp=0.02", "solver.order=natural", "name=other") == [
         "recipe: solver.damp is 0.02, was 0.05; solver.order is 'natural', was 'activation'"
     ]
@@ -130,7 +88,7 @@ def test_changes_are_refused_and_named(undisturbed: Undisturbed, begun: Path) ->
 
 
 def test_changes_are_refused_before_text_is_tokenized(undisturbed: Undisturbed, begun: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     for layers in (None, range(2)):
         assert finished_already(begun, lambda: model, load_recipe(str(recipe)), layers) is None  # goes on
     with pytest.raises(FourfoldError, match=r"solver\.damp is 0\.02, was 0\.05"):
@@ -138,7 +96,7 @@ def test_changes_are_refused_before_text_is_tokenized(undisturbed: Undisturbed, 
 
 
 def test_a_changed_source_is_refused_and_named(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     other = shutil.copytree(model, tmp_path / "other")
     (other / "generation_config.json").write_text('{"eos_token_id": 3}')
     (other / "LICENSE").write_text("of another kind")
@@ -182,7 +140,7 @@ def record_of(out: Path, shard: str) -> Path:
 def test_damaged_shards_are_made_again(
     undisturbed: Undisturbed, begun: Path, damage: dict[str, Callable[[Path], None]], notes: list[str]
 ) -> None:
-    model, recipe, _, wanted = undisturbed
+    model, recipe, wanted = undisturbed
     for shard, harm in damage.items():
         harm(begun / shard)
     assert_lines(repaired(model, begun, recipe), notes)
@@ -190,7 +148,7 @@ def test_damaged_shards_are_made_again(
 
 
 def test_unreadable_records_are_made_again(undisturbed: Undisturbed, begun: Path) -> None:
-    model, recipe, _, wanted = undisturbed
+    model, recipe, wanted = undisturbed
     truncate(record_of(begun, FIRST))
     record_of(begun, REST).write_text('{"shard": "another"}', encoding="utf-8")
     notes = [f"{shard}: its record in .fourfold cannot be read; written again" for shard in (FIRST, REST)]
@@ -200,7 +158,7 @@ def test_unreadable_records_are_made_again(undisturbed: Undisturbed, begun: Path
 
 def test_a_damaged_layer_of_a_changed_source_is_refused(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
     """Its record says what it was made from, whatever became of the shard."""
-    _, recipe, _, _ = undisturbed
+    _, recipe, _ = undisturbed
     checkpoints.tiny(tmp_path / "other", layers=2, seed=5)
     releases.damage(begun / FIRST)
     with pytest.raises(FourfoldError, match=r"layer 0.*not the bytes"):
@@ -208,9 +166,9 @@ def test_a_damaged_layer_of_a_changed_source_is_refused(undisturbed: Undisturbed
 
 
 @pytest.mark.slow
-def test_damage_of_a_guided_run_is_made_good(guided: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, _, wanted = guided
-    out = kill_late(guided, tmp_path / "out")
+def test_damage_of_a_guided_run_is_made_good(guided: faults.Suite, tmp_path: Path) -> None:
+    model, recipe, wanted = guided.model, guided.recipe, guided.wanted
+    out = shutil.copytree(guided.late, tmp_path / "out")
     releases.damage(out / FIRST)
     releases.damage(out / ".fourfold/guidance/curvature-00001.safetensors")
     made = r"guidance: curvature-00001.safetensors: sha256 .*; curvatures are computed again"
@@ -242,14 +200,14 @@ def refusal(model: Path, out: Path, recipe: Path, *overrides: str, layers: range
 
 def test_changed_weights_are_refused(undisturbed: Undisturbed, begun: Path, tmp_path: Path) -> None:
     """Same headers, other bytes: found when the finished layer is read again."""
-    _, recipe, _, _ = undisturbed
+    _, recipe, _ = undisturbed
     checkpoints.tiny(tmp_path / "other", layers=2, seed=5)
     with pytest.raises(FourfoldError, match=r"layer 0.*not the bytes"):
         quantize(tmp_path / "other", begun, load_recipe(str(recipe)))
 
 
 def test_restart_starts_over(undisturbed: Undisturbed, begun: Path) -> None:
-    model, recipe, _, wanted = undisturbed
+    model, recipe, wanted = undisturbed
     (begun / "notes.md").write_text("mine")
     quantize(model, begun, load_recipe(str(recipe), ["scheme.signed=false"]), restart=True)
     assert (begun / "notes.md").read_text() == "mine"
@@ -259,7 +217,7 @@ def test_restart_starts_over(undisturbed: Undisturbed, begun: Path) -> None:
 
 
 def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     out = model.parent / "whole"
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     summary = quantize(model, out, load_recipe(str(recipe)))
@@ -269,13 +227,13 @@ def test_finished_run_has_nothing_to_do(undisturbed: Undisturbed, tmp_path: Path
 
 
 def test_a_held_folder_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     with hold(tmp_path / "out"), pytest.raises(FourfoldError, match=r"process \d+ on .* works on this OUT"):
         quantize(model, tmp_path / "out", load_recipe(str(recipe)))
 
 
 def test_a_strange_folder_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    model, recipe, _, _ = undisturbed
+    model, recipe, _ = undisturbed
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FourfoldError, match="not empty and not an output of fourfold"):
         quantize(model, tmp_path, load_recipe(str(recipe)))

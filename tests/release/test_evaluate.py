@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import checkpoints
 import releases
+import rivals
 import whole
 from fourfold.bundled import HELDOUT_TEXTS, TEXT
 from fourfold.datatypes import FourfoldError
@@ -162,6 +163,23 @@ def test_drafts_and_a_second_release(out: Path, source: Path, recipe: Path) -> N
     assert found["drafts"]["release"]["positions"] == found["drafts"]["source"]["positions"] > 0
     assert found["drafts"]["protocol"]["steps"] == 3
     assert found["summary"]["kl_mean"] > 0
+
+
+def test_releases_of_other_makers_are_kept_for_the_plot(out: Path, source: Path, recipe: Path, tmp_path: Path) -> None:
+    """Each of the same weights; what was measured on other text is dropped."""
+    figures = {}
+    for kind in ("fp8-channel", "ct-nvfp4", "awq"):
+        rivals.make(tmp_path / kind, kind, layers=2)
+        found = evaluate(out, source, protocol=protocol(recipe), against=tmp_path / kind)
+        assert found.against is not None and found.against.name == kind
+        figures[kind] = found.against.figures.kl_mean
+    stored = {path.name: sum(value.nbytes for value in releases.tensors(path).values()) for path in tmp_path.iterdir()}
+    expected = [(kind, form, stored[kind], figures[kind]) for kind, form in zip(figures, ("FP8", "NVFP4", "AWQ"))]  # noqa: B905
+    assert [(one.name, one.format, one.size_bytes, one.kl_mean) for one in found.rivals] == expected
+    assert 0 < figures["fp8-channel"] < min(figures["ct-nvfp4"], figures["awq"])
+    assert evaluate(out, source, protocol=protocol(recipe)).rivals == found.rivals
+    other = replace(protocol(recipe), windows=1, replace=True)
+    assert evaluate(out, source, protocol=other).rivals == []
 
 
 def test_a_release_without_a_draft_head_is_measured_all_the_same(source: Path, recipe: Path, tmp_path: Path) -> None:

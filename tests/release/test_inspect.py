@@ -105,10 +105,10 @@ def test_bf16(example_model: Path, tmp_path: Path) -> None:
 def test_what_is_not_known(tmp_path: Path) -> None:
     """Another quantization, another model: what can be seen is still said."""
     model = checkpoints.tiny(tmp_path / "model")
-    settings = {"quant_method": "awq", "bits": 4}
+    settings = {"quant_method": "bitsandbytes", "bits": 4}
     checkpoints.edit_json(model / "config.json", lambda raw: raw.update(quantization_config=settings))
     found = inspect(model)
-    assert "'awq'" in found.unknown and found.engines == ()
+    assert "'bitsandbytes'" in found.unknown and found.engines == ()
     assert found.groups[0].group == "experts"
     checkpoints.edit_json(model / "config.json", lambda raw: raw.update(model_type="unheard", quantization_config=None))
     found = inspect(model)

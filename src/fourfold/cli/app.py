@@ -22,7 +22,7 @@ from fourfold.cli.commands.recipe import list_recipes, show_recipe
 from fourfold.cli.commands.release import compare, convert, inspect, publish, report
 from fourfold.cli.commands.serve import bench, serve
 from fourfold.cli.console import open_console, paragraphs, say
-from fourfold.datatypes import FourfoldError
+from fourfold.datatypes import FourfoldError, system_fault
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel, InlineText
@@ -158,6 +158,9 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.CHECK_FAILED
     except Exception as error:
+        if said := system_fault(error):
+            say(console, f"Error: {paragraphs(said)}", "red")
+            return errors.BAD_INPUT
         notes = " ".join(getattr(error, "__notes__", ()))
         say(console, f"Error: {type(error).__name__}: this is a bug in fourfold. {notes}".rstrip(), "red")
         say(console, "Please report it with the traceback below.", "red")

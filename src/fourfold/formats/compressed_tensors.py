@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 SHAPE = "weight_shape"
+FLOATS = {"float-quantized": "FP8", "naive-quantized": "FP8", "nvfp4-pack-quantized": "NVFP4"}  # read, never written
 # A target that is a class: every linear module. SGLang 0.5.10 takes the experts' bits from the group that has it.
 LINEAR = "Linear"
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
@@ -143,6 +144,15 @@ class CompressedTensors(Format):
             exact=tuple(ignored),
             targets=_patterns(targets) if targets and LINEAR not in targets else None,
         )
+
+
+def float_kind(config: Mapping[str, Any]) -> str:
+    """Return "NVFP4" or "FP8" if weights of a quantization_config are stored as that, and others as integers; or ""."""
+    kinds = []
+    for group in _groups(config):
+        layout, weights = group.get("format") or config.get("format"), group.get("weights") or {}
+        kinds.append(FLOATS.get(str(layout), "") if weights.get("type") == "float" else "int" * (layout == LAYOUT))
+    return "" if "" in kinds else next((kind for kind in ("NVFP4", "FP8") if kind in kinds), "")
 
 
 def _group(targets: list[str], bits: int, group_size: int) -> dict[str, Any]:

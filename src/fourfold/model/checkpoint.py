@@ -1,7 +1,7 @@
 """A checkpoint: its model (skeleton.py) and its tensors (sources.py). Layers and what stands around them are read as an
 engine multiplies by them: BF16 as it is, int4 dequantized.
 
-Reads what fourfold, GPTQModel, llm-compressor and AutoRound write for the families that fourfold knows.
+Reads what fourfold, GPTQModel, llm-compressor, AutoAWQ and AutoRound write for the families that fourfold knows.
 """
 
 from __future__ import annotations

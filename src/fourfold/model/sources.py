@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are not BF16, seen as BF16 ones: FP8 with block scales, MXFP4, int4.
+"""Checkpoints whose weights are not BF16, seen as BF16 ones: FP8, NVFP4, MXFP4, int4.
 
 A weight and what it is dequantized with are one tensor here, BF16, under the name that a BF16 checkpoint has for it;
 the rest of fourfold knows no other. Values are rounded once, from the fp32 product, as transformers' own dequantizers
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,47 +20,16 @@ from torch import Tensor
 
 from fourfold import formats
 from fourfold.datatypes import FourfoldError, TensorHeader, brief
+from fourfold.formats.compressed_tensors import COMPRESSED_TENSORS, float_kind
 from fourfold.formats.format import Format
 from fourfold.formats.patterns import check_patterns
 from fourfold.model.config import CONFIG, quantization
 from fourfold.model.files import CHUNK_BYTES
+from fourfold.model.stored import StoredWeight, other_weights
 from fourfold.model.tensors import TensorIndex, raw_bytes
 
 BF16_BYTES = 2
-FP8 = ("F8_E4M3", "F8_E5M2")
-BLOCK = 128  # of FP8, where config.json names none
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-E8M0_BIAS = 127
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """How one weight lies on disk. name: that its tensors' names begin with; parts: these tensors by role, of integers
-    by suffix; dequantize: from their values, by role, to fp32; bits: of its codes; groups: of inputs, of integers.
-    """
-
-    name: str
-    parts: Mapping[str, TensorHeader]
-    shape: tuple[int, ...]
-    dequantize: Callable[[Mapping[str, Tensor]], Tensor]
-    bits: int
-    groups: int = 0
-
-    @property
-    def outputs(self) -> int:
-        return self.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        return self.shape[1]
-
-    @property
-    def group_size(self) -> int:
-        return self.inputs // self.groups
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(part.size_bytes for part in self.parts.values())
+OTHER_KINDS = {"fp8": "FP8", "mxfp4": "MXFP4"}  # by quant_method
 
 
 @dataclass(frozen=True)
@@ -78,9 +47,12 @@ class SourceIndex(TensorIndex):
 
     @cached_property
     def projections(self) -> Mapping[str, StoredWeight]:
-        """Weights of integers by their name, a dot at its end. Raises FourfoldError for parts that do not fit."""
-        codes = self.format.codes if self.format else ""
-        names = sorted(name for name in self.disk.headers if codes and name.endswith(f".{codes}"))
+        """Quantized weights [N, K] by their name, a dot at its end. Raises FourfoldError for parts that do not fit."""
+        if self.format is None:
+            stems = {name.removesuffix("weight"): one for name, one in self.stored.items() if name.endswith(".weight")}
+            return dict(sorted(stems.items()))
+        codes = self.format.codes
+        names = sorted(name for name in self.disk.headers if name.endswith(f".{codes}"))
         return {stem: self._projection(stem) for stem in (name.removesuffix(codes) for name in names)}
 
     def _projection(self, stem: str) -> StoredWeight:
@@ -177,19 +149,11 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
 
     Raises FourfoldError for a quantization that is not read, and for weights whose parts do not fit each other.
     """
-    index = TensorIndex.open(folder)
-    settings, format = quantization(raw), None
-    method = settings.get("quant_method")
-    if not settings:
-        stored, kind = {}, ""
-    elif method == "fp8":
-        stored, kind = dict(_fp8(index, settings)), "FP8"
-    elif method == "mxfp4":
-        stored, kind = dict(_mxfp4(index)), "MXFP4"
-    else:
-        format = readable_format(raw, folder)
-        assert format is not None
-        stored, kind = dict(_integers(index, format, settings)), "int4"
+    index, settings = TensorIndex.open(folder), quantization(raw)
+    kind, format = weights_kind(raw, folder)
+    stored = dict(other_weights(index, settings)) if kind and format is None else {}
+    if format or settings.get("quant_method") == COMPRESSED_TENSORS.method:
+        stored |= _integers(index, format or COMPRESSED_TENSORS, settings)
     parts = {part.name for weight in stored.values() for part in weight.parts.values()}
     headers = {name: header for name, header in index.headers.items() if name not in parts}
     for name, weight in stored.items():
@@ -210,89 +174,6 @@ def open_source(folder: Path, raw: Mapping[str, Any]) -> SourceIndex:
     )
 
 
-# ---- FP8 with a scale for each block (DeepSeek V3, MiniMax-M2, GLM-5)
-
-
-def _fp8(index: TensorIndex, settings: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
-    """Weights `X.weight` in FP8 beside `X.weight_scale_inv`, one scale for each block."""
-    block = settings.get("weight_block_size") or [BLOCK, BLOCK]
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise FourfoldError(f"{index.folder}/config.json: weight_block_size: got {brief(block)}, expected two sizes")
-    rows, columns = block
-    for name, header in index.headers.items():
-        if header.dtype not in FP8:
-            continue
-        scales = index.headers.get(f"{name}_scale_inv")
-        wanted = tuple(-(-size // step) for size, step in zip(header.shape, block, strict=False))
-        if len(header.shape) != 2 or scales is None or scales.shape != wanted:
-            found = "is missing" if scales is None else f"is {list(scales.shape)}"
-            raise FourfoldError(
-                f"{index.folder}: {name} is {header.dtype} {list(header.shape)} and {name}_scale_inv {found}, wanted "
-                f"{list(wanted)}, a scale for each block of {rows} x {columns}. FP8 with other scales is not read: "
-                "take the BF16 checkpoint, if one is published"
-            )
-
-        def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
-            return dequantize_blocks(parts["weight"], parts["scales"], (rows, columns))
-
-        yield name, StoredWeight(name, {"weight": header, "scales": scales}, header.shape, dequantize, 8)
-
-
-def dequantize_blocks(weight_NK: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> Tensor:
-    """fp32 [N, K] of FP8 weights and the scale of each block, the last blocks being cut off at N and K.
-
-    scale_BC: floats, or exponents as bytes (E8M0: 2^(byte - 127)).
-    """
-    outputs, inputs = weight_NK.shape
-    scale_BC = exponents(scale_BC) if scale_BC.dtype == torch.uint8 else scale_BC.float()
-    scale_NC = scale_BC.repeat_interleave(block[0], dim=0)[:outputs]
-    weight_NK = weight_NK.float()
-    for place, scale_N1 in enumerate(scale_NC.split(1, dim=1)):
-        weight_NK[:, place * block[1] : (place + 1) * block[1]] *= scale_N1
-    return weight_NK[:, :inputs]
-
-
-# ---- MXFP4 stacks (gpt-oss)
-
-
-def _mxfp4(index: TensorIndex) -> Iterator[tuple[str, StoredWeight]]:
-    """Stacks `X_blocks` [E, N, G, 16] of two codes a byte beside `X_scales` [E, N, G], as `X` [E, K, N], K = 32 G."""
-    for name, blocks in index.headers.items():
-        if not name.endswith("_blocks"):
-            continue
-        stem = name.removesuffix("_blocks")
-        scales = index.headers.get(f"{stem}_scales")
-        fits = (
-            scales is not None and len(blocks.shape) == 4 and blocks.shape[3] == 16 and scales.shape == blocks.shape[:3]
-        )
-        if scales is None or not fits or (blocks.dtype, scales.dtype) != ("U8", "U8"):
-            found = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
-            raise FourfoldError(
-                f"{index.folder}: {name} is {blocks.dtype} {list(blocks.shape)} and {stem}_scales {found}, wanted U8 "
-                "[E, N, G, 16] and U8 [E, N, G]. Download the checkpoint again"
-            )
-        experts, outputs, groups, _ = blocks.shape
-
-        def dequantize(parts: Mapping[str, Tensor]) -> Tensor:
-            return dequantize_mxfp4(parts["blocks"], parts["scales"]).mT
-
-        parts, shape = {"blocks": blocks, "scales": scales}, (experts, 32 * groups, outputs)
-        yield stem, StoredWeight(stem, parts, shape, dequantize, 4)
-
-
-def dequantize_mxfp4(block_ENGB: Tensor, scale_ENG: Tensor) -> Tensor:
-    """fp32 [E, N, K] of bytes with two E2M1 codes each, the low one first, and the exponent of each group of 32."""
-    value_C = torch.tensor(E2M1)
-    pair_ENGB2 = torch.stack([value_C[(block_ENGB & 15).int()], value_C[(block_ENGB >> 4).int()]], dim=-1)
-    weight_ENGK = pair_ENGB2.flatten(-2) * exponents(scale_ENG)[..., None]
-    return weight_ENGK.flatten(-2)
-
-
-def exponents(byte_X: Tensor) -> Tensor:
-    """fp32 2^(byte - 127): E8M0."""
-    return torch.exp2(byte_X.float() - E8M0_BIAS)
-
-
 # ---- int4, int8
 
 
@@ -307,7 +188,8 @@ def _integers(index: TensorIndex, format: Format, settings: Mapping[str, Any]) -
     check_patterns(format, settings, [name.rpartition(".")[0] for name in index.headers])
     for name, header in index.headers.items():
         stem = name.removesuffix(format.codes)
-        if stem == name or f"{stem}{format.scales}" not in index.headers or len(header.shape) != 2:
+        scaled = f"{stem}{format.scales}" in index.headers
+        if stem == name or not scaled or len(header.shape) != 2 or header.dtype == "U8":
             continue
         found = {suffix: index.headers[stem + suffix] for suffix in beside if stem + suffix in index.headers}
         axis, bits, scale = format.inputs_axis, format.bits(settings, stem.removesuffix(".")), found[format.scales]
@@ -363,9 +245,27 @@ def group_sizes(settings: object) -> Iterator[object]:
         yield from group_sizes(value)
 
 
-def readable_format(raw: Mapping[str, Any], folder: Path) -> Format | None:
-    """storage_format of what `Weights` reads. Raises FourfoldError for a method, width or layout that it does not."""
+def weights_kind(raw: Mapping[str, Any], folder: Path) -> tuple[str, Format | None]:
+    """Return what weights are stored as, "" for BF16, and of int4 (and int8) the format that releases have too.
+
+    Raises FourfoldError for a method, width or layout that is not read.
+    """
+    settings = quantization(raw)
+    method = settings.get("quant_method")
+    if not settings or method in OTHER_KINDS:
+        return OTHER_KINDS[str(method)] if settings else "", None
+    packing = str(settings.get("packing_format"))
+    if method == "awq" or (method == "auto-round" and packing.endswith("awq")):
+        found = (settings.get("bits", 4), str(settings.get("version", "gemm")).lower())
+        if found != (4, "gemm"):
+            raise FourfoldError(
+                f"{folder / CONFIG}: AWQ with {brief(found[0])} bits, version {brief(found[1])}; expected 4 bits, gemm"
+            )
+        return "AWQ", None
+    if method == COMPRESSED_TENSORS.method and (kind := float_kind(settings)):
+        return kind, None
     format = storage_format(raw, folder)
-    if format and (problem := format.unreadable(quantization(raw))):
+    assert format is not None
+    if problem := format.unreadable(settings):
         raise FourfoldError(f"{folder / CONFIG}: {problem}")
-    return format
+    return "int4", format

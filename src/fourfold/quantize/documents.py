@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,16 @@ def text_digests(recipe: Recipe) -> dict[str, str] | None:
     if any(source.dataset for source in recipe.calibration.sources):
         return None
     paths = [heldout_path(recipe.heldout), *(as_file(source).path for source in recipe.calibration.sources)]
-    return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    with _read_errors():
+        return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+
+
+@contextmanager
+def _read_errors(path: str = "calibration or held-out text") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FourfoldError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def check_file(path: str) -> None:
@@ -100,7 +110,8 @@ def heldout_documents(wanted: Heldout) -> tuple[str, str, list[Document]]:
         # example model's perplexity on every sixth window of 512 is 28.8 (its makers measured about 28 on
         # all of them); with rows joined by "\n\n" it is 31.0.
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with _read_errors(path):
+                text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise FourfoldError(f"{path}: not UTF-8 text: {error}") from None
         return title, "one row a line, blank rows included, as in the file", [Document(path, text)]
@@ -117,11 +128,10 @@ def file_records(path: str, fields: Sequence[str]) -> Iterator[tuple[str, dict[s
     check_file(path)
     reader = {".jsonl": _jsonl_records, ".txt": _paragraph_records, ".parquet": _parquet_records}
     try:
-        yield from reader[Path(path).suffix](path, fields)
+        with _read_errors(path):
+            yield from reader[Path(path).suffix](path, fields)
     except UnicodeDecodeError as error:
         raise FourfoldError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise FourfoldError(f"{path}: cannot be read: {error}") from None
 
 
 def _jsonl_records(path: str, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,6 +21,7 @@ from fourfold.datatypes import (
     ShardRecord,
     StreamDrift,
     ignore,
+    system_fault,
 )
 from fourfold.distributed.devices import WHOLE_CPU, Machine, expand_devices
 from fourfold.distributed.ranks import join_ranks
@@ -103,8 +104,11 @@ def quantize(
             watch.progress = _logged(out, progress)
         try:
             return _run(plan, texts, out, team, watch, trace)
-        except FourfoldError as error:
-            log(out, f"error: {error}")
+        except (FourfoldError, MemoryError, RuntimeError, OSError) as error:
+            fault = system_fault(error)
+            log(out, f"error: {fault or error}")
+            if fault:
+                raise FourfoldError(fault) from error
             raise
         finally:
             team.destroy()

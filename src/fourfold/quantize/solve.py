@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fourfold.core import grid, guidance, moments
-from fourfold.datatypes import FourfoldError, LayerResult, Method, Placement, ProjectionStatistics, QuantizedGroup, Tick
+from fourfold.datatypes import (
+    FourfoldError,
+    LayerResult,
+    Method,
+    Placement,
+    ProjectionStatistics,
+    QuantizedGroup,
+    Tick,
+    system_fault,
+)
 from fourfold.distributed.transfer import Transfer
 from fourfold.distributed.workers import Worker
 from fourfold.formats import named
@@ -162,7 +171,9 @@ def _within_memory(job: _Job, experts: range) -> Part | None:
     """A chunk's results, or None where the device has too little memory for it."""
     try:
         return _solve_chunk(job, experts)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not system_fault(error):
+            raise
         return None  # what the chunk held goes with this frame's traceback
 
 

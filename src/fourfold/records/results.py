@@ -143,6 +143,15 @@ class Against(Measured, frozen=True, kw_only=True, omit_defaults=True):
     drafts: Drafted | None = None
 
 
+class Rival(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Another release of the same source, measured by the same protocol. size_bytes: of its tensors."""
+
+    name: str
+    format: str
+    size_bytes: Count
+    kl_mean: float
+
+
 class Benchmark(Struct, frozen=True):
     """A dataset of the Hub with a leaderboard, and the task in its eval.yaml."""
 
@@ -170,7 +179,10 @@ class TaskResults(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
-    """measured_by: a command's name; source: its name and headers' digest; drafts, against, tasks, rtn: if measured."""
+    """measured_by: a command's name; source: its name and headers' digest; drafts, against, tasks, rtn: if measured.
+
+    rivals: all second releases so far, by the same protocol.
+    """
 
     FIX = "Remove the file and measure again: fourfold evaluate OUT --source MODEL"
 
@@ -181,6 +193,7 @@ class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
     against: Against | None = None
     tasks: TaskResults | None = None
     rtn: RoundToNearest | None = None
+    rivals: list[Rival] = []
 
     def to_json(self) -> dict[str, Any]:
         """What could not be measured is null; what `quantize` does not measure, or a trial, is not there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -13,19 +13,28 @@ from msgspec import structs, to_builtins
 
 from fourfold.core.pack import unpack_codes
 from fourfold.datatypes import Event, Progress, ignore
-from fourfold.formats.format import Format
 from fourfold.model.config import read_config
 from fourfold.model.family import split_stack
 from fourfold.model.files import CHUNK_BYTES
-from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
+from fourfold.model.sources import SourceIndex, layout_problems, open_source
+from fourfold.model.stored import StoredWeight
 from fourfold.model.tensors import DTYPES, raw_bytes
-from fourfold.quantize.journal import METRICS
+from fourfold.quantize.journal import FINISHED, METRICS
 from fourfold.records.record import Ends
 from fourfold.records.release import Export
 from fourfold.records.results import Metrics
 from fourfold.release.contents import read_export
 from fourfold.release.conversion import open_job
 from fourfold.release.convert import ScaleChanges
+from fourfold.release.peer_faults import (
+    DRAFT,
+    NORMS,
+    index_faults,
+    is_norm,
+    is_rounded_norm,
+    is_rtn,
+    quantized_draft,
+)
 from fourfold.release.verify.reading import count_changes, open_reading
 
 STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
@@ -74,6 +83,8 @@ class Comparison:
     by name; projections: with codes in both, int8 of them with 8 bits; codes, codes_changed, projections_changed,
     scales: of them; errors: of projections that have codes in one alone; metrics: a figure of metrics.json in both, by
     name, intervals: its confidence intervals; same_protocol: both were measured alike, None where one was not.
+    experts: projections of experts that have codes in one alone; of these, zero_experts, and rtn_experts: rounded to
+    nearest; rounded_norms: see peer_faults.py; faults: known ones of quantizers, in words.
     """
 
     first: str
@@ -93,6 +104,11 @@ class Comparison:
     metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     intervals: dict[str, tuple[Ends | None, Ends | None]] = field(default_factory=dict)
     same_protocol: bool | None = None
+    experts: int = 0
+    zero_experts: int = 0
+    rtn_experts: int = 0
+    rounded_norms: int = 0
+    faults: list[str] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
@@ -129,7 +145,7 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
             _compare_pieces(found, name, stocks, (pieces[0][name], pieces[1][name]))
         elif name in pieces[0] or name in pieces[1]:
             source, release = (0, 1) if name in pieces[0] else (1, 0)
-            error = _weight_error(stocks[source], pieces[source][name], stocks[release], stem)
+            error = _weight_error(found, stocks[source], pieces[source][name], stocks[release], stem)
             if error is None:
                 found.different.append(name)
             else:
@@ -138,6 +154,7 @@ def compare(first: Path, second: Path, *, progress: Progress = ignore) -> Compar
             _compare_projections(found, stocks, (stocks[0].projections[stem], stocks[1].projections[stem]))
         progress(Event(kind="stage", stage="compare", done=place + 1, total=len(common), unit="tensors"))
     found.errors = WeightErrors.of(errors)
+    found.faults = [*_faults(found, stocks)]
     _compare_metrics(found, first, second)
     return found
 
@@ -171,14 +188,12 @@ def _compare_export(found: Comparison, new: Path, record: Export, out: Path) -> 
 
 
 def _names(stocks: tuple[SourceIndex, SourceIndex]) -> tuple[str | None, str | None]:
-    one, other = (stock.format.name if stock.format else None for stock in stocks)
+    one, other = (stock.format.name if stock.format else stock.kind or None for stock in stocks)
     return one, other
 
 
 def _open(folder: Path) -> SourceIndex:
-    raw = read_config(folder)
-    readable_format(raw, folder)
-    return open_source(folder, raw)
+    return open_source(folder, read_config(folder))
 
 
 def _pieces(stored: SourceIndex) -> dict[str, Piece]:
@@ -209,17 +224,28 @@ def _compare_pieces(
         found.equal += 1
     else:
         found.different.append(name)
+        if one.shape == other.shape and is_norm(name, one.shape):
+            values = [stock.disk.read(piece.tensor) for stock, piece in zip(stocks, pieces, strict=True)]
+            found.rounded_norms += is_rounded_norm(*values) or is_rounded_norm(*reversed(values))
 
 
-def _weight_error(source: SourceIndex, piece: Piece, release: SourceIndex, stem: str) -> float | None:
+def _weight_error(
+    found: Comparison, source: SourceIndex, piece: Piece, release: SourceIndex, stem: str
+) -> float | None:
     """Of a projection against weights without codes; None if these are of another shape or no floats."""
     projection, dtype = release.projections[stem], DTYPES[piece.dtype]
     if piece.shape != (projection.outputs, projection.inputs) or not dtype.is_floating_point:
         return None
     weight_NK = torch.empty(piece.shape, dtype=dtype)
     source.disk.read_range(piece.tensor, piece.start, raw_bytes(weight_NK))
-    wanted_NK = weight_NK.float()
-    stored_NK = projection.dequantize(release.read_parts(projection))
+    wanted_NK, parts = weight_NK.float(), release.read_parts(projection)
+    stored_NK = projection.dequantize(parts)
+    if ".experts." in stem:
+        found.experts += 1
+        found.zero_experts += not stored_NK.any() and bool(wanted_NK.any())
+        found.rtn_experts += release.format is not None and is_rtn(
+            wanted_NK, stored_NK, parts, projection, release.format
+        )
     error, size = float((wanted_NK - stored_NK).norm()), float(wanted_NK.norm())
     return error / size if size else float(error > 0)
 
@@ -234,9 +260,12 @@ def _compare_projections(
     if (one.bits, one.outputs, one.inputs, one.groups) != (other.bits, other.outputs, other.inputs, other.groups):
         found.different.append(name)
         return
-    stored = list(zip(tensors, projections, (_format(stock) for stock in stocks), strict=True))
+    formats = [stock.format for stock in stocks if stock.format]
+    stored = list(zip(tensors, projections, formats, strict=False))
     plain = [not any(layout_problems(*each)) for each in stored]
-    if not all(plain):  # zero points or an order of groups: the weights themselves say whether it is the same
+    if len(formats) < 2 or not all(
+        plain
+    ):  # floats, zero points or an order of groups: the weights themselves say whether it is the same
         weights = [one.dequantize(parts) for one, parts in zip(projections, tensors, strict=True)]
         if not torch.equal(*weights):
             found.different.append(name)
@@ -252,10 +281,24 @@ def _compare_projections(
     found.scales.add(*scales)
 
 
-def _format(stored: SourceIndex) -> Format:
-    """Of a checkpoint with codes."""
-    assert stored.format is not None
-    return stored.format
+def _faults(found: Comparison, stocks: tuple[SourceIndex, SourceIndex]) -> Iterator[str]:
+    """Known faults of quantizers. Of two checkpoints one without codes is the source of the other."""
+    of = f"of {found.experts:,} projections of experts"
+    if found.rounded_norms:
+        yield f"{found.rounded_norms:,} {NORMS}"
+    if found.zero_experts:
+        yield f"{found.zero_experts:,} {of} are zeros: these experts answer nothing"
+    if found.rtn_experts:
+        yield f"{found.rtn_experts:,} {of} are the source's weights rounded to nearest (RTN): they were not calibrated"
+    for stock, lost in zip(stocks, (found.only_second, found.only_first), strict=True):
+        yield from index_faults(stock.folder)
+        if not stock.projections:
+            continue
+        drafts = [name for name in lost if name.startswith(DRAFT)]
+        if drafts and not any(name.startswith(DRAFT) for name in stock.disk.headers):
+            yield f"draft head: dropped, {len(drafts):,} tensors ({drafts[0]}): no speculative decoding"
+        if not (stock.folder / FINISHED).is_file() and (said := quantized_draft(stock)):
+            yield said
 
 
 def _compare_metrics(found: Comparison, first: Path, second: Path) -> None:

@@ -20,7 +20,7 @@ BENCH, LICENCE = "bench.json", "LICENSE"
 EVAL_RESULTS = ".eval_results/lm-eval.yaml"  # what the Hub puts on leaderboards
 DOCUMENTS = (VERDICT, METRICS, BENCH, EVAL_RESULTS, SIGNATURE)  # may be made after verify, no engine reads them
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
-PLOTS = ("drift.png", "errors.png", "experts.png")  # in FIGURES
+PLOTS = ("drift.png", "errors.png", "experts.png", "rivals.png")  # in FIGURES
 CONVERSION = "conversion.json"  # of GGUF and MLX, and of another tool's release; fourfold.json has it of ours
 
 

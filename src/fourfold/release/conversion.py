@@ -73,6 +73,11 @@ def open_job(out: Path, progress: Progress) -> Job:
         raise FourfoldError(
             f"{out}: nothing in it is int4, so there is nothing to convert; `fourfold quantize` makes a release"
         )
+    if checkpoint.format is None:
+        expected = "expected int4 of GPTQ or compressed-tensors"
+        raise FourfoldError(
+            f"{out}: got {checkpoint.kind}, {expected}. `fourfold quantize` makes it from the BF16 model"
+        )
     job = Job(out=checkpoint, release=release, progress=progress)
     _check_groups(checkpoint)
     _check_layout(job)

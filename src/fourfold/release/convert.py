@@ -24,7 +24,7 @@ from fourfold.model.family import split_stack
 from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
-from fourfold.model.sources import StoredWeight
+from fourfold.model.stored import StoredWeight
 from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.quantize.claims import draft_prefixes
 from fourfold.quantize.finish import index_json

@@ -22,7 +22,7 @@ from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_link
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
-from fourfold.records.results import Against, Drafted, Drafts, Metrics
+from fourfold.records.results import Against, Drafted, Drafts, Metrics, Rival
 from fourfold.release import drafts
 from fourfold.release.sweep import Compute, embed, sweep_
 from fourfold.release.tasks import Tasks, check_tasks, run_tasks
@@ -95,8 +95,11 @@ def evaluate(
         found = structs.replace(found, drafts=Drafts(protocol=how, source=drafted[0], release=drafted[1]))
     for second, values, overlap in zip(releases[1:], figures[1:], overlaps[1:], strict=True):
         kept = drafted[2] if drafted else None
+        found = structs.replace(found, rivals=_rivals(found, before, second, values[0]))
         other = Against.of(*values, name=second.folder.resolve().name, calibration_overlap=overlap, drafts=kept)
         found = structs.replace(found, against=other)
+    if against is None and before is not None and before.protocol == found.protocol:
+        found = structs.replace(found, rivals=before.rivals)
     found.write(out / METRICS)
     if tasks is not None:
         with reporter.stage("tasks"):
@@ -104,6 +107,18 @@ def evaluate(
         found.write(out / METRICS)
     progress(Event(kind="done", layers=original.layers, data=structs.asdict(found.figures)))
     return found
+
+
+def _rivals(found: Metrics, before: Metrics | None, second: Checkpoint, measured: dict[str, Any]) -> list[Rival]:
+    """Those that OUT has of this protocol, and the second release."""
+    kept = before.rivals if before is not None and before.protocol == found.protocol else []
+    rival = Rival(
+        name=second.folder.resolve().name,
+        format=str(second.format or second.kind or "BF16"),
+        size_bytes=sum(header.size_bytes for header in second.disk.headers.values()),
+        kl_mean=measured["summary"]["kl_mean"],
+    )
+    return [*(one for one in kept if one.name != rival.name), rival]
 
 
 def open_release(folder: Path, source: Checkpoint) -> Checkpoint:

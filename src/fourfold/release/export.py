@@ -25,7 +25,7 @@ from fourfold.model.config import CONFIG
 from fourfold.model.files import check_new, copy_file, dump, sidecars, write_text
 from fourfold.model.headers import INDEX_NAME
 from fourfold.model.shards import OutputTensor, write_shard
-from fourfold.model.sources import StoredWeight
+from fourfold.model.stored import StoredWeight
 from fourfold.model.tensors import TensorIndex, raw_bytes
 from fourfold.quantize.finish import index_json
 from fourfold.quantize.journal import METRICS

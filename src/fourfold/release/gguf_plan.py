@@ -23,7 +23,7 @@ from fourfold.formats.gguf_names import ARCHITECTURES, ENDS, EXPERTS, WIDE, Arch
 from fourfold.formats.gguf_tokenizer import read_tokenizer
 from fourfold.model.config import CONFIG
 from fourfold.model.family import PROJECTIONS
-from fourfold.model.sources import StoredWeight
+from fourfold.model.stored import StoredWeight
 from fourfold.release.conversion import Job
 from fourfold.release.stacks import Quantized, Stack, dequantized, read_part
 

@@ -16,18 +16,20 @@ from fourfold.datatypes import FourfoldError, TensorHeader
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.config import quantization, read_config
 from fourfold.model.family import kept_group
-from fourfold.model.sources import SourceIndex, StoredWeight, layout_problems, open_source, readable_format
+from fourfold.model.sources import SourceIndex, layout_problems, open_source, weights_kind
+from fourfold.model.stored import StoredWeight
 from fourfold.quantize.advice import format_advice, tensor_parallel_advice, width_advice
 from fourfold.quantize.claims import GROUPS
 from fourfold.quantize.journal import FINISHED, STATE
+from fourfold.release.peer_faults import DRAFT, index_faults, quantized_draft, rounded_norms, zero_experts
 from fourfold.release.verify.rules import config_problems, linear_modules
 from fourfold.serve.command import Deployment, smallest
 from fourfold.serve.engines import DRAFTS_BY_NAME, ENGINES, KERNEL_ISSUES
 from fourfold.serve.machine import MACHINES, Machine
 from fourfold.serve.served import Served, describe
 
-DRAFT = "mtp."
 SOLD = [Machine.of(count, gib, (8, 6), 64 * 2**30) for count, gib in MACHINES]
+NO_DRAFT = "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
 TRANSFORMERS_BF16 = "loads it as any BF16 model; the draft head is ignored"
 
 
@@ -98,7 +100,7 @@ class Inspection:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Look at a checkpoint: config.json, all headers, and the values of one expert in each layer.
+    """Look at a checkpoint: config.json, headers, norms, one expert of each layer, a few bytes of every expert.
 
     Raises FourfoldError for a folder that holds no safetensors checkpoint; what is unusual about one that does, a model
     or a quantization that is not known too, is said in the result.
@@ -111,10 +113,13 @@ def inspect(folder: Path) -> Inspection:
     sample = _Sample.of(stored)
     traps += sample.problems
     draft = _draft_layout(index.headers)
+    traps += filter(None, _traps_of_quantizers(folder, raw, stored, draft))
     engines: tuple[EngineRow, ...] = ()
     if problem := stored.group_size_problem():
         traps.append(f"{problem}: engines stop, or multiply by the wrong scales")
         unknown = "config.json does not fit the scales"
+    if not unknown and stored.kind and stored.format is None:
+        unknown = f"{stored.kind}: known is which engines take int4 and BF16"
     if not unknown:
         try:
             checkpoint = Checkpoint.open(folder)
@@ -144,7 +149,7 @@ def inspect(folder: Path) -> Inspection:
 def _why_unread(raw: Mapping[str, Any], folder: Path) -> str:
     """Why its format is not read; "" where it is."""
     try:
-        readable_format(raw, folder)
+        weights_kind(raw, folder)
     except FourfoldError as error:
         return str(error)
     return ""
@@ -182,7 +187,7 @@ def _group(name: str) -> str:
 
 
 def _groups(stored: SourceIndex) -> Iterator[GroupRow]:
-    parts = {part.name: f"int{one.bits}" for one in stored.projections.values() for part in one.parts.values()}
+    parts = {part.name: _width(stored, one.bits) for one in stored.projections.values() for part in one.parts.values()}
     members: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for name, header in stored.disk.headers.items():
@@ -222,7 +227,7 @@ class _Sample:
     def of(cls, stored: SourceIndex) -> _Sample:
         looked_at = scales = negative = rounded = 0
         odd: list[str] = []
-        for projection in _first_of_each(stored):
+        for projection in _first_of_each(stored) if stored.format else ():
             assert stored.format is not None
             tensors = stored.read_parts(projection)
             scale = tensors[stored.format.scales].float()
@@ -252,24 +257,32 @@ def _first_of_each(stored: SourceIndex) -> list[StoredWeight]:
 
 
 def _quantized(stored: SourceIndex, sample: _Sample) -> Quantized | None:
-    if not stored.projections or stored.format is None:
+    if not stored.projections:
         return None
-    headers, widths = stored.disk.headers, sorted({one.bits for one in stored.projections.values()})
+    widths = sorted({one.bits for one in stored.projections.values()})
     return Quantized(
         method=str(stored.settings.get("quant_method")),
-        format=stored.format.name,
+        format=stored.format.name if stored.format else stored.kind,
         projections=len(stored.projections),
         by_group=_by_group(stored.projections),
         by_width={
-            f"int{bits}": _by_group(name for name, one in stored.projections.items() if one.bits == bits)
+            _width(stored, bits): _by_group(name for name, one in stored.projections.items() if one.bits == bits)
             for bits in widths
         },
         group_sizes=tuple(sorted({projection.group_size for projection in stored.projections.values()})),
-        scale_dtypes=tuple(sorted({headers[name + stored.format.scales].dtype for name in stored.projections})),
+        scale_dtypes=tuple(sorted({_scales(stored, one).dtype for one in stored.projections.values()})),
         looked_at=sample.looked_at,
         negative=sample.negative / max(sample.scales, 1),
         rounded=sample.rounded / max(sample.scales, 1),
     )
+
+
+def _width(stored: SourceIndex, bits: int) -> str:
+    return f"int{bits}" if stored.format or stored.kind == "AWQ" else f"fp{bits}"
+
+
+def _scales(stored: SourceIndex, one: StoredWeight) -> TensorHeader:
+    return one.parts[stored.format.scales if stored.format else "scales"]
 
 
 # --- who takes it -------------------------------------------------------------------------------------------------
@@ -308,10 +321,19 @@ def _traps_of_files(folder: Path) -> Iterator[str]:
         yield "no tokenizer: engines do not start without one"
 
 
+def _traps_of_quantizers(folder: Path, raw: Mapping[str, Any], stored: SourceIndex, draft: str) -> Iterator[str]:
+    """Known faults of other makers' files. "" for none."""
+    yield from index_faults(folder)
+    yield rounded_norms(stored)
+    yield zero_experts(stored.projections, stored)
+    if (raw.get("text_config") or raw).get("mtp_num_hidden_layers") and not draft:
+        yield NO_DRAFT
+    if not (folder / FINISHED).is_file():
+        yield quantized_draft(stored)
+
+
 def _traps(stored: Checkpoint, served: Served, draft: str) -> Iterator[str]:
     """Of how it is quantized, for engines that would load it."""
-    if stored.has_mtp and not draft and stored.format is None:
-        yield "config.json names a draft head that is not there: vLLM starts with MTP all the same and accepts 0 drafts"
     if stored.format is None or not stored.projections:
         return
     if stored.settings.get("quant_method") == stored.format.method:

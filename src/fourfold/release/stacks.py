@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model.family import PROJECTIONS
-from fourfold.model.sources import StoredWeight
+from fourfold.model.stored import StoredWeight
 from fourfold.release.conversion import Job
 
 DRAFT_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.")

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import vl_convert
+from msgspec import structs
 
 from command_line import invoke
+from fourfold.records.results import Rival
 from fourfold.release.report import plots as plots_module
 from fourfold.release.report.about import About
 from fourfold.release.report.card import card
-from fourfold.release.report.charts import RATIO
+from fourfold.release.report.charts import RATIO, charts
 from fourfold.release.report.page import page
 from fourfold.release.report.plots import plots
 from fourfold.release.report.records import Records
@@ -243,8 +245,16 @@ def test_a_map_has_whole_pixels_for_each_expert_and_marks_within_its_range(finis
 
 
 def test_a_plot_of_nothing_is_not_drawn(finished: Path) -> None:
-    names = [name for name, _, _ in plots(dataclasses.replace(Records.open(finished), metrics=None))]
+    records = Records.open(finished)
+    names = [name for name, _, _ in plots(dataclasses.replace(records, metrics=None))]
     assert names == ["errors.png", "experts.png"]
+    assert records.metrics is not None
+    peer = Rival(name="peer", format="AWQ", size_bytes=2 * 10**9, kl_mean=0.02)
+    records = dataclasses.replace(records, metrics=structs.replace(records.metrics, rivals=[peer]))
+    assert [name for name, _, _ in plots(records)] == ["drift.png", "rivals.png", "errors.png", "experts.png"]
+    ours, theirs = charts(records, None)["rivals"]["data"]["values"]
+    assert ours["release"] == "this release (compressed-tensors)"
+    assert theirs == {"release": "peer (AWQ)", "GB": 2.0, "nats": 0.02}
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

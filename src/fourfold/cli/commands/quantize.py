@@ -125,14 +125,14 @@ def evaluate(
 
     Writes OUT/metrics.json: perplexity, KL divergence, top-1 agreement, drift and routing per layer, and the acceptance
     rate of the MTP head, on held-out text. An earlier measurement on more tokens is kept unless --replace is given.
-    Works layer by layer, also on releases of GPTQModel, llm-compressor and AutoRound.
+    Works layer by layer, also on int4, FP8 and NVFP4 releases of GPTQModel, llm-compressor, AutoAWQ and AutoRound.
 
     Args:
         source: BF16 checkpoint that OUT was made from: local path or Hugging Face model ID.
         text: Measure on this text (.txt, or .jsonl or .parquet with a field `text`) instead of the built-in one.
         windows: Number of text windows to evaluate. Default: up to 64.
         length: Tokens per window.
-        against: Measure a second release in the same pass: local path or Hugging Face model ID.
+        against: Measure a second release, too, and keep it for the card's plot: local path or Hugging Face model ID.
         drafts: Measure the acceptance rate of the draft (MTP) heads: about ten more passes over all layers.
         tasks: Comma-separated lm-eval tasks, run on the server at --url.
         url: Running server of the release with an OpenAI-compatible API.

@@ -53,8 +53,8 @@ def report(
 def inspect(folder: Annotated[str, Parameter(name="DIR")], /, *, json: bool = False) -> None:
     """Show how a checkpoint is quantized and what loads it.
 
-    Names known issues, too. Reads the headers, and the values of one expert per layer, of any maker's checkpoint:
-    fourfold, GPTQModel, llm-compressor, AutoRound, or the BF16 original.
+    Names known issues, too. Reads the headers, norms, the values of one expert per layer and the first bytes of all
+    experts of any maker's checkpoint: fourfold, GPTQModel, llm-compressor, AutoAWQ, AutoRound, or the BF16 original.
 
     Args:
         folder: Any checkpoint: local path or Hugging Face model ID.

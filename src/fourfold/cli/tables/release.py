@@ -150,6 +150,8 @@ def show_comparison(console: Console, found: Comparison) -> None:
         show_table(console, table)
         if found.same_protocol is False:
             console.print("measured by different protocols: these figures cannot be compared", style="yellow")
+    for fault in found.faults:
+        warn(console, "known issue", fault)
     said, style = ("every weight is the same", "green") if found.same else ("not the same", "bold")
     console.print(said, style=style)
 

@@ -41,6 +41,8 @@ def charts(records: Records, against: Records | None) -> dict[str, Spec]:
         found["divergence"] = divergence(named)
         found["distribution"] = distribution(named)
         found["entropy"] = entropy(named)
+    if records.metrics and records.metrics.rivals:
+        found["rivals"] = rivals(records)
     return found | {"seconds": seconds(named), "memory": memory(named)}
 
 
@@ -230,6 +232,28 @@ def entropy(named: Named) -> Spec:
             _axis("entropy", "nominal", "entropy, nats", sort=order), ("release", "entropy", "nats", "n"),
         ),
     )  # fmt: skip
+
+
+def rivals(records: Records) -> Spec:
+    """Mean KLD over size, of this release and of others that were measured by the same protocol."""
+    assert records.metrics is not None
+    state = records.state
+    ours = ("this release", str(records.format), state.output.tensor_bytes, records.metrics.figures.kl_mean)
+    theirs = [(one.name, one.format, one.size_bytes, one.kl_mean) for one in records.metrics.rivals]
+    values = [
+        {"release": f"{name} ({form})", "GB": count / 1e9, "nats": nats or None}
+        for name, form, count, nats in (ours, *theirs)
+    ]
+    x = _axis("GB", "quantitative", "GB", scale={"zero": False, "nice": True, "padding": 40})
+    y = _axis("nats", "quantitative", "mean KLD, nats", scale={"type": "log", "nice": True})
+    point = {"x": x, "y": y, "tooltip": [{"field": name} for name in ("release", "GB", "nats")]}
+    name = {"x": x, "y": y, "text": {"field": "release"}}
+    return _spec(
+        "Mean KLD by size",
+        "Points: mean KLD from the BF16 model over the size of the tensors, of this release and of others.",
+        values,
+        layer=[{"mark": DOT, "encoding": point}, {"mark": {"type": "text", "dy": -12}, "encoding": name}],
+    )
 
 
 def seconds(named: Named) -> Spec:

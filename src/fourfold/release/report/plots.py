@@ -9,11 +9,11 @@ from typing import Any
 import vl_convert
 
 from fourfold.release.contents import PLOTS
-from fourfold.release.report.charts import Spec, drift, errors, heat_values, routers
+from fourfold.release.report.charts import Spec, drift, errors, heat_values, rivals, routers
 from fourfold.release.report.records import Records
 
 WIDTH, MAP_WIDTH, SCALE = 640, 256, 2  # of what is plotted, without axes and legends; device pixels of each
-DRIFT, ERRORS, EXPERTS = PLOTS
+DRIFT, ERRORS, EXPERTS, RIVALS = PLOTS
 CONFIG: Spec = {
     "background": "white",
     "padding": 10,
@@ -38,6 +38,9 @@ def plots(records: Records) -> Iterator[tuple[str, str, bytes]]:
         last = f"{layers[-1].hidden_error:.4f}"
         words = f"Hidden-state drift and router agreement by layer; drift after the last is {last}"
         yield DRIFT, words, _png({"hconcat": found, "spacing": 40})
+    if records.metrics and (others := records.metrics.rivals):
+        words = f"Mean KLD by size: this release and {', '.join(one.name for one in others)}"
+        yield RIVALS, words, _png(rivals(records) | {"width": WIDTH})
     words = "Output error of each layer's experts: median and maximum"
     yield ERRORS, words, _png(errors(records) | {"width": WIDTH})
     titles = {"tokens": "calibration tokens", "error": "relative output error"}

@@ -16,7 +16,7 @@ from fourfold.formats.format import differences
 from fourfold.model.config import CONFIG
 from fourfold.model.json_object import read_object
 from fourfold.model.shards import OutputTensor
-from fourfold.model.sources import StoredWeight
+from fourfold.model.stored import StoredWeight
 from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes
 from fourfold.records.release import Export
 from fourfold.release.conversion import Job
