@@ -62,6 +62,7 @@ def plan(
     sheet = None if machine is None else find_machine(machine)
     folder = _check(model, chosen, devices, out)
     from fourfold.distributed.devices import expand_devices
+    from fourfold.model.hub import resolve_headers
     from fourfold.quantize.microbenchmark import measure_rates
     from fourfold.quantize.plan import make_plan
     from fourfold.quantize.sweep_files import predicted_shares
@@ -70,7 +71,7 @@ def plan(
     given = memory_bytes is not None or host_bytes is not None
     if sheet and not given:
         memory_bytes, host_bytes = sheet.budget_bytes, sheet.host_budget_bytes
-    folder = folder or _download(model, progress)
+    folder = folder or resolve_headers(str(model), progress=progress is not ignore)
     _rehearse(folder, progress)
     made = make_plan(
         folder, chosen, devices=workers, memory_bytes=memory_bytes, host_bytes=host_bytes, layers=layers, out=out

@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from fourfold.datatypes import FourfoldError
 from fourfold.model import hub
-from fourfold.model.hub import resolve_model
+from fourfold.model.hub import resolve_headers, resolve_model
 from fourfold.model.tensors import TensorIndex
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,6 +65,7 @@ class FakeHub(ThreadingHTTPServer):
         self.refuse: dict[str, Answer] = {}
         self.asked: list[tuple[str, str]] = []
         self.tokens: set[str | None] = set()
+        self.ranges, self.sent = True, 0
 
     def answer(self, path: str) -> Answer:
         for end, answer in self.refuse.items():
@@ -98,6 +99,11 @@ class Handler(BaseHTTPRequestHandler):
         if "org/model" in path:  # huggingface_hub asks for other things too
             self.server.tokens.add(self.headers.get("Authorization"))
         status, headers, content = self.server.answer(path)
+        wanted = self.headers.get("Range")
+        if status == 200 and wanted and self.server.ranges:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            status, content = 206, content[int(first) : int(last) + 1]
+            self.server.sent += len(content)
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -222,6 +228,35 @@ def test_bars_only_where_they_are_wanted(server: FakeHub, capfd: pytest.CaptureF
     assert ("Fetching" in printed.err) == progress
     assert progress or not printed.err
     assert not printed.out
+
+
+def test_headers_alone_by_ranges(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TensorIndex.open(resolve_model("org/model@v1", progress=False))
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    monkeypatch.setattr(hub, "HEADER_BYTES", 30)  # of a header of some 60: a second request
+    folder = resolve_headers("org/model@v1", progress=False)
+    shard = folder / SHARD
+    assert TensorIndex.open(folder).digest == whole.digest and hub.hub_name(folder) == "org/model"
+    assert shard.stat().st_size == len(WANTED[SHARD]) and server.sent == len(WANTED[SHARD]) - 4000
+    server.asked.clear()
+    assert resolve_headers("org/model@v1", progress=False) == folder and SHARD not in server.downloaded()
+    assert resolve_model("org/model@v1", progress=False) != folder
+    assert resolve_headers("org/model@v1", progress=False) != folder  # weights are here: no headers of their own
+
+
+def test_a_server_without_ranges_is_not_asked_for_gigabytes(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.ranges = False
+    monkeypatch.setattr(hub, "HEADER_BYTES", 30)
+    with pytest.raises(FourfoldError, match="does not send a part of a file"):
+        resolve_headers("org/model", progress=False)
+
+
+def test_headers_of_a_model_that_is_not_there(server: FakeHub) -> None:
+    with pytest.raises(FourfoldError, match="org/other: no such folder, and no model at"):
+        resolve_headers("org/other", progress=False)
+    server.refuse = {SHARD: (403, {"X-Error-Code": "GatedRepo"}, b"")}
+    with pytest.raises(FourfoldError, match="a gated model"):
+        resolve_headers("org/model", progress=False)
 
 
 # Errors

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, constants, metadata_load, snapshot_download
+from huggingface_hub import DryRunFileInfo, constants, get_session, hf_hub_url, metadata_load, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's from 2.0 on
     DryRunError,
     GatedRepoError,
@@ -20,7 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 from huggingface_hub.utils.tqdm import tqdm
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -31,7 +34,10 @@ from fourfold.model.headers import INDEX_NAME
 
 CARD = "README.md"
 WANTED = [CONFIG, INDEX_NAME, "*.safetensors", CARD, *SIDECARS]
+WITHOUT_WEIGHTS = [name for name in WANTED if name != "*.safetensors"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats in subfolders, Mistral's second copy
+HEADERS = ".fourfold-headers"  # in the Hub's cache: folders whose shards have headers and no data
+HEADER_BYTES, HEADERS_AT_ONCE = 2**17, 8  # asked for at first, of a shard; shards
 SECRET = re.compile(r"hf_[\w.-]{16,}|(?<=bearer )\S+|(?<=\?)\S+", re.IGNORECASE)  # "?": signed addresses
 
 
@@ -98,6 +104,72 @@ def resolve_model(model: str, *, progress: bool = True) -> Path:
         return _download(repo, revision or None, progress)
     except HFValidationError:
         raise no_such_folder(model) from None
+
+
+def resolve_headers(model: str, *, progress: bool = True) -> Path:
+    """As `resolve_model`, for whoever reads no weight: of a model that is not in the cache, shards' headers alone.
+
+    They are fetched by range requests, some 100 kB of a shard. The folder's shards have their true sizes and holes in
+    place of data, which take no room on the disk; it lies beside the Hub's own cache, where no other tool looks.
+    """
+    if local_folder(model) is not None:
+        return resolve_model(model, progress=progress)
+    repo, _, revision = model.partition("@")
+    asked = f"{repo}@{revision}" if revision else repo
+    options: dict[str, Any] = {"revision": revision or None, "ignore_patterns": UNWANTED, "tqdm_class": _Silent}
+    try:
+        planned = snapshot_download(repo, dry_run=True, allow_patterns=WANTED, **options)
+        missing = [file for file in planned if file.filename.endswith(".safetensors") and file.will_download]
+        if not missing:
+            return resolve_model(model, progress=progress)
+        small = Path(snapshot_download(repo, allow_patterns=WITHOUT_WEIGHTS, **options))
+        read_source_config(small)
+        return _fetch_headers(repo, small, planned)
+    except HFValidationError:
+        raise no_such_folder(model) from None
+    except DryRunError:
+        return resolve_model(model, progress=progress)  # the cache may do, or it says why not
+    except (OSError, RuntimeError, HTTPError) as error:
+        raise FourfoldError(f"{asked}: {SECRET.sub('…', _explain(error, repo, revision or None))}") from None
+
+
+def _fetch_headers(repo: str, small: Path, planned: Sequence[DryRunFileInfo]) -> Path:
+    """small: the snapshot in the Hub's cache, without shards."""
+    folder = Path(constants.HF_HUB_CACHE) / HEADERS / small.parent.parent.name / "snapshots" / small.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in small.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copyfile(path, folder / path.name)
+    shards = [file for file in planned if file.filename.endswith(".safetensors")]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        for _ in pool.map(lambda file: _fetch_header(repo, file, folder / file.filename), shards):
+            pass
+    return folder
+
+
+def _fetch_header(repo: str, file: DryRunFileInfo, path: Path) -> None:
+    size = file.file_size or 0
+    if path.is_file() and path.stat().st_size == size:
+        return
+    start = _range(repo, file, 0, HEADER_BYTES)
+    wanted = 8 + int.from_bytes(start[:8], "little")  # safetensors: the header's length, then the header
+    if len(start) < wanted <= size:
+        start += _range(repo, file, len(start), wanted - len(start))
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_bytes(start[:wanted])
+    os.truncate(part, size)
+    part.replace(path)
+
+
+def _range(repo: str, file: DryRunFileInfo, start: int, count: int) -> bytes:
+    """Bytes of a file of the Hub; fewer where it ends. Raises RuntimeError for a server that would send all of it."""
+    url = hf_hub_url(repo, file.filename, revision=file.commit_hash)
+    asked = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=asked, follow_redirects=True) as answer:
+        hf_raise_for_status(answer)
+        if answer.status_code != 206 and (file.file_size or 0) > count:
+            raise RuntimeError(f"{file.filename}: the server does not send a part of a file")
+        return answer.read()[:count]
 
 
 def _download(repo: str, revision: str | None, progress: bool) -> Path:
