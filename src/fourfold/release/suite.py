@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from msgspec import structs
 
@@ -28,9 +28,6 @@ from fourfold.release.served_kl import measure_kl
 from fourfold.release.tasks import SECONDS, TaskRun, Tasks, require_lm_eval, run_task
 from fourfold.serve import client
 from fourfold.serve.client import RequestError, Session
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EXACT = "exact_match,none"
 GSM8K = "gsm8k_heldout"  # GSM8K test problems that ship with fourfold, so that a first run needs no network
@@ -121,7 +118,7 @@ class Asked:
 
     suite: Suite | None
     sides: Sequence[tuple[str, str]]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # of transformers
     context: int | None
     progress: Progress
 
