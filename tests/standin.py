@@ -51,13 +51,14 @@ Parts = tuple[bytes | float, ...]
 @dataclass
 class StandIn:
     """parts: of each answer to a chat request, bytes to send and seconds to wait; status: of it; metrics: None for a
-    404; plain: what answers all other requests than for chat, by path, body and how many are answered at once, with a
+    404; plain: what answers requests that are not streamed, by path, body and how many are answered at once, with a
     status and JSON. seen: bodies of requests.
     """
 
     parts: Callable[[int], Parts] = lambda number: GOOD
     status: int = 200
     model: str = "m"
+    context: int | None = None
     metrics: Callable[[int], str] | None = None
     plain: Callable[[str, Any, int], tuple[int, Any]] | None = None
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +68,7 @@ class StandIn:
 
     def whole(self, path: str, body: Any) -> tuple[int, bytes] | None:
         """Status and body of an answer that is not streamed."""
-        if self.plain and not path.endswith("/chat/completions"):
+        if self.plain and not body.get("stream"):
             status, value = self.plain(path, body, self.at_once)
             return status, json.dumps(value).encode()
         return None if self.status == 200 else (self.status, b'{"error": "no room [/]"}')
@@ -102,7 +103,9 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
 
         def do_GET(self) -> None:
             if self.path == "/v1/models":
-                self.answer(200, json.dumps({"data": [{"id": stand_in.model}]}).encode())
+                self.answer(
+                    200, json.dumps({"data": [{"id": stand_in.model, "max_model_len": stand_in.context}]}).encode()
+                )
             elif self.path == "/metrics" and stand_in.metrics:
                 self.answer(200, stand_in.metrics(len(stand_in.seen)).encode())
             else:

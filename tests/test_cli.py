@@ -30,7 +30,7 @@ from fourfold.distributed.devices import Machine
 from fourfold.recipe import Recipe, load_recipe
 from fourfold.records.results import Metrics, TextFacts
 from fourfold.release.evaluate import Protocol
-from fourfold.release.tasks import Tasks
+from fourfold.release.suite import Servers
 
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "numba", "llvmlite", "pyarrow",
          "psutil", "httpx2", "jinja2", "vl_convert", "triton")  # fmt: skip
@@ -585,18 +585,17 @@ def test_evaluate_passes_its_options_on(evaluated: dict[str, Any], tmp_path: Pat
         "source": tmp_path / "model",
         "against": tmp_path / "other",
         "protocol": Protocol(text=tmp_path / "words.txt", windows=8, length=512, drafts=False),
-        "tasks": Tasks(names=("gsm8k", "ifeval"), url="http://h:1"),
+        "servers": Servers(url="http://h:1", tasks=("gsm8k", "ifeval")),
         "device": "cpu",
     }
     shown = json.loads(done.stdout.splitlines()[-1])
     assert (shown["kind"], shown["data"]["measured_by"]) == ("metrics", "evaluate")
 
 
-@pytest.mark.parametrize("option", [("--tasks", "gsm8k"), ("--url", "http://h:1")])
-def test_tasks_and_url_go_together(evaluated: dict[str, Any], tmp_path: Path, option: tuple[str, str]) -> None:
-    done = invoke("evaluate", tmp_path / "out", "--source", tmp_path, *option)
+def test_tasks_need_a_url(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    done = invoke("evaluate", tmp_path / "out", "--source", tmp_path, "--tasks", "gsm8k")
     assert done.exit_code == 2 and not evaluated
-    assert "--tasks and --url go together" in done.stderr
+    assert "got no --url" in done.stderr
 
 
 def test_evaluate_of_no_release(example_model: Path, tmp_path: Path) -> None:

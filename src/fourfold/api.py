@@ -142,7 +142,7 @@ def quantize(
 def evaluate(
     out: str | Path,
     *,
-    source: str | Path,
+    source: str | Path | None = None,
     text: Path | None = None,
     windows: int | None = None,
     length: int = 2048,
@@ -150,16 +150,21 @@ def evaluate(
     drafts: bool = True,
     tasks: Sequence[str] = (),
     url: str | None = None,
+    source_url: str | None = None,
+    suite: str | None = None,
     replace: bool = False,
     devices: str = "auto",
     progress: Progress = ignore,
 ) -> Metrics:
-    """Measure a release against its source on held-out text, layer by layer. Writes OUT/metrics.json.
+    """Measure a release against its source on held-out text, layer by layer; or on servers. Writes OUT/metrics.json.
 
     Reads int4, FP8 and NVFP4 releases of GPTQModel, llm-compressor, AutoAWQ and AutoRound too.
 
     Args:
-        tasks: names of lm-eval tasks, for the server at `url`; both or neither.
+        source: of the measurement layer by layer; None for one on servers alone.
+        url, source_url: running servers of the release and of its source.
+        suite: quick or full, what the servers are asked; quick if neither this nor `tasks` is given.
+        tasks: names of lm-eval tasks, in place of the suite's, or alone.
 
     Returns:
         The content of metrics.json.
@@ -168,26 +173,35 @@ def evaluate(
         FourfoldError: the release is unfinished, partial, of another source, in an unknown format, calibrated on the
             text, or already measured on more of it; the server does not answer.
     """
-    if bool(tasks) != bool(url):
-        raise FourfoldError("--tasks and --url go together: which tasks, and the server to ask")
+    if url is None and (tasks or source_url or suite):
+        raise FourfoldError("--tasks, --suite, --source-url: got no --url, expected the server of the release")
+    if url is None and source is None:
+        raise FourfoldError("--source: got none, expected the checkpoint that OUT was made from, or a server: --url")
     from fourfold.distributed.devices import one_device
     from fourfold.model.config import check_model, read_config
     from fourfold.quantize.journal import check_checkpoint, read_state
 
     read_state(Path(out))  # before a model is downloaded
     read_config(Path(out))
-    check_model(source)
+    if source is not None:
+        check_model(source)
     if against is not None:
         check_checkpoint(against, whole=True)
     device = one_device(devices)
     from fourfold.release.evaluate import Protocol
     from fourfold.release.evaluate import evaluate as run
-    from fourfold.release.tasks import Tasks
+    from fourfold.release.suite import Servers, evaluate_servers
 
     protocol = Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace)
+    servers = None
+    if url is not None:
+        chosen = suite or (None if tasks else "quick")
+        servers = Servers(url=url, source_url=source_url, suite=chosen, tasks=tuple(tasks))
+    if source is None:
+        assert servers is not None
+        return evaluate_servers(Path(out), servers, progress)
     model, second = _download(source, progress), None if against is None else _download(against, progress)
-    benchmarks = Tasks(names=tuple(tasks), url=url) if url else None
-    return run(Path(out), model, protocol=protocol, against=second, tasks=benchmarks, device=device, progress=progress)
+    return run(Path(out), model, protocol=protocol, against=second, servers=servers, device=device, progress=progress)
 
 
 def verify(

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fourfold.datatypes import ignore
 from fourfold.distributed.devices import Machine
 from fourfold.quantize.run import quantize
 from fourfold.recipe import load_recipe
+from fourfold.release.suite import SUITES, Servers, evaluate_servers
 from fourfold.release.verify.server import verify_server
 from fourfold.serve.bench import Load
 from fourfold.serve.bench import bench as load_server
@@ -152,6 +153,7 @@ def test_one_flow(made: Made, python: Find, example_model: Path, tmp_path: Path)
         check_stream(server)
         check_load(server)
         check_tasks(server, example_model, tmp_path)
+        check_suite(server)
         check_bench(server, interpreter, tmp_path, seen)
         process = server.process
     assert process.returncode == 128 + signal.SIGTERM
@@ -229,6 +231,23 @@ def check_tasks(server: Server, source: Path, folder: Path) -> None:
     assert {name: task["samples"] for name, task in found["tasks"].items()} == {"written": 4, "chosen": 4}
     assert 0 <= found["tasks"]["chosen"]["figures"]["acc,none"] <= 1
     assert 0 <= found["tasks"]["written"]["figures"]["exact_match,none"] <= 1
+
+
+def check_suite(server: Server) -> None:
+    """The server beside itself, under two names: no divergence, no flips."""
+    small = replace(SUITES["quick"], tasks=replace(SUITES["quick"].tasks, limit=2, tokens=32), windows=2, length=64)
+    servers = Servers(url=server.url, source_url=server.url.replace("127.0.0.1", "localhost"), suite="quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "quick", small)
+        found = evaluate_servers(server.out, servers, ignore).tasks
+    assert found and not found.unmeasured
+    assert found.kl and (found.kl.k, found.kl.windows) == (20, 2)
+    assert found.kl.kl_mean < 1e-3 and found.kl.top1_agreement > 0.95
+    task = found.tasks["gsm8k_heldout"]
+    assert task.usage and task.usage.answers == 2 and 0 < task.usage.thought_tokens <= task.usage.output_tokens <= 32
+    assert task.paired and all(each.questions == 2 for each in task.paired.values())
+    needle = found.tasks["needle at 90% of the context"]
+    assert needle.prompt_tokens == pytest.approx(0.9 * CONTEXT, rel=0.2)
 
 
 def check_defaults(server: Server, interpreter: Path) -> None:

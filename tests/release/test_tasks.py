@@ -18,6 +18,7 @@ from msgspec import to_builtins
 from fourfold.datatypes import FourfoldError
 from fourfold.records.results import Benchmark
 from fourfold.release import tasks
+from fourfold.release.suite import Servers
 from fourfold.release.tasks import Tasks
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -81,20 +82,22 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
 def test_the_servers_model_is_asked_for(url: str, installed: None, tail: str) -> None:
-    assert tasks.check_tasks(Tasks(names=("gsm8k",), url=url + tail)) == "toy-model"
+    assert Servers(url=url + tail).sides() == [(url, "toy-model")]
 
 
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FourfoldError, match=r"Try: pip install 'fourfold\[tasks\] @ file://.*'"):
-        tasks.check_tasks(Tasks(names=("gsm8k",), url="http://127.0.0.1:1"))
+    with pytest.raises(
+        FourfoldError, match=r"^--tasks needs lm-eval, .* Try: pip install 'fourfold\[tasks\] @ file://.*'"
+    ):
+        Servers(url="http://127.0.0.1:1", tasks=("gsm8k",)).sides()
 
 
 def test_a_server_that_does_not_answer_is_named(installed: None) -> None:
     with pytest.raises(FourfoldError, match=r"http://127\.0\.0\.1:1: got no list of models at .*Connection refused"):
-        tasks.check_tasks(Tasks(names=("gsm8k",), url="http://127.0.0.1:1"))
+        Servers(url="http://127.0.0.1:1", tasks=("gsm8k",)).sides()
     with pytest.raises(FourfoldError, match="expected the address of a server"):
-        tasks.check_tasks(Tasks(names=("gsm8k",), url="file:///etc"))
+        Servers(url="file:///etc").sides()
 
 
 @pytest.mark.parametrize("models", [{}, {"data": []}, [], "no"])
@@ -103,16 +106,20 @@ def test_a_server_of_another_kind_is_named(
 ) -> None:
     monkeypatch.setattr(Answers, "models", models)
     with pytest.raises(FourfoldError, match="expected a running server"):
-        tasks.check_tasks(Tasks(names=("gsm8k",), url=url))
+        Servers(url=url).sides()
 
 
 def test_command_line(tmp_path: Path) -> None:
-    asked = Tasks(names=("gsm8k", "ifeval"), url="http://host:8000/v1")
-    found = tasks.command(asked, "m", tmp_path, tmp_path / "results")
-    assert found[:6] == [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
+    asked = Tasks(names=("gsm8k",))
+    found = tasks.command(asked, "gsm8k", "http://host:8000", "m", tmp_path, tmp_path / "results")
+    assert found[0] == sys.executable and found[2:5] == ["run", "--model", "fourfold-completions"]
     assert "base_url=http://host:8000/v1/completions" in found and "model=m" in found
     assert f"tokenizer={tmp_path}" in found
-    assert found[-4:] == ["--tasks", "gsm8k,ifeval", "--output_path", str(tmp_path / "results")]
+    assert found[-5:] == ["--tasks", "gsm8k", "--log_samples", "--output_path", str(tmp_path / "results")]
+    asked = Tasks(names=("gsm8k",), chat=True, tokens=4096, limit=100)
+    found = tasks.command(asked, "gsm8k", "http://host:8000", "m", tmp_path, tmp_path / "results")
+    assert "base_url=http://host:8000/v1/chat/completions" in found and "--apply_chat_template" in found
+    assert "max_gen_toks=4096" in found and found[found.index("--limit") + 1] == "100"
 
 
 def test_results_of_lm_eval_0_4_13() -> None:
@@ -128,11 +135,11 @@ def test_results_of_lm_eval_0_4_13() -> None:
         "model_source": "local-completions",
         "chat_template": None,
     }  # fmt: skip
-    assert to_builtins(tasks.read_results(found, "http://a:1")) == {
+    assert to_builtins(tasks.read_results(found, "http://a:1", chat=False)) == {
         "url": "http://a:1",
         "lm_eval": "0.4.13",
         "model": "toy-model",
-        "api": "local-completions",
+        "api": "completions",
         "chat_template": False,
         "tasks": {
             "toy": {
@@ -189,7 +196,7 @@ def test_a_benchmark_is_known_by_its_datasets_eval_yaml(
         "model_source": "local-completions",
         "chat_template": None,
     }
-    result = tasks.read_results(results, "http://a:1").tasks["t"]
+    result = tasks.read_results(results, "http://a:1", chat=False).tasks["t"]
     assert result.benchmark == (found and Benchmark("openai/gsm8k", found))
 
 
@@ -199,15 +206,17 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"q": "1 + 1", "a": "2"}\n{"q": "2 + 2", "a": "4"}\n', encoding="utf-8")
     (tmp_path / "toy.yaml").write_text(TOY.format(questions=questions), encoding="utf-8")
-    found = tasks.run_tasks(Tasks(names=(str(tmp_path / "toy.yaml"),), url=url), example_model)
+    name = str(tmp_path / "toy.yaml")
+    found = tasks.run_task(Tasks(names=(name,)), name, url, "toy-model", example_model)
     assert {asked["prompt"] for asked in Answers.asked} == {f"Question: {sum}\nAnswer: " for sum in ("1 + 1", "2 + 2")}
-    assert (found.model, found.api, found.url) == ("toy-model", "local-completions", url)
-    assert found.tasks["toy"].figures["exact_match,none"] == 0.5
-    assert found.tasks["toy"].samples == 2
+    assert (found.results.model, found.results.api, found.results.url) == ("toy-model", "completions", url)
+    assert found.results.tasks["toy"].figures["exact_match,none"] == 0.5
+    assert found.samples == {"toy": {"exact_match,none": {"0": 1.0, "1": 0.0}}}
+    assert [(one.text, one.finish) for one in found.answers] == [("2", "stop")] * 2
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")
 @pytest.mark.slow
 def test_a_task_that_it_does_not_know_ends_with_its_words(url: str, example_model: Path) -> None:
     with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task ended with exit code"):
-        tasks.run_tasks(Tasks(names=("no-such-task",), url=url), example_model)
+        tasks.run_task(Tasks(names=()), "no-such-task", url, "toy-model", example_model)

@@ -159,23 +159,75 @@ class Benchmark(Struct, frozen=True):
     task: str
 
 
+class Usage(Struct, frozen=True):
+    """Answers of a server to a task. Tokens: means; cut_offs: at the token limit; loops: end in a repeated stretch."""
+
+    answers: Count
+    output_tokens: float
+    thought_tokens: float
+    cut_offs: Count
+    loops: Count
+
+
+class Paired(Struct, frozen=True):
+    """A figure of release and source on the same questions. lost, gained: right by one alone; p_value: of McNemar's
+    exact test, None for scores between 0 and 1; difference: release less source, with its bootstrap interval.
+    """
+
+    questions: Count
+    lost: Count
+    gained: Count
+    p_value: float | None
+    difference: float
+    interval: Ends
+
+
 class TaskResult(Struct, frozen=True, omit_defaults=True):
-    """figures: by "metric,filter", as lm-eval has them; benchmark: whose whole split was measured, if any."""
+    """figures: by "metric,filter", as lm-eval has them; benchmark: whose whole split was measured, if any;
+    prompt_tokens: of the longest question; source_*, paired: the source beside it.
+    """
 
     figures: dict[str, Number | str | None]
     shots: int | None = None
     samples: int | None = None
+    prompt_tokens: Count | None = None
     version: Number | str | None = None
     benchmark: Benchmark | None = None
+    usage: Usage | None = None
+    source_figures: dict[str, Number | str | None] | None = None
+    source_usage: Usage | None = None
+    paired: dict[str, Paired] | None = None
+
+
+class ServerKl(Struct, frozen=True, kw_only=True):
+    """KL from the `k` most likely tokens that both servers give: a lower bound of the KL over the vocabulary.
+
+    covered: the source's mean probability of tokens that both name; interval: None for a single window.
+    """
+
+    kl_mean: float
+    interval: Ends | None
+    top1_agreement: float
+    covered: float
+    k: Count
+    windows: Count
+    window: Count
 
 
 class TaskResults(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What servers answered. kl: None without a source; unmeasured: parts of the suite, and why."""
+
     lm_eval: str
     model: str | None = None
     api: str | None = None
     chat_template: bool | None = None
     tasks: dict[str, TaskResult]
     url: str | None = None
+    suite: str | None = None
+    source_url: str | None = None
+    source_model: str | None = None
+    kl: ServerKl | None = None
+    unmeasured: dict[str, str] = {}
 
 
 class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):

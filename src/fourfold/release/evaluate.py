@@ -24,8 +24,8 @@ from fourfold.quantize.streams import compare
 from fourfold.recipe import FILE_KINDS, Heldout
 from fourfold.records.results import Against, Drafted, Drafts, Metrics, Rival
 from fourfold.release import drafts
+from fourfold.release.suite import Servers, evaluate_servers
 from fourfold.release.sweep import Compute, embed, sweep_
-from fourfold.release.tasks import Tasks, check_tasks, run_tasks
 
 Figures = tuple[dict[str, Any], list[StreamDrift]]  # over the text's positions, and by layer
 WINDOWS = 64  # by default, or all that a shorter text has
@@ -51,7 +51,7 @@ def evaluate(
     *,
     protocol: Protocol,
     against: Path | None = None,
-    tasks: Tasks | None = None,
+    servers: Servers | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = ignore,
@@ -73,8 +73,8 @@ def evaluate(
         _refuse_smaller(out, before, text)
     rtn = before.rtn if before and before.protocol.same_windows(text.protocol) else None
     overlaps = [refuse_overlap(release.folder, text) for release in releases]
-    if tasks is not None:
-        check_tasks(tasks)
+    if servers is not None:
+        servers.sides()
     reporter, compute = ProgressReporter(progress, original.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, reporter)
@@ -101,10 +101,8 @@ def evaluate(
     if against is None and before is not None and before.protocol == found.protocol:
         found = structs.replace(found, rivals=before.rivals)
     found.write(out / METRICS)
-    if tasks is not None:
-        with reporter.stage("tasks"):
-            found = structs.replace(found, tasks=run_tasks(tasks, out))
-        found.write(out / METRICS)
+    if servers is not None:
+        found = evaluate_servers(out, servers, progress)
     progress(Event(kind="done", layers=original.layers, data=structs.asdict(found.figures)))
     return found
 

@@ -18,6 +18,7 @@ from fourfold.serve.metrics import Scrape
 LOOK_SECONDS = 10.0  # for lists of models and metrics
 ERROR_CHARACTERS = 300  # shown of an answer that is an error
 THOUGHT = ("reasoning", "reasoning_content")  # vLLM's name, SGLang's
+BUSY, ATTEMPTS, WAIT_SECONDS, MOST_WAIT_SECONDS = (429, 503), 5, 1.0, 60.0
 OK, TIMED_OUT, CUT, UNREACHED = "ok", "timed out", "cut stream", "no connection"
 
 
@@ -52,6 +53,42 @@ class Reply:
         return (self.last - self.first) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
 
+class RequestError(Exception):
+    """A request that got no answer in full. status: of the answer, 0 without one."""
+
+    def __init__(self, problem: str, status: int = 0) -> None:
+        super().__init__(problem)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Requests to one model of a server."""
+
+    connection: httpx2.AsyncClient
+    address: str
+    model: str
+    limit_seconds: float
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the answer's JSON; wait and ask again where the server is busy. Raises RequestError."""
+        for last in (False,) * (ATTEMPTS - 1) + (True,):
+            try:
+                answer = await self.connection.post(
+                    f"{self.address}{path}", json={"model": self.model, **body}, timeout=self.limit_seconds
+                )
+                if answer.status_code == 200:
+                    return answer.json()
+            except (httpx2.HTTPError, ValueError) as error:
+                raise RequestError(f"{type(error).__name__}: {error}") from None
+            if last or answer.status_code not in BUSY:
+                break
+            wait = answer.headers.get("retry-after", "")
+            await asyncio.sleep(min(float(wait), MOST_WAIT_SECONDS) if wait.isdecimal() else WAIT_SECONDS)
+        problem = f"HTTP {answer.status_code}: {answer.text[:ERROR_CHARACTERS]}"
+        raise RequestError(problem, answer.status_code)
+
+
 def root(url: str) -> str:
     """A server's address, given with or without /v1. Raises FourfoldError for one that is no address."""
     address = url.rstrip("/").removesuffix("/v1")
@@ -68,10 +105,27 @@ def open_client(connections: int = 2) -> httpx2.AsyncClient:
 
 def model_name(address: str) -> str:
     """Return the name of the server's first model. Raises FourfoldError if no such server answers."""
+    return str(first_model(address)["id"])
+
+
+def context_length(address: str) -> int | None:
+    """Tokens of a request's context, as vLLM and SGLang say it, or llama.cpp; None where neither does."""
+    if found := first_model(address).get("max_model_len"):
+        return int(found)
+    try:
+        answer = httpx2.get(f"{address}/props", timeout=LOOK_SECONDS, trust_env=False)
+        return int(answer.json()["default_generation_settings"]["n_ctx"])
+    except (httpx2.HTTPError, ValueError, LookupError, TypeError):
+        return None
+
+
+def first_model(address: str) -> dict[str, Any]:
+    """Return what the server says of its first model. Raises FourfoldError if no such server answers."""
     try:
         answer = httpx2.get(f"{address}/v1/models", timeout=LOOK_SECONDS, trust_env=False)
         answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
+        found = answer.json()["data"][0]
+        return {**found, "id": found["id"]}
     except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         raise FourfoldError(
             f"{address}: got no list of models at /v1/models ({type(error).__name__}: {error}), expected a running "

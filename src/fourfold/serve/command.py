@@ -15,6 +15,7 @@ from fourfold.formats import DRAFTS_IN_SGLANG
 from fourfold.install import pip_install
 from fourfold.model.family import FAMILIES
 from fourfold.serve import engines
+from fourfold.serve.drafter import Drafter
 from fourfold.serve.engines import ENGINES, KV_CACHES, SGLANG, VLLM, Engine, Profile, Version
 from fourfold.serve.forecast import Cache, Forecast, Split, forecast
 from fourfold.serve.machine import Machine
@@ -35,14 +36,16 @@ Settings = dict[str, str]  # setting -> value; "" for a flag without one
 class Deployment:
     """What the user requests. None: as the checkpoint and the machine have it.
 
-    drafts: tokens per step of the MTP head; ranks: tensor-parallel size; extra: further words for the engine; plugin:
-    whether the engine's environment has ours, None: unknown; inherited: environment variables of the engine.
+    drafts: tokens per step of the MTP head, or of the external drafter; ranks: tensor-parallel size; extra: further
+    words for the engine; plugin: whether the engine's environment has ours, None: unknown; inherited: environment
+    variables of the engine.
     """
 
     engine: str
     version: Version | None = None
     profile: str = engines.DEFAULT
     drafts: int | None = None
+    drafter: Drafter | None = None
     context: int | None = None
     kv_cache: str | None = None
     ranks: int | None = None
@@ -137,11 +140,15 @@ def smallest(served: Served, machines: Iterable[Machine], wanted: Deployment) ->
 def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     """The command, with every check that needs no start. Raises FourfoldError for what no command can be made of."""
     engine = ENGINES[wanted.engine]
-    by_default = served.has_draft and not (engine.name == SGLANG and _undrafted(served))
+    if wanted.drafter:  # in place of the release's own draft head
+        served = replace(served, draft_bytes=wanted.drafter.weight_bytes, ends_bytes=0, drafts_by_name=False)
+    by_default = served.has_draft and not (engine.name == SGLANG and _undrafted(served, wanted))
     drafting = by_default if wanted.drafts is None else wanted.drafts > 0
     profile = engines.profile(wanted.profile, engine.name, drafting)
     at = wanted.version or profile.version or engine.known[-1]
     drafts = wanted.drafts if wanted.drafts is not None else engines.DRAFTS[engine.name] if drafting else 0
+    if wanted.drafter and not drafts:
+        raise FourfoldError(f"--draft: got {wanted.drafter.folder} with --mtp 0, expected tokens to draft")
     if drafts and not served.has_draft:
         raise FourfoldError(f"{served.folder}: has no MTP head, so --mtp {drafts} has nothing to draft with; --mtp 0")
     problems = list(_problems(served, machine, engine, at, drafts, wanted))
@@ -165,8 +172,10 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     return replace(command, notes=tuple(_notes(served, machine, command, wanted, profile)))
 
 
-def _undrafted(served: Served) -> tuple[str, str] | None:
+def _undrafted(served: Served, wanted: Deployment) -> tuple[str, str] | None:
     """Why SGLang makes no drafts of a release, and what does; None if it makes them."""
+    if wanted.drafter:
+        return None
     if served.quantized_head:
         return engines.NO_DRAFTS_WITH_HEAD, "a release with a BF16 output head (recipe compact-sglang)"
     if served.format is None or served.format.sglang_drafts or served.int4_drafts:
@@ -245,7 +254,9 @@ def _vllm(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settings
     settings: Settings = {}
     environment: dict[str, str] = {}
     if found.cache.drafts:
-        settings["drafts"] = _compact({"method": "mtp", "num_speculative_tokens": found.cache.drafts})
+        one = wanted.drafter
+        how = {"method": one.method, "model": str(one.folder)} if one else {"method": "mtp"}
+        settings["drafts"] = _compact({**how, "num_speculative_tokens": found.cache.drafts})
     if not found.split.gpus:  # no Triton there: graphs and the prefix caching of hybrid models need it
         settings |= {"dtype": "bfloat16", "eager": ""}
         if not found.cache.prefix_caching:
@@ -270,6 +281,8 @@ def _sglang(served: Served, found: Forecast, wanted: Deployment) -> tuple[Settin
     drafts = found.cache.drafts
     if drafts:
         settings |= {"drafts": "EAGLE", "draft_steps": str(drafts), "draft_topk": "1", "draft_tokens": str(drafts + 1)}
+    if drafts and wanted.drafter:
+        settings |= {"drafts": wanted.drafter.algorithm, "drafter": str(wanted.drafter.folder)}
     if not drafts or not found.cache.old:  # later versions choose both by themselves
         return settings, {}
     return settings | {"strategy": "extra_buffer"}, {"SGLANG_ENABLE_SPEC_V2": "1"}
@@ -307,7 +320,7 @@ def _problems(
     if family is not None and engine.name in family.refuse:
         other = VLLM if engine.name == SGLANG else SGLANG
         yield f"{engine.name} must not serve {family.title}: {family.refuse[engine.name]}. Try: --engine {other}"
-    if engine.name == SGLANG and drafts and (found := _undrafted(served)):
+    if engine.name == SGLANG and drafts and (found := _undrafted(served, wanted)):
         yield f"{found[0]}. Try: {found[1]}, --mtp 0, or vLLM"
     if served.quantized_head and engine.name == SGLANG and served.format and not served.format.sglang_drafts:
         fix = f'format {DRAFTS_IN_SGLANG}, scheme.rest.head = "bf16", or vLLM'
@@ -354,7 +367,7 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         if engine.name == VLLM and not cache.old:
             yield f"if vLLM says `{engines.FP8_CACHE[0]}`: {engines.FP8_CACHE[1]}"
     yield from _known_issues(served, machine, found, wanted)
-    if wanted.drafts is None and served.has_draft and not cache.drafts and (why := _undrafted(served)):
+    if wanted.drafts is None and served.has_draft and not cache.drafts and (why := _undrafted(served, wanted)):
         yield f"no drafts: {why[0]}. Try: {why[1]}, or vLLM"
     if not machine.gpus and cache.drafts and served.sampling.get("top_k", -1) > 0:
         yield "on a CPU vLLM stops at a request that samples with top_k under MTP: --mtp 0, or temperature 0 in each"
@@ -364,6 +377,12 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
         yield f"the thinking budget {_needs_plugin()}"
     if profile.measured and served.is_reference:
         yield f"the reference measured with this, on 4 x RTX 3060: {profile.measured}"
+    if one := wanted.drafter:
+        size = f"{one.weight_bytes / 1e9:.2f} GB of weights"
+        yield (
+            f"drafter {one.folder.name} ({one.method}): {size} are in the prediction, its KV cache ({one.layers} "
+            "layers) as one more layer of the model; not run with this drafter by fourfold"
+        )
     yield from found.forecast.doubts
     if served.sampling:
         values = ", ".join(f"{name} {value}" for name, value in served.sampling.items())

@@ -66,8 +66,9 @@ SGLANG_FLAGS = _always(
     name="--served-model-name", host="--host", port="--port", ranks="--tp-size", context="--context-length",
     share="--mem-fraction-static", kv_cache="--kv-cache-dtype", drafts="--speculative-algorithm",
     draft_steps="--speculative-num-steps", draft_topk="--speculative-eagle-topk",
-    draft_tokens="--speculative-num-draft-tokens", reasoning="--reasoning-parser", tools="--tool-call-parser",
-    quantization="--quantization", dtype="--dtype", metrics="--enable-metrics", experts="--ep-size",
+    draft_tokens="--speculative-num-draft-tokens", drafter="--speculative-draft-model-path",
+    reasoning="--reasoning-parser", tools="--tool-call-parser", quantization="--quantization", dtype="--dtype",
+    metrics="--enable-metrics", experts="--ep-size",
 )  # fmt: skip
 ENGINES = {
     VLLM: Engine(

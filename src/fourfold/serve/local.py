@@ -88,8 +88,8 @@ def place(sizes: FileSizes, room_bytes: int, context: int | None, kv_bytes: floa
 
 
 def llama_server(  # noqa: PLR0913  what the command line has
-    folder: Path, record: Export, machine: Machine, *, mtp: int | None, context: int | None,
-    kv_cache: str | None, host: str, port: int | None, extra: Sequence[str],
+    folder: Path, record: Export, machine: Machine, *, mtp: int | None, draft: str | None = None,
+    context: int | None, kv_cache: str | None, host: str, port: int | None, extra: Sequence[str],
 ) -> LocalCommand:  # fmt: skip
     """record: conversion.json."""
     files = gguf_files(folder, record)
@@ -97,6 +97,8 @@ def llama_server(  # noqa: PLR0913  what the command line has
     words = [*_llama_words(files[0]), "--host", host, "--port", str(port or 8080)]
     gpus = sum(gpu.free_bytes for gpu in machine.gpus)
     room = int(gpus * SHARE) - SPARE_BYTES * len(machine.gpus) if gpus else machine.host_bytes - 2 * SPARE_BYTES
+    if draft is not None:
+        room -= drafter_bytes(Path(draft))
     where = "GPU memory" if gpus else "memory"
     needed = f"{sizes.weight_bytes - sum(sizes.expert_bytes.values()):,} bytes beside the experts"
     try:
@@ -112,7 +114,10 @@ def llama_server(  # noqa: PLR0913  what the command line has
         words += ["--n-gpu-layers", "999", *(["--n-cpu-moe", str(on_host)] if on_host else [])]
     if kv == "fp8":
         words += ["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
-    words += _draft_words(record, mtp)
+    if draft is None:
+        words += _draft_words(record, mtp)
+    else:
+        words += ["--model-draft", draft, *(["--spec-draft-n-max", str(mtp)] if mtp else [])]
     cache = int(tokens * sizes.kv_values * KV_BYTES[kv])
     note = f"predicted: {sizes.weight_bytes:,} bytes of weights, {cache:,} of KV cache; {room:,} of {where} to use"
     return LocalCommand(words=(*words, *extra), notes=(note,))
@@ -144,6 +149,13 @@ def gguf_files(folder: Path, record: Export) -> list[Path]:
 def has_vision(folder: Path) -> bool:
     """Whether a folder for MLX has a vision tower."""
     return "vision_config" in read_object(folder / CONFIG)
+
+
+def drafter_bytes(file: Path) -> int:
+    """Raises FourfoldError for anything but a GGUF file."""
+    if file.suffix != ".gguf" or not file.is_file():
+        raise FourfoldError(f"--draft: got {file}, expected a GGUF file of a drafter for llama.cpp")
+    return file.stat().st_size
 
 
 def _llama_words(file: Path) -> list[str]:

@@ -109,7 +109,7 @@ def evaluate(
     out: options.Release,
     /,
     *,
-    source: options.ModelId,
+    source: options.ModelId | None = None,
     text: options.ExistingFile | None = None,
     windows: Annotated[int | None, options.number(int, 1)] = None,
     length: Annotated[int, options.number(int, 2, metavar="TOKENS")] = 2048,
@@ -117,6 +117,8 @@ def evaluate(
     drafts: Annotated[bool, Parameter(negative="--no-drafts")] = True,
     tasks: Annotated[str | None, Parameter(metavar="NAMES")] = None,
     url: Annotated[str | None, Parameter(metavar="URL")] = None,
+    source_url: Annotated[str | None, Parameter(metavar="URL")] = None,
+    suite: Annotated[str | None, options.choice("SUITE", "quick", "full")] = None,
     replace: bool = False,
     devices: Annotated[str, Parameter(metavar="DEVICE")] = "auto",
     output: options.EventOutput = options.EventOutput(),
@@ -125,7 +127,9 @@ def evaluate(
 
     Writes OUT/metrics.json: perplexity, KL divergence, top-1 agreement, drift and routing per layer, and the acceptance
     rate of the MTP head, on held-out text. An earlier measurement on more tokens is kept unless --replace is given.
-    Works layer by layer, also on int4, FP8 and NVFP4 releases of GPTQModel, llm-compressor, AutoAWQ and AutoRound.
+    Works layer by layer, also on int4, FP8 and NVFP4 releases of GPTQModel, llm-compressor, AutoAWQ and AutoRound. With
+    --url it measures running servers too, or alone without --source: benchmarks, tool calls, long prompts, and KL
+    divergence between both.
 
     Args:
         source: BF16 checkpoint that OUT was made from: local path or Hugging Face model ID.
@@ -134,21 +138,25 @@ def evaluate(
         length: Tokens per window.
         against: Measure a second release, too, and keep it for the card's plot: local path or Hugging Face model ID.
         drafts: Measure the acceptance rate of the draft (MTP) heads: about ten more passes over all layers.
-        tasks: Comma-separated lm-eval tasks, run on the server at --url.
+        tasks: Comma-separated lm-eval tasks, run on the servers: alone, or with --suite in place of its own.
         url: Running server of the release with an OpenAI-compatible API.
+        source_url: Running server of the source: its scores beside the release's, flipped answers, KL divergence.
+        suite: Questions to the servers: quick or full. Default: quick, if --tasks is not given.
         replace: Overwrite an earlier measurement even if it covers more tokens.
         devices: One device: auto (the first GPU, or else the CPU), cpu or cuda:N.
 
     Examples:
         fourfold evaluate ./release --source Qwen/Qwen3.6-35B-A3B
         fourfold evaluate ./release --source ./model --text wikitext-2-raw-test.parquet --against ./other
-        fourfold evaluate ./release --source ./model --tasks gsm8k --url http://localhost:8000
+        fourfold evaluate ./release --url http://localhost:8000 --source-url http://localhost:8001 --suite quick
+        fourfold evaluate ./release --url http://localhost:8000 --tasks gsm8k
     """
 
     def measure(progress: Progress) -> Metrics:
         return api.evaluate(
             out, source=source, text=text, windows=windows, length=length, against=against, drafts=drafts,
-            tasks=tasks.split(",") if tasks else (), url=url, replace=replace, devices=devices, progress=progress,
+            tasks=tasks.split(",") if tasks else (), url=url, source_url=source_url, suite=suite, replace=replace,
+            devices=devices, progress=progress,
         )  # fmt: skip
 
     output.present(measure, show_evaluation, kind="metrics")

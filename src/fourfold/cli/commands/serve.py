@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from fourfold.records.release import Export
     from fourfold.records.results import Bench
     from fourfold.serve.command import Deployment
+    from fourfold.serve.drafter import Drafter
 
-NOT_DEPLOYED = ("engine", "mtp", "tp", "python", "log")  # other fields of ServerOptions are Deployment's
+NOT_DEPLOYED = ("engine", "mtp", "draft", "tp", "python", "log")  # other fields of ServerOptions are Deployment's
 SIGNALLED = 128  # and the signal: as shells count
 LOCAL_OPTIONS = {  # of the servers that run what `convert` wrote
-    "llama.cpp": ("engine", "mtp", "context", "kv_cache", "host", "port"),
+    "llama.cpp": ("engine", "mtp", "draft", "context", "kv_cache", "host", "port"),
     "mlx": ("engine", "host", "port"),
 }
 
@@ -64,6 +65,9 @@ class ServerOptions:
     """Engine to start. Default: the installed one, vLLM first."""
     mtp: Annotated[int | None, options.number(int, 0, 8)] = None
     """Tokens that the MTP head drafts at a time, 0 for none. Default: 2 in vLLM, 3 in SGLang, where it works."""
+    draft: Annotated[str | None, Parameter(metavar="REPO")] = None
+    """External drafter (EAGLE-3, DFlash, a small model) in place of the MTP head: local path or Hugging Face model ID;
+    for llama.cpp a GGUF file. --mtp sets its tokens at a time."""
     context: Annotated[int | None, options.number(int, 1, metavar="TOKENS")] = None
     """Longest context. Default: what fits, by estimate."""
     kv_cache: Annotated[str | None, options.choice("DTYPE", "fp8", "auto")] = None
@@ -131,8 +135,22 @@ def serve(
         starts = not (print_only or docker)
         engine = server.engine or choose_engine(server.python, starts=starts, container=docker)
         given = {name: value for name, value in vars(server).items() if name not in NOT_DEPLOYED}
-        deployment = Deployment(engine=engine, drafts=server.mtp, ranks=server.tp, extra=words, **given)
+        drafter = _open_drafter(server.draft, docker=docker)
+        deployment = Deployment(
+            engine=engine, drafts=server.mtp, drafter=drafter, ranks=server.tp, extra=words, **given
+        )  # fmt: skip
         return _serve_release(out, deployment, server, timeout * 60, starts=starts, docker=docker)
+
+
+def _open_drafter(draft: str | None, *, docker: bool) -> Drafter | None:
+    if draft is None:
+        return None
+    if docker:
+        raise FourfoldError(f"--draft: got {draft} with --docker, expected a server without a container")
+    from fourfold.model.hub import resolve_model
+    from fourfold.serve.drafter import open_drafter
+
+    return open_drafter(resolve_model(draft))
 
 
 def _serve_release(
@@ -179,8 +197,8 @@ def _serve_local(
         command = local.mlx_server(folder, host=server.host, port=server.port, extra=words)
     else:
         command = local.llama_server(
-            folder, record, machine.look(), mtp=server.mtp, context=server.context, kv_cache=server.kv_cache,
-            host=server.host, port=server.port, extra=words,
+            folder, record, machine.look(), mtp=server.mtp, draft=server.draft, context=server.context,
+            kv_cache=server.kv_cache, host=server.host, port=server.port, extra=words,
         )  # fmt: skip
     console = open_console(stderr=True)
     for note in (*command.problems, *command.notes):

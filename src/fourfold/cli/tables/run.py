@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,20 +160,20 @@ def show_evaluation(console: Console, found: Metrics) -> None:
             table.add_row(f"draft acceptance rate, {rule}", *rates)
             table.add_row("  tokens per step", *(f"{one.mean_length:.2f}" if one else "" for one in rules))
     show_table(console, table)
-    from fourfold.release.report.quality import draft_head  # here: --help must not wait for it
+    from fourfold.release.report.quality import draft_head, server_lines, task_grid  # here: --help must not wait
 
     if paired := draft_head(found):
         say(console, paired)
     protocol = found.protocol
     windows = f"{protocol.windows} windows of {protocol.window} tokens"
     say(console, f"{plain(protocol.text)}: {windows}, no BOS; ± half of the 95 % interval over windows", "dim")
-    show_facts(console, _tasks(found))
-
-
-def _tasks(found: Metrics) -> Iterator[tuple[str, str]]:
-    for task, row in (found.tasks.tasks if found.tasks else {}).items():
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in row.figures.items() if isinstance(value, float))
-        yield task, f"{figures} ({row.samples} samples)"
+    if cells := task_grid(found.tasks):
+        tasks = grid(*cells.header, right=2)
+        for row in cells.rows:
+            tasks.add_row(*map(plain, row))
+        show_table(console, tasks)
+    for line in server_lines(found.tasks):
+        say(console, paragraphs(line))
 
 
 STATUS_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow"}

@@ -15,7 +15,15 @@ from fourfold.release.report.card import parameters_text
 from fourfold.release.report.charts import MAPS, RATIO, charts, columns, heat_map, other_name
 from fourfold.release.report.escape import clean, script_json
 from fourfold.release.report.layers import cold_text, drift_grid, worst_grid
-from fourfold.release.report.quality import draft_grid, draft_head, figure_grid, protocol_text, task_grid, verdict
+from fourfold.release.report.quality import (
+    draft_grid,
+    draft_head,
+    figure_grid,
+    protocol_text,
+    server_lines,
+    task_grid,
+    verdict,
+)
 from fourfold.release.report.records import Records
 from fourfold.units import clock_text, size
 
@@ -48,6 +56,7 @@ def page(records: Records, about: About, against: Records | None = None) -> str:
         drafts=metrics and draft_grid(metrics),
         draft_head=metrics and draft_head(metrics),
         tasks=metrics and task_grid(metrics.tasks),
+        servers=[*server_lines(metrics.tasks)] if metrics else [],
         checks=records.verdict.checks if records.verdict else (),
         stale=records.stale,
         missing=[*records.missing],

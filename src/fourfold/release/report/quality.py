@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from fourfold.records.release import State
-from fourfold.records.results import Measured, Metrics, RoundToNearest, TaskResults, TextFacts
+from fourfold.records.results import Measured, Metrics, Paired, RoundToNearest, TaskResult, TaskResults, TextFacts
 from fourfold.release.report.escape import table
 from fourfold.units import FIGURES, figure_text
 
 UNMEASURED = "not measured"
+USAGE = {  # column: field of Usage, form; release / source
+    "tokens": ("output_tokens", "{:,.0f}"), "of thought": ("thought_tokens", "{:,.0f}"),
+    "cut off": ("cut_offs", "{:,}"), "loops": ("loops", "{:,}"),
+}  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -80,6 +84,7 @@ def quality(metrics: Metrics | None, state: State) -> dict[str, Any]:
         "drafts": drafts and table(*drafts),
         "draft_head": draft_head(metrics),
         "tasks": tasks and table(*tasks),
+        "servers": [*server_lines(metrics.tasks)],
     }
 
 
@@ -149,12 +154,49 @@ def draft_head(metrics: Metrics) -> str:
 
 
 def task_grid(results: TaskResults | None) -> Grid | None:
-    """Return lm-eval's figures; None if there are none."""
-    rows: list[tuple[object, ...]] = []
+    """Return scores of servers, the source's beside the release's; None if there are none."""
+    rows: list[list[object]] = []
     for task, found in results.tasks.items() if results else ():
         for metric, value in found.figures.items():
             if isinstance(value, float) and "stderr" not in metric:
-                error = found.figures.get(metric.replace(",", "_stderr,", 1))
-                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                rows.append((task, metric, f"{value:.4f}{spread}", found.shots, found.samples))
-    return Grid(("task", "metric", "value", "shots", "samples"), rows) if rows else None
+                beside = found.source_figures and _score(found.source_figures, metric)
+                row = [task, metric, _score(found.figures, metric), beside, *_flips((found.paired or {}).get(metric))]
+                row += [_of_both(found, name, form) for name, form in USAGE.values()]
+                rows.append([*row, found.shots, found.samples])
+    header = ("task", "metric", "this release", "BF16", "lost / gained", "p", "difference", *USAGE, "shots", "samples")
+    shown = [number for number in range(len(header)) if any(row[number] not in (None, "") for row in rows)]
+    cells = [tuple("" if row[number] is None else row[number] for number in shown) for row in rows]
+    return Grid(tuple(header[number] for number in shown), cells) if rows else None
+
+
+def _score(figures: Mapping[str, object], metric: str) -> str:
+    value, error = figures.get(metric), figures.get(metric.replace(",", "_stderr,", 1))
+    spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+    return f"{value:.4f}{spread}" if isinstance(value, float) else ""
+
+
+def _flips(paired: Paired | None) -> tuple[str, str, str]:
+    """Answers that changed, the p-value of McNemar's test, the difference with its interval."""
+    if paired is None:
+        return "", "", ""
+    p_value = "" if paired.p_value is None else f"{paired.p_value:.3f}"
+    ends = " to ".join(f"{end:+.4f}" for end in paired.interval)
+    return f"{paired.lost} / {paired.gained}", p_value, f"{paired.difference:+.4f} ({ends})"
+
+
+def _of_both(found: TaskResult, name: str, form: str) -> str:
+    sides = [form.format(getattr(usage, name)) for usage in (found.usage, found.source_usage) if usage]
+    return " / ".join(sides)
+
+
+def server_lines(results: TaskResults | None) -> Iterator[str]:
+    """Yield what servers told beside scores: KL divergence, and parts of the suite that were not measured."""
+    if results and (kl := results.kl):
+        ends = f" (95%: {kl.interval[0]:.5f} to {kl.interval[1]:.5f})" if kl.interval else ""
+        yield (
+            f"KLD between the servers: at least {kl.kl_mean:.5f} nats{ends}, top-1 agreement {kl.top1_agreement:.2%}; "
+            f"{_windows(kl.windows)} of {kl.window:,} tokens. Lower bound from the {kl.k} most likely tokens of each, "
+            f"which hold {kl.covered:.1%} of the source's probability."
+        )
+    for part, why in results.unmeasured.items() if results else ():
+        yield f"Not measured: {part} ({why})."

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx2
 
 from fourfold.datatypes import Event, FourfoldError, Progress
 from fourfold.quantize.journal import REFERENCE
@@ -32,6 +30,7 @@ from fourfold.release.verify.load import (
 )
 from fourfold.release.verify.vllm import KERNEL_ERROR, UNDER_LOAD, differences
 from fourfold.serve import client
+from fourfold.serve.client import RequestError, Session
 from fourfold.serve.engines import KERNEL_ISSUES
 
 TOKENS = 256  # of each text
@@ -40,32 +39,12 @@ CANDIDATES = 2
 ANSWERS = "answers"
 
 
-class RequestError(Exception):
-    """A request that got no answer in full."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Server:
-    """model: its name; tokens: of each text; engine: by its metrics, "" where it has none."""
+class Server(Session):
+    """engine: by its metrics, "" where it has none; tokens: of each text."""
 
-    connection: httpx2.AsyncClient
-    address: str
-    model: str
     engine: str
     tokens: int
-    limit_seconds: float
-
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the answer's JSON. Raises RequestError."""
-        try:
-            answer = await self.connection.post(
-                f"{self.address}{path}", json={"model": self.model, **body}, timeout=self.limit_seconds
-            )
-            if answer.status_code != 200:
-                raise RequestError(f"HTTP {answer.status_code}: {answer.text[: client.ERROR_CHARACTERS]}")
-            return answer.json()
-        except (httpx2.HTTPError, ValueError) as error:
-            raise RequestError(f"{type(error).__name__}: {error}") from None
 
     async def generate(self, prompt: list[int] | str) -> Text:
         """Raises RequestError."""
