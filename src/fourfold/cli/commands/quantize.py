@@ -38,8 +38,8 @@ def plan(
     """Show what quantize would do: tensors, memory, disk, time.
 
     Reads config.json, the tokenizer files, the safetensors headers and the calibration text, but does not tokenize it.
-    Of a model on the Hub it fetches headers alone, into the Hub cache. Writes nothing else. The time is predicted from a
-    microbenchmark of this machine, which takes some seconds. Warns about settings that an inference engine would reject.
+    Of a model on the Hub it fetches headers alone, into the Hub cache. Writes nothing else. The time is predicted from
+    a microbenchmark of this machine, which takes some seconds. Warns about settings that an engine would reject.
 
     Args:
         out: Output folder: also show its free disk space and, if a guided run has started there, its predicted effect.
