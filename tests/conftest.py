@@ -57,6 +57,12 @@ def example_model() -> Path:
     return ROOT / "examples" / "tiny-qwen3.6-moe"
 
 
+@pytest.fixture(scope="session")
+def vision_model() -> Path:
+    """The small trained vision model of the benchmarks."""
+    return ROOT / "benchmarks" / "vision" / "model"
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """compare(name, text): the text must be that of tests/golden/<name>. `pytest --update-golden` writes it anew."""

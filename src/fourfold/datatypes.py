@@ -15,11 +15,11 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from reprlib import Repr
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -149,11 +149,12 @@ class TensorHeader:
 
 class Beside(NamedTuple):
     """What rows are given to a layer with beside their states: their ids, None where no layer takes them, and what the
-    layer before handed on.
+    layer before handed on; calls: of a row with images its own model/calls.Calls, None of text.
     """
 
     token_RT: Tensor | None
     carried: tuple[Tensor | None, ...]
+    calls: Any = None
 
 
 ALONE = Beside(None, ())
@@ -164,17 +165,30 @@ class Rows:
     """Full rows of tokens on their way through the layers; only the hidden states change from layer to layer.
 
     token_RT: int64 ids; hidden_RTD: as the model has them, [R, T, ...] where its stream is wider, on the host; carried:
-    what each layer hands on beside, [R, ...] each, None where a layer had nothing.
+    what each layer hands on beside, [R, ...] each, None where a layer had nothing; calls: by row with images, see
+    Beside.
     """
 
     token_RT: Tensor
     hidden_RTD: Tensor
     carried: list[Tensor | None] = field(default_factory=list)
+    calls: Mapping[int, Any] = field(default_factory=dict)
 
     def beside(self, place: slice, device: torch.device) -> Beside:
-        """What some rows are given to a layer with."""
+        """What some rows are given to a layer with: one of `batches`."""
         carried = tuple(None if value is None else value[place].to(device) for value in self.carried)
-        return Beside(self.token_RT[place].to(device), carried)
+        return Beside(self.token_RT[place].to(device), carried, self.calls.get(place.start))
+
+    def batches(self, size: int) -> list[slice]:
+        """Places of rows that go through a layer at one time: at most `size`, a row with images by itself."""
+        places: list[slice] = []
+        for row in range(len(self.token_RT)):
+            last = places[-1] if places else None
+            if last and last.stop - last.start < size and row not in self.calls and last.start not in self.calls:
+                places[-1] = slice(last.start, row + 1)
+            else:
+                places.append(slice(row, row + 1))
+        return places
 
     def carry_(self, place: slice, handed: Sequence[Tensor | None]) -> None:
         """Keep what some rows are handed on with, for the next layer."""

@@ -10,6 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,9 +32,11 @@ class Source:
     """One source of calibration text. Exactly one of `builtin`, `path` and `dataset` is set.
 
     rows: Samples taken from it, of `calibration.length` tokens each.
-    kind: `"text"` reads `fields` as plain text; `"chat"` renders messages with the model's own chat template.
+    kind: `"text"` reads `fields` as plain text; `"chat"` renders messages with the model's own chat template;
+        `"image"` reads an image, or a list of them, and what is said about it (docs/how-to/images.md).
     fields: Fields of a record that are read: for text any number, joined by a blank line; for chat the one that holds
-        the messages.
+        the messages; for images the one with the images, then the one with the messages or a caption.
+    pixels: Largest image of a sample, in pixels; larger ones are scaled down. Of kind `"image"` alone.
     builtin: Name of a text that ships with fourfold; it decides `kind`, `fields` and `licence`.
     path: A .jsonl, .txt or .parquet file, relative to the recipe file.
     dataset: A data set of the Hub; `id@revision` pins its revision.
@@ -43,8 +46,9 @@ class Source:
     """
 
     rows: Annotated[int, Meta(ge=1, le=2**24)]
-    kind: Literal["text", "chat"] = "text"
+    kind: Literal["text", "chat", "image"] = "text"
     fields: tuple[str, ...] = ("text",)
+    pixels: Annotated[int, Meta(ge=2**10, le=2**24)] = 2**18
     builtin: str = ""
     path: str = ""
     dataset: str = ""
@@ -61,12 +65,15 @@ class Calibration:
     seed: Seed of the shuffle of documents and of the draw of samples.
     allow_test_sets: Accept text of known test sets and of the held-out text, which makes figures measured on them
         meaningless.
+    image_share: Share of the calibration weight that image tokens have, whatever their number; 0 weighs each token
+        alike. Only with a source of kind `"image"`.
     sources: Sources of the text, one table each.
     """
 
     length: Annotated[int, Meta(ge=2, le=2**20)] = 1024
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
     allow_test_sets: bool = False
+    image_share: Annotated[float, Meta(ge=0, le=0.99)] = 0.0
     sources: tuple[Source, ...] = ()
 
 
@@ -78,6 +85,9 @@ class Heldout:
     path: A .jsonl, .txt or .parquet file instead.
     windows: Windows that are measured, from the start of the text.
     length: Tokens of each window.
+    images: A .jsonl or .parquet file of images and conversations that are measured beside the text; left out, samples
+        of the recipe's first source of images that are not calibrated on.
+    image_windows: Windows of images that are measured.
     yardstick: Also measure the model with its experts rounded to nearest (RTN), on every second window.
     """
 
@@ -85,6 +95,8 @@ class Heldout:
     path: str = ""
     windows: Annotated[int, Meta(ge=1, le=2**24)] = 16
     length: Annotated[int, Meta(ge=2, le=2**20)] = 2048
+    images: str = ""
+    image_windows: Annotated[int, Meta(ge=1, le=2**20)] = 4
     yardstick: bool = True
 
 
@@ -238,11 +250,25 @@ class Recipe:
         """What the digest is of, in JSON types, by dotted keys as overrides have them."""
         return dict(_flat(self._content()))
 
+    @property
+    def image_sources(self) -> tuple[Source, ...]:
+        return tuple(source for source in self.calibration.sources if source.kind == "image")
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether images are calibrated on, or measured."""
+        return bool(self.image_sources or self.heldout.images)
+
     def _content(self) -> dict[str, Any]:
         left_out = ("name", "description") if self.guidance.tokens else ("name", "description", "guidance")
         content = {key: value for key, value in asdict(self).items() if key not in left_out}
         if "guidance" in content and not self.guidance.routing:
             del content["guidance"]["routing"]
+        for source in content["calibration"]["sources"]:
+            if source["kind"] != "image":
+                del source["pixels"]
+        if not self.reads_images:
+            del content["calibration"]["image_share"], content["heldout"]["images"], content["heldout"]["image_windows"]
         del content["scheme"]["tensor_parallel"]  # it decides the group size alone
         if self.scheme.rest == Rest():
             del content["scheme"]["rest"]
@@ -263,6 +289,8 @@ CHOICES, RANGES = choices(Recipe), ranges(Recipe)
 ORIGINS = ("builtin", "path", "dataset")
 OF_AN_ORIGIN = ("config", "split", "licence")  # dropped when an override names another text
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
+IMAGE_FILE_KINDS = (".jsonl", ".parquet")
+DEFAULT_FIELDS = {"chat": ("messages",), "image": ("image", "messages")}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -346,6 +374,8 @@ def dump_recipe(recipe: Recipe) -> str:
     preset `best` has none either.
     """
     table = asdict(recipe)
+    if not recipe.reads_images:
+        del table["calibration"]["image_share"], table["heldout"]["images"], table["heldout"]["image_windows"]
     if recipe.guidance == Guidance():
         del table["guidance"]
     if recipe.scheme.rest == Rest():
@@ -354,6 +384,7 @@ def dump_recipe(recipe: Recipe) -> str:
     text = tomli_w.dumps(table | {"heldout": _given(table["heldout"])})
     for source in sources:
         facts = ("kind", "fields", "split") if source["builtin"] else () if source["dataset"] else ("split",)
+        facts = facts if source["kind"] == "image" else (*facts, "pixels")
         kept = {key: value for key, value in _given(source).items() if key not in facts}
         text += "\n[[calibration.sources]]\n" + tomli_w.dumps(kept)
     return text
@@ -402,10 +433,10 @@ def _raw_sources(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
     tables: list[Any] = [*_raw_sources(table), table.get("heldout")]
-    for raw in tables:
-        path = raw.get("path") if isinstance(raw, dict) else None
+    for raw, key in product(tables, ("path", "images")):
+        path = raw.get(key) if isinstance(raw, dict) else None
         if isinstance(path, str) and path:
-            raw["path"] = str(folder / Path(path).expanduser())
+            raw[key] = str(folder / Path(path).expanduser())
 
 
 def _complete(table: dict[str, Any]) -> None:
@@ -418,8 +449,8 @@ def _complete(table: dict[str, Any]) -> None:
         if text:
             for fact in ("kind", "fields", "licence"):
                 source.setdefault(fact, getattr(text, fact))
-        elif source.get("kind") == "chat":
-            source.setdefault("fields", ("messages",))
+        elif source.get("kind") in DEFAULT_FIELDS:
+            source.setdefault("fields", DEFAULT_FIELDS[source["kind"]])
 
 
 def _refuse_never_quantized(table: dict[str, Any], schema: Schema) -> None:
@@ -454,6 +485,11 @@ def _check_together(recipe: Recipe, schema: Schema) -> None:
         )
     if heldout.path and Path(heldout.path).suffix not in FILE_KINDS:
         raise schema.mismatch("heldout.path", heldout.path, f"a file of kind {', '.join(FILE_KINDS)}")
+    if heldout.images and Path(heldout.images).suffix not in IMAGE_FILE_KINDS:
+        raise schema.mismatch("heldout.images", heldout.images, f"a file of kind {', '.join(IMAGE_FILE_KINDS)}")
+    if recipe.calibration.image_share and not recipe.image_sources:
+        wanted = "0 without a calibration source of kind 'image'"
+        raise schema.mismatch("calibration.image_share", recipe.calibration.image_share, wanted)
     stored_as = formats.named(recipe.format).scale_dtype
     if recipe.scheme.scale_dtype == "fp16" and stored_as != "F16":
         others = " and ".join(one.name for one in formats.FORMATS if one.scale_dtype == "F16")
@@ -475,14 +511,16 @@ def _problem_of(source: Source, earlier: Sequence[Source]) -> str:
         return f"fields: got {list(source.fields)}, expected at least one name"
     if source.kind == "chat" and len(source.fields) != 1:
         return f"fields: got {list(source.fields)}, expected the one field with the messages, as kind is 'chat'"
+    if source.kind == "image" and len(source.fields) != 2:
+        return f"fields: got {list(source.fields)}, expected two: the images, and the messages or a caption"
     if source.builtin:
         return _problem_of_builtin(source)
     if source.dataset:
         return "" if source.split else "split: got '', expected the name of a split, as in 'train'"
     if Path(source.path).suffix not in FILE_KINDS:
         return f"path: got {source.path!r}, expected a file of kind {', '.join(FILE_KINDS)}"
-    if source.path.endswith(".txt") and source.kind == "chat":
-        return f"path: got {source.path!r}, expected a .jsonl or .parquet file, as kind is 'chat'"
+    if source.path.endswith(".txt") and source.kind != "text":
+        return f"path: got {source.path!r}, expected a .jsonl or .parquet file, as kind is {source.kind!r}"
     return f"config: got {source.config!r} beside a path, expected it with a dataset only" if source.config else ""
 
 

@@ -13,6 +13,7 @@ from fourfold.core.kernels import bf16
 
 PANEL = 256  # columns of a Hessian that one GEMM goes through
 VOCABULARY_CHUNK = 8192  # columns of the output head whose logits exist at one time
+IMAGE_EXPERT = 4  # times its share of text tokens, or more, an expert has of image tokens
 LIKELIEST = 5  # of top-5 agreement
 KL_EDGES = (0.0, *(10 ** (step / 4) for step in range(-28, 5)))  # nats; four bins a decade, the last one open
 ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats; a bucket from each to the next, the last one open
@@ -65,6 +66,15 @@ def router_agreement(first_TA: Tensor, second_TA: Tensor) -> float:
 def shared(first_TA: Tensor, second_TA: Tensor) -> Tensor:
     """Which of a row's entries are anywhere in the other's row: bool [T, A]."""
     return (first_TA[:, :, None] == second_TA[:, None, :]).any(dim=2)
+
+
+def routing_by_kind(index_TA: Tensor, image_T: Tensor, experts: int) -> tuple[float, int]:
+    """How alike image and other tokens are routed: the overlap of the two histograms over experts (1: alike, 0: no
+    expert in common), and how many experts have a share of image tokens over IMAGE_EXPERT times that of the others.
+    """
+    kinds = [torch.bincount(index_TA[kind_T].flatten(), minlength=experts).double() for kind_T in (image_T, ~image_T)]
+    image_E, text_E = (count_E / count_E.sum() for count_E in kinds)
+    return torch.minimum(image_E, text_E).sum().item(), int((image_E > IMAGE_EXPERT * text_E).sum())
 
 
 Finish = Callable[[Tensor, slice], Tensor]  # logits [T, C] of some columns to those that a model gives

@@ -1,14 +1,14 @@
 """How a model calls its decoder layers, recorded from its own forward, and what an output head makes of the last state.
 
 Every layer is replaced by a stub that keeps its arguments. Masks, positions, rotary embeddings and whatever else a
-family hands to its layers come from the model itself, for text of full rows.
+family hands to its layers come from the model itself, for full rows of text, or of text and images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Calls:
 
     state: the start of the stream, [R, T, D] or wider; layers: each one's call; answers: how many values a layer
     returns; carry: arguments that a layer takes from the layer before, by the place among that one's values; ids:
-    arguments that are the token ids.
+    arguments that are the token ids; added: what the model adds to the state before a layer, of images, by layer.
     """
 
     token_RT: Tensor
@@ -67,28 +67,43 @@ class Calls:
     answers: int
     carry: Mapping[Argument, int]
     ids: frozenset[Argument]
+    added: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def on_host(self) -> Calls:
+        """The calls without the state, their tensors on the host; what layers share stays shared."""
+        known: dict[int, Tensor] = {}
+
+        def to_host(value: Tensor) -> Tensor:
+            return known.setdefault(id(value), value.cpu())
+
+        layers = tuple(Call(*_mapped((call.args, call.kwargs), to_host)) for call in self.layers)
+        blank = self.state.new_zeros((), device="cpu").expand(self.state.shape)
+        token_RT = self.token_RT.cpu()
+        return replace(self, token_RT=token_RT, state=blank, layers=layers, added=_mapped(self.added, to_host))
 
 
 Carried = Sequence[Any]
 
 
-def record(blueprint: Blueprint, token_RT: Tensor) -> Calls:
-    """The calls of a batch. token_RT: int64, full rows, on the device of what was loaded around the layers.
+def record(blueprint: Blueprint, token_RT: Tensor, images: Mapping[str, Tensor] | None = None) -> Calls:
+    """The calls of a batch. token_RT: int64, full rows, on the device of what was loaded around the layers; images:
+    what a processor gives beside the ids, of rows with images.
 
     A state of two rows unpacks like a pair of values: whether it was handed on whole is looked at.
     Raises FourfoldError where the state is not handed from layer to layer as it is.
     """
     failure: Exception | None = None
     for answers in ANSWERS:
-        stubs = _Stubs(blueprint, answers)
+        stubs = _Stubs(blueprint, answers, factor=0.0 if images else 1.0)  # of zeros is left what the model adds
         try:
             with torch.no_grad(), stubs.in_place():
-                blueprint.model(input_ids=token_RT, use_cache=False)
+                blueprint.model(input_ids=token_RT, use_cache=False, **(images or {}))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             failure = error.with_traceback(None)  # its frames hold the model, until garbage is collected
             continue
         if stubs.first is not None and stubs.handed_on and len(stubs.calls) == blueprint.layers:
-            return Calls(token_RT, stubs.first, tuple(stubs.calls), answers, stubs.carry(), stubs.given(token_RT))
+            carry, ids = stubs.carry(), stubs.given(token_RT)
+            return Calls(token_RT, stubs.first, tuple(stubs.calls), answers, carry, ids, stubs.added)
     raise FourfoldError(
         f"{blueprint.path}: {type(blueprint.model).__name__} does not hand its state from layer to layer as it is, "
         f"expected one that does{f' ({reason(failure)})' if failure else ''}. This family needs code of its own, which "
@@ -144,11 +159,13 @@ def pass_layer(layer: Layer, calls: Calls, index: int, state: Tensor, carried: C
     carried: what the layer before returned beside its state. Returns the new state and what is carried on.
     """
     call = calls.layers[index]
+    if index in calls.added:
+        state = state + calls.added[index].to(state.device)
     values: dict[Argument, Any] = {call.state: state}
     if index:
         values |= {argument: carried[place] if carried else None for argument, place in calls.carry.items()}
     values |= {argument: calls.token_RT for argument in call.arguments() if argument in calls.ids}
-    args, kwargs = call.with_values(values)
+    args, kwargs = _mapped(call.with_values(values), lambda value: value.to(state.device))
     answer = layer.module(*args, **kwargs)
     return (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
 
@@ -189,6 +206,7 @@ class _Stubs:
         self.calls: list[Call] = []
         self.first: Tensor | None = None  # the state before the first layer
         self.handed_on = True  # whether each layer's state is the object that the previous layer returned
+        self.added: dict[int, Tensor] = {}  # where zeros are returned: what they are when they are handed on
         self._given: Any = None
         self._beside: list[tuple[Tensor, ...]] = []  # what each answered with beside it
 
@@ -206,6 +224,9 @@ class _Stubs:
         call = Call(args, kwargs)
         state = call.value(call.state)
         if self.calls:
+            if self.factor == 0.0 and state is not self._given and state.shape == self._given.shape:
+                self.added[len(self.calls)] = state
+                state = self._given
             self.handed_on = self.handed_on and state is self._given
         else:
             self.first = state
@@ -231,6 +252,17 @@ class _Stubs:
         return frozenset(
             argument for call in self.calls for argument in call.arguments() if call.value(argument) is token_RT
         )
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested arguments with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(one, change) for key, one in value.items()}
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(one, change) for one in value)
+    return value
 
 
 def _same(first: Any, second: Any) -> bool:

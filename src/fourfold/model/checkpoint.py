@@ -150,11 +150,16 @@ class Checkpoint(SourceIndex, Skeleton):
         """Token embeddings [V, D]."""
         return read_matrix(self.blueprint, lambda name: self.value(name, device), input_name(self.blueprint)).to(dtype)
 
-    def around(self, device: torch.device, dtype: torch.dtype, read: Read | None = None) -> Around:
-        """What stands before the layers. read: as `value` does, by default."""
+    def around(
+        self, device: torch.device, dtype: torch.dtype, read: Read | None = None, *, towers: bool = False
+    ) -> Around:
+        """What stands before the layers. read: as `value` does, by default; towers: with those that take images."""
         read = read or (lambda name: self.value(name, device))
         embedding_VD = read_matrix(self.blueprint, read, input_name(self.blueprint)).to(dtype)
-        return Around(self.blueprint, read_ends(self.blueprint, read), device, dtype, embedding_VD)
+        ends = read_ends(self.blueprint, read)
+        if towers:
+            ends |= loader.load_towers(self.blueprint, lambda name, _: read(name))
+        return Around(self.blueprint, ends, device, dtype, embedding_VD)
 
     def head(self, device: torch.device, dtype: torch.dtype) -> Head:
         """Last norm and output head."""

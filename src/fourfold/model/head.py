@@ -110,13 +110,15 @@ class Around:
             embeddings.weight = nn.Parameter(embedding_VD.to(device, dtype), requires_grad=False)
         self._answers = 0
 
-    def calls(self, token_RT: Tensor) -> Calls:
-        """The layers' calls for a batch of ids, and its state before the first layer."""
+    def calls(self, token_RT: Tensor, images: Mapping[str, Tensor] | None = None) -> Calls:
+        """The layers' calls for a batch of ids, and its state before the first layer. images: see calls.record."""
+        given = {name: value.to(self.device) for name, value in (images or {}).items()}
         with self._lock:
-            return calls.record(self._blueprint, token_RT)
+            return calls.record(self._blueprint, token_RT.to(self.device), given)
 
     def require_plain(self, token_RT: Tensor) -> None:
         """Raise FourfoldError if a layer's call depends on another layer's state, or on the tokens."""
+        token_RT = token_RT.to(self.device)
         with self._lock:
             calls.require_independent(self._blueprint, token_RT)
             varies = calls.varies(self._blueprint, token_RT)

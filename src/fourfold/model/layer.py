@@ -231,7 +231,8 @@ def attend(layer: DecoderLayer, hidden_RTD: Tensor, beside: Beside = ALONE) -> A
 
 
 def _passed(layer: DecoderLayer, hidden_RTD: Tensor, beside: Beside) -> tuple[Tensor, Carried]:
-    call = layer.skeleton.calls((hidden_RTD.shape[0], hidden_RTD.shape[1]), hidden_RTD.device, layer.dtype)
+    shape = hidden_RTD.shape[0], hidden_RTD.shape[1]
+    call = beside.calls or layer.skeleton.calls(shape, hidden_RTD.device, layer.dtype)
     if beside.token_RT is not None:
         call = dataclasses.replace(call, token_RT=beside.token_RT)
     with widening.products(hidden_RTD.device):

@@ -185,17 +185,33 @@ def load_around(
 ) -> dict[str, Tensor]:
     """Tensors of the decoder outside of its layers and of the output head, by name in memory, on the host.
 
-    without: names in memory that are left out. Other towers (vision, audio) are none of it.
+    without: names in memory that are left out. Other towers (vision, audio) are none of it, but in `load_towers`.
     """
-    model, path = blueprint.model, blueprint.layers_path.rpartition("layers")[0]
-    head = model.get_output_embeddings()
-    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    inside = _around_prefixes(blueprint)
+    return _load_some(blueprint, read, lambda name: name.startswith(inside) and name not in without, dtype)
+
+
+def load_towers(blueprint: Blueprint, read: Read) -> dict[str, Tensor]:
+    """Tensors of all other towers (vision, audio) and of what joins them to the decoder, likewise."""
+    inside = _around_prefixes(blueprint)
+    return _load_some(blueprint, read, lambda name: not name.startswith(inside), BF16)
+
+
+def _load_some(
+    blueprint: Blueprint, read: Read, wanted: Callable[[str], bool], dtype: torch.dtype
+) -> dict[str, Tensor]:
     loaded: dict[str, Tensor] = {}
     for name, source in blueprint.sources.items():
-        inside = name.startswith((path, *heads)) and not name.startswith(f"{blueprint.layers_path}.")
-        if inside and name not in without:
-            loaded |= _converted(blueprint, read, name, source, torch.device("cpu"), dtype)
+        if wanted(name) and not name.startswith(f"{blueprint.layers_path}."):
+            loaded |= _converted(blueprint, read, name, source, HOST, dtype)
     return loaded
+
+
+def _around_prefixes(blueprint: Blueprint) -> tuple[str, ...]:
+    """What names in memory of the decoder and of the output head begin with."""
+    model, path = blueprint.model, blueprint.layers_path.rpartition("layers")[0]
+    head = model.get_output_embeddings()
+    return path, *(f"{name}." for name, module in model.named_modules() if module is head)
 
 
 def around(blueprint: Blueprint, loaded: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Blueprint:
@@ -207,8 +223,11 @@ def around(blueprint: Blueprint, loaded: Mapping[str, Tensor], device: torch.dev
     cast = {name: value.to(device, torch.promote_types(value.dtype, dtype)) for name, value in loaded.items()}
     model.load_state_dict(cast, strict=False, assign=True)
     layers, made.decoder.layers = made.decoder.layers, nn.ModuleList()
+    towers = any(not name.startswith(_around_prefixes(blueprint)) for name in loaded)
     try:
         internals.make_buffers(owner(made), made.decoder, device)
+        if towers:
+            internals.make_buffers(model, model, device)
     finally:
         made.decoder.layers = layers
     model.requires_grad_(False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -14,8 +14,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fourfold.datatypes import Event, FourfoldError, Progress, Tick, reason
+from fourfold.model.processor import Processor
 from fourfold.quantize.contamination import MORE_TEXT, check_sources, heldout_lines, refuse_heldout, shingles
 from fourfold.quantize.documents import OVER_READ, Document, as_file, heldout_documents, read_documents, source_name
+from fourfold.quantize.image_rows import (
+    ImagePacker,
+    ImageRow,
+    ImageWindows,
+    heldout_images,
+    image_weights,
+    refuse_same_images,
+)
+from fourfold.quantize.images import shuffled
 from fourfold.quantize.template import ChatTemplate
 from fourfold.recipe import Calibration, Heldout, Recipe, Source
 from fourfold.records.release import CalibrationFacts, SourceRows
@@ -31,7 +41,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 class CalibrationRows:
     """token_RT: int64, by source in the recipe's order; source_R: each row's source.
 
-    notes: what differs from the recipe, for the caller to print; digest: sha256 of shape and ids.
+    notes: what differs from the recipe, for the caller to print; digest: sha256 of shape, ids and images; images: by
+    row; image_RT: which tokens are of an image, None where there are none; weight_RT: what each token weighs besides;
+    windows: of held-out images, None where there are none.
     """
 
     token_RT: Tensor
@@ -39,13 +51,25 @@ class CalibrationRows:
     sources: tuple[SourceRows, ...]
     notes: tuple[str, ...]
     digest: str
+    images: Mapping[int, ImageRow] = field(default_factory=dict)
+    image_RT: Tensor | None = None
+    weight_RT: Tensor | None = None
+    windows: ImageWindows | None = None
+
+    @property
+    def text_RT(self) -> Tensor:
+        """The rows without images."""
+        return self.token_RT[[row for row in range(len(self.token_RT)) if row not in self.images]]
 
     def source_digests(self) -> dict[str, str]:
         """sha256 of the rows of each source, by its name: which text has changed where `digest` has."""
         places: dict[str, list[int]] = {}
         for row, name in enumerate(self.source_R):
             places.setdefault(name, []).append(row)
-        return {name: _digest(self.token_RT[rows]) for name, rows in places.items()}
+        return {
+            name: _digest(self.token_RT[rows], [self.images[row] for row in rows if row in self.images])
+            for name, rows in places.items()
+        }
 
     def facts(self) -> CalibrationFacts:
         """For fourfold.json and the model card: everything but the tokens."""
@@ -62,29 +86,47 @@ class CalibrationRows:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutRows:
-    """token_RT: int64, R windows; protocol: how they were made."""
+    """token_RT: int64, R windows; protocol: how those of text were made, which come first; images: by row of the
+    others; image_RT: which tokens are of an image, None where there are none.
+    """
 
     token_RT: Tensor
     digest: str
     protocol: TextFacts
+    images: Mapping[int, ImageRow] = field(default_factory=dict)
+    image_RT: Tensor | None = None
+
+    @property
+    def text_windows(self) -> int:
+        return len(self.token_RT) - len(self.images)
+
+    def with_images(self, windows: ImageWindows) -> HeldoutRows:
+        """The same, and windows of images behind them."""
+        first, token_RT = len(self.token_RT), torch.cat([self.token_RT, windows.token_RT])
+        image_RT = torch.cat([torch.zeros_like(self.token_RT, dtype=torch.bool), windows.image_RT])
+        images = dict(enumerate(windows.rows, start=first))
+        return replace(
+            self, token_RT=token_RT, digest=_digest(token_RT, windows.rows), images=images, image_RT=image_RT
+        )
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """All full rows of one source, of which some will be taken."""
+    """All full rows of one source, of which some will be taken. images: what they are made of, of images."""
 
     source: Source
     token_RT: Tensor
     documents: int
     tokens: int
+    images: Sequence[ImageRow] = ()
 
     @property
     def name(self) -> str:
         return source_name(self.source)
 
-    def draw(self, count: int, seed: int) -> Tensor:
+    def draw(self, count: int, seed: int) -> list[int]:
         """`count` of the rows, in an order that the seed fixes."""
-        return self.token_RT[_shuffled(len(self.token_RT), seed, self.name, "rows")[:count]]
+        return shuffled(len(self.token_RT), seed, self.name, "rows")[:count]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -107,8 +149,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Progress | None = None) -> CalibrationRows:
-    """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed.
+def collect(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    processor: Processor | None = None,
+    progress: Progress | None = None,
+) -> CalibrationRows:
+    """Rows of `calibration.length` tokens from the recipe's sources: full rows, no padding, fixed by seed. processor:
+    of the model, for a recipe with images.
 
     The documents of a source are shuffled, put one after another and cut into rows; the wanted number of them
     is drawn. A built-in text that is too short hands its rows to the other built-in texts (a note says so).
@@ -118,20 +167,46 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
     check_sources(recipe)
     barred = frozenset() if calibration.allow_test_sets else heldout_lines(recipe.heldout)
     pools: list[_Pool] = []
+    windows = None
     with ChatTemplate(tokenizer) as template:
-        if any(as_file(source).kind == "chat" for source in calibration.sources):
+        if any(as_file(source).kind != "text" for source in calibration.sources):
             template.start()
+        packers: list[ImagePacker] = []
         for source in calibration.sources:
             tell = partial(_tell, progress, calibration, len(pools)) if progress else None
-            pools.append(_read_pool(source, calibration, tokenizer, template, barred, tell))
-    rows, notes = _share_rows(pools, calibration.length)
+            if source.kind == "image":
+                assert processor is not None, "a recipe with images needs the model's processor"
+                packers.append(ImagePacker.of(source, calibration.seed, processor, template, barred, tell))
+                pools.append(_Pool(source, *packers[-1].take_all(source, calibration.length)))
+            else:
+                pools.append(_read_pool(source, calibration, tokenizer, template, barred, tell))
+        if processor is not None and recipe.reads_images:
+            windows = heldout_images(recipe, processor, template, packers)
+            refuse_same_images([row for pool in pools for row in pool.images], windows.rows)
+    return _joined(recipe, pools, processor, windows)
+
+
+def _joined(
+    recipe: Recipe, pools: Sequence[_Pool], processor: Processor | None, windows: ImageWindows | None
+) -> CalibrationRows:
+    """The calibration rows that are drawn from the pools."""
+    calibration = recipe.calibration
+    counts, notes = _share_rows(pools, calibration.length)
     if calibration.allow_test_sets:
         notes += ("test sets were allowed as calibration text: figures measured on them are not held out",)
-    taken = list(zip(pools, rows, strict=True))
-    token_RT = torch.cat([pool.draw(count, calibration.seed) for pool, count in taken])
+    taken = list(zip(pools, counts, strict=True))
+    drawn = [(pool, row) for pool, count in taken for row in pool.draw(count, calibration.seed)]
+    token_RT = torch.stack([pool.token_RT[row] for pool, row in drawn])
+    images = {place: pool.images[row] for place, (pool, row) in enumerate(drawn) if pool.images}
+    image_RT = weight_RT = None
+    if images:
+        assert processor is not None
+        image_RT = torch.zeros(token_RT.shape, dtype=torch.bool)
+        image_RT[list(images)] = processor.is_image(token_RT[list(images)])
+        weight_RT = image_weights(image_RT, calibration.image_share) if calibration.image_share else None
     return CalibrationRows(
         token_RT=token_RT,
-        source_R=tuple(chain.from_iterable([pool.name] * count for pool, count in taken)),
+        source_R=tuple(pool.name for pool, _ in drawn),
         sources=tuple(
             SourceRows(
                 name=pool.name,
@@ -144,7 +219,11 @@ def collect(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: Pro
             for pool, count in taken
         ),
         notes=notes,
-        digest=_digest(token_RT),
+        digest=_digest(token_RT, list(images.values())),
+        images=images,
+        image_RT=image_RT,
+        weight_RT=weight_RT,
+        windows=windows,
     )
 
 
@@ -218,7 +297,7 @@ def _read_pool(
         if tokens >= OVER_READ * wanted_tokens and not source.builtin:
             break
     end = _document_end(tokenizer) if as_file(source).kind == "text" else []  # templates end turns themselves
-    order = _shuffled(len(token_lists), calibration.seed, name, "documents")
+    order = shuffled(len(token_lists), calibration.seed, name, "documents")
     stream = chain.from_iterable(token_lists[index] + end for index in order)
     token_T = torch.tensor(list(stream), dtype=torch.int64)
     rows = len(token_T) // length
@@ -270,12 +349,6 @@ def _document_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 # ---- rows
 
 
-def _shuffled(count: int, seed: int, *salt: str) -> list[int]:
-    """0..count-1 in an order that depends on seed and salt alone: by sha256, not by a library's generator."""
-    prefix = "/".join([str(seed), *salt])
-    return sorted(range(count), key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
-
-
 def _share_rows(pools: Sequence[_Pool], length: int) -> tuple[list[int], tuple[str, ...]]:
     """How many rows each source gives, and notes on what differs from the recipe.
 
@@ -305,5 +378,7 @@ def _too_little(bundled: Sequence[_Pool], length: int) -> str:
     )
 
 
-def _digest(token_RT: Tensor) -> str:
-    return hashlib.sha256(str(tuple(token_RT.shape)).encode() + token_RT.numpy().astype("<i8").tobytes()).hexdigest()
+def _digest(token_RT: Tensor, images: Sequence[ImageRow] = ()) -> str:
+    sha = hashlib.sha256(str(tuple(token_RT.shape)).encode() + token_RT.numpy().astype("<i8").tobytes())
+    sha.update("".join(row.digest for row in images).encode())
+    return sha.hexdigest()

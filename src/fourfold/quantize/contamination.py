@@ -19,6 +19,7 @@ from fourfold.quantize.documents import (
     read_documents,
     source_name,
 )
+from fourfold.quantize.images import check_images, heldout_source
 from fourfold.recipe import Calibration, Heldout, Recipe, Source
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def check_sources(recipe: Recipe) -> None:
     Raises FourfoldError.
     """
     refuse_test_sets(recipe.calibration)
-    for path in (recipe.heldout.path, *(source.path for source in recipe.calibration.sources)):
+    for path in (recipe.heldout.path, recipe.heldout.images, *(source.path for source in recipe.calibration.sources)):
         if path:
             check_file(path)
 
@@ -64,7 +65,9 @@ def check_texts(recipe: Recipe) -> None:
     calibration = recipe.calibration
     barred = frozenset() if calibration.allow_test_sets else heldout_lines(recipe.heldout)
     bundled = [source for source in calibration.sources if source.builtin]
-    for sources in [bundled, *([source] for source in calibration.sources if source.path)]:
+    for source in image_files(recipe):
+        check_images(source, calibration.seed)
+    for sources in [bundled, *([source] for source in calibration.sources if source.path and source.kind != "image")]:
         wanted, most = calibration.length * sum(source.rows for source in sources), 0
         for document in chain.from_iterable(read_documents(source, calibration.seed) for source in sources):
             refuse_heldout(document, barred)
@@ -77,6 +80,12 @@ def check_texts(recipe: Recipe) -> None:
                 f"{wanted:,} ({wanted // calibration.length:,} samples of {calibration.length:,}). "
                 f"{MORE_TEXT}"
             )
+
+
+def image_files(recipe: Recipe) -> list[Source]:
+    """All files of images that a recipe reads, as sources."""
+    held = [heldout_source(recipe.heldout)] if recipe.heldout.images else []
+    return [source for source in recipe.image_sources if source.path] + held
 
 
 def _most_tokens(document: Document) -> int:

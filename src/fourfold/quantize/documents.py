@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,8 +55,8 @@ def heldout_path(heldout: Heldout) -> str:
 
 
 def text_digests(recipe: Recipe) -> dict[str, str] | None:
-    """sha256 of each file of text that a recipe reads; None if it also reads a dataset, which is no file."""
-    if any(source.dataset for source in recipe.calibration.sources):
+    """sha256 of each file of text that a recipe reads; None if it also reads a dataset or images, more than these."""
+    if recipe.reads_images or any(source.dataset for source in recipe.calibration.sources):
         return None
     paths = [heldout_path(recipe.heldout), *(as_file(source).path for source in recipe.calibration.sources)]
     with _read_errors():
@@ -87,8 +87,8 @@ def read_documents(source: Source, seed: int) -> Iterator[Document]:
     Raises FourfoldError naming the place: text that cannot be read, a missing field, one of the wrong type.
     """
     source = as_file(source)
-    records = _hub_records(source, seed) if source.dataset else file_records(source.path, source.fields)
-    extract = _conversation if source.kind == "chat" else _joined_fields
+    records = hub_records(source, seed) if source.dataset else file_records(source.path, source.fields)
+    extract = conversation if source.kind == "chat" else _joined_fields
     for place, record in records:
         content = extract(place, record, source.fields)
         if content:
@@ -178,7 +178,7 @@ def _parquet_records(path: str, fields: Sequence[str]) -> Iterator[tuple[str, di
         raise FourfoldError(f"{path}: not a Parquet file that pyarrow reads: {error}") from None
 
 
-def _hub_records(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_records(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of a Hub dataset (or a folder in a layout that `datasets` knows), streamed, shuffled by seed.
 
     "name@revision" pins a revision.
@@ -197,6 +197,8 @@ def _hub_records(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any
         if stream.column_names:
             _require_fields(_described(source), stream.column_names, source.fields)
             stream = stream.select_columns(list(source.fields))
+        if source.kind == "image":
+            stream = stream.decode(False)  # files as they are: they are checked before they are decoded
         for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), start=1):
             yield f"{_described(source)}, document {number}", record
     except FourfoldError:
@@ -246,7 +248,7 @@ def _joined_fields(place: str, record: dict[str, Any], fields: Sequence[str]) ->
     return "\n\n".join(record[name] for name in fields if record[name] and record[name].strip())
 
 
-def _conversation(place: str, record: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
+def conversation(place: str, record: Mapping[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
     """The messages in the one field of a record; none for null."""
     _require_fields(place, list(record), fields)
     messages = record[fields[0]] or []

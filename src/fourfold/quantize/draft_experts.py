@@ -105,7 +105,8 @@ def draft_inputs(draft: DraftHead, rows: Rows, tick: Tick) -> tuple[list[Tensor]
 
     device = draft.fc_DF.device
     length = rows.token_RT.shape[1]
-    for row in range(min(len(rows.token_RT), max(DRAFT_TOKENS // length, 1))):
+    text = [row for row in range(len(rows.token_RT)) if row not in rows.calls]  # drafts of images are not run
+    for row in text[: max(DRAFT_TOKENS // length, 1)]:
         token_1T = rows.token_RT[row : row + 1].to(device)
         hidden_1TD = draft.head.norm(rows.hidden_RTD[row : row + 1].to(draft.head.weight_VD.device)).to(device)
         drafts = draft.drafts(hidden_1TD, token_1T, keep)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 import fourfold
@@ -33,11 +34,12 @@ from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.identity import joined_digest
 from fourfold.quantize.journal import FINISHED, LOG, METRICS, RECIPE, REFERENCE, Journal, close
 from fourfold.quantize.plan import Plan
+from fourfold.quantize.streams import Compared
 from fourfold.quantize.summary import Summary, read_summary
 from fourfold.recipe import dump_recipe
 from fourfold.records.log import write_log
 from fourfold.records.release import File, HeldoutFacts, Output, Reference, SourceFacts, State, Worker
-from fourfold.records.results import Metrics
+from fourfold.records.results import Figures, ImageFigures, Metrics, RoutedImages
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -45,14 +47,16 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """Held-out metrics of a run: statistics over positions, of the release and of RTN, and log-probabilities for
-    engines (None for a partial output; RTN's without `heldout.yardstick`); drift by layer; what each worker did when.
+    engines (None for a partial output; RTN's without `heldout.yardstick`); drift by layer; what each worker did when;
+    routing of image tokens by layer, if there are any.
     """
 
-    statistics: metrics.Statistics | None
-    rtn: metrics.Statistics | None
+    statistics: Compared | None
+    rtn: Compared | None
     reference: Reference | None
     drifts: tuple[StreamDrift, ...]
     spans: tuple[Span, ...]
+    routing: tuple[RoutedImages, ...] = ()
 
 
 def finish(
@@ -107,20 +111,38 @@ def metrics_record(heldout: HeldoutRows, measured: Measured) -> Metrics:
     """How it was measured, the figures over all positions, drift by layer."""
     figures: dict[str, Any] = {"summary": None}
     if measured.statistics is not None:
-        figures = metrics.measurements(measured.statistics, window=heldout.token_RT.shape[1] - 1)
-    rtn = _rtn(measured, heldout.token_RT.shape[1] - 1)
-    return Metrics.of(figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=rtn)
+        figures = metrics.measurements(measured.statistics.text, window=heldout.token_RT.shape[1] - 1)
+    rtn, images = _rtn(measured, heldout.token_RT.shape[1] - 1), image_figures(heldout, measured)
+    return Metrics.of(
+        figures, measured.drifts, measured_by="quantize", protocol=heldout.protocol, rtn=rtn, images=images
+    )
+
+
+def image_figures(heldout: HeldoutRows, measured: Measured) -> ImageFigures | None:
+    """What was measured on held-out images; None without them."""
+    if measured.statistics is None or measured.statistics.images is None:
+        return None
+    rtn = measured.rtn and measured.rtn.images
+    return ImageFigures(
+        windows=len(heldout.images),
+        window=heldout.token_RT.shape[1],
+        samples=sum(len(row.samples) for row in heldout.images.values()),
+        summary=msgspec.convert(metrics.summarize(measured.statistics.images), Figures),
+        rtn=msgspec.convert(metrics.summarize(rtn), Figures) if rtn else None,
+        routing=list(measured.routing),
+    )
 
 
 def _rtn(measured: Measured, window: int) -> dict[str, Any] | None:
     """Round-to-nearest on every RTN_STEP-th window, and the release on the same windows."""
     if measured.rtn is None or measured.statistics is None:
         return None
+    rtn = measured.rtn.text
     return {
-        "windows": len(measured.rtn.kl_T) // window,
-        "summary": metrics.summarize(measured.rtn),
-        "intervals": metrics.intervals(measured.rtn, window),
-        "release": metrics.summarize(metrics.every(measured.statistics, window, RTN_STEP)),
+        "windows": len(rtn.kl_T) // window,
+        "summary": metrics.summarize(rtn),
+        "intervals": metrics.intervals(rtn, window),
+        "release": metrics.summarize(metrics.every(measured.statistics.text, window, RTN_STEP)),
     }
 
 
@@ -157,7 +179,7 @@ def state_record(
         ),
         guidance=guide.facts(plan, journal),
         source_tensor_bytes=sum(claim.header.size_bytes for claim in written),
-        metrics={} if measured.statistics is None else metrics.summarize(measured.statistics),
+        metrics={} if measured.statistics is None else metrics.summarize(measured.statistics.text),
         devices=device_names(plan.memory.devices),
         device_memory_bytes=device_memory(plan.memory.devices),
         settings=journal.settings,

@@ -12,6 +12,7 @@ from fourfold.datatypes import FourfoldError, brief, reason
 from fourfold.model import calls, loader
 from fourfold.model.head import changes_logits
 from fourfold.model.json_object import read_object
+from fourfold.model.processor import require_vision
 from fourfold.model.router import find_router
 from fourfold.model.skeleton import TAIL_TOKENS, Skeleton
 from fourfold.recipe import AUTO, GROUP_SIZES, Recipe
@@ -74,6 +75,25 @@ def check_guidance(skeleton: Skeleton, recipe: Recipe) -> None:
         raise FourfoldError(
             f"{skeleton.blueprint.path}: guidance is not available for {skeleton.family.model_type}: {problem}"
         )
+
+
+def check_images(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Raise FourfoldError for a recipe with images and a model without, and where only text is solved on and there is
+    none.
+    """
+    if not recipe.reads_images:
+        return
+    require_vision(skeleton)
+    if len(recipe.image_sources) == len(recipe.calibration.sources):
+        for key, asked in (
+            ("guidance.tokens", recipe.guidance.tokens),
+            ("scheme.rest.draft_experts", recipe.scheme.rest.draft_experts == "int4"),
+        ):
+            if asked:
+                raise FourfoldError(
+                    f"{key}: this is solved on rows of text, and all calibration sources are of images. Add a source "
+                    "of text"
+                )
 
 
 def check_tokenizer(folder: Path, vocabulary: int) -> None:

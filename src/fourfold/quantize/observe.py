@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -126,7 +126,7 @@ def attend_(worker: Worker, layer: DecoderLayer, rows: Rows, batches: Batches, t
         # All workers' in one piece from the start: pieces that are put together later lie twice in memory then.
         room = worker.gather_buffer(rows.token_RT.numel(), (layer.stacks[0].shape[2],), layer.dtype)
     choices: list[Routing] = []
-    places = list(_batches(len(hidden_RTD), batches.rows))
+    places = rows.batches(batches.rows)
     brought = link.prefetch(hidden_RTD[place] for place in places)
     for place, batch_RTD in zip(places, brought, strict=True):
         found = attend(layer, batch_RTD, rows.beside(place, layer.device))
@@ -171,7 +171,7 @@ def _run_again_(layer: DecoderLayer, rows: Rows, experts_TD: Tensor, batches: Ba
     """A worker's rows through a layer whose experts put out `experts_TD`, in place."""
     hidden_RTD = rows.hidden_RTD
     experts_RTD = experts_TD.unflatten(0, hidden_RTD.shape[:2])
-    for place in _batches(len(hidden_RTD), batches.rows):
+    for place in rows.batches(batches.rows):
         given = hidden_RTD[place].to(layer.device), experts_RTD[place].flatten(0, 1).to(layer.device)
         output_RTD, handed = with_output(layer, *given, rows.beside(place, layer.device))
         hidden_RTD[place] = output_RTD.to(hidden_RTD.device)
@@ -228,8 +228,9 @@ def pass_heldout_(
     of all workers.
     """
     drifts = [_Drift() for _ in layers[1:]]
-    for first in range(0, max(worker.all_gather_object(len(rows[0].hidden_RTD))), batches.rows):
-        batch = slice(first, first + batches.rows)
+    places, none = rows[0].batches(batches.rows), slice(len(rows[0].hidden_RTD), None)
+    for number in range(max(worker.all_gather_object(len(places)))):
+        batch = places[number] if number < len(places) else none
         source_RTD, source_routing = pass_batch(worker, layers[0], rows[0], batch, batches)
         tick(source_RTD.shape[0] * source_RTD.shape[1])
         for layer, stream, drift in zip(layers[1:], rows[1:], drifts, strict=True):
@@ -300,8 +301,3 @@ def pass_batch(
         hidden_RTD.copy_(output_RTD)
         rows.carry_(place, handed)
     return hidden_RTD, choices[0] if choices else None
-
-
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for first in range(0, count, size):
-        yield slice(first, min(first + size, count))

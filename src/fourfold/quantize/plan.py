@@ -22,7 +22,7 @@ from fourfold.quantize.contamination import check_sources
 from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.dense import DenseScheme
 from fourfold.quantize.estimate import DRAFT_TOKENS, RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
-from fourfold.quantize.fits import check_guidance, check_tokenizer, choose_group_size
+from fourfold.quantize.fits import check_guidance, check_images, check_tokenizer, choose_group_size
 from fourfold.quantize.footprint import BF16, attend_token_bytes
 from fourfold.quantize.memory import MemoryPlan, plan_memory
 from fourfold.quantize.rates import Rates
@@ -242,6 +242,7 @@ def make_plan(
     recipe = choose_group_size(source, recipe)
     check_guidance(source, recipe)
     check_tokenizer(model, source.vocabulary)
+    check_images(source, recipe)
     layer_plans, rest = _lay_out(source, claim_tensors(source, recipe))
     partial = len(solve) < source.layers
     written: Sequence[LayerPlan | RestShard] = (*layer_plans, *rest)

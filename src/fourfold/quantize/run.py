@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fourfold.core import widening
+from fourfold.core import metrics, widening
 from fourfold.datatypes import (
     Batches,
     Event,
@@ -30,6 +30,7 @@ from fourfold.distributed.team import Team
 from fourfold.distributed.trace import write_trace
 from fourfold.distributed.workers import Worker
 from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
+from fourfold.model.processor import Processor
 from fourfold.model.router import find_router
 from fourfold.quantize import calibrate, finish, output, streams
 from fourfold.quantize.advice import prediction, start_event
@@ -48,7 +49,7 @@ from fourfold.quantize.job import Job, Texts
 from fourfold.quantize.journal import FINISHED, STATE, Journal, check_out, clear, close, hold, log, open_journal
 from fourfold.quantize.linear import LayerLinear
 from fourfold.quantize.memory import device_budget
-from fourfold.quantize.observe import Observed, observe, token_importance
+from fourfold.quantize.observe import MoeInputs, Observed, observe, token_importance
 from fourfold.quantize.output import ReadAhead, Writer
 from fourfold.quantize.plan import LayerPlan, Plan, make_plan
 from fourfold.quantize.progress import ProgressReporter
@@ -60,6 +61,7 @@ from fourfold.quantize.summary import Summary, read_summary
 from fourfold.quantize.sweep_files import guided_layers, predicted_shares, read_curvature, row_damping
 from fourfold.recipe import Recipe
 from fourfold.records.release import Identity, Settings, State
+from fourfold.records.results import RoutedImages
 
 DENSE_LAYER = LayerResult(tensors={}, gate_up_ENK=None, down_ENK=None, projections=(), seconds={}, chunk=0)
 
@@ -118,8 +120,10 @@ def read_texts(plan: Plan, watch: ProgressReporter) -> Texts:
     """Calibration rows and held-out rows in the model's tokens. Raises FourfoldError for text that will not do."""
     with watch.stage("calibrate"):
         tokenizer = calibrate.load_tokenizer(plan.source.folder)
+        processor = Processor.load(plan.source, tokenizer) if plan.recipe.reads_images else None
         heldout = calibrate.heldout(plan.recipe, tokenizer)
-        return calibrate.collect(plan.recipe, tokenizer, progress=watch.progress), heldout
+        rows = calibrate.collect(plan.recipe, tokenizer, processor=processor, progress=watch.progress)
+        return rows, heldout.with_images(rows.windows) if rows.windows else heldout
 
 
 def _logged(out: Path, progress: Progress) -> Progress:
@@ -203,18 +207,19 @@ def run_layers(job: Job, worker: Worker) -> Measured:
     """Pass all streams through all layers and solve or restore each. A recipe with guidance first runs a forward and a
     backward sweep over the source.
     """
-    plan, drifts = job.plan, []
+    plan, drifts, routing = job.plan, [], list[RoutedImages]()
     statistics, rtn, reference = None, None, None
     if job.remaining_sweep is not None:
         run_guidance_sweep(job, worker, job.remaining_sweep)
     with job.stage(worker, "embed"):
-        token_ids = job.texts[0].token_RT, job.texts[1].token_RT
+        calibration, heldout = job.texts
         asymmetric, yardstick = plan.recipe.solver.asymmetric, plan.recipe.heldout.yardstick and not plan.partial
-        all_streams = streams.embed(worker, plan.source, token_ids, asymmetric=asymmetric, rtn=yardstick)
+        token_ids, images = (calibration.token_RT, heldout.token_RT), (calibration.images, heldout.images)
+        all_streams = streams.embed(worker, plan.source, token_ids, asymmetric=asymmetric, rtn=yardstick, images=images)
     if worker.is_leader:
         job.writer.submit(partial(write_rest, job, quantized=False))
     for layer_plan in plan.layers[: plan.solve.stop]:
-        all_streams, drift = pass_layer(job, worker, layer_plan, all_streams)
+        all_streams, drift = pass_layer(job, worker, layer_plan, all_streams, routing)
         drifts.append(drift)
         if worker.is_leader:
             job.reporter.finish_layer(layer_plan.index, drift)
@@ -225,13 +230,19 @@ def run_layers(job: Job, worker: Worker) -> Measured:
         head = streams.load_head(worker, plan.source)
         heads = head, write_quantized_rest(job, worker, all_streams, head)
         with job.stage(worker, "measure"):
-            statistics, rtn, reference = streams.measure(worker, heads, all_streams)
+            statistics, rtn, reference = streams.measure(worker, heads, all_streams, job.texts[1].image_RT)
     spans = worker.gather_object(worker.team.trace.spans if worker.local_rank == 0 else [])
-    return Measured(statistics, rtn, reference, tuple(drifts), tuple(span for part in spans for span in part))
+    spans_of_all = tuple(span for part in spans for span in part)
+    return Measured(statistics, rtn, reference, tuple(drifts), spans_of_all, tuple(routing))
 
 
-def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Streams) -> tuple[Streams, StreamDrift]:
-    """Pass all streams through one layer; quantize it unless it is finished or outside the requested layers."""
+def pass_layer(
+    job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Streams, routing: list[RoutedImages]
+) -> tuple[Streams, StreamDrift]:
+    """Pass all streams through one layer; quantize it unless it is finished or outside the requested layers.
+
+    routing: is told how the layer's router treats image tokens, if there are any.
+    """
     plan, batches, number = job.plan, job.journal.settings.batches, layer_plan.index
     with job.stage(worker, "read", number):
         taken = job.ahead.take(worker, number)  # was read while the layer before was worked on
@@ -244,6 +255,7 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
     with job.stage(worker, "attend", number, tokens, "tokens") as tick:
         with linear.inputs.watched():
             moe_inputs = streams.attend(worker, layer, released if linear.names else None, all_streams, batches, tick)
+        routing += routed_images(job, layer, moe_inputs[0])
         layer = streams.own_experts(worker, layer, moe_inputs)
         dense = dataclasses.replace(layer, own=released().own)  # the release's before its experts are quantized
         tensors = linear.in_place_of(taken.tensors.without_experts())
@@ -272,10 +284,19 @@ def pass_layer(job: Job, worker: Worker, layer_plan: LayerPlan, all_streams: Str
     return Streams(source, release, all_streams.rtn), drift
 
 
+def routed_images(job: Job, layer: DecoderLayer, moe_inputs: MoeInputs) -> list[RoutedImages]:
+    """How the source routes image and other tokens of the calibration rows; nothing without images or experts."""
+    image_RT, routing = job.texts[0].image_RT, moe_inputs.routing
+    if image_RT is None or routing is None:
+        return []
+    overlap, experts = metrics.routing_by_kind(routing.index_TA.cpu(), image_RT.flatten(), layer.experts)
+    return [RoutedImages(layer=layer.index, overlap=overlap, image_experts=experts)]
+
+
 def run_guidance_sweep(job: Job, worker: Worker, left: Left) -> None:
     """Run the guidance sweep and report the predicted error reduction of each layer."""
     batch_rows = sweep_rows(job.journal.settings.batches.rows)
-    token_RT = spread_rows(job.texts[0].token_RT, job.plan.work.guidance_tokens)
+    token_RT = spread_rows(job.texts[0].text_RT, job.plan.work.guidance_tokens)
     routing, source = job.plan.work.guidance_routing, job.plan.source
     router = worker.run_once(lambda: find_router(source) if routing and left.layers else "")
     guide = Guide(plan=job.plan, out=job.out, token_RT=token_RT, batch_rows=batch_rows, remaining_sweep=left,
@@ -303,6 +324,9 @@ def solve(
             chunking = Chunking(batches.experts, batches.inputs, stems, tick)
             if power := job.plan.recipe.solver.norm_power:
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)
+                observed = dataclasses.replace(observed, importance_T=importance_T)
+            if (weight_RT := job.texts[0].weight_RT) is not None:
+                importance_T = observed.importance_T * weight_RT.flatten().to(layer.device)
                 observed = dataclasses.replace(observed, importance_T=importance_T)
             curvature = None
             if job.remaining_sweep is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,21 @@ from torch import Tensor
 from fourfold.core import metrics
 from fourfold.datatypes import Batches, FourfoldError, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import Worker
-from fourfold.model.checkpoint import Checkpoint
+from fourfold.model.calls import Calls
+from fourfold.model.checkpoint import HOST, Checkpoint
 from fourfold.model.head import Around, Ends, Head, build_head, output_name, read_ends, read_matrix
 from fourfold.model.layer import DecoderLayer
+from fourfold.model.processor import Processor
 from fourfold.model.tensors import SLAB_ELEMENTS
+from fourfold.quantize.calibrate import load_tokenizer
 from fourfold.quantize.estimate import RTN_STEP
 from fourfold.quantize.heap import give_back_free_memory
+from fourfold.quantize.image_rows import ImageRow
 from fourfold.quantize.observe import MoeInputs, advance_, attend_, own_tokens, pass_heldout_
 from fourfold.quantize.reference import make_reference
 from fourfold.records.release import Reference
+
+Images = Mapping[int, ImageRow]
 
 
 @dataclass(frozen=True)
@@ -66,40 +72,69 @@ class Streams:
 
 
 def embed(
-    worker: Worker, checkpoint: Checkpoint, texts: tuple[Tensor, Tensor], *, asymmetric: bool, rtn: bool
-) -> Streams:
+    worker: Worker, checkpoint: Checkpoint, texts: tuple[Tensor, Tensor], *, asymmetric: bool, rtn: bool,
+    images: tuple[Images, Images] = ({}, {}),
+) -> Streams:  # fmt: skip
     """A worker's rows before the first layer, equal in all streams: calibration rows are shared until they differ.
 
-    texts: token ids of all calibration and all held-out rows; asymmetric: whether the release has calibration rows too;
-    rtn: whether there is a stream of rounded experts.
+    texts: token ids of all calibration and all held-out rows; images: what those with images are made of, by row;
+    asymmetric: whether the release has calibration rows too; rtn: whether there is a stream of rounded experts.
 
     Raises FourfoldError for a model whose layers are given more than their own rows.
     """
-    around = worker.run_once(lambda: embeddings(checkpoint))
-    around.require_plain(texts[0][:1])
+    vision = bool(images[0] or images[1])
+    around = worker.run_once(lambda: embeddings(checkpoint, worker.device if vision else HOST, towers=vision))
+    processor = worker.run_once(lambda: _processor(checkpoint)) if vision else None
+    plain = [row for row in range(len(texts[0])) if row not in images[0]]
+    around.require_plain(texts[0][plain[:1]] if plain else torch.zeros_like(texts[0][:1]))
     calibration, heldout = (
-        Rows(token_RT, embedded(around, token_RT, worker.team.allocate, worker.heartbeat))
-        for token_RT in (text_RT[worker.own_samples(len(text_RT))] for text_RT in texts)
+        _embedded_rows(worker, around, processor, text_RT, found) for text_RT, found in zip(texts, images, strict=True)
     )
     source = Stream(calibration=calibration, heldout=heldout)
     release = Stream(calibration=calibration if asymmetric else None, heldout=_copied(worker, heldout))
     return Streams(source, release, _rtn_baseline(worker, heldout, len(texts[1])) if rtn else None)
 
 
+def _processor(checkpoint: Checkpoint) -> Processor:
+    return Processor.load(checkpoint, load_tokenizer(checkpoint.folder))
+
+
+def _embedded_rows(
+    worker: Worker, around: Around, processor: Processor | None, text_RT: Tensor, images: Images
+) -> Rows:
+    """A worker's own rows. Those with images go through the model's own towers, once, and keep their layers' calls."""
+    place = worker.own_samples(len(text_RT))
+    own = {row - place.start: image for row, image in images.items() if place.start <= row < place.stop}
+    token_RT = text_RT[place]
+    hidden_RTX = embedded(around, token_RT, worker.team.allocate, worker.heartbeat)
+    calls: dict[int, Calls] = {}
+    for row, image in own.items():
+        assert processor is not None
+        token_T, given = image.inputs(processor, token_RT.shape[1])
+        assert torch.equal(token_T, token_RT[row]), "the processor made other tokens of the same images"
+        found = around.calls(token_T[None], given)
+        hidden_RTX[row].copy_(found.state[0])
+        calls[row] = found.on_host()
+        worker.heartbeat()
+    return Rows(token_RT, hidden_RTX, calls=calls)
+
+
 def _rtn_baseline(worker: Worker, heldout: Rows, count: int) -> RtnBaseline:
     """Every RTN_STEP-th of all workers' `count` held-out rows, those that are this worker's."""
     place = slice(-worker.own_samples(count).start % RTN_STEP, None, RTN_STEP)
-    rows = Rows(heldout.token_RT[place], heldout.hidden_RTD[place], list(heldout.carried))
+    own = range(len(heldout.token_RT))[place]
+    calls = {row: heldout.calls[number] for row, number in enumerate(own) if number in heldout.calls}
+    rows = Rows(heldout.token_RT[place], heldout.hidden_RTD[place], list(heldout.carried), calls)
     return RtnBaseline(_copied(worker, rows), place)
 
 
-def embeddings(checkpoint: Checkpoint) -> Around:
-    """Return the modules before the decoder layers, with the embeddings, on the host.
+def embeddings(checkpoint: Checkpoint, device: torch.device = HOST, *, towers: bool = False) -> Around:
+    """Return the modules before the decoder layers, with the embeddings. towers: and with those that take images.
 
     Raises FourfoldError for NaN or Inf in them.
     """
     checkpoint.read_buffers(checkpoint.read_finite)
-    return checkpoint.around(torch.device("cpu"), torch.bfloat16, checkpoint.read_finite)
+    return checkpoint.around(device, torch.bfloat16, checkpoint.read_finite, towers=towers)
 
 
 def embedded(
@@ -119,7 +154,7 @@ def _copied(worker: Worker, rows: Rows) -> Rows:
     for copied_TD, hidden_TD in zip(copied_RTD, rows.hidden_RTD, strict=True):
         copied_TD.copy_(hidden_TD)
         worker.heartbeat()
-    return Rows(rows.token_RT, copied_RTD, list(rows.carried))
+    return Rows(rows.token_RT, copied_RTD, list(rows.carried), rows.calls)
 
 
 def attended_tokens(streams: Streams) -> int:
@@ -222,21 +257,36 @@ def load_head(worker: Worker, checkpoint: Checkpoint) -> Head:
     return build_head(checkpoint.blueprint, *worker.run_once(ends), worker.device)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Statistics over the positions of held-out rows of text, and of images, None without them."""
+
+    text: metrics.Statistics
+    images: metrics.Statistics | None
+
+
 def measure(
-    worker: Worker, heads: tuple[Head, Head], streams: Streams
-) -> tuple[metrics.Statistics, metrics.Statistics | None, Reference | None]:
-    """Compare all workers' held-out rows after the last layer. heads: of source and release.
+    worker: Worker, heads: tuple[Head, Head], streams: Streams, image_RT: Tensor | None = None
+) -> tuple[Compared, Compared | None, Reference | None]:
+    """Compare all workers' held-out rows after the last layer. heads: of source and release; image_RT: which tokens of
+    all rows are of an image, whose prediction is not compared.
 
     Returns the release against the source, RTN against the source (None without that stream), and a reference of the
     release's first row, from the leading worker, which has it; None from the others.
     """
     source, release = streams.source.heldout, streams.release.heldout
     reference = make_reference(heads[1], release.token_RT[0], release.hidden_RTD[0]) if worker.is_leader else None
+    own_RT = None if image_RT is None else image_RT[worker.own_samples(len(image_RT))]
 
-    def against_source(head: Head, rows: Rows, place: slice) -> metrics.Statistics:
+    def against_source(head: Head, rows: Rows, place: slice) -> Compared:
         reference = Rows(source.token_RT[place], source.hidden_RTD[place])
-        parts = worker.all_gather_object(_compared((heads[0], head), (reference, rows), worker.heartbeat))
-        return metrics.join([row for part in parts for row in part])
+        skipped_RT = None if own_RT is None else own_RT[place]
+        found = _compared((heads[0], head), (reference, rows), worker.heartbeat, skipped_RT)
+        own = [(row in rows.calls, one) for row, one in enumerate(found)]
+        parts = [part for every in worker.all_gather_object(own) for part in every]
+        images = [one for has_images, one in parts if has_images]
+        text = [one for has_images, one in parts if not has_images]
+        return Compared(metrics.join(text), metrics.join(images) if images else None)
 
     rtn = None if streams.rtn is None else against_source(heads[0], streams.rtn.rows, streams.rtn.place)
     return against_source(heads[1], release, slice(None)), rtn, reference
@@ -256,17 +306,20 @@ def compare(heads: tuple[Head, Head], rows: tuple[Rows, Rows]) -> metrics.Statis
     return metrics.join(_compared(heads, rows, lambda: None))
 
 
-def _compared(heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None]) -> list[metrics.Statistics]:
-    """Statistics of each row. beat: called after each, as a heartbeat."""
+def _compared(
+    heads: tuple[Head, Head], rows: tuple[Rows, Rows], beat: Callable[[], None], skipped_RT: Tensor | None = None
+) -> list[metrics.Statistics]:
+    """Statistics of each row. beat: called after each, as a heartbeat; skipped_RT: tokens that nothing predicts."""
     device = heads[0].weight_VD.device
     release_head_VD = None if heads[1].weight_VD is heads[0].weight_VD else heads[1].weight_VD
     finish = (heads[0].finish, heads[1].finish) if any(head.changes for head in heads) else None
     parts = []
     for row, token_T in enumerate(rows[0].token_RT):
+        kept = slice(None) if skipped_RT is None else ~skipped_RT[row, 1:]
         source_TD, release_TD = (
-            head.norm(stream.hidden_RTD[row, :-1].to(device)) for head, stream in zip(heads, rows, strict=True)
+            head.norm(stream.hidden_RTD[row, :-1][kept].to(device)) for head, stream in zip(heads, rows, strict=True)
         )
-        next_T = token_T[1:].to(device)
+        next_T = token_T[1:][kept].to(device)
         parts.append(
             metrics.token_statistics(source_TD, release_TD, heads[0].weight_VD, next_T, release_head_VD, finish)
         )

@@ -136,6 +136,27 @@ class RoundToNearest(Struct, frozen=True):
     release: Figures
 
 
+class RoutedImages(Struct, frozen=True, kw_only=True):
+    """core/metrics.routing_by_kind of a layer, over the calibration rows in the source."""
+
+    layer: Count
+    overlap: float
+    image_experts: Count
+
+
+class ImageFigures(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """On held-out rows of images: figures of the release and of RTN, over positions whose next token is none of an
+    image. routing: of calibration rows with images.
+    """
+
+    windows: Count
+    window: Count
+    samples: Count
+    summary: Figures
+    rtn: Figures | None = None
+    routing: list[RoutedImages] = field(default_factory=list)
+
+
 class Against(Measured, frozen=True, kw_only=True, omit_defaults=True):
     """A second release, measured in the same pass."""
 
@@ -231,7 +252,7 @@ class TaskResults(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
-    """measured_by: a command's name; source: its name and headers' digest; drafts, against, tasks, rtn: if measured.
+    """measured_by: a command's name; source: its name and headers' digest; the others: if measured.
 
     rivals: all second releases so far, by the same protocol.
     """
@@ -246,6 +267,7 @@ class Metrics(Measured, Record, frozen=True, kw_only=True, omit_defaults=True):
     tasks: TaskResults | None = None
     rtn: RoundToNearest | None = None
     rivals: list[Rival] = []
+    images: ImageFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What could not be measured is null; what `quantize` does not measure, or a trial, is not there."""
