@@ -423,6 +423,47 @@ def compact_conditions() -> str:
     return f"{text}; `benchmarks/results/compact.json`, {tested_on('compact')}, {result('compact')['date']}"
 
 
+# --- docs/how-to/images.md -------------------------------------------------------------------------------------------
+
+
+@figure
+def vision_model() -> str:
+    found = result("vision_model")
+    overlap, other = found["routing_overlap"], found["answer_loss_with_another_image"]
+    return (
+        f"loss of answers {found['answer_loss']:.3f}, with another image {other:.3f}; overlap of image and "
+        f"text routing {min(overlap):.2f} to {max(overlap):.2f}"
+    )
+
+
+@figure
+def vision() -> str:
+    """KLD on text and images by what was calibrated on; mean of the seeds, and each seed's."""
+    runs = result("vision")["runs"]
+    rows = []
+    for name in dict.fromkeys(run["calibration"] for run in runs):
+        own = [run for run in runs if run["calibration"] == name]
+        cells = []
+        for kind in ("text", "images"):
+            values = [run[kind]["kl_mean"] for run in own]
+            cells.append(f"{1e3 * fmean(values):.4f} ({', '.join(f'{1e3 * value:.4f}' for value in values)})")
+            cells.append(percent(fmean(run[kind]["top1_agreement"] for run in own)))
+        rows.append([name, *cells])
+    rtn = runs[0]["rtn"]
+    rows.append(["RTN", f"{1e3 * rtn['text']:.4f}", "", f"{1e3 * rtn['images']:.4f}", ""])
+    return table(["calibrated on", "text: mean KLD", "top-1", "images: mean KLD", "top-1"], rows)
+
+
+@figure
+def vision_conditions() -> str:
+    found = result("vision")
+    seeds, tokens = len({run["seed"] for run in found["runs"]}), found["calibration_tokens"]
+    return (
+        f"KLD in 10^-3 nats, mean of {seeds} seeds (each in parentheses); {tokens:,} calibration tokens, "
+        f"{found['heldout_tokens']:,} held-out tokens of each kind; `benchmarks/results/vision.json`"
+    )
+
+
 # --- docs/scale.md ---------------------------------------------------------------------------------------------------
 
 

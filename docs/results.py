@@ -121,7 +121,7 @@ def commands() -> dict[str, str]:
     Raises SystemExit for a file that no command makes.
     """
     found, target = dict[str, str](), ""
-    for script in sorted(BENCHMARKS.glob("*.py")):
+    for script in sorted([*BENCHMARKS.glob("*.py"), *BENCHMARKS.glob("vision/*.py")]):
         text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
         for command in re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE):
             shown = " ".join(command.partition("#")[0].split())

@@ -1,10 +1,10 @@
 """Train the small vision model of tests and of benchmarks/vision/ablation.py: 7 CPU minutes on one core.
 
-    python benchmarks/vision/make_model.py OUT [--minutes 7]
+    python benchmarks/vision/make_model.py OUT --json benchmarks/results/vision_model.json
 
 A Qwen3.5-MoE with vision tower in the example model's words, on the texts that ship with fourfold and on scenes.py.
-Writes OUT, and evidence.json in it, which is kept as benchmarks/results/vision_model.json: losses with the right image
-and with another one, and how its tokens are routed. benchmarks/vision/model is what it wrote.
+benchmarks/vision/model is what it wrote. The file of results has losses with the right image and with another one, and
+how image tokens are routed.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def evidence(model: Qwen3_5MoeForConditionalGeneration, samples: Samples) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--minutes", type=float, default=7, help="CPU time of training")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -197,8 +198,10 @@ def main() -> None:
     (options.out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     processor = json.loads((EXAMPLE / "preprocessor_config.json").read_text()) | {"patch_size": PATCH}
     (options.out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1), encoding="utf-8")
-    (options.out / "evidence.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(made, indent=1))
+    text = json.dumps(made, indent=1) + "\n"
+    print(text)
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -248,3 +248,8 @@ def _check_value(key: str, value: object, path: Path, where: str) -> None:
 
 def _wrong(path: Path, key: str, value: object, expected: str) -> FourfoldError:
     return FourfoldError(f"{path}: {key}: got {brief(value)}, expected {expected}. Download the original file again")
+
+
+def has_vision(raw: Mapping[str, Any]) -> bool:
+    """Whether a model takes images, by its config.json."""
+    return isinstance(raw.get("vision_config"), dict)

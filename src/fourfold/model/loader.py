@@ -197,6 +197,13 @@ def load_towers(blueprint: Blueprint, read: Read) -> dict[str, Tensor]:
     return _load_some(blueprint, read, lambda name: not name.startswith(inside), BF16)
 
 
+def tower_bytes(blueprint: Blueprint) -> int:
+    """Of what `load_towers` loads, as it is on disk."""
+    inside = (*_around_prefixes(blueprint), f"{blueprint.layers_path}.")
+    names = {each for name, one in blueprint.sources.items() if not name.startswith(inside) for each in one.all_names}
+    return sum(blueprint.headers[name].size_bytes for name in names)
+
+
 def _load_some(
     blueprint: Blueprint, read: Read, wanted: Callable[[str], bool], dtype: torch.dtype
 ) -> dict[str, Tensor]:

@@ -81,11 +81,6 @@ def require_vision(skeleton: Skeleton) -> None:
         )
 
 
-def has_vision(raw: Mapping[str, Any]) -> bool:
-    """Whether a model takes images, by its config.json."""
-    return isinstance(raw.get("vision_config"), dict)
-
-
 def _without_video(kind: Any, folder: Path, parts: Mapping[str, Any]) -> Any:
     """A processor of a kind from its settings, None in place of parts that are not given: video needs torchvision."""
 

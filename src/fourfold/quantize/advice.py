@@ -45,6 +45,11 @@ def headline(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         ("tokens", coverage_text(plan.work)),
         ("devices", devices_text(plan.memory.devices)),
     ]
+    if recipe.reads_images:
+        rows = sum(source.rows for source in recipe.image_sources)
+        share = f"{calibration.image_share:.0%} of the weight" if calibration.image_share else "weighed as text"
+        tower = f"tower of {size(plan.work.tower_bytes)}, run once in BF16"
+        facts.insert(3, ("images", f"{rows:,} of the samples, {share}; {tower}"))
     if plan.partial:
         facts.append(("layers", f"{layers_text(plan.solve)}: a trial, the output is partial"))
     return facts + ([("output", str(out))] if out else [])

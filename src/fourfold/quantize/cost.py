@@ -13,6 +13,7 @@ from fourfold.quantize.rates import HASH_RATE, RATES, Rates
 
 START_SECONDS = 8.0  # interpreter, imports and tokenized texts, as seen on two cores of an AMD EPYC
 LOGIT_PASSES = 6  # over a chunk's fp32 logits in core/metrics
+PATCHES = 4  # of an image that a token is made of
 SWEEP_PASSES = 4  # forward; forward again with autograd, whose gradients take as long as two more
 ROUTING_PASSES = 4  # more: the field of router margins, their gradients, two experts near a tie; 1.9 times in all
 
@@ -83,6 +84,7 @@ def _forward(work: Workload) -> tuple[float, float]:
     flop = sum(2.0 * count * (work.kept_parameters + length * attention) for count, length in passes)
     # Gate and up run again for the moments of down. Temporaries: inputs, gate, up, their product, outputs, sums.
     flop += 2.0 * head * work.model_width + width * hidden * (6.0 * pairs + 4.0 * again)
+    flop += work.image_tokens * PATCHES * work.tower_bytes  # 2 FLOP for each parameter, of 2 bytes
     kept_bytes = tokens * work.layers * work.attend_token_bytes + head * LOGIT_PASSES * FP32
     return flop, kept_bytes + BF16 * (pairs * (3.0 * hidden + 4.0 * width) + again * (hidden + 4.0 * width))
 

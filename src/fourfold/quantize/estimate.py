@@ -23,6 +23,8 @@ class Workload:
     """The sizes that decide what a run costs.
 
     model_width: of embeddings, where experts see another; state_width: values of a token in a stream.
+    image_tokens: of all rows with images; tower_bytes: of the towers that these go through, BF16; image_token_bytes:
+    what is kept of such a token beside its state, positions and what the model adds to later layers.
     rtn_tokens: held-out tokens of the stream of rounded experts (`heldout.yardstick`).
     layers: in this run; routed_layers: those with experts; solved_layers: those whose experts are quantized.
     guidance_tokens: in the sweep before the loop, through all swept_layers of the model; guidance_sites: both or down;
@@ -48,6 +50,9 @@ class Workload:
     heldout_tokens: int
     heldout_length: int
     rtn_tokens: int
+    image_tokens: int
+    tower_bytes: int
+    image_token_bytes: int
     asymmetric: bool
     passes: int
     pooled: bool

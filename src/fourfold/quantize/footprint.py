@@ -26,7 +26,15 @@ CPU_ATTEND_TOKENS = 2_048  # of an attention batch on a CPU: four times as many 
 def rows_bytes(work: Workload) -> int:
     """Hidden states (BF16) and ids of all rows: calibration in one or two streams, held-out in two or three."""
     tokens = work.calibration_streams * work.calibration_tokens + work.heldout_passes
-    return tokens * (work.state_width * BF16 + 8)
+    return tokens * (work.state_width * BF16 + 8) + work.image_tokens * work.image_token_bytes
+
+
+def image_token_bytes(skeleton: Skeleton) -> int:
+    """Kept of a token of a row with images: cosines and sines of its positions, fp32 at most; what deepstack adds."""
+    text, vision = skeleton.text, getattr(skeleton.blueprint.model.config, "vision_config", None)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return 2 * head_dim * FP32 + deepstack * skeleton.state_width * BF16
 
 
 def traffic_bytes(work: Workload) -> int:

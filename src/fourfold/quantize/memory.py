@@ -244,7 +244,10 @@ def _stages(work: Workload, devices: Sequence[str], sizes: Sizes, exchange_bytes
     passing, kept = kept, kept + curvature_bytes(work)
     # stage: bytes that lie on the host, whoever works; bytes of each worker
     stages = {
-        "read": (max(resident, start + embedding_bytes(work)), 0 if on_cpu else own),
+        "read": (
+            max(resident, start + embedding_bytes(work) + work.tower_bytes),
+            0 if on_cpu else max(own, (embedding_bytes(work) + work.tower_bytes) * bool(work.image_tokens)),
+        ),
         "attend": (looped, max(own, (wide if on_cpu else passing) + attend_batch_bytes(work, sizes.rows))),
         "moments": (dealt, kept + solved + moments + gather_bytes(work)),
         "solve": (dealt, kept + solved + sizes.chunk * (chunk_bytes(work) + gathered)),

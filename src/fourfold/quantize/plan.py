@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import Action, FourfoldError
+from fourfold.model import loader
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.files import sidecars
 from fourfold.quantize.advice import MORE_ROOM, headline, prediction, release_advice, run_advice, source_advice
@@ -23,7 +24,7 @@ from fourfold.quantize.cost import TimeEstimate, estimate_time
 from fourfold.quantize.dense import DenseScheme
 from fourfold.quantize.estimate import DRAFT_TOKENS, RTN_STEP, DiskPlan, Workload, plan_disk, pool_rows
 from fourfold.quantize.fits import check_guidance, check_images, check_tokenizer, choose_group_size
-from fourfold.quantize.footprint import BF16, attend_token_bytes
+from fourfold.quantize.footprint import BF16, attend_token_bytes, image_token_bytes
 from fourfold.quantize.memory import MemoryPlan, plan_memory
 from fourfold.quantize.rates import Rates
 from fourfold.recipe import Recipe
@@ -323,8 +324,8 @@ def _int8_shapes(layer: LayerPlan) -> list[tuple[int, ...]]:
     return [claim.header.shape for claim in layer.claims if claim.bits and not claim.is_expert]
 
 
-def _rtn_windows(recipe: Recipe, *, partial: bool) -> int:
-    return -(-recipe.heldout.windows // RTN_STEP) if recipe.heldout.yardstick and not partial else 0
+def _rtn_windows(recipe: Recipe, windows: int, *, partial: bool) -> int:
+    return -(-windows // RTN_STEP) if recipe.heldout.yardstick and not partial else 0
 
 
 def _workload(
@@ -337,6 +338,9 @@ def _workload(
 ) -> Workload:
     text, experts, solver, run = source.text, source.widest, recipe.solver, layers[: solve.stop]
     rows, length = sum(source.rows for source in recipe.calibration.sources), recipe.calibration.length
+    image_rows = sum(one.rows for one in recipe.image_sources)
+    image_windows = recipe.heldout.image_windows * recipe.reads_images
+    windows = recipe.heldout.windows + image_windows
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
     copied = (claim.header.shape for layer in run for claim in layer.claims if claim.is_kept)
@@ -352,9 +356,12 @@ def _workload(
         vocabulary=source.vocabulary,
         calibration_tokens=rows * length,
         calibration_length=length,
-        heldout_tokens=recipe.heldout.windows * recipe.heldout.length,
+        heldout_tokens=windows * recipe.heldout.length,
         heldout_length=recipe.heldout.length,
-        rtn_tokens=_rtn_windows(recipe, partial=len(solve) < source.layers) * recipe.heldout.length,
+        rtn_tokens=_rtn_windows(recipe, windows, partial=len(solve) < source.layers) * recipe.heldout.length,
+        image_tokens=image_rows * length + image_windows * recipe.heldout.length,
+        tower_bytes=loader.tower_bytes(source.blueprint) if recipe.reads_images else 0,
+        image_token_bytes=image_token_bytes(source) if recipe.reads_images else 0,
         asymmetric=solver.asymmetric,
         passes=solver.passes,
         pooled=solver.pool > 0,

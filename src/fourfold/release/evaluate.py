@@ -89,6 +89,7 @@ def evaluate(
         source={"name": source.resolve().name, "headers": original.digest},
         protocol=structs.replace(text.protocol, digest=text.digest, dtype=str(dtype).removeprefix("torch.")),
         drafts=before.drafts if before else None, tasks=before.tasks if before else None, rtn=rtn,
+        images=before.images if before else None,
     )  # fmt: skip
     if drafted is not None:
         how = drafts.protocol(original, text.token_RT)

@@ -18,6 +18,7 @@ from fourfold.formats.fixed import unsupported
 from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.formats.mlx import MODEL_TYPES
 from fourfold.install import public_install
+from fourfold.model.config import has_vision
 from fourfold.records.release import State
 from fourfold.records.results import Bench, Status, Verdict
 from fourfold.release.report.about import About, card_data, licence
@@ -307,6 +308,8 @@ def _bench(bench: Bench | None) -> dict[str, Any]:
 
 def _limits(records: Records) -> Iterator[object]:
     yield from records.state.calibration.notes
+    if has_vision(records.raw) and not records.recipe.image_sources:
+        yield "Calibrated on text alone: what image tokens need of the experts was not measured."
     if not records.format.sglang_drafts:
         yield (
             f"SGLang skips the draft experts of a {records.format} release without an error. Serve it there "

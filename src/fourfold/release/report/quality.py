@@ -74,6 +74,7 @@ def quality(metrics: Metrics | None, state: State) -> dict[str, Any]:
     if metrics is None:
         return {"verdict": verdict(None), "metrics": None}
     against, drafts, tasks = metrics.against, draft_grid(metrics), task_grid(metrics.tasks)
+    images, routing = image_grid(metrics), routing_grid(metrics)
     return {
         "verdict": verdict(metrics),
         "metrics": metrics,
@@ -81,6 +82,9 @@ def quality(metrics: Metrics | None, state: State) -> dict[str, Any]:
         "protocol": protocol_text(metrics.protocol),
         "perplexity": [*perplexity_lines(metrics, state)],
         "entropy": table(*_entropy(metrics)),
+        "images": images and table(*images),
+        "routing": routing and table(*routing),
+        "image_text": image_text(metrics),
         "drafts": drafts and table(*drafts),
         "draft_head": draft_head(metrics),
         "tasks": tasks and table(*tasks),
@@ -123,6 +127,43 @@ def _entropy(metrics: Metrics) -> Grid:
         cells = ("" if kl is None else f"{kl:.5f}", "" if agreement is None else f"{agreement:.2%}")
         rows.append((f"{bucket.low:g} to {end}", f"{bucket.positions:,}", *cells))
     return Grid(("entropy (nats)", "positions", FIGURES["kl_mean"][0], FIGURES["top1_agreement"][0]), rows)
+
+
+def image_grid(metrics: Metrics) -> Grid | None:
+    """Return KLD and top-1 agreement on held-out images beside those on text; None if they were not measured."""
+    images = metrics.images
+    if images is None:
+        return None
+    named = [("text", metrics.summary, metrics.rtn and metrics.rtn.summary), ("images", images.summary, images.rtn)]
+    keys = ("kl_mean", "kl_median", "top1_agreement")
+    rows: list[tuple[object, ...]] = []
+    for name, release, rtn in named:
+        for title, found in (("this release", release), ("RTN", rtn)):
+            if found:
+                cells = [figure_text(key, getattr(found, key), None) for key in keys]
+                rows.append((name, title, f"{found.positions:,}", *cells))
+    return Grid(("held-out", "", "positions", *(FIGURES[key][0] for key in keys)), rows)
+
+
+def routing_grid(metrics: Metrics) -> Grid | None:
+    """Return how each layer's router treats image tokens; None without images among the calibration samples."""
+    if metrics.images is None or not metrics.images.routing:
+        return None
+    rows = [(one.layer, f"{one.overlap:.2f}", one.image_experts) for one in metrics.images.routing]
+    return Grid(("layer", "overlap with text's routing", "image experts"), [*rows])
+
+
+def image_text(metrics: Metrics) -> str:
+    """Return what was measured on images, in a sentence; "" if nothing was."""
+    found = metrics.images
+    if found is None:
+        return ""
+    windows = f"{found.samples:,} samples of images in {_windows(found.windows)} of {found.window:,} tokens"
+    return (
+        f"{windows}; positions whose next token is part of an image are left out. Overlap: of the histograms of image "
+        "and text tokens over the experts, 1 where they are the same. Image experts: their share of image tokens is "
+        "over four times their share of text tokens."
+    )
 
 
 def draft_grid(metrics: Metrics) -> Grid | None:
