@@ -438,20 +438,32 @@ def vision_model() -> str:
 
 @figure
 def vision() -> str:
-    """KLD on text and images by what was calibrated on; mean of the seeds, and each seed's."""
+    """KLD on text and images by what was calibrated on: means of the seeds."""
     runs = result("vision")["runs"]
+    named = {name: (runs, name, "") for name in dict.fromkeys(run["calibration"] for run in runs)}
+    named["RTN"] = runs[:1], runs[0]["calibration"], "rtn "
     rows = []
-    for name in dict.fromkeys(run["calibration"] for run in runs):
-        own = [run for run in runs if run["calibration"] == name]
+    for title, (found, name, prefix) in named.items():
         cells = []
         for kind in ("text", "images"):
-            values = [run[kind]["kl_mean"] for run in own]
-            cells.append(f"{1e3 * fmean(values):.4f} ({', '.join(f'{1e3 * value:.4f}' for value in values)})")
-            cells.append(percent(fmean(run[kind]["top1_agreement"] for run in own)))
-        rows.append([name, *cells])
-    rtn = runs[0]["rtn"]
-    rows.append(["RTN", f"{1e3 * rtn['text']:.4f}", "", f"{1e3 * rtn['images']:.4f}", ""])
-    return table(["calibrated on", "text: mean KLD", "top-1", "images: mean KLD", "top-1"], rows)
+            own = [run[prefix + kind] for run in found if run["calibration"] == name]
+            cells += [f"{1e3 * fmean(one[key] for one in own):.{digits}f}"
+                      for key, digits in (("kl_mean", 3), ("kl_median", 5))]  # fmt: skip
+            cells.append(percent(fmean(one["top1_agreement"] for one in own)))
+        rows.append([title, *cells])
+    words = ("mean KLD", "median", "top-1")
+    header = ["calibrated on"] + [f"{kind}: {one}" for kind in ("text", "images") for one in words]
+    return table(header, rows)
+
+
+@figure
+def vision_gain(kind: str, name: str, other: str) -> str:
+    """Median KLD of one calibration over that of another, the smallest and the largest of the seeds."""
+    found = result("vision")["runs"]
+    runs = {(run["calibration"].replace(" ", "-"), run["seed"]): run[kind]["kl_median"] for run in found}
+    ratios = sorted(value / runs[other, seed] for (own, seed), value in runs.items() if own == name)
+    low, high = f"{ratios[0]:.2g}", f"{ratios[-1]:.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 @figure
@@ -459,7 +471,7 @@ def vision_conditions() -> str:
     found = result("vision")
     seeds, tokens = len({run["seed"] for run in found["runs"]}), found["calibration_tokens"]
     return (
-        f"KLD in 10^-3 nats, mean of {seeds} seeds (each in parentheses); {tokens:,} calibration tokens, "
+        f"KLD in 10^-3 nats, mean of {seeds} seeds; {tokens:,} calibration tokens, half of them in the second row, "
         f"{found['heldout_tokens']:,} held-out tokens of each kind; `benchmarks/results/vision.json`"
     )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/vision/ablation.py --json benchmarks/results/vision.json
 
-Every run has as many calibration tokens; scenes of calibration and of measurement are drawn from different seeds.
+All runs but one have as many calibration tokens. Scenes of calibration and of measurement have different seeds.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ ROWS, LENGTH, WINDOWS = 32, 256, 16
 SCENES, HELDOUT_SCENES = 200, 120
 SEEDS = (0, 1)
 TEXTS = ("general", "chat")
-# calibration: (rows of images, calibration.image_share)
+KEYS = ("kl_mean", "kl_median", "top1_agreement")
+HALF = ROWS // 2
+# calibration: (rows of text, rows of images, calibration.image_share)
 VARIANTS = {
-    "text": (0, 0.0),
-    "images": (ROWS, 0.0),
-    "both": (ROWS // 2, 0.0),
-    "both, image_share 0.1": (ROWS // 2, 0.1),
-    "both, image_share 0.3": (ROWS // 2, 0.3),
-    "both, image_share 0.5": (ROWS // 2, 0.5),
+    "text": (ROWS, 0, 0.0),
+    "half the text": (HALF, 0, 0.0),
+    "images": (0, ROWS, 0.0),
+    "half the text, half the images": (HALF, HALF, 0.0),
+    "the same, image_share 0.1": (HALF, HALF, 0.1),
+    "the same, image_share 0.3": (HALF, HALF, 0.3),
+    "the same, image_share 0.5": (HALF, HALF, 0.5),
 }
 
 
-def recipe_text(images: int, share: float, samples: Path, heldout: Path, seed: int) -> str:
+def recipe_text(name: str, samples: Path, heldout: Path, seed: int) -> str:
+    text, images, share = VARIANTS[name]
     sources = ""
-    for name in TEXTS if images < ROWS else ():
-        sources += f'[[calibration.sources]]\nbuiltin = "{name}"\nrows = {(ROWS - images) // len(TEXTS)}\n'
+    for source in TEXTS if text else ():
+        sources += f'[[calibration.sources]]\nbuiltin = "{source}"\nrows = {text // len(TEXTS)}\n'
     if images:
         sources += f'[[calibration.sources]]\npath = "{samples}"\nkind = "image"\nrows = {images}\n'
     return f"""
@@ -56,20 +60,19 @@ image_windows = {WINDOWS}
 
 
 def measure(name: str, seed: int, folder: Path) -> dict[str, object]:
-    images, share = VARIANTS[name]
     samples, heldout = (folder / part / "samples.jsonl" for part in (f"scenes-{seed}", "heldout"))
     path = folder / "recipe.toml"
-    path.write_text(recipe_text(images, share, samples, heldout, seed), encoding="utf-8")
+    path.write_text(recipe_text(name, samples, heldout, seed), encoding="utf-8")
     out = folder / "release"
     quantize(MODEL, out, load_recipe(str(path)), restart=True)
     found = Metrics.read(out / "metrics.json")
     assert found.summary is not None and found.images is not None and found.images.rtn is not None
     record: dict[str, object] = {"calibration": name, "seed": seed}
     for kind, figures in (("text", found.summary), ("images", found.images.summary)):
-        keys = ("kl_mean", "kl_median", "top1_agreement")
-        record[kind] = {key: getattr(figures, key) for key in keys}
+        record[kind] = {key: getattr(figures, key) for key in KEYS}
     assert found.rtn is not None
-    record["rtn"] = {"text": found.rtn.summary.kl_mean, "images": found.images.rtn.kl_mean}
+    for kind, figures in (("text", found.rtn.summary), ("images", found.images.rtn)):
+        record[f"rtn {kind}"] = {key: getattr(figures, key) for key in KEYS}
     record["overlap"] = [one.overlap for one in found.images.routing]
     record["image_experts"] = [one.image_experts for one in found.images.routing]
     return record

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -20,10 +23,17 @@ from fourfold.distributed.devices import Machine
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.processor import Processor
 from fourfold.quantize.calibrate import CalibrationRows, collect, image_weights, load_tokenizer
+from fourfold.quantize.fits import check_images
 from fourfold.quantize.images import decode, image_samples
 from fourfold.quantize.journal import METRICS
+from fourfold.quantize.plan import make_plan
 from fourfold.recipe import Recipe, Source, dump_recipe, load_recipe
 from fourfold.records.results import Metrics
+from fourfold.release.report.about import About
+from fourfold.release.report.card import card
+from fourfold.release.report.page import page
+from fourfold.release.report.quality import image_grid, image_text, routing_grid
+from fourfold.release.report.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "vision"))
 from scenes import write
@@ -168,6 +178,20 @@ def test_bad_images_are_one_error(make: Callable[[Path], dict[str, Any]], said: 
             sample.decoded()
 
 
+def test_images_lie_in_parquet_files_and_data_sets(tmp_path: Path) -> None:
+    record = image(tmp_path / "one.png")
+    data = (tmp_path / "one.png").read_bytes()
+    rows = [{"pictures": [{"bytes": data, "path": None}], "said": record["messages"]}] * 3
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
+    of = {"kind": "image", "fields": ("pictures", "said"), "rows": 1}
+    for source in (
+        Source(path=str(tmp_path / "set" / "train.parquet"), **of), Source(dataset=str(tmp_path / "set"), **of)
+    ):  # fmt: skip
+        found = list(image_samples(source, 0))
+        assert len(found) == 3 and found[0].images == (data,) and found[0].plain_text() == "A red square."
+
+
 def test_a_large_image_is_scaled_down(tmp_path: Path) -> None:
     image(tmp_path / "wide.png", (400, 100))
     found = decode("here", (tmp_path / "wide.png").read_bytes(), 10_000)
@@ -231,3 +255,46 @@ def test_two_workers_share_rows_with_images(release: Path, samples: Path, vision
     assert one is not None and two is not None and two.routing == one.routing
     assert two.summary.positions == one.summary.positions and two.samples == one.samples
     assert two.summary.perplexity_source == pytest.approx(one.summary.perplexity_source, rel=1e-2)
+
+
+def test_draft_experts_are_solved_on_text_beside_images(
+    example_model: Path, vision_model: Path, samples: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(example_model, model)
+    shutil.copy(vision_model / "chat_template.jinja", model)
+    recipe = recipe_of(samples, "scheme.rest.draft_experts=int4", "scheme.rest.draft_dense=int4", "solver.passes=0")
+    releases.run(model, tmp_path / "out", recipe)
+    assert Metrics.read(tmp_path / "out" / METRICS).images is not None
+    assert any(name.startswith("mtp.") and "packed" in name for name in releases.tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("override", ["guidance.tokens=1024", "scheme.rest.draft_experts=int4"])
+def test_images_alone_do_not_solve_what_needs_text(override: str, samples: Path, vision_model: Path) -> None:
+    recipe = recipe_of(samples, override)
+    images = replace(recipe.calibration, sources=recipe.image_sources)
+    with pytest.raises(FourfoldError, match=f"{override.partition('=')[0]}: this is solved on rows of text"):
+        check_images(Checkpoint.open_source(vision_model), replace(recipe, calibration=images))
+
+
+def test_a_plan_counts_images_and_their_tower(samples: Path, vision_model: Path) -> None:
+    plan = make_plan(vision_model, recipe_of(samples), memory_bytes=2**34)
+    tower = sum(one.size_bytes for name, one in plan.source.headers.items() if ".visual." in name)
+    assert plan.work.tower_bytes == tower > 0 and plan.work.image_tokens == 6 * LENGTH
+    assert plan.work.heldout_tokens == 4 * LENGTH
+    assert "4 of the samples, 30% of the weight" in dict(plan.headline)["images"]
+    text = make_plan(vision_model, load_recipe("best"), memory_bytes=2**34)
+    assert text.work.tower_bytes == text.work.image_tokens == 0 and "images" not in dict(text.headline)
+
+
+def test_card_and_page_have_figures_of_images(release: Path) -> None:
+    found = Metrics.read(release / METRICS)
+    images, routing = image_grid(found), routing_grid(found)
+    assert images is not None and [row[:2] for row in images.rows] == [
+        (kind, who) for kind in ("text", "images") for who in ("this release", "RTN")
+    ]
+    assert routing is not None and len(routing.rows) == 4 and "samples of images in 2 windows" in image_text(found)
+    records = Records.open(release)
+    text = card(records, About(name="someone/model"), [], {})
+    assert "### Images" in text and "image experts" in text and "Calibrated on text alone" not in text
+    assert "Routing of images" in page(records, About(name="someone/model"))

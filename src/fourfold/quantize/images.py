@@ -57,7 +57,9 @@ def image_samples(source: Source, seed: int) -> Iterator[ImageSample]:
     else:
         read = list(islice(file_records(source.path, source.fields), MOST_READ))
         records = (read[place] for place in shuffled(len(read), seed, source_name(source), "samples"))
-    folder = Path(source.path).parent if source.path else Path.cwd()
+    folder: Path | None = Path(source.path or source.dataset).parent
+    if source.dataset and not Path(source.dataset).is_dir():
+        folder = None  # a stranger's data set names no files here
     for place, record in records:
         yield _sample(place, record, source, folder)
 
@@ -79,7 +81,7 @@ def shuffled(count: int, seed: int, *salt: str) -> list[int]:
     return sorted(range(count), key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
 
 
-def _sample(place: str, record: Mapping[str, Any], source: Source, folder: Path) -> ImageSample:
+def _sample(place: str, record: Mapping[str, Any], source: Source, folder: Path | None) -> ImageSample:
     for field in source.fields:
         if field not in record:
             raise FourfoldError(
@@ -115,13 +117,13 @@ def _with_parts(place: str, message: dict[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": parts}
 
 
-def _bytes(place: str, value: object, folder: Path) -> bytes:
-    """The bytes of an image file, given by its path or as data sets store it."""
+def _bytes(place: str, value: object, folder: Path | None) -> bytes:
+    """The bytes of an image file, given by its path or as data sets store it. folder: None: paths are not followed."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return bytes(value["bytes"])
         value = value.get("path")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or folder is None:
         raise FourfoldError(f"{place}: got {type(value).__name__}, expected an image: its path, or its file's bytes")
     path = folder / value
     try:
