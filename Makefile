@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-engine test-package check docs figures reference audit bench-example bench-quality bench-ablation bench-real bench-speed clean
+.PHONY: help demo test test-slow test-all test-engine test-package check docs figures reference audit bench-example bench-quality bench-peers bench-ablation bench-real bench-speed clean
 
 VENV := .venv
 ENGINES := .engines
@@ -17,6 +17,7 @@ MODEL := examples/tiny-qwen3.6-moe
 RELEASE := demo/tiny-qwen3.6-moe-int4
 # 0.005: GPTQModel's default
 REAL := --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 --methods rtn gptqmodel fast best guided
+PEERS := gptqmodel autoround autoround-alg-ext llmcompressor llmcompressor-routed
 
 # 3.11 first: constraints.txt was tried with it. A name may be there and still not run (pyenv's shims), so each is run.
 FITS = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -71,7 +72,7 @@ audit: $(INSTALLED)  ## known weaknesses of the installed packages, asked of PyP
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >build/audit/installed.txt
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
-figures: $(INSTALLED)  ## predictions of the plan, then every figure in README and docs, from benchmarks/results
+figures: $(INSTALLED)  ## predictions of the plan, then every figure and plot in README and docs, from benchmarks/results
 	$(BIN)/python benchmarks/predictions.py --json benchmarks/results/predictions.json >/dev/null
 	$(BIN)/python docs/figures.py
 
@@ -81,6 +82,11 @@ bench-example: $(INSTALLED)  ## the example model: time, memory, quality, and ho
 
 bench-quality: $(INSTALLED)  ## quality beside GPTQModel: half an hour the first time
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
+
+bench-peers: $(INSTALLED)  ## quality beside GPTQModel, AutoRound and llm-compressor: two hours the first time
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python benchmarks/quality.py --methods rtn $(PEERS) fast best guided --tokens 65536 \
+		--text wikitext-2-test chat \
+		--json benchmarks/results/quality_peers.json benchmarks/results/quality_peers_chat.json $(ARGS)
 
 bench-ablation: $(INSTALLED)  ## quality of `best` without each of its ingredients: half an hour the first time
 	$(BIN)/python benchmarks/quality.py --ablation --json benchmarks/results/quality_ablation.json $(ARGS)

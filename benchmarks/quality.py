@@ -1,4 +1,4 @@
-"""Quality beside GPTQModel: the same calibration rows, the same held-out rows, the same storage, one judge.
+"""Quality beside other tools: the same calibration rows, the same held-out rows, one judge.
 
     python benchmarks/quality.py --json benchmarks/results/quality.json
     python benchmarks/quality.py --ablation --json benchmarks/results/quality_ablation.json
@@ -30,7 +30,8 @@ quality_real_before.json was made at commit 6cab714, before down's target and th
 A release is judged on every `--text`; each has its own file after `--json`.
 `--model real-moe` is built when it is missing (benchmarks/real_moe); `make bench-real` runs all of its measurements.
 Every run is kept in .cache/quality until the code or the model changes, so that an interrupted benchmark resumes.
-GPTQModel works in an environment of its own, which benchmarks/peers/gptqmodel.sh makes when it is missing.
+Other tools work in environments of their own, which benchmarks/peers/install.sh makes when they are missing. Their
+releases stay in the cache: they need not be made again when fourfold changes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
+import peer
 import torch
 from heldout import Judge, bootstrap
 from msgspec import to_builtins
@@ -70,9 +72,8 @@ from fourfold.recipe import GROUP_SIZES, HELDOUT_TEXTS, Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEERS = HERE / "peers"
 ROW_TOKENS = 512
-STORAGE = "gptq"  # what all methods write: GPTQModel's own
+STORAGE = "gptq"  # of fourfold, GPTQModel and AutoRound; llm-compressor has compressed-tensors alone
 FALLBACK = 0.16  # experts below this share of the mean load are rounded: GPTQModel's 0.5 % of tokens, with 8 of 256
 PEER, RTN, ROUTING = "gptqmodel", "rtn", "guided with routing"
 EXAMPLE, REAL = ROOT / "examples/tiny-qwen3.6-moe", ROOT / ".cache/models/real-moe"
@@ -80,12 +81,17 @@ EXAMPLE, REAL = ROOT / "examples/tiny-qwen3.6-moe", ROOT / ".cache/models/real-m
 
 @dataclass(frozen=True)
 class Method:
-    """A preset and what is changed in it; no preset is GPTQModel. code_alone: calibrated on nothing else."""
+    """A preset and what is changed in it, or another tool and options of its script (benchmarks/peers).
+
+    code_alone: calibrated on nothing else.
+    """
 
     name: str
     preset: str = ""
     overrides: tuple[str, ...] = ()
     code_alone: bool = False
+    tool: str = ""
+    options: tuple[str, ...] = ()
 
 
 def less(ingredient: str, *overrides: str) -> Method:
@@ -94,7 +100,11 @@ def less(ingredient: str, *overrides: str) -> Method:
 
 METHODS = (
     Method(RTN, "card", ("solver.fallback_share=1",)),
-    Method(PEER),
+    Method(PEER, tool=PEER),
+    Method("autoround", tool="autoround"),
+    Method("autoround-alg-ext", tool="autoround", options=("--alg-ext",)),
+    Method("llmcompressor", tool="llmcompressor"),
+    Method("llmcompressor-routed", tool="llmcompressor", options=("--routed-only",)),
     Method("card", "card"),
     Method("fast", "fast"),
     Method("best", "best"),
@@ -211,17 +221,17 @@ class Bench:
         """The figures of one run on each text, from the cache if they are there."""
         recipe = self.recipe(method, tokens, seed)
         name = f"{self.model.name}-{method.name.replace(' ', '')}-{tokens}-{seed}"
-        made_by = self.solving if method.preset else digest([PEERS / "gptqmodel_quantize.py"])
-        key = digest_of(self.model_digest, recipe.digest(), made_by)
+        made_by = digest(peer.sources(method.tool)) if method.tool else self.solving
+        key = digest_of(self.model_digest, recipe.digest(), made_by, *method.options)
         paths = [self.cache / f"{name}-{digest_of(key, text.heldout.digest, self.judging)}.json" for text in self.texts]
         missing = [(path, text) for path, text in zip(paths, self.texts, strict=True) if not path.is_file()]
         if missing:
             with tempfile.TemporaryDirectory(prefix="fourfold-quality-") as folder:
                 release = Path(folder) / "release"
-                if method.preset:
-                    made = self._with_fourfold(recipe, release)
+                if method.tool:
+                    made, release = self._with_peer(method, recipe, self.cache / f"{name}-{key}")
                 else:
-                    made, release = self._with_peer(recipe, Path(folder), self.cache / f"{name}-{key}")
+                    made = self._with_fourfold(recipe, release)
                 for path, text in missing:
                     write(path, json.dumps(made | text.judge.judge(release)))
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -246,22 +256,17 @@ class Bench:
         return {"seconds": wall, "cpu_seconds": cpu, "projections": summary.projections, "rounded": rounded,
                 "worst_over_rtn": worst}  # fmt: skip
 
-    def _with_peer(self, recipe: Recipe, folder: Path, kept: Path) -> tuple[dict[str, Any], Path]:
-        """GPTQModel's release stays in `kept`: it need not be made again when fourfold changes."""
+    def _with_peer(self, method: Method, recipe: Recipe, kept: Path) -> tuple[dict[str, Any], Path]:
+        """The release stays in `kept`. GPTQModel alone says which projections it has rounded."""
         made, release = kept / "made.json", kept / "release"
         if not made.is_file():
-            subprocess.run([PEERS / "gptqmodel.sh"], check=True, env=os.environ | {"PYTHON": sys.executable})
-            rows = folder / "rows.json"
-            rows.write_text(json.dumps(calibrate.collect(recipe, self.tokenizer).token_RT.tolist()))
-            # It leaves logs/ where it is started, and Hub and offload folders where these point.
-            environment = os.environ | {"HF_HOME": str(folder / "hub"), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-            python = PEERS / ".venv-gptqmodel/bin/python"
-            command = [python, PEERS / "gptqmodel_quantize.py", self.model, rows, release]
-            command += [str(self.fallback_share), str(self.group_size)]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"GPTQModel: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-            write(made, done.stdout.splitlines()[-1])
+            options = ["--group-size", str(self.group_size), *method.options]
+            if method.tool == PEER:
+                options += ["--fallback-share", str(self.fallback_share)]
+            if method.tool == "autoround":
+                options += ["--seed", str(recipe.calibration.seed)]
+            rows = calibrate.collect(recipe, self.tokenizer).token_RT.tolist()
+            write(made, json.dumps(peer.quantize(method.tool, self.model, rows, release, options)))
         return json.loads(made.read_text(encoding="utf-8")), release
 
 
@@ -361,7 +366,7 @@ def cells(method: str, line: dict[str, Any], peer: dict[str, Any] | None) -> Ite
     yield from (f"{1e3 * line['kl_median']:.3f}", of_peer("kl_median"))
     yield from (f"{1e3 * line['kl_mean']:.3f}", f"{1e3 * low:.2f} - {1e3 * high:.2f}", f"{1e3 * line['kl_p99']:.1f}")
     yield from (f"{100 * line['top1_agreement']:.2f}", f"{line['perplexity_release']:.3f}")
-    yield f"{line['rounded']:.0f} of {line['projections']:.0f}"
+    yield f"{line['rounded']:.0f} of {line['projections']:.0f}" if "rounded" in line else ""
     yield "" if method == RTN else f"{line['cpu_seconds']:.0f}"  # made with a solve that is thrown away
 
 
@@ -379,14 +384,15 @@ def shown(argument: str) -> str:
 
 def record(bench: Bench, text: Text, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the figures are of: for the JSON file."""
-    skeleton, left_out = bench.skeleton, ("kl_by_window", "versions")
+    skeleton, engines = bench.skeleton, ("torch", "transformers")
+    tools = {name: found for run in runs for name, found in run.get("versions", {}).items() if name not in engines}
     model = {"name": bench.model.name, "layers": skeleton.layers, "experts": skeleton.experts}
     return {
         "command": shlex.join(["python", "benchmarks/quality.py", *(shown(part) for part in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("fourfold", "torch", "transformers")},
-        "peer_versions": next((run["versions"] for run in runs if "versions" in run), {}),
+        "peer_versions": tools,
         "code": {"quantize": bench.solving, "judge": bench.judging},
         "model": model | {"sha256": bench.model_digest},
         "protocol": {
@@ -397,7 +403,7 @@ def record(bench: Bench, text: Text, runs: list[dict[str, Any]]) -> dict[str, An
             "fallback_share": bench.fallback_share,
             "group_size": bench.group_size,
         },
-        "runs": [{name: value for name, value in run.items() if name not in left_out} for run in runs],
+        "runs": [{name: value for name, value in run.items() if name != "kl_by_window"} for run in runs],
     }
 
 
@@ -412,7 +418,8 @@ def model_path(argument: str) -> Path:
 def main() -> None:
     names = [method.name for method in METHODS]
     ablation = ["best", *(name for name in names if name.startswith("best - "))]
-    standard = [name for name in names if name not in (*ablation[1:], ROUTING)]
+    others = [method.name for method in METHODS if method.tool and method.tool != PEER]
+    standard = [name for name in names if name not in (*ablation[1:], ROUTING, *others)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_path, default=EXAMPLE, help=f"a folder, or {REAL.name}: built if missing")
     parser.add_argument("--methods", nargs="+", choices=names, default=standard, metavar="NAME", help=", ".join(names))

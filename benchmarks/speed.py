@@ -5,7 +5,7 @@
 A two-layer Qwen3.5-MoE at full width (2048 -> 512) with fewer experts, random weights, real text; experts only.
 fourfold: CPU seconds of the second layer, held-out rows included (in the first both streams are still one).
 GPTQModel: CPU seconds of its quantize() over two, start-up, loading and saving left out; its quickest setting on a CPU
-(batches of 8, one thread). It runs in an environment of its own, made by benchmarks/peers/gptqmodel.sh if missing.
+(batches of 8, one thread). It runs in an environment of its own, made by benchmarks/peers/install.sh if missing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peer
 import torch
 from gemm_rate import machine
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -34,7 +35,6 @@ from fourfold.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent / "examples" / "tiny-qwen3.6-moe"
-PEER = HERE / "peers" / ".venv-gptqmodel"
 ROW = 1024  # tokens
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 REQUIRED = {"fast": 3.0, "best": 1.4}  # times fewer CPU seconds than GPTQModel
@@ -99,15 +99,9 @@ def run_child(*arguments: str) -> dict[str, Any]:
 
 def run_peer(model: Path, scratch: Path, tokens: int) -> dict[str, Any]:
     """GPTQModel on the rows of `best`; CPU seconds of a layer are its quantize() over two."""
-    subprocess.run([HERE / "peers" / "gptqmodel.sh"], check=True, stdout=sys.stderr)
     rows = calibrate.collect(recipe_of("best", tokens), calibrate.load_tokenizer(model)).token_RT.tolist()
-    (scratch / "rows.json").write_text(json.dumps(rows))
-    command = [PEER / "bin" / "python", HERE / "peers" / "gptqmodel_quantize.py", model, scratch / "rows.json",
-               scratch / "peer", "0.005"]  # fmt: skip
-    done = subprocess.run(command, env=os.environ | ONE_THREAD, cwd=scratch, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.DEVNULL, check=True)  # fmt: skip
+    found = peer.quantize("gptqmodel", model, rows, scratch / "peer", ["--fallback-share", "0.005"])
     shutil.rmtree(scratch / "peer")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"cpu_seconds": found["cpu_seconds"] / 2}
 
 
