@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/, written from benchmarks/results/*.json.
+"""The figures of README.md and docs/, and the plots (plots.py), written from benchmarks/results/*.json.
 
     python docs/figures.py            # rewrite everything between markers
     python docs/figures.py --check    # exit code 1, and what differs, if a page is not what the results say
@@ -13,8 +13,10 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import fmean
 
+from plots import PICTURES
 from results import (
     KLD,
     MEDIAN,
@@ -26,7 +28,9 @@ from results import (
     TOKENS,
     commands,
     cpu_minutes,
+    curves,
     fallback,
+    find,
     gigabytes,
     kld,
     label,
@@ -51,7 +55,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"<!-- figures: (?P<call>[^>]+?) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 # README's results have columns for each of these, and a row for each method of results.py.
 # Result of benchmarks/quality.py: title.
-MODELS = {"quality": "example model", "quality_real": "model with outliers of a real LLM"}
+MODELS = {"quality_peers": "example model", "quality_real": "model with outliers of a real LLM"}
+PEERS = {"quality_peers": "prose", "quality_peers_chat": "chat"}  # result of `make bench-peers`: text
 ROUTING = (  # result with guidance.routing, result of `guided` without, title
     ("quality_routing", "quality_routing", "example, prose"),
     ("quality_routing_chat", "quality_routing_chat", "example, chat"),
@@ -196,10 +201,11 @@ def readme() -> str:
         header += [f"{title}: mean KLD (x 10^-3 nats)", "top-1 agreement"]
     rows = []
     for method in METHODS:
-        cells = [label(method)]
-        for name in MODELS:
-            row = mean(name, method, tokens_shown(name))
-            cells += [kld(row["kl_mean"]), percent(row["top1_agreement"])]
+        found, cells = [find(name, method, tokens_shown(name)) for name in MODELS], [label(method)]
+        if not any(found):
+            continue
+        for row in found:
+            cells += [kld(row["kl_mean"]), percent(row["top1_agreement"])] if row else ["", ""]
         tool = result("speed")["tools"].get(method)
         cells += [f"{tool['cpu_seconds']:.1f}", gigabytes(tool["peak_bytes"], 2)] if tool else ["", ""]
         rows.append(cells)
@@ -264,6 +270,23 @@ def quality() -> str:
         worst = f"{row['worst_over_rtn']:.2f}" if "worst_over_rtn" in row else ""
         rows.append([label(method), *cells, worst])
     return table(header, rows)
+
+
+@figure
+def peers() -> str:
+    """Quality beside other tools, on each held-out text."""
+    header = [""]
+    for text in PEERS.values():
+        header += [f"{text}: mean KLD", "of GPTQModel's", "routing forced", "median", "p99", "top-1 agreement"]
+    rows = []
+    for method in methods("quality_peers"):
+        cells = [label(method)]
+        for name in PEERS:
+            row = mean(name, method)
+            cells += [kld(row["kl_mean"]), f"{ratio(name, method, PEER, 'kl_mean'):.2f}", kld(row[KLD])]
+            cells += [kld(row[MEDIAN]), kld(row["kl_p99"], 1), percent(row["top1_agreement"])]
+        rows.append([*cells, fallback(row), "" if method == "rtn" else f"{row['cpu_seconds']:.0f}"])
+    return table([*header, "RTN fallback", "CPU s"], rows)
 
 
 @figure
@@ -351,13 +374,11 @@ def remeasure() -> str:
 
 @figure
 def calibration_tokens() -> str:
-    """Mean KLD with free routing by calibration tokens, from two files of the example model."""
-    found = [row for name in ("quality", "quality_256k") for row in result(name)["means"]]
-    counts = sorted({row["tokens"] for row in found if row["method"] == "guided"})
-    rows = []
-    for method in ("fast", "best", "guided"):
-        values = {row["tokens"]: row["kl_mean"] for row in found if row["method"] == method}
-        rows.append([f"`{method}`", *(kld(values[tokens]) if tokens in values else "" for tokens in counts)])
+    """Mean KLD with free routing by calibration tokens, of the example model."""
+    found = curves("quality")
+    counts = sorted(found["guided"])
+    rows = [[f"`{method}`", *(kld(values[tokens]) if tokens in values else "" for tokens in counts)]
+            for method, values in found.items() if method in ("fast", "best", "guided")]  # fmt: skip
     model = result("quality")["model"]
     per_input = [f"{tokens:,} ({tokens * 2 / model['experts'] / 256:g})" for tokens in counts]
     return table(["recipe", *per_input], rows)
@@ -628,15 +649,24 @@ def rewritten(text: str, page: str) -> str:
     return found
 
 
+def written() -> Iterator[tuple[Path, str, str]]:
+    """Pages and plots: their path, what is there, and what the results say."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        yield page, text, rewritten(text, str(page.relative_to(ROOT)))
+    for path, draw in PICTURES.items():
+        yield path, path.read_text(encoding="utf-8") if path.is_file() else "", draw()
+
+
 def main() -> None:
     check, differ = "--check" in sys.argv[1:], False
-    for page in PAGES:
-        name, text = str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
-        found = rewritten(text, name)
+    for page, text, found in written():
+        name = str(page.relative_to(ROOT))
         if found != text and check:
             differ = True
             lines = (text.splitlines(), found.splitlines())
-            print("\n".join(difflib.unified_diff(*lines, name, "benchmarks/results", n=0, lineterm="")))
+            shown = difflib.unified_diff(*lines, name, "benchmarks/results", n=0, lineterm="")
+            print(f"{name}: drawn from other results" if page in PICTURES else "\n".join(shown))
         elif found != text:
             page.write_text(found, encoding="utf-8")
             print(f"{name}: written")

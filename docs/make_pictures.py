@@ -4,7 +4,8 @@
 
 Runs `fourfold quantize` with the defaults, as benchmarks/example.py does, so a test holds the figures in the pictures
 against benchmarks/results/example.json. Takes about two CPU minutes and needs Chromium. Rich draws the terminal; its
-fonts are taken out, since they would be fetched. A PNG carries its figures as a text chunk, `Description`.
+fonts are taken out, since they would be fetched. A PNG carries its figures as a text chunk, `Description`. Plots of
+benchmarks are drawn by `make figures` (plots.py).
 """
 
 from __future__ import annotations

@@ -18,9 +18,13 @@ TOKENS = 65_536  # of calibration, where a table shows one size
 SIZES = {4_096: "4k", 16_384: "16k", TOKENS: "64k"}
 KLD, MEDIAN = "forced_kl_mean", "kl_median"
 REAL = {"quality_real": "prose", "quality_real_code": "code", "quality_real_chat": "chat"}  # of `make bench-real`: text
-METHODS = {  # of README's results, a row each
+METHODS = {  # of README's results, a row each; in braces a package, for its version
     "rtn": "round-to-nearest (RTN)",
-    PEER: "GPTQModel",
+    PEER: "GPTQModel {gptqmodel}",
+    "llmcompressor": "llm-compressor {llmcompressor} GPTQ",
+    "llmcompressor-routed": "llm-compressor {llmcompressor} GPTQ, routed tokens only",
+    "autoround": "AutoRound {auto-round}",
+    "autoround-alg-ext": "AutoRound {auto-round} with `enable_alg_ext`",
     "fast": "fourfold `fast`",
     "best": "fourfold `best`",
     "guided": "fourfold `guided`",
@@ -46,15 +50,31 @@ def methods(name: str) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in result(name)["means"]))
 
 
+def find(name: str, method: str, tokens: int = TOKENS) -> dict[str, Any] | None:
+    """What `mean` returns, None for a method that the result does not have."""
+    rows = result(name)["means"]
+    return next((dict(row) for row in rows if (row["method"], row["tokens"]) == (method, tokens)), None)
+
+
 def mean(name: str, method: str, tokens: int = TOKENS) -> dict[str, Any]:
     """A method's figures in a result of benchmarks/quality.py, the mean of its seeds."""
-    for row in result(name)["means"]:
-        if (row["method"], row["tokens"]) == (method, tokens):
-            return dict(row)
+    if row := find(name, method, tokens):
+        return row
     raise SystemExit(
         f"{name}.json: got no {method!r} with {tokens:,} tokens, expected it among `means`. "
         f"Run {commands()[f'{name}.json']}"
     )
+
+
+def curves(name: str) -> dict[str, dict[int, float]]:
+    """Mean KLD with free routing by method and calibration tokens: of a result, and of those with other sizes.
+
+    Another size has a file of its own, `NAME_256k.json`. Methods are those of README that look at tokens.
+    """
+    files = [path.stem for path in RESULTS.glob(f"{name}*.json") if re.fullmatch(rf"{name}(_\d+k(_\w+)?)?", path.stem)]
+    rows = [row for file in sorted(files) for row in result(file)["means"]]
+    found = {method: {row["tokens"]: row["kl_mean"] for row in rows if row["method"] == method} for method in METHODS}
+    return {method: values for method, values in found.items() if values and method != "rtn"}
 
 
 def ratio(name: str, method: str, other: str, key: str, tokens: int = TOKENS) -> float:
@@ -75,6 +95,9 @@ def percent(value: float, digits: int = 2) -> str:
 
 
 def fallback(row: dict[str, Any]) -> str:
+    """Projections rounded to nearest; empty for a tool that does not say."""
+    if "rounded" not in row:
+        return ""
     return f"{row['rounded']:g} of {row['projections']:.0f}" if row["rounded"] else "none"
 
 
@@ -85,8 +108,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def label(method: str) -> str:
-    title = METHODS.get(method, f"`{method}`")
-    return f"{title} {result('quality')['peer_versions'][PEER]}" if method == PEER else title
+    return METHODS.get(method, f"`{method}`").format_map(result("quality_peers")["peer_versions"])
 
 
 def options(name: str) -> dict[str, str]:

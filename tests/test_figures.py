@@ -59,7 +59,10 @@ def page(docs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of README and of the results, which `--check` then looks at alone."""
     shutil.copytree(RESULTS, tmp_path / "results")
     shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
-    for name, value in (("ROOT", tmp_path), ("PAGES", [tmp_path / "README.md"])):
+    picture, draw = next(iter(docs.PICTURES.items()))
+    shutil.copyfile(picture, tmp_path / picture.name)
+    pages, pictures = [tmp_path / "README.md"], {tmp_path / picture.name: draw}
+    for name, value in (("ROOT", tmp_path), ("PAGES", pages), ("PICTURES", pictures)):
         monkeypatch.setattr(docs, name, value)
     monkeypatch.setattr(importlib.import_module("results"), "RESULTS", tmp_path / "results")
     monkeypatch.setattr("sys.argv", ["figures.py", "--check"])
@@ -86,7 +89,7 @@ def test_a_changed_digit_of_a_page_fails(docs: Any, page: Path, capsys: pytest.C
 
 
 def test_a_changed_result_fails_and_is_written(docs: Any, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = page.parent / "results" / "quality.json"
+    path = page.parent / "results" / "quality_peers.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     row = next(row for row in result["means"] if (row["method"], row["tokens"]) == ("guided", 65_536))
     row["kl_mean"] = 0.00123
@@ -96,6 +99,22 @@ def test_a_changed_result_fails_and_is_written(docs: Any, page: Path, monkeypatc
     monkeypatch.setattr("sys.argv", ["figures.py"])
     docs.main()
     assert "fourfold `guided` | 1.23 |" in page.read_text(encoding="utf-8")
+
+
+def test_the_plot_has_what_the_results_say(docs: Any, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plots, picture = importlib.import_module("plots"), next(iter(docs.PICTURES))
+    points = re.findall(r'aria-label="calibration tokens: (\d+); [^:]+: ([\d.]+); method: ', picture.read_text("utf-8"))
+    expected = [by_tokens for name in plots.CURVES for by_tokens in docs.curves(name).values()]
+    pairs = {(tokens, round(1e3 * value, 2)) for by_tokens in expected for tokens, value in by_tokens.items()}
+    assert len(pairs) > 20 and {(int(tokens), float(value)) for tokens, value in points} == pairs
+    path = page.parent / "results" / "quality_256k.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["means"][0]["kl_mean"] *= 2
+    path.write_text(json.dumps(result), encoding="utf-8")
+    docs.result.cache_clear()
+    with pytest.raises(SystemExit, match="make figures"):
+        docs.main()
+    assert f"{picture.name}: drawn from other results" in capsys.readouterr().out
 
 
 def test_another_model_is_another_entry(docs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

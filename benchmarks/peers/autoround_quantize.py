@@ -6,6 +6,8 @@ says so.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from runner import BATCH_ROWS, Stopwatch, arguments, import_torchvision, report
 
@@ -46,7 +48,11 @@ def main() -> None:
     )
     watch = Stopwatch()
     tool.quantize_and_save(output_dir=options.out, format="auto_gptq")
-    report(watch.read(), ("auto-round",))
+    spent = watch.read()
+    folder = next(Path(options.out).rglob("config.json")).parent  # it adds one, of the model's name and the scheme
+    for path in folder.iterdir():
+        path.rename(Path(options.out) / path.name)
+    report(spent, ("auto-round",))
 
 
 if __name__ == "__main__":
