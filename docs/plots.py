@@ -1,4 +1,4 @@
-"""Plots of the documentation, drawn from benchmarks/results/*.json. `make figures` writes them, `make check` compares."""
+"""Plots of the documentation, from benchmarks/results/*.json: `make figures` draws them, `make check` compares."""
 
 from __future__ import annotations
 
