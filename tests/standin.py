@@ -63,6 +63,7 @@ class StandIn:
     plain: Callable[[str, Any, int], tuple[int, Any]] | None = None
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    port: int = 0
     at_once: int = 0
     most_at_once: int = 0
 
@@ -141,7 +142,7 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
                     self.wfile.write(part)
                     self.wfile.flush()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", stand_in.port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

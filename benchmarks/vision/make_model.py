@@ -44,7 +44,7 @@ TEMPLATE = (
 def settings() -> Qwen3_5MoeConfig:
     raw = json.loads((EXAMPLE / "config.json").read_text())
     raw["text_config"] |= {
-        "hidden_size": 128, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "hidden_size": 128, "head_dim": 32, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64, "mtp_num_hidden_layers": 0,
         "rope_parameters": raw["text_config"]["rope_parameters"] | {"mrope_section": [2, 1, 1]},
         "router_aux_loss_coef": BALANCE,

@@ -20,6 +20,9 @@ FIGURES = {  # key in metrics.json's summary: what it is called, how it is writt
     "top5_agreement": ("top-5 agreement", "{:.2%}"),
 }
 NO_INTERVAL = "unknown: one window gives no interval"
+READY = (
+    "Ctrl-C stops it"  # the last line of what `serve` says once the engine has answered; `bench --drafts` waits for it
+)
 
 
 def size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from command_line import invoke
+from fourfold.cli.tables.server import crossover
 from fourfold.datatypes import Event, FourfoldError
-from fourfold.records.results import Quantiles
+from fourfold.records.results import Bench, Quantiles
 from fourfold.serve import bench as benches
+from fourfold.serve import depths
 from fourfold.serve.bench import Load, bench, quantiles, read_prompts, summarize
 from fourfold.serve.client import Reply
 from standin import DONE, GOOD, StandIn, chunk, counters, event, serving, usage
@@ -211,4 +214,75 @@ def test_the_command_fails_with_its_requests(tmp_path: Path) -> None:
 def test_concurrencies_that_are_none(levels: str) -> None:
     done = command("http://127.0.0.1:1", "--concurrency", levels)
     assert done.exit_code == 2
-    assert "expected numbers from 1 on, as in 1,4,16" in done.output
+    assert "expected numbers from 1 to 9,999, as in 1,4,16" in done.output
+
+
+def test_prompts_of_a_length(tmp_path: Path) -> None:
+    """4,000 characters are 1,000 tokens to this server: a prompt of 50 tokens has 200 characters, each others."""
+    parts = (*GOOD[:-2], usage(1000, 5), DONE)
+    with serving(StandIn(parts=lambda number: parts, context=100)) as stand_in:
+        found = bench(stand_in.url, load(concurrency=(1, 2), contexts=(50, 90), requests=3), lambda event: None)
+        asked = len(stand_in.seen)
+        with pytest.raises(FourfoldError, match=r"--context: got 93 tokens and 8 of the answer, expected at most 100"):
+            bench(stand_in.url, load(contexts=(50, 93)), lambda event: None)
+        assert len(stand_in.seen) == asked
+    assert [level.title for level in found.levels] == ["1 x 50", "2 x 50", "1 x 90", "2 x 90"]
+    prompts = [body["messages"][0]["content"] for body in stand_in.seen if body["max_tokens"] == 8]
+    assert [len(prompt) for prompt in prompts] == [200] * 8 + [360] * 8 and len(set(prompts[:4])) == 4
+
+
+FAKE = """#!{python}
+import sys, time
+sys.path.insert(0, {tests!r})
+from standin import GOOD, StandIn, counters, serving
+depth, port = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--mtp", "--port"))
+if depth == 8:
+    sys.exit("Error: 8 drafts do not fit")
+with serving(StandIn(parts=lambda _: (0.3 if depth == 2 else 0.01, *GOOD), metrics=counters, port=port)):
+    print("Ctrl-C stops it", file=sys.stderr, flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example_model: Path) -> Path:
+    """A checkpoint, and in place of `fourfold serve` a server that is slow with two drafts."""
+    script = tmp_path / "python"
+    script.write_text(FAKE.format(python=sys.executable, tests=str(Path(__file__).parents[1])))
+    script.chmod(0o755)
+    monkeypatch.setattr(depths.sys, "executable", str(script))
+    return example_model
+
+
+def test_drafts_are_compared(release: Path, tmp_path: Path) -> None:
+    words = ("--concurrency", "1,2", "--requests", "2", "--out", tmp_path / "bench.json")
+    done = command(release, "--drafts", "1,2", *words, "--", "--engine", "vllm")
+    assert done.exit_code == 0, done.output
+    written = Bench.read(tmp_path / "bench.json")
+    assert [level.title for level in written.levels] == ["1 d1", "2 d1", "1 d2", "2 d2"]
+    assert written.fastest_drafts == {1: 1, 2: 1}
+    shown = " ".join(done.stdout.split())
+    assert "fastest number of drafts by concurrency: 1 at 1, 1 at 2; drafts are faster at each" in shown
+    failed = command(release, "--drafts", "1,8", *words)
+    assert failed.exit_code == 2 and "--drafts 8: no server: 8 drafts do not fit" in failed.stderr
+
+
+def test_where_drafts_do_not_pay() -> None:
+    assert crossover({1: 3, 4: 1, 16: 0, 32: 0}).endswith(
+        "3 at 1, 1 at 4, 0 at 16, 0 at 32; without drafts it is faster from concurrency 16 on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--drafts", "9"), "expected numbers from 0 to 8, as in 0,1,2,3"),
+        (("--context", "0"), "expected numbers from 1 to 1,048,576"),
+        (("--context", "8", "--prompts", __file__), "--context and --prompts exclude each other"),
+        (("--", "--engine", "vllm"), "expected them with --drafts only"),
+        (("--drafts", "0,1"), "no such folder"),
+    ],
+)
+def test_what_does_not_go_together(words: tuple[str, ...], said: str) -> None:
+    done = command("./no/such", *words)
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.stderr

@@ -364,7 +364,9 @@ class Acceptance(Struct, frozen=True, omit_defaults=True):
 
 
 class BenchLevel(Struct, frozen=True, kw_only=True):
-    """A load of one concurrency. Quantiles: in seconds, None where no request came through."""
+    """A load of one concurrency. Quantiles: in seconds, None where no request came through. context: tokens of each
+    prompt, None where prompts are as they come; drafts: tokens that were drafted at a time, None where that is unknown.
+    """
 
     concurrency: Count
     seconds: float
@@ -380,6 +382,13 @@ class BenchLevel(Struct, frozen=True, kw_only=True):
     client_core_share_at_100_tokens_per_second: float | None
     acceptance: Acceptance | None = None
     server: dict[str, Number] = field(default_factory=dict)
+    context: Count | None = None
+    drafts: Count | None = None
+
+    @property
+    def title(self) -> str:
+        parts = {"": self.concurrency, " x ": self.context, " d": self.drafts}
+        return "".join(f"{mark}{value}" for mark, value in parts.items() if value is not None)
 
 
 class BenchLoad(Struct, frozen=True):
@@ -403,3 +412,16 @@ class Bench(Record, frozen=True, kw_only=True):
     load: BenchLoad
     levels: list[BenchLevel]
     card: dict[str, Any] | None
+
+    @property
+    def fastest_drafts(self) -> dict[int, int]:
+        """By concurrency, the number of drafts with the most tokens a second; {} where one number was measured."""
+        if len({level.drafts for level in self.levels}) < 2:
+            return {}
+        by: dict[int, list[BenchLevel]] = {}
+        for level in self.levels:
+            by.setdefault(level.concurrency, []).append(level)
+        return {
+            concurrency: max(levels, key=lambda one: one.output_tokens_per_second).drafts or 0
+            for concurrency, levels in by.items()
+        }

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from fourfold.serve.served import REFERENCE
 Messages = list[dict[str, Any]]
 
 BUILT_IN = TEXT / "heldout" / "chat.jsonl"  # questions that fourfold never calibrates on
+LONG = TEXT / "heldout" / "wikitext-2-test.txt"  # what prompts of a given length are cut from
+TRIAL_CHARACTERS = 4000  # whose tokens the server counts
 WATCH_SECONDS = 1.0  # between looks at the gauges while a load runs
 QUANTILES = (0.5, 0.9, 0.99)
 WARMUP = 1  # requests that are not counted
@@ -46,7 +48,9 @@ CARD: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """requests: of a level, None for 4 times its concurrency, at least 8; prompts: a file, None for built-in ones."""
+    """requests: of a level, None for 4 times its concurrency, at least 8; prompts: a file, None for built-in ones;
+    contexts: tokens of each prompt, of held-out text, each a level for each concurrency.
+    """
 
     concurrency: tuple[int, ...]
     requests: int | None
@@ -55,6 +59,7 @@ class Load:
     prompts: Path | None
     request_seconds: float
     level_seconds: float
+    contexts: tuple[int, ...] = ()
 
 
 def bench(url: str, load: Load, progress: Progress) -> Bench:
@@ -65,13 +70,16 @@ def bench(url: str, load: Load, progress: Progress) -> Bench:
 
 async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress: Progress) -> Bench:
     name, levels = client.model_name(address), []
+    _check_contexts(address, load)
     async with client.open_client(max(load.concurrency) + 1) as connection:
         first = await client.scrape(connection, address)
-        for concurrency in load.concurrency:
+        for context, concurrency in product(load.contexts or (None,), load.concurrency):
             run = _Level(connection, address, name, load, concurrency, progress)
-            levels.append(await run.measure(prompts))
+            given = prompts if context is None else await run.long_prompts(context)
+            levels.append(structs.replace(await run.measure(given), context=context))
             if not levels[-1].requests.ok:
-                progress(Event(kind="note", text=f"concurrency {concurrency}: no request came through; stopped there"))
+                text = f"concurrency {levels[-1].title}: no request came through; stopped there"
+                progress(Event(kind="note", text=text))
                 break
     engine = first.engine if first else ""
     return Bench(
@@ -80,6 +88,14 @@ async def _bench(address: str, load: Load, prompts: Sequence[Messages], progress
         load=BenchLoad(load.output_tokens, load.temperature, str(load.prompts or "built-in")), levels=levels,
         card=CARD.get(engine) if REFERENCE.lower() in name.lower() else None,
     )  # fmt: skip
+
+
+def _check_contexts(address: str, load: Load) -> None:
+    """Raise FourfoldError for prompts longer than the server takes."""
+    longest = client.context_length(address) if load.contexts else None
+    if longest is not None and (most := max(load.contexts)) + load.output_tokens > longest:
+        fix = f"and {load.output_tokens} of the answer, expected at most {longest:,}, the server's context"
+        raise FourfoldError(f"--context: got {most:,} tokens {fix}")
 
 
 @dataclass
@@ -121,17 +137,32 @@ class _Level:
         peak = {"cache_usage_peak": max(self.usage)} if self.usage else {}
         return structs.replace(level, acceptance=acceptance(before, after), server=changes(before, after) | peak)
 
+    async def long_prompts(self, context: int) -> list[Messages]:
+        """Prompts of about so many tokens by the server's own count, each from another place of the text.
+
+        Raises FourfoldError if the server does not answer to a first one.
+        """
+        text = LONG.read_text(encoding="utf-8")
+        trial = await self._send([{"role": "user", "content": text[:TRIAL_CHARACTERS]}], output_tokens=1)
+        if not trial.ok or not trial.prompt_tokens:
+            raise FourfoldError(f"{self.address}: got no count of a prompt's tokens ({trial.outcome}: {trial.detail})")
+        length = max(1, context * TRIAL_CHARACTERS // trial.prompt_tokens)
+        count = self.load.requests or max(8, 4 * self.concurrency)
+        text *= -(-2 * length // len(text))
+        starts = [number * (len(text) - length) // (count + WARMUP) for number in range(count + WARMUP)]
+        return [[{"role": "user", "content": text[start : start + length]}] for start in starts]
+
     async def _work(self, bodies: Iterator[Messages], count: int) -> None:
         for messages in bodies:
             self.replies.append(await self._send(messages))
             done, stage = len(self.replies), f"concurrency {self.concurrency}"
             self.progress(Event(kind="stage", stage=stage, done=done, total=count, unit="requests"))
 
-    async def _send(self, messages: Messages) -> Reply:
+    async def _send(self, messages: Messages, output_tokens: int | None = None) -> Reply:
         body = {
             "model": self.model,
             "messages": messages,
-            "max_tokens": self.load.output_tokens,
+            "max_tokens": output_tokens or self.load.output_tokens,
             "temperature": self.load.temperature,
             "ignore_eos": True,  # as many tokens from each, or levels could not be compared
         }

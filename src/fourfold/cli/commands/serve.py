@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -44,16 +45,21 @@ def read_ranks(text: str) -> int | None:
     return int(text)
 
 
-def read_levels(text: str) -> tuple[int, ...]:
-    """Concurrent requests of "1,4,16", each level once. Raises ValueError."""
-    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII) or 0 in map(int, text.split(",")):
-        raise ValueError(f"got {text!r}, expected numbers from 1 on, as in 1,4,16")
-    return tuple(dict.fromkeys(map(int, text.split(","))))
+def read_levels(text: str, least: int = 1, most: int = 9999, example: str = "1,4,16") -> tuple[int, ...]:
+    """Numbers such as "1,4,16", each once. Raises ValueError."""
+    found = [int(word) for word in text.split(",") if re.fullmatch(r"\d{1,7}", word, re.ASCII)]
+    if len(found) != text.count(",") + 1 or not all(least <= number <= most for number in found):
+        raise ValueError(f"got {text!r}, expected numbers from {least} to {most:,}, as in {example}")
+    return tuple(dict.fromkeys(found))
 
 
-Levels = Annotated[
-    tuple[int, ...], options.value(read_levels, "N,N,...", show_default=lambda levels: ",".join(map(str, levels)))
-]
+def _numbers(read: Callable[[str], tuple[int, ...]]) -> Parameter:
+    return options.value(read, "N,N,...", show_default=lambda levels: ",".join(map(str, levels or ())))
+
+
+Levels = Annotated[tuple[int, ...], _numbers(read_levels)]
+Contexts = Annotated[tuple[int, ...] | None, _numbers(partial(read_levels, most=2**20, example="1024,8192"))]
+Depths = Annotated[tuple[int, ...] | None, _numbers(partial(read_levels, least=0, most=8, example="0,1,2,3"))]
 
 
 @Parameter(name="*", group=Group("Server", sort_key=1))
@@ -217,8 +223,10 @@ def _serve_local(
 def bench(
     url: str,
     /,
-    *,
+    *words: Annotated[str, Parameter(name="[-- WORDS]")],
     concurrency: Levels = (1, 4, 16),
+    context: Contexts = None,
+    drafts: Depths = None,
     prompts: options.ExistingFile | None = None,
     requests: Annotated[int | None, options.number(int, 1)] = None,
     out_tokens: Annotated[int, options.number(int, 2)] = 128,
@@ -234,8 +242,11 @@ def bench(
     after. Exit code 0 means that every request was answered in full.
 
     Args:
-        url: Running vLLM or SGLang, as http://localhost:8000.
+        url: Running vLLM or SGLang, as http://localhost:8000; with --drafts the folder of a release.
+        words: With --drafts, after `--`: options of `fourfold serve`.
         concurrency: Concurrent requests, one level after another.
+        context: Also by length: prompts of so many tokens, cut from held-out text.
+        drafts: Also by draft tokens, as 0,1,2,3: start a server of the release for each, and name the best.
         prompts: Prompts: .txt with one per line, or .jsonl with `messages` or `text`. Default: built-in questions.
         requests: Requests per level. Default: 4 times the concurrency, at least 8.
         out_tokens: Tokens per request.
@@ -247,17 +258,27 @@ def bench(
     Examples:
         fourfold bench http://localhost:8000
         fourfold bench http://localhost:8000 --concurrency 1,2,4,8 --out-tokens 512 --out bench.json
+        fourfold bench http://localhost:8000 --context 1024,8192,32768
+        fourfold bench ./release --drafts 0,1,2,3 -- --engine vllm
     """
+    from fourfold.quantize.journal import check_checkpoint
     from fourfold.serve.bench import Load
     from fourfold.serve.bench import bench as run
+    from fourfold.serve.depths import bench_depths
 
     load = Load(
         concurrency=concurrency, requests=requests, output_tokens=out_tokens, temperature=temperature,
-        prompts=prompts, request_seconds=request_timeout, level_seconds=timeout * 60,
+        prompts=prompts, request_seconds=request_timeout, level_seconds=timeout * 60, contexts=context or (),
     )  # fmt: skip
+    if context and prompts:
+        raise FourfoldError("--context and --prompts exclude each other: prompts by length, or as a file has them")
+    if words and drafts is None:
+        raise FourfoldError(f"{words[0]}: got words after --, expected them with --drafts only")
+    if drafts is not None:
+        check_checkpoint(url, whole=True)
 
     def measure(progress: Progress) -> Bench:
-        found = run(url, load, progress)
+        found = run(url, load, progress) if drafts is None else bench_depths(Path(url), drafts, load, words, progress)
         found.write(out)
         return found
 

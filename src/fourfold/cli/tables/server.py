@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show_facts, show_table, warn
-from fourfold.units import clock_text
+from fourfold.units import READY, clock_text
 
 if TYPE_CHECKING:
     from fourfold.records.results import Bench, BenchLevel
@@ -44,19 +44,21 @@ def show_ready(console: Console, command: Command, seconds: float, probed: Probe
     if probed.pool:
         pool = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in probed.pool.items())
         say(console, f"KV cache: {pool}; predicted: {command.forecast.brief()}")
-    console.print("Ctrl-C stops it", style="dim")
+    console.print(READY, style="dim")
 
 
 def show_bench(console: Console, found: Bench) -> None:
     """Show a column per concurrency, beside the reference card's figures for that model; then bars of throughput."""
     levels, card = found.levels, found.card or {}
-    table = grid("concurrency", *(str(level.concurrency) for level in levels), right=1)
+    table = grid(_axes(levels), *(level.title for level in levels), right=1)
     table.columns[0].no_wrap = True
     table.add_column(f"card: {plain(card['engine'])}" if card else "")
     for label, cells, beside in _bench_rows(levels, card):
         table.add_row(label, *cells, beside)
     show_table(console, table)
-    _draw(console, [(level.concurrency, level.output_tokens_per_second) for level in levels])
+    _draw(console, [(level.title, level.output_tokens_per_second) for level in levels])
+    if fastest := found.fastest_drafts:
+        say(console, crossover(fastest))
     facts = [("model", f"{found.model} at {found.url}"), ("metrics", f"{found.engine}: {found.metrics}")]
     if found.pool:
         facts.append(("KV cache", ", ".join(f"{name} {value:,}" for name, value in found.pool.items())))
@@ -64,7 +66,21 @@ def show_bench(console: Console, found: Bench) -> None:
     for level in levels:
         for outcome, count in level.requests.failed.items():
             failure = f"{count} x {plain(outcome)} {paragraphs(level.requests.said.get(outcome, ''))}"
-            say(console, f"concurrency {level.concurrency}: {failure}", "red")
+            say(console, f"concurrency {level.title}: {failure}", "red")
+
+
+def _axes(levels: list[BenchLevel]) -> str:
+    """What a column's title counts."""
+    context, drafts = (any(getattr(one, key) is not None for one in levels) for key in ("context", "drafts"))
+    return "concurrency" + (" x context" if context else "") + (" d drafts" if drafts else "")
+
+
+def crossover(fastest: Mapping[int, int]) -> str:
+    """From which concurrency on drafts do not pay."""
+    best = ", ".join(f"{drafts} at {concurrency}" for concurrency, drafts in fastest.items())
+    first = next((concurrency for concurrency, drafts in fastest.items() if not drafts), None)
+    paid = "drafts are faster at each" if first is None else f"without drafts it is faster from concurrency {first} on"
+    return f"fastest number of drafts by concurrency: {best}; {paid}"
 
 
 def _bench_rows(levels: list[BenchLevel], card: Mapping[str, Any]) -> Iterator[tuple[str, list[str], str]]:
@@ -97,7 +113,7 @@ def _bench_rows(levels: list[BenchLevel], card: Mapping[str, Any]) -> Iterator[t
             yield label, [form.format(one.server[key]) if key in one.server else "" for one in levels], ""
 
 
-def _draw(console: Console, points: list[tuple[int, float]]) -> None:
+def _draw(console: Console, points: list[tuple[str, float]]) -> None:
     """Throughput against concurrency."""
     most = max((rate for _, rate in points), default=0)
     for concurrency, rate in points:

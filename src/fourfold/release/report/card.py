@@ -289,7 +289,7 @@ def _bench(bench: Bench | None) -> dict[str, Any]:
     for level in bench.levels:
         decode, first, accepted = level.decode_tokens_per_second, level.time_to_first_token, level.acceptance
         rows.append((
-            level.concurrency, f"{level.requests.ok}/{level.requests.asked}", f"{level.output_tokens_per_second:,.1f}",
+            level.title, f"{level.requests.ok}/{level.requests.asked}", f"{level.output_tokens_per_second:,.1f}",
             f"{decode.p50:,.1f}" if decode else "",
             f"{first.p50 * 1000:,.0f} / {first.p99 * 1000:,.0f}" if first else "",
             f"{accepted.rate:.1%}" if accepted else "", f"{accepted.mean_length:.2f}" if accepted else "",
