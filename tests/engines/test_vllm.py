@@ -17,12 +17,16 @@ from torch import Tensor
 
 import releases
 from broken import Copy
+from fourfold import api
 from fourfold.records.results import Check, Status
 from fourfold.release.release import Release
 from fourfold.release.verify import run as verify
 from fourfold.release.verify import vllm
 from fourfold.release.verify.engine import Engine, environment
 from fourfold.release.verify.load import Loaded, judge_load
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "vision"))
+from scenes import write
 
 pytestmark = pytest.mark.engine
 
@@ -47,6 +51,32 @@ def ask(engine: Engine, folder: Path, title: str, **options: Any) -> vllm.Answer
 def failed(out: Path) -> set[str]:
     """Names of checks that fail without an engine."""
     return {check.name for check in verify.verify(out).checks if check.status is Status.FAIL}
+
+
+def test_images_are_seen_as_the_source_sees_them(python: Find, tmp_path: Path) -> None:
+    """The trained vision model, calibrated on text and images: a prompt with an image in vLLM and in transformers."""
+    model = Path(__file__).parents[2] / "benchmarks" / "vision" / "model"
+    images = write(tmp_path / "scenes", 40, seed=3)
+    (tmp_path / "images.toml").write_text(f"""
+        [calibration]
+        length = 128
+        [[calibration.sources]]
+        builtin = "math"
+        rows = 8
+        [[calibration.sources]]
+        path = "{images}"
+        kind = "image"
+        rows = 8
+        [heldout]
+        windows = 2
+        length = 128
+        image_windows = 2
+    """)
+    api.quantize(model, tmp_path / "out", recipe=tmp_path / "images.toml", devices="cpu")
+    verdict = api.verify(tmp_path / "out", source=model, engine="vllm", python=python("vllm"), timeout=15)
+    found = {check.name: check for check in verdict.checks}
+    assert verdict.passed, verdict
+    assert [found[f"image prompt, {engine}"].status for engine in ("vLLM", "transformers")] == [Status.PASS] * 2
 
 
 @pytest.mark.parametrize("form", releases.FORMATS)

@@ -36,7 +36,7 @@ def _serving(out: Path, depth: int, words: Sequence[str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fourfold", "serve", str(out), *words, "--mtp", str(depth), "--port", str(port)]
+    command = [sys.executable, "-m", "fourfold", "serve", str(out), "--mtp", str(depth), "--port", str(port), *words]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     said: list[str] = []
