@@ -35,7 +35,7 @@ COMMANDS: tuple[Command, ...] = (
 )  # fmt: skip
 LABEL_WIDTH = 26  # columns: a longer label has a line of its own
 EXIT_CODES = textwrap.fill(errors.EXIT_CODES, 79)
-DESCRIPTION = """Quantize Mixture-of-Experts models to int4 (W4A16, GPTQ) for vLLM and SGLang.
+DESCRIPTION = """Quantize Mixture-of-Experts models to int4 (W4A16, GPTQ) for vLLM, SGLang, llama.cpp and MLX.
 
 Every routed expert is quantized with GPTQ, one layer at a time; all other tensors are copied bit for bit. At the end
 the release's perplexity and KL divergence on held-out text are reported.
