@@ -289,7 +289,7 @@ def test_version() -> None:
         (["bench", "http://localhost:1", "--temperature", "9"], "got '9', expected a number from 0 to 2"),
         (["quantize", "model", "out", "more"], "Unexpected argument: 'more'"),
         (["quantize", "model", "out", "--layers"], "--layers: got no value"),
-        (["evaluate", "out"], "Missing option '--source'"),
+        (["evaluate", "out"], "--source: got none, expected the checkpoint that OUT was made from, or a server: --url"),
         (["verify", "out", "--engine", "vlm"], "got 'vlm', expected one of vllm, sglang, llama.cpp, mlx. Did you mean"),
         (["--verion"], "No such option: '--verion'. Did you mean '--version'?"),
         (["recipe", "shw"], "No such command: 'shw'. Did you mean 'show'?"),
