@@ -160,7 +160,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(example_model: Path, tmp_path: 
         (lambda: fourfold.plan("m", machine="h200", devices="cpu"), "exclude each other"),
         (lambda: fourfold.plan("m", recipe="bset"), "Did you mean 'best'?"),
         (lambda: fourfold.quantize("nowhere", "out", devices="cpu"), "no such folder"),
-        (lambda: fourfold.evaluate("out", source="m", tasks=["gsm8k"]), "got no --url, expected the server of the release"),
+        (lambda: fourfold.evaluate("out", source="m", tasks=["gsm8k"]), "got no --url, expected the server"),
         (lambda: fourfold.evaluate("nowhere", source="m"), "expected the folder of a finished release"),
         (lambda: fourfold.verify("nowhere"), "nowhere"),
         (lambda: fourfold.verify("out", python=Path("python")), "wanted both, or neither"),

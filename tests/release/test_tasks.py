@@ -218,5 +218,5 @@ def test_the_package_itself(url: str, example_model: Path, tmp_path: Path) -> No
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval, of the extra tasks, is not installed")
 @pytest.mark.slow
 def test_a_task_that_it_does_not_know_ends_with_its_words(url: str, example_model: Path) -> None:
-    with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task ended with exit code"):
+    with pytest.raises(FourfoldError, match=r"lm-eval on no-such-task at http.* ended with exit code"):
         tasks.run_task(Tasks(names=()), "no-such-task", url, "toy-model", example_model)

@@ -35,7 +35,7 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Callable[[str], Copy]:
     """copy(format): a release to break."""
 
     def make(form: str) -> Copy:
-        shutil.copytree(made[form], tmp_path / "release")
+        shutil.copytree(made[form], tmp_path / "release", ignore=shutil.ignore_patterns("verify.json"))
         return Copy(tmp_path / "release")
 
     return make
