@@ -228,7 +228,7 @@ class EventOutput(Output):
 
 def text_kind(path: Path) -> tuple[Literal["text", "chat"], str]:
     """Kind and field of a calibration file: `messages` (chat), else `text`. Raises FourfoldError for other files."""
-    from fourfold.recipe import FILE_KINDS
+    from fourfold.recipe_table import FILE_KINDS
 
     if path.suffix not in FILE_KINDS:
         expected = ", ".join(FILE_KINDS)

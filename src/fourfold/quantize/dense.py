@@ -17,7 +17,8 @@ from fourfold.model.family import kept_group
 from fourfold.model.head import output_name
 from fourfold.model.layer import LayerTensors
 from fourfold.model.skeleton import Skeleton
-from fourfold.recipe import GROUP_SIZES, NEVER_QUANTIZED, Recipe, Rest
+from fourfold.recipe import GROUP_SIZES, Recipe, Rest
+from fourfold.recipe_table import NEVER_QUANTIZED
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 PARTS = {"attention": "attention", "linear attention": "linear_attention", "shared experts": "shared_experts"}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fourfold.datatypes import FourfoldError, reason
 from fourfold.quantize.documents import conversation, file_records, hub_records, source_name
-from fourfold.recipe import DEFAULT_FIELDS, Heldout, Source
+from fourfold.recipe import Heldout, Source
+from fourfold.recipe_table import DEFAULT_FIELDS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,7 +21,8 @@ from fourfold.quantize.contamination import refuse_calibrated
 from fourfold.quantize.journal import FINISHED, METRICS, read_state, refuse_links
 from fourfold.quantize.progress import ProgressReporter
 from fourfold.quantize.streams import compare
-from fourfold.recipe import FILE_KINDS, Heldout
+from fourfold.recipe import Heldout
+from fourfold.recipe_table import FILE_KINDS
 from fourfold.records.results import Against, Drafted, Drafts, Metrics, Rival
 from fourfold.release import drafts
 from fourfold.release.suite import Servers, evaluate_servers

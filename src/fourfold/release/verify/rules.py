@@ -8,7 +8,7 @@ from typing import Any
 from fourfold.formats.format import Format, Selection, Shape, fused
 from fourfold.formats.patterns import check_patterns, match_patterns
 from fourfold.quantize.advice import HEAD
-from fourfold.recipe import NEVER_QUANTIZED
+from fourfold.recipe_table import NEVER_QUANTIZED
 
 Widths = Mapping[str, tuple[int, int]]  # of modules with codes, by name without suffix: bits, and inputs of a scale
 NEVER = {"embed_tokens": NEVER_QUANTIZED["embeddings"], "fc": NEVER_QUANTIZED["draft_fc"]}  # by the end of a name
