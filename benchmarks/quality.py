@@ -64,11 +64,12 @@ from msgspec import to_builtins
 from rich.console import Console
 from rich.table import Table
 
+from fourfold.bundled import HELDOUT_TEXTS
 from fourfold.datatypes import Event
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.quantize import calibrate
 from fourfold.quantize.run import quantize
-from fourfold.recipe import GROUP_SIZES, HELDOUT_TEXTS, Recipe, load_recipe
+from fourfold.recipe import GROUP_SIZES, Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

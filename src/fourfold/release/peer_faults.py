@@ -29,7 +29,8 @@ def index_faults(folder: Path) -> Iterator[str]:
     """Of the index beside the shards."""
     with suppress(OSError, ValueError):
         content = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and (content.get("metadata") or {}).get("total_size") == 0:
+        metadata = content.get("metadata") if isinstance(content, dict) else None
+        if isinstance(metadata, dict) and metadata.get("total_size") == 0:
             yield f"{INDEX_NAME}: total_size is 0: the Hub and loaders that plan memory by it see an empty model"
 
 
