@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import foreign
+import rivals
 from fourfold import api
 from fourfold.datatypes import FourfoldError
 from fourfold.recipe import load_recipe
@@ -116,11 +117,14 @@ class Checkpoint:
 
 @pytest.fixture(scope="module")
 def stock(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, ...]:
-    """The example, another tool's release, and the same in compressed-tensors."""
+    """The example, another tool's release, the same in compressed-tensors, and releases in AWQ, FP8, NVFP4."""
     folder = tmp_path_factory.mktemp("fuzz")
     made = foreign.make(folder / "made", "symmetric")
     convert(made, folder / "converted", format="compressed-tensors")
     sources = {"bf16": example_model, "gptq": made, "compressed": folder / "converted"}
+    for kind in ("awq", "fp8-block", "ct-nvfp4"):
+        sources[kind] = folder / f"made {kind}"
+        rivals.make(sources[kind], kind, layers=1, experts=2)
     return tuple(Checkpoint(source, folder / name) for name, source in sources.items())
 
 

@@ -17,10 +17,11 @@ from msgspec import inspect
 
 from fourfold import __version__
 from fourfold.datatypes import FourfoldError, ProjectionStatistics, ShardRecord
+from fourfold.records.bench import Bench
 from fourfold.records.log import read_log, write_log
 from fourfold.records.record import Record, read_entry, write_entry
 from fourfold.records.release import Conversion, CurvatureRecord, Export, Reference, Run, State
-from fourfold.records.results import Bench, Metrics, Verdict
+from fourfold.records.results import Metrics, Verdict
 
 FILES: tuple[type[Record], ...] = (State, Metrics, Verdict, Bench, Export, Conversion, Run)
 ANY = st.recursive(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from fourfold.datatypes import Event, FourfoldError, Progress, ignore
 
 if TYPE_CHECKING:
-    from fourfold.model.family import Family
     from fourfold.quantize.plan import Plan
     from fourfold.quantize.summary import Summary
     from fourfold.recipe import Recipe
@@ -116,10 +115,12 @@ def quantize(
         FourfoldError: as `plan`; source, recipe or text differ from those `out` was started with; the disk is too
             small. Finished layers stay in `out`.
     """
+    from fourfold.model.config import require_derived
+
     out, chosen = Path(out), _recipe(recipe, samples, sequence_length)
     folder = _check(model, chosen, devices, out)
     if folder is not None:
-        _require_derived(folder, derived)
+        require_derived(folder, derived)
     from fourfold.distributed.devices import Machine, expand_devices, under_torchrun
     from fourfold.quantize.summary import finished_already
 
@@ -130,7 +131,7 @@ def quantize(
             return done
     expand_devices(devices)
     folder = folder or _download(model, progress)
-    _require_derived(folder, derived)
+    require_derived(folder, derived)
     _rehearse(folder, progress)
     from fourfold.quantize.run import quantize as run
 
@@ -193,10 +194,7 @@ def evaluate(
     from fourfold.release.suite import Servers, evaluate_servers
 
     protocol = Protocol(text=text, windows=windows, length=length, drafts=drafts, replace=replace)
-    servers = None
-    if url is not None:
-        chosen = suite or (None if tasks else "quick")
-        servers = Servers(url=url, source_url=source_url, suite=chosen, tasks=tuple(tasks))
+    servers = None if url is None else Servers.of(url, source_url, suite, tasks)
     if source is None:
         assert servers is not None
         return evaluate_servers(Path(out), servers, progress)
@@ -252,10 +250,8 @@ def verify(
         require_release(Path(out))
         read_config(Path(out))
     _check_engine(Path(out), record, engine, load)
-    if source is not None and record is None:
-        check_model(source)
-    elif source is not None:
-        check_checkpoint(source, whole=True)
+    if source is not None:
+        check_model(source) if record is None else check_checkpoint(source, whole=True)
     # Looked for first: a missing engine must cost neither a download nor a read.
     runner = None if engine is None else _find_engine(engine, python, Path(out), timeout)
     model = None if source is None else _download(source, progress)
@@ -327,7 +323,7 @@ def report(
             is not installed.
     """
     from fourfold.model.hub import check_repo_id
-    from fourfold.release.contents import CARD, FIGURES, PAGE, read_export
+    from fourfold.release.contents import read_export
 
     out, against = Path(out), None if against is None else Path(against)
     if repo is not None:
@@ -338,22 +334,9 @@ def report(
     elif against:
         raise FourfoldError(f"--against: got {against}, expected none: a GGUF or MLX release is not compared")
     from fourfold.release.report.about import About
+    from fourfold.release.report.make import make
 
-    about, written = (
-        About(name=repo or out.resolve().name, base_model=base_model, licence=licence),
-        {out / CARD: "model card"},
-    )
-    if record is not None:
-        from fourfold.release.report.export_card import write as write_card
-
-        write_card(out, record, about)
-        return written, []
-    from fourfold.release.report.recommend import recommend
-    from fourfold.release.report.write import write
-
-    records = write(out, about, recommend, against)
-    written |= {out / FIGURES: "its plots", out / PAGE: "every projection, for a browser"}
-    return written, [f"not measured: {what} ({way})" for what, way in records.missing]
+    return make(out, record, About(name=repo or out.resolve().name, base_model=base_model, licence=licence), against)
 
 
 def _require_reportable(out: Path, against: Path | None) -> None:
@@ -398,23 +381,11 @@ def _check(model: str | Path, recipe: Recipe, devices: str, out: Path | None) ->
     return folder
 
 
-def _family(folder: Path) -> Family:
-    from fourfold.model.config import CONFIG, find_family, read_source_config
-
-    return find_family(read_source_config(folder), folder / CONFIG)
-
-
-def _require_derived(folder: Path, derived: bool) -> None:
-    family = _family(folder)
-    if family.derived and not derived:
-        fix = "`fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
-        problem = f"{family.model_type} is not among the architectures that fourfold's tests have (docs/models.md)"
-        raise FourfoldError(f"{folder}: {problem}. {fix}")
-
-
 def _rehearse(folder: Path, progress: Progress) -> None:
     """Run a small copy of an architecture without tests. Raises FourfoldError if it differs from transformers."""
-    if _family(folder).derived:
+    from fourfold.model.config import family_in
+
+    if family_in(folder).derived:
         from fourfold.model.checkpoint import Checkpoint
         from fourfold.model.rehearsal import rehearse
 

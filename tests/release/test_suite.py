@@ -18,12 +18,14 @@ import pytest
 from command_line import invoke
 from fourfold.core.paired import mcnemar, mean_interval
 from fourfold.datatypes import FourfoldError, ignore
+from fourfold.quantize.journal import REFERENCE
+from fourfold.records.release import Reference
 from fourfold.records.results import TaskResult, TaskResults
 from fourfold.release import suite
 from fourfold.release.answers import Answer, count_usage, loops, read_answer
 from fourfold.release.questions import TOOLS, Needles, ask_tools, same_calls
 from fourfold.release.report.quality import server_lines, task_grid
-from fourfold.release.served_kl import compare, measure_kl
+from fourfold.release.served_kl import compare, measure_kl, require_served
 from fourfold.release.suite import SUITES, Servers, measure_servers, pair
 from fourfold.release.tasks import TaskRun
 from fourfold.serve import client
@@ -300,12 +302,40 @@ def test_both_servers_are_set_beside_each_other(example_model: Path, monkeypatch
     paired = (found.tasks["t"].paired or {})["exact_match,none"]
     assert (paired.lost, paired.gained, paired.difference) == (1, 0, -0.5)
     assert found.source_model == "bf16" and found.suite == "quick" and found.kl is None
-    assert found.unmeasured.keys() == {"KL"} and "HTTP 404" in found.unmeasured["KL"]
+    assert found.unmeasured.keys() == {"KL", "whether the server serves this release"}
+    assert "HTTP 404" in found.unmeasured["KL"]
     assert {"tool calls", "needle at 90% of the context"} < found.tasks.keys()
     grid = task_grid(found)
     assert grid and dict(zip(grid.header, grid.rows[0], strict=True))["lost / gained"] == "1 / 0"
     assert any(line.startswith("Not measured: KL") for line in server_lines(found))
     assert any(body.get("max_tokens") == 256 for body in release.seen)  # half of the shorter context
+
+
+@pytest.mark.parametrize(
+    ("toy", "said"),
+    [
+        (Toy(noise=0.02, most=5), ""),
+        (Toy(llama=True), ""),
+        (Toy(noise=0.6, most=5), "it serves another model, or computes it wrong"),
+        (Toy(noise=0.6, llama=True), "it serves another model"),
+    ],
+)  # fmt: skip
+def test_the_server_must_serve_the_release(tmp_path: Path, toy: Toy, said: str) -> None:
+    tokens = WINDOWS[0]
+    values = [distribution(tokens[:end], 0.0) for end in range(1, len(tokens))]
+    likeliest = [max(range(VOCABULARY), key=one.__getitem__) for one in values]
+    Reference(
+        tokens=tokens, logprobs=[one[token] for one, token in zip(values, tokens[1:], strict=True)],
+        likeliest=[[best] for best in likeliest],
+        likeliest_logprobs=[[one[best]] for one, best in zip(values, likeliest, strict=True)],
+    ).write(tmp_path / REFERENCE)  # fmt: skip
+    if said:
+        with pytest.raises(FourfoldError, match=said):
+            on_servers([toy], lambda session: require_served(session, tmp_path))
+    else:
+        on_servers([toy], lambda session: require_served(session, tmp_path))
+    with pytest.raises(RequestError, match="has no reference"):
+        on_servers([toy], lambda session: require_served(session, tmp_path.parent))
 
 
 def test_suites_name_tasks_and_fit() -> None:

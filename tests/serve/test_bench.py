@@ -13,7 +13,7 @@ import pytest
 from command_line import invoke
 from fourfold.cli.tables.server import crossover
 from fourfold.datatypes import Event, FourfoldError
-from fourfold.records.results import Bench, Quantiles
+from fourfold.records.bench import Bench, Quantiles
 from fourfold.serve import bench as benches
 from fourfold.serve import depths
 from fourfold.serve.bench import Load, bench, quantiles, read_prompts, summarize

@@ -198,7 +198,9 @@ def check_values(raw: Mapping[str, Any], path: Path) -> None:
     if not isinstance(settings, dict):
         raise _wrong(path, "quantization_config", settings, "an object")
     method = settings.get("quant_method")
-    if isinstance(method, str) and method in formats.METHODS:
+    if method is not None and not isinstance(method, str):
+        raise _wrong(path, "quantization_config.quant_method", method, "a text")
+    if method in SOURCE_METHODS:
         _check(settings, path, "quantization_config.")
     text = raw.get("text_config")
     if text is not None and not isinstance(text, dict):
@@ -253,3 +255,17 @@ def _wrong(path: Path, key: str, value: object, expected: str) -> FourfoldError:
 def has_vision(raw: Mapping[str, Any]) -> bool:
     """Whether a model takes images, by its config.json."""
     return isinstance(raw.get("vision_config"), dict)
+
+
+def family_in(folder: Path) -> Family:
+    """The family of a source in a folder. Raises FourfoldError as `find_family` does."""
+    return find_family(read_source_config(folder), folder / CONFIG)
+
+
+def require_derived(folder: Path, derived: bool) -> None:
+    """Raise FourfoldError for an architecture without tests unless it is allowed."""
+    family = family_in(folder)
+    if family.derived and not derived:
+        fix = "`fourfold plan` runs a small copy of it; add --derived to quantize it, and the card says so"
+        problem = f"{family.model_type} is not among the architectures that fourfold's tests have (docs/models.md)"
+        raise FourfoldError(f"{folder}: {problem}. {fix}")

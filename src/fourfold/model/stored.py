@@ -78,7 +78,7 @@ def _part(index: TensorIndex, name: str) -> str:
 def _block(index: TensorIndex, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a block: fp8's own key, or that of a compressed-tensors group."""
     key, groups = "weight_block_size", settings.get("config_groups") or {}
-    found = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    found = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
     named = [weights["block_structure"] for weights in found if weights.get("block_structure")]
     block = settings.get(key) or next(iter(named), [BLOCK, BLOCK])
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):

@@ -92,6 +92,11 @@ class TensorClaim(Wanted):
         """Whether it is a weight beside the layers' experts, copied or rounded."""
         return not self.is_expert and self.action in (Action.COPY, Action.QUANTIZE)
 
+    @property
+    def multiplies_tokens(self) -> bool:
+        """Whether it is a matrix, or a stack of them, that tokens are multiplied by beside their experts."""
+        return self.is_kept and len(self.header.shape) > 1
+
 
 def claim_tensors(source: Checkpoint, recipe: Recipe) -> tuple[TensorClaim, ...]:
     """Claim every source tensor exactly once, in the order of transformers' own model, drafts and extras last.

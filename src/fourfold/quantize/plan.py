@@ -343,8 +343,7 @@ def _workload(
     windows = recipe.heldout.windows + image_windows
     guided = length * min(max(recipe.guidance.tokens // length, 1), rows) if recipe.guidance.tokens else 0
     swept = [layer.bytes_before for layer in layers] if guided else []
-    copied = (claim.header.shape for layer in run for claim in layer.claims if claim.is_kept)
-    kept = [shape for shape in copied if len(shape) > 1]  # what a token is multiplied by besides its experts
+    kept = [claim.header.shape for layer in run for claim in layer.claims if claim.multiplies_tokens]
     ends_bytes = 2 * source.vocabulary * text.hidden_size * BF16  # embeddings, output head
     return Workload(
         hidden=experts.hidden,

@@ -79,12 +79,7 @@ def evaluate(
     reporter, compute = ProgressReporter(progress, original.layers), Compute(torch.device(device), dtype)
     with torch.no_grad():
         figures = _measure(original, releases, text, compute, reporter)
-        drafted: list[Drafted | None] | None = None  # each on what it writes itself after the same prompts
-        if protocol.drafts:
-            prompt_RT = drafts.cut_prompts(text.token_RT)
-            drafted = [
-                drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in (original, *releases)
-            ]
+        drafted = _draft(original, releases, text, compute, reporter) if protocol.drafts else None
     found = Metrics.of(
         *figures[0], measured_by="evaluate", calibration_overlap=overlaps[0],
         source={"name": source.resolve().name, "headers": original.digest},
@@ -107,6 +102,14 @@ def evaluate(
         found = evaluate_servers(out, servers, progress)
     progress(Event(kind="done", layers=original.layers, data=structs.asdict(found.figures)))
     return found
+
+
+def _draft(
+    original: Checkpoint, releases: list[Checkpoint], text: HeldoutRows, compute: Compute, reporter: ProgressReporter
+) -> list[Drafted | None]:
+    """Of the source and each release: each on what it writes itself after the same prompts."""
+    prompt_RT = drafts.cut_prompts(text.token_RT)
+    return [drafts.measure_drafts(one, original, prompt_RT, compute, reporter) for one in (original, *releases)]
 
 
 def _rivals(found: Metrics, before: Metrics | None, second: Checkpoint, measured: dict[str, Any]) -> list[Rival]:

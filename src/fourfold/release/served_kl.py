@@ -1,4 +1,4 @@
-"""KL divergence of two running servers on the same text, from the most likely tokens that each gives: a lower bound."""
+"""What a running server's most likely tokens tell: whether it serves a release, how far it is from another server."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fourfold.core.paired import mean_interval
+from fourfold.datatypes import FourfoldError
+from fourfold.quantize.journal import REFERENCE
+from fourfold.records.release import Reference
 from fourfold.records.results import ServerKl
+from fourfold.release.verify.load import MOST_MEAN
+from fourfold.release.verify.vllm import KERNEL_ERROR
 from fourfold.serve.client import RequestError, Session
 
 Logprobs = Mapping[int, float]  # by token id
@@ -18,6 +24,7 @@ MOST = (100, 50, 20, 10, 5)  # tokens asked for at each place: the first number 
 TRIAL = 4  # tokens of the text that finds it
 LEAST_REST = 1e-6  # probability outside the named tokens: what rounding leaves of it is not known
 AT_ONCE = 4  # windows
+MOST_APART = 2 * (KERNEL_ERROR + MOST_MEAN)  # nats, on average, of a server and what quantize stored
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +80,31 @@ async def find_scorer(session: Session, tokens: Sequence[int]) -> Scorer:
                 if error.status not in (400, 422):
                     break
     raise RequestError(f"gives no log-probabilities, expected vLLM or llama.cpp: {'; '.join(said.values())}")
+
+
+async def require_served(session: Session, release: Path) -> None:
+    """Raises FourfoldError for a server whose log-probabilities are not those that quantize stored of the release,
+    RequestError where that cannot be found out.
+    """
+    reference = Reference.find(release / REFERENCE)
+    if reference is None:
+        raise RequestError(f"{release} has no {REFERENCE}, which says what its server answers")
+    scorer = await find_scorer(session, reference.tokens)
+    found = await scorer.read(session, reference.tokens, scorer.k)
+    apart = list(map(_apart, found, reference.tokens[1:], reference.logprobs))
+    for place, tokens, wanted in zip(found, reference.likeliest, reference.likeliest_logprobs, strict=True):
+        apart.append(_apart(place, tokens[0], wanted[0]))
+    if not (mean := sum(apart) / len(apart)) <= MOST_APART:
+        got = f"log-probabilities {mean:.3f} nats from those of {release} on average, expected at most {MOST_APART:.2f}"
+        raise FourfoldError(f"{session.address}: got {got}: it serves another model, or computes it wrong")
+
+
+def _apart(found: Logprobs, token: int, wanted: float) -> float:
+    """|difference| of a token's log-probability, at least: of one that the server does not name only the most that it
+    can have is known.
+    """
+    most = min(found.values())
+    return abs(found.get(token, most) - max(wanted, most))
 
 
 async def measure_kl(release: Session, source: Session, windows: Sequence[Sequence[int]]) -> ServerKl:

@@ -24,7 +24,7 @@ from fourfold.records.record import Number
 from fourfold.records.results import Metrics, Paired, ServerKl, TaskResult, TaskResults, Usage
 from fourfold.release.answers import Answer, count_usage
 from fourfold.release.questions import AT_ONCE, SHARES, Answered, Ask, Needles, ask_tools
-from fourfold.release.served_kl import measure_kl
+from fourfold.release.served_kl import measure_kl, require_served
 from fourfold.release.tasks import SECONDS, TaskRun, Tasks, require_lm_eval, run_task
 from fourfold.serve import client
 from fourfold.serve.client import RequestError, Session
@@ -73,6 +73,12 @@ class Servers:
     suite: str | None = None
     tasks: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, url: str, source_url: str | None, suite: str | None, tasks: Sequence[str]) -> Servers:
+        """Servers that are asked the suite `quick` if neither a suite nor tasks are named."""
+        chosen = suite or (None if tasks else "quick")
+        return cls(url=url, source_url=source_url, suite=chosen, tasks=tuple(tasks))
+
     def sides(self) -> list[tuple[str, str]]:
         """Address and model of each, the release's first. Raises FourfoldError without lm-eval or a server."""
         require_lm_eval(f"--suite {self.suite}" if self.suite else "--tasks")
@@ -99,6 +105,7 @@ def measure_servers(out: Path, servers: Servers, progress: Progress) -> TaskResu
     asked = Asked(
         suite=suite, sides=sides, tokenizer=load_tokenizer(out), context=min(contexts, default=None), progress=progress
     )
+    unknown = asyncio.run(asked.require_served(out))
     found: TaskResults | None = None
     for name in servers.tasks or asked.tasks.names:
         progress(Event(kind="stage", stage=f"lm-eval {name}"))
@@ -108,7 +115,7 @@ def measure_servers(out: Path, servers: Servers, progress: Progress) -> TaskResu
         found = structs.replace(runs[0].results, tasks=rows)
     assert found is not None, "there is a task"
     named = dict(zip(("source_url", "source_model"), sides[1] if servers.source_url else (), strict=False))
-    found = structs.replace(found, suite=servers.suite, **named)
+    found = structs.replace(found, suite=servers.suite, unmeasured=unknown, **named)
     return asyncio.run(asked.questions(found, suite)) if suite else found
 
 
@@ -127,6 +134,17 @@ class Asked:
         tasks = self.suite.tasks if self.suite else Tasks(names=())
         most = self.context and self.context // 2
         return replace(tasks, tokens=min(tasks.tokens, most)) if tasks.tokens and most else tasks
+
+    async def require_served(self, out: Path) -> dict[str, str]:
+        """Raises FourfoldError if the release's server serves another model; returns why that is not known."""
+        async with client.open_client() as connection:
+            address, model = self.sides[0]
+            session = Session(connection=connection, address=address, model=model, limit_seconds=SECONDS)
+            try:
+                await require_served(session, out)
+            except RequestError as error:
+                return {"whether the server serves this release": str(error)}
+        return {}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -157,7 +175,7 @@ class Asked:
 
     async def questions(self, found: TaskResults, suite: Suite) -> TaskResults:
         """Add what fourfold asks itself. A part that a server refuses is left out, with the reason."""
-        tasks, unmeasured = dict(found.tasks), dict[str, str]()
+        tasks, unmeasured = dict(found.tasks), dict(found.unmeasured)
         async with client.open_client(2 * AT_ONCE) as connection:
             sessions = [
                 Session(connection=connection, address=address, model=model, limit_seconds=SECONDS)

@@ -19,7 +19,7 @@ from msgspec import structs
 from fourfold import __version__
 from fourfold.bundled import TEXT
 from fourfold.datatypes import Event, FourfoldError, Progress
-from fourfold.records.results import Bench, BenchLevel, BenchLoad, Quantiles, Requests
+from fourfold.records.bench import Bench, BenchLevel, BenchLoad, Quantiles, Requests
 from fourfold.serve import client
 from fourfold.serve.client import Reply
 from fourfold.serve.metrics import OFF, acceptance, changes
@@ -60,6 +60,10 @@ class Load:
     request_seconds: float
     level_seconds: float
     contexts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.contexts and self.prompts:
+            raise FourfoldError("--context and --prompts exclude each other: prompts by length, or as a file has them")
 
 
 def bench(url: str, load: Load, progress: Progress) -> Bench:

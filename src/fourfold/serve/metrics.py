@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from fourfold.records.results import Acceptance
+from fourfold.records.bench import Acceptance
 
 # What it is: its name in vLLM (0.32, v1/metrics/loggers.py) and SGLang (0.5.23, observability/metrics_collector.py);
 # "" where the engine has none. Acceptance in SGLang is a gauge of its latest batches, without positions.

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from command_line import invoke
+from fourfold.records.bench import Bench
 from fourfold.records.record import Record
 from fourfold.records.release import Export, Reference, Run, State
-from fourfold.records.results import Bench, Metrics, Verdict
+from fourfold.records.results import Metrics, Verdict
 
 Change = Callable[[Any], object]
 # Commands by the file that they read: OUT is a release, MODEL its source, TEXTS has its recipe.

@@ -174,7 +174,7 @@ def test_a_server_that_is_busy() -> None:
 
 def test_a_server_of_another_model(made: dict[str, Path], tmp_path: Path) -> None:
     release = shutil.copytree(made[CT], tmp_path / "release")
-    with pytest.raises(FourfoldError, match=r"serves another model than .*release: HTTP 400: .*out of vocabulary"):
+    with pytest.raises(FourfoldError, match=r"gives no log-probabilities, expected .*: HTTP 400: .*out of vocabulary"):
         run(Toy(), release)
     stored = json.loads((release / "reference.json").read_text())
     tokens = stored["tokens"] = [token % VOCABULARY for token in stored["tokens"]]
@@ -183,13 +183,16 @@ def test_a_server_of_another_model(made: dict[str, Path], tmp_path: Path) -> Non
         FourfoldError, match=r"nats from those of .*release on average, expected at most 0\.08: it serve"
     ):
         run(Toy(), release)
-    stored["logprobs"] = [distribution(tokens[:end])[tokens[end]] for end in range(1, len(tokens))]
+    rows = [distribution(tokens[:end]) for end in range(1, len(tokens))]
+    stored["logprobs"] = [row[token] for row, token in zip(rows, tokens[1:], strict=True)]
+    stored["likeliest"] = [[max(range(VOCABULARY), key=row.__getitem__)] for row in rows]
+    stored["likeliest_logprobs"] = [[max(row)] for row in rows]
     (release / "reference.json").write_text(json.dumps(stored))
     assert run(Toy(), release)[0].passed
-    with pytest.raises(FourfoldError, match="--source: got a server that scores no prompts"):
+    with pytest.raises(FourfoldError, match=r"gives no log-probabilities, expected vLLM or llama\.cpp"):
         run(Toy(scores=False), release)
     (release / "reference.json").unlink()
-    with pytest.raises(FourfoldError, match=r"--source: got .*release without reference\.json, expected"):
+    with pytest.raises(FourfoldError, match=r"release has no reference\.json, which says"):
         run(Toy(), release)
 
 

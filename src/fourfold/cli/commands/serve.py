@@ -23,8 +23,8 @@ from fourfold.datatypes import FourfoldError, Progress
 from fourfold.formats import EXPORTS
 
 if TYPE_CHECKING:
+    from fourfold.records.bench import Bench
     from fourfold.records.release import Export
-    from fourfold.records.results import Bench
     from fourfold.serve.command import Deployment
     from fourfold.serve.drafter import Drafter
 
@@ -261,7 +261,6 @@ def bench(
         fourfold bench http://localhost:8000 --context 1024,8192,32768
         fourfold bench ./release --drafts 0,1,2,3 -- --engine vllm
     """
-    from fourfold.quantize.journal import check_checkpoint
     from fourfold.serve.bench import Load
     from fourfold.serve.bench import bench as run
     from fourfold.serve.depths import bench_depths
@@ -270,15 +269,11 @@ def bench(
         concurrency=concurrency, requests=requests, output_tokens=out_tokens, temperature=temperature,
         prompts=prompts, request_seconds=request_timeout, level_seconds=timeout * 60, contexts=context or (),
     )  # fmt: skip
-    if context and prompts:
-        raise FourfoldError("--context and --prompts exclude each other: prompts by length, or as a file has them")
     if words and drafts is None:
         raise FourfoldError(f"{words[0]}: got words after --, expected them with --drafts only")
-    if drafts is not None:
-        check_checkpoint(url, whole=True)
 
     def measure(progress: Progress) -> Bench:
-        found = run(url, load, progress) if drafts is None else bench_depths(Path(url), drafts, load, words, progress)
+        found = run(url, load, progress) if drafts is None else bench_depths(url, drafts, load, words, progress)
         found.write(out)
         return found
 

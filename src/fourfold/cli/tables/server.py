@@ -12,7 +12,7 @@ from fourfold.cli.console import facts_table, grid, paragraphs, plain, say, show
 from fourfold.units import READY, clock_text
 
 if TYPE_CHECKING:
-    from fourfold.records.results import Bench, BenchLevel
+    from fourfold.records.bench import Bench, BenchLevel
     from fourfold.serve.command import Command
     from fourfold.serve.probe import Probed
 

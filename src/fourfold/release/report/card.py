@@ -19,8 +19,9 @@ from fourfold.formats.gguf_names import ARCHITECTURES
 from fourfold.formats.mlx import MODEL_TYPES
 from fourfold.install import public_install
 from fourfold.model.config import has_vision
+from fourfold.records.bench import Bench
 from fourfold.records.release import State
-from fourfold.records.results import Bench, Status, Verdict
+from fourfold.records.results import Status, Verdict
 from fourfold.release.report.about import About, card_data, licence
 from fourfold.release.report.escape import Markdown, block, code, finalize, prose, table
 from fourfold.release.report.layers import layers_context, method_shares, weakest_text

@@ -14,8 +14,9 @@ from fourfold.datatypes import FourfoldError, ProjectionStatistics
 from fourfold.model.family import kept_group
 from fourfold.quantize.journal import LOG, METRICS
 from fourfold.recipe import Heldout
+from fourfold.records.bench import Bench
 from fourfold.records.log import read_log
-from fourfold.records.results import Bench, Metrics, Verdict
+from fourfold.records.results import Metrics, Verdict
 from fourfold.release.contents import BENCH, LICENCE, VERDICT
 from fourfold.release.release import Release
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.datatypes import Event, FourfoldError, Progress
-from fourfold.quantize.journal import REFERENCE
-from fourfold.records.release import Reference
 from fourfold.records.results import Check, Level, Verdict
+from fourfold.release.served_kl import require_served
 from fourfold.release.verify.check import judge, passed
 from fourfold.release.verify.load import (
-    MOST_MEAN,
     Loaded,
     Reply,
     Round,
@@ -28,7 +26,7 @@ from fourfold.release.verify.load import (
     schedules,
     windows,
 )
-from fourfold.release.verify.vllm import KERNEL_ERROR, UNDER_LOAD, differences
+from fourfold.release.verify.vllm import UNDER_LOAD
 from fourfold.serve import client
 from fourfold.serve.client import RequestError, Session
 from fourfold.serve.engines import KERNEL_ISSUES
@@ -132,7 +130,7 @@ async def _checks(
         )  # fmt: skip
         try:
             if release is not None:
-                await _check_model(server, release)
+                await require_served(server, release)
             prompts = await _prompts(server, at_once)
             begin = time.perf_counter()
             alone = [await _alone(server, number, prompt) for number, prompt in enumerate(prompts)]
@@ -158,25 +156,6 @@ async def _checks(
 def _known_issues(engine: str) -> list[str]:
     """Of this engine, or of all where it is not known; the GPU is not."""
     return [str(issue) for issue in KERNEL_ISSUES if engine in ("", issue.engine)]
-
-
-async def _check_model(server: Server, release: Path) -> None:
-    """Raises FourfoldError if the server's model has other log-probabilities than quantize stored of the release."""
-    reference = Reference.find(release / REFERENCE)
-    if reference is None:
-        raise FourfoldError(f"--source: got {release} without {REFERENCE}, expected a release that has it")
-    tokens = reference.tokens
-    text = Text([*tokens[1:]], [], [])
-    try:
-        found = await server.score(tokens[:1], text)
-    except RequestError as error:
-        raise FourfoldError(f"{server.address}: serves another model than {release}: {error}") from None
-    if found is None:
-        raise FourfoldError(f"--source: got a server that scores no prompts ({server.address}), expected vLLM")
-    mean, limit = differences([found.logprobs], [reference.logprobs])[0], 2 * (KERNEL_ERROR + MOST_MEAN)
-    if not mean <= limit:
-        got = f"log-probabilities {mean:.3f} nats from those of {release} on average, expected at most {limit:.2f}"
-        raise FourfoldError(f"{server.address}: got {got}: it serves another model, or computes it wrong")
 
 
 async def _prompts(server: Server, at_once: int) -> Sequence[list[int] | str]:
