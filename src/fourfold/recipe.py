@@ -73,8 +73,8 @@ class Calibration:
     seed: Seed of the shuffle of documents and of the draw of samples.
     allow_test_sets: Accept text of known test sets and of the held-out text, which makes figures measured on them
         meaningless.
-    image_share: Share of the calibration weight that image tokens have, whatever their number; 0 weighs each token
-        alike. Only with a source of kind `"image"`.
+    image_share: Share of the calibration weight that image tokens have in each expert that has seen both kinds,
+        whatever their number; 0 weighs each token alike. Only with a source of kind `"image"`.
     sources: Sources of the text, one table each.
     """
 

@@ -388,3 +388,44 @@ def test_products_stay_not_finite() -> None:
         hessian_KK = torch.zeros(32, 32)
         add_products_(hessian_KK, input_TK, torch.tensor([0]), torch.tensor([2.0]))
         assert not hessian_KK.diagonal().isfinite().any()
+
+
+# ---- shares
+
+
+def effective(weight_S: np.ndarray) -> float:
+    return float(weight_S.sum() ** 2 / (weight_S**2).sum())
+
+
+def shared(weight_S: np.ndarray, marked_S: np.ndarray, share: float) -> np.ndarray:
+    """The weights with a share, none bounded: float64."""
+    factors = share / weight_S[marked_S].sum(), (1 - share) / weight_S[~marked_S].sum()
+    return weight_S * weight_S.sum() * np.where(marked_S, *factors)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize(("marked", "others"), [(30, 70), (1, 200), (200, 3), (2, 1)])
+def test_marked_pairs_have_their_share_of_an_expert(marked: int, others: int, share: float) -> None:
+    """Or the nearest one, of a fine grid, that leaves half of the effective tokens which any leaves."""
+    generator = torch.Generator().manual_seed(marked)
+    marked_S = torch.arange(marked + others) < marked
+    marked_S = marked_S[torch.randperm(len(marked_S), generator=generator)]
+    weight_S = 3.0 ** torch.randn(len(marked_S), generator=generator)
+    found_S = moments.share_weights(weight_S, marked_S, [0, len(weight_S)], share)
+    weight, places = weight_S.double().numpy(), marked_S.numpy()
+    grid = np.linspace(0, 1, 20_001)
+    counts = np.array([effective(shared(weight, places, one)) for one in grid])
+    allowed = grid[counts >= counts.max() / 2]
+    wanted = shared(weight, places, allowed[np.abs(allowed - share).argmin()])
+    assert found_S.dtype == torch.float32
+    assert np.abs(found_S.numpy() - wanted).max() < 1e-3 * wanted.max()
+    assert found_S.sum().item() == pytest.approx(weight.sum(), rel=1e-6)
+
+
+def test_shares_are_of_each_expert_alone() -> None:
+    """Experts with one kind of pair, with none, and with weights of zero stay as they are."""
+    weight_S = torch.tensor([1.0, 2, 3, 4, 5, 6, 0, 0, 2, 2, 2, 2])
+    marked_S = torch.tensor([True, True, False, False, True, True, True, False, True, False, False, False])
+    found_S = moments.share_weights(weight_S, marked_S, [0, 2, 2, 4, 6, 8, 12], 0.5)
+    assert torch.equal(found_S[:8], weight_S[:8])
+    assert found_S[8:].tolist() == pytest.approx([4, 4 / 3, 4 / 3, 4 / 3])

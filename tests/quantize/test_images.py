@@ -22,12 +22,13 @@ from fourfold.datatypes import FourfoldError
 from fourfold.distributed.devices import Machine
 from fourfold.model.checkpoint import Checkpoint
 from fourfold.model.processor import Processor
-from fourfold.quantize.calibrate import CalibrationRows, collect, image_weights, load_tokenizer
+from fourfold.quantize.calibrate import CalibrationRows, collect, load_tokenizer
 from fourfold.quantize.fits import check_images
 from fourfold.quantize.images import decode, image_samples
-from fourfold.quantize.journal import METRICS
+from fourfold.quantize.journal import LOG, METRICS
 from fourfold.quantize.plan import make_plan
 from fourfold.recipe import Recipe, Source, dump_recipe, load_recipe
+from fourfold.records.log import read_log
 from fourfold.records.results import Metrics
 from fourfold.release.report.about import About
 from fourfold.release.report.card import card
@@ -106,12 +107,6 @@ def test_rows_are_fixed_by_seed_and_images(samples: Path, processor: Processor, 
     assert other.digest != first.digest
     smaller = rows_of(recipe_of(samples, "calibration.sources.1.pixels=4096"), processor, vision_model)
     assert smaller.image_RT is not None and max(smaller.image_RT.sum(1)) < LENGTH
-
-
-def test_image_tokens_have_their_share_of_the_weight() -> None:
-    image_RT = torch.tensor([[True, True, True, False], [False, False, False, False]])
-    weight_RT = image_weights(image_RT, 0.2)
-    assert weight_RT[image_RT].sum() == pytest.approx(0.2 * 8) and weight_RT.mean() == pytest.approx(1)
 
 
 def test_a_recipe_with_images_comes_back_from_its_file(samples: Path, tmp_path: Path) -> None:
@@ -246,6 +241,20 @@ def test_a_run_that_is_cut_off_gives_the_same(release: Path, samples: Path, visi
     assert releases.tensors(tmp_path).keys() == releases.tensors(release).keys()
     for name in ("model-00003-of-00005.safetensors", METRICS):
         assert (tmp_path / name).read_bytes() == (release / name).read_bytes()
+
+
+def test_the_share_of_images_changes_each_experts_moments(
+    release: Path, samples: Path, vision_model: Path, tmp_path: Path
+) -> None:
+    """Effective tokens and codes of experts that see both kinds are others without a share."""
+    releases.run(vision_model, tmp_path, recipe_of(samples, "calibration.image_share=0"))
+    first, second = (read_log(folder / LOG) for folder in (release, tmp_path))
+    changed = [one.effective_tokens != other.effective_tokens for one, other in zip(first, second, strict=True)]
+    assert sum(changed) > len(changed) / 2
+    codes = [
+        {name: part for name, part in releases.tensors(at).items() if "packed" in name} for at in (release, tmp_path)
+    ]
+    assert any(not torch.equal(part, codes[1][name]) for name, part in codes[0].items())
 
 
 def test_two_workers_share_rows_with_images(release: Path, samples: Path, vision_model: Path, tmp_path: Path) -> None:

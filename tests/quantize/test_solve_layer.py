@@ -26,7 +26,15 @@ from fourfold.model.layer import DecoderLayer, Pairs, Routing, expert_hidden, ru
 from fourfold.model.loader import Layer
 from fourfold.model.skeleton import Skeleton
 from fourfold.quantize import estimate, site, solve
-from fourfold.quantize.chunk import Pool, make_chunk, row_moments, row_pool
+from fourfold.quantize.chunk import (
+    Pool,
+    gate_up_moments,
+    gate_up_pool,
+    make_chunk,
+    random_pool,
+    row_moments,
+    row_pool,
+)
 from fourfold.quantize.observe import MoeInputs, Observed, observe
 from fourfold.recipe import Guidance, Recipe, load_recipe
 
@@ -539,6 +547,37 @@ def test_row_moments_are_those_of_the_neurons(layer: DecoderLayer, observed: Obs
     changed_PN = neurons(observed.input_TD[:50].double(), gate_up_ENK[2])
     wanted_NN = (importance_P[:, None] * changed_PN).T @ changed_PN / importance_P.sum()
     assert (pool_ENN[2] - wanted_NN).norm() < 0.01 * wanted_NN.norm()
+
+
+@pytest.mark.parametrize("router_weighted", [True, False])
+def test_images_have_their_share_in_each_experts_moments(
+    layer: DecoderLayer, observed: Observed, router_weighted: bool
+) -> None:
+    """In those of inputs, of rows, and in the pools; for chunks of any size. Without a share all is as it was."""
+    image_T = torch.arange(TOKENS) % 5 == 0
+    marked = replace(observed, image_T=image_T, image_share=0.4)
+    whole = make_chunk(marked, range(EXPERTS), router_weighted, "device")
+    plain = make_chunk(observed, range(EXPERTS), router_weighted, "device")
+    marked_S = image_T[observed.pairs.token_S]
+    for weights in ("weight_S", "row_weight_S"):
+        found_S, before_S = (getattr(chunk, weights).double() for chunk in (whole, plain))
+        for expert in range(3):
+            pairs = slice(observed.pairs.offsets[expert], observed.pairs.offsets[expert + 1])
+            share = found_S[pairs][marked_S[pairs]].sum() / found_S[pairs].sum()
+            assert share.item() == pytest.approx(0.4, rel=1e-5)
+            ratio_S = found_S[pairs] / before_S[pairs]
+            assert all(one.std() < 1e-5 * one.mean() for one in (ratio_S[marked_S[pairs]], ratio_S[~marked_S[pairs]]))
+    found = gate_up_moments(whole)
+    pairs = slice(*observed.pairs.offsets[1:3])
+    input_SD = observed.input_TD[observed.pairs.token_S[pairs]].double()
+    wanted_DD = torch.einsum("s,sn,sm->nm", whole.weight_S[pairs].double(), input_SD, input_SD)
+    assert (found.hessian_EKK[1] - wanted_DD).norm() < 0.01 * wanted_DD.norm()
+    part = make_chunk(marked, range(1, 3), router_weighted, "host")
+    assert torch.equal(part.weight_S, whole.weight_S[slice(*observed.pairs.offsets[1:4:2])])
+    pool = random_pool(marked, TOKENS, 0, torch.device("cpu"))
+    assert (pool.importance_P[image_T].sum() / pool.importance_P.sum()).item() == pytest.approx(0.4, rel=1e-5)
+    pools = [gate_up_pool(alone(torch.device("cpu")), one, router_weighted) for one in (observed, marked)]
+    assert not torch.equal(*pools)
 
 
 def test_row_moments_are_shrunk_to_the_experts_pool(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,6 +61,27 @@ def accumulate_by(
         mirror_(hessian_EKK[expert])
     count_E = torch.tensor(offsets, device=device).diff()
     return Moments(hessian_EKK, weight_E, count_E, energy2_E)
+
+
+def share_weights(weight_S: Tensor, marked_S: Tensor, offsets: Sequence[int], share: float) -> Tensor:
+    """The weights of pairs, changed so that in each expert the marked ones have `share` of its weight; its sum stays.
+
+    weight_S: fp32, >= 0; marked_S: bool; offsets: see accumulate. Where `share` would leave an expert less than half of
+    the effective tokens, (sum w)^2 / sum w^2, that another share leaves it at most, the nearest share that does not is
+    taken. An expert whose pairs are all of one kind stays as it is. docs/numerics.md section 1.
+    """
+    found_S = weight_S.clone()
+    for first, last in pairwise(offsets):
+        own_S, marked = weight_S[first:last].double(), marked_S[first:last]
+        kinds = torch.stack([own_S * marked, own_S * ~marked])
+        sum_2, square_2 = kinds.sum(dim=1), kinds.square().sum(dim=1)
+        effective_2 = (sum_2.square() / square_2).nan_to_num(0.0)  # NaN: there is no such pair
+        fair = effective_2[0] / effective_2.sum()  # the share that leaves the most effective tokens
+        room = (fair * (1 - fair)).sqrt()
+        taken = torch.full_like(fair, share).clamp(fair - room, fair + room)
+        factor_2 = (torch.stack([taken, 1 - taken]) * sum_2.sum() / sum_2).nan_to_num(1.0)
+        found_S[first:last] = own_S * torch.where(marked, factor_2[0], factor_2[1])
+    return found_S
 
 
 def _add_products(input_TK: Tensor) -> AddProducts:

@@ -22,7 +22,6 @@ from fourfold.quantize.image_rows import (
     ImageRow,
     ImageWindows,
     heldout_images,
-    image_weights,
     refuse_same_images,
 )
 from fourfold.quantize.images import shuffled
@@ -42,8 +41,7 @@ class CalibrationRows:
     """token_RT: int64, by source in the recipe's order; source_R: each row's source.
 
     notes: what differs from the recipe, for the caller to print; digest: sha256 of shape, ids and images; images: by
-    row; image_RT: which tokens are of an image, None where there are none; weight_RT: what each token weighs besides;
-    windows: of held-out images, None where there are none.
+    row; image_RT: which tokens are of an image, windows: of held-out images; None where there are none.
     """
 
     token_RT: Tensor
@@ -53,7 +51,6 @@ class CalibrationRows:
     digest: str
     images: Mapping[int, ImageRow] = field(default_factory=dict)
     image_RT: Tensor | None = None
-    weight_RT: Tensor | None = None
     windows: ImageWindows | None = None
 
     @property
@@ -198,12 +195,11 @@ def _joined(
     drawn = [(pool, row) for pool, count in taken for row in pool.draw(count, calibration.seed)]
     token_RT = torch.stack([pool.token_RT[row] for pool, row in drawn])
     images = {place: pool.images[row] for place, (pool, row) in enumerate(drawn) if pool.images}
-    image_RT = weight_RT = None
+    image_RT = None
     if images:
         assert processor is not None
         image_RT = torch.zeros(token_RT.shape, dtype=torch.bool)
         image_RT[list(images)] = processor.is_image(token_RT[list(images)])
-        weight_RT = image_weights(image_RT, calibration.image_share) if calibration.image_share else None
     return CalibrationRows(
         token_RT=token_RT,
         source_R=tuple(pool.name for pool, _ in drawn),
@@ -222,7 +218,6 @@ def _joined(
         digest=_digest(token_RT, list(images.values())),
         images=images,
         image_RT=image_RT,
-        weight_RT=weight_RT,
         windows=windows,
     )
 

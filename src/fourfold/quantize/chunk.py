@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,14 +34,14 @@ class Pool:
 class Chunk:
     """A chunk of a worker's experts with its (token, expert) pairs: what its moments are made of.
 
-    input_TD: MoE inputs that the moments use; target_TD, gap_TD: see Observed, of the same tokens; importance_S: of
-    each pair's token; weight_S: w of each pair, that times its router weight.
+    input_TD: MoE inputs that the moments use; target_TD, gap_TD: see Observed, of the same tokens; weight_S: w of each
+    pair, its token's importance times its router weight; row_weight_S: the importance times that weight squared.
     """
 
     experts: range  # places among the worker's own
     pairs: Pairs
-    importance_S: Tensor
     weight_S: Tensor
+    row_weight_S: Tensor
     input_TD: Tensor
     target_TD: Tensor | None
     gap_TD: Tensor | None
@@ -61,7 +62,10 @@ def make_chunk(
     """inputs: see Batches; from the host each pair's own input is brought. beat: called after each piece of these."""
     pairs = observed.pairs.of_experts(experts)
     input_TD, target_TD, gap_TD = observed.input_TD, observed.target_TD, observed.gap_TD
-    importance_S = observed.importance_T[pairs.token_S]
+    importance_S, router_S = observed.importance_T[pairs.token_S], pairs.weight_S.float()
+    share = partial(observed.share_weights, offsets=pairs.offsets, token_S=pairs.token_S)
+    weight_S = share(router_S * importance_S if router_weighted else importance_S)
+    row_weight_S = share(router_S.square().mul_(importance_S))
     if inputs != Placement.DEVICE:
         device, token_S = pairs.token_S.device, pairs.token_S.cpu()
         same = target_TD is input_TD
@@ -74,8 +78,8 @@ def make_chunk(
     return Chunk(
         experts=experts,
         pairs=pairs,
-        importance_S=importance_S,
-        weight_S=pairs.weight_S.float() * importance_S if router_weighted else importance_S,
+        weight_S=weight_S,
+        row_weight_S=row_weight_S,
         input_TD=input_TD,
         target_TD=target_TD,
         gap_TD=gap_TD,
@@ -102,6 +106,7 @@ def gate_up_pool(worker: Worker, observed: Observed, router_weighted: bool) -> T
     weight_T = observed.importance_T
     if router_weighted:
         weight_T = weight_T * observed.routing.weight_TA.float().sum(dim=1)
+    weight_T = observed.share_weights(weight_T, [0, len(weight_T)])
     own_TD = observed.input_TD[own].to(weight_T.device)
     total_KK = worker.all_reduce(moments.pool(own_TD, weight_T[own], worker.heartbeat))
     return total_KK.div_(weight_T.sum())
@@ -155,8 +160,7 @@ def row_moments(chunk: Chunk, gate_up_ENK: Tensor) -> Moments:
     rows = gate_up_ENK.shape[1]
     changed_SN = of_gate_up(chunk.input_TD, chunk.pairs, gate_up_ENK, rows, guidance.sensitivities)
     every_S = torch.arange(len(changed_SN), device=changed_SN.device)
-    weight_S = chunk.pairs.weight_S.float().square().mul_(chunk.importance_S)
-    return moments.accumulate(changed_SN, every_S, weight_S, list(chunk.pairs.offsets))
+    return moments.accumulate(changed_SN, every_S, chunk.row_weight_S, list(chunk.pairs.offsets))
 
 
 def row_pool(gate_up_ENK: Tensor, pool: Pool) -> Tensor:
@@ -191,7 +195,8 @@ def _pool_of_random(gate_up_ENK: Tensor, pool: Pool, make: Callable[[Tensor], Te
 def random_pool(observed: Observed, wanted: int, seed: int, device: torch.device) -> Pool:
     """The pool of a layer, the same for a seed. wanted: its tokens, at most all."""
     token_P = random_tokens(len(observed.input_TD), wanted, seed)
-    importance_P = observed.importance_T[token_P.to(observed.importance_T.device)]
+    importance_T = observed.share_weights(observed.importance_T, [0, len(observed.importance_T)])
+    importance_P = importance_T[token_P.to(importance_T.device)]
     input_PD = observed.input_TD[token_P.to(observed.input_TD.device)]
     return Pool(input_PD.to(device), importance_P.to(device))
 

@@ -168,12 +168,6 @@ def heldout_images(
     return ImageWindows(token_RT, processor.is_image(token_RT), rows)
 
 
-def image_weights(image_RT: Tensor, share: float) -> Tensor:
-    """Weights with which image tokens have `share` of the weight of all tokens; their mean is 1. fp32 [R, T]."""
-    found = image_RT.float().mean()
-    return torch.where(image_RT, share / found, (1 - share) / (1 - found))
-
-
 def refuse_same_images(calibration: Sequence[ImageRow], heldout: Sequence[ImageRow]) -> None:
     """Raise FourfoldError for an image that is calibrated on and measured."""
     held = {image: sample.place for row in heldout for sample in row.samples for image in sample.images}

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fourfold.core import metrics
+from fourfold.core import metrics, moments
 from fourfold.datatypes import Batches, Placement, Rows, StreamDrift, Tick
 from fourfold.distributed.workers import Worker
 from fourfold.model.layer import (
@@ -23,6 +23,7 @@ from fourfold.model.layer import (
     with_output,
 )
 
+EVERY = slice(None)
 MOST_IMPORTANT = 4.0  # cap relative to the median token: near-zero hidden states would dominate otherwise
 
 
@@ -50,7 +51,8 @@ class Observed:
     bring the residual stream to the source's, or None. In the first layer both streams' inputs are one tensor.
     gap_TD: source minus release hidden states before the experts' output is added, divided by the layer's tail times
     the sum of the token's router weights; None in the first layer, where it is zero, and in a layer without a tail.
-    importance_T: weight of an error at each token (token_importance), on the layer's device.
+    importance_T: weight of an error at each token (token_importance), on the layer's device; image_T: which tokens are
+    of an image, where images are to have `image_share` of the weight in each expert, else None.
     """
 
     input_TD: Tensor
@@ -60,6 +62,14 @@ class Observed:
     target_TD: Tensor | None
     gap_TD: Tensor | None
     importance_T: Tensor
+    image_T: Tensor | None = None
+    image_share: float = 0.0
+
+    def share_weights(self, weight_S: Tensor, offsets: Sequence[int], token_S: Tensor | slice = EVERY) -> Tensor:
+        """Weights of tokens, or of the pairs of experts with them, after the images have got their share."""
+        if self.image_T is None:
+            return weight_S
+        return moments.share_weights(weight_S, self.image_T[token_S], offsets, self.image_share)
 
 
 def observe(worker: Worker, layer: DecoderLayer, source: MoeInputs, release: MoeInputs | None) -> Observed:

@@ -325,9 +325,9 @@ def solve(
             if power := job.plan.recipe.solver.norm_power:
                 importance_T = token_importance(worker, source.calibration, power).to(layer.device)
                 observed = dataclasses.replace(observed, importance_T=importance_T)
-            if (weight_RT := job.texts[0].weight_RT) is not None:
-                importance_T = observed.importance_T * weight_RT.flatten().to(layer.device)
-                observed = dataclasses.replace(observed, importance_T=importance_T)
+            if (share := job.plan.recipe.calibration.image_share) and (image_RT := job.texts[0].image_RT) is not None:
+                image_T = image_RT.flatten().to(layer.device)
+                observed = dataclasses.replace(observed, image_T=image_T, image_share=share)
             curvature = None
             if job.remaining_sweep is not None:
                 moment_DD = worker.run_once(lambda: read_curvature(job.out, layer_plan.index, tensors.digest))
