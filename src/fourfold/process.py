@@ -130,7 +130,7 @@ class Child:
             failure = f"{how} after {self.seconds:,.0f} s"
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         # An engine's last line often says only that it failed; the first error says why.
-        first = next((line.strip() for line in lines if "Error:" in line), "")
+        first = next((line.strip() for line in lines if "Error:" in line and " WARNING " not in line), "")
         tail = lines[-TAIL_LINES:]
         head = [f"first error: {first}"] if first and first not in (line.strip() for line in tail) else []
         return "\n".join([failure, *head, f"last lines of {self.log}:", *(f"  {line}" for line in tail)])

@@ -21,6 +21,7 @@ import httpx2
 import psutil
 import pytest
 
+import drafters
 import fourfold
 from fourfold.datatypes import ignore
 from fourfold.distributed.devices import Machine
@@ -158,6 +159,21 @@ def test_one_flow(made: Made, python: Find, example_model: Path, tmp_path: Path)
         process = server.process
     assert process.returncode == 128 + signal.SIGTERM
     assert not left(interpreter)
+
+
+def test_an_external_drafter(made: Made, python: Find, example_model: Path, tmp_path: Path) -> None:
+    """EAGLE-3: it drafts, some are accepted, what is written is what the model alone finds best, the cache is as
+    predicted.
+    """
+    text = "".join(path.read_text() for path in sorted((ROOT / "src/fourfold/text/calibration").glob("*.jsonl")))
+    drafter, out = drafters.eagle3(tmp_path / "drafter-EAGLE3", example_model, text), made("compressed-tensors")
+    with running(out, python("vllm"), tmp_path / "log", "--mtp", DRAFTS, "--draft", drafter) as server:
+        check_alive(server, "chat", "tools", "thinking", "drafts")
+        assert server.pool() == (4096, 256, 174_762)
+        assert "predicted: 4,096 blocks of 256, 174,762 tokens" in server.said
+        check_load(server)
+        found = bench(server, tmp_path / "bench.json", "--concurrency", "2", "--requests", 8, "--out-tokens", 64)
+    assert found["levels"][0]["acceptance"]["rate"] > 0.1
 
 
 def test_defaults_of_the_plugin(made: Made, python: Find, plugin: str, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from fourfold.datatypes import FourfoldError
 from fourfold.serve.command import Deployment, build
 from fourfold.serve.drafter import Drafter, open_drafter
 from fourfold.serve.engines import SGLANG, VLLM
+from fourfold.serve.kvcache import Geometry
 
+CACHE = Geometry(attention=1, linear=0, kv_heads=2, head_dim=64)
 ARCHITECTURES = {
     "LlamaForCausalLMEagle3": ("eagle3", "EAGLE3"),
     "EagleLlamaForCausalLM": ("eagle", "EAGLE"),
@@ -27,6 +29,7 @@ ARCHITECTURES = {
 def make(folder: Path, architecture: str, layers: object = 1) -> Path:
     folder.mkdir()
     config = {"architectures": [architecture], "model_type": "llama", "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"fc.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}, folder / "model.safetensors")
     return folder
@@ -36,7 +39,7 @@ def make(folder: Path, architecture: str, layers: object = 1) -> Path:
 def test_kind_and_size(tmp_path: Path, architecture: str) -> None:
     found = open_drafter(make(tmp_path / "drafter", architecture))
     assert (found.method, found.algorithm) == ARCHITECTURES[architecture]
-    assert (found.weight_bytes, found.layers) == (48, 1)
+    assert (found.weight_bytes, found.geometry) == (48, CACHE)
 
 
 def test_kind_by_the_folders_name(tmp_path: Path) -> None:
@@ -46,14 +49,14 @@ def test_kind_by_the_folders_name(tmp_path: Path) -> None:
 def test_what_is_no_drafter(tmp_path: Path) -> None:
     with pytest.raises(FourfoldError, match=r"--draft: got .*nowhere, expected a folder"):
         open_drafter(tmp_path / "nowhere")
-    with pytest.raises(FourfoldError, match=r"num_hidden_layers: got 'x', expected a number"):
+    with pytest.raises(FourfoldError, match=r"num_hidden_layers: got 'x', expected a number from 1 on"):
         open_drafter(make(tmp_path / "broken", "DFlashDraftModel", "x"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FourfoldError, match=r"config\.json"):
         open_drafter(tmp_path / "empty")
 
 
-DRAFTER = Drafter(folder=Path("drafter"), method="eagle3", algorithm="EAGLE3", weight_bytes=2 * 10**9, layers=1)
+DRAFTER = Drafter(folder=Path("drafter"), method="eagle3", algorithm="EAGLE3", weight_bytes=2 * 10**9, geometry=CACHE)
 
 
 def test_commands_and_memory() -> None:
@@ -64,7 +67,7 @@ def test_commands_and_memory() -> None:
     assert config == {"method": "eagle3", "model": "drafter", "num_speculative_tokens": 3}
     own = build(OURS, gpus(1, 80), Deployment(engine=VLLM, drafts=3)).forecast.memory_bytes
     assert own - found.forecast.memory_bytes == DRAFTER.weight_bytes - OURS.draft_bytes
-    assert any("2.00 GB of weights" in note for note in found.notes)
+    assert any("2.00 GB of weights, KV cache of 1 layers" in note for note in found.notes)
     words = build(OURS, gpus(1, 80), wanted[SGLANG]).words
     assert words[words.index("--speculative-algorithm") + 1] == "EAGLE3"
     assert words[words.index("--speculative-draft-model-path") + 1] == "drafter"

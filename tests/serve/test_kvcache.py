@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deployments import LARGE
 from fourfold.serve.kvcache import CPU_ALIGN, GPU_ALIGN, Geometry, SglangPool, sglang_pool, vllm_pool
 
 GIB = 2**30
-# The example model, and one of two layers whose linear attention is twice as wide.
+# The example model, with a drafter of more heads, too, and one of two layers whose linear attention is twice as wide.
 TINY = Geometry(
     attention=1, linear=3, kv_heads=2, head_dim=64, conv=4, key_heads=2, key_dim=64, value_heads=4, value_dim=64
 )
+DRAFTED = replace(TINY, drafter=Geometry(attention=1, linear=0, kv_heads=4, head_dim=64))
 SHORT = Geometry(
     attention=1, linear=1, kv_heads=2, head_dim=64, conv=4, key_heads=4, key_dim=64, value_heads=8, value_dim=64
 )
@@ -24,6 +27,7 @@ SHORT = Geometry(
         (TINY, 1, 1, 0, False, (384, 10922, 1_118_412)),
         (TINY, 1, 2, 2, False, (256, 4096, 262_144)),
         (TINY, 1, 2, 2, True, (256, 4096, 209_715)),
+        (DRAFTED, 1, 2, 2, False, (256, 4096, 174_762)),
         (SHORT, 2, 2, 2, False, (384, 10922, 798_866)),
     ],
 )
@@ -100,6 +104,18 @@ def test_attention_alone() -> None:
     assert pool.blocks == GIB // (4 * 16 * 2 * 4 * 128 * 2)
     unlimited = sglang_pool(geometry, GIB, ranks=1, element_bytes=2, drafts=0, strategy="no_buffer", old=False)
     assert unlimited.running is None
+
+
+def test_a_drafter_like_the_models_own_layers() -> None:
+    """It is one layer more of the model; with smaller tokens its blocks have more of them."""
+    budget = dict(memory_bytes=GIB, ranks=1, element_bytes=2, drafts=2, context=512)
+    like = replace(TINY, drafter=Geometry(attention=1, linear=0, kv_heads=2, head_dim=64))
+    small = replace(TINY, drafter=Geometry(attention=1, linear=0, kv_heads=1, head_dim=64))
+    own, alike, smaller = (
+        vllm_pool(one, **budget, align=CPU_ALIGN, prefix_caching=False) for one in (TINY, like, small)
+    )
+    assert alike == own
+    assert smaller.attention == ((1, 256), (1, 512)) and smaller.request_blocks == 2 + 1 + 9
 
 
 def test_more_ranks_than_kv_heads_keep_a_copy_each() -> None:

@@ -141,7 +141,10 @@ def build(served: Served, machine: Machine, wanted: Deployment) -> Command:
     """The command, with every check that needs no start. Raises FourfoldError for what no command can be made of."""
     engine = ENGINES[wanted.engine]
     if wanted.drafter:  # in place of the release's own draft head
-        served = replace(served, draft_bytes=wanted.drafter.weight_bytes, ends_bytes=0, drafts_by_name=False)
+        geometry = replace(served.geometry, drafter=wanted.drafter.geometry)
+        served = replace(
+            served, draft_bytes=wanted.drafter.weight_bytes, ends_bytes=0, drafts_by_name=False, geometry=geometry
+        )
     by_default = served.has_draft and not (engine.name == SGLANG and _undrafted(served, wanted))
     drafting = by_default if wanted.drafts is None else wanted.drafts > 0
     profile = engines.profile(wanted.profile, engine.name, drafting)
@@ -378,11 +381,8 @@ def _notes(served: Served, machine: Machine, found: Command, wanted: Deployment,
     if profile.measured and served.is_reference:
         yield f"the reference measured with this, on 4 x RTX 3060: {profile.measured}"
     if one := wanted.drafter:
-        size = f"{one.weight_bytes / 1e9:.2f} GB of weights"
-        yield (
-            f"drafter {one.folder.name} ({one.method}): {size} are in the prediction, its KV cache ({one.layers} "
-            "layers) as one more layer of the model; not run with this drafter by fourfold"
-        )
+        size = f"{one.weight_bytes / 1e9:.2f} GB of weights, KV cache of {one.geometry.attention} layers"
+        yield f"drafter {one.folder.name} ({one.method}), as predicted: {size}; fourfold has run EAGLE-3 in vLLM alone"
     yield from found.forecast.doubts
     if served.sampling:
         values = ", ".join(f"{name} {value}" for name, value in served.sampling.items())

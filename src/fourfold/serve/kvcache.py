@@ -7,7 +7,8 @@ their places in the sources; docs/serving.md derives the figures of the referenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 GPU_ALIGN, CPU_ALIGN = 16, 128  # tokens; vLLM's smallest kernel blocks
 EVEN = 1.5  # vLLM pads the rarer kind of layers where the other one has fewer than this many times as many
@@ -20,7 +21,8 @@ class Geometry:
     """What of a model decides its cache. attention, linear: layers of each kind, the draft head not counted.
 
     latent: values of a token that all heads share (MLA), on every rank, 0 without; conv: width of the convolution
-    before linear attention; key_heads ... value_dim: of linear attention.
+    before linear attention; key_heads ... value_dim: of linear attention; drafter: of an external one, None where
+    drafts come from one attention layer more of the model.
     """
 
     attention: int
@@ -33,6 +35,16 @@ class Geometry:
     key_dim: int = 0
     value_heads: int = 0
     value_dim: int = 0
+    drafter: Geometry | None = None
+
+    def attention_layers(self, ranks: int, element_bytes: int, drafting: bool) -> dict[int, int]:
+        """How many attention layers take so many bytes for a token, the drafter's among them."""
+        layers = {self.token_bytes(ranks, element_bytes): self.attention}
+        if drafting:
+            drafter = self.drafter or replace(self, attention=1)
+            token = drafter.token_bytes(ranks, element_bytes)
+            layers[token] = layers.get(token, 0) + drafter.attention
+        return layers
 
     def token_bytes(self, ranks: int, element_bytes: int) -> int:
         """Keys and values of a token in one attention layer. Ranks beyond the KV heads hold copies."""
@@ -50,20 +62,22 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmPool:
-    """groups: of layers that share a table of blocks; attention_groups: of these, which grow with the tokens."""
+    """attention: of each kind of attention layer, how many groups share a table of blocks, and tokens of their blocks;
+    groups: these, and those of linear attention; block_tokens: as vLLM reports them, of the model's own attention.
+    """
 
     blocks: int
     block_tokens: int
     block_bytes: int
     groups: int
-    attention_groups: int
+    attention: tuple[tuple[int, int], ...]
     state_blocks: int
     context: int
 
     @property
     def request_blocks(self) -> int:
         """Of one request of the whole context."""
-        return self.attention_groups * -(-self.context // self.block_tokens) + self.state_blocks
+        return sum(groups * -(-self.context // tokens) for groups, tokens in self.attention) + self.state_blocks
 
     @property
     def concurrency(self) -> float:
@@ -83,36 +97,41 @@ class VllmPool:
     @property
     def longest(self) -> int:
         """Tokens of the longest request that fits alone."""
-        return max(0, (self.blocks - self.state_blocks) // self.attention_groups * self.block_tokens)
+        largest = max(tokens for _, tokens in self.attention)
+        blocks = sum(groups * largest // tokens for groups, tokens in self.attention)
+        return max(0, (self.blocks - self.state_blocks) // blocks * largest)
 
 
 def vllm_pool(
     geometry: Geometry, memory_bytes: int, *, ranks: int, element_bytes: int, drafts: int, context: int, align: int,
     prefix_caching: bool,
 ) -> VllmPool:  # fmt: skip
-    """vLLM 0.32: block size, platforms/interface.py:1060; groups, v1/core/kv_cache_utils.py:1437.
+    """vLLM 0.32: block size, platforms/interface.py:1060; pages and groups, v1/core/kv_cache_utils.py:1292 and 1437.
 
     memory_bytes: for the cache, on each rank; element_bytes: 2 (BF16), 1 (fp8); drafts: tokens per step, 0 for none;
-    align: GPU_ALIGN or CPU_ALIGN. A draft head is one attention layer more.
+    align: GPU_ALIGN or CPU_ALIGN. All layers' blocks have the bytes of the largest: more tokens where a token is
+    smaller, padding where the sizes do not divide each other.
     """
-    attention, linear = geometry.attention + bool(drafts), geometry.linear
-    token = geometry.token_bytes(ranks, element_bytes)
-    state = geometry.state_bytes(ranks, drafts)
-    block = align * max(1, -(-state // (align * token)))
-    size = _group_size(attention, linear)
-    attention_groups, linear_groups = -(-attention // size), -(-linear // size)
+    layers = geometry.attention_layers(ranks, element_bytes, bool(drafts))
+    token, linear = geometry.token_bytes(ranks, element_bytes), geometry.linear
+    block = align * max(1, -(-geometry.state_bytes(ranks, drafts) // (align * token)))
+    largest = max(layers)
+    size = _group_size([*layers.values(), *([linear] if linear else [])])
+    attention = tuple(
+        (-(-count // size), block * (1 if largest % each else largest // each)) for each, count in layers.items()
+    )
+    linear_groups = -(-linear // size)
     return VllmPool(
-        blocks=memory_bytes // (size * block * token), block_tokens=block, block_bytes=size * block * token,
-        groups=attention_groups + linear_groups, attention_groups=attention_groups,
+        blocks=memory_bytes // (size * block * largest), block_tokens=block, block_bytes=size * block * largest,
+        groups=sum(groups for groups, _ in attention) + linear_groups, attention=attention,
         state_blocks=linear_groups * ((2 if prefix_caching else 1) + drafts), context=context,
     )  # fmt: skip
 
 
-def _group_size(attention: int, linear: int) -> int:
-    if not linear:
-        return attention
-    fewer, more = sorted((attention, linear))
-    return more if more < EVEN * fewer else fewer
+def _group_size(counts: Sequence[int]) -> int:
+    """Layers of each group, from those of each kind."""
+    fewest, most = min(counts), max(counts)
+    return most if most < EVEN * fewest else fewest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +152,8 @@ def sglang_pool(
     drafts: draft tokens of a step (steps + 1), 0 for none; strategy: of --mamba-radix-cache-strategy; requests:
     --max-running-requests, for which 0.5.10 reserves states when drafting. Others as of `vllm_pool`.
     """
-    attention = geometry.attention + (1 if drafts and not old else 0)
-    token = attention * geometry.token_bytes(ranks, element_bytes)
+    layers = geometry.attention_layers(ranks, element_bytes, bool(drafts) and not old)
+    token = sum(each * count for each, count in layers.items())
     slot = geometry.linear * geometry.state_bytes(ranks, 0)
     if not slot:
         return SglangPool(tokens=memory_bytes // token, slots=0, running=None)

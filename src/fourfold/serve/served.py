@@ -192,13 +192,14 @@ def _read_geometry(skeleton: Skeleton) -> Geometry:
         "conv": "linear_conv_kernel_dim", "key_heads": "linear_num_key_heads", "key_dim": "linear_key_head_dim",
         "value_heads": "linear_num_value_heads", "value_dim": "linear_value_head_dim",
     }  # fmt: skip
+    widths: dict[str, Any] = {field: int(getattr(text, name)) for field, name in states.items()} if linear else {}
     return Geometry(
         attention=skeleton.layers - linear,
         linear=linear,
         kv_heads=int(text.num_key_value_heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
         latent=int(latent and latent + text.qk_rope_head_dim),
-        **({field: int(getattr(text, name)) for field, name in states.items()} if linear else {}),
+        **widths,
     )
 
 
