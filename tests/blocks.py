@@ -21,7 +21,11 @@ SMALL = {
     "core.moments": {"PAIRS_PER_PIECE": 173, "PANEL": 48, "MIRRORED": 16},  # panels begin where a copied block does
     "core.target": {"PANEL": 53},
     "core.widening": {"PIECE_TOKENS": 61},
-    "model.tensors": {"CHUNK_BYTES": 8 * 3001, "SLAB_ELEMENTS": 1009},  # whole elements of every dtype
+    "model.tensors": {
+        "CHUNK_BYTES": 8 * 3001,
+        "BLOCK_BYTES": 8 * 1009,
+        "SLAB_ELEMENTS": 1009,
+    },  # whole elements of every dtype
     "model.files": {"CHUNK_BYTES": 8 * 3001},
     "model.head": {"VOCABULARY_CHUNK": 157},
     "model.layer": {"PAIRS_PER_BATCH": 101},

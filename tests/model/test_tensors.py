@@ -357,15 +357,23 @@ def test_read_into_a_slice_of_a_stack_and_hash(tmp_path: Path) -> None:
     assert returned.data_ptr() == stack[1].data_ptr()
     assert torch.equal(stack[1].view(4, 2), wanted["b.weight"])
     assert not stack[0].any() and not stack[2].any()
-    assert sha.hexdigest() == hashlib.sha256(raw_bytes(wanted["b.weight"])).hexdigest()
+    assert sha.digest() == of_blocks(wanted["b.weight"])
 
 
-def test_tensor_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def of_blocks(*parts: Tensor, size: int = 2**24) -> bytes:
+    """sha256 of the sha256 of each block."""
+    contents = [bytes(raw_bytes(part)) for part in parts]
+    blocks = [content[first : first + size] for content in contents for first in range(0, len(content), size)]
+    return hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks)).digest()
+
+
+@pytest.mark.parametrize("size", [4, 12, 1000])
+def test_blocks_of_a_tensor_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     wanted = write_two_shards(tmp_path)
-    monkeypatch.setattr(tensors, "CHUNK_BYTES", 12)
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", size)
     sha = hashlib.sha256()
     assert same_bytes(TensorIndex.open(tmp_path).read("b.weight", sha=sha), wanted["b.weight"])
-    assert sha.hexdigest() == hashlib.sha256(raw_bytes(wanted["b.weight"])).hexdigest()
+    assert sha.digest() == of_blocks(wanted["b.weight"], size=size)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from fourfold.model.layer import DecoderLayer, LayerTensors, build_layer
 from fourfold.model.loader import Room
 from fourfold.model.skeleton import Skeleton
 from fourfold.model.sources import SourceIndex, open_source
-from fourfold.model.tensors import DTYPES
+from fourfold.model.tensors import DTYPES, join_digests
 
 Shape = tuple[int, ...]
 HOST = torch.device("cpu")
@@ -100,17 +100,20 @@ class Checkpoint(SourceIndex, Skeleton):
         kept_names: the layer's tensors that are no routed experts; room: memory on the host for them.
         Raises FourfoldError for a shard that cannot be read and for NaN or Inf in a weight.
         """
-        sha = hashlib.sha256()
+        digests: dict[str, str] = {}
 
         def read(name: str, out: Tensor | None = None) -> Tensor:
             if out is None:
                 header = self.header(name)
                 out = room(header.shape, dtype=DTYPES[header.dtype])
-            return self.read_finite(name, out=out, sha=sha)
+            sha = hashlib.sha256()
+            value = self.read_finite(name, out=out, sha=sha)
+            digests[name] = sha.hexdigest()
+            return value
 
         kept = {name: read(name) for name in sorted(kept_names)}
         stacks = loader.load_stacks(self.blueprint, read, layer, room)
-        return LayerTensors.of(kept, stacks, sha.hexdigest())
+        return LayerTensors.of(kept, stacks, join_digests(digests))
 
     def layer(
         self, layer: int, device: torch.device, dtype: torch.dtype, taken_from: int | None = None

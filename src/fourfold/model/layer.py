@@ -153,7 +153,7 @@ class LayerTensors:
     """One decoder layer's weights as they lie on disk, on the host.
 
     kept: by name on disk, everything but routed experts; gate_up_ENK, down_ENK: routed experts stacked as in
-    DecoderLayer, or None for a dense layer; digest: sha256 of all bytes in the order of reading.
+    DecoderLayer, or None for a dense layer; digest: one sha256 of all tensors'.
     """
 
     kept: dict[str, Tensor]

@@ -17,7 +17,7 @@ from fourfold.model.blueprint import Blueprint
 from fourfold.model.experts import Experts
 from fourfold.model.family import DOWN, GATE, UP
 from fourfold.model.internals import Source
-from fourfold.model.tensors import DTYPES
+from fourfold.model.tensors import DTYPES, side_by_side
 
 Read = Callable[[str, Tensor | None], Tensor]  # a tensor by its name on disk, into a place that fits where one is given
 Room = Callable[..., Tensor]  # as torch.empty: (shape, dtype=)
@@ -131,14 +131,18 @@ def _gathered(blueprint: Blueprint, read: Read, experts: Experts, prefix: str, r
     rows = experts.width * (len(experts.projections) - 1)
     gate_up_ENK = room((experts.count, rows, experts.hidden), dtype=dtype)
     down_ENK = room((experts.count, experts.output, experts.width), dtype=dtype)
-    for expert, names in enumerate(experts.separate):
+
+    def fill(expert: int) -> None:
         places = {
             GATE: gate_up_ENK[expert, : experts.width],
             UP: gate_up_ENK[expert, rows - experts.width :],
             DOWN: down_ENK[expert],
         }
-        for projection, name in names.items():
+        for projection, name in experts.separate[expert].items():
             _fill(blueprint, read, name, places[projection])
+
+    for _ in side_by_side(fill, range(len(experts.separate))):
+        pass
     return {up: gate_up_ENK, DOWN_NAME: down_ENK}
 
 

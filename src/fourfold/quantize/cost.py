@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fourfold.datatypes import Placement
+from fourfold.model.tensors import READERS
 from fourfold.quantize.estimate import BF16, FP32, ROW_POOL_ROWS, Workload, inputs_bytes
 from fourfold.quantize.rates import HASH_RATE, RATES, Rates
 
@@ -51,7 +52,7 @@ def estimate_time(
     work: Workload, devices: Sequence[str], rates: Rates | None = None, *, inputs: Placement = Placement.DEVICE
 ) -> TimeEstimate:
     """Predict a run on one host. devices: one per worker; rates: default, the constants of the devices' kind; inputs:
-    see Batches. CPU workers share the cores; their exchange takes no time.
+    see Batches. CPU workers share the cores, also with what reads and hashes; their exchange takes no time.
     """
     kind, workers = devices[0].partition(":")[0], len(devices)
     rates = rates or RATES[kind]
@@ -59,7 +60,7 @@ def estimate_time(
     samples = work.calibration_tokens // work.calibration_length
     busiest = max(-(-count // workers) / count for count in (samples, work.experts))  # things that stay whole
     flop, temporary_bytes = _forward(work)
-    reader = 1 / (1 / rates.disk + 1 / HASH_RATE)
+    reader = 1 / (1 / rates.disk + 1 / (HASH_RATE * (1 if kind == "cpu" else READERS)))
     each = busiest * workers / units
     return TimeEstimate(
         start_seconds=START_SECONDS + (work.ends_bytes + work.layer_bytes) / reader,

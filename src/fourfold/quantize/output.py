@@ -27,7 +27,7 @@ from fourfold.formats import named
 from fourfold.model.family import split_stack
 from fourfold.model.layer import LayerTensors
 from fourfold.model.shards import OutputTensor, WrittenShard, write_shard
-from fourfold.model.tensors import DTYPES, TensorIndex, raw_bytes, require_finite
+from fourfold.model.tensors import DTYPES, TensorIndex, join_digests, raw_bytes, require_finite
 from fourfold.quantize.claims import TensorClaim
 from fourfold.quantize.dense import round_weights
 from fourfold.quantize.plan import Plan, RestShard
@@ -128,7 +128,8 @@ def write_rest(plan: Plan, out: Path, shard: RestShard, solved: LayerResult | No
                 digests[header.name].update(chunk)
             tensors += [OutputTensor.of(name, given[name]) for name in names]
         elif claim.action is Action.QUANTIZE:
-            weight_NK = index.read_finite(header.name, sha=digests[header.name])
+            weight_NK = index.read_finite(header.name)
+            digests[header.name].update(raw_bytes(weight_NK))  # as rest_digest sees them
             stored = round_weights({header.name: weight_NK}, plan.dense, plan.recipe).stored
             tensors += [OutputTensor.of(name, value) for name, value in stored.items()]
         elif claim.action is Action.SPLIT:
@@ -169,9 +170,7 @@ def _read_of(shard: RestShard) -> Iterator[TensorHeader]:
 
 
 def _joined(digests: Mapping[str, hashlib._Hash]) -> str:
-    """One digest of all tensors', whatever order they were read in."""
-    lines = "".join(f"{name} {digests[name].hexdigest()}\n" for name in sorted(digests))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return join_digests({name: sha.hexdigest() for name, sha in digests.items()})
 
 
 def _copied(index: TensorIndex, header: TensorHeader, sha: Any) -> Iterator[memoryview]:

@@ -28,14 +28,14 @@ def bench_depths(out: str, depths: Sequence[int], load: Load, words: Sequence[st
     found: list[Bench] = []
     for depth in depths:
         progress(Event(kind="note", text=f"drafts {depth}: starting a server"))
-        with _serving(out, depth, words) as address:
+        with serving(out, depth, words) as address:
             one = bench(address, load, progress)
         found.append(structs.replace(one, levels=[structs.replace(level, drafts=depth) for level in one.levels]))
     return structs.replace(found[-1], url=out, levels=[level for one in found for level in one.levels])
 
 
 @contextmanager
-def _serving(out: str, depth: int, words: Sequence[str]) -> Iterator[str]:
+def serving(out: str, depth: int, words: Sequence[str]) -> Iterator[str]:
     """The address of a server that has answered its first request; it has ended afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
