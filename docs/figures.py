@@ -184,6 +184,57 @@ def faults_tried() -> str:
 
 
 @figure
+def servers() -> str:
+    """Of benchmarks/servers.py: what two servers answered to the suite."""
+    found, rows = result("servers"), []
+    for name, task in found["tasks"]["tasks"].items():
+        sides = [next(iter(task[key].values())) for key in ("figures", "source_figures")]
+        usages = [task[key] for key in ("usage", "source_usage")]
+        paired = next(iter(task["paired"].values()))
+        each = [
+            " / ".join(f"{one[key]:,.0f}" for one in usages)
+            for key in ("output_tokens", "thought_tokens", "cut_offs", "loops")
+        ]
+        flips = f"{paired['lost']} / {paired['gained']}"
+        rows.append([name, f"{task['samples']}", " / ".join(f"{side:.1%}" for side in sides), *each, flips])
+    header = ["release / source", "questions", "right", "tokens of an answer", "of thought", "cut off", "loops",
+              "lost / gained"]  # fmt: skip
+    kl = found["tasks"]["kl"]
+    about = (
+        f"KL: at least {kl['kl_mean'] * 1e3:.2f} x 10^-3 nats (95 %: {kl['interval'][0] * 1e3:.2f} to "
+        f"{kl['interval'][1] * 1e3:.2f}) from the {kl['k']} most likely tokens, which hold {kl['covered']:.0%} of the "
+        f"probability; over the whole vocabulary `quantize` has {found['kl_whole'] * 1e3:.2f}. Top-1 agreement "
+        f"{kl['top1_agreement']:.1%}. Context {found['context']:,}; `benchmarks/results/servers.json`, {found['date']}."
+    )
+    return "\n".join([table(header, rows), "", about])
+
+
+@figure
+def depths() -> str:
+    """Of benchmarks/servers.py: acceptance and speed by draft tokens and concurrency."""
+    found = result("servers")
+    levels = {(one["drafts"], one["concurrency"]): one for one in found["levels"]}
+    header = ["drafts", "accepted", "tokens a step"]
+    concurrencies = sorted({concurrency for _, concurrency in levels})
+    rows = []
+    for drafts in sorted({drafts for drafts, _ in levels}):
+        row = [levels[drafts, concurrency] for concurrency in concurrencies]
+        accepted = [one["acceptance"] for one in row if one["acceptance"]]
+        spans = [
+            [form.format(pick([one[key] for one in accepted])) for pick in (min, max)] if accepted else ["-", "-"]
+            for key, form in (("rate", "{:.0%}"), ("mean_length", "{:.2f}"))
+        ]
+        rows.append([
+            f"{drafts}", *(" to ".join(dict.fromkeys(span)) for span in spans),
+            *(f"{one['output_tokens_per_second']:,.0f}" for one in row),
+        ])  # fmt: skip
+    best = ", ".join(f"{drafts} at {concurrency}" for concurrency, drafts in found["fastest"].items())
+    header += [f"tokens/s at {concurrency}" for concurrency in concurrencies]
+    about = f"Fastest: {best}. On a busy CPU; a GPU differs. `benchmarks/results/servers.json`, {found['date']}."
+    return "\n".join([table(header, rows), "", about])
+
+
+@figure
 def kernel_issues() -> str:
     rows = [[issue.kind, ENGINES[issue.engine].title, issue.seen, issue.fix, f"{issue.source}, {issue.date}"]
             for issue in KERNEL_ISSUES]  # fmt: skip
