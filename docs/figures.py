@@ -347,6 +347,18 @@ def real() -> str:
     return "\n\n".join(map(real_text, found)) or "Not measured yet: `make bench-real`."
 
 
+@figure
+def real_tokens() -> str:
+    """Mean KLD on prose by method and calibration tokens; seeds as each result has them."""
+    found = curves("quality_real")
+    counts = sorted({tokens for by_tokens in found.values() for tokens in by_tokens})
+    rows = [
+        [label(method), *(kld(by_tokens[tokens], 1) if tokens in by_tokens else "" for tokens in counts)]
+        for method, by_tokens in found.items()
+    ]
+    return table(["prose, mean KLD with free routing", *(f"{tokens // 1024}k tokens" for tokens in counts)], rows)
+
+
 def real_text(name: str) -> str:
     """RTN looks at no token: its KLD stands once for all sizes."""
     counts, rows = sizes(name), []
