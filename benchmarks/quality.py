@@ -15,6 +15,10 @@
         --methods rtn fast best --tokens 32768 --json benchmarks/results/quality_real_32k.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 1 \\
         --methods guided --tokens 32768 --json benchmarks/results/quality_real_32k_guided.json
+    python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --seeds 0 \
+        --methods rtn fast best guided --tokens 65536 --text wikitext-2-test .cache/real-moe/code.txt chat \
+        --json benchmarks/results/quality_real_64k.json benchmarks/results/quality_real_code_64k.json \
+        benchmarks/results/quality_real_chat_64k.json
     python benchmarks/quality.py --model real-moe --windows 16 --fallback-share 0.005 --methods fast \\
         --tokens 16384 32768 --json benchmarks/results/quality_real_before.json
     python benchmarks/quality.py --methods guided "guided with routing" --tokens 16384 65536 \\
