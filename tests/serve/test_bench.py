@@ -51,10 +51,10 @@ def test_figures_of_a_good_server() -> None:
         assert level["requests"] == {"asked": 6, "ok": 6, "failed": {}, "said": {}}
         assert (level["prompt_tokens"], level["output_tokens"]) == (42, 36)
         assert level["output_tokens_per_second"] == pytest.approx(36 / level["seconds"])
-        # A busy machine only adds to what the server waits.
+        # A busy machine adds to what the server waits; a chunk that is read late takes it from what follows.
         assert level["time_to_first_token"]["p50"] >= 0.1  # the chunk with the role alone is no token
-        assert level["time_per_output_token"]["p50"] >= 0.01  # 0.05 s for the five that follow
-        assert level["time_between_chunks"]["p50"] >= 0.05
+        assert level["time_per_output_token"]["p50"] >= 0.005  # 0.05 s for the five that follow
+        assert level["time_between_chunks"]["p50"] >= 0.025
         assert level["time_per_output_token"]["p50"] < level["time_between_chunks"]["p50"]
         assert level["seconds"] >= 6 / concurrency * 0.15
         # 6 requests of 10 drafts between the scrapes, whatever was counted before and for the warm-up
