@@ -184,6 +184,19 @@ def faults_tried() -> str:
 
 
 @figure
+def reading() -> str:
+    """Of benchmarks/reading.py: how fast weights are read and hashed by threads."""
+    found = result("reading")
+    rows = [
+        [one["kind"], f"{one['threads']}", f"{one['read']:.2f}", f"{one['hashed']:.2f}", f"{one['ratio']:.2f}"]
+        for one in found["runs"]
+    ]
+    header = ["tensors", "threads", "read, hashed, checked: GB/s", "hashed in memory: GB/s", "ratio"]
+    about = f"Files in the page cache; `benchmarks/results/reading.json`, {found['machine']['cores']} cores, {found['date']}."
+    return "\n".join([table(header, rows), "", about])
+
+
+@figure
 def servers() -> str:
     """Of benchmarks/servers.py: what two servers answered to the suite."""
     found, rows = result("servers"), []
