@@ -192,7 +192,8 @@ def reading() -> str:
         for one in found["runs"]
     ]
     header = ["tensors", "threads", "read, hashed, checked: GB/s", "hashed in memory: GB/s", "ratio"]
-    about = f"Files in the page cache; `benchmarks/results/reading.json`, {found['machine']['cores']} cores, {found['date']}."
+    cores = found["machine"]["cores"]
+    about = f"Files in the page cache; `benchmarks/results/reading.json`, {cores} cores, {found['date']}."
     return "\n".join([table(header, rows), "", about])
 
 
